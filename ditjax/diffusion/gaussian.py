@@ -1,0 +1,220 @@
+"""The Gaussians of diffusion: q(x_t | x_0), its posterior, and the network's p(x_{t-1} | x_t).
+
+Glossary: x0 data, x_t noised data, eps the noise in it, v the velocity; B H W C; S retained steps.
+`t i32[B]` always indexes the schedule's tables; only `predict` turns it into a network's timestep.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ditjax.diffusion.schedule import Schedule, extract
+from ditjax.errors import UserError, nearest
+
+# What diffusion knows of a network: (x f32[B,H,W,C], timesteps i32[B]) -> f32[B,H,W,C or 2C].
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+
+Prediction = Literal["eps", "x0", "v"]
+Variance = Literal["learned_range", "fixed_small", "fixed_large"]
+
+
+def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+    """DDPM Eq. 4: x_t = √ᾱ_t x0 + √(1-ᾱ_t) ε; x0, eps f32[B,...], t i32[B] -> f32[B,...]."""
+    signal = extract(np.sqrt(schedule.alphas_bar), t, x0.ndim)
+    noise = extract(np.sqrt(1 - schedule.alphas_bar), t, x0.ndim)
+    return signal * x0 + noise * eps
+
+
+def q_posterior(
+    schedule: Schedule, x0: jax.Array, x_t: jax.Array, t: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """DDPM Eqs. 6-7: q(x_{t-1} | x_t, x0) -> mean f32[B,...], log variance f32[B,1,...,1].
+
+    At t = 0 the variance is 0; its log is the clipped one, that of t = 1.
+    """
+    mean = (
+        extract(schedule.posterior_mean_x0, t, x_t.ndim) * x0
+        + extract(schedule.posterior_mean_x_t, t, x_t.ndim) * x_t
+    )
+    return mean, extract(schedule.posterior_log_variance_clipped, t, x_t.ndim)
+
+
+def x0_from_eps(schedule: Schedule, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+    """DDPM Eq. 4 solved for x0: x0 = x_t/√ᾱ_t - √(1/ᾱ_t - 1) ε -> f32[B,...]."""
+    alphas_bar = schedule.alphas_bar
+    return (
+        extract(1 / np.sqrt(alphas_bar), t, x_t.ndim) * x_t
+        - extract(np.sqrt(1 / alphas_bar - 1), t, x_t.ndim) * eps
+    )
+
+
+def eps_from_x0(schedule: Schedule, x_t: jax.Array, t: jax.Array, x0: jax.Array) -> jax.Array:
+    """DDPM Eq. 4 solved for ε: ε = (x_t - √ᾱ_t x0) / √(1-ᾱ_t) -> f32[B,...]."""
+    alphas_bar = schedule.alphas_bar
+    signal = extract(np.sqrt(alphas_bar), t, x_t.ndim)
+    return (x_t - signal * x0) * extract(1 / np.sqrt(1 - alphas_bar), t, x_t.ndim)
+
+
+def v_from_x0_eps(schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+    """Salimans & Ho 2022, Sec. 4: v = √ᾱ_t ε - √(1-ᾱ_t) x0 -> f32[B,...]."""
+    # As if ε were the data and x0 its noise, but for the sign.
+    return q_sample(schedule, eps, t, -x0)
+
+
+def x0_from_v(schedule: Schedule, x_t: jax.Array, t: jax.Array, v: jax.Array) -> jax.Array:
+    """Salimans & Ho 2022, Sec. 4: x0 = √ᾱ_t x_t - √(1-ᾱ_t) v -> f32[B,...]."""
+    return q_sample(schedule, x_t, t, -v)
+
+
+def eps_from_v(schedule: Schedule, x_t: jax.Array, t: jax.Array, v: jax.Array) -> jax.Array:
+    """Salimans & Ho 2022, App. D: ε = √ᾱ_t v + √(1-ᾱ_t) x_t -> f32[B,...]."""
+    return q_sample(schedule, v, t, x_t)
+
+
+def target(
+    schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array, prediction: Prediction
+) -> jax.Array:
+    """What a network of this parametrisation is to predict: eps, x0 or v -> f32[B,...].
+
+    Raises UserError for another prediction.
+    """
+    if prediction == "eps":
+        return eps
+    if prediction == "x0":
+        return x0
+    if prediction == "v":
+        return v_from_x0_eps(schedule, x0, t, eps)
+    raise _unknown("prediction", prediction, get_args(Prediction))
+
+
+def learned_range_log_variance(schedule: Schedule, v: jax.Array, t: jax.Array) -> jax.Array:
+    """Nichol & Dhariwal Eq. 15: log Σ = f log β_t + (1-f) log β̃_t, f = (v+1)/2.
+
+    v f32[B,...] is the network's raw variance channels, in [-1, 1] by habit, not by force ->
+    f32[B,...].
+    """
+    low = extract(schedule.posterior_log_variance_clipped, t, v.ndim)
+    high = extract(schedule.log_betas, t, v.ndim)
+    fraction = (v + 1) / 2
+    return fraction * high + (1 - fraction) * low
+
+
+def normal_kl(
+    mean1: jax.Array, log_variance1: jax.Array, mean2: jax.Array, log_variance2: jax.Array
+) -> jax.Array:
+    """KL(N(mean1, e^log_variance1) || N(mean2, e^log_variance2)), elementwise, in nats."""
+    gap = log_variance1 - log_variance2
+    return 0.5 * (jnp.expm1(gap) - gap + jnp.square(mean1 - mean2) * jnp.exp(-log_variance2))
+
+
+def discretized_gaussian_log_likelihood(
+    x: jax.Array, mean: jax.Array, log_scale: jax.Array
+) -> jax.Array:
+    """DDPM Eq. 13: log of N(mean, e^(2 log_scale))'s mass in x's bin, elementwise, in nats.
+
+    x f32[...] in [-1, 1], in bins of half-width 1/255; those beyond ±.999 reach to infinity. Mass
+    is floored at 1e-12. Φ is the tanh form that ADM and DiT use (within 3e-4 of the true one), so
+    that bits/dim and losses compare with published ones.
+    """
+    centred = x - mean
+    inverse_scale = jnp.exp(-log_scale)
+    above = _normal_cdf((centred + 1 / 255) * inverse_scale)
+    below = _normal_cdf((centred - 1 / 255) * inverse_scale)
+    mass = jnp.where(x < -0.999, above, jnp.where(x > 0.999, 1 - below, above - below))
+    return jnp.log(jnp.maximum(mass, 1e-12))
+
+
+def _normal_cdf(z: jax.Array) -> jax.Array:
+    """Page 1977: Φ(z) ≈ ½(1 + tanh(√(2/π)(z + .044715 z³)))."""
+    return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)))
+
+
+def predict(denoise: Denoise, schedule: Schedule, x_t: jax.Array, t: jax.Array) -> jax.Array:
+    """The network's raw output at x_t f32[B,...], t i32[B] -> f32[B,...,C or 2C].
+
+    The one place where a table index becomes the original timestep.
+    """
+    timesteps = jnp.asarray(schedule.timesteps, jnp.int32)[t]
+    return denoise(x_t, timesteps).astype(jnp.float32)
+
+
+def split_channels(out: jax.Array, channels: int) -> tuple[jax.Array, jax.Array | None]:
+    """out f32[...,C or 2C] -> the prediction f32[...,C] and the variance channels, None without.
+
+    Raises UserError when the network gives neither C nor 2C channels.
+    """
+    if out.shape[-1] not in (channels, 2 * channels):
+        raise UserError(
+            f"network gives {out.shape[-1]} channels for an input of {channels}: expected"
+            f" {channels}, or {2 * channels} with a learned variance; set its output channels so."
+        )
+    return out[..., :channels], out[..., channels:] if out.shape[-1] > channels else None
+
+
+class PMeanVariance(NamedTuple):
+    """p(x_{t-1} | x_t) = N(mean, e^log_variance), with the x0 and eps that it rests on."""
+
+    mean: jax.Array  # f32[B,...,C]
+    log_variance: jax.Array  # f32[B,...,C]
+    x0: jax.Array  # f32[B,...,C]
+    eps: jax.Array  # f32[B,...,C]
+
+
+def p_mean_variance(
+    schedule: Schedule,
+    out: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    *,
+    prediction: Prediction,
+    variance: Variance,
+    clip_x0: bool = False,
+) -> PMeanVariance:
+    """DDPM Eq. 7 at the predicted x0: out f32[B,...,C or 2C], x_t f32[B,...,C], t i32[B].
+
+    variance: 'learned_range' reads the channels past C; 'fixed_small' is β̃_t and 'fixed_large' β_t,
+    which ignore such channels. clip_x0 brings x0 into [-1, 1], and eps agrees: for pixels only.
+
+    Raises UserError for an unknown prediction or variance, or channels that do not fit.
+    """
+    predicted, v = split_channels(out, x_t.shape[-1])
+    x0, eps = _x0_and_eps(schedule, predicted, x_t, t, prediction)
+    if clip_x0:
+        x0 = jnp.clip(x0, -1, 1)
+        eps = eps_from_x0(schedule, x_t, t, x0)
+    mean, log_variance = q_posterior(schedule, x0, x_t, t)  # 'fixed_small' as it is
+    if variance == "learned_range":
+        if v is None:
+            raise UserError(
+                f"variance 'learned_range' needs a network with {2 * x_t.shape[-1]} output channels"
+                f" and it has {out.shape[-1]}: learn the variance, or use 'fixed_small'."
+            )
+        log_variance = learned_range_log_variance(schedule, v, t)
+    elif variance == "fixed_large":
+        log_variance = extract(schedule.log_betas_clipped, t, x_t.ndim)
+    elif variance != "fixed_small":
+        raise _unknown("variance", variance, get_args(Variance))
+    return PMeanVariance(mean, jnp.broadcast_to(log_variance, x_t.shape), x0, eps)
+
+
+def _x0_and_eps(
+    schedule: Schedule, predicted: jax.Array, x_t: jax.Array, t: jax.Array, prediction: Prediction
+) -> tuple[jax.Array, jax.Array]:
+    """Both views of what the network predicted, in whichever of the three it did."""
+    if prediction == "eps":
+        return x0_from_eps(schedule, x_t, t, predicted), predicted
+    if prediction == "x0":
+        return predicted, eps_from_x0(schedule, x_t, t, predicted)
+    if prediction == "v":
+        return x0_from_v(schedule, x_t, t, predicted), eps_from_v(schedule, x_t, t, predicted)
+    raise _unknown("prediction", prediction, get_args(Prediction))
+
+
+def _unknown(what: str, came: str, legal: tuple[str, ...]) -> UserError:
+    return UserError(
+        f"{what} {came!r} is unknown: expected one of {', '.join(legal)}.{nearest(came, legal)}"
+    )

@@ -1,0 +1,135 @@
+"""Reverse processes: DDPM's ancestral sampling and DDIM's, each one lax.scan from x_T to x0."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ditjax.diffusion.gaussian import Denoise, Prediction, Variance, p_mean_variance, predict
+from ditjax.diffusion.schedule import Schedule, extract
+from ditjax.errors import UserError
+
+# step i32[], counted from 0 at the noisiest -> standard normal f32[B,H,W,C]
+Noise = Callable[[jax.Array], jax.Array]
+
+# Two streams of one sample's key: a step's index is only ever folded into the second.
+_INITIAL, _STEPS = 0, 1
+
+
+def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """x_T ~ N(0, 1), sample b from keys[b] alone: keys key[B], shape (H,W,C) -> f32[B,H,W,C].
+
+    Independent of every draw of `per_sample_noise` from the same keys. Raises UserError for keys
+    that are not one threefry key a sample.
+    """
+    return _normal_each(_stream(keys, _INITIAL), shape)
+
+
+def per_sample_noise(keys: jax.Array, shape: tuple[int, ...]) -> Noise:
+    """noise(i) whose sample b depends on (keys[b], i) alone: keys key[B], shape (H,W,C).
+
+    So a sample is the same in any batch, at any place in it, on any number of devices. Raises
+    UserError for keys that are not one threefry key a sample.
+    """
+    stream = _stream(keys, _STEPS)
+
+    def noise(i: jax.Array) -> jax.Array:
+        return _normal_each(jax.vmap(jax.random.fold_in, (0, None))(stream, i), shape)
+
+    return noise
+
+
+def _stream(keys: jax.Array, stream: int) -> jax.Array:
+    # Under vmap, rbg draws a batch from its first key: samples would hang on the batch they are in.
+    one_key_each = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) and keys.ndim == 1
+    if not one_key_each or not str(jax.random.key_impl(keys)).startswith("threefry"):
+        raise UserError(
+            f"sampling keys are {keys.dtype}{list(keys.shape)}: expected one threefry key a sample,"
+            " key<fry>[B]; split jax.random.key(seed, impl='threefry2x32') into B of them."
+        )
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
+
+
+def _normal_each(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
+def ddpm(
+    denoise: Denoise,
+    schedule: Schedule,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "learned_range",
+    clip_x0: bool = False,
+) -> jax.Array:
+    """DDPM Alg. 2: x_{t-1} = μ(x_t) + σ_t z for S steps, no z at the last; x_T f32[B,H,W,C] -> x0.
+
+    Raises UserError as `gaussian.p_mean_variance` does.
+    """
+
+    def step(x_t: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        t = _table_index(schedule, x_t, i)
+        out = predict(denoise, schedule, x_t, t)
+        p = p_mean_variance(
+            schedule, out, x_t, t, prediction=prediction, variance=variance, clip_x0=clip_x0
+        )
+        sigma = jnp.where(i < len(schedule) - 1, jnp.exp(0.5 * p.log_variance), 0.0)
+        return p.mean + sigma * noise(i), None
+
+    return _scan(step, schedule, x_T)
+
+
+def ddim(
+    denoise: Denoise,
+    schedule: Schedule,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    eta: float = 0.0,
+    prediction: Prediction = "eps",
+    clip_x0: bool = False,
+) -> jax.Array:
+    """DDIM Eq. 12: x_{t-1} = √ᾱ_{t-1} x0 + √(1-ᾱ_{t-1}-σ_t²) ε + σ_t z; x_T f32[B,H,W,C] -> x0.
+
+    σ_t is η√β̃_t (Eq. 16): η = 0 is deterministic, and never calls noise; η = 1 is `ddpm` with
+    'fixed_small', step for step. Variance channels, if the network has any, are ignored.
+
+    Raises UserError for η outside [0, 1], and as `gaussian.p_mean_variance` does.
+    """
+    if not 0 <= eta <= 1:
+        raise UserError(
+            f"ddim's eta is {eta}: expected 0 (deterministic) to 1 (as much noise as DDPM)."
+        )
+    sigma = eta * np.sqrt(schedule.posterior_variance)
+    signal = np.sqrt(schedule.alphas_bar_prev)
+    direction = np.sqrt(1 - schedule.alphas_bar_prev - sigma**2)
+
+    def step(x_t: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        t = _table_index(schedule, x_t, i)
+        out = predict(denoise, schedule, x_t, t)
+        p = p_mean_variance(
+            schedule, out, x_t, t, prediction=prediction, variance="fixed_small", clip_x0=clip_x0
+        )
+        x = extract(signal, t, x_t.ndim) * p.x0 + extract(direction, t, x_t.ndim) * p.eps
+        if eta > 0:
+            x = x + extract(sigma, t, x_t.ndim) * noise(i)
+        return x, None
+
+    return _scan(step, schedule, x_T)
+
+
+def _table_index(schedule: Schedule, x_t: jax.Array, i: jax.Array) -> jax.Array:
+    """Step i from the noisiest, as an index into the tables, for each sample -> i32[B]."""
+    return jnp.full(x_t.shape[:1], len(schedule) - 1 - i)
+
+
+def _scan(
+    step: Callable[[jax.Array, jax.Array], tuple[jax.Array, None]],
+    schedule: Schedule,
+    x_T: jax.Array,
+) -> jax.Array:
+    x0, _ = jax.lax.scan(step, x_T, jnp.arange(len(schedule), dtype=jnp.int32))
+    return x0

@@ -1,0 +1,93 @@
+"""Guidance: its algebra, its channel rules, and what it does to a Gaussian's score."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ditjax.diffusion.gaussian import eps_from_v, eps_from_x0, q_sample
+from ditjax.diffusion.guidance import guide
+from ditjax.diffusion.schedule import make_schedule
+from ditjax.errors import UserError
+
+X = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))
+T = jnp.array([0, 400, 999], jnp.int32)
+
+
+def pair(x, t):
+    """Four channels of prediction and four of variance, all of them apart in c and u."""
+    x = x + t.astype(jnp.float32)[:, None, None, None] / 1000
+    conditional = jnp.concatenate([jnp.sin(x), jnp.cos(x)], axis=-1)
+    return conditional, jnp.concatenate([x * x, x - 2], axis=-1)
+
+
+C, U = (np.asarray(out, np.float64) for out in pair(X, T))
+
+
+@pytest.mark.parametrize(("channels", "guided"), [("all", 4), ("three", 3)])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 4.0])
+def test_guided_channels_are_extrapolated_and_the_rest_conditional(channels, guided, scale):
+    out = guide(pair, scale, channels=channels, x_channels=4)(X, T)
+    assert out.shape == C.shape
+    expected = (1 - scale) * U[..., :guided] + scale * C[..., :guided]
+    np.testing.assert_allclose(out[..., :guided], expected, atol=1e-5)
+    np.testing.assert_array_equal(out[..., guided:], C.astype(np.float32)[..., guided:])
+
+
+def test_scale_zero_is_unconditional_and_one_conditional():
+    zero, one = (guide(pair, s, channels="all", x_channels=4)(X, T)[..., :4] for s in (0, 1))
+    np.testing.assert_array_equal(zero, U.astype(np.float32)[..., :4])
+    np.testing.assert_allclose(one, C[..., :4], atol=1e-6)
+
+
+def test_a_scale_for_each_sample():
+    scales = jnp.array([0.0, 1.0, 3.5])
+    out = jax.jit(lambda s: guide(pair, s, channels="all", x_channels=4)(X, T))(scales)
+    for b, scale in enumerate([0.0, 1.0, 3.5]):
+        alone = guide(pair, scale, channels="all", x_channels=4)(X, T)
+        np.testing.assert_allclose(out[b], alone[b], atol=1e-6)
+
+
+def test_default_guides_all_channels_and_serves_networks_without_variance():
+    def plain(x, t):
+        conditional, unconditional = pair(x, t)
+        return conditional[..., :4], unconditional[..., :4]
+
+    out = guide(plain, 2.0, x_channels=4)(X, T)
+    np.testing.assert_allclose(out, 2 * C[..., :4] - U[..., :4], atol=1e-5)
+
+
+def test_guiding_x0_or_v_is_guiding_eps():
+    schedule = make_schedule("linear")
+    t = jnp.array([50, 400, 700], jnp.int32)
+    conditional, unconditional = (jnp.split(out, 2, axis=-1)[0] for out in pair(X, t))
+    for to_eps in (eps_from_x0, eps_from_v):
+        guided = guide(lambda x, t: (conditional, unconditional), 2.5, x_channels=4)(X, t)
+        as_eps = [to_eps(schedule, X, t, out) for out in (conditional, unconditional)]
+        eps = as_eps[1] + 2.5 * (as_eps[0] - as_eps[1])
+        np.testing.assert_allclose(to_eps(schedule, X, t, guided), eps, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_sharpens_a_gaussian_class_to_the_product_of_powers():
+    """p(x|c)^s p(x)^(1-s) of unit Gaussians at means m and 0 is the unit Gaussian at s·m."""
+    schedule = make_schedule("linear")
+    t = jnp.array([50, 400, 700], jnp.int32)
+    x_t = q_sample(schedule, X, t, X[..., ::-1])
+
+    def eps_of(mean):
+        a = schedule.alphas_bar[np.asarray(t)][:, None, None, None]
+        return jnp.asarray(np.sqrt(1 - a) * (np.asarray(x_t) - np.sqrt(a) * mean), jnp.float32)
+
+    guided = guide(lambda x, t: (eps_of(0.5), eps_of(0.0)), 3.0, x_channels=4)(x_t, t)
+    np.testing.assert_allclose(guided, eps_of(1.5), atol=1e-5)
+
+
+def test_what_cannot_be_guided():
+    with pytest.raises(UserError, match="Did you mean 'three'"):
+        guide(pair, 1.5, channels="tree", x_channels=4)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="at least 3; use 'all'"):
+        guide(pair, 1.5, channels="three", x_channels=1)
+    with pytest.raises(UserError, match="at least 9 channels"):
+        guide(pair, 1.5, channels="all", x_channels=9)(X, T)
+    with pytest.raises(UserError, match="two equal shapes"):
+        guide(lambda x, t: (x, x[:1]), 1.5, x_channels=4)(X, T)
