@@ -1,0 +1,1 @@
+"""The networks: Flax Linen modules. No diffusion, no mesh."""

@@ -1,0 +1,58 @@
+"""Multi-head attention: softmax(q kᵀ / √d) v."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ditjax.models.embed import Linear
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Vaswani et al. 2017 Eq. 1: q [B,H,N,d], k and v [B,H,M,d] -> [B,H,N,d].
+
+    Heads are a leading axis of explicit batched products: on CPUs this is faster than
+    `jax.nn.dot_product_attention`. The softmax is taken in float32.
+    """
+    logits = jnp.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k)
+    weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(v.dtype)
+    return jnp.einsum("bhnm,bhmd->bhnd", weights, v)
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+    return x.transpose(0, 2, 1, 3)
+
+
+class SelfAttention(nn.Module):
+    """x [B, N, D] -> [B, N, D]; one fused qkv product, kernel [D, 3, H, d], with bias."""
+
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        D = x.shape[-1]
+        qkv = Linear((3, self.heads, D // self.heads), dtype=self.dtype, name="qkv")(x)
+        q, k, v = (_heads_first(qkv[:, :, i]) for i in range(3))
+        y = _heads_first(attend(q, k, v)).reshape(x.shape)
+        return Linear(D, dtype=self.dtype, name="out")(y)
+
+
+class CrossAttention(nn.Module):
+    """x [B, N, D] attends to context [B, M, D_c] -> [B, N, D].
+
+    Kernels q [D, H, d] and kv [D_c, 2, H, d].
+    """
+
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        D = x.shape[-1]
+        q = Linear((self.heads, D // self.heads), dtype=self.dtype, name="q")(x)
+        kv = Linear((2, self.heads, D // self.heads), dtype=self.dtype, name="kv")(context)
+        k, v = (_heads_first(kv[:, :, i]) for i in range(2))
+        y = _heads_first(attend(_heads_first(q), k, v)).reshape(x.shape)
+        return Linear(D, dtype=self.dtype, name="out")(y)

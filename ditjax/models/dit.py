@@ -1,0 +1,116 @@
+"""DiT: patchify -> position -> L blocks -> final layer -> unpatchify (DiT Fig. 3)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ditjax.errors import UserError
+from ditjax.models.blocks import BLOCKS, AffineLayerNorm, Conditioning, Modulation, layer_norm
+from ditjax.models.blocks import modulate as modulate_tokens
+from ditjax.models.embed import (
+    LabelEmbedder,
+    Linear,
+    TimestepEmbedder,
+    patchify,
+    sincos_position_embedding,
+    unpatchify,
+)
+
+# What a block keeps for its backward pass: everything, nothing, or the weight products.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm (adaptive in the adaLN variants) -> Linear(D, p²·C_out), zero weights and bias."""
+
+    out_features: int
+    block: str
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        if self.block in ("adaln", "adaln_zero"):
+            zero = self.block == "adaln_zero"
+            shift, scale = Modulation(2, zero, self.dtype, name="adaln")(c)
+            x = modulate_tokens(layer_norm(x), shift, scale)
+        else:
+            x = AffineLayerNorm(name="norm")(x)
+        return Linear(self.out_features, nn.initializers.zeros, self.dtype, name="linear")(x)
+
+
+class DiT(nn.Module):
+    """x f32[B,H,W,C], t i32[B], y i32[B] -> f32[B,H,W,out_channels].
+
+    `out_channels` is C, or 2C with the variance fraction in [C:2C]. Parameters of the L blocks are
+    stacked on a leading axis whether the stack is scanned (`unroll=1`: fast to compile) or unrolled
+    (`unroll=L`: fast on CPUs); `unroll` divides freely and does not change the parameters. `y` may
+    be `num_classes`, the null label, when `null_label`.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    patch: int
+    out_channels: int
+    num_classes: int
+    null_label: bool = True
+    block: str = "adaln_zero"
+    mlp_ratio: float = 4.0
+    unroll: int = 1
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+        _, H, W, _ = x.shape
+        if H % self.patch or W % self.patch:
+            raise UserError(
+                f"an input of {H}x{W} is not divisible into patches of {self.patch}:"
+                f" choose a patch size that divides both."
+            )
+        t_emb = TimestepEmbedder(self.width, self.dtype, name="t_embedder")(t)
+        y_emb = LabelEmbedder(
+            self.num_classes, self.width, self.null_label, self.dtype, name="y_embedder"
+        )(y)
+        cond = Conditioning(vector=t_emb + y_emb, context=jnp.stack([t_emb, y_emb], axis=1))
+
+        tokens = Linear(self.width, dtype=self.dtype, name="x_embedder")(patchify(x, self.patch))
+        N = tokens.shape[1]
+        position = sincos_position_embedding(self.width, H // self.patch, W // self.patch)
+        tokens = tokens + jnp.asarray(position, self.dtype)[None]
+
+        if self.block == "in_context":
+            tokens = jnp.concatenate([tokens, cond.context], axis=1)
+        tokens = self._stack(tokens, cond)[:, :N]
+
+        out = FinalLayer(
+            self.patch**2 * self.out_channels, self.block, self.dtype, name="final_layer"
+        )(tokens, cond.vector)
+        return unpatchify(out, self.patch, H, W).astype(jnp.float32)
+
+    def _stack(self, tokens: jax.Array, cond: Conditioning) -> jax.Array:
+        """The L blocks as one scan over stacked parameters."""
+        block = BLOCKS[self.block]
+        if self.remat != "none":
+            # prevent_cse only guards against what a scan already rules out.
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+
+        def body(module: nn.Module, tokens: jax.Array, cond: Conditioning) -> tuple[Any, None]:
+            return module(tokens, cond), None
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            unroll=min(self.unroll, self.depth),
+        )
+        blocks = block(self.heads, self.mlp_ratio, self.dtype, name="blocks")
+        return scan(blocks, tokens, cond)[0]
