@@ -1,0 +1,1 @@
+"""Files: data sets, checkpoints, logs, weights, results."""

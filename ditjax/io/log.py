@@ -1,0 +1,134 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard events, and one line of progress."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self, TextIO
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from ditjax.io.results import write_atomic
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events of one run; resuming drops lines beyond `start_step`."""
+
+    def __init__(self, directory: str | os.PathLike[str], start_step: int) -> None:
+        self.path = Path(directory) / METRICS_FILE
+        # The newest line that stays, {} for a new run.
+        self.last: dict[str, float] = _truncate(self.path, start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(directory), purge_step=start_step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line {"step": step, name: value, ...} and one event a value."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, grid: np.ndarray) -> None:
+        """A grid u8[H,W,C] as an event."""
+        self._events.add_image(name, grid, step, dataformats="HWC")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def _truncate(path: Path, last_step: int) -> dict[str, float]:
+    """Keeps the lines of steps <= last_step, returns the last; a torn line and what follows go."""
+    if not path.exists():
+        return {}
+    kept, last = [], {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+            if values["step"] > last_step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+        last = values
+    write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+    return last
+
+
+def last_metrics(directory: str | os.PathLike[str]) -> dict[str, float]:
+    """The newest whole line of a run's metrics.jsonl; {} before the first."""
+    try:
+        lines = (Path(directory) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):
+                return json.loads(line)
+    except OSError:
+        pass
+    return {}
+
+
+class Progress:
+    """'train 450/1000 · 45% · 21.3 steps/s · 0:26 left · loss 0.2134' on one terminal line.
+
+    On a terminal the line is redrawn; in a file each report is a line of its own, at most one in
+    `every_seconds`. The rate leaves out the first reported interval, which holds the compilation.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        unit: str = "steps",
+        *,
+        start: int = 0,
+        every_seconds: float = 10.0,
+        out: TextIO | None = None,
+    ) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self._out = sys.stderr if out is None else out
+        self._tty = self._out.isatty()
+        self._every = 0.2 if self._tty else every_seconds
+        self._first: tuple[int, float] = (start, time.monotonic())
+        self._compiled = False
+        self._shown = 0.0
+
+    def report(self, done: int, **values: float) -> None:
+        """Shows `done` of the total, with named values."""
+        now = time.monotonic()
+        rate = (done - self._first[0]) / max(now - self._first[1], 1e-9)
+        if not self._compiled:
+            self._first, self._compiled = (done, now), True
+        if now - self._shown < self._every and done < self.total:
+            return
+        self._shown = now
+        left = duration((self.total - done) / rate) if rate > 0 else "?"
+        parts = [
+            f"{self.what} {done}/{self.total}",
+            f"{100 * done // self.total}%",
+            f"{rate:.3g} {self.unit}/s",
+            f"{left} left" if done < self.total else "done",
+            *(f"{name} {value:.4g}" for name, value in values.items()),
+        ]
+        line = " · ".join(parts)
+        if self._tty:
+            end = "\n" if done >= self.total else ""
+            self._out.write(f"\r\x1b[2K{line}{end}")
+        else:
+            self._out.write(line + "\n")
+        self._out.flush()
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1:02:05', 65 -> '1:05'."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
