@@ -1,0 +1,1 @@
+"""The optimizer chain and the pure training step."""
