@@ -1,0 +1,237 @@
+"""From a recipe to what it names: networks, schedule, objective, optimizer, denoiser."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ditjax.config import Config
+from ditjax.diffusion import guidance, losses, samplers
+from ditjax.diffusion.gaussian import Denoise
+from ditjax.diffusion.schedule import Schedule, make_schedule, respace
+from ditjax.models.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderKL,
+    Moments,
+    kl_to_standard_normal,
+    sample_posterior,
+)
+from ditjax.models.dit import DiT
+from ditjax.models.embed import drop_labels
+from ditjax.scaling.counts import Shape
+from ditjax.sizes import parse_size
+from ditjax.training.optim import learning_rate_schedule, make_optimizer
+from ditjax.training.step import Batch, LossFn, Metrics
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+LOSSES = {
+    "simple": losses.simple_loss,
+    "vlb": losses.vlb_loss,
+    "hybrid": losses.hybrid_loss,
+}
+
+
+def dit(c: Config) -> DiT:
+    """The denoiser of a recipe."""
+    size = parse_size(c.model.size)
+    return DiT(
+        depth=size.depth,
+        width=size.width,
+        heads=size.heads,
+        patch=c.model.patch,
+        out_channels=cost(c).out_channels,
+        num_classes=c.data.num_classes,
+        null_label=c.model.label_dropout > 0,
+        block=c.model.block,
+        mlp_ratio=c.model.mlp_ratio,
+        unroll=c.model.unroll,
+        remat=c.model.remat,
+        dtype=DTYPES[c.model.dtype],
+    )
+
+
+def cost(c: Config) -> Shape:
+    """What the closed forms of `scaling/counts.py` need of the denoiser."""
+    learned = c.diffusion.variance == "learned_range"
+    return Shape(
+        size=parse_size(c.model.size),
+        patch=c.model.patch,
+        input_size=c.input_size,
+        in_channels=c.input_channels,
+        out_channels=c.input_channels * (2 if learned else 1),
+        num_classes=c.data.num_classes,
+        null_label=c.model.label_dropout > 0,
+        block=c.model.block,
+        mlp_ratio=c.model.mlp_ratio,
+    )
+
+
+def autoencoder(c: Config) -> AutoencoderKL:
+    """The KL autoencoder of a recipe."""
+    return AutoencoderKL(
+        AutoencoderConfig(
+            base_width=c.autoencoder.base_width,
+            multipliers=c.autoencoder.multipliers,
+            res_blocks=c.autoencoder.res_blocks,
+            latent_channels=c.autoencoder.latent_channels,
+            image_channels=c.data.channels,
+            groups=c.autoencoder.groups,
+        ),
+        dtype=DTYPES[c.model.dtype],
+    )
+
+
+def schedule(c: Config) -> Schedule:
+    """The full training schedule of a recipe."""
+    return make_schedule(c.diffusion.schedule, c.diffusion.timesteps)
+
+
+def optimizer(c: Config) -> optax.GradientTransformation:
+    """The optax chain of a recipe."""
+    o = c.optim
+    rate = learning_rate_schedule(o.learning_rate, o.schedule, o.warmup_steps, c.train.steps)
+    return make_optimizer(
+        rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+    )
+
+
+class Trainee(NamedTuple):
+    """A network in training: `init(key) -> params`, and its loss on batches of x0 and labels."""
+
+    init: Callable[[jax.Array], Any]
+    loss: LossFn
+
+
+def trainee(c: Config) -> Trainee:
+    """The network that the recipe trains, with its objective."""
+    return _dit_trainee(c) if c.train.network == "dit" else _autoencoder_trainee(c)
+
+
+def _dit_trainee(c: Config) -> Trainee:
+    model, process = dit(c), schedule(c)
+    apply: Callable[..., Any] = model.apply
+    x = jnp.zeros((1, c.input_size, c.input_size, c.input_channels))
+    labels = jnp.zeros((1,), jnp.int32)
+
+    def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The mean over the batch of the recipe's objective at t ~ U, eps ~ N(0, I)."""
+        key_t, key_eps, key_drop = jax.random.split(key, 3)
+        x0 = batch["x0"]
+        t = losses.sample_timesteps(key_t, len(x0), len(process))
+        eps = jax.random.normal(key_eps, x0.shape, jnp.float32)
+        y = drop_labels(key_drop, batch["label"], c.model.label_dropout, c.data.num_classes)
+        parts = LOSSES[c.diffusion.loss](
+            lambda x_t, t: apply(params, x_t, t, y),
+            process,
+            x0,
+            t,
+            eps,
+            prediction=c.diffusion.prediction,
+            variance=c.diffusion.variance,
+        )
+        means = {name: value.mean() for name, value in parts.items()}
+        return means["loss"], means
+
+    return Trainee(lambda key: model.init(key, x, labels, labels), loss)
+
+
+def _autoencoder_trainee(c: Config) -> Trainee:
+    model = autoencoder(c)
+    apply: Callable[..., Any] = model.apply
+    side = c.data.image_size
+    x = jnp.zeros((1, side, side, c.data.channels))
+
+    def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """LDM App. G without its adversary: mean (x - x̂)² + kl_weight · KL(q(z|x) || N(0, I)).
+
+        The KL is per latent value, so that its weight means the same at any size.
+        """
+        reconstruction, moments = apply(params, batch["x0"], key)
+        mse = jnp.square(reconstruction - batch["x0"]).mean()
+        kl = kl_to_standard_normal(moments).mean() / moments.mean[0].size
+        # Images span [-1, 1]: the peak is 2.
+        psnr = 10 * jnp.log10(4 / mse)
+        return mse + c.autoencoder.kl_weight * kl, {"mse": mse, "kl": kl, "psnr_db": psnr}
+
+    return Trainee(lambda key: model.init(key, x, key), loss)
+
+
+def encode(c: Config, params: Any, images: jax.Array) -> Moments:
+    """The posterior q(z|x) of images f32[B,H,W,C] in [-1,1]."""
+    apply: Callable[..., Any] = autoencoder(c).apply
+    return apply(params, images, method="encode")
+
+
+def draw_latents(c: Config, moments: Moments, key: jax.Array) -> jax.Array:
+    """z ~ q(z|x), scaled to about unit variance: what the denoiser is trained on."""
+    eps = jax.random.normal(key, moments.mean.shape, jnp.float32)
+    return sample_posterior(moments, eps) * c.autoencoder.scale
+
+
+def decode(c: Config, params: Any, latents: jax.Array) -> jax.Array:
+    """Scaled latents f32[B,h,w,c] -> images f32[B,H,W,C], about [-1, 1]."""
+    apply: Callable[..., Any] = autoencoder(c).apply
+    return apply(params, latents / c.autoencoder.scale, method="decode")
+
+
+def denoiser(c: Config, params: Any, labels: jax.Array, cfg_scale: jax.Array | None) -> Denoise:
+    """The network with parameters and labels closed over, guided when there is a scale.
+
+    labels i32[B]; cfg_scale f32[] or None. Guidance evaluates both halves as one doubled batch.
+    """
+    apply: Callable[..., Any] = dit(c).apply
+    if cfg_scale is None:
+        return lambda x, t: apply(params, x, t, labels)
+    null = jnp.full_like(labels, c.data.num_classes)
+
+    def pair(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        twice = functools.partial(jnp.tile, reps=2)
+        both = apply(
+            params,
+            jnp.concatenate([x, x]),
+            twice(t),
+            jnp.concatenate([labels, null]),
+        )
+        conditional, unconditional = jnp.split(both, 2)
+        return conditional, unconditional
+
+    return guidance.guide(
+        pair,
+        cfg_scale,
+        channels=c.sample.cfg_channels,
+        x_channels=c.input_channels,
+    )
+
+
+def sampling_schedule(c: Config) -> Schedule:
+    """The schedule respaced to the recipe's sampling steps."""
+    return respace(schedule(c), c.sample.steps)
+
+
+def sampler(c: Config, guided: bool) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """(params, keys key[B], labels i32[B], cfg_scale f32[]) -> x0 f32[B,h,w,c].
+
+    Sample b depends on (keys[b], labels[b]) alone, whatever the batch it is drawn in.
+    """
+    process = sampling_schedule(c)
+    shape = (c.input_size, c.input_size, c.input_channels)
+    prediction, variance = c.diffusion.prediction, c.diffusion.variance
+
+    def sample(params: Any, keys: jax.Array, labels: jax.Array, cfg_scale: jax.Array) -> jax.Array:
+        denoise = denoiser(c, params, labels, cfg_scale if guided else None)
+        x_T = samplers.initial_noise(keys, shape)
+        noise = samplers.per_sample_noise(keys, shape)
+        if c.sample.sampler == "ddpm":
+            return samplers.ddpm(
+                denoise, process, x_T, noise,
+                prediction=prediction, variance=variance, clip_x0=c.sample.clip_x0,
+            )  # fmt: skip
+        return samplers.ddim(
+            denoise, process, x_T, noise,
+            eta=c.sample.eta, prediction=prediction, clip_x0=c.sample.clip_x0,
+        )  # fmt: skip
+
+    return sample

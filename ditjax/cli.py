@@ -1,0 +1,105 @@
+"""What the commands share: flags, the recipe with its overrides, and how a user's mistake ends."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from ditjax.config import Config, leaf_keys, read
+from ditjax.errors import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors, so that they read like all the others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def parser(command: str, description: str, *, config: bool = True) -> Parser:
+    """A command's parser; with `config`, `parse` also takes --config and its overrides."""
+    epilog = None
+    if config:
+        epilog = (
+            "--config=experiments/FILE.py[:ARG] names the recipe, --config.a.b=value overrides one"
+            " of its keys; the same command again resumes."
+        )
+    return Parser(f"python -m ditjax.{command}", description=description, epilog=epilog)
+
+
+def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """(the command's own flags, its checked recipe); `args.recipe` is the recipe's plain dict."""
+    args, rest = parser.parse_known_args(list(argv))
+    known = [option for action in parser._actions for option in action.option_strings]
+    for word in rest:
+        if not word.startswith("--config") or word[8:9] not in ("", "=", "."):
+            raise UserError(f"{word!r} is no flag of this command.{nearest(word, known)}")
+    recipe = load_recipe(rest)
+    args.recipe = recipe.to_dict()
+    return args, read(args.recipe)
+
+
+def load_recipe(words: Sequence[str]) -> ConfigDict:
+    """['--config=FILE[:ARG]', '--config.a.b=value', ...] -> the recipe with its overrides."""
+    files = [word for word in words if word.startswith("--config=")]
+    if len(files) != 1:
+        raise UserError(
+            f"{len(files) or 'no'} --config=FILE given: expected one, such as"
+            " --config=experiments/digits.py"
+        )
+    legal = leaf_keys(Config)
+    for word in words:
+        key, given, _ = word.removeprefix("--config.").partition("=")
+        if word.startswith("--config.") and (key not in legal or not given):
+            raise UserError(
+                f"{word!r}: expected --config.KEY=VALUE with a key of the recipe."
+                f"{nearest(key, legal)}"
+            )
+    path = files[0].removeprefix("--config=").partition(":")[0]
+    if not Path(path).is_file():
+        raise UserError(f"recipe {path!r} does not exist: expected a file with a get_config().")
+    # A recipe imports its neighbours as `experiments.NAME`, from wherever the command runs.
+    root = str(Path(path).resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    values = flags.FlagValues()
+    command = ["ditjax", *words]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    try:
+        values(command)
+        recipe = values.config
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from None
+    except Exception as error:
+        # The recipe is the user's own code: say where it failed, as its traceback would.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"recipe {path!r} failed at {frame.filename}:{frame.lineno}:"
+            f" {type(error).__name__}: {_one_line(error)}"
+        ) from None
+    if not isinstance(recipe, ConfigDict):
+        raise UserError(f"recipe {path!r}: get_config() gave no ml_collections.ConfigDict.")
+    return recipe
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(str(error).split())
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs a command and exits: 0 done, 2 a user's mistake in one line, 130 interrupted."""
+    logging.set_verbosity(logging.ERROR)  # orbax and tfds tell their housekeeping as warnings
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)

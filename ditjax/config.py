@@ -1,0 +1,393 @@
+"""The schema of a recipe: every key, its type, its legal values. What else comes is refused.
+
+A recipe (`experiments/*.py`) is an ml_collections ConfigDict that names every key. `read` turns it
+into the frozen dataclasses below or raises UserError; nothing after it sees a ConfigDict.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from ditjax.errors import UserError, nearest
+from ditjax.sizes import parse_size
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must satisfy beyond its type, and how to say so."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def at_least(low: float) -> Rule:
+    return Rule(lambda v: v >= low, f"at least {low}")
+
+
+def above(low: float) -> Rule:
+    return Rule(lambda v: v > low, f"greater than {low}")
+
+
+def within(low: float, high: float) -> Rule:
+    return Rule(lambda v: low <= v <= high, f"from {low} to {high}")
+
+
+def fraction_below_one() -> Rule:
+    return Rule(lambda v: 0 <= v < 1, "from 0 to below 1")
+
+
+def axis_size() -> Rule:
+    return Rule(lambda v: v == -1 or v >= 1, "at least 1, or -1 for all devices that are left")
+
+
+def model_size() -> Rule:
+    def holds(value: str) -> bool:
+        parse_size(value)  # raises with its own, better message
+        return True
+
+    return Rule(holds, "a model size")
+
+
+Positive = Annotated[int, at_least(1)]
+Count = Annotated[int, at_least(0)]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The denoiser (`models/dit.py`)."""
+
+    size: Annotated[str, model_size()]  # 'S', 'B', 'L', 'XL' or depth x width x heads: '4x96x3'
+    patch: Positive
+    block: Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
+    mlp_ratio: Annotated[float, above(0)]
+    label_dropout: Annotated[float, fraction_below_one()]  # > 0 makes a null label for guidance
+    dtype: Literal["float32", "bfloat16"]  # compute; parameters stay float32
+    remat: Literal["none", "dots", "full"]
+    unroll: Positive  # blocks per scan step; depth and more: no loop at all
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The process and its objective (`diffusion/`)."""
+
+    timesteps: Annotated[int, at_least(2)]
+    schedule: Literal["linear", "cosine"]
+    prediction: Literal["eps", "x0", "v"]
+    variance: Literal["learned_range", "fixed_small", "fixed_large"]
+    loss: Literal["hybrid", "simple", "vlb"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where images come from (`io/data.py`): 'digits', a tfds name, or 'folder:PATH'."""
+
+    name: str
+    split: str
+    image_size: Positive
+    channels: Literal[1, 3]
+    num_classes: Positive
+    flip: bool
+    data_dir: str  # '' = $DITJAX_DATA or ~/.cache/ditjax/data
+    cache_mb: Count  # splits that decode to less are kept in memory
+    threads: Positive
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """The KL autoencoder in front of a latent DiT, or the network being trained itself."""
+
+    kind: Literal["none", "kl"]
+    path: str  # work directory of an autoencoder run; '' while it is the network in training
+    base_width: Positive
+    multipliers: tuple[int, ...]
+    res_blocks: Positive
+    latent_channels: Positive
+    groups: Positive
+    scale: Annotated[float, above(0)]  # latents are multiplied by it: unit variance for the DiT
+    kl_weight: Annotated[float, at_least(0)]
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW (`training/optim.py`). The paper: lr 1e-4 constant, no decay, no clipping."""
+
+    learning_rate: Annotated[float, above(0)]
+    schedule: Literal["constant", "cosine"]
+    warmup_steps: Count
+    b1: Annotated[float, fraction_below_one()]
+    b2: Annotated[float, fraction_below_one()]
+    eps: Annotated[float, above(0)]
+    weight_decay: Annotated[float, at_least(0)]
+    clip_norm: Annotated[float, at_least(0)]  # 0 = no clipping
+
+
+@dataclass(frozen=True)
+class Train:
+    """The loop (`train.py`)."""
+
+    network: Literal["dit", "autoencoder"]
+    steps: Positive
+    batch_size: Positive  # global
+    ema_decay: Annotated[float, fraction_below_one()]
+    log_every_steps: Positive
+    checkpoint_every_steps: Positive
+    keep_checkpoints: Positive
+    sample_every_steps: Count  # 0 = no sample grids while training
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices as a grid (`parallel/mesh.py`); one axis may be -1: all that are left."""
+
+    data: Annotated[int, axis_size()]
+    fsdp: Annotated[int, axis_size()]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How images are drawn (`sample.py`)."""
+
+    sampler: Literal["ddpm", "ddim"]
+    steps: str  # '250', 'ddim50' or section counts '10,15,20'
+    eta: Annotated[float, within(0, 1)]  # DDIM only
+    cfg_scale: Annotated[float, at_least(0)]  # 1 = no guidance
+    cfg_channels: Literal["all", "three"]
+    clip_x0: bool  # clamp the predicted x_0 to [-1, 1]: for pixels, never for latents
+    batch_size: Positive
+    num: Positive
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What a finished model is measured by (`evaluate.py`)."""
+
+    features: Literal["digits", "none"]
+    num_samples: Annotated[int, at_least(2)]
+    labels: Literal["uniform", "balanced"]
+    guided_scale: Annotated[float, at_least(0)]  # a second sample set at this scale; 0 = none
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The grid: pairs of a dotted key of this config and the values it takes (`sweep.py`)."""
+
+    grid: tuple[tuple[str, tuple[Any, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: everything it depends on."""
+
+    seed: Count
+    model: Model
+    diffusion: Diffusion
+    data: Data
+    autoencoder: Autoencoder
+    optim: Optim
+    train: Train
+    mesh: Mesh
+    sample: Sample
+    evaluate: Evaluate
+    sweep: Sweep
+
+    @property
+    def latent(self) -> bool:
+        """Whether the denoiser works on latents of a frozen autoencoder."""
+        return self.autoencoder.kind == "kl" and self.train.network == "dit"
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent along a side: 8 for Stable Diffusion's autoencoder, 1 for pixels."""
+        return 2 ** (len(self.autoencoder.multipliers) - 1) if self.latent else 1
+
+    @property
+    def input_size(self) -> int:
+        """Side of what the denoiser sees."""
+        return self.data.image_size // self.downsample
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of what the denoiser sees."""
+        return self.autoencoder.latent_channels if self.latent else self.data.channels
+
+
+T = TypeVar("T")
+
+
+def read(tree: Mapping[str, Any]) -> Config:
+    """A recipe's nested mapping -> Config.
+
+    Raises UserError for the first key that is unknown, missing, mistyped, non-finite or out of
+    range, and for values that contradict one another.
+    """
+    config = _read_dataclass(Config, tree, "")
+    _check_consistency(config)
+    return config
+
+
+def _read_dataclass(cls: type[T], tree: Any, path: str) -> T:
+    where = f"config.{path}" if path else "config"
+    if not isinstance(tree, Mapping) and not hasattr(tree, "keys"):
+        raise UserError(f"{where} is {tree!r}: expected a group of keys.")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    prefix = f"{where}."
+    for key in tree.keys():  # noqa: SIM118 (a ConfigDict is no Mapping)
+        if key not in hints:
+            raise UserError(
+                f"{prefix}{key} is no key of a recipe.{nearest(key, hints)}"
+                f" Keys of {where}: {', '.join(hints)}."
+            )
+    values = {}
+    for key, hint in hints.items():
+        if key not in tree:
+            raise UserError(f"{prefix}{key} is missing: a recipe names every key. Add it.")
+        values[key] = _read_value(hint, tree[key], f"{path}.{key}" if path else key)
+    return cls(**values)
+
+
+def _read_value(hint: Any, value: Any, path: str) -> Any:
+    rules: tuple[Any, ...] = ()
+    if typing.get_origin(hint) is Annotated:
+        hint, *rules = typing.get_args(hint)  # type: ignore[assignment]
+    if dataclasses.is_dataclass(hint):
+        return _read_dataclass(typing.cast(type, hint), value, path)
+    if path == "sweep.grid":
+        return _read_grid(value)
+    value = _typed(hint, value, path)
+    for rule in rules:
+        try:
+            holds = rule.holds(value)
+        except UserError as error:
+            raise UserError(f"config.{path}: {error}") from None
+        if not holds:
+            raise UserError(f"config.{path} is {value!r}: expected {rule.expected}.")
+    return value
+
+
+def _typed(hint: Any, value: Any, path: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        legal = typing.get_args(hint)
+        if value not in legal or isinstance(value, bool):
+            raise UserError(
+                f"config.{path} is {value!r}: expected one of {', '.join(map(repr, legal))}."
+                f"{nearest(str(value), [str(word) for word in legal])}"
+            )
+        return value
+    wrong = UserError(
+        f"config.{path} is {value!r}, of type {type(value).__name__}: expected {_name(hint)}."
+    )
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple | list) or not value:
+            raise wrong
+        return tuple(_typed(typing.get_args(hint)[0], item, path) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise wrong
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config.{path} is {value!r}: expected a finite number.")
+    if isinstance(value, int) and value.bit_length() > 62:
+        raise UserError(f"config.{path} is {value!r}: expected an integer below 2**62.")
+    return value
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {typing.get_args(hint)[0].__name__}, not empty"
+    return {"str": "a string", "int": "an integer", "float": "a number", "bool": "True or False"}[
+        hint.__name__
+    ]
+
+
+def _read_grid(value: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """(('model.size', ('S', 'B')), ('model.patch', (4, 2))): each key known, each value once."""
+    legal = [key for key in leaf_keys(Config) if not key.startswith("sweep.")]
+    axes = []
+    for axis in value if isinstance(value, tuple | list) else [value]:
+        if not isinstance(axis, tuple | list) or len(axis) != 2 or not isinstance(axis[0], str):
+            raise UserError(
+                f"config.sweep.grid holds {axis!r}: expected pairs such as ('model.patch', (4, 2))."
+            )
+        key, values = axis
+        if key not in legal:
+            raise UserError(
+                f"config.sweep.grid names {key!r}, no key of a recipe.{nearest(key, legal)}"
+            )
+        if not isinstance(values, tuple | list) or not values:
+            raise UserError(f"config.sweep.grid gives {key!r} {values!r}: expected its values.")
+        if len(set(values)) != len(values):
+            raise UserError(f"config.sweep.grid gives {key!r} {values!r}: a value stands twice.")
+        axes.append((key, tuple(values)))
+    if len({key for key, _ in axes}) != len(axes):
+        raise UserError("config.sweep.grid names a key twice: join its values.")
+    return tuple(axes)
+
+
+def leaf_keys(cls: type, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, in order."""
+    keys = []
+    for key, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            keys += leaf_keys(typing.cast(type, hint), f"{prefix}{key}.")
+        else:
+            keys.append(prefix + key)
+    return keys
+
+
+def _check_consistency(c: Config) -> None:
+    """Values that are legal alone and impossible together."""
+    if c.autoencoder.kind == "kl" or c.train.network == "autoencoder":
+        factor = 2 ** (len(c.autoencoder.multipliers) - 1)
+        if c.data.image_size % factor:
+            raise UserError(
+                f"config.data.image_size is {c.data.image_size}: the autoencoder's"
+                f" {len(c.autoencoder.multipliers)} levels need a multiple of {factor}."
+            )
+        for m in c.autoencoder.multipliers:
+            if m < 1 or (c.autoencoder.base_width * m) % c.autoencoder.groups:
+                raise UserError(
+                    f"config.autoencoder: width {c.autoencoder.base_width} x {m} is not divisible"
+                    f" into {c.autoencoder.groups} groups: change base_width, multipliers or"
+                    " groups."
+                )
+    if c.train.network == "autoencoder" and c.autoencoder.kind == "none":
+        raise UserError(
+            "config.train.network is 'autoencoder' but config.autoencoder.kind is 'none': set it to"
+            " 'kl'."
+        )
+    if c.train.network == "dit" and c.input_size % c.model.patch:
+        sizes = [p for p in range(1, c.input_size + 1) if c.input_size % p == 0]
+        raise UserError(
+            f"config.model.patch is {c.model.patch}: an input of {c.input_size}x{c.input_size} is"
+            f" not divisible by it. Patch sizes that divide: {', '.join(map(str, sizes))}."
+        )
+    if c.diffusion.loss == "hybrid" and c.diffusion.variance != "learned_range":
+        raise UserError(
+            f"config.diffusion.loss is 'hybrid' with variance {c.diffusion.variance!r}: L_vlb would"
+            " train nothing. Set variance 'learned_range', or loss 'simple'."
+        )
+    if c.diffusion.loss == "simple" and c.diffusion.variance == "learned_range":
+        raise UserError(
+            "config.diffusion.loss is 'simple' with variance 'learned_range': nothing would train"
+            " the variance. Set loss 'hybrid', or variance 'fixed_small'."
+        )
+    guided = c.sample.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
+    if guided and c.model.label_dropout == 0 and c.train.network == "dit":
+        raise UserError(
+            "guidance needs the null label: config.sample.cfg_scale or config.evaluate.guided_scale"
+            " asks for it, and config.model.label_dropout is 0. Set label_dropout, or the scales to"
+            " 1 and 0."
+        )
+    if c.sample.cfg_channels == "three" and c.input_channels < 3 and guided:
+        raise UserError(
+            "config.sample.cfg_channels is 'three' and the input has"
+            f" {c.input_channels} channel(s): set it to 'all'."
+        )
+    if c.optim.warmup_steps >= c.train.steps:
+        raise UserError(
+            f"config.optim.warmup_steps is {c.optim.warmup_steps} and config.train.steps is"
+            f" {c.train.steps}: the warm-up must end before the training does."
+        )

@@ -1,0 +1,133 @@
+"""Jitted programs with their shardings: initialise, train, encode, sample."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ditjax import build
+from ditjax.config import Config
+from ditjax.models.autoencoder import Moments
+from ditjax.parallel import rules
+from ditjax.training.step import Batch, Metrics, TrainState, init_state, make_step
+
+# Streams of the run's key, so that no two uses of a seed share random numbers.
+_INIT, _TRAIN, _LATENTS, _SAMPLE, _LABELS = range(5)
+
+
+def stream(seed: int, which: int) -> jax.Array:
+    """The key of one use of a seed."""
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), which)
+
+
+class Training(NamedTuple):
+    """What a training loop calls. `state` is donated to `step`."""
+
+    init: Callable[[], TrainState]
+    abstract_state: TrainState  # shapes, dtypes and shardings: the target of a restore
+    put: Callable[[Mapping[str, np.ndarray]], Batch]  # this process's rows -> global arrays
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
+    """The training programs of a recipe on a mesh.
+
+    `frozen` are the autoencoder's parameters when images are encoded on the way (a latent DiT on
+    images); a data set of cached moments does not need them.
+    """
+    rules.check_batch(c.train.batch_size, mesh, "config.train.batch_size")
+    trainee, tx = build.trainee(c), build.optimizer(c)
+    key = stream(c.seed, _TRAIN)
+    shapes = jax.eval_shape(lambda: init_state(trainee.init(stream(c.seed, _INIT)), tx))
+    shardings = rules.state_shardings(shapes, mesh)
+    init = jax.jit(
+        lambda: init_state(trainee.init(stream(c.seed, _INIT)), tx), out_shardings=shardings
+    )
+    batch_sharding = rules.batch_sharding(mesh)
+    step = make_step(trainee.loss, tx, c.train.ema_decay)
+    jit_step = jax.jit(
+        lambda state, batch: step(state, batch, key),
+        in_shardings=(shardings, batch_sharding),
+        out_shardings=(shardings, rules.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    @jax.jit
+    def to_x0(frozen: Any, batch: Batch, step: jax.Array) -> Batch:
+        """Images or moments -> x0 of this step, on the mesh."""
+        if "mean" in batch:
+            moments = Moments(batch["mean"], batch["log_variance"])
+        elif c.latent:
+            moments = build.encode(c, frozen, batch["image"])
+        else:
+            return {"x0": batch["image"], "label": batch["label"]}
+        step_key = jax.random.fold_in(stream(c.seed, _LATENTS), step)
+        return {"x0": build.draw_latents(c, moments, step_key), "label": batch["label"]}
+
+    def put(rows: Mapping[str, np.ndarray]) -> Batch:
+        return {
+            name: jax.make_array_from_process_local_data(batch_sharding, value)
+            for name, value in rows.items()
+            if name != "index"
+        }
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return jit_step(state, to_x0(frozen, batch, state.step))
+
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    return Training(init, abstract, put, run)
+
+
+class Sampling(NamedTuple):
+    """Images u8[B,H,W,C] and labels i32[B] of samples [start, start + B)."""
+
+    draw: Callable[[Any, int, np.ndarray | None, float], tuple[np.ndarray, np.ndarray]]
+    batch_size: int
+
+
+def sampling(c: Config, mesh: Mesh, guided: bool, frozen: Any = None) -> Sampling:
+    """Draws images of a recipe on a mesh: `draw(params, start, labels, cfg_scale)`.
+
+    Sample i depends on (config.seed, i) and its label only: not on the batch, not on the mesh.
+    Without labels, label i is uniform over the classes, from (seed, i) too.
+    """
+    rules.check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
+    sample = build.sampler(c, guided)
+    batch_sharding = rules.batch_sharding(mesh)
+
+    def keys_of(which: int, indices: jax.Array) -> jax.Array:
+        return jax.vmap(jax.random.fold_in, (None, 0))(stream(c.seed, which), indices)
+
+    @jax.jit
+    def labels_of(indices: jax.Array) -> jax.Array:
+        keys = keys_of(_LABELS, indices)
+        return jax.vmap(lambda key: jax.random.randint(key, (), 0, c.data.num_classes))(keys)
+
+    def images(params: Any, frozen: Any, indices: Any, labels: Any, scale: Any) -> jax.Array:
+        keys = keys_of(_SAMPLE, indices)
+        x = sample(params, keys, labels, scale)
+        x = build.decode(c, frozen, x) if c.latent else x
+        # Truncated, not rounded, to uint8: what the release and ADM's evaluator do.
+        return jnp.clip(127.5 * x + 128.0, 0, 255).astype(jnp.uint8)
+
+    jit_images = jax.jit(
+        images,
+        in_shardings=(None, None, batch_sharding, batch_sharding, None),
+        out_shardings=rules.replicated(mesh),
+    )
+
+    def draw(
+        params: Any, start: int, labels: np.ndarray | None, cfg_scale: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        indices = np.arange(start, start + c.sample.batch_size, dtype=np.uint32)
+        if labels is None:
+            labels = np.asarray(labels_of(indices))
+        drawn = jit_images(params, frozen, indices, labels, np.float32(cfg_scale))
+        return np.asarray(drawn), np.asarray(labels, np.int32)
+
+    return Sampling(draw, c.sample.batch_size)

@@ -1,0 +1,67 @@
+"""Networks out of run directories: the averaged weights of a run, a frozen autoencoder."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ditjax import build
+from ditjax.config import Config, read
+from ditjax.errors import UserError
+from ditjax.io import rundir
+from ditjax.io.checkpoint import Checkpoints
+from ditjax.parallel import rules
+from ditjax.training.step import init_state
+
+
+def load_ema(
+    c: Config, workdir: str | os.PathLike[str], mesh: Mesh, step: int | None = None
+) -> tuple[Any, int]:
+    """(averaged parameters on the mesh, step) of a run's newest checkpoint, or of `step`."""
+    key = jax.random.key(0)
+    tx = build.optimizer(c)
+    shapes = jax.eval_shape(lambda: init_state(build.trainee(c).init(key), tx))
+    shardings = rules.state_shardings(shapes, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    with Checkpoints(Path(workdir) / rundir.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
+        return checkpoints.restore_ema(abstract, step)
+
+
+def load_autoencoder(c: Config, mesh: Mesh) -> Any:
+    """The frozen autoencoder's parameters that a latent recipe names; None for pixels.
+
+    Raises UserError when the run at config.autoencoder.path has another architecture.
+    """
+    if not c.latent:
+        return None
+    path = c.autoencoder.path
+    if not path:
+        raise UserError(
+            "config.autoencoder.path is '': a latent DiT needs the work directory of a trained"
+            " autoencoder."
+        )
+    trained = read(rundir.read_recipe(path))
+    if trained.train.network != "autoencoder":
+        raise UserError(f"config.autoencoder.path={path} is a run of a {trained.train.network}.")
+    for field in ("base_width", "multipliers", "res_blocks", "latent_channels", "groups"):
+        theirs, ours = getattr(trained.autoencoder, field), getattr(c.autoencoder, field)
+        if theirs != ours:
+            raise UserError(
+                f"config.autoencoder.{field} is {ours}, and the autoencoder at {path} was trained"
+                f" with {theirs}."
+            )
+    if trained.data.channels != c.data.channels:
+        raise UserError(
+            f"config.data.channels is {c.data.channels}, and the autoencoder at {path} was trained"
+            f" on {trained.data.channels}."
+        )
+    return load_ema(trained, path, mesh)[0]
+
+
+def recipe_of(workdir: str | os.PathLike[str]) -> Config:
+    """The checked recipe of an existing run."""
+    return read(rundir.read_recipe(workdir))

@@ -1,0 +1,44 @@
+"""The latent path on real digits: autoencoder, latents, DiT on latents, decoded samples.
+
+    R=runs/digits_latent; C=experiments/digits_latent.py
+    python -m ditjax.train --config=$C:autoencoder --workdir=$R/autoencoder
+    python -m ditjax.encode --config=$C --out=$R/latents
+    python -m ditjax.train --config=$C --workdir=$R/dit --config.data.name=latents:$R/latents
+    python -m ditjax.sample --config=$C --workdir=$R/dit
+    python -m ditjax.evaluate --config=$C --workdir=$R/dit
+
+1,438 digits of 8x8 upsampled to 32x32; latents are 8x8x4. The steps are those of ImageNet, with a
+small autoencoder of our own in the place of the published one; `bash launch/digits_latent.sh` runs
+them. Hardware, minutes and expected result: see README, "The latent path".
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import digits
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The DiT's recipe, or with 'autoencoder' its autoencoder's."""
+    config = digits.get_config("4x96x3/2")
+    config.data.image_size = 32
+    config.autoencoder.kind = "kl"
+    config.autoencoder.path = "runs/digits_latent/autoencoder"
+    config.autoencoder.base_width = 16
+    config.autoencoder.multipliers = (1, 2, 2)
+    config.autoencoder.res_blocks = 1
+    config.autoencoder.latent_channels = 4
+    config.autoencoder.groups = 8
+    config.autoencoder.scale = 1.0
+    config.autoencoder.kl_weight = 1e-3
+    config.sample.clip_x0 = False
+    config.sweep.grid = ()
+    if arg == "autoencoder":
+        config.train.network = "autoencoder"
+        config.autoencoder.path = ""
+        config.train.steps = 400
+        config.train.log_every_steps = 20
+        config.optim.learning_rate = 2e-3
+        config.model.patch = 1
+    elif arg:
+        raise ValueError(f"digits_latent takes 'autoencoder' or nothing, not {arg!r}")
+    return config

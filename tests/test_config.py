@@ -1,0 +1,185 @@
+"""A recipe says everything, and anything else is refused in one line with the remedy."""
+
+import copy
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ditjax.cli import load_recipe, parse, parser
+from ditjax.config import Config, leaf_keys, read
+from ditjax.errors import UserError
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+RECIPES = sorted(p.stem for p in EXPERIMENTS.glob("*.py") if p.stem != "__init__")
+DIGITS = "--config=experiments/digits.py"
+
+
+def digits() -> dict:
+    return load_recipe([DIGITS]).to_dict()
+
+
+def changed(**values) -> dict:
+    """The digits recipe with dotted keys (written a__b) changed."""
+    recipe = copy.deepcopy(digits())
+    for key, value in values.items():
+        *groups, leaf = key.split("__")
+        node = recipe
+        for group in groups:
+            node = node[group]
+        node[leaf] = value
+    return recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_legal(name):
+    recipe = importlib.import_module(f"experiments.{name}").get_config()
+    assert isinstance(read(recipe.to_dict()), Config)
+
+
+def test_base_is_the_paper():
+    c = read(importlib.import_module("experiments.base").get_config().to_dict())
+    assert (c.model.size, c.model.patch, c.model.block) == ("XL", 2, "adaln_zero")
+    assert (c.train.batch_size, c.train.steps, c.train.ema_decay) == (256, 400_000, 0.9999)
+    o = c.optim
+    assert (o.learning_rate, o.b1, o.b2, o.weight_decay) == (1e-4, 0.9, 0.999, 0.0)
+    assert (o.warmup_steps, o.clip_norm) == (0, 0.0)
+    assert (c.sample.sampler, c.sample.steps, c.sample.cfg_channels) == ("ddpm", "250", "three")
+    assert (c.input_size, c.input_channels, c.autoencoder.scale) == (32, 4, 0.18215)
+
+
+def test_read_gives_back_what_it_was_given():
+    c = read(changed(optim__learning_rate=3))
+    assert c.optim.learning_rate == 3.0
+    assert isinstance(c.optim.learning_rate, float)
+    assert c.sweep.grid == (
+        ("model.size", ("2x32x2", "3x64x4", "4x96x6")),
+        ("model.patch", (4, 2, 1)),
+    )
+    assert not c.latent
+    assert (c.input_size, c.input_channels) == (8, 1)
+
+
+BAD = [
+    ({"optim__learning_rate": float("nan")}, r"config\.optim\.learning_rate is nan: .* finite"),
+    ({"optim__learning_rate": float("inf")}, "finite"),
+    ({"optim__learning_rate": -1e-3}, r"is -0\.001: expected greater than 0"),
+    ({"optim__learning_rate": "fast"}, "of type str: expected a number"),
+    ({"train__batch_size": -1}, "expected at least 1"),
+    ({"train__batch_size": 0}, "expected at least 1"),
+    ({"train__batch_size": 64.0}, "of type float: expected an integer"),
+    ({"train__batch_size": True}, "of type bool: expected an integer"),
+    ({"train__batch_size": 2**80}, "below 2"),
+    ({"data__flip": 1}, "expected True or False"),
+    ({"train__ema_decay": 1.0}, "from 0 to below 1"),
+    ({"model__patch": 3}, r"model\.patch is 3: .* 8x8 .*: 1, 2, 4, 8"),
+    ({"model__size": "XXL"}, r"model\.size: model size 'XXL' is unknown: .* XL"),
+    ({"model__size": "4x96x5"}, "96 is not divisible by 5 heads"),
+    ({"model__size": "4x6x3"}, "not divisible by 4"),
+    ({"model__size": "0x96x3"}, "at least 1"),
+    ({"model__block": "adaln-zero"}, "expected one of 'adaln_zero'"),
+    ({"autoencoder__multipliers": ()}, "not empty"),
+    ({"autoencoder__multipliers": (1, 2.5)}, "is 2.5, of type float"),
+    ({"autoencoder__kind": "kl", "autoencoder__groups": 7}, "not divisible into 7 groups"),
+    ({"autoencoder__kind": "kl", "data__image_size": 9, "model__patch": 1}, "multiple of 8"),
+    ({"train__network": "autoencoder"}, "set it to 'kl'"),
+    ({"diffusion__variance": "fixed_small"}, "L_vlb would train nothing"),
+    ({"diffusion__loss": "simple"}, "nothing would train the variance"),
+    ({"model__label_dropout": 0.0}, "guidance needs the null label"),
+    ({"sample__cfg_channels": "three"}, "has 1 channel"),
+    ({"optim__warmup_steps": 1000}, "warm-up must end before"),
+    ({"sweep__grid": (("model.sizes", ("S",)),)}, "Did you mean 'model.size'"),
+    ({"sweep__grid": (("model.patch", ()),)}, "expected its values"),
+    ({"sweep__grid": (("model.patch", (1, 1)),)}, "twice"),
+    ({"sweep__grid": (("model.patch", (1,)), ("model.patch", (2,)))}, "a key twice"),
+    ({"sweep__grid": ("model.patch",)}, "expected pairs"),
+    ({"optim": 3}, "expected a group of keys"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD, ids=[str(v)[1:50] for v, _ in BAD])
+def test_illegal_values_are_refused(values, message):
+    with pytest.raises(UserError, match=message) as error:
+        read(changed(**values))
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_and_missing_keys():
+    recipe = changed(optim__learning_rat=1.0)
+    with pytest.raises(UserError, match=r"learning_rat is no key .* Did you mean 'learning_rate'"):
+        read(recipe)
+    for key in leaf_keys(Config):
+        recipe = digits()
+        *groups, leaf = key.split(".")
+        node = recipe
+        for group in groups:
+            node = node[group]
+        del node[leaf]
+        with pytest.raises(UserError, match=rf"config\.{key} is missing"):
+            read(recipe)
+
+
+def test_overrides():
+    args, config = parse(
+        parser("x", ""),
+        [f"{DIGITS}:2x32x2/4", "--config.train.steps=700", "--config.data.flip=True"],
+    )
+    assert (config.model.size, config.model.patch) == ("2x32x2", 4)
+    assert (config.train.steps, config.data.flip) == (700, True)
+    assert args.recipe["train"]["steps"] == 700
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no --config=FILE given"),
+        ([DIGITS, DIGITS], "2 --config=FILE given"),
+        (["--config=experiments/digit.py"], "'experiments/digit.py' does not exist"),
+        ([DIGITS, "--config.optim.lr=1"], "expected --config.KEY=VALUE"),
+        ([DIGITS, "--config.model.path=1"], "Did you mean 'model.patch'"),
+        ([DIGITS, "--config.train.steps=ten"], "invalid literal"),
+        ([DIGITS, "--config.train.steps=1.5"], "invalid literal"),
+        ([DIGITS, "--config.train"], "expected --config.KEY=VALUE"),
+        ([DIGITS, "--confg.train.steps=1"], "'--confg.train.steps=1' is no flag"),
+        ([DIGITS, "stray"], "'stray' is no flag"),
+    ],
+)
+def test_bad_command_lines(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(parser("x", ""), words)
+
+
+def test_a_recipe_that_fails_is_named_with_its_line(tmp_path):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(UserError, match=r"mine.py' failed at .*mine.py:2: ZeroDivisionError"):
+        load_recipe([f"--config={recipe}"])
+    recipe.write_text("def get_config():\n    return {}\n")
+    with pytest.raises(UserError, match=r"gave no ml_collections\.ConfigDict"):
+        load_recipe([f"--config={recipe}"])
+
+
+def command(*words: str, cwd: Path = EXPERIMENTS.parent) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=cwd, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+def test_a_mistake_is_one_line_and_status_2():
+    done = command("ditjax.flops", DIGITS, "--config.model.patch=3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: config.model.patch is 3")
+
+
+def test_recipes_work_from_any_directory(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "ditjax.flops", f"--config={EXPERIMENTS / 'digits.py'}"],
+        cwd=tmp_path, env={"PYTHONPATH": str(EXPERIMENTS.parent), "PATH": ""}, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "64 tokens" in done.stdout

@@ -1,0 +1,137 @@
+"""What training and sampling depend on: the seed and the index, never the devices."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from ditjax import programs
+from ditjax.cli import load_recipe
+from ditjax.config import read
+from ditjax.parallel.mesh import make_mesh
+
+STEPS = 50
+
+
+def recipe(*overrides):
+    small = (
+        "--config=experiments/digits.py:2x32x2/2",
+        "--config.model.unroll=1",
+        "--config.train.batch_size=16",
+        "--config.sample.batch_size=8",
+        "--config.sample.steps=ddim5",
+    )
+    return read(load_recipe([*small, *overrides]).to_dict())
+
+
+@functools.cache
+def host_batches():
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "image": rng.uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32),
+            "label": rng.integers(0, 10, 16).astype(np.int32),
+            "index": np.arange(16),
+        }
+        for _ in range(STEPS)
+    ]
+
+
+def train(c, mesh):
+    """(losses of 50 steps, final averaged parameters)."""
+    p = programs.training(c, mesh)
+    state = p.init()
+    losses = []
+    for rows in host_batches():
+        state, metrics = p.step(state, p.put(rows))
+        losses.append(metrics["loss"])
+    return np.array(jax.device_get(losses)), jax.device_get(state.ema)
+
+
+@functools.cache
+def one_device():
+    return train(recipe(), make_mesh(1, 1, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (4, 2)])
+def test_the_same_training_on_one_and_eight_devices(data, fsdp):
+    losses, ema = train(recipe(), make_mesh(data, fsdp))
+    expected, expected_ema = one_device()
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(expected_ema), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert losses[-5:].mean() < losses[:5].mean(), "it does not learn"
+
+
+def test_another_seed_is_another_training():
+    losses, _ = train(recipe("--config.seed=1"), make_mesh(8, 1))
+    assert np.abs(losses - one_device()[0]).max() > 1e-3
+
+
+def test_state_stays_where_the_rules_put_it():
+    p = programs.training(recipe(), make_mesh(2, 4))
+    state = p.init()
+    expected = [leaf.sharding for leaf in jax.tree.leaves(p.abstract_state)]
+    rows = host_batches()[0]
+    for _ in range(3):
+        state, _ = p.step(state, p.put(rows))
+        assert [leaf.sharding for leaf in jax.tree.leaves(state)] == expected
+
+
+def test_the_state_is_donated():
+    p = programs.training(recipe(), make_mesh(8, 1))
+    state = p.init()
+    p.step(state, p.put(host_batches()[0]))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+@functools.cache
+def noisy_params():
+    """Weights far from their start, so that labels and guidance matter."""
+    rng = np.random.default_rng(0)
+    noise = lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
+    return jax.tree.map(noise, one_device()[1])
+
+
+def draw(c, mesh, start, labels=None, scale=1.0):
+    params = noisy_params()
+    return programs.sampling(c, mesh, guided=scale != 1).draw(params, start, labels, scale)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_sample_is_a_function_of_seed_and_index(sampler):
+    c = recipe(f"--config.sample.sampler={sampler}", "--config.sample.steps=5")
+    images, labels = draw(c, make_mesh(8, 1), 0)
+    assert images.shape == (8, 8, 8, 1)
+    assert images.dtype == np.uint8
+    again = recipe(
+        f"--config.sample.sampler={sampler}", "--config.sample.steps=5",
+        "--config.sample.batch_size=4",
+    )  # fmt: skip
+    one = make_mesh(1, 1, jax.devices()[:1])
+    second, second_labels = draw(again, one, 4)
+    np.testing.assert_array_equal(second_labels, labels[4:])
+    assert np.abs(second.astype(int) - images[4:].astype(int)).max() <= 1
+    assert len({image.tobytes() for image in images}) == 8
+
+
+def test_labels_and_guidance_are_heard():
+    c, mesh = recipe(), make_mesh(8, 1)
+    label = np.full(8, 3, np.int32)
+    plain, given = draw(c, mesh, 0, label)
+    np.testing.assert_array_equal(given, label)
+    other, _ = draw(c, mesh, 0, label + 1)
+    guided, _ = draw(c, mesh, 0, label, 4.0)
+    unguided, _ = draw(c, mesh, 0, label, 1.0 + 1e-6)
+    assert (plain != other).any()
+    assert (plain != guided).any()
+    assert np.abs(unguided.astype(int) - plain.astype(int)).max() <= 1
+
+
+def test_default_labels_are_uniform():
+    c = recipe("--config.sample.batch_size=2000", "--config.sample.steps=ddim2")
+    _, labels = draw(c, make_mesh(8, 1), 0)
+    counts = np.bincount(labels, minlength=10)
+    # Chi-squared with 9 degrees of freedom: 27.9 is its 99.9 % point.
+    assert ((counts - 200.0) ** 2 / 200).sum() < 27.9
