@@ -1,0 +1,164 @@
+"""python -m ditjax.evaluate: FD-digits and class accuracy of a run's samples, with its protocol."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ditjax import cli, runs
+from ditjax.classify import FEATURES, JUDGE, accuracy, recognise
+from ditjax.config import Config
+from ditjax.errors import UserError
+from ditjax.io import data
+from ditjax.io.assets import load_asset
+from ditjax.io.checkpoint import is_primary
+from ditjax.io.results import protocol_hash, save_grid, save_samples, write_atomic
+from ditjax.metrics import frechet
+from ditjax.models import classifier
+from ditjax.parallel.mesh import make_mesh
+from ditjax.sample import GRID_IMAGES, Samples, draw
+
+METRICS_FILE = "evaluation.json"
+
+
+@functools.cache
+def _classifier(name: str) -> tuple[classifier.DigitsConvNet | classifier.DigitsMixer, Any]:
+    params, record = load_asset(name)
+    widths = dict(record["network"])
+    return getattr(classifier, widths.pop("name"))(**widths), params
+
+
+def see(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A shipped classifier on u8[N,H,W,C] of any size -> features f32[N,F], logits f32[N,10]."""
+    small = data.resize_images(images, classifier.SIDE)
+    if small.shape[-1] == 3:
+        small = small.mean(-1, keepdims=True).round().astype(np.uint8)
+    return recognise(*_classifier(name), small)
+
+
+def fd_digits(images: np.ndarray, reference: frechet.Moments) -> float:
+    """Fréchet distance to `reference` on our digit classifier's features: FD-digits, not FID."""
+    features, _ = see(FEATURES, images)
+    return frechet.frechet_distance(frechet.batch_moments(features), reference)
+
+
+def class_accuracy(images: np.ndarray, label: np.ndarray) -> float:
+    """How often an independent classifier sees the class that was asked for."""
+    return accuracy(see(JUDGE, images)[1], label)
+
+
+@functools.cache
+def digits_reference(data_dir: str) -> tuple[frechet.Moments, float]:
+    """(moments of the train split's features, FD-digits of the test split to them: the floor)."""
+    moments = {}
+    for split in ("train", "test"):
+        images = data.load_arrays("digits", split, data_dir or None)["image"]
+        moments[split] = frechet.batch_moments(see(FEATURES, images)[0])
+    return moments["train"], frechet.frechet_distance(moments["test"], moments["train"])
+
+
+class Evaluated(NamedTuple):
+    """metrics name -> value, the protocol that fixes their meaning, and the samples."""
+
+    metrics: dict[str, float]
+    protocol: dict[str, Any]
+    samples: Samples
+    guided: Samples | None
+
+
+def evaluate(c: Config, params: Any, step: int) -> Evaluated:
+    """Draws config.evaluate.num_samples images and measures them against the train split."""
+    if c.evaluate.features != "digits" or c.train.network != "dit":
+        raise UserError(
+            f"config.evaluate.features is {c.evaluate.features!r} for a {c.train.network}: expected"
+            " 'digits' and a DiT."
+        )
+    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
+    frozen = runs.load_autoencoder(c, mesh)
+    label_of = None if c.evaluate.labels == "uniform" else range(c.data.num_classes)
+    measure = functools.partial(
+        draw, c, params, mesh, c.evaluate.num_samples, label_of=label_of, frozen=frozen
+    )
+    reference, floor = digits_reference(c.data.data_dir)
+    samples = measure(cfg_scale=c.sample.cfg_scale)
+    metrics = {
+        "fd_digits": fd_digits(samples.images, reference),
+        "accuracy": class_accuracy(samples.images, samples.label),
+        "fd_digits_floor": floor,
+    }
+    guided = None
+    if c.evaluate.guided_scale not in (0, c.sample.cfg_scale):
+        guided = measure(cfg_scale=c.evaluate.guided_scale)
+        metrics["fd_digits_guided"] = fd_digits(guided.images, reference)
+        metrics["accuracy_guided"] = class_accuracy(guided.images, guided.label)
+    return Evaluated(metrics, protocol_of(c, reference.count), samples, guided)
+
+
+def protocol_of(c: Config, reference_count: int) -> dict[str, Any]:
+    """Everything that two results must share to be compared. The seed is not: it is what varies."""
+    native = c.data.image_size == classifier.SIDE
+    return {
+        "metric": "FD-digits",
+        "features_sha256": load_asset(FEATURES)[1]["sha256"],
+        "judge_sha256": load_asset(JUDGE)[1]["sha256"],
+        "reference": f"digits/train, {reference_count} images",
+        "num_samples": c.evaluate.num_samples,
+        "labels": c.evaluate.labels,
+        "sampler": c.sample.sampler,
+        "steps": c.sample.steps,
+        "eta": c.sample.eta,
+        "cfg_scale": c.sample.cfg_scale,
+        "cfg_channels": c.sample.cfg_channels,
+        "guided_scale": c.evaluate.guided_scale,
+        "clip_x0": c.sample.clip_x0,
+        "decoder": c.autoencoder.path if c.latent else "pixels",
+        "ema_decay": c.train.ema_decay,
+        "precision": c.model.dtype,
+        "image_size": c.data.image_size,
+        "resize": "none" if native else f"centre crop, bicubic to {classifier.SIDE}",
+    }
+
+
+def save(folder: Path, evaluated: Evaluated, step: int, extra: Mapping[str, Any]) -> None:
+    """evaluation.json, samples.npz and samples.png (and the guided ones) in a run's directory."""
+    for name, samples in (("samples", evaluated.samples), ("guided", evaluated.guided)):
+        if samples is not None:
+            save_samples(folder / f"{name}.npz", samples.images, samples.label)
+            # In the grid, a row is a class.
+            order = np.argsort(samples.label[:GRID_IMAGES], kind="stable")
+            images = samples.images[:GRID_IMAGES][order]
+            save_grid(images, folder / f"{name}.png", 10, upscale=max(1, 32 // images.shape[1]))
+    record = {
+        "step": step, "metrics": evaluated.metrics, "protocol": evaluated.protocol,
+        "protocol_hash": protocol_hash(evaluated.protocol), **extra,
+    }  # fmt: skip
+    write_atomic(folder / METRICS_FILE, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def evaluate_run(c: Config, workdir: str | os.PathLike[str]) -> Evaluated:
+    """Evaluates a run's newest averaged weights and saves the outcome in its directory."""
+    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
+    params, step = runs.load_ema(c, workdir, mesh)
+    evaluated = evaluate(c, params, step)
+    if is_primary():
+        save(Path(workdir), evaluated, step, {"sample": dataclasses.asdict(c.sample)})
+    return evaluated
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    parser = cli.parser("evaluate", "FD-digits and class accuracy of a run's samples.")
+    parser.add_argument("--workdir", required=True, help="the run's directory")
+    args, config = cli.parse(parser, argv)
+    for name, value in evaluate_run(config, args.workdir).metrics.items():
+        print(f"{name:<20} {value:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,290 @@
+"""python -m ditjax.sweep: the grid of a recipe: train, evaluate, one result.json a run, report."""
+
+import copy
+import itertools
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ditjax import __version__, build, cli
+from ditjax.config import Config, read
+from ditjax.errors import UserError
+from ditjax.evaluate import evaluate, save
+from ditjax.io import results, rundir
+from ditjax.io.log import Progress, last_metrics
+from ditjax.report import make_report
+from ditjax.scaling.counts import forward_macs, gflops, trainable_parameters
+from ditjax.sizes import parse_size
+from ditjax.train import train
+
+RUNS = "runs"
+LOG_FILE = "log.txt"
+
+
+class Cell(NamedTuple):
+    """One run of the grid: its name is its directory below WORKDIR/runs."""
+
+    number: int
+    name: str
+    recipe: dict[str, Any]
+    config: Config
+
+    @property
+    def work(self) -> float:
+        """Multiply-accumulates of its training: what schedules and estimates go by."""
+        return float(forward_macs(build.cost(self.config))) * self.config.train.steps
+
+
+def cells(recipe: Mapping[str, Any]) -> list[Cell]:
+    """The grid of a recipe, in the order of its axes, the last varying fastest; all checked.
+
+    Raises UserError for an empty grid, an illegal cell, or two cells of one name.
+    """
+    grid = read(recipe).sweep.grid
+    if not grid:
+        raise UserError("config.sweep.grid is empty: this recipe is one run; use ditjax.train.")
+    made = []
+    for index, values in enumerate(itertools.product(*(axis for _, axis in grid))):
+        cell = copy.deepcopy(dict(recipe))
+        for (key, _), value in zip(grid, values, strict=True):
+            *groups, leaf = key.split(".")
+            node = cell
+            for group in groups:
+                node = node[group]
+            node[leaf] = value
+        cell["sweep"] = {"grid": ()}
+        try:
+            config = read(cell)
+        except UserError as error:
+            named = ", ".join(f"{k}={v!r}" for (k, _), v in zip(grid, values, strict=True))
+            raise UserError(f"cell {index} of the grid ({named}): {error}") from None
+        made.append(Cell(index, _name(grid, values, config), cell, config))
+    names = [cell.name for cell in made]
+    if len(set(names)) != len(names):
+        raise UserError("two cells of the grid have one name: remove the axis that repeats.")
+    return made
+
+
+def _name(grid: Sequence[tuple[str, Any]], values: Sequence[Any], c: Config) -> str:
+    """DiT-4x96x3-p1-seed0, and the other axes as key_value: a legal directory name."""
+    name = f"DiT-{c.model.size}-p{c.model.patch}-seed{c.seed}"
+    for (key, _), value in zip(grid, values, strict=True):
+        if key not in ("model.size", "model.patch", "seed"):
+            name += f"-{key.rpartition('.')[2]}_{value}"
+    return "".join(ch if ch.isalnum() or ch in "._-" else "_" for ch in name)[:128]
+
+
+def run_cell(cell: Cell, workdir: Path) -> None:
+    """Trains and evaluates one cell; a cell that has its result is left as it is."""
+    folder = workdir / RUNS / cell.name
+    if (folder / results.RESULT_FILE).exists():
+        results.read_result(folder)
+        return
+    c = cell.config
+    trained = train(c, cell.recipe, folder)
+    evaluated = evaluate(c, trained.params, trained.step)
+    save(folder, evaluated, trained.step, {})
+    size, shape = parse_size(c.model.size), build.cost(c)
+    result: results.Result = {
+        "schema": 1,
+        "run": cell.name,
+        "model": {
+            "name": f"DiT-{c.model.size}/{c.model.patch}",
+            "size": c.model.size,
+            "depth": size.depth,
+            "width": size.width,
+            "heads": size.heads,
+            "patch": c.model.patch,
+            "block": c.model.block,
+            "tokens": shape.tokens,
+        },
+        "params": trainable_parameters(shape),
+        "gflops": gflops(shape),
+        "train": {
+            "steps": trained.step,
+            "batch_size": c.train.batch_size,
+            "images": trained.step * c.train.batch_size,
+            "seconds": round(trained.seconds, 2),
+            "learning_rate": c.optim.learning_rate,
+            "final_loss": trained.loss,
+            "seed": c.seed,
+        },
+        "sample": {
+            "num": c.evaluate.num_samples,
+            "sampler": c.sample.sampler,
+            "steps": len(build.sampling_schedule(c)),
+            "eta": c.sample.eta,
+            "cfg_scale": c.sample.cfg_scale,
+            "cfg_channels": c.sample.cfg_channels,
+            "seed": c.seed,
+            "seconds": round(evaluated.samples.seconds, 2),
+        },
+        "metrics": evaluated.metrics,
+        "protocol": evaluated.protocol,
+        "protocol_hash": results.protocol_hash(evaluated.protocol),
+        "environment": environment(),
+        "config": cell.recipe,
+    }
+    results.write_result(folder, result)
+
+
+def environment() -> dict[str, Any]:
+    """Where a result was made: versions and devices, never the process's environment."""
+    device = jax.devices()[0]
+    return {
+        "ditjax": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "flax", "optax", "numpy")},
+        "platform": platform.platform(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpus": len(_cores()) or os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": os.environ.get(_COMMAND, " ".join(["python -m ditjax.sweep", *sys.argv[1:]])),
+    }
+
+
+def _cores() -> list[int]:
+    """The cores that this process may use; [] where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+_COMMAND = "DITJAX_SWEEP_COMMAND"  # the command that a person typed, told to the cells it started
+
+
+class _Running(NamedTuple):
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    cpus: frozenset[int]
+
+
+def run_grid(grid: list[Cell], workdir: Path, argv: list[str], jobs: int) -> list[Cell]:
+    """Runs every cell in a process of its own, `jobs` at once; returns those that failed.
+
+    The dearest start first, so that the last to finish is small. On CPUs each job keeps to its
+    share of the cores: small networks gain more from that than from threads.
+    """
+    waiting = sorted(grid, key=lambda cell: -cell.work)
+    cores = _cores()
+    jobs = min(jobs, len(waiting))
+    free = [frozenset(cores[i::jobs]) for i in range(jobs)]
+    running: list[_Running] = []
+    failed: list[Cell] = []
+    total = sum(cell.work for cell in grid)
+    done = 0.0
+    progress = Progress("sweep", 100, "%")
+    began = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and free:
+                running.append(_start(waiting.pop(0), workdir, argv, free.pop()))
+            time.sleep(0.5)
+            for job in [job for job in running if job.process.poll() is not None]:
+                running.remove(job)
+                free.append(job.cpus)
+                done += job.cell.work
+                if job.process.returncode:
+                    failed.append(job.cell)
+                _tell(job, workdir, time.monotonic() - began)
+            share = done + sum(_progress(job, workdir) for job in running)
+            progress.report(min(99, int(100 * share / total)))
+    finally:
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            job.process.wait()
+    progress.report(100)
+    return failed
+
+
+def _start(cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int]) -> _Running:
+    folder = workdir / RUNS / cell.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = (folder / LOG_FILE).open("ab")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}.") from None
+    command = [sys.executable, "-m", "ditjax.sweep", *argv, f"--index={cell.number}"]
+    env = {**os.environ, _COMMAND: " ".join(["python -m ditjax.sweep", *argv])}
+    ours = _cores()
+    try:
+        # A child inherits the cores; setting them after a fork is unsafe under JAX's threads.
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+        with log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
+            )
+    finally:
+        if cpus:
+            os.sched_setaffinity(0, ours)
+    return _Running(cell, process, cpus)
+
+
+def _progress(job: _Running, workdir: Path) -> float:
+    step = last_metrics(workdir / RUNS / job.cell.name).get("step", 0)
+    return job.cell.work * 0.9 * step / job.cell.config.train.steps  # the rest is evaluation
+
+
+def _tell(job: _Running, workdir: Path, seconds: float) -> None:
+    folder = workdir / RUNS / job.cell.name
+    if job.process.returncode:
+        text = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip()
+        why = text.splitlines()[-1] if text else "it printed nothing"
+        line = f"{job.cell.name} FAILED (status {job.process.returncode}): {why}"
+    else:
+        metrics = results.read_result(folder)["metrics"]
+        figures = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+        line = f"{job.cell.name} done: {figures}"
+    print(f"[{seconds:4.0f} s] {line}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    parser = cli.parser("sweep", "Trains and evaluates every cell of a grid, then reports.")
+    parser.add_argument("--workdir", required=True, help="the study's directory")
+    parser.add_argument("--index", type=int, help="run this cell only (array jobs); no report")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once (default 1)")
+    parser.add_argument("--dry_run", action="store_true", help="list the cells and their cost")
+    args, _ = cli.parse(parser, argv)
+    workdir = Path(args.workdir)
+    grid = cells(args.recipe)
+    if args.jobs < 1:
+        raise UserError(f"--jobs={args.jobs}: expected at least 1.")
+    if args.index is not None:
+        if not 0 <= args.index < len(grid):
+            raise UserError(f"--index={args.index}: the grid has cells 0 to {len(grid) - 1}.")
+        run_cell(grid[args.index], workdir)
+        return 0
+    if args.dry_run:
+        print(f"{'cell':>4} {'run':<28} {'parameters':>12} {'Gflops':>10} {'training MACs':>14}")
+        for cell in grid:
+            shape = build.cost(cell.config)
+            print(
+                f"{cell.number:>4} {cell.name:<28} {trainable_parameters(shape):>12,}"
+                f" {gflops(shape):>10.4g} {3 * cell.work * cell.config.train.batch_size:>14.3g}"
+            )
+        return 0
+    rundir.open_study(workdir, args.recipe)
+    failed = run_grid(grid, workdir, argv, args.jobs)
+    summary = make_report([workdir / RUNS], workdir / "report")
+    print(summary.text)
+    for cell in failed:
+        print(
+            f"{cell.name} failed: see {workdir / RUNS / cell.name / LOG_FILE}; the same command"
+            f" runs it again, alone: --index={cell.number}",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

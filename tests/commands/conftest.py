@@ -1,0 +1,45 @@
+"""A tiny run that every command can be tried on."""
+
+from pathlib import Path
+
+import pytest
+
+from ditjax import train
+
+TINY = (
+    "--config=experiments/digits.py:1x32x2/4",
+    "--config.model.unroll=1",
+    "--config.train.steps=20",
+    "--config.train.batch_size=16",
+    "--config.optim.warmup_steps=2",
+    "--config.train.log_every_steps=5",
+    "--config.train.checkpoint_every_steps=10",
+    "--config.sample.steps=ddim3",
+    "--config.sample.batch_size=40",
+    "--config.sample.num=40",
+    "--config.evaluate.num_samples=40",
+)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(autouse=True)
+def _environment(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DITJAX_DATA", str(data_dir))
+    monkeypatch.chdir(Path(__file__).parent.parent.parent)
+
+
+@pytest.fixture(scope="session")
+def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a finished tiny run."""
+    workdir = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITJAX_DATA", str(data_dir))
+        patch.chdir(Path(__file__).parent.parent.parent)
+        assert (
+            train.main([*TINY, f"--workdir={workdir}", "--config.train.sample_every_steps=20"]) == 0
+        )
+    return workdir

@@ -1,0 +1,170 @@
+"""sample and evaluate on a finished run, and the latent path from end to end."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ditjax import encode, evaluate, sample, train
+from ditjax.cli import load_recipe
+from ditjax.config import read
+from ditjax.errors import UserError
+from ditjax.io import data
+from ditjax.io.results import load_samples
+from tests.commands.conftest import TINY
+
+
+def test_sample(finished, tmp_path, capsys):
+    words = [*TINY, f"--workdir={finished}", f"--out={tmp_path}", "--classes=3,1"]
+    assert sample.main(words) == 0
+    images, label = load_samples(tmp_path / "samples.npz")
+    assert images.shape == (40, 8, 8, 1)
+    np.testing.assert_array_equal(label, [3, 1] * 20)
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["step"] == 20
+    assert record["sample"]["steps"] == "ddim3"
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.width == (2 * 8 + 1) * 4
+    assert "40 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes", ["10", "-1", "cat", "1,,2"])
+def test_classes_that_are_none(finished, classes):
+    with pytest.raises(UserError, match="class numbers from 0 to 9"):
+        sample.main([*TINY, f"--workdir={finished}", f"--classes={classes}"])
+
+
+def test_no_such_run(tmp_path):
+    for command in (sample, evaluate):
+        with pytest.raises(UserError, match="does not exist: train first"):
+            command.main([*TINY, f"--workdir={tmp_path / 'none'}"])
+
+
+def test_evaluate(finished, capsys):
+    assert evaluate.main([*TINY, f"--workdir={finished}"]) == 0
+    record = json.loads((finished / "evaluation.json").read_text())
+    metrics = record["metrics"]
+    assert metrics.keys() == {
+        "fd_digits", "accuracy", "fd_digits_floor", "fd_digits_guided", "accuracy_guided",
+    }  # fmt: skip
+    assert metrics["fd_digits"] > 3 * metrics["fd_digits_floor"], "20 steps make no digits"
+    assert record["protocol"]["num_samples"] == 40
+    for name in ("samples", "guided"):
+        assert (finished / f"{name}.png").exists()
+    assert "fd_digits" in capsys.readouterr().out
+
+
+def test_real_digits_score_as_real(data_dir):
+    real = data.load_arrays("digits", "test", data_dir)
+    reference, floor = evaluate.digits_reference(str(data_dir))
+    assert evaluate.fd_digits(real["image"], reference) == pytest.approx(floor)
+    assert evaluate.class_accuracy(real["image"], real["label"]) > 0.98
+    noise = np.random.default_rng(0).integers(0, 256, real["image"].shape, np.uint8)
+    assert evaluate.fd_digits(noise, reference) > 10 * floor
+    # Larger images are brought to 8x8, colour to grey: digits stay digits.
+    large = data.resize_images(real["image"], 32).repeat(3, axis=-1)
+    assert evaluate.class_accuracy(large, real["label"]) > 0.95
+
+
+SMALL_AUTOENCODER = (
+    "--config.autoencoder.base_width=8",
+    "--config.autoencoder.multipliers=(1,2)",
+    "--config.autoencoder.groups=4",
+    "--config.data.image_size=16",
+    "--config.train.batch_size=8",
+)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("autoencoder")
+    words = [
+        "--config=experiments/digits_latent.py:autoencoder", *SMALL_AUTOENCODER,
+        "--config.train.steps=12", "--config.optim.warmup_steps=2",
+        "--config.train.log_every_steps=4",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITJAX_DATA", str(data_dir))
+        assert train.main([*words, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def latent_words(autoencoder):
+    return [
+        "--config=experiments/digits_latent.py", *SMALL_AUTOENCODER,
+        *[word for word in TINY if "batch" not in word and not word.startswith("--config=")],
+        "--config.model.size=1x32x2", "--config.model.patch=4", "--config.sample.batch_size=40",
+        f"--config.autoencoder.path={autoencoder}",
+    ]  # fmt: skip
+
+
+def test_the_latent_path(autoencoder, tmp_path):
+    losses = [
+        json.loads(x)["loss"] for x in (autoencoder / "metrics.jsonl").read_text().split("\n") if x
+    ]
+    assert losses[-1] < losses[0]
+    words = latent_words(autoencoder)
+    latents = tmp_path / "latents"
+    assert encode.main([*words, f"--out={latents}"]) == 0
+    on_latents = [*words, f"--config.data.name=latents:{latents}"]
+    workdir = tmp_path / "dit"
+    assert train.main([*on_latents, f"--workdir={workdir}"]) == 0
+    assert sample.main([*on_latents, f"--workdir={workdir}"]) == 0
+    images, _ = load_samples(workdir / "drawn" / "samples.npz")
+    assert images.shape == (40, 16, 16, 1)
+    assert evaluate.main([*words, f"--workdir={workdir}"]) == 0
+
+
+def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
+    """Record order, mirror, split and values: against encoding by hand."""
+    import jax.numpy as jnp
+
+    from ditjax import build, runs
+    from ditjax.parallel.mesh import make_mesh
+
+    words = latent_words(autoencoder)
+    c = read(load_recipe(words).to_dict())
+    encode.main([*words, f"--out={tmp_path}"])
+    frozen = runs.load_autoencoder(c, make_mesh(-1, 1))
+    images = data.load_arrays("digits", "train", None, 16)
+    name = f"latents:{tmp_path}"
+    spec = data.DataSpec(name, "train", 16, 1, flip=True)
+    with data.train_batches(spec, 0, 24) as batches:
+        batch = next(batches)
+    mirrored = data.flips(0, 0, 24)
+    assert 0 < mirrored.sum() < 24
+    x = images["image"][batch["index"]]
+    x[mirrored] = x[mirrored, :, ::-1]
+    moments = build.encode(c, frozen, jnp.asarray(x, jnp.float32) / 127.5 - 1)
+    np.testing.assert_allclose(batch["mean"], moments.mean, atol=1e-4)
+    np.testing.assert_allclose(batch["log_variance"], moments.log_variance, atol=1e-4)
+    np.testing.assert_array_equal(batch["label"], images["label"][batch["index"]])
+    assert data.dataset_info(name, "train").num_examples == 1438
+    uncached = data.DataSpec(name, "train", 16, 1, flip=True, cache_mb=0)
+    with data.train_batches(uncached, 0, 24) as batches:
+        np.testing.assert_array_equal(next(batches)["mean"], batch["mean"])
+
+
+def test_images_encoded_on_the_way_train_too(autoencoder, tmp_path):
+    words = [*latent_words(autoencoder), "--config.train.steps=3"]
+    assert train.main([*words, f"--workdir={tmp_path}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--config.autoencoder.path="], "needs the work directory of a trained"),
+        (["--config.autoencoder.path=/nowhere"], "no run directory"),
+        (["--config.autoencoder.base_width=16"], r"base_width is 16, and .* with 8"),
+        (["--config.data.name=latents:/nowhere"], "no encoded latents at /nowhere"),
+    ],
+)
+def test_a_latent_recipe_that_does_not_fit(autoencoder, tmp_path, words, match):
+    with pytest.raises(UserError, match=match):
+        train.main([*latent_words(autoencoder), f"--workdir={tmp_path}", *words])
+
+
+def test_encoding_pixels_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing to encode with"):
+        encode.main([*TINY, f"--out={tmp_path}"])

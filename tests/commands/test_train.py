@@ -1,0 +1,171 @@
+"""The train command: what it leaves, that it resumes exactly, and how it refuses."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from ditjax import runs, train
+from ditjax.cli import load_recipe
+from ditjax.config import read
+from ditjax.errors import UserError
+from ditjax.io import data
+from ditjax.parallel.mesh import make_mesh
+from tests.commands.conftest import TINY
+
+
+def lines(workdir: Path) -> list[dict]:
+    """metrics.jsonl without its clock."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def ema(workdir: Path):
+    c = read(load_recipe(list(TINY)).to_dict())
+    params, step = runs.load_ema(c, workdir, make_mesh(-1, 1))
+    return jax.device_get(params), step
+
+
+def test_what_a_run_leaves(finished):
+    assert [row["step"] for row in lines(finished)] == [5, 10, 15, 20]
+    assert {"loss", "mse", "vlb", "grad_norm"} <= lines(finished)[0].keys()
+    assert len(list(finished.glob("events.out.tfevents.*"))) == 1
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["20"]
+    assert json.loads((finished / "config.json").read_text())["train"]["steps"] == 20
+    assert "blocks/attn/qkv/kernel" in (finished / "parameters.txt").read_text()
+    with Image.open(finished / "samples" / "0000020.png") as grid:
+        assert grid.size == ((8 * 8 + 7) * 4, (8 * 8 + 7) * 4)
+
+
+def test_the_same_command_resumes_exactly(finished, tmp_path, capsys):
+    # A cosine schedule knows its end: a run is cut by leaving its loop, not by another recipe.
+    cut = [*TINY, f"--workdir={tmp_path}"]
+    real = data.train_batches
+
+    class CutError(Exception):
+        pass
+
+    def until_13(*args, **kwargs):
+        source = real(*args, **kwargs)
+
+        class Stopping:
+            count = 0
+
+            def __next__(self):
+                self.count += 1
+                if self.count > 13:
+                    raise CutError
+                return next(source)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                source.close()
+
+        return Stopping()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "train_batches", until_13)
+        with pytest.raises(CutError):
+            train.main(cut)
+    assert [row["step"] for row in lines(tmp_path)] == [5, 10]
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 13, "loss": 1.0}\n{"step": 14, "lo')  # beyond the checkpoint, and torn
+    assert train.main(cut) == 0
+    assert lines(tmp_path) == lines(finished)
+    expected, step = ema(finished)
+    resumed, resumed_step = ema(tmp_path)
+    assert step == resumed_step == 20
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # A finished run stays as it is.
+    assert train.main(cut) == 0
+    assert lines(tmp_path) == lines(finished)
+    assert "20 steps, loss" in capsys.readouterr().out
+
+
+def refused(words, tmp_path, match):
+    with pytest.raises(UserError, match=match) as error:
+        train.main([*TINY, f"--workdir={tmp_path / 'run'}", *words])
+    assert "\n" not in str(error.value)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--config.data.name=digit"], r"'digit' is unknown.* Did you mean 'digits'"),
+        (["--config.data.split=training"], r"no such split.*test, train"),
+        (["--config.data.num_classes=12"], r"num_classes is 12, and data set 'digits' has 10"),
+        (["--config.train.batch_size=12"], r"batch_size is 12: not divisible by .* 8 devices"),
+        (["--config.mesh.data=3"], r"mesh data=3, fsdp=1 does not fill 8"),
+        (["--config.data.name=folder:/nowhere"], "no folder '/nowhere'"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_written(words, match, tmp_path):
+    assert not refused(words, tmp_path, match).joinpath("checkpoints").exists()
+
+
+def test_another_recipe_in_the_same_directory_is_refused(finished):
+    before = lines(finished)
+    with pytest.raises(UserError, match=r"optim\.learning_rate=0\.008, this command says 0\.1"):
+        train.main([*TINY, f"--workdir={finished}", "--config.optim.learning_rate=0.1"])
+    with pytest.raises(UserError, match=r"holds a run with seed=0"):
+        train.main([*TINY, f"--workdir={finished}", "--config.seed=1"])
+    assert lines(finished) == before
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for workdir in (file, file / "below"):
+        with pytest.raises(UserError, match=str(file)):
+            train.main([*TINY, f"--workdir={workdir}"])
+
+
+def test_a_workdir_is_required():
+    with pytest.raises(UserError, match="--workdir"):
+        train.main(list(TINY))
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    for label in ("cat", "dog"):
+        folder = tmp_path / "images" / label
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (8, 8), i * 80).save(folder / f"{i}.png")
+    bad = tmp_path / "images" / "dog" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    refused(
+        [f"--config.data.name=folder:{tmp_path / 'images'}", "--config.data.num_classes=2"],
+        tmp_path, r"dog/1\.png is not a sound image",
+    )  # fmt: skip
+
+
+def test_a_folder_of_images_trains(tmp_path):
+    rng = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        folder = tmp_path / "images" / label
+        folder.mkdir(parents=True)
+        for i in range(5):
+            pixels = rng.integers(0, 256, (11, 9, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    words = [
+        f"--config.data.name=folder:{tmp_path / 'images'}", "--config.data.num_classes=2",
+        "--config.data.channels=3", "--config.data.flip=True", "--config.train.steps=4",
+    ]  # fmt: skip
+    assert train.main([*TINY, f"--workdir={tmp_path / 'run'}", *words]) == 0
+    assert lines(tmp_path / "run")[-1]["step"] == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step \d+: lower"):
+        train.main(
+            [*TINY, f"--workdir={tmp_path}", "--config.optim.learning_rate=1e30",
+             "--config.optim.warmup_steps=0"]
+        )  # fmt: skip
+    assert not list((tmp_path / "checkpoints").iterdir())
