@@ -1,0 +1,35 @@
+# shellcheck shell=bash
+# Sourced by the other scripts: makes .venv from pinned requirements, once per change of them.
+# usage: . launch/venv.sh REQUIREMENTS...    Leaves $PY, the environment's python.
+
+PY=.venv/bin/python
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+make_venv() {
+  local python=${PYTHON:-python3} stamp wanted
+  command -v "$python" >/dev/null || fail "no $python: install Python 3.11 or newer, or set PYTHON"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "$("$python" --version) is too old: ditjax needs 3.11 or newer; set PYTHON to one"
+  wanted=$(cat "$@" | cksum)
+  stamp=.venv/requirements.cksum
+  if [ -x "$PY" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+    return
+  fi
+  if [ ! -x "$PY" ]; then
+    "$python" -m venv .venv || fail "no virtual environment: on Debian, apt-get install python3-venv"
+  fi
+  local flags=()
+  for file in "$@"; do
+    flags+=(-r "$file")
+  done
+  echo "installing $* into .venv" >&2
+  "$PY" -m pip install --quiet --disable-pip-version-check "${flags[@]}" ||
+    fail "pip could not install the requirements: its messages are above"
+  echo "$wanted" >"$stamp"
+}
+
+make_venv "$@"
