@@ -177,6 +177,12 @@ def decode(c: Config, params: Any, latents: jax.Array) -> jax.Array:
     return apply(params, latents / c.autoencoder.scale, method="decode")
 
 
+def reconstruct(c: Config, params: Any, images: jax.Array) -> jax.Array:
+    """decode(mean of q(z|x)): what an autoencoder makes of images f32[B,H,W,C]."""
+    apply: Callable[..., Any] = autoencoder(c).apply
+    return apply(params, encode(c, params, images).mean, method="decode")
+
+
 def denoiser(c: Config, params: Any, labels: jax.Array, cfg_scale: jax.Array | None) -> Denoise:
     """The network with parameters and labels closed over, guided when there is a scale.
 

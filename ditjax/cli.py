@@ -3,7 +3,7 @@
 import argparse
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ditjax.config import Config, leaf_keys, read
 from ditjax.errors import UserError, nearest
+from ditjax.io import rundir
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +33,14 @@ def parser(command: str, description: str, *, config: bool = True) -> Parser:
     return Parser(f"python -m ditjax.{command}", description=description, epilog=epilog)
 
 
+def add_workdir_of_a_run(parser: Parser) -> None:
+    """--workdir of an existing run; without --config its own recipe is taken."""
+    parser.add_argument(
+        "--workdir", required=True, help="the run's directory; without --config, its own recipe"
+    )
+    parser.set_defaults(reads_run=True)
+
+
 def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """(the command's own flags, its checked recipe); `args.recipe` is the recipe's plain dict."""
     args, rest = parser.parse_known_args(list(argv))
@@ -39,19 +48,19 @@ def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, Conf
     for word in rest:
         if not word.startswith("--config") or word[8:9] not in ("", "=", "."):
             raise UserError(f"{word!r} is no flag of this command.{nearest(word, known)}")
-    recipe = load_recipe(rest)
+    recorded = None
+    if getattr(args, "reads_run", False) and not any(w.startswith("--config=") for w in rest):
+        recorded = rundir.read_recipe(args.workdir)
+    recipe = load_recipe(rest, recorded)
     args.recipe = recipe.to_dict()
     return args, read(args.recipe)
 
 
-def load_recipe(words: Sequence[str]) -> ConfigDict:
-    """['--config=FILE[:ARG]', '--config.a.b=value', ...] -> the recipe with its overrides."""
-    files = [word for word in words if word.startswith("--config=")]
-    if len(files) != 1:
-        raise UserError(
-            f"{len(files) or 'no'} --config=FILE given: expected one, such as"
-            " --config=experiments/digits.py"
-        )
+def load_recipe(words: Sequence[str], recorded: Mapping[str, Any] | None = None) -> ConfigDict:
+    """['--config=FILE[:ARG]', '--config.a.b=value', ...] -> the recipe with its overrides.
+
+    With a `recorded` recipe, the one a run was started with, no file is named.
+    """
     legal = leaf_keys(Config)
     for word in words:
         key, given, _ = word.removeprefix("--config.").partition("=")
@@ -60,16 +69,15 @@ def load_recipe(words: Sequence[str]) -> ConfigDict:
                 f"{word!r}: expected --config.KEY=VALUE with a key of the recipe."
                 f"{nearest(key, legal)}"
             )
-    path = files[0].removeprefix("--config=").partition(":")[0]
-    if not Path(path).is_file():
-        raise UserError(f"recipe {path!r} does not exist: expected a file with a get_config().")
-    # A recipe imports its neighbours as `experiments.NAME`, from wherever the command runs.
-    root = str(Path(path).resolve().parent.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    values = flags.FlagValues()
-    command = ["ditjax", *words]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    values, command = flags.FlagValues(), ["ditjax", *words]
+    path = f"{rundir.RECIPE_FILE} of the run"
+    if recorded is None:
+        path = _recipe_file(words)
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    else:
+        config_flags.DEFINE_config_dict(
+            "config", ConfigDict(_with_tuples(recorded)), flag_values=values, sys_argv=command
+        )
     try:
         values(command)
         recipe = values.config
@@ -85,6 +93,31 @@ def load_recipe(words: Sequence[str]) -> ConfigDict:
     if not isinstance(recipe, ConfigDict):
         raise UserError(f"recipe {path!r}: get_config() gave no ml_collections.ConfigDict.")
     return recipe
+
+
+def _recipe_file(words: Sequence[str]) -> str:
+    """The one file that the words name, made importable with its neighbours."""
+    files = [word for word in words if word.startswith("--config=")]
+    if len(files) != 1:
+        raise UserError(
+            f"{len(files) or 'no'} --config=FILE given: expected one, such as"
+            " --config=experiments/digits.py"
+        )
+    path = files[0].removeprefix("--config=").partition(":")[0]
+    if not Path(path).is_file():
+        raise UserError(f"recipe {path!r} does not exist: expected a file with a get_config().")
+    # A recipe imports its neighbours as `experiments.NAME`, from wherever the command runs.
+    root = str(Path(path).resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    return path
+
+
+def _with_tuples(tree: Any) -> Any:
+    """JSON's lists as the tuples that recipes hold."""
+    if isinstance(tree, Mapping):
+        return {key: _with_tuples(value) for key, value in tree.items()}
+    return tuple(map(_with_tuples, tree)) if isinstance(tree, list) else tree
 
 
 def _one_line(error: Any) -> str:

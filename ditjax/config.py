@@ -164,6 +164,7 @@ class Sample:
 class Evaluate:
     """What a finished model is measured by (`evaluate.py`)."""
 
+    split: str  # held-out images: an autoencoder's PSNR
     features: Literal["digits", "none"]
     num_samples: Annotated[int, at_least(2)]
     labels: Literal["uniform", "balanced"]

@@ -1,29 +1,31 @@
-"""python -m ditjax.evaluate: FD-digits and class accuracy of a run's samples, with its protocol."""
+"""python -m ditjax.evaluate: FD-digits and class accuracy of a DiT, PSNR of an autoencoder."""
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ditjax import cli, runs
+from ditjax import build, cli, runs
 from ditjax.classify import FEATURES, JUDGE, accuracy, recognise
 from ditjax.config import Config
 from ditjax.errors import UserError
 from ditjax.io import data
 from ditjax.io.assets import load_asset
 from ditjax.io.checkpoint import is_primary
-from ditjax.io.results import protocol_hash, save_grid, save_samples, write_atomic
+from ditjax.io.results import protocol_hash, save_grid, save_samples, write_json
 from ditjax.metrics import frechet
 from ditjax.models import classifier
 from ditjax.parallel.mesh import make_mesh
 from ditjax.sample import GRID_IMAGES, Samples, draw
+from ditjax.train import data_spec
 
-METRICS_FILE = "evaluation.json"
+EVALUATION_FILE = "evaluation.json"
 
 
 @functools.cache
@@ -67,11 +69,10 @@ class Evaluated(NamedTuple):
 
     metrics: dict[str, float]
     protocol: dict[str, Any]
-    samples: Samples
-    guided: Samples | None
+    samples: dict[str, Samples]  # 'samples', and 'guided' when the recipe asks for it
 
 
-def evaluate(c: Config, params: Any, step: int) -> Evaluated:
+def evaluate(c: Config, params: Any) -> Evaluated:
     """Draws config.evaluate.num_samples images and measures them against the train split."""
     if c.evaluate.features != "digits" or c.train.network != "dit":
         raise UserError(
@@ -91,12 +92,13 @@ def evaluate(c: Config, params: Any, step: int) -> Evaluated:
         "accuracy": class_accuracy(samples.images, samples.label),
         "fd_digits_floor": floor,
     }
-    guided = None
+    sets = {"samples": samples}
     if c.evaluate.guided_scale not in (0, c.sample.cfg_scale):
         guided = measure(cfg_scale=c.evaluate.guided_scale)
         metrics["fd_digits_guided"] = fd_digits(guided.images, reference)
         metrics["accuracy_guided"] = class_accuracy(guided.images, guided.label)
-    return Evaluated(metrics, protocol_of(c, reference.count), samples, guided)
+        sets["guided"] = guided
+    return Evaluated(metrics, protocol_of(c, reference.count), sets)
 
 
 def protocol_of(c: Config, reference_count: int) -> dict[str, Any]:
@@ -124,38 +126,71 @@ def protocol_of(c: Config, reference_count: int) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, evaluated: Evaluated, step: int, extra: Mapping[str, Any]) -> None:
-    """evaluation.json, samples.npz and samples.png (and the guided ones) in a run's directory."""
-    for name, samples in (("samples", evaluated.samples), ("guided", evaluated.guided)):
-        if samples is not None:
-            save_samples(folder / f"{name}.npz", samples.images, samples.label)
-            # In the grid, a row is a class.
-            order = np.argsort(samples.label[:GRID_IMAGES], kind="stable")
-            images = samples.images[:GRID_IMAGES][order]
-            save_grid(images, folder / f"{name}.png", 10, upscale=max(1, 32 // images.shape[1]))
+def save(
+    folder: Path,
+    step: int,
+    metrics: Mapping[str, float],
+    protocol: Mapping[str, Any],
+    samples: Mapping[str, Samples],
+) -> None:
+    """evaluation.json, and NAME.npz and NAME.png of each sample set, in a run's directory."""
+    for name, drawn in samples.items():
+        save_samples(folder / f"{name}.npz", drawn.images, drawn.label)
+        order = np.argsort(drawn.label[:GRID_IMAGES], kind="stable")  # the grid goes by class
+        images = drawn.images[:GRID_IMAGES][order]
+        save_grid(images, folder / f"{name}.png", 10, upscale=max(1, 32 // images.shape[1]))
     record = {
-        "step": step, "metrics": evaluated.metrics, "protocol": evaluated.protocol,
-        "protocol_hash": protocol_hash(evaluated.protocol), **extra,
+        "step": step, "metrics": metrics, "protocol": protocol,
+        "protocol_hash": protocol_hash(protocol),
     }  # fmt: skip
-    write_atomic(folder / METRICS_FILE, (json.dumps(record, indent=1) + "\n").encode())
+    write_json(folder / EVALUATION_FILE, record)
 
 
-def evaluate_run(c: Config, workdir: str | os.PathLike[str]) -> Evaluated:
-    """Evaluates a run's newest averaged weights and saves the outcome in its directory."""
+def reconstruction_psnr(c: Config, params: Any) -> float:
+    """Mean over config.evaluate.split of 10 log10(2² / mse) dB, decoding the posterior's mean.
+
+    An image's mse is over its pixels in [-1, 1], the reconstruction clipped to them.
+    """
+    held_out = dataclasses.replace(data_spec(c), split=c.evaluate.split)
+
+    @jax.jit
+    def psnr(params: Any, x: jax.Array) -> jax.Array:
+        again = build.reconstruct(c, params, x)
+        mse = jnp.square(jnp.clip(again, -1, 1) - x).mean(axis=(1, 2, 3))
+        return 10 * jnp.log10(4 / mse)
+
+    size, values = c.train.batch_size, []
+    for rows in data.in_order(held_out, size):
+        x, count = rows["image"], len(rows["image"])
+        # The last batch is filled up, so that one shape is compiled.
+        x = np.pad(x, ((0, size - count), (0, 0), (0, 0), (0, 0)))
+        values.append(np.asarray(psnr(params, x))[:count])
+    return float(np.concatenate(values).mean())
+
+
+def evaluate_run(c: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
+    """Evaluates a run's newest averaged weights, saves the outcome in its directory."""
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
     params, step = runs.load_ema(c, workdir, mesh)
-    evaluated = evaluate(c, params, step)
+    if c.train.network == "autoencoder":
+        metrics = {"psnr_db": reconstruction_psnr(c, params)}
+        protocol = {"metric": "PSNR", "split": c.evaluate.split, "image_size": c.data.image_size}
+        samples: Mapping[str, Samples] = {}
+    else:
+        metrics, protocol, samples = evaluate(c, params)
     if is_primary():
-        save(Path(workdir), evaluated, step, {"sample": dataclasses.asdict(c.sample)})
-    return evaluated
+        save(Path(workdir), step, metrics, protocol, samples)
+    return metrics
 
 
 def main(argv: list[str]) -> int:
     """The command."""
-    parser = cli.parser("evaluate", "FD-digits and class accuracy of a run's samples.")
-    parser.add_argument("--workdir", required=True, help="the run's directory")
+    parser = cli.parser(
+        "evaluate", "FD-digits and class accuracy of a DiT's samples, PSNR of an autoencoder."
+    )
+    cli.add_workdir_of_a_run(parser)
     args, config = cli.parse(parser, argv)
-    for name, value in evaluate_run(config, args.workdir).metrics.items():
+    for name, value in evaluate_run(config, args.workdir).items():
         print(f"{name:<20} {value:.4f}")
     return 0
 

@@ -107,7 +107,7 @@ def sample(
 def main(argv: list[str]) -> int:
     """The command."""
     parser = cli.parser("sample", "Draws images from a run.")
-    parser.add_argument("--workdir", required=True, help="the run's directory")
+    cli.add_workdir_of_a_run(parser)
     parser.add_argument("--out", default="", help="where to write (default: WORKDIR/drawn)")
     parser.add_argument("--classes", default="", help="class numbers to cycle through, as 3,7,7")
     args, config = cli.parse(parser, argv)

@@ -90,8 +90,8 @@ def run_cell(cell: Cell, workdir: Path) -> None:
         return
     c = cell.config
     trained = train(c, cell.recipe, folder)
-    evaluated = evaluate(c, trained.params, trained.step)
-    save(folder, evaluated, trained.step, {})
+    evaluated = evaluate(c, trained.params)
+    save(folder, trained.step, *evaluated)
     size, shape = parse_size(c.model.size), build.cost(c)
     result: results.Result = {
         "schema": 1,
@@ -125,7 +125,7 @@ def run_cell(cell: Cell, workdir: Path) -> None:
             "cfg_scale": c.sample.cfg_scale,
             "cfg_channels": c.sample.cfg_channels,
             "seed": c.seed,
-            "seconds": round(evaluated.samples.seconds, 2),
+            "seconds": round(evaluated.samples["samples"].seconds, 2),
         },
         "metrics": evaluated.metrics,
         "protocol": evaluated.protocol,
@@ -180,7 +180,7 @@ def run_grid(grid: list[Cell], workdir: Path, argv: list[str], jobs: int) -> lis
     failed: list[Cell] = []
     total = sum(cell.work for cell in grid)
     done = 0.0
-    progress = Progress("sweep", 100, "%")
+    progress = Progress("sweep", 100, "% of the work", every_seconds=20.0)
     began = time.monotonic()
     try:
         while waiting or running:
@@ -195,7 +195,7 @@ def run_grid(grid: list[Cell], workdir: Path, argv: list[str], jobs: int) -> lis
                     failed.append(job.cell)
                 _tell(job, workdir, time.monotonic() - began)
             share = done + sum(_progress(job, workdir) for job in running)
-            progress.report(min(99, int(100 * share / total)))
+            progress.report(min(99.0, 100 * share / total))
     finally:
         for job in running:
             job.process.terminate()

@@ -79,6 +79,7 @@ def get_config(size: str = "XL", patch: int = 2) -> ConfigDict:
                 "num": 64,
             },
             "evaluate": {
+                "split": "validation",
                 "features": "none",
                 "num_samples": 50_000,
                 "labels": "uniform",

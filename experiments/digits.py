@@ -44,6 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sample.clip_x0 = True
     config.sample.batch_size = 250
     config.sample.num = 100
+    config.evaluate.split = "test"
     config.evaluate.features = "digits"
     config.evaluate.num_samples = 1000
     config.evaluate.guided_scale = 2.0

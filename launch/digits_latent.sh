@@ -11,7 +11,8 @@ recipe=experiments/digits_latent.py
 dit=(--config="$recipe" --config.autoencoder.path="$run/autoencoder" "$@")
 
 "$PY" -m ditjax.train --config="$recipe:autoencoder" --workdir="$run/autoencoder" "$@"
+"$PY" -m ditjax.evaluate --workdir="$run/autoencoder"
 "$PY" -m ditjax.encode "${dit[@]}" --out="$run/latents"
 "$PY" -m ditjax.train "${dit[@]}" --workdir="$run/dit" --config.data.name="latents:$run/latents"
-"$PY" -m ditjax.sample "${dit[@]}" --workdir="$run/dit" --classes=0,1,2,3,4,5,6,7,8,9
-"$PY" -m ditjax.evaluate "${dit[@]}" --workdir="$run/dit"
+"$PY" -m ditjax.sample --workdir="$run/dit" --classes=0,1,2,3,4,5,6,7,8,9
+"$PY" -m ditjax.evaluate --workdir="$run/dit"

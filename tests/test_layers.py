@@ -17,6 +17,7 @@ FLOORS = {
     "programs": 3,
     "runs": 3,
     "cli": 3,
+    "reporting": 3,
 }
 COMMAND = 4
 COMMANDS = (
@@ -42,6 +43,7 @@ STDLIB_FREE = {
     "programs": {"jax", "numpy"},
     "runs": {"jax"},
     "cli": {"absl", "ml_collections"},
+    "reporting": {"jinja2", "matplotlib", "numpy", "PIL"},
 }  # fmt: skip
 
 
@@ -107,6 +109,7 @@ def test_the_rule_can_fail():
     assert violations("models", {"ditjax.build"}) == ["ditjax.build"]
     assert violations("diffusion", {"flax"}) == ["flax"]
     assert violations("config", {"ditjax.diffusion"}) == ["ditjax.diffusion"]
+    assert violations("reporting", {"ditjax.report"}) == ["ditjax.report"]
     assert violations("build", {"experiments.base"}) == ["experiments.base"]
     assert violations("training", {"jax.numpy", "ditjax.errors", "ditjax.sizes"}) == []
     assert violations("sweep", {"ditjax.train", "matplotlib"}) == []

@@ -83,6 +83,7 @@ class Checkpoints:
         return restored["ema"], step
 
     def _require(self, step: int | None) -> int:
+        self.wait()
         step = self.latest_step if step is None else step
         if step is None:
             raise UserError(

@@ -77,7 +77,7 @@ def last_metrics(directory: str | os.PathLike[str]) -> dict[str, float]:
 
 
 class Progress:
-    """'train 450/1000 · 45% · 21.3 steps/s · 0:26 left · loss 0.2134' on one terminal line.
+    """'train 450/1000 steps · 45% · 21.3/s · 0:26 left · loss 0.2134' on one terminal line.
 
     On a terminal the line is redrawn; in a file each report is a line of its own, at most one in
     `every_seconds`. The rate leaves out the first reported interval, which holds the compilation.
@@ -97,11 +97,11 @@ class Progress:
         self._out = sys.stderr if out is None else out
         self._tty = self._out.isatty()
         self._every = 0.2 if self._tty else every_seconds
-        self._first: tuple[int, float] = (start, time.monotonic())
+        self._first: tuple[float, float] = (start, time.monotonic())
         self._compiled = False
         self._shown = 0.0
 
-    def report(self, done: int, **values: float) -> None:
+    def report(self, done: float, **values: float) -> None:
         """Shows `done` of the total, with named values."""
         now = time.monotonic()
         rate = (done - self._first[0]) / max(now - self._first[1], 1e-9)
@@ -112,9 +112,9 @@ class Progress:
         self._shown = now
         left = duration((self.total - done) / rate) if rate > 0 else "?"
         parts = [
-            f"{self.what} {done}/{self.total}",
-            f"{100 * done // self.total}%",
-            f"{rate:.3g} {self.unit}/s",
+            f"{self.what} {done:.0f}/{self.total} {self.unit}",
+            f"{100 * done / self.total:.0f}%",
+            f"{rate:.3g}/s",
             f"{left} left" if done < self.total else "done",
             *(f"{name} {value:.4g}" for name, value in values.items()),
         ]

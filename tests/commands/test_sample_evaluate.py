@@ -113,7 +113,26 @@ def test_the_latent_path(autoencoder, tmp_path):
     assert sample.main([*on_latents, f"--workdir={workdir}"]) == 0
     images, _ = load_samples(workdir / "drawn" / "samples.npz")
     assert images.shape == (40, 16, 16, 1)
-    assert evaluate.main([*words, f"--workdir={workdir}"]) == 0
+    assert evaluate.main([f"--workdir={workdir}"]) == 0  # the run's own recipe
+
+
+def test_psnr_of_an_autoencoder(autoencoder):
+    """Against the definition, image by image, on the held-out split."""
+    import jax.numpy as jnp
+
+    from ditjax import build, runs
+    from ditjax.parallel.mesh import make_mesh
+
+    assert evaluate.main([f"--workdir={autoencoder}"]) == 0
+    c = runs.recipe_of(autoencoder)
+    params, _ = runs.load_ema(c, autoencoder, make_mesh(-1, 1))
+    x = data.load_arrays("digits", "test", None, 16)["image"].astype(np.float32) / 127.5 - 1
+    moments = build.encode(c, params, jnp.asarray(x))
+    again = build.autoencoder(c).apply(params, moments.mean, method="decode")
+    errors = [((np.clip(a, -1, 1) - b) ** 2).mean() for a, b in zip(again, x, strict=True)]
+    expected = np.mean([20 * np.log10(2 / error**0.5) for error in errors])
+    record = json.loads((autoencoder / "evaluation.json").read_text())
+    assert record["metrics"]["psnr_db"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_latents_are_the_encoders_moments(autoencoder, tmp_path):

@@ -1,0 +1,1 @@
+"""A study of finished runs as fits, a table, figures and a page."""

@@ -1,0 +1,73 @@
+"""Logs that a resume can trust, and a line of progress that says what is left."""
+
+import io
+import json
+
+import pytest
+
+from ditjax.io.log import MetricsLog, Progress, duration, last_metrics
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
+    with MetricsLog(tmp_path, 0) as first:
+        assert first.last == {}
+        for step in (10, 20, 30):
+            first.scalars(step, {"loss": 1.0 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "los')
+    with MetricsLog(tmp_path, 20) as second:
+        assert second.last == {"step": 20, "loss": 0.05}
+        second.scalars(30, {"loss": 0.5})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(10, 0.1), (20, 0.05), (30, 0.5)]
+
+
+def test_a_torn_line_in_the_middle_ends_what_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with MetricsLog(tmp_path, 5) as resumed:
+        assert resumed.last == {"step": 1}
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_last_metrics_skips_a_torn_line(tmp_path):
+    assert last_metrics(tmp_path) == {}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 2.0}\n{"step": 8, "lo')
+    assert last_metrics(tmp_path) == {"step": 7, "loss": 2.0}
+
+
+def test_events_hold_the_scalars(tmp_path):
+    with MetricsLog(tmp_path, 0) as first:
+        first.scalars(10, {"loss": 0.25})
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"loss" in events.read_bytes()
+
+
+def test_progress_tells_rate_and_time_left(monkeypatch):
+    clock = iter([0.0, 10.0, 20.0, 40.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    out = io.StringIO()
+    progress = Progress("train", 100, every_seconds=0.0, out=out)
+    progress.report(10, loss=0.5)  # with the compilation: 1 a second
+    progress.report(50, loss=0.25)  # 40 in 10 s
+    progress.report(100)
+    lines = out.getvalue().splitlines()
+    assert lines[1] == "train 50/100 steps · 50% · 4/s · 0:12 left · loss 0.25"
+    assert lines[2].startswith("train 100/100 steps · 100% · 3/s · done")
+
+
+def test_progress_in_a_file_is_sparse(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    progress = Progress("train", 1000, every_seconds=10.0, out=out)
+    for step in range(1, 1001):
+        now[0] = step * 0.1
+        progress.report(step)
+    assert 9 <= len(out.getvalue().splitlines()) <= 11
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0:00"), (65, "1:05"), (3725, "1:02:05"), (59.7, "1:00")]
+)
+def test_durations(seconds, words):
+    assert duration(seconds) == words

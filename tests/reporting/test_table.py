@@ -1,0 +1,25 @@
+"""The same numbers in the terminal's columns, the CSV and the JSON."""
+
+import csv
+import json
+
+
+def test_csv_and_json_hold_every_number_at_full_precision(nine):
+    rows = list(csv.DictReader((nine.out_dir / "table.csv").open()))
+    merged = json.loads((nine.out_dir / "results.json").read_text())
+    assert len(rows) == len(merged["results"]) == 9
+    for row, each in zip(rows, merged["results"], strict=True):
+        assert float(row["gflops"]) == each["gflops"]
+        assert float(row["metrics.fd_digits"]) == each["metrics"]["fd_digits"]
+    assert merged["fits"][0]["law"]["b"] == nine.groups[0].fits[0].law.b
+
+
+def test_terminal_columns_are_aligned(nine):
+    lines = (nine.out_dir / "table.txt").read_text().splitlines()[:10]
+    header = lines[0]
+    for title in ("params", "Gflops", "FD-digits", "seed"):
+        end = header.index(title) + len(title)
+        for line in lines[1:]:
+            assert line[end - 1] != " "
+            assert line[end : end + 1] in ("", " ")
+    assert "e-" not in "".join(lines)
