@@ -168,7 +168,8 @@ class Evaluate:
     features: Literal["digits", "none"]
     num_samples: Annotated[int, at_least(2)]
     labels: Literal["uniform", "balanced"]
-    guided_scale: Annotated[float, at_least(0)]  # a second sample set at this scale; 0 = none
+    guided_scale: Annotated[float, at_least(0)]  # accuracy of a second sample set; 0 = none
+    guided_num: Annotated[int, at_least(2)]
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,9 @@ def evaluate(c: Config, params: Any) -> Evaluated:
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
     frozen = runs.load_autoencoder(c, mesh)
     label_of = None if c.evaluate.labels == "uniform" else range(c.data.num_classes)
-    measure = functools.partial(
-        draw, c, params, mesh, c.evaluate.num_samples, label_of=label_of, frozen=frozen
-    )
+    measure = functools.partial(draw, c, params, mesh, label_of=label_of, frozen=frozen)
     reference, floor = digits_reference(c.data.data_dir)
-    samples = measure(cfg_scale=c.sample.cfg_scale)
+    samples = measure(c.evaluate.num_samples, cfg_scale=c.sample.cfg_scale)
     metrics = {
         "fd_digits": fd_digits(samples.images, reference),
         "accuracy": class_accuracy(samples.images, samples.label),
@@ -94,8 +92,7 @@ def evaluate(c: Config, params: Any) -> Evaluated:
     }
     sets = {"samples": samples}
     if c.evaluate.guided_scale not in (0, c.sample.cfg_scale):
-        guided = measure(cfg_scale=c.evaluate.guided_scale)
-        metrics["fd_digits_guided"] = fd_digits(guided.images, reference)
+        guided = measure(c.evaluate.guided_num, cfg_scale=c.evaluate.guided_scale)
         metrics["accuracy_guided"] = class_accuracy(guided.images, guided.label)
         sets["guided"] = guided
     return Evaluated(metrics, protocol_of(c, reference.count), sets)
@@ -117,6 +114,7 @@ def protocol_of(c: Config, reference_count: int) -> dict[str, Any]:
         "cfg_scale": c.sample.cfg_scale,
         "cfg_channels": c.sample.cfg_channels,
         "guided_scale": c.evaluate.guided_scale,
+        "guided_num": c.evaluate.guided_num,
         "clip_x0": c.sample.clip_x0,
         "decoder": c.autoencoder.path if c.latent else "pixels",
         "ema_decay": c.train.ema_decay,

@@ -84,6 +84,7 @@ def get_config(size: str = "XL", patch: int = 2) -> ConfigDict:
                 "num_samples": 50_000,
                 "labels": "uniform",
                 "guided_scale": 0.0,
+                "guided_num": 1000,
             },
             "sweep": {"grid": ()},
         }

@@ -26,20 +26,21 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.flip = False
     config.data.threads = 1
     config.autoencoder.kind = "none"
-    # Far from the paper's constant 1e-4: 2,000 steps of 32 digits must do what 400,000 do there.
-    config.optim.learning_rate = 8e-3
+    # Far from the paper's constant 1e-4: 4,000 steps of 16 digits must do what 400,000 do there.
+    config.optim.learning_rate = 5e-3
     config.optim.schedule = "cosine"
-    config.optim.warmup_steps = 50
+    config.optim.warmup_steps = 100
     config.optim.b2 = 0.99
-    config.train.steps = 2000
-    config.train.batch_size = 32
+    config.train.steps = 4000
+    config.train.batch_size = 16
     config.train.ema_decay = 0.995
-    config.train.log_every_steps = 100
-    config.train.checkpoint_every_steps = 1000
+    config.train.log_every_steps = 200
+    config.train.checkpoint_every_steps = 2000
     config.train.keep_checkpoints = 1
     config.train.sample_every_steps = 0
     config.sample.sampler = "ddim"
     config.sample.steps = "ddim25"
+    config.sample.eta = 1.0
     config.sample.cfg_channels = "all"
     config.sample.clip_x0 = True
     config.sample.batch_size = 250
@@ -48,5 +49,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate.features = "digits"
     config.evaluate.num_samples = 1000
     config.evaluate.guided_scale = 2.0
+    config.evaluate.guided_num = 200
     config.sweep.grid = (("model.size", SIZES), ("model.patch", PATCHES))
     return config

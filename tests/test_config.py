@@ -87,7 +87,7 @@ BAD = [
     ({"diffusion__loss": "simple"}, "nothing would train the variance"),
     ({"model__label_dropout": 0.0}, "guidance needs the null label"),
     ({"sample__cfg_channels": "three"}, "has 1 channel"),
-    ({"optim__warmup_steps": 2000}, "warm-up must end before"),
+    ({"optim__warmup_steps": 4000}, "warm-up must end before"),
     ({"sweep__grid": (("model.sizes", ("S",)),)}, "Did you mean 'model.size'"),
     ({"sweep__grid": (("model.patch", ()),)}, "expected its values"),
     ({"sweep__grid": (("model.patch", (1, 1)),)}, "twice"),

@@ -18,6 +18,7 @@ TINY = (
     "--config.sample.batch_size=40",
     "--config.sample.num=40",
     "--config.evaluate.num_samples=40",
+    "--config.evaluate.guided_num=20",
 )
 
 

@@ -46,7 +46,7 @@ def test_evaluate(finished, capsys):
     record = json.loads((finished / "evaluation.json").read_text())
     metrics = record["metrics"]
     assert metrics.keys() == {
-        "fd_digits", "accuracy", "fd_digits_floor", "fd_digits_guided", "accuracy_guided",
+        "fd_digits", "accuracy", "fd_digits_floor", "accuracy_guided",
     }  # fmt: skip
     assert metrics["fd_digits"] > 3 * metrics["fd_digits_floor"], "20 steps make no digits"
     assert record["protocol"]["num_samples"] == 40

@@ -112,7 +112,7 @@ def test_mistakes_are_refused_before_anything_is_written(words, match, tmp_path)
 
 def test_another_recipe_in_the_same_directory_is_refused(finished):
     before = lines(finished)
-    with pytest.raises(UserError, match=r"optim\.learning_rate=0\.008, this command says 0\.1"):
+    with pytest.raises(UserError, match=r"optim\.learning_rate=0\.005, this command says 0\.1"):
         train.main([*TINY, f"--workdir={finished}", "--config.optim.learning_rate=0.1"])
     with pytest.raises(UserError, match=r"holds a run with seed=0"):
         train.main([*TINY, f"--workdir={finished}", "--config.seed=1"])
