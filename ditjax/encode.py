@@ -1,5 +1,6 @@
 """python -m ditjax.encode: a data set's latents, cached: moments of every image and its mirror."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +35,21 @@ def encode(c: Config, out: str | os.PathLike[str]) -> Path:
         (side, side, c.input_channels),
         info.class_names,
         {c.data.split: _records(c, mesh, frozen, info.num_examples)},
-        {"images": info.full_name, "image_size": c.data.image_size, "by": c.autoencoder.path},
+        {
+            "images": info.full_name,
+            "split": c.data.split,
+            "image_size": c.data.image_size,
+            "autoencoder_sha256": _digest(frozen),
+        },
     )
+
+
+def _digest(params: Any) -> str:
+    """SHA-256 of all parameters, by path."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
+        digest.update(rules.path_of(path).encode() + b"\0" + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _records(c: Config, mesh: Mesh, frozen: Any, total: int) -> Iterator[latents.Record]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ditjax.errors import UserError, nearest
+from ditjax.io.results import write_atomic
 
 SHIPPED = Path(__file__).parent.parent / "assets"
 MANIFEST = "manifest.json"
@@ -66,11 +67,11 @@ def save_assets(
         for name, (params, record) in assets.items():
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **flatten(params))  # type: ignore[arg-type]
-            _replace(folder / f"{name}.npz", buffer.getvalue())
+            write_atomic(folder / f"{name}.npz", buffer.getvalue())
             records[name] = {**record, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
         text = json.dumps({"schema": 1, "assets": records}, indent=2, sort_keys=True) + "\n"
         # Last: a run that dies before this leaves a mismatch that reading refuses.
-        _replace(folder / MANIFEST, text.encode())
+        write_atomic(folder / MANIFEST, text.encode())
     except OSError as error:
         raise UserError(f"cannot write assets to {folder}: {error.strerror}.") from error
 
@@ -127,9 +128,3 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     ):
         raise UserError(f"{path}: 'assets' is not a table of records with 'sha256'; {_REMEDY}.")
     return records
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

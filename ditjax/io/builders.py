@@ -306,7 +306,7 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> tfds.c
             _prepare_with_tensorflow(name, root)
         elif name in (Digits.name, f"{Digits.name}:{Digits.VERSION}"):
             with _exclusive(name, root):
-                _write(Digits(data_dir=root, file_format="array_record"))
+                write_whole(Digits(data_dir=root, file_format="array_record"))
         else:
             raise UserError(f"data set {name!r}: expected 'digits' or 'digits:{Digits.VERSION}'.")
         found = _find(name, root)
@@ -334,7 +334,7 @@ def _prepare_folder(name: str, root: Path) -> tfds.core.DatasetBuilder:
     listing = list_folder(folder)
     if not _is_complete(converted):
         with _exclusive(name, root):
-            _write(ImageFolder(listing, root))
+            write_whole(ImageFolder(listing, root))
     builder = _open(name, converted)
     if (builder.info.metadata or {}).get("digest") != listing.digest:
         raise UserError(
@@ -401,8 +401,11 @@ def _exclusive(name: str, root: Path) -> Iterator[None]:
         ) from error
 
 
-def _write(builder: tfds.core.DatasetBuilder) -> None:
-    """Prepare under the lock: into a sibling folder that is renamed when it is whole."""
+def write_whole(builder: tfds.core.DatasetBuilder) -> None:
+    """Prepares a builder of ours: into a sibling folder that is renamed when it is whole.
+
+    The caller is the only writer. What a record generator raises comes out as it was raised.
+    """
     target = Path(builder.data_dir)
     if _is_complete(target):
         return
@@ -411,7 +414,10 @@ def _write(builder: tfds.core.DatasetBuilder) -> None:
         shutil.rmtree(left)
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        builder.download_and_prepare(download_config=config)
+        # tensorflow-datasets tells of every stage; ours take seconds, or show their own progress.
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(download_config=config)
     except (UserError, OSError):
         raise
     except Exception as error:

@@ -83,16 +83,23 @@ def dataset_info(name: str, split: str, data_dir: DataDir = None) -> DatasetInfo
 
 
 def _info(builder: Any, split: str, title: str) -> DatasetInfo:
+    """What a split of encoded latents holds."""
+    num_examples = _num_examples(builder, split, title)
+    names = builder.info.features["label"].names
+    return DatasetInfo(builder.info.full_name, num_examples, len(names), tuple(names), None)
+
+
+def _num_examples(builder: Any, split: str, title: str) -> int:
     """Raises UserError when the split is not there."""
     try:
-        num_examples = builder.info.splits[split].num_examples
+        # Fixes the file format too, where a set is stored in several.
+        builder.as_data_source(split)
+        return builder.info.splits[split].num_examples
     except (ValueError, KeyError) as error:
         raise UserError(
             f"{title}: there is no such split, or it is empty; there are"
             f" {', '.join(sorted(builder.info.splits))}, and slices such as 'train[:10%]'."
         ) from error
-    names = builder.info.features["label"].names
-    return DatasetInfo(builder.info.full_name, num_examples, len(names), tuple(names), None)
 
 
 # ---- crop and size
@@ -156,15 +163,7 @@ class _Split:
         self._title = f"data set {name!r}, split {split!r}"
         builder = prepare(name, data_dir)
         self._folder = builder.data_dir
-        try:
-            # Fixes the file format too, where a set is stored in several.
-            builder.as_data_source(split)
-            num_examples = builder.info.splits[split].num_examples
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"{self._title}: there is no such split, or it is empty; there are"
-                f" {', '.join(sorted(builder.info.splits))}, and slices such as 'train[:10%]'."
-            ) from error
+        num_examples = _num_examples(builder, split, self._title)
         features = builder.info.features
         self._image = self._pick(features, tfds.features.Image, "image")
         self._label = self._pick(features, tfds.features.ClassLabel, "label")

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from ditjax.errors import UserError
+from ditjax.io.builders import write_whole
 
 PREFIX = "latents:"
 Record = dict[str, Any]  # mean, log_variance f32[2,h,w,c], image then mirror; label int
@@ -73,22 +74,36 @@ def write(
 ) -> Path:
     """Writes the splits, in record order; complete or not there at all. `shape` is (h, w, c).
 
-    Raises UserError when the directory cannot be written.
+    What is there already and has the same metadata is left as it is. Raises UserError when the
+    directory cannot be written or holds latents of something else.
     """
     folder = Path(directory)
+    if _prepared(folder).is_dir():
+        there = open_latents(f"{PREFIX}{folder}").info.metadata or {}
+        for key, value in metadata.items():
+            if there.get(key) != value:
+                raise UserError(
+                    f"{folder} holds latents with {key}={there.get(key)!r}, this would be {value!r}:"
+                    " give another --out, or remove it."
+                )
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         builder = Latents(folder.resolve(), shape, class_names, splits, metadata)
-        builder.download_and_prepare()
+        write_whole(builder)
     except OSError as error:
         raise UserError(f"cannot write latents to {folder}: {error.strerror or error}.") from None
     return folder
 
 
+def _prepared(folder: Path) -> Path:
+    return folder / "latents" / str(Latents.VERSION)
+
+
 def open_latents(name: str) -> tfds.core.DatasetBuilder:
     """'latents:PATH' -> its builder. Raises UserError when nothing complete is there."""
     folder = Path(name.removeprefix(PREFIX)).expanduser()
-    found = folder / "latents" / str(Latents.VERSION)
+    found = _prepared(folder)
     try:
         return tfds.builder_from_directory(os.fspath(found.resolve()))
     except (FileNotFoundError, OSError, json.JSONDecodeError):

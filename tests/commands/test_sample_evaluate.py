@@ -160,6 +160,13 @@ def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
     np.testing.assert_allclose(batch["log_variance"], moments.log_variance, atol=1e-4)
     np.testing.assert_array_equal(batch["label"], images["label"][batch["index"]])
     assert data.dataset_info(name, "train").num_examples == 1438
+    # The same again is left as it is; another encoding does not go over it.
+    (info,) = tmp_path.rglob("dataset_info.json")
+    written = info.stat().st_mtime_ns
+    assert encode.main([*words, f"--out={tmp_path}"]) == 0
+    assert info.stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="holds latents with split='train', this would be 'test'"):
+        encode.main([*words, f"--out={tmp_path}", "--config.data.split=test"])
     uncached = data.DataSpec(name, "train", 16, 1, flip=True, cache_mb=0)
     with data.train_batches(uncached, 0, 24) as batches:
         np.testing.assert_array_equal(next(batches)["mean"], batch["mean"])
