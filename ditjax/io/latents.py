@@ -83,8 +83,8 @@ def write(
         for key, value in metadata.items():
             if there.get(key) != value:
                 raise UserError(
-                    f"{folder} holds latents with {key}={there.get(key)!r}, this would be {value!r}:"
-                    " give another --out, or remove it."
+                    f"{folder} holds latents with {key}={there.get(key)!r}, this would be"
+                    f" {value!r}: give another --out, or remove it."
                 )
         return folder
     try:
