@@ -190,9 +190,12 @@ def test_importing_everything_imports_no_tensorflow_and_no_torch():
 
 
 def test_recipes_work_from_any_directory(tmp_path):
+    """As after `pip install`: ditjax can be imported, experiments cannot."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "ditjax").symlink_to(EXPERIMENTS.parent / "ditjax")
     done = subprocess.run(
         [sys.executable, "-m", "ditjax.flops", f"--config={EXPERIMENTS / 'digits.py'}"],
-        cwd=tmp_path, env={"PYTHONPATH": str(EXPERIMENTS.parent), "PATH": ""}, check=True,
+        cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "lib"), "PATH": ""}, check=True,
         capture_output=True, text=True,
     )  # fmt: skip
     assert "64 tokens" in done.stdout
