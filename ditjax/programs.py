@@ -32,6 +32,17 @@ class Training(NamedTuple):
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
+def abstract_state(c: Config, mesh: Mesh) -> TrainState:
+    """The training state's shapes, dtypes and shardings, by the rules: the target of a restore."""
+    trainee, tx = build.trainee(c), build.optimizer(c)
+    shapes = jax.eval_shape(lambda: init_state(trainee.init(stream(c.seed, _INIT)), tx))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        rules.state_shardings(shapes, mesh),
+    )
+
+
 def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
     """The training programs of a recipe on a mesh.
 
@@ -41,8 +52,8 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
     rules.check_batch(c.train.batch_size, mesh, "config.train.batch_size")
     trainee, tx = build.trainee(c), build.optimizer(c)
     key = stream(c.seed, _TRAIN)
-    shapes = jax.eval_shape(lambda: init_state(trainee.init(stream(c.seed, _INIT)), tx))
-    shardings = rules.state_shardings(shapes, mesh)
+    abstract = abstract_state(c, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     init = jax.jit(
         lambda: init_state(trainee.init(stream(c.seed, _INIT)), tx), out_shardings=shardings
     )
@@ -77,9 +88,6 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return jit_step(state, to_x0(frozen, batch, state.step))
 
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
     return Training(init, abstract, put, run)
 
 

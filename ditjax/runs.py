@@ -4,29 +4,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from ditjax import build
+from ditjax import programs
 from ditjax.config import Config, read
 from ditjax.errors import UserError
 from ditjax.io import rundir
 from ditjax.io.checkpoint import Checkpoints
-from ditjax.parallel import rules
-from ditjax.training.step import init_state
 
 
 def load_ema(
     c: Config, workdir: str | os.PathLike[str], mesh: Mesh, step: int | None = None
 ) -> tuple[Any, int]:
     """(averaged parameters on the mesh, step) of a run's newest checkpoint, or of `step`."""
-    key = jax.random.key(0)
-    tx = build.optimizer(c)
-    shapes = jax.eval_shape(lambda: init_state(build.trainee(c).init(key), tx))
-    shardings = rules.state_shardings(shapes, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+    abstract = programs.abstract_state(c, mesh)
     with Checkpoints(Path(workdir) / rundir.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
         return checkpoints.restore_ema(abstract, step)
 
