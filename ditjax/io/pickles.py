@@ -1,0 +1,396 @@
+"""Pickles read as data: an interpreter of pickle opcodes that can neither import nor call.
+
+Why not `pickle.Unpickler` with a `find_class` of ours: Python's own machine still runs the
+`__setstate__`, `__new__`, `extend` and `append` of whatever the file names, resolves extension
+codes, makes a memo table as long as the largest index that a file mentions (one opcode asks for
+64 GB), and leaves memory and recursion to the file. Here a global is a name and stays one: REDUCE,
+NEWOBJ and BUILD reach only the constructors that the caller lists, each of which makes an inert
+record, and every opcode, copied byte and level of nesting is counted. What torch.save of Python 3
+cannot write (protocols 0 and 1, INST, OBJ, EXT, PERSID, out-of-band buffers) is not understood.
+"""
+
+import re
+import struct
+from collections.abc import Callable, Mapping
+from mmap import mmap
+from typing import Any, ClassVar
+
+# A file of 60,000 tensors stays below; so a hostile one ends within seconds and half a gigabyte.
+MAX_STEPS = 2_000_000
+MAX_COPIED = 1 << 26
+MAX_DEPTH = 100
+MAX_LEAVES = 10_000_000
+
+# What odd opcodes and odd arguments of constructors end in; anything else is a bug of ours.
+DAMAGE = (
+    ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error,
+)  # fmt: skip
+
+_SCALARS = (str, int, float, complex, bytes, type(None))
+
+
+class Refusal(Exception):  # noqa: N818
+    """What a pickle holds and may not: the reader adds the file's name and raises UserError."""
+
+
+class Global:
+    """A module and a name that a pickle mentions; never looked up."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Node:
+    """What a constructor makes of a REDUCE; `plain` asks it for its value when all is read."""
+
+    def build(self, state: Any) -> None:
+        """BUILD's state; most take none."""
+        raise Refusal(f"gives a state to {type(self).__name__}, which has none")
+
+    def value(self) -> Any:
+        """The plain value that takes this node's place."""
+        raise NotImplementedError
+
+
+class Attributes(dict[Any, Any]):
+    """A record of attributes (argparse.Namespace): its state becomes its items."""
+
+
+class Ordered(dict[Any, Any]):
+    """A dict of another class (OrderedDict): its attributes, such as `_metadata`, are dropped."""
+
+
+def shown(name: object) -> str:
+    """A name from a hostile file, safe to print on one line."""
+    text = name if isinstance(name, str) else type(name).__name__
+    return text if re.fullmatch(r"[\w./\- ]{1,120}", text) else ascii(text[:120])
+
+
+class Machine:
+    """One pickle of `data` from byte `start` on; `run` gives its object, `position` its end.
+
+    `calls` holds, by module.name, the constructor that stands for each global that may be called;
+    `names` tells of any other global whether it may be mentioned; `persistent` takes the argument
+    of BINPERSID. Raises Refusal.
+    """
+
+    def __init__(
+        self,
+        data: bytes | mmap,
+        start: int = 0,
+        end: int | None = None,
+        calls: Mapping[str, Callable[..., Any]] | None = None,
+        names: Callable[[str], bool] = lambda name: False,
+        persistent: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.data = data
+        self.position = start
+        self.end = len(data) if end is None else end
+        self.calls = calls or {}
+        self.names = names
+        self.persistent = persistent
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.globals: dict[str, Global] = {}
+        self.copied = 0
+
+    def run(self) -> Any:
+        """The object of the pickle, with Nodes and Globals in it: see `plain`."""
+        try:
+            for _ in range(MAX_STEPS):
+                opcode = self.take(1)
+                if opcode == b".":
+                    (result,) = self.stack
+                    return result
+                step = self.OPCODES.get(opcode)
+                if step is None:
+                    raise Refusal(
+                        f"uses pickle opcode {opcode!r}, which torch.save of Python 3 never writes"
+                    )
+                step(self)
+        except DAMAGE as error:
+            raise Refusal(
+                f"is damaged: its pickle makes no sense near byte {self.position}"
+                f" ({type(error).__name__})"
+            ) from error
+        raise Refusal(f"holds a pickle of more than {MAX_STEPS} steps")
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes, which must be there before memory is."""
+        start = self.position
+        if count > self.end - start:
+            raise Refusal(f"is cut short: its pickle ends inside an opcode at byte {start}")
+        self.position = start + count
+        return self.data[start : start + count]
+
+    def number(self, width: int) -> int:
+        return int.from_bytes(self.take(width), "little")
+
+    def spend(self, size: int) -> None:
+        """Counts what an opcode copies, since one memoised argument can be copied many times."""
+        self.copied += size
+        if self.copied > MAX_COPIED:
+            raise Refusal(f"copies more than {MAX_COPIED >> 20} MB of its pickle about")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def since_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    # Numbers and strings.
+
+    def signed(self, width: int) -> None:
+        raw = self.take(width)
+        self.spend(width)
+        self.push(int.from_bytes(raw, "little", signed=True))
+
+    def floating(self) -> None:
+        self.push(struct.unpack(">d", self.take(8))[0])
+
+    def bytestring(self, width: int) -> None:
+        raw = self.take(self.number(width))
+        self.spend(len(raw))
+        self.push(raw)
+
+    def text(self, width: int) -> None:
+        raw = self.take(self.number(width))
+        self.spend(len(raw))
+        self.push(raw.decode("utf-8", "surrogatepass"))
+
+    # Containers.
+
+    def mark(self) -> None:
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def pop(self) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.since_mark()
+
+    def tuple_of(self, count: int) -> None:
+        if len(self.stack) < count:
+            raise ValueError("too few")
+        self.stack[-count:] = [tuple(self.stack[-count:])]
+
+    def append(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not list:
+            raise TypeError("not a list")
+        target.extend(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict) or len(items) % 2:
+            raise TypeError("not a dict")
+        for index in range(0, len(items), 2):
+            target[hashable(items[index])] = items[index + 1]
+
+    def add_items(self) -> None:
+        items = self.since_mark()
+        target = self.stack[-1]
+        if type(target) is not set:
+            raise TypeError("not a set")
+        target.update(map(hashable, items))
+
+    # Memo.
+
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.push(self.memo[index])
+
+    # Globals, and what is done with them.
+
+    def line(self) -> str:
+        newline = self.data.find(b"\n", self.position, min(self.end, self.position + 512))
+        if newline < 0:
+            raise ValueError("no end of line")
+        text = self.take(newline - self.position).decode()
+        self.position += 1
+        return text
+
+    def global_of(self, module: Any, name: Any) -> None:
+        if not (type(module) is str and type(name) is str):
+            raise TypeError("not a name")
+        full = f"{module}.{name}"
+        if full not in self.calls and not self.names(full):
+            raise Refusal(
+                f"asks for {shown(full)}, which is not among the plain data that ditjax reads:"
+                " nothing of it was run. If you trust the file, save its tensors alone in PyTorch:"
+                " torch.save(model.state_dict(), path)"
+            )
+        self.push(self.globals.setdefault(full, Global(full)))
+
+    def global_line(self) -> None:
+        module = self.line()
+        self.global_of(module, self.line())
+
+    def global_stack(self) -> None:
+        name = self.stack.pop()
+        self.global_of(self.stack.pop(), name)
+
+    def call(self) -> None:
+        arguments = self.stack.pop()
+        function = self.stack.pop()
+        if type(arguments) is not tuple or type(function) is not Global:
+            raise TypeError("not a call")
+        if function.name not in self.calls:
+            raise Refusal(f"calls {shown(function.name)}, which may only be named")
+        for argument in arguments:
+            self.spend(len(argument) if hasattr(argument, "__len__") else 1)
+        self.push(self.calls[function.name](*arguments))
+
+    def call_keywords(self) -> None:
+        if self.stack.pop() != {}:
+            raise TypeError("keywords")
+        self.call()
+
+    def build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if isinstance(target, Attributes) and type(state) is dict:
+            self.spend(len(state))
+            target.update(state)
+        elif isinstance(target, Node):
+            target.build(state)
+        elif not (isinstance(target, Ordered) and type(state) is dict):
+            raise Refusal(f"gives a state to a {type(target).__name__}")
+
+    def persistent_id(self) -> None:
+        if self.persistent is None:
+            raise Refusal("refers to tensors outside its pickle")
+        self.push(self.persistent(self.stack.pop()))
+
+    OPCODES: ClassVar[dict[bytes, Callable[["Machine"], None]]] = {
+        b"\x80": lambda m: check_protocol(m.number(1)),
+        b"\x95": lambda m: void(m.take(8)),  # FRAME: a hint for streams
+        b"N": lambda m: m.push(None),
+        b"\x88": lambda m: m.push(True),
+        b"\x89": lambda m: m.push(False),
+        b"K": lambda m: m.push(m.number(1)),
+        b"M": lambda m: m.push(m.number(2)),
+        b"J": lambda m: m.signed(4),
+        b"\x8a": lambda m: m.signed(m.number(1)),
+        b"\x8b": lambda m: m.signed(m.number(4)),
+        b"G": floating,
+        b"C": lambda m: m.bytestring(1),
+        b"B": lambda m: m.bytestring(4),
+        b"\x8e": lambda m: m.bytestring(8),
+        b"\x96": lambda m: m.bytestring(8),  # BYTEARRAY8
+        b"U": lambda m: m.text(1),  # Python 2's str
+        b"T": lambda m: m.text(4),
+        b"\x8c": lambda m: m.text(1),
+        b"X": lambda m: m.text(4),
+        b"\x8d": lambda m: m.text(8),
+        b"(": mark,
+        b"0": pop,
+        b"1": lambda m: void(m.since_mark()),
+        b")": lambda m: m.push(()),
+        b"\x85": lambda m: m.tuple_of(1),
+        b"\x86": lambda m: m.tuple_of(2),
+        b"\x87": lambda m: m.tuple_of(3),
+        b"t": lambda m: m.push_made(tuple),
+        b"]": lambda m: m.push([]),
+        b"a": lambda m: m.append([m.stack.pop()]),
+        b"e": lambda m: m.append(m.since_mark()),
+        b"}": lambda m: m.push({}),
+        b"s": lambda m: m.set_items([m.stack.pop(-2), m.stack.pop()]),
+        b"u": lambda m: m.set_items(m.since_mark()),
+        b"\x8f": lambda m: m.push(set()),
+        b"\x90": add_items,
+        b"\x91": lambda m: m.push_made(frozenset_of),
+        b"q": lambda m: m.put(m.number(1)),
+        b"r": lambda m: m.put(m.number(4)),
+        b"\x94": lambda m: m.put(len(m.memo)),
+        b"h": lambda m: m.get(m.number(1)),
+        b"j": lambda m: m.get(m.number(4)),
+        b"c": global_line,
+        b"\x93": global_stack,
+        b"R": call,
+        b"\x81": call,
+        b"\x92": call_keywords,
+        b"b": build,
+        b"Q": persistent_id,
+    }
+
+    def push_made(self, make: Callable[[list[Any]], Any]) -> None:
+        items = self.since_mark()
+        self.push(make(items))
+
+
+def void(_: object) -> None:
+    """An opcode whose operand means nothing here."""
+
+
+def check_protocol(protocol: int) -> None:
+    if not 2 <= protocol <= 5:
+        raise Refusal(f"holds a pickle of protocol {protocol}; torch.save writes 2 to 5")
+
+
+def hashable(key: Any) -> Any:
+    """A key of a dict or set: scalars, and flat tuples of them.
+
+    Hashing a tuple within a tuple within ... recurses in C without a limit.
+    """
+    if isinstance(key, _SCALARS) or type(key) is Global:
+        return key
+    if type(key) is tuple and all(isinstance(item, _SCALARS) for item in key):
+        return key
+    raise Refusal(f"uses a {type(key).__name__} as a key")
+
+
+def frozenset_of(items: Any) -> frozenset[Any]:
+    return frozenset(map(hashable, items))
+
+
+def plain(root: Any) -> Any:
+    """The tree with every Node and Global replaced by its value; dicts of any kind become dict.
+
+    Raises Refusal for a container that holds itself, and where sharing or nesting would blow up
+    in the hands of whoever walks the tree.
+    """
+    done: dict[int, tuple[Any, int]] = {}
+    within: set[int] = set()
+
+    def visit(item: Any, depth: int) -> tuple[Any, int]:
+        if type(item) is Global:
+            return item.name, 1
+        if not isinstance(item, (dict, list, tuple, set, frozenset, Node)):
+            return item, 1
+        if id(item) in done:
+            return done[id(item)]
+        if id(item) in within:
+            raise Refusal("holds a container that contains itself")
+        if depth > MAX_DEPTH:
+            raise Refusal(f"nests its containers more than {MAX_DEPTH} deep")
+        within.add(id(item))
+        leaves = 1
+        value: Any
+        if isinstance(item, Node):
+            value = item.value()
+        elif isinstance(item, dict):
+            value = {}
+            for key, child in item.items():
+                value[visit(key, depth + 1)[0]], count = visit(child, depth + 1)
+                leaves += count
+        else:
+            children = [visit(child, depth + 1) for child in item]
+            leaves += sum(count for _, count in children)
+            kind = type(item)
+            value = kind(child for child, _ in children)
+        if leaves > MAX_LEAVES:
+            raise Refusal(f"unfolds to more than {MAX_LEAVES} values")
+        within.discard(id(item))
+        done[id(item)] = value, leaves
+        return value, leaves
+
+    try:
+        return visit(root, 0)[0]
+    except DAMAGE as error:
+        raise Refusal(f"is damaged: its values make no sense ({type(error).__name__})") from error
