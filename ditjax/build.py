@@ -49,6 +49,8 @@ def dit(c: Config) -> DiT:
         mlp_ratio=c.model.mlp_ratio,
         unroll=c.model.unroll,
         remat=c.model.remat,
+        frequency_shift=c.model.frequency_shift,
+        norm2_eps=c.model.norm2_eps,
         dtype=DTYPES[c.model.dtype],
     )
 

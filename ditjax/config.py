@@ -67,6 +67,10 @@ class Model:
     dtype: Literal["float32", "bfloat16"]  # compute; parameters stay float32
     remat: Literal["none", "dots", "full"]
     unroll: Positive  # blocks per scan step; depth and more: no loop at all
+    matmul: Literal["default", "float32"]  # products of float32: the backend's fast ones, or exact
+    # Where public implementations differ; the release has 0 and 1e-6, diffusers 1 and 1e-5.
+    frequency_shift: Literal[0, 1]  # timestep frequencies exp(-ln 10^4 i / (128 - shift))
+    norm2_eps: Annotated[float, above(0)]  # of the LayerNorm before a block's MLP
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,12 @@ def read(tree: Mapping[str, Any]) -> Config:
     config = _read_dataclass(Config, tree, "")
     _check_consistency(config)
     return config
+
+
+def changed(c: Config, sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """A recipe with keys of its sections changed, checked again. Raises UserError."""
+    tree = dataclasses.asdict(c)
+    return read({**tree, **{name: {**tree[name], **keys} for name, keys in sections.items()}})
 
 
 def _read_dataclass(cls: type[T], tree: Any, path: str) -> T:

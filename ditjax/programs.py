@@ -1,7 +1,8 @@
 """Jitted programs with their shardings: initialise, train, encode, sample."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,11 @@ _INIT, _TRAIN, _LATENTS, _SAMPLE, _LABELS = range(5)
 def stream(seed: int, which: int) -> jax.Array:
     """The key of one use of a seed."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), which)
+
+
+def precise(c: Config) -> AbstractContextManager[None]:
+    """The recipe's precision of float32 products: under 'default' a TPU rounds them to bfloat16."""
+    return jax.default_matmul_precision(None if c.model.matmul == "default" else "float32")
 
 
 class Training(NamedTuple):
@@ -86,56 +92,78 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
         }
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return jit_step(state, to_x0(frozen, batch, state.step))
+        with precise(c):
+            return jit_step(state, to_x0(frozen, batch, state.step))
 
     return Training(init, abstract, put, run)
 
 
-class Sampling(NamedTuple):
-    """Images u8[B,H,W,C] and labels i32[B] of samples [start, start + B)."""
+class Draw(Protocol):
+    """Images u8[B,H,W,C] and labels i32[B] of samples [start, start + B); see `sampling`."""
 
-    draw: Callable[[Any, int, np.ndarray | None, float], tuple[np.ndarray, np.ndarray]]
+    def __call__(
+        self,
+        params: Any,
+        start: int,
+        labels: np.ndarray | None,
+        cfg_scale: float,
+        seed: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Sampling(NamedTuple):
+    """A compiled `draw` and its batch size B."""
+
+    draw: Draw
     batch_size: int
 
 
 def sampling(c: Config, mesh: Mesh, guided: bool, frozen: Any = None) -> Sampling:
-    """Draws images of a recipe on a mesh: `draw(params, start, labels, cfg_scale)`.
+    """Draws images of a recipe on a mesh: `draw(params, start, labels, cfg_scale, seed)`.
 
-    Sample i depends on (config.seed, i) and its label only: not on the batch, not on the mesh.
-    Without labels, label i is uniform over the classes, from (seed, i) too.
+    Sample i depends on (seed, i) and its label only: not on the batch, not on the mesh. Without
+    labels, label i is uniform over the classes, from (seed, i) too. The seed is config.seed where
+    none is given; another one compiles nothing anew.
     """
     rules.check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
     sample = build.sampler(c, guided)
     batch_sharding = rules.batch_sharding(mesh)
 
-    def keys_of(which: int, indices: jax.Array) -> jax.Array:
-        return jax.vmap(jax.random.fold_in, (None, 0))(stream(c.seed, which), indices)
+    keys_of = jax.vmap(jax.random.fold_in, (None, 0))
 
     @jax.jit
-    def labels_of(indices: jax.Array) -> jax.Array:
-        keys = keys_of(_LABELS, indices)
+    def labels_of(key: jax.Array, indices: jax.Array) -> jax.Array:
+        keys = keys_of(key, indices)
         return jax.vmap(lambda key: jax.random.randint(key, (), 0, c.data.num_classes))(keys)
 
-    def images(params: Any, frozen: Any, indices: Any, labels: Any, scale: Any) -> jax.Array:
-        keys = keys_of(_SAMPLE, indices)
-        x = sample(params, keys, labels, scale)
+    def images(
+        params: Any, frozen: Any, key: Any, indices: Any, labels: Any, scale: Any
+    ) -> jax.Array:
+        x = sample(params, keys_of(key, indices), labels, scale)
         x = build.decode(c, frozen, x) if c.latent else x
         # Truncated, not rounded, to uint8: what the release and ADM's evaluator do.
         return jnp.clip(127.5 * x + 128.0, 0, 255).astype(jnp.uint8)
 
     jit_images = jax.jit(
         images,
-        in_shardings=(None, None, batch_sharding, batch_sharding, None),
+        in_shardings=(None, None, None, batch_sharding, batch_sharding, None),
         out_shardings=rules.replicated(mesh),
     )
 
     def draw(
-        params: Any, start: int, labels: np.ndarray | None, cfg_scale: float
+        params: Any,
+        start: int,
+        labels: np.ndarray | None,
+        cfg_scale: float,
+        seed: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
+        seed = c.seed if seed is None else seed
         indices = np.arange(start, start + c.sample.batch_size, dtype=np.uint32)
         if labels is None:
-            labels = np.asarray(labels_of(indices))
-        drawn = jit_images(params, frozen, indices, labels, np.float32(cfg_scale))
+            labels = np.asarray(labels_of(stream(seed, _LABELS), indices))
+        key = stream(seed, _SAMPLE)
+        with precise(c):
+            drawn = jit_images(params, frozen, key, indices, labels, np.float32(cfg_scale))
         return np.asarray(drawn), np.asarray(labels, np.int32)
 
     return Sampling(draw, c.sample.batch_size)

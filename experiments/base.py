@@ -17,6 +17,9 @@ def get_config(size: str = "XL", patch: int = 2) -> ConfigDict:
                 "dtype": "float32",
                 "remat": "none",
                 "unroll": 1,
+                "matmul": "default",
+                "frequency_shift": 0,
+                "norm2_eps": 1e-6,
             },
             "diffusion": {
                 "timesteps": 1000,

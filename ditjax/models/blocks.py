@@ -23,26 +23,28 @@ class Conditioning(NamedTuple):
     context: jax.Array
 
 
-def layer_norm(x: jax.Array) -> jax.Array:
-    """(x - E[x]) / sqrt(Var[x] + 1e-6) over the last axis, no affine, statistics in float32.
+def layer_norm(x: jax.Array, eps: float = LAYER_NORM_EPS) -> jax.Array:
+    """(x - E[x]) / sqrt(Var[x] + eps) over the last axis, no affine, statistics in float32.
 
     The variance is the mean of squared deviations, as in PyTorch; E[x²] - E[x]² differs visibly.
     """
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + LAYER_NORM_EPS)).astype(x.dtype)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
 class AffineLayerNorm(nn.Module):
     """`layer_norm` with a learned scale and bias [D]: for the blocks without adaLN."""
+
+    eps: float = LAYER_NORM_EPS
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         scale, bias = (p.astype(x.dtype)[None, None] for p in (scale, bias))
-        return layer_norm(x) * scale + bias
+        return layer_norm(x, self.eps) * scale + bias
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -81,12 +83,14 @@ class InContextBlock(nn.Module):
 
     heads: int
     mlp_ratio: float
+    norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
         x = x + SelfAttention(self.heads, self.dtype, name="attn")(AffineLayerNorm(name="norm1")(x))
-        return x + MLP(self.mlp_ratio, self.dtype, name="mlp")(AffineLayerNorm(name="norm2")(x))
+        h = AffineLayerNorm(self.norm2_eps, name="norm2")(x)
+        return x + MLP(self.mlp_ratio, self.dtype, name="mlp")(h)
 
 
 class CrossAttentionBlock(nn.Module):
@@ -94,6 +98,7 @@ class CrossAttentionBlock(nn.Module):
 
     heads: int
     mlp_ratio: float
+    norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -101,7 +106,8 @@ class CrossAttentionBlock(nn.Module):
         x = x + SelfAttention(self.heads, self.dtype, name="attn")(AffineLayerNorm(name="norm1")(x))
         # No affine here: with it, the paper's 598.2M parameters for XL/2 would read 598.3M.
         x = x + CrossAttention(self.heads, self.dtype, name="cross")(layer_norm(x), cond.context)
-        return x + MLP(self.mlp_ratio, self.dtype, name="mlp")(AffineLayerNorm(name="norm2")(x))
+        h = AffineLayerNorm(self.norm2_eps, name="norm2")(x)
+        return x + MLP(self.mlp_ratio, self.dtype, name="mlp")(h)
 
 
 class AdaLNBlock(nn.Module):
@@ -109,6 +115,7 @@ class AdaLNBlock(nn.Module):
 
     heads: int
     mlp_ratio: float
+    norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -118,7 +125,7 @@ class AdaLNBlock(nn.Module):
         )
         h = modulate(layer_norm(x), shift_msa, scale_msa)
         x = x + SelfAttention(self.heads, self.dtype, name="attn")(h)
-        h = modulate(layer_norm(x), shift_mlp, scale_mlp)
+        h = modulate(layer_norm(x, self.norm2_eps), shift_mlp, scale_mlp)
         return x + MLP(self.mlp_ratio, self.dtype, name="mlp")(h)
 
 
@@ -127,6 +134,7 @@ class AdaLNZeroBlock(nn.Module):
 
     heads: int
     mlp_ratio: float
+    norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -136,7 +144,7 @@ class AdaLNZeroBlock(nn.Module):
         )(cond.vector)
         h = modulate(layer_norm(x), shift_msa, scale_msa)
         x = x + gate_msa[:, None] * SelfAttention(self.heads, self.dtype, name="attn")(h)
-        h = modulate(layer_norm(x), shift_mlp, scale_mlp)
+        h = modulate(layer_norm(x, self.norm2_eps), shift_mlp, scale_mlp)
         return x + gate_mlp[:, None] * MLP(self.mlp_ratio, self.dtype, name="mlp")(h)
 
 

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ditjax.errors import UserError
-from ditjax.models.blocks import BLOCKS, AffineLayerNorm, Conditioning, Modulation, layer_norm
+from ditjax.models.blocks import (
+    BLOCKS,
+    LAYER_NORM_EPS,
+    AffineLayerNorm,
+    Conditioning,
+    Modulation,
+    layer_norm,
+)
 from ditjax.models.blocks import modulate as modulate_tokens
 from ditjax.models.embed import (
     LabelEmbedder,
@@ -64,6 +71,8 @@ class DiT(nn.Module):
     mlp_ratio: float = 4.0
     unroll: int = 1
     remat: str = "none"
+    frequency_shift: int = 0
+    norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -74,7 +83,7 @@ class DiT(nn.Module):
                 f"an input of {H}x{W} is not divisible into patches of {self.patch}:"
                 f" choose a patch size that divides both."
             )
-        t_emb = TimestepEmbedder(self.width, self.dtype, name="t_embedder")(t)
+        t_emb = TimestepEmbedder(self.width, self.frequency_shift, self.dtype, name="t_embedder")(t)
         y_emb = LabelEmbedder(
             self.num_classes, self.width, self.null_label, self.dtype, name="y_embedder"
         )(y)
@@ -112,5 +121,5 @@ class DiT(nn.Module):
             length=self.depth,
             unroll=min(self.unroll, self.depth),
         )
-        blocks = block(self.heads, self.mlp_ratio, self.dtype, name="blocks")
+        blocks = block(self.heads, self.mlp_ratio, self.norm2_eps, self.dtype, name="blocks")
         return scan(blocks, tokens, cond)[0]

@@ -73,7 +73,8 @@ def sincos_position_embedding(width: int, rows: int, columns: int) -> np.ndarray
     Per axis [sin(ωp), cos(ωp)] with ω_i = 10000^(-i / (D/4)), in float64; the column index fills
     the first half of the width, the row index the second.
     """
-    omega = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
+    # 1 / 10000^x, not 10000^-x: the last bit is then the release's too.
+    omega = 1.0 / 10000.0 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
     row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     halves = []
     for position in (column, row):
@@ -82,13 +83,16 @@ def sincos_position_embedding(width: int, rows: int, columns: int) -> np.ndarray
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
-def timestep_frequencies(t: jax.Array, width: int = TIMESTEP_FREQUENCIES) -> jax.Array:
-    """[cos(tω), sin(tω)], ω_i = exp(-ln(10^4) i / (width/2)): t [B] -> f32[B, width].
+def timestep_frequencies(
+    t: jax.Array, width: int = TIMESTEP_FREQUENCIES, shift: int = 0
+) -> jax.Array:
+    """[cos(tω), sin(tω)], ω_i = exp(-ln(10^4) i / (width/2 - shift)): t [B] -> f32[B, width].
 
-    t is the original integer timestep in [0, T-1], also when sampling is respaced.
+    t is the original integer timestep in [0, T-1], also when sampling is respaced. `shift` is 0 in
+    the release and in ADM, and 1 in diffusers' DiT, which therefore embeds the same t otherwise.
     """
     half = width // 2
-    omega = np.exp(-np.log(10000.0) * np.arange(half, dtype=np.float64) / half)
+    omega = np.exp(-np.log(10000.0) * np.arange(half, dtype=np.float64) / (half - shift))
     angle = t.astype(jnp.float32)[:, None] * jnp.asarray(omega, jnp.float32)[None]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
@@ -97,12 +101,14 @@ class TimestepEmbedder(nn.Module):
     """t i32[B] -> [B, D]: sinusoids -> Linear -> SiLU -> Linear, weights N(0, 0.02²)."""
 
     width: int
+    frequency_shift: int = 0
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
-        h = Linear(self.width, init, self.dtype, name="in")(timestep_frequencies(t))
+        frequencies = timestep_frequencies(t, shift=self.frequency_shift)
+        h = Linear(self.width, init, self.dtype, name="in")(frequencies)
         return Linear(self.width, init, self.dtype, name="out")(nn.silu(h))
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from ditjax.errors import UserError
@@ -235,6 +236,61 @@ def test_timestep_frequencies_cosine_first():
     angle = t[:, None] * omega[None]
     expected = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     np.testing.assert_allclose(timestep_frequencies(jnp.asarray(t)), expected, atol=2e-4)
+
+
+def test_timestep_frequencies_of_diffusers():
+    """One frequency fewer in the exponent's denominator: the last one is then exactly 1e-4."""
+    t = np.array([0, 1, 17, 999])
+    omega = 10000.0 ** (-np.arange(128) / 127)
+    assert omega[-1] == pytest.approx(1e-4)
+    angle = t[:, None] * omega[None]
+    expected = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    ours = timestep_frequencies(jnp.asarray(t), shift=1)
+    np.testing.assert_allclose(ours, expected, atol=2e-4)
+    assert np.abs(timestep_frequencies(jnp.asarray(t)) - expected).max() > 0.5
+
+
+def test_the_network_embeds_timesteps_as_asked():
+    args = inputs()
+    params = random_params(network(), args)
+    _, t, _ = args
+    embedded = []
+    for shift in (0, 1):
+        model = network(frequency_shift=shift)
+        _, state = model.apply(params, *args, capture_intermediates=True, mutable=["intermediates"])
+        (emb,) = state["intermediates"]["t_embedder"]["__call__"]
+        p = params["params"]["t_embedder"]
+        h = timestep_frequencies(t, shift=shift) @ p["in"]["kernel"] + p["in"]["bias"][None]
+        expected = jax.nn.silu(h) @ p["out"]["kernel"] + p["out"]["bias"][None]
+        np.testing.assert_allclose(emb, expected, rtol=1e-4, atol=1e-3)
+        embedded.append(emb)
+    assert np.abs(embedded[0] - embedded[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("block", BLOCK_NAMES)
+def test_norm2_eps_is_of_the_norm_before_the_mlp_alone(block):
+    """With an epsilon far above the variance that norm gives about 0: the MLP sees its shift."""
+    args = inputs()
+    model = network(block=block, norm2_eps=1e20)
+    params = random_params(network(block=block), args)
+    seen: dict[str, list[float]] = {"attn": [], "mlp": []}
+
+    def spy(call: Any, inputs: Any, kwargs: Any, context: Any) -> Any:
+        if context.module.name in seen and context.method_name == "__call__":
+            into = seen[context.module.name]
+            jax.debug.callback(lambda v: into.append(float(v)), token_spread(inputs[0]))
+        return call(*inputs, **kwargs)
+
+    with nn.intercept_methods(spy):
+        jax.block_until_ready(model.apply(params, *args))
+    jax.effects_barrier()
+    assert max(seen["mlp"]) < 1e-3
+    assert min(seen["attn"]) > 0.01
+
+
+def token_spread(x: jax.Array) -> jax.Array:
+    """How much the tokens differ: a norm that gives 0 leaves them all the same."""
+    return jnp.abs(x - x[:, :1]).max()
 
 
 def test_layer_norm_has_no_fast_variance():
