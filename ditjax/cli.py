@@ -41,17 +41,25 @@ def add_workdir_of_a_run(parser: Parser) -> None:
     parser.set_defaults(reads_run=True)
 
 
-def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """(the command's own flags, its checked recipe); `args.recipe` is the recipe's plain dict."""
+def parse(
+    parser: Parser,
+    argv: Sequence[str],
+    source: Callable[[argparse.Namespace], Mapping[str, Any]] | None = None,
+) -> tuple[argparse.Namespace, Config]:
+    """(the command's own flags, its checked recipe); `args.recipe` is the recipe's plain dict.
+
+    Without --config=FILE the recipe is the run's, or what `source` makes of the flags.
+    """
     args, rest = parser.parse_known_args(list(argv))
     known = [option for action in parser._actions for option in action.option_strings]
     for word in rest:
         if not word.startswith("--config") or word[8:9] not in ("", "=", "."):
             raise UserError(f"{word!r} is no flag of this command.{nearest(word, known)}")
-    recorded = None
-    if getattr(args, "reads_run", False) and not any(w.startswith("--config=") for w in rest):
+    named = any(word.startswith("--config=") for word in rest)
+    recorded = source(args) if source else None
+    if getattr(args, "reads_run", False) and not named:
         recorded = rundir.read_recipe(args.workdir)
-    recipe = load_recipe(rest, recorded)
+    recipe = load_recipe(rest, None if named else recorded)
     args.recipe = recipe.to_dict()
     return args, read(args.recipe)
 

@@ -22,7 +22,8 @@ from ditjax.io.results import protocol_hash, save_grid, save_samples, write_json
 from ditjax.metrics import frechet
 from ditjax.models import classifier
 from ditjax.parallel.mesh import make_mesh
-from ditjax.sample import GRID_IMAGES, Samples, draw
+from ditjax.pipeline import Samples, draw
+from ditjax.sample import GRID_IMAGES
 from ditjax.train import data_spec
 
 EVALUATION_FILE = "evaluation.json"

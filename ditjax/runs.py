@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from ditjax import programs
@@ -11,6 +12,8 @@ from ditjax.config import Config, read
 from ditjax.errors import UserError
 from ditjax.io import rundir
 from ditjax.io.checkpoint import Checkpoints
+from ditjax.parallel import rules
+from ditjax.pretrained import networks, reading
 
 
 def load_ema(
@@ -33,11 +36,16 @@ def load_autoencoder(c: Config, mesh: Mesh) -> Any:
     if not path:
         raise UserError(
             "config.autoencoder.path is '': a latent DiT needs the work directory of a trained"
+            " autoencoder, or its weights (see README, Published weights)."
+        )
+    published = None if rundir.is_run(path) else reading.load(path)
+    trained = published.config if published else read(rundir.read_recipe(path))
+    if trained.train.network != "autoencoder":
+        what = "holds" if published else "is a run of"
+        raise UserError(
+            f"config.autoencoder.path={path} {what} a {trained.train.network}: expected an"
             " autoencoder."
         )
-    trained = read(rundir.read_recipe(path))
-    if trained.train.network != "autoencoder":
-        raise UserError(f"config.autoencoder.path={path} is a run of a {trained.train.network}.")
     for field in ("base_width", "multipliers", "res_blocks", "latent_channels", "groups"):
         theirs, ours = getattr(trained.autoencoder, field), getattr(c.autoencoder, field)
         if theirs != ours:
@@ -50,7 +58,14 @@ def load_autoencoder(c: Config, mesh: Mesh) -> Any:
             f"config.data.channels is {c.data.channels}, and the autoencoder at {path} was trained"
             f" on {trained.data.channels}."
         )
+    if published:
+        return put(networks.as_float32(published.params), mesh)
     return load_ema(trained, path, mesh)[0]
+
+
+def put(params: Any, mesh: Mesh) -> Any:
+    """Host arrays on the mesh, by the sharding rules."""
+    return jax.device_put(params, rules.state_shardings(params, mesh))
 
 
 def recipe_of(workdir: str | os.PathLike[str]) -> Config:

@@ -1,119 +1,123 @@
-"""python -m ditjax.sample: images from a run: PNG grid, npz, and a JSON of what made them."""
+"""python -m ditjax.sample: images from a run or from weights: PNG grid, npz, and what made them."""
 
+import argparse
 import dataclasses
-import json
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from jax.sharding import Mesh
-
-from ditjax import cli, programs, runs
-from ditjax.config import Config
+from ditjax import cli
+from ditjax.config import changed
 from ditjax.errors import UserError
 from ditjax.io.checkpoint import is_primary
-from ditjax.io.log import Progress
-from ditjax.io.results import save_grid, save_samples, write_atomic
-from ditjax.parallel.mesh import make_mesh
+from ditjax.io.results import save_grid, save_samples, write_json
+from ditjax.pipeline import (
+    PRECISIONS,
+    Output,
+    Pipeline,
+    Source,
+    open_run,
+    open_source,
+    precision_keys,
+)
 
 GRID_IMAGES = 100
+MIN_GRID_SIDE = 32  # pixels of one image in a grid, enlarged if it is smaller
 
 
-class Samples(NamedTuple):
-    """images u8[N,H,W,C], label i32[N], and the seconds that drawing took."""
-
-    images: np.ndarray
-    label: np.ndarray
-    seconds: float
-
-
-def draw(
-    c: Config,
-    params: Any,
-    mesh: Mesh,
-    num: int,
-    *,
-    cfg_scale: float,
-    label_of: Sequence[int] | None = None,
-    frozen: Any = None,
-) -> Samples:
-    """Samples 0..num-1 of a recipe; sample i takes label_of[i % len], or a uniform one of its own.
-
-    `frozen` are a latent recipe's autoencoder parameters.
-    """
-    program = programs.sampling(c, mesh, guided=cfg_scale != 1, frozen=frozen)
-    size = program.batch_size
-    began = time.monotonic()
-    images, label = [], []
-    progress = Progress("sample", num, "images")
-    for start in range(0, num, size):
-        wanted = None
-        if label_of is not None:
-            indices = np.arange(start, start + size)
-            wanted = np.asarray(label_of, np.int32)[indices % len(label_of)]
-        drawn, labels = program.draw(params, start, wanted, cfg_scale)
-        images.append(drawn)
-        label.append(labels)
-        progress.report(min(start + size, num))
-    return Samples(
-        np.concatenate(images)[:num], np.concatenate(label)[:num], time.monotonic() - began
-    )
+def save(output: Output, folder: Path) -> None:
+    """samples.npz, samples.png and samples.json."""
+    if not is_primary():
+        return
+    save_samples(folder / "samples.npz", output.array, output.label)
+    images, classes = output.array[:GRID_IMAGES], output.record["classes"]
+    columns = min(len(images), 10 if classes is None else max(1, min(len(classes), 10)))
+    upscale = max(1, MIN_GRID_SIDE // images.shape[1])
+    save_grid(images, folder / "samples.png", columns, upscale=upscale)
+    write_json(folder / "samples.json", output.record)
 
 
-def parse_classes(text: str, num_classes: int) -> list[int]:
-    """'3,7,7' -> [3, 7, 7]. Raises UserError for what is no class of the data set."""
-    classes = []
-    for word in text.split(","):
-        if not word.strip().isdigit() or int(word) >= num_classes:
-            raise UserError(
-                f"--classes holds {word!r}: expected class numbers from 0 to {num_classes - 1},"
-                " separated by commas."
-            )
-        classes.append(int(word))
-    return classes
+# Flags that are short for keys of the recipe.
+_FLAGS: Mapping[str, tuple[str, Any, str]] = {
+    "num": ("sample.num", int, "images to draw"),
+    "cfg_scale": ("sample.cfg_scale", float, "guidance scale; 1 is none"),
+    "cfg_channels": ("sample.cfg_channels", str, "guided channels: three (the release) or all"),
+    "steps": ("sample.steps", str, "sampling steps: 250, ddim50 or counts as 10,15,20"),
+    "sampler": ("sample.sampler", str, "ddpm or ddim"),
+    "eta": ("sample.eta", float, "DDIM's noise, from 0 to 1"),
+    "batch_size": ("sample.batch_size", int, "images at a time, over all devices"),
+    "seed": ("seed", int, "image i depends on (seed, i) alone"),
+}
 
 
-def sample(
-    c: Config, workdir: str | os.PathLike[str], out: str | os.PathLike[str], classes: str = ""
-) -> Path:
-    """Draws config.sample.num images from a run's averaged weights into `out`."""
-    if c.train.network != "dit":
-        raise UserError(f"{workdir} is a run of a {c.train.network}: only a DiT draws samples.")
-    label_of = parse_classes(classes, c.data.num_classes) if classes else None
-    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
-    params, step = runs.load_ema(c, workdir, mesh)
-    frozen = runs.load_autoencoder(c, mesh)
-    samples = draw(
-        c, params, mesh, c.sample.num, cfg_scale=c.sample.cfg_scale, label_of=label_of,
-        frozen=frozen,
+def _parser() -> cli.Parser:
+    parser = cli.parser("sample", "Draws images from a run or from published weights.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", default="", help="a run's directory")
+    source.add_argument(
+        "--weights", default="",
+        help="a DiT's weights (.pt, .safetensors) or a diffusers folder, of a DiT or a DiTPipeline",
     )  # fmt: skip
-    folder = Path(out)
-    if is_primary():
-        save_samples(folder / "samples.npz", samples.images, samples.label)
-        images = samples.images[:GRID_IMAGES]
-        columns = 10 if label_of is None else max(1, min(len(label_of), 10))
-        save_grid(images, folder / "samples.png", columns, upscale=max(1, 32 // images.shape[1]))
-        record = {
-            "run": str(workdir), "step": step, "seed": c.seed, "classes": label_of,
-            "sample": dataclasses.asdict(c.sample), "seconds": round(samples.seconds, 3),
-        }  # fmt: skip
-        write_atomic(folder / "samples.json", (json.dumps(record, indent=1) + "\n").encode())
-    return folder
+    parser.add_argument("--autoencoder", default="", help="the autoencoder of latent --weights")
+    parser.add_argument("--out", default="", help="where to write (default: WORKDIR/drawn)")
+    parser.add_argument(
+        "--classes", default="", help="classes to cycle through, as 207,n02099601,golden_retriever"
+    )
+    for flag, (key, kind, text) in _FLAGS.items():
+        parser.add_argument(f"--{flag}", type=kind, help=f"{text} (config.{key})")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS,
+        help="float32 (exact), fast (the backend's rounded products of float32) or bfloat16",
+    )  # fmt: skip
+    parser.add_argument(
+        "--which", default="ema", choices=("ema", "model"), help="of a training checkpoint"
+    )
+    parser.add_argument("--heads", type=int, default=0, help="of --weights that do not say it")
+    parser.add_argument(
+        "--numerics", default="auto", choices=("auto", "release", "diffusers"),
+        help="whose timestep embedding to compute (see README); auto: the file's own program's",
+    )  # fmt: skip
+    return parser
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    sections: dict[str, dict[str, Any]] = {}
+    for flag, (key, _, _) in _FLAGS.items():
+        section, _, leaf = key.rpartition(".")
+        if section and getattr(args, flag) is not None:
+            sections.setdefault(section, {})[leaf] = getattr(args, flag)
+    if args.precision:
+        sections["model"] = precision_keys(args.precision)
+    return sections
 
 
 def main(argv: list[str]) -> int:
     """The command."""
-    parser = cli.parser("sample", "Draws images from a run.")
-    cli.add_workdir_of_a_run(parser)
-    parser.add_argument("--out", default="", help="where to write (default: WORKDIR/drawn)")
-    parser.add_argument("--classes", default="", help="class numbers to cycle through, as 3,7,7")
-    args, config = cli.parse(parser, argv)
-    out = args.out or Path(args.workdir) / "drawn"
-    folder = sample(config, args.workdir, out, args.classes)
-    print(f"{config.sample.num} images in {folder}: samples.png, samples.npz, samples.json")
+    opened: list[Source] = []
+
+    def recorded(args: argparse.Namespace) -> Mapping[str, Any]:
+        if args.workdir:
+            opened.append(open_run(args.workdir))
+        else:
+            opened.append(
+                open_source(
+                    args.weights, args.autoencoder,
+                    which=args.which, heads=args.heads, numerics=args.numerics,
+                )
+            )  # fmt: skip
+        return dataclasses.asdict(opened[0].config)
+
+    args, config = cli.parse(_parser(), argv, recorded)
+    config = changed(config, _overrides(args))
+    if args.seed is not None:
+        config = changed(dataclasses.replace(config, seed=args.seed), {})
+    folder = Path(args.out or Path(args.workdir or ".") / "drawn")
+    if folder.exists() and not folder.is_dir():  # before hours of work, not after
+        raise UserError(f"--out={folder} is a file: give a folder.")
+    pipeline = Pipeline(opened[0], config)
+    output = pipeline(args.classes, num=config.sample.num, batch_size=args.batch_size)
+    save(output, folder)
+    print(f"{len(output.array)} images in {folder}: samples.png, samples.npz, samples.json")
     return 0
 
 

@@ -15,13 +15,16 @@ FLOORS = {
     "config": 1,
     "build": 2,
     "programs": 3,
-    "runs": 3,
-    "cli": 3,
-    "reporting": 3,
+    "pretrained": 3,
+    "runs": 4,
+    "pipeline": 5,
+    "cli": 5,
+    "reporting": 5,
 }
-COMMAND = 4
+COMMAND = 6
 COMMANDS = (
     "train", "sample", "evaluate", "sweep", "report", "flops", "classify", "encode",
+    "convert",
 )  # fmt: skip
 
 # Third-party packages by floor; NumPy, JAX's typing aside, is what all of them share.
@@ -36,12 +39,14 @@ STDLIB_FREE = {
     "training": {"jax", "optax"},
     "parallel": {"jax", "numpy"},
     "io": {
-        "absl", "array_record", "clu", "etils", "grain", "jax", "numpy", "orbax", "PIL", "sklearn",
-        "tensorboardX", "tensorflow_datasets",
+        "absl", "array_record", "clu", "etils", "grain", "jax", "ml_dtypes", "numpy", "orbax",
+        "PIL", "safetensors", "sklearn", "tensorboardX", "tensorflow_datasets",
     },
     "build": {"jax", "optax"},
     "programs": {"jax", "numpy"},
+    "pretrained": {"jax", "numpy"},
     "runs": {"jax"},
+    "pipeline": {"jax", "numpy", "PIL"},
     "cli": {"absl", "ml_collections"},
     "reporting": {"jinja2", "matplotlib", "numpy", "PIL"},
 }  # fmt: skip

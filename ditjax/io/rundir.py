@@ -48,6 +48,12 @@ def open_study(workdir: str | os.PathLike[str], recipe: Mapping[str, Any]) -> Pa
     return folder
 
 
+def is_run(workdir: str | os.PathLike[str]) -> bool:
+    """Whether a directory is a run's: a model folder of diffusers has a config.json too."""
+    # Not Path.exists, which raises for a name that is too long.
+    return all(os.path.exists(Path(workdir) / name) for name in (RECIPE_FILE, CHECKPOINTS))
+
+
 def read_recipe(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """The recipe that a run was started with. Raises UserError when there is none."""
     path = Path(workdir) / RECIPE_FILE

@@ -36,8 +36,8 @@ def test_classes_that_are_none(finished, classes):
 
 
 def test_no_such_run(tmp_path):
-    for command in (sample, evaluate):
-        with pytest.raises(UserError, match="does not exist: train first"):
+    for command, match in ((sample, "is no run directory"), (evaluate, "does not exist: train")):
+        with pytest.raises(UserError, match=match):
             command.main([*TINY, f"--workdir={tmp_path / 'none'}"])
 
 
@@ -181,7 +181,7 @@ def test_images_encoded_on_the_way_train_too(autoencoder, tmp_path):
     ("words", "match"),
     [
         (["--config.autoencoder.path="], "needs the work directory of a trained"),
-        (["--config.autoencoder.path=/nowhere"], "no run directory"),
+        (["--config.autoencoder.path=/nowhere"], "/nowhere does not exist: expected a weights"),
         (["--config.autoencoder.base_width=16"], r"base_width is 16, and .* with 8"),
         (["--config.data.name=latents:/nowhere"], "no encoded latents at /nowhere"),
     ],

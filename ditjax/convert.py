@@ -1,0 +1,135 @@
+"""python -m ditjax.convert: weights between PyTorch's DiT, diffusers, latent diffusion and ours."""
+
+import os
+from pathlib import Path
+
+from ditjax import cli, runs
+from ditjax.errors import UserError
+from ditjax.io import rundir
+from ditjax.io.classes import class_names
+from ditjax.parallel.mesh import make_mesh
+from ditjax.pretrained import networks, reading, vocabulary, writing
+from ditjax.pretrained.networks import Network
+
+TARGETS = {
+    "ditjax": "one safetensors file with its recipe",
+    "release": "a state dict (.pt) in the names of the public DiT release",
+    "diffusers": "a model folder: config.json and safetensors",
+    "ldm": "an autoencoder's checkpoint (.ckpt) in the names of latent diffusion",
+    "pipeline": "a DiTPipeline folder; with a latent DiT's --autoencoder",
+}
+
+
+def read_network(
+    path: str, *, which: str = "ema", heads: int = 0, numerics: reading.Numerics = "auto"
+) -> Network:
+    """A network out of a run's directory (averaged weights), a weights file or a model folder."""
+    if not rundir.is_run(path):
+        return reading.load(path, which=which, heads=heads, numerics=numerics)
+    config = runs.recipe_of(path)
+    params, _ = runs.load_ema(config, path, make_mesh(-1, 1))
+    return networks.of_run(config, params, (Path(path),))
+
+
+def convert(
+    source: str,
+    target: str,
+    out: str,
+    *,
+    autoencoder: str = "",
+    which: str = "ema",
+    heads: int = 0,
+    numerics: reading.Numerics = "auto",
+) -> str:
+    """Writes `out` in the layout `target`; returns a line that says what was done.
+
+    Raises UserError for what cannot be read, or cannot be said in that layout.
+    """
+    names = class_names()
+    if os.path.exists(Path(source) / vocabulary.MODEL_INDEX):
+        if target != "pipeline":
+            raise UserError(
+                f"{source} is a whole pipeline: convert {source}/transformer or {source}/vae, or"
+                " say --to=pipeline."
+            )
+        network, decoder, names = reading.load_pipeline(source, numerics=numerics)
+        if autoencoder:
+            decoder = read_network(autoencoder, which=which)
+        writing.write_pipeline(out, network, decoder, names)
+        return _line(source, out, network, target)
+    network = read_network(source, which=which, heads=heads, numerics=numerics)
+    wanted = {"ldm": "autoencoder", "release": "dit", "pipeline": "dit"}.get(target, network.kind)
+    if network.kind != wanted:
+        raise UserError(f"{source} holds a {network.name}: --to={target} is for the other network.")
+    if autoencoder and target != "pipeline":
+        raise UserError(f"--autoencoder goes with --to=pipeline, not with --to={target}.")
+    if target == "pipeline":
+        if not autoencoder:
+            raise UserError("--to=pipeline needs the DiT's --autoencoder.")
+        classes = network.config.data.num_classes
+        named = names if classes == len(names) else tuple((str(i),) for i in range(classes))
+        writing.write_pipeline(out, network, read_network(autoencoder, which=which), named)
+    else:
+        write = {
+            "ditjax": writing.write_ditjax, "release": writing.write_release,
+            "diffusers": writing.write_diffusers, "ldm": writing.write_ldm,
+        }[target]  # fmt: skip
+        write(out, network)
+    return _line(source, out, network, target)
+
+
+def _line(source: str, out: str, network: Network, target: str) -> str:
+    done = (
+        f"{network.name}, {network.num_parameters:,} parameters of {network.dtype}:"
+        f" {source} ({network.layout}) -> {out} ({target})"
+    )
+    if network.kind == "dit":
+        theirs = {"release": 0, "diffusers": 1, "pipeline": 1}.get(target)
+        ours = network.config.model.frequency_shift
+        if theirs is not None and theirs != ours:
+            done += (
+                "\nnote: the two programs embed timesteps differently (frequencies over"
+                f" {128 - ours} here, {128 - theirs} there): the same weights give other images"
+                " there; see README, Published weights."
+            )
+    classes = network.config.data.num_classes
+    if target == "pipeline" and classes != len(class_names()):
+        done += (
+            f"\nnote: DiTPipeline takes class {len(class_names())} for the null label, and this"
+            f" DiT's is {classes}: only guidance_scale=1 is right there."
+        )
+    return done
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    parser = cli.parser("convert", __doc__.partition(": ")[2], config=False)
+    parser.add_argument(
+        "--weights", required=True, help="a weights file, a diffusers folder or a run's directory"
+    )
+    parser.add_argument(
+        "--to", required=True, choices=TARGETS,
+        help="; ".join(f"{name}: {text}" for name, text in TARGETS.items()),
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, help="the file or folder to write")
+    parser.add_argument("--autoencoder", default="", help="of a pipeline")
+    parser.add_argument(
+        "--which", default="ema", choices=("ema", "model"), help="of a training checkpoint"
+    )
+    parser.add_argument("--heads", type=int, default=0, help="of weights that do not say it")
+    parser.add_argument(
+        "--numerics", default="auto", choices=("auto", "release", "diffusers"),
+        help="whose timestep embedding the weights were trained with; auto: the file's program's",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    print(
+        convert(
+            args.weights, args.to, args.out, autoencoder=args.autoencoder, which=args.which,
+            heads=args.heads, numerics=args.numerics,
+        )
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,268 @@
+"""Names and layouts of the same weights elsewhere, as tables: ours <-> theirs.
+
+A layout is a list of rules. Each rule joins one of our leaves to the tensors that hold it in
+another program, and is read in both directions, so that what is read can be written back:
+
+    ours    blocks/attn/qkv/kernel  [L, D, 3, H, d]     (the L blocks are stacked)
+    theirs  blocks.{i}.attn.qkv.weight  [3D, D]         {i} counts the blocks
+
+`to_ours` copies; `to_theirs` gives views of our arrays, so that writing a file costs no second
+set of weights.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Shapes = Mapping[str, tuple[int, ...]]
+Arrays = dict[str, np.ndarray]
+
+
+class Rule(NamedTuple):
+    """One of our leaves and theirs.
+
+    Several names are parts of one tensor along its first axis (to_q, to_k, to_v), and every layer
+    has them where a name holds '{i}'. `copies`: the leaf stands once here and, the same, in each
+    of their layers.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    kind: Literal["vector", "table", "linear", "conv", "linear_as_conv", "patch"]
+    copies: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether our leaf has the layers as its first axis."""
+        return "{i}" in self.theirs[0] and not self.copies
+
+
+Layout = list[Rule]
+
+
+def _their_shape(kind: str, ours: tuple[int, ...], patch: int) -> tuple[int, ...]:
+    match kind:
+        case "vector":
+            return (int(np.prod(ours)),)
+        case "table":
+            return ours
+        case "linear":
+            return (int(np.prod(ours[1:])), ours[0])
+        case "linear_as_conv":
+            return (int(np.prod(ours[1:])), ours[0], 1, 1)
+        case "conv":
+            return (ours[3], ours[2], ours[0], ours[1])
+        case _:
+            return (ours[1], ours[0] // patch**2, patch, patch)
+
+
+def _their_view(kind: str, leaf: np.ndarray, patch: int) -> np.ndarray:
+    match kind:
+        case "vector":
+            return leaf.reshape(-1)
+        case "table":
+            return leaf
+        case "linear":
+            return leaf.reshape(leaf.shape[0], -1).T
+        case "linear_as_conv":
+            return leaf.reshape(leaf.shape[0], -1).T[:, :, None, None]
+        case "conv":
+            return leaf.transpose(3, 2, 0, 1)
+        case _:
+            # A token's values are ordered (row, column, channel), a strided kernel's (C, row, col).
+            return leaf.reshape(patch, patch, -1, leaf.shape[1]).transpose(3, 2, 0, 1)
+
+
+def _our_leaf(kind: str, theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    match kind:
+        case "linear" | "linear_as_conv":
+            theirs = theirs.reshape(theirs.shape[:2]).T
+        case "conv" | "patch":
+            theirs = theirs.transpose(2, 3, 1, 0)
+    return theirs.reshape(shape)
+
+
+def _layers(rule: Rule, shape: tuple[int, ...], depth: int) -> list[int]:
+    if "{i}" not in rule.theirs[0]:
+        return [0]
+    return list(range(depth if rule.copies else shape[0]))
+
+
+def expected_shapes(layout: Layout, ours: Shapes, *, patch: int = 1, depth: int = 0) -> Shapes:
+    """The names and shapes of the file that holds our leaves of shapes `ours`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rule in layout:
+        shape = ours[rule.ours]
+        whole = _their_shape(rule.kind, shape[1:] if rule.stacked else shape, patch)
+        part = (whole[0] // len(rule.theirs), *whole[1:])
+        for i in _layers(rule, shape, depth):
+            for name in rule.theirs:
+                shapes[name.format(i=i)] = part
+    return shapes
+
+
+def to_ours(layout: Layout, theirs: Mapping[str, np.ndarray], ours: Shapes) -> Arrays:
+    """Their tensors -> our leaves. The names and shapes are those of `expected_shapes`.
+
+    Raises ValueError, naming the tensors, when copies of one leaf are not equal.
+    """
+    leaves: Arrays = {}
+    for rule in layout:
+        shape = ours[rule.ours]
+        if not rule.stacked:
+            leaves[rule.ours] = np.array(_join(rule, theirs, 0, shape))
+            if rule.copies:
+                _check_copies(rule, theirs)
+            continue
+        first = _join(rule, theirs, 0, shape[1:])
+        leaf = np.empty(shape, first.dtype)
+        for i in range(shape[0]):
+            leaf[i] = _join(rule, theirs, i, shape[1:])
+        leaves[rule.ours] = leaf
+    return leaves
+
+
+def _join(
+    rule: Rule, theirs: Mapping[str, np.ndarray], layer: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    parts = [theirs[name.format(i=layer)] for name in rule.theirs]
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return _our_leaf(rule.kind, whole, shape)
+
+
+def _check_copies(rule: Rule, theirs: Mapping[str, np.ndarray]) -> None:
+    (template,) = rule.theirs
+    pattern = re.compile(re.escape(template).replace(r"\{i\}", r"\d+"))
+    names = [name for name in theirs if pattern.fullmatch(name)]
+    for name in names[1:]:
+        if not np.array_equal(theirs[names[0]], theirs[name], equal_nan=True):
+            raise ValueError(f"{name} and {names[0]} are not equal")
+
+
+def to_theirs(
+    layout: Layout, leaves: Mapping[str, np.ndarray], *, patch: int = 1, depth: int = 0
+) -> Arrays:
+    """Our leaves -> their tensors, as views."""
+    tensors: Arrays = {}
+    for rule in layout:
+        leaf = leaves[rule.ours]
+        for i in _layers(rule, leaf.shape, depth):
+            whole = _their_view(rule.kind, leaf[i] if rule.stacked else leaf, patch)
+            size = whole.shape[0] // len(rule.theirs)
+            for part, name in enumerate(rule.theirs):
+                tensors[name.format(i=i)] = whole[part * size : (part + 1) * size]
+    return tensors
+
+
+def _linear(ours: str, *theirs: str, copies: bool = False) -> list[Rule]:
+    """The kernel and bias of one Linear."""
+    return [
+        Rule(f"{ours}/kernel", tuple(f"{name}.weight" for name in theirs), "linear", copies),
+        Rule(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs), "vector", copies),
+    ]
+
+
+# The public PyTorch release (facebookresearch/DiT, models.py). Its frozen position table,
+# `pos_embed`, is no parameter here: `ditjax.pretrained` checks it and writes it.
+DIT_RELEASE: Layout = [
+    Rule("x_embedder/kernel", ("x_embedder.proj.weight",), "patch"),
+    Rule("x_embedder/bias", ("x_embedder.proj.bias",), "vector"),
+    *_linear("t_embedder/in", "t_embedder.mlp.0"),
+    *_linear("t_embedder/out", "t_embedder.mlp.2"),
+    Rule("y_embedder/table", ("y_embedder.embedding_table.weight",), "table"),
+    *_linear("blocks/attn/qkv", "blocks.{i}.attn.qkv"),
+    *_linear("blocks/attn/out", "blocks.{i}.attn.proj"),
+    *_linear("blocks/mlp/in", "blocks.{i}.mlp.fc1"),
+    *_linear("blocks/mlp/out", "blocks.{i}.mlp.fc2"),
+    *_linear("blocks/adaln/linear", "blocks.{i}.adaLN_modulation.1"),
+    *_linear("final_layer/linear", "final_layer.linear"),
+    *_linear("final_layer/adaln/linear", "final_layer.adaLN_modulation.1"),
+]
+
+_D = "transformer_blocks.{i}"
+
+# diffusers' DiTTransformer2DModel, which repeats the timestep and label embedders in every block.
+DIT_DIFFUSERS: Layout = [
+    Rule("x_embedder/kernel", ("pos_embed.proj.weight",), "patch"),
+    Rule("x_embedder/bias", ("pos_embed.proj.bias",), "vector"),
+    *_linear("t_embedder/in", f"{_D}.norm1.emb.timestep_embedder.linear_1", copies=True),
+    *_linear("t_embedder/out", f"{_D}.norm1.emb.timestep_embedder.linear_2", copies=True),
+    Rule(
+        "y_embedder/table",
+        (f"{_D}.norm1.emb.class_embedder.embedding_table.weight",),
+        "table",
+        copies=True,
+    ),
+    *_linear("blocks/attn/qkv", f"{_D}.attn1.to_q", f"{_D}.attn1.to_k", f"{_D}.attn1.to_v"),
+    *_linear("blocks/attn/out", f"{_D}.attn1.to_out.0"),
+    *_linear("blocks/mlp/in", f"{_D}.ff.net.0.proj"),
+    *_linear("blocks/mlp/out", f"{_D}.ff.net.2"),
+    *_linear("blocks/adaln/linear", f"{_D}.norm1.linear"),
+    *_linear("final_layer/linear", "proj_out_2"),
+    *_linear("final_layer/adaln/linear", "proj_out_1"),
+]
+
+
+def autoencoder_layout(
+    leaves: Shapes, names: Literal["diffusers", "diffusers_old", "ldm"]
+) -> Layout:
+    """The rules of an autoencoder of any width, from its own leaves.
+
+    'diffusers': AutoencoderKL since 0.14. 'diffusers_old': before, when the attention's products
+    were query, key, value and proj_attn. 'ldm': the `first_stage_model` of the original latent
+    diffusion and Stable Diffusion checkpoints, whose attention is of 1x1 convolutions.
+    """
+    levels = 1 + max(
+        int(n) for path in leaves for n in re.findall(r"^decoder/up_blocks_(\d+)", path)
+    )
+    rename = {
+        "diffusers": _diffusers_name,
+        "diffusers_old": lambda path: _old_attention(_diffusers_name(path)),
+        "ldm": lambda path: _ldm_name(path, levels),
+    }[names]
+    layout = []
+    for path, shape in leaves.items():
+        parent, _, kind_of_leaf = path.rpartition("/")
+        name = rename(parent) + (".bias" if kind_of_leaf == "bias" else ".weight")
+        if len(shape) == 4:
+            layout.append(Rule(path, (name,), "conv"))
+        elif len(shape) == 2:
+            layout.append(Rule(path, (name,), "linear_as_conv" if names == "ldm" else "linear"))
+        else:
+            layout.append(Rule(path, (name,), "vector"))
+    return layout
+
+
+def _diffusers_name(path: str) -> str:
+    """encoder/down_blocks_0/resnets_1/conv1 -> encoder.down_blocks.0.resnets.1.conv1."""
+    return re.sub(r"_(\d+)(?=\.|$)", r".\1", path.replace("/", "."))
+
+
+_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_LDM_ATTENTION = {
+    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+}  # fmt: skip
+
+
+def _old_attention(name: str) -> str:
+    head, found, last = name.partition(".attentions.0.")
+    return f"{head}{found}{_ATTENTION.get(last, last)}"
+
+
+def _ldm_name(path: str, levels: int) -> str:
+    name = _diffusers_name(path)
+    head, found, last = name.partition(".mid_block.attentions.0.")
+    if found:
+        return f"{head}.mid.attn_1.{_LDM_ATTENTION[last]}"
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+    name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
+    name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
+    # The decoder's levels are numbered by their resolution there, in order of use in diffusers.
+    name = re.sub(
+        r"up_blocks\.(\d+)\.(resnets|upsamplers\.0)",
+        lambda m: f"up.{levels - 1 - int(m[1])}." + ("block" if m[2] == "resnets" else "upsample"),
+        name,
+    )
+    return name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")

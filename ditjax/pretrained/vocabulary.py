@@ -1,0 +1,9 @@
+"""The words of other programs' files that reading and writing share."""
+
+METADATA = "ditjax"
+
+MODEL_INDEX = "model_index.json"
+
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}

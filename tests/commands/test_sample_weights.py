@@ -1,0 +1,217 @@
+"""sample, encode and train on weights files: flags, records, refusals."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ditjax import convert, encode, runs, sample, train
+from ditjax.cli import load_recipe
+from ditjax.config import read
+from ditjax.errors import UserError
+from ditjax.io.results import load_samples
+from ditjax.io.torch_file import write_torch
+from ditjax.parallel.mesh import make_mesh
+from ditjax.pipeline import open_run
+from tests.commands.conftest import TINY
+from tests.weight_files import FOLDER_WEIGHTS, diffusers_folder, release_state
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("files")
+    diffusers_folder(root / "dit", "dit")
+    diffusers_folder(root / "vae", "autoencoder")
+    return root
+
+
+def words(files, out, *more):
+    return [
+        f"--weights={files / 'dit'}", f"--autoencoder={files / 'vae'}", f"--out={out}",
+        "--steps=ddim2", "--sampler=ddim", "--num=8", *more,
+    ]  # fmt: skip
+
+
+def record_of(folder):
+    return json.loads((folder / "samples.json").read_text())
+
+
+def test_sample_from_weights(files, tmp_path, capsys):
+    more = ("--classes=7,3", "--cfg_scale=1.5", "--seed=5", "--precision=float32", "--eta=0.5")
+    assert sample.main(words(files, tmp_path / "a", *more)) == 0
+    assert f"8 images in {tmp_path}/a" in capsys.readouterr().out
+    images, label = load_samples(tmp_path / "a" / "samples.npz")
+    assert images.shape == (8, 32, 32, 3)
+    assert images.std() > 5
+    np.testing.assert_array_equal(label, [7, 3] * 4)
+    with Image.open(tmp_path / "a" / "samples.png") as grid:
+        assert grid.size == (2 * 32 + 1, 4 * 32 + 3)
+    record = record_of(tmp_path / "a")
+    digest = hashlib.sha256((files / "dit" / FOLDER_WEIGHTS).read_bytes()).hexdigest()
+    assert record["weights"]["sha256"] == digest
+    assert record["autoencoder"]["files"] == [str(files / "vae" / FOLDER_WEIGHTS)]
+    assert (record["seed"], record["classes"]) == (5, [7, 3])
+    expected = {
+        "num": 8, "cfg_scale": 1.5, "cfg_channels": "all", "steps": "ddim2", "sampler": "ddim",
+        "eta": 0.5,
+    }  # fmt: skip
+    assert {key: record["sample"][key] for key in expected} == expected
+    assert (record["model"]["dtype"], record["model"]["matmul"]) == ("float32", "float32")
+    assert record["seconds"] > 0
+
+    # The recipe's keys say the same as the flags, and what the record holds makes it again.
+    again = [
+        "--config.seed=5", "--config.sample.cfg_scale=1.5", "--config.sample.eta=0.5",
+        "--config.model.matmul=float32", "--classes=7,3", "--batch_size=8",
+    ]  # fmt: skip
+    assert sample.main(words(files, tmp_path / "b", *again)) == 0
+    np.testing.assert_array_equal(load_samples(tmp_path / "b" / "samples.npz")[0], images)
+    same = {**record_of(tmp_path / "b"), "seconds": record["seconds"]}
+    assert same == record
+
+
+def test_a_whole_recipe_beside_weights(files, tmp_path):
+    """--config=FILE is the recipe then: it must be of the weights' architecture."""
+    recipe = (
+        "--config=experiments/base.py:2x48x3", "--config.model.patch=4",
+        "--config.data.num_classes=10", "--config.data.image_size=32",
+        "--config.autoencoder.base_width=16", "--config.autoencoder.multipliers=(1,2)",
+        "--config.autoencoder.groups=8", "--config.sample.batch_size=8",
+    )  # fmt: skip
+    assert sample.main(words(files, tmp_path, *recipe, "--config.sample.cfg_scale=2.0")) == 0
+    record = record_of(tmp_path)
+    assert record["sample"]["cfg_scale"] == 2.0
+    assert record["sample"]["cfg_channels"] == "three", "the recipe's, not the weights'"
+    with pytest.raises(UserError, match="the recipe describes another dit than the weights"):
+        sample.main(words(files, tmp_path, *recipe, "--config.data.num_classes=11"))
+
+
+def pixel_words(path, out, *more):
+    return [
+        f"--weights={path}", f"--out={out}", "--heads=2", "--steps=ddim2", "--sampler=ddim",
+        "--num=8", "--cfg_scale=1", "--classes=1", *more,
+    ]  # fmt: skip
+
+
+TINY_RELEASE = {"depth": 1, "width": 16, "side": 8, "channels": 1}
+
+
+def test_the_state_of_a_checkpoint_is_on_record(tmp_path):
+    """The same file, the same SHA-256, other images."""
+    ema, model = release_state(**TINY_RELEASE), release_state(**TINY_RELEASE)
+    model["final_layer.linear.bias"] = model["final_layer.linear.bias"] * 3
+    write_torch(tmp_path / "x.pt", {"ema": ema, "model": model})
+    images = []
+    for which in ("ema", "model"):
+        out = tmp_path / which
+        assert sample.main(pixel_words(tmp_path / "x.pt", out, f"--which={which}")) == 0
+        assert record_of(out)["weights"]["which"] == which
+        images.append(load_samples(out / "samples.npz")[0])
+    assert (images[0] != images[1]).any()
+
+
+def test_numerics_are_on_record(tmp_path):
+    write_torch(tmp_path / "x.pt", release_state(**TINY_RELEASE))
+    images = []
+    for numerics in ("auto", "diffusers"):
+        out = tmp_path / numerics
+        assert sample.main(pixel_words(tmp_path / "x.pt", out, f"--numerics={numerics}")) == 0
+        images.append(load_samples(out / "samples.npz")[0])
+        assert record_of(out)["model"]["frequency_shift"] == int(numerics == "diffusers")
+    assert (images[0] != images[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (("--num=0",), "config.sample.num is 0"),
+        (("--num=x",), "argument --num: invalid int value"),
+        (("--steps=0",), "respacing '0'"),
+        (("--steps=2000",), "respacing '2000'"),
+        (("--cfg_scale=-1",), "cfg_scale is -1.0"),
+        (("--cfg_scale=nan",), "cfg_scale is nan"),
+        (("--seed=-1",), "config.seed is -1"),
+        (("--batch_size=3",), "not divisible by the mesh's 8 devices; the next size that is: 8"),
+        (("--sampler=euler",), "sampler is 'euler'"),
+        (("--precision=fp8",), "invalid choice: 'fp8'"),
+        (("--classes=golden_retriever",), "class numbers from 0 to 9"),
+        (("--classes=10",), "class numbers from 0 to 9"),
+        (("--config.model.size=1x48x3",), "describes another dit"),
+        (("--config.sample.nun=1",), "Did you mean 'sample.num'"),
+        (("--weight=x", "--workdir=y"), "not allowed with argument"),
+        (("--numb=1",), "'--numb=1' is no flag of this command"),
+    ],
+)
+def test_flags_out_of_range(more, match, files, tmp_path):
+    with pytest.raises(UserError, match=match):
+        sample.main(words(files, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_before_the_work(files, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="out is a file: give a folder"):
+        sample.main(words(files, tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_sources(files, tmp_path):
+    with pytest.raises(UserError, match="one of the arguments --workdir --weights is required"):
+        sample.main(["--out=x"])
+    with pytest.raises(UserError, match="on latents: give the autoencoder"):
+        sample.main([f"--weights={files / 'dit'}", f"--out={tmp_path}"])
+
+
+# The autoencoder of a latent recipe.
+
+
+def latent_words(path):
+    return [
+        "--config=experiments/digits_latent.py", "--config.autoencoder.base_width=16",
+        "--config.autoencoder.multipliers=(1,2)", "--config.autoencoder.groups=8",
+        "--config.autoencoder.res_blocks=2", "--config.data.channels=3",
+        "--config.data.image_size=16", "--config.train.batch_size=8",
+        *[word for word in TINY if "batch" not in word and not word.startswith("--config=")],
+        "--config.model.size=1x16x2", "--config.model.patch=4", "--config.sample.batch_size=8",
+        "--config.train.steps=3", f"--config.autoencoder.path={path}",
+    ]  # fmt: skip
+
+
+def test_a_published_autoencoder_in_a_recipe(files, tmp_path):
+    """A folder, latent diffusion's file or ours: the same latents, and a run remembers them."""
+    vae = str(files / "vae")
+    for target, name in (("ldm", "vae.ckpt"), ("ditjax", "vae.safetensors")):
+        convert.convert(vae, target, str(tmp_path / name))
+    frozen = [
+        runs.load_autoencoder(read(load_recipe(latent_words(path)).to_dict()), make_mesh(-1, 1))
+        for path in (vae, tmp_path / "vae.ckpt", tmp_path / "vae.safetensors")
+    ]
+    digests = {encode._digest(params) for params in frozen}
+    assert len(digests) == 1
+    workdir = tmp_path / "run"
+    assert train.main([*latent_words(vae), f"--workdir={workdir}"]) == 0
+    source = open_run(workdir)
+    _, decoder = source.load(source.config, make_mesh(-1, 1))
+    assert encode._digest(decoder) in digests
+    assert source.record == {"run": str(workdir), "step": 3, "autoencoder": vae}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "match"),
+    [
+        ("dit", (), "path=.*dit holds a dit: expected an autoencoder"),
+        ("none", (), "none does not exist"),
+        (
+            "vae",
+            ("--config.autoencoder.groups=4",),
+            "groups is 4, and the autoencoder at .* with 8",
+        ),
+        ("vae", ("--config.data.channels=1",), "channels is 1, and the autoencoder"),
+    ],
+)
+def test_an_autoencoder_that_does_not_fit_a_recipe(name, more, match, files, tmp_path):
+    with pytest.raises(UserError, match=match):
+        encode.main([*latent_words(files / name), *more, f"--out={tmp_path / 'latents'}"])
+    assert not (tmp_path / "latents").exists()
