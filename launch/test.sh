@@ -1,8 +1,18 @@
 #!/usr/bin/env bash
-# Linter, formatter, types, shell scripts, and the tests.
-# usage: bash launch/test.sh [pytest arguments]
+# Linter, formatter, types, shell scripts, and the tests; or the comparison with PyTorch.
+# usage: bash launch/test.sh [--oracles] [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+if [ "${1:-}" = --oracles ]; then
+  # The public implementations, live: PyTorch and diffusers are several gigabytes.
+  shift
+  # shellcheck source=launch/venv.sh
+  . launch/venv.sh requirements.txt tests/requirements.txt tests/oracles/requirements.txt
+  "$PY" -m pip install --quiet --disable-pip-version-check --no-deps -r tests/oracles/no-deps.txt
+  exec "$PY" -m pytest --numprocesses="${JOBS:-$(nproc)}" --dist=loadfile tests/oracles "$@"
+fi
+
 # shellcheck source=launch/venv.sh
 . launch/venv.sh requirements.txt tests/requirements.txt
 

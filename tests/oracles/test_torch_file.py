@@ -1,6 +1,7 @@
 """Our reader beside torch.load on what torch.save wrote, and torch.load on what we write."""
 
 import collections
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_torch_loads_what_we_write(tmp_path):
         bytes_ = rng.integers(0, 2 if name == "bool" else 256, 96, np.uint8)
         arrays[name] = read(tmp_path, saved(of_dtype(name)))[:0].dtype
         arrays[name] = bytes_.view(arrays[name]).reshape(2, -1)
-    tree = {
+    tree: dict[str, Any] = {
         "arrays": arrays,
         "turned": [array.T for array in arrays.values()],
         "scalar": np.array(2.5, np.float32), "empty": np.zeros((0, 3), np.float16),

@@ -5,6 +5,7 @@ import collections
 import io
 import pathlib
 import tempfile
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ DTYPES = (
 )  # fmt: skip
 
 
-def checkpoint() -> dict[str, object]:
+def checkpoint() -> dict[str, Any]:
     """What the public training script saves: weights twice, optimizer, Namespace; and oddities."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.GroupNorm(2, 4))
     state = {name: torch.from_numpy(w) for name, w in seeded_state(SHAPES, seed=3).items()}
@@ -62,7 +63,7 @@ def saved(value: object, legacy: bool = False, protocol: int = 2) -> bytes:
     return stream.getvalue()
 
 
-def loaded(content: bytes) -> object:
+def loaded(content: bytes) -> Any:
     """What torch.load makes of a file, without running anything in it."""
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         file.write(content)
