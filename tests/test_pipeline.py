@@ -16,10 +16,11 @@ from ditjax.config import changed
 from ditjax.errors import UserError
 from ditjax.io.assets import unflatten
 from ditjax.io.classes import class_names
+from ditjax.io.torch_file import write_torch
 from ditjax.pipeline import Pipeline, open_source
 from ditjax.pretrained import networks, reading, writing
 from tests.seeded import seeded_state
-from tests.weight_files import FOLDER_WEIGHTS, diffusers_folder
+from tests.weight_files import FOLDER_WEIGHTS, diffusers_folder, release_state
 
 FAST: dict[str, Any] = {"steps": "ddim2", "sampler": "ddim", "quiet": True}
 
@@ -116,6 +117,7 @@ def test_uniform_classes(pixels):
     drawn = pixels(num=24, seed=1, **FAST)
     assert len(set(drawn.label.tolist())) > 4
     np.testing.assert_array_equal(drawn.label, pixels("", num=24, seed=1, **FAST).label)
+    assert (drawn.label != pixels(num=24, seed=2, **FAST).label).any()
     assert drawn.record["classes"] is None
     # The label of image i is a part of what it depends on.
     np.testing.assert_array_equal(pixels(drawn.label.tolist(), seed=1, **FAST).array, drawn.array)
@@ -253,6 +255,21 @@ def test_an_autoencoder_given_replaces_the_folders_own(folders, tmp_path):
     source = open_source(tmp_path / "p", other)
     assert source.record["autoencoder"]["layout"] == "ldm"
     assert source.record["weights"]["layout"] == "diffusers"
+
+
+def test_the_recipes_seed_is_taken_where_none_is_given(pixels, monkeypatch):
+    expected = [pixels([1], seed=seed, **FAST).array for seed in (7, 0)]
+    monkeypatch.setattr(pixels, "config", dataclasses.replace(pixels.config, seed=7))
+    for given, images in zip((None, 0), expected, strict=True):
+        np.testing.assert_array_equal(pixels([1], seed=given, **FAST).array, images)
+
+
+def test_a_folders_own_names_go_before_imagenets(folders, tmp_path):
+    write_torch(tmp_path / "x.pt", release_state(classes=1000))
+    names = [(f"kind {i}",) for i in range(1000)]
+    dit, vae = reading.load(tmp_path / "x.pt", heads=3), reading.load(folders / "vae")
+    writing.write_pipeline(tmp_path / "p", dit, vae, names)
+    assert open_source(tmp_path / "p").class_names == tuple(names)
 
 
 def test_imagenet_names(tmp_path):

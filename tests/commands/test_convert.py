@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ditjax import cli, convert, runs, sample
+from ditjax import cli, convert, programs, runs, sample
+from ditjax.config import read
 from ditjax.errors import UserError
-from ditjax.io import weights
-from ditjax.io.assets import unflatten
+from ditjax.io import rundir, weights
+from ditjax.io.assets import flatten, unflatten
+from ditjax.io.checkpoint import Checkpoints
 from ditjax.io.torch_file import write_torch
 from ditjax.parallel.mesh import make_mesh
 from ditjax.pipeline import Pipeline
 from ditjax.pretrained import networks, reading, writing
+from tests.commands.conftest import TINY
 from tests.seeded import seeded_state
 from tests.weight_files import FOLDER_WEIGHTS, assert_same, diffusers_folder, release_state
 
@@ -111,6 +114,21 @@ def test_imagenet_pipelines_are_named(tmp_path, capsys):
     assert labels["207"] == "golden retriever"
     assert labels["0"] == "tench, Tinca tinca"
     assert len(labels) == 1000
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run's directory at step 20, its average other than its parameters, without the training."""
+    workdir = tmp_path_factory.mktemp("run")
+    recipe = cli.load_recipe([*TINY, "--config.sample.batch_size=8"]).to_dict()
+    c, mesh = read(recipe), make_mesh(-1, 1)
+    rundir.open_run(workdir, recipe)
+    state = programs.training(c, mesh).init()
+    shapes = {path: leaf.shape for path, leaf in flatten(state.ema["params"]).items()}
+    ema = runs.put({"params": unflatten(seeded_state(shapes, 3))}, mesh)
+    with Checkpoints(workdir / rundir.CHECKPOINTS, keep=1) as checkpoints:
+        checkpoints.save(20, state._replace(ema=ema), {})
+    return workdir
 
 
 def test_a_run(finished, tmp_path, capsys):

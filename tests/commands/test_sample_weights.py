@@ -11,19 +11,29 @@ from ditjax import convert, encode, runs, sample, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.errors import UserError
+from ditjax.io.assets import unflatten
 from ditjax.io.results import load_samples
 from ditjax.io.torch_file import write_torch
 from ditjax.parallel.mesh import make_mesh
 from ditjax.pipeline import open_run
+from ditjax.pretrained import networks, reading, writing
 from tests.commands.conftest import TINY
-from tests.weight_files import FOLDER_WEIGHTS, diffusers_folder, release_state
+from tests.seeded import seeded_state
+from tests.weight_files import FOLDER_WEIGHTS, release_state
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
+    """Small folders of diffusers: a latent DiT, and the autoencoder of its latents."""
     root = tmp_path_factory.mktemp("files")
-    diffusers_folder(root / "dit", "dit")
-    diffusers_folder(root / "vae", "autoencoder")
+    write_torch(root / "dit.pt", release_state(depth=1, width=16, patch=2, side=4))
+    dit = reading.load(root / "dit.pt", heads=2, numerics="diffusers")
+    writing.write_diffusers(root / "dit", dit)
+    sections = {"base_width": 4, "multipliers": (1, 2), "res_blocks": 1, "groups": 2}
+    c = networks.recipe({"train": {"network": "autoencoder"}, "autoencoder": sections})
+    leaves = seeded_state(networks.shapes_of(c), 0)
+    vae = networks.Network("autoencoder", c, {"params": unflatten(leaves)}, "ditjax", ())
+    writing.write_diffusers(root / "vae", vae)
     return root
 
 
@@ -43,11 +53,11 @@ def test_sample_from_weights(files, tmp_path, capsys):
     assert sample.main(words(files, tmp_path / "a", *more)) == 0
     assert f"8 images in {tmp_path}/a" in capsys.readouterr().out
     images, label = load_samples(tmp_path / "a" / "samples.npz")
-    assert images.shape == (8, 32, 32, 3)
+    assert images.shape == (8, 8, 8, 3)
     assert images.std() > 5
     np.testing.assert_array_equal(label, [7, 3] * 4)
     with Image.open(tmp_path / "a" / "samples.png") as grid:
-        assert grid.size == (2 * 32 + 1, 4 * 32 + 3)
+        assert grid.size == (4 * (2 * 8 + 1), 4 * (4 * 8 + 3))
     record = record_of(tmp_path / "a")
     digest = hashlib.sha256((files / "dit" / FOLDER_WEIGHTS).read_bytes()).hexdigest()
     assert record["weights"]["sha256"] == digest
@@ -75,10 +85,11 @@ def test_sample_from_weights(files, tmp_path, capsys):
 def test_a_whole_recipe_beside_weights(files, tmp_path):
     """--config=FILE is the recipe then: it must be of the weights' architecture."""
     recipe = (
-        "--config=experiments/base.py:2x48x3", "--config.model.patch=4",
-        "--config.data.num_classes=10", "--config.data.image_size=32",
-        "--config.autoencoder.base_width=16", "--config.autoencoder.multipliers=(1,2)",
-        "--config.autoencoder.groups=8", "--config.sample.batch_size=8",
+        "--config=experiments/base.py:1x16x2", "--config.model.patch=2",
+        "--config.data.num_classes=10", "--config.data.image_size=8",
+        "--config.autoencoder.base_width=4", "--config.autoencoder.multipliers=(1,2)",
+        "--config.autoencoder.res_blocks=1", "--config.autoencoder.groups=2",
+        "--config.sample.batch_size=8",
     )  # fmt: skip
     assert sample.main(words(files, tmp_path, *recipe, "--config.sample.cfg_scale=2.0")) == 0
     record = record_of(tmp_path)
@@ -138,7 +149,7 @@ def test_numerics_are_on_record(tmp_path):
         (("--precision=fp8",), "invalid choice: 'fp8'"),
         (("--classes=golden_retriever",), "class numbers from 0 to 9"),
         (("--classes=10",), "class numbers from 0 to 9"),
-        (("--config.model.size=1x48x3",), "describes another dit"),
+        (("--config.model.size=2x16x2",), "describes another dit"),
         (("--config.sample.nun=1",), "Did you mean 'sample.num'"),
         (("--weight=x", "--workdir=y"), "not allowed with argument"),
         (("--numb=1",), "'--numb=1' is no flag of this command"),
@@ -169,9 +180,9 @@ def test_sources(files, tmp_path):
 
 def latent_words(path):
     return [
-        "--config=experiments/digits_latent.py", "--config.autoencoder.base_width=16",
-        "--config.autoencoder.multipliers=(1,2)", "--config.autoencoder.groups=8",
-        "--config.autoencoder.res_blocks=2", "--config.data.channels=3",
+        "--config=experiments/digits_latent.py", "--config.autoencoder.base_width=4",
+        "--config.autoencoder.multipliers=(1,2)", "--config.autoencoder.groups=2",
+        "--config.autoencoder.res_blocks=1", "--config.data.channels=3",
         "--config.data.image_size=16", "--config.train.batch_size=8",
         *[word for word in TINY if "batch" not in word and not word.startswith("--config=")],
         "--config.model.size=1x16x2", "--config.model.patch=4", "--config.sample.batch_size=8",
@@ -206,7 +217,7 @@ def test_a_published_autoencoder_in_a_recipe(files, tmp_path):
         (
             "vae",
             ("--config.autoencoder.groups=4",),
-            "groups is 4, and the autoencoder at .* with 8",
+            "groups is 4, and the autoencoder at .* with 2",
         ),
         ("vae", ("--config.data.channels=1",), "channels is 1, and the autoencoder"),
     ],

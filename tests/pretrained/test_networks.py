@@ -106,6 +106,17 @@ def test_what_does_not_belong_together_is_refused(pair):
         networks.check_fit(dit, wide)
 
 
+def test_pixels_belong_to_no_autoencoder(pair):
+    """Not even to one whose latents have as many channels."""
+    dit, autoencoder = pair
+    pixels = dit._replace(
+        config=changed(dit.config, {"autoencoder": {"kind": "none"}, "data": {"channels": 3}})
+    )
+    c = changed(autoencoder.config, {"autoencoder": {"latent_channels": 3}})
+    with pytest.raises(UserError, match="do not belong together"):
+        networks.check_fit(pixels, autoencoder._replace(config=c))
+
+
 def test_half_precision_weights_are_computed_with_as_float32(tmp_path):
     network = reading.load(diffusers_folder(tmp_path, "dit", np.float16))
     assert network.dtype == np.float16

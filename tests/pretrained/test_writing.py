@@ -146,6 +146,7 @@ def test_a_pipeline_there_and_back(dit, autoencoder, tmp_path):
     network = with_keys(
         dit, diffusion={"prediction": "v", "timesteps": 500}, sample={"clip_x0": True}
     )
+    network = with_keys(network, model={"norm2_eps": 1e-3})
     names = [("a b", "c")] + [(f"class {i}",) for i in range(1, 10)]
     writing.write_pipeline(tmp_path / "p", network, autoencoder, names)
     found = reading.load_pipeline(tmp_path / "p")
