@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax import build, cli, runs
+from ditjax import build, cli, programs, runs
 from ditjax.config import Config
 from ditjax.errors import UserError
 from ditjax.io import data, latents
@@ -65,7 +65,8 @@ def _records(c: Config, mesh: Mesh, frozen: Any, total: int) -> Iterator[latents
         for images in (rows["image"], rows["image"][:, :, ::-1]):
             # The last batch is filled up, so that one shape is compiled.
             filled = np.pad(images, ((0, size - count), (0, 0), (0, 0), (0, 0)))
-            moments = moments_of(frozen, jax.device_put(filled, sharding))
+            with programs.precise(c):
+                moments = moments_of(frozen, jax.device_put(filled, sharding))
             sides.append([np.asarray(value)[:count] for value in moments])
         mean, log_variance = (np.stack(pair, axis=1) for pair in zip(*sides, strict=True))
         for i in range(count):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ditjax import build, cli, runs
+from ditjax import build, cli, programs, runs
 from ditjax.classify import FEATURES, JUDGE, accuracy, recognise
 from ditjax.config import Config
 from ditjax.errors import UserError
@@ -163,7 +163,8 @@ def reconstruction_psnr(c: Config, params: Any) -> float:
         x, count = rows["image"], len(rows["image"])
         # The last batch is filled up, so that one shape is compiled.
         x = np.pad(x, ((0, size - count), (0, 0), (0, 0), (0, 0)))
-        values.append(np.asarray(psnr(params, x))[:count])
+        with programs.precise(c):
+            values.append(np.asarray(psnr(params, x))[:count])
     return float(np.concatenate(values).mean())
 
 

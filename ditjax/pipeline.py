@@ -91,6 +91,8 @@ def open_source(
     if dit.layout != "ditjax" and config.model.label_dropout > 0:
         sample = dataclasses.replace(config.sample, cfg_scale=DEFAULT_CFG_SCALE)
         config = dataclasses.replace(config, sample=sample)
+    # The numbers of another program are met by exact products only; a TPU's own would round.
+    config = changed(config, {"model": precision_keys("float32")})
     if names is None and config.data.num_classes == len(class_names()):
         names = class_names()
     record = {"weights": _file_record(dit, which)}

@@ -67,7 +67,8 @@ def _parser() -> cli.Parser:
         parser.add_argument(f"--{flag}", type=kind, help=f"{text} (config.{key})")
     parser.add_argument(
         "--precision", choices=PRECISIONS,
-        help="float32 (exact), fast (the backend's rounded products of float32) or bfloat16",
+        help="float32 (exact: what --weights get unasked), fast (the backend's rounded products of"
+        " float32) or bfloat16",
     )  # fmt: skip
     parser.add_argument(
         "--which", default="ema", choices=("ema", "model"), help="of a training checkpoint"
