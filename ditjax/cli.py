@@ -41,6 +41,19 @@ def add_workdir_of_a_run(parser: Parser) -> None:
     parser.set_defaults(reads_run=True)
 
 
+def add_reading_of_weights(parser: Parser) -> None:
+    """--which, --heads and --numerics: what a weights file leaves open."""
+    parser.add_argument(
+        "--which", default="ema", choices=("ema", "model"), help="of a training checkpoint"
+    )
+    parser.add_argument("--heads", type=int, default=0, help="of --weights that do not say it")
+    parser.add_argument(
+        "--numerics", default="auto", choices=("auto", "release", "diffusers"),
+        help="whose timestep embedding the weights were trained with (see README); auto: the file's"
+        " own program's",
+    )  # fmt: skip
+
+
 def parse(
     parser: Parser,
     argv: Sequence[str],

@@ -234,10 +234,15 @@ def read(tree: Mapping[str, Any]) -> Config:
     return config
 
 
-def changed(c: Config, sections: Mapping[str, Mapping[str, Any]]) -> Config:
-    """A recipe with keys of its sections changed, checked again. Raises UserError."""
+def changed(c: Config, changes: Mapping[str, Any]) -> Config:
+    """A recipe with keys changed, {'seed': 1, 'model': {'patch': 4}}, checked again.
+
+    Raises UserError.
+    """
     tree = dataclasses.asdict(c)
-    return read({**tree, **{name: {**tree[name], **keys} for name, keys in sections.items()}})
+    for name, value in changes.items():
+        tree[name] = {**tree[name], **value} if isinstance(value, Mapping) else value
+    return read(tree)
 
 
 def _read_dataclass(cls: type[T], tree: Any, path: str) -> T:

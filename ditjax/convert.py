@@ -113,14 +113,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--out", required=True, help="the file or folder to write")
     parser.add_argument("--autoencoder", default="", help="of a pipeline")
-    parser.add_argument(
-        "--which", default="ema", choices=("ema", "model"), help="of a training checkpoint"
-    )
-    parser.add_argument("--heads", type=int, default=0, help="of weights that do not say it")
-    parser.add_argument(
-        "--numerics", default="auto", choices=("auto", "release", "diffusers"),
-        help="whose timestep embedding the weights were trained with; auto: the file's program's",
-    )  # fmt: skip
+    cli.add_reading_of_weights(parser)
     args = parser.parse_args(argv)
     print(
         convert(

@@ -100,18 +100,18 @@ def open_source(
         record["autoencoder"] = _file_record(decoder, which)
 
     def load(c: Config, mesh: Mesh) -> tuple[Any, Any]:
-        on_mesh = []
+        on_mesh: list[Any] = []
         for network in (dit, decoder):
-            if network and networks.shapes_of(networks.training(c, network.kind)) != {
-                path: leaf.shape for path, leaf in network.leaves.items()
-            }:
+            if network is None:
+                on_mesh.append(None)
+                continue
+            if networks.shapes_of(networks.training(c, network.kind)) != network.shapes:
                 raise UserError(
                     f"the recipe describes another {network.kind} than the weights at"
                     f" {network.files[0]}, a {network.name}: leave the keys of its architecture as"
                     " they are."
                 )
-            params = networks.as_float32(network.params) if network else None
-            on_mesh.append(runs.put(params, mesh) if network else None)
+            on_mesh.append(runs.put(networks.as_float32(network.params), mesh))
         return on_mesh[0], on_mesh[1]
 
     return Source(config, names, record, load)
@@ -258,8 +258,8 @@ class Pipeline:
             "steps": None if steps is None else str(steps), "batch_size": batch_size,
         }  # fmt: skip
         sample = {key: value for key, value in given.items() if value is not None}
-        c = dataclasses.replace(self.config, seed=self.config.seed if seed is None else seed)
-        c = changed(c, {"sample": {**sample, "num": count}})
+        seed = self.config.seed if seed is None else seed
+        c = changed(self.config, {"seed": seed, "sample": {**sample, "num": count}})
         if batch_size is None:
             # No more than asked for, and a row for every device: a batch is computed whole.
             devices = self._mesh.size

@@ -70,26 +70,20 @@ def _parser() -> cli.Parser:
         help="float32 (exact: what --weights get unasked), fast (the backend's rounded products of"
         " float32) or bfloat16",
     )  # fmt: skip
-    parser.add_argument(
-        "--which", default="ema", choices=("ema", "model"), help="of a training checkpoint"
-    )
-    parser.add_argument("--heads", type=int, default=0, help="of --weights that do not say it")
-    parser.add_argument(
-        "--numerics", default="auto", choices=("auto", "release", "diffusers"),
-        help="whose timestep embedding to compute (see README); auto: the file's own program's",
-    )  # fmt: skip
+    cli.add_reading_of_weights(parser)
     return parser
 
 
-def _overrides(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    sections: dict[str, dict[str, Any]] = {}
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
     for flag, (key, _, _) in _FLAGS.items():
-        section, _, leaf = key.rpartition(".")
-        if section and getattr(args, flag) is not None:
-            sections.setdefault(section, {})[leaf] = getattr(args, flag)
+        if getattr(args, flag) is not None:
+            *sections, leaf = key.split(".")
+            group = changes.setdefault(sections[0], {}) if sections else changes
+            group[leaf] = getattr(args, flag)
     if args.precision:
-        sections["model"] = precision_keys(args.precision)
-    return sections
+        changes["model"] = precision_keys(args.precision)
+    return changes
 
 
 def main(argv: list[str]) -> int:
@@ -110,8 +104,6 @@ def main(argv: list[str]) -> int:
 
     args, config = cli.parse(_parser(), argv, recorded)
     config = changed(config, _overrides(args))
-    if args.seed is not None:
-        config = changed(dataclasses.replace(config, seed=args.seed), {})
     folder = Path(args.out or Path(args.workdir or ".") / "drawn")
     if folder.exists() and not folder.is_dir():  # before hours of work, not after
         raise UserError(f"--out={folder} is a file: give a folder.")

@@ -13,9 +13,9 @@ import os
 import secrets
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import IO, Any, NamedTuple, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,10 +104,12 @@ def protocol_hash(protocol: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Writes `data` beside `path`, syncs it and renames it over `path`; makes the folder.
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A new file beside `path`, synced and renamed over `path` in the end; makes the folder.
 
-    Raises UserError where the folder cannot be made or written.
+    On an exception `path` is as it was. Raises UserError where the folder cannot be made or
+    written.
     """
     path = Path(path)
     # Unlike tempfile's, this name gives a file the umask's mode: others read a shared folder.
@@ -115,7 +117,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -127,7 +129,13 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return path
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
+    """`data` under `path`, whole or not at all: see `atomic`."""
+    with atomic(path) as file:
+        file.write(data)
+    return Path(path)
 
 
 def write_result(folder: str | os.PathLike[str], result: Result) -> Path:

@@ -9,11 +9,9 @@ Nothing in a file is imported or called: `ditjax.io.pickles` says how, `ditjax.i
 what is known.
 """
 
-import contextlib
 import mmap
 import os
 import re
-import secrets
 import struct
 import zipfile
 import zlib
@@ -26,6 +24,7 @@ import numpy as np
 from ditjax.errors import UserError
 from ditjax.io import pickles
 from ditjax.io.pickles import Machine, Refusal, shown
+from ditjax.io.results import atomic
 from ditjax.io.torch_objects import CALLS, DTYPES, STORAGES, Storage, is_size, may_name, stored
 
 _MAGIC: Final = 0x1950A86A20F9469CFC6C
@@ -283,31 +282,16 @@ def write_torch(path: str | os.PathLike[str], tree: Any) -> None:
 
     Raises UserError for a value that such a file cannot hold, and where it cannot be written.
     """
-    path = Path(path)
     arrays: list[Any] = []
     pickle = b"\x80\x02" + b"".join(_pickled(tree, "", 0, arrays)) + b"."
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                _add(archive, file, "data.pkl", pickle)
-                _add(archive, file, ".format_version", b"1")
-                _add(archive, file, ".storage_alignment", str(_ALIGNMENT).encode())
-                _add(archive, file, "byteorder", b"little")
-                for index, array in enumerate(arrays):
-                    _add(archive, file, f"data/{index}", _content(array))
-                _add(archive, file, "version", b"3\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with atomic(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, file, "data.pkl", pickle)
+        _add(archive, file, ".format_version", b"1")
+        _add(archive, file, ".storage_alignment", str(_ALIGNMENT).encode())
+        _add(archive, file, "byteorder", b"little")
+        for index, array in enumerate(arrays):
+            _add(archive, file, f"data/{index}", _content(array))
+        _add(archive, file, "version", b"3\n")
 
 
 def _add(archive: zipfile.ZipFile, file: IO[bytes], name: str, content: bytes | memoryview) -> None:

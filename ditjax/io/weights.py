@@ -3,12 +3,10 @@
 `read_tensors` maps a file: arrays point into it and cost memory only where they are touched.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ditjax.errors import UserError
 from ditjax.io.layouts import Shapes
+from ditjax.io.results import atomic
 from ditjax.io.torch_file import read_torch
 
 Arrays = Mapping[str, np.ndarray]
@@ -260,7 +259,6 @@ def write_safetensors(
 
     Raises UserError where the file cannot be written; nothing half-written stays.
     """
-    path = Path(path)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, tensor in tensors.items():
@@ -273,25 +271,12 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin on 8 bytes
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(len(text).to_bytes(8, "little"))
-            file.write(text)
-            for tensor in tensors.values():
-                file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder with room."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
+    with atomic(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+    return Path(path)
 
 
 def sha256_of(files: Iterable[Path]) -> str:

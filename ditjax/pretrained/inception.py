@@ -12,7 +12,7 @@ from ditjax.errors import UserError
 from ditjax.io import layouts, weights
 from ditjax.io.assets import unflatten
 from ditjax.models.inception import SIDE, FIDInception
-from ditjax.parallel.rules import path_of
+from ditjax.pretrained.networks import initial_shapes
 
 _KINDS = {4: "conv", 2: "linear", 1: "vector"}
 _LEAVES = {"kernel": "weight", "scale": "weight"}
@@ -28,8 +28,7 @@ class Inception(NamedTuple):
 def shapes() -> dict[str, tuple[int, ...]]:
     """Our leaves by path."""
     x = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.float32)
-    tree = jax.eval_shape(FIDInception().init, jax.random.key(0), x)["params"]
-    return {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return initial_shapes(FIDInception().init, x)
 
 
 def layout() -> layouts.Layout:

@@ -1,7 +1,7 @@
 """What a network out of a file is: its weights, and the recipe that computes them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -75,6 +75,11 @@ class Network(NamedTuple):
         return flatten(self.params["params"])
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of `leaves`."""
+        return {path: leaf.shape for path, leaf in self.leaves.items()}
+
+    @property
     def dtype(self) -> np.dtype:
         """The floating type of the weights."""
         return next(iter(self.leaves.values())).dtype
@@ -104,7 +109,12 @@ def shapes_of(c: Config) -> dict[str, tuple[int, ...]]:
     side = c.model.patch * c.downsample if c.train.network == "dit" else 2 ** (levels - 1)
     small = dataclasses.replace(c, data=dataclasses.replace(c.data, image_size=side))
     # Traced from the recipe on: even the example input is only a shape.
-    tree = jax.eval_shape(lambda key: build.trainee(small).init(key), jax.random.key(0))["params"]
+    return initial_shapes(lambda key: build.trainee(small).init(key))
+
+
+def initial_shapes(init: Callable[..., Any], *inputs: Any) -> dict[str, tuple[int, ...]]:
+    """Leaves by path of what `init(key, *inputs)` would make: nothing is computed."""
+    tree = jax.eval_shape(init, jax.random.key(0), *inputs)["params"]
     return {path_of(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -178,7 +178,7 @@ def _mlp_ratio(hidden: int, width: int) -> float:
 def _program(layout: str) -> str:
     return {
         "release": "the public release", "diffusers": "diffusers",
-        "diffusers_old": "diffusers before 0.14", "ldm": "latent diffusion", "ditjax": "ditjax",
+        "diffusers_old": "diffusers before 0.14", "ldm": "latent diffusion",
     }[layout]  # fmt: skip
 
 

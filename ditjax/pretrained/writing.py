@@ -62,8 +62,7 @@ def write_diffusers(folder: str | os.PathLike[str], network: Network) -> Path:
         )
         description = _transformer_config(network)
     else:
-        shapes = {path: leaf.shape for path, leaf in network.leaves.items()}
-        rules = layouts.autoencoder_layout(shapes, "diffusers")
+        rules = layouts.autoencoder_layout(network.shapes, "diffusers")
         tensors = layouts.to_theirs(rules, network.leaves)
         description = _vae_config(network)
     weights.write_safetensors(
@@ -78,8 +77,7 @@ def write_ldm(path: str | os.PathLike[str], network: Network) -> Path:
 
     Beside it what shapes do not tell: the norms' groups and the latents' scale.
     """
-    shapes = {p: leaf.shape for p, leaf in network.leaves.items()}
-    rules = layouts.autoencoder_layout(shapes, "ldm")
+    rules = layouts.autoencoder_layout(network.shapes, "ldm")
     a = network.config.autoencoder
     said = {"norm_num_groups": a.groups, "scaling_factor": a.scale}
     write_torch(path, {"state_dict": layouts.to_theirs(rules, network.leaves), **said})
@@ -105,7 +103,8 @@ def _expressible(network: Network, program: str) -> Any:
 
 def _transformer_config(network: Network) -> dict[str, Any]:
     c = network.config
-    size, shape = build.cost(c).size, build.cost(c)
+    shape = build.cost(c)
+    size = shape.size
     return {
         "_class_name": "DiTTransformer2DModel",
         "_diffusers_version": _DIFFUSERS_VERSION,
