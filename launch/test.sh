@@ -10,6 +10,8 @@ if [ "${1:-}" = --oracles ]; then
   # shellcheck source=launch/venv.sh
   . launch/venv.sh requirements.txt tests/requirements.txt tests/oracles/requirements.txt
   "$PY" -m pip install --quiet --disable-pip-version-check --no-deps -r tests/oracles/no-deps.txt
+  # torch-fidelity 0.4.0 installs its own tests as a package named `tests`, which would hide ours.
+  rm -rf .venv/lib/python3*/site-packages/tests
   exec "$PY" -m pytest --numprocesses="${JOBS:-$(nproc)}" --dist=loadfile tests/oracles "$@"
 fi
 

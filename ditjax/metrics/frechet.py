@@ -100,8 +100,8 @@ def gaussian_frechet_distance(
     holds for singular covariances, where the usual sqrtm(S1 S2) does not.
     Raises UserError for wrong shapes, values that are not finite, or what is not a covariance.
     """
-    mean1, root1, trace1 = _gaussian(mu1, sigma1)
-    mean2, root2, trace2 = _gaussian(mu2, sigma2)
+    mean1, root1, trace1 = gaussian_root(mu1, sigma1)
+    mean2, root2, trace2 = gaussian_root(mu2, sigma2)
     _check_dimensions(mean1, mean2)
     cross = (
         np.linalg.svd(root1.T @ root2, compute_uv=False).sum() if root1.size and root2.size else 0.0
@@ -111,10 +111,14 @@ def gaussian_frechet_distance(
     return max(0.0, float(distance))
 
 
-def _gaussian(
+def gaussian_root(
     mu: ArrayLike, sigma: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Mean f64[d], R f64[d,rank] with R R^T = sigma, and Tr sigma."""
+    """Mean f64[d], R f64[d,rank] with R R^T = sigma, and Tr sigma, of mu f[d] and sigma f[d,d].
+
+    Eigenvalues below rounding are zero. Raises UserError for wrong shapes, values that are not
+    finite, or what is not a covariance.
+    """
     mean, cov = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
     if mean.ndim != 1 or mean.size == 0 or cov.shape != (mean.size, mean.size):
         raise UserError(

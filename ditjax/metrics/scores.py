@@ -1,0 +1,308 @@
+"""Scores of a sample set from its features: Inception Score, KID, precision and recall.
+
+All of it is float64 NumPy on the host. A kernel or a squared distance is a small difference of
+large sums: in float32 KID loses what separates good models, and copies of one image get a
+distance. Features stay in the type they came in; only a block at a time is float64.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ditjax.errors import UserError
+
+Features = NDArray[np.floating[Any]]
+Indices = NDArray[np.int64]
+
+
+class ScoreSums(NamedTuple):
+    """What the Inception Score keeps of each of S splits of samples.
+
+    `samples` i64[S]; `marginal` f64[S,C], the sum of p(y|x); `negentropy` f64[S], the sum of
+    sum_y p(y|x) log p(y|x).
+    """
+
+    samples: Indices
+    marginal: NDArray[np.float64]
+    negentropy: NDArray[np.float64]
+
+
+def log_softmax(logits: ArrayLike) -> NDArray[np.float64]:
+    """log p(y|x) of logits f[n,C] -> f64[n,C], rows summing to 1 in p, whatever their offset.
+
+    Raises UserError unless logits are a finite [n,C] array.
+    """
+    x = _checked(logits, "logits").astype(np.float64)
+    x = x - x.max(axis=1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+
+def log_probabilities(probabilities: ArrayLike) -> NDArray[np.float64]:
+    """log p(y|x) of probabilities f[n,C] -> f64[n,C]; a zero's logarithm is -inf.
+
+    Raises UserError where one is negative or a row's sum is not 1 to 1e-3: logits, perhaps.
+    """
+    p = _checked(probabilities, "probabilities").astype(np.float64)
+    if p.size and (p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 1e-3):
+        raise UserError(
+            "probabilities must be at least 0 and sum to 1 in each row: these do not;"
+            " logits go through log_softmax."
+        )
+    with np.errstate(divide="ignore"):
+        return np.log(p)
+
+
+def adm_splits(count: int, size: int = 5000) -> Indices:
+    """The split of each sample i64[count] in ADM's evaluator: consecutive ones of `size`.
+
+    The last is smaller where size does not divide count, and weighs as much as the others.
+    """
+    if size < 1:
+        raise UserError(f"splits of {size} samples: expected at least 1.")
+    return np.arange(count) // size
+
+
+def even_splits(count: int, splits: int = 10, order: ArrayLike | None = None) -> Indices:
+    """The split of each sample i64[count] in torch-fidelity: borders at i count // splits.
+
+    `order` i[count] shuffles first, as its `samples_shuffle` does: sample order[j] takes place j.
+    """
+    if not 1 <= splits <= count:
+        raise UserError(
+            f"{splits} splits of {count} samples: expected 1 to {max(count, 1)} of them."
+        )
+    borders = np.arange(1, splits) * count // splits
+    place = np.searchsorted(borders, np.arange(count), side="right")
+    if order is None:
+        return place
+    order = np.asarray(order)
+    if order.shape != (count,) or not np.array_equal(np.sort(order), np.arange(count)):
+        raise UserError(f"order of splits: expected a permutation of 0 to {count - 1}.")
+    split = np.empty(count, np.int64)
+    split[order] = place
+    return split
+
+
+def no_scores(splits: int, classes: int) -> ScoreSums:
+    """The sums of no sample: where `update_scores` starts."""
+    return ScoreSums(
+        np.zeros(splits, np.int64), np.zeros((splits, classes)), np.zeros(splits, np.float64)
+    )
+
+
+def update_scores(sums: ScoreSums, log_p: NDArray[np.float64], split: ArrayLike) -> ScoreSums:
+    """Sums of what was seen and one more batch: log_p f64[n,C] in splits i[n], n may be 0.
+
+    Raises UserError for another class count or a split that is not there.
+    """
+    split = np.asarray(split)
+    splits, classes = sums.marginal.shape
+    if log_p.shape != (len(split), classes):
+        raise UserError(
+            f"log-probabilities of shape {log_p.shape} for {len(split)} samples: expected"
+            f" [{len(split)}, {classes}]."
+        )
+    if split.size and not 0 <= split.min() <= split.max() < splits:
+        raise UserError(f"splits {split.min()} to {split.max()}: expected 0 to {splits - 1}.")
+    p = np.exp(log_p)
+    marginal, negentropy = sums.marginal.copy(), sums.negentropy.copy()
+    for s in np.unique(split):
+        marginal[s] += p[split == s].sum(axis=0)
+    np.add.at(negentropy, split, _p_log_p(p, log_p))
+    return ScoreSums(sums.samples + np.bincount(split, minlength=splits), marginal, negentropy)
+
+
+def inception_score(sums: ScoreSums) -> tuple[float, float]:
+    """Salimans et al. 2016: exp E_x KL(p(y|x) || p(y)), its mean over splits and their deviation.
+
+    By splits because p(y) is a split's own mean: few samples make it too peaked and the score too
+    low, so compare equal splits only. E KL = mean of sum p log p - sum of p(y) log p(y), hence
+    ScoreSums. ADM prints the mean alone and rounds in float32, and an exact zero in p makes it NaN
+    there; the deviation is torch-fidelity's, over splits, not an error of the mean.
+    Raises UserError where a split is empty.
+    """
+    scores = split_scores(sums)
+    return float(scores.mean()), float(scores.std())
+
+
+def split_scores(sums: ScoreSums) -> NDArray[np.float64]:
+    """The Inception Score of each split, f64[S], from 1 to the class count."""
+    if sums.samples.size == 0 or sums.samples.min() < 1:
+        raise UserError("a split of the Inception Score has no sample: use fewer splits.")
+    marginal = sums.marginal / sums.samples[:, None]
+    with np.errstate(divide="ignore"):
+        log_marginal = np.log(marginal)
+    return np.exp(sums.negentropy / sums.samples - _p_log_p(marginal, log_marginal))
+
+
+def _p_log_p(p: NDArray[np.float64], log_p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Row sums of p log p, where 0 log 0 = 0."""
+    return (p * np.where(p > 0, log_p, 0.0)).sum(axis=-1)
+
+
+def random_subsets(
+    count_x: int, count_y: int, subsets: int, size: int, seed: int
+) -> Iterator[tuple[Indices, Indices]]:
+    """Pairs of i64[size] without repeats, for `kid`; pair i depends on (seed, i) alone."""
+    for i in range(subsets):
+        rng = np.random.default_rng([seed, i])
+        yield (
+            rng.choice(count_x, size, replace=False),
+            rng.choice(count_y, size, replace=False),
+        )
+
+
+def kid(
+    x: Features, y: Features, subsets: Iterable[tuple[ArrayLike, ArrayLike]]
+) -> tuple[float, float]:
+    """Bińkowski et al. 2018: mean and deviation of `polynomial_mmd2` over pairs of subsets.
+
+    x f[n,d], y f[m,d]; the field takes 100 pairs of 1,000: random_subsets(n, m, 100, 1000, seed).
+    The deviation is that of one pair, not of the mean. Raises UserError for features of different
+    dimensions or not finite, an index out of range, no pair, or a pair of fewer than 2.
+    """
+    x, y = _pair(x, y)
+    values = []
+    for in_x, in_y in subsets:
+        try:
+            values.append(polynomial_mmd2(x[np.asarray(in_x)], y[np.asarray(in_y)]))
+        except IndexError as error:
+            raise UserError(f"KID of {len(x)} and {len(y)} features: {error}.") from error
+    if not values:
+        raise UserError("KID of no subsets: expected at least one pair.")
+    return float(np.mean(values)), float(np.std(values))
+
+
+def polynomial_mmd2(x: Features, y: Features) -> float:
+    """Gretton et al. 2012, Eq. 3: unbiased MMD^2 of x f[n,d] and y f[m,d], k = (x.y / d + 1)^3.
+
+    mean over i != j of k(x_i, x_j) and of k(y_i, y_j), less twice the mean of k(x_i, y_j). Its
+    expectation is 0 for equal distributions, so that it may be negative.
+    Raises UserError for fewer than 2 rows in either.
+    """
+    x, y = _pair(x, y)
+    if min(len(x), len(y)) < 2:
+        raise UserError(f"KID of {len(x)} and {len(y)} features: expected at least 2 in each set.")
+    x64, y64 = x.astype(np.float64), y.astype(np.float64)
+    across = float(_kernel(x64, y64).mean())
+    return _off_diagonal_mean(x64) + _off_diagonal_mean(y64) - 2 * across
+
+
+def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    k = x @ y.T / x.shape[1] + 1
+    return k * k * k
+
+
+def _off_diagonal_mean(x: NDArray[np.float64]) -> float:
+    n, k = len(x), _kernel(x, x)
+    return float((k.sum() - np.trace(k)) / (n * (n - 1)))
+
+
+class PrecisionRecall(NamedTuple):
+    """Each in [0,1]. `in_reference` b[M] and `in_samples` b[N] are what they are the means of."""
+
+    precision: float
+    recall: float
+    in_reference: NDArray[np.bool_]
+    in_samples: NDArray[np.bool_]
+
+
+def precision_recall(
+    reference: Features, samples: Features, k: int = 3, block: int = 2000
+) -> PrecisionRecall:
+    """Kynkäänniemi et al. 2019, Eq. 2: the share of samples in the reference's manifold, and back.
+
+    reference f[N,d], samples f[M,d]. A manifold is the union of balls about its points, each
+    as far as the k-th nearest other point. ADM: k=3, all samples, a reference of 10,000.
+    Memory: block^2 float64 numbers, a few times, whatever N and M are.
+
+    ADM rounds distances to float16, which puts points near a ball's edge in or out of it: numbers
+    change by 5e-4 or so. torch-fidelity rounds to float32, which shows no difference.
+    Raises UserError for features of different dimensions or not finite, or k points or fewer.
+    """
+    reference, samples = _pair(reference, samples)
+    for name, features in (("the reference", reference), ("the sample set", samples)):
+        if not 1 <= k < len(features):
+            raise UserError(
+                f"precision and recall with k={k} of {len(features)} features in {name}: expected"
+                " more than k of them, and k of at least 1."
+            )
+    if block < 1:
+        raise UserError(f"block {block}: expected at least 1 row.")
+    in_reference = in_manifold(samples, reference, manifold_radii2(reference, k, block), block)
+    in_samples = in_manifold(reference, samples, manifold_radii2(samples, k, block), block)
+    return PrecisionRecall(
+        float(in_reference.mean()), float(in_samples.mean()), in_reference, in_samples
+    )
+
+
+def manifold_radii2(features: Features, k: int, block: int = 2000) -> NDArray[np.float64]:
+    """Squared distance of each of f[N,d] to its k-th nearest other, f64[N]."""
+    radii2 = []
+    for rows in _blocks(features, block):
+        nearest = np.full((len(rows), k + 1), np.inf)
+        for columns in _blocks(features, block):
+            both = np.concatenate([nearest, _distances2(rows, columns)], axis=1)
+            nearest = np.partition(both, k, axis=1)[:, : k + 1]
+        # A point is its own nearest, at 0: the k-th other is the (k+1)-th.
+        radii2.append(nearest.max(axis=1))
+    return np.concatenate(radii2)
+
+
+def in_manifold(
+    points: Features, manifold: Features, radii2: NDArray[np.float64], block: int = 2000
+) -> NDArray[np.bool_]:
+    """Whether each of points f[M,d] lies in a ball about one of manifold f[N,d]: b[M]."""
+    inside = []
+    for rows in _blocks(points, block):
+        found = np.zeros(len(rows), np.bool_)
+        for start in range(0, len(manifold), block):
+            columns = manifold[start : start + block].astype(np.float64)
+            within = radii2[None, start : start + block]
+            found |= (_distances2(rows, columns) <= within).any(axis=1)
+        inside.append(found)
+    return np.concatenate(inside)
+
+
+def _blocks(features: Features, block: int) -> Iterator[NDArray[np.float64]]:
+    for start in range(0, len(features), block):
+        yield features[start : start + block].astype(np.float64)
+
+
+def _distances2(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """|x|^2 - 2 x.y + |y|^2, f64[n,m]; what is below the sum's rounding is zero.
+
+    Copies of an image are then at 0 from each other, not at a rounding error that a ball of
+    radius 0 would leave out.
+    """
+    scale = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None, :]
+    distances2 = scale - 2 * (x @ y.T)
+    noise = 8 * np.finfo(np.float64).eps * np.sqrt(x.shape[1])
+    return np.where(distances2 <= noise * scale, 0.0, distances2)
+
+
+def _pair(x: Features, y: Features) -> tuple[Features, Features]:
+    x, y = _checked(x, "features"), _checked(y, "features")
+    if x.shape[1] != y.shape[1]:
+        raise UserError(
+            f"features of {x.shape[1]} and {y.shape[1]} dimensions: both sets must come from the"
+            " same layer of the same network."
+        )
+    return x, y
+
+
+def _checked(values: ArrayLike, name: str) -> Features:
+    array = np.asarray(values)
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise UserError(f"{name} of shape {array.shape}: expected [samples, dimensions].")
+    if array.dtype.kind != "f":
+        array = array.astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+    if bad.size:
+        raise UserError(
+            f"{bad.size} of {len(array)} rows of {name} are not finite (first: row {bad[0]}): the"
+            " images or the network diverged; look at those samples before scoring."
+        )
+    return array
