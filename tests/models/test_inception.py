@@ -1,5 +1,7 @@
 """FID's Inception: its resize in closed form, its quirks one by one, and the golden file."""
 
+import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,15 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from ditjax.errors import UserError
 from ditjax.models.inception import (
     SIDE,
+    Conv,
     FIDInception,
     InceptionA,
     InceptionC,
     InceptionE,
     _average_pool,
+    _max_neighbour,
+    _max_pool,
+    _without_padding,
     preprocess,
 )
 from tests.seeded import seeded_images, seeded_state
@@ -118,6 +125,59 @@ def test_preprocess_refuses_what_is_not_uint8_images():
             preprocess(jnp.zeros(shape, jnp.uint8))
     with pytest.raises(UserError, match=r"'pytorch_fid'.*Did you mean 'pytorch-fid'"):
         preprocess(jnp.zeros((1, 8, 8, 3), jnp.uint8), "pytorch_fid")  # type: ignore[arg-type]
+
+
+# --- The layers: written for the CPU backend's sake, the same as flax's
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "same"),
+    [
+        ((1, 1), 1, True),
+        ((1, 1), 2, True),
+        ((3, 3), 1, True),
+        ((1, 7), 1, True),
+        ((7, 1), 1, True),
+        ((3, 3), 1, False),
+        ((3, 3), 2, False),
+    ],
+)
+@pytest.mark.parametrize(("H", "W"), [(11, 8), (8, 9)])
+def test_convolutions_are_flaxs(kernel, stride, same, H, W):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, H, W, 5)), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((*kernel, 5, 6)), jnp.float32)
+    variables = {"params": {"kernel": weights}}
+    flaxs = nn.Conv(
+        6, kernel, stride, "SAME" if same else "VALID", use_bias=False, precision="highest"
+    )
+    ours = Conv(6, kernel, stride, same, jax.lax.Precision.HIGHEST)
+    theirs = np.asarray(flaxs.apply(variables, x))
+    np.testing.assert_allclose(np.asarray(ours.apply(variables, x)), theirs, rtol=0, atol=2e-5)
+
+
+def test_only_the_cpu_gets_padding_that_it_drops_again():
+    x = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 4, 4), jnp.float32)
+    traced = jax.jit(functools.partial(_without_padding, stride=2, precision=None)).trace(x, kernel)
+    for platform, pad in [("cpu", "[[0, 1], [0, 0]]"), ("cuda", "[[0, 0], [0, 0]]")]:
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert re.findall(r"pad = (\[\[.*?\]\])", program) == [pad]
+
+
+@pytest.mark.parametrize(
+    ("ours", "flaxs"),
+    [
+        (_max_pool, functools.partial(nn.max_pool, strides=(2, 2))),
+        (_max_neighbour, functools.partial(nn.max_pool, padding="SAME")),
+        (_average_pool, functools.partial(nn.avg_pool, padding="SAME", count_include_pad=False)),
+    ],
+)
+@pytest.mark.parametrize(("H", "W"), [(7, 8), (8, 5)])
+def test_pools_are_flaxs(ours, flaxs, H, W):
+    # Below zero throughout, where a border of zeros would be the maximum.
+    x = -jnp.asarray(np.random.default_rng(0).uniform(1, 2, (2, H, W, 3)), jnp.float32)
+    np.testing.assert_allclose(ours(x), flaxs(x, window_shape=(3, 3)), rtol=1e-6)
 
 
 # --- The network
@@ -228,13 +288,10 @@ def test_products_are_full_float32_unless_said_otherwise():
 
     def precisions(module: FIDInception) -> set[str]:
         variables = jax.eval_shape(module.init, jax.random.key(0), x)
-        equations = jax.make_jaxpr(module.apply)(variables, x).jaxpr.eqns
-        products = [
-            e for e in equations if e.primitive.name in ("conv_general_dilated", "dot_general")
-        ]
+        program = jax.jit(module.apply).lower(variables, x).as_text()
+        products = re.findall(r"stablehlo\.(?:convolution|dot_general)\b.*", program)
         assert len(products) == 95
-        return {str(e.params["precision"]) for e in products}
+        return {name for line in products for name in re.findall(r"HIGHEST|HIGH|DEFAULT", line)}
 
-    (highest,) = precisions(FIDInception())
-    assert "HIGHEST" in highest
-    assert precisions(FIDInception(precision=None)) == {"None"}
+    assert precisions(FIDInception()) == {"HIGHEST"}
+    assert precisions(FIDInception(precision=None)) == {"DEFAULT"}
