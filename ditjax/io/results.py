@@ -5,14 +5,13 @@ written whole or not at all: a reader never meets half of one, and a crash keeps
 """
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import secrets
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypedDict, cast
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditjax.errors import UserError, nearest
+from ditjax.io import npz
 
 SCHEMA = 1
 RESULT_FILE = "result.json"
@@ -105,20 +105,19 @@ def protocol_hash(protocol: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A new file beside `path`, synced and renamed over `path` in the end; makes the folder.
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The name of a file to make beside `path`, synced and renamed over `path` in the end.
 
-    On an exception `path` is as it was. Raises UserError where the folder cannot be made or
-    written.
+    Makes the folder. On an exception `path` is as it was; a killed process leaves the file behind,
+    named as `unfinished` finds it. Raises UserError where the folder cannot be made or written.
     """
     path = Path(path)
     # Unlike tempfile's, this name gives a file the umask's mode: others read a shared folder.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -129,6 +128,19 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def unfinished(path: str | os.PathLike[str]) -> list[Path]:
+    """What processes that were killed while writing `path` left beside it."""
+    path = Path(path)
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A new file that becomes `path` in the end: see `atomic_path`."""
+    with atomic_path(path) as temporary, open(temporary, "xb") as file:
+        yield file
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
@@ -304,23 +316,9 @@ def load_samples(
 
     Raises UserError naming the file and the array. Pickled arrays are refused.
     """
-    path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "arr_0.npy" not in names:
-                raise UserError(
-                    f"{path} has no array 'arr_0': expected u8[N,H,W,C] under that name."
-                    f"{nearest('arr_0.npy', names)}"
-                )
-            images = _first_rows(archive, "arr_0.npy", limit)
-            label = _first_rows(archive, "label.npy", limit) if "label.npy" in names else None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError) as error:
-        raise UserError(f"{path} is not a whole npz file ({error}).") from error
+    with npz.reading(path) as archive:
+        images = npz.read(archive, "arr_0", limit)
+        label = npz.read(archive, "label", limit) if "label" in npz.names(archive) else None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise UserError(
             f"{path}: arr_0 is {images.dtype}{list(images.shape)}, expected u8[N,H,W,C] with C = 1"
@@ -331,27 +329,6 @@ def load_samples(
             f"{path}: label is {label.dtype}{list(label.shape)}, expected i32[{len(images)}]."
         )
     return images, None if label is None else label.astype(np.int32)
-
-
-def _first_rows(archive: zipfile.ZipFile, name: str, limit: int | None) -> NDArray[Any]:
-    """The first `limit` rows of one array, without reading those after them."""
-    with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read_header is None:
-            raise ValueError(f"{name} has npy version {version}")
-        shape, fortran_order, dtype = read_header(file)
-        if dtype.hasobject or not shape or fortran_order:
-            raise ValueError(f"{name} is not a plain C-ordered array")
-        rows = shape[0] if limit is None else min(limit, shape[0])
-        size = math.prod(shape[1:]) * dtype.itemsize * rows
-        data = file.read(size)
-        if len(data) != size:
-            raise ValueError(f"{name} ends early")
-    return np.frombuffer(data, dtype).reshape(rows, *shape[1:]).copy()
 
 
 def _checked_images(images: Images) -> Images:
