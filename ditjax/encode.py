@@ -1,9 +1,9 @@
 """python -m ditjax.encode: a data set's latents, cached: moments of every image and its mirror."""
 
-import hashlib
+import contextlib
+import itertools
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,70 +17,117 @@ from ditjax.io import data, latents
 from ditjax.io.log import Progress
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
-from ditjax.train import check_data, data_spec
 
 
-def encode(c: Config, out: str | os.PathLike[str]) -> Path:
-    """Writes the latents of config.data's split to `out`; read them as data set latents:OUT."""
+def encode(
+    c: Config,
+    out: str | os.PathLike[str],
+    *,
+    shard_mb: int = latents.SHARD_MB,
+    index: int = 0,
+    count: int = 1,
+) -> int:
+    """Writes the latents of config.data's split to `out`; read them as data set latents:OUT.
+
+    Goes on at the first shard that is missing. Process `index` of `count` writes every count-th
+    one. Returns how many shards the others still have to write; the data set is there at 0.
+    """
     if not c.latent:
         raise UserError("config.autoencoder.kind is 'none': there is nothing to encode with.")
     if jax.process_count() > 1:
-        raise UserError("encode runs in one process: start it on one machine.")
+        raise UserError(
+            "encode runs in one process: start it on one machine, or on each by itself with"
+            " --index=K --count=N."
+        )
+    if not 0 <= index < count:
+        raise UserError(f"--index={index} --count={count}: expected an index from 0 to count - 1.")
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
-    info = check_data(c)
+    size = c.train.batch_size
+    rules.check_batch(size, mesh, "config.train.batch_size")
+    info = runs.check_data(c)
     frozen = runs.load_autoencoder(c, mesh)
     side = c.input_size
-    return latents.write(
+    writer = latents.LatentWriter(
         out,
+        c.data.split,
         (side, side, c.input_channels),
         info.class_names,
-        {c.data.split: _records(c, mesh, frozen, info.num_examples)},
+        info.num_examples,
         {
             "images": info.full_name,
             "split": c.data.split,
             "image_size": c.data.image_size,
-            "autoencoder_sha256": _digest(frozen),
+            "autoencoder_sha256": runs.digest(frozen),
+            "dtype": c.model.dtype,
+            "matmul": c.model.matmul,
         },
+        shard_mb,
     )
+    missing = writer.missing(index, count)
+    # The images are opened once for all shards; no batch holds records of two.
+    with contextlib.closing(data.in_order(runs.data_spec(c), size, missing)) as images:
+        encoded = _encoded(c, mesh, frozen, images)
+        total = sum(map(len, writer.shards(index, count)))
+        done = total - sum(map(len, missing))
+        progress = Progress("encode", total, "images", start=done)
+        for shard in missing:
+            batches = itertools.islice(encoded, -(-len(shard) // size))
+            writer.write(shard, _records(batches, progress, done))
+            done += len(shard)
+    remaining = len(writer.missing())
+    if not remaining:
+        writer.finish()
+    return remaining
 
 
-def _digest(params: Any) -> str:
-    """SHA-256 of all parameters, by path."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
-        digest.update(rules.path_of(path).encode() + b"\0" + np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
-
-
-def _records(c: Config, mesh: Mesh, frozen: Any, total: int) -> Iterator[latents.Record]:
-    """The records of the split in order, a batch over the mesh at a time."""
+def _encoded(
+    c: Config, mesh: Mesh, frozen: Any, images: Iterable[data.Batch]
+) -> Iterator[data.Batch]:
+    """Batches of images f32[b,H,W,C] -> mean and log_variance f32[b,2,h,w,c], label i32[b]."""
     size = c.train.batch_size
-    rules.check_batch(size, mesh, "config.train.batch_size")
     sharding = rules.batch_sharding(mesh)
     moments_of = jax.jit(lambda params, images: build.encode(c, params, images))
-    progress = Progress("encode", total, "images")
-    for rows in data.in_order(data_spec(c), size):
+    for rows in images:
         count = len(rows["label"])
         sides = []
-        for images in (rows["image"], rows["image"][:, :, ::-1]):
-            # The last batch is filled up, so that one shape is compiled.
-            filled = np.pad(images, ((0, size - count), (0, 0), (0, 0), (0, 0)))
+        for side in (rows["image"], rows["image"][:, :, ::-1]):
+            # A short batch is filled up, so that one shape is compiled.
+            filled = np.pad(side, ((0, size - count), (0, 0), (0, 0), (0, 0)))
             with programs.precise(c):
                 moments = moments_of(frozen, jax.device_put(filled, sharding))
             sides.append([np.asarray(value)[:count] for value in moments])
         mean, log_variance = (np.stack(pair, axis=1) for pair in zip(*sides, strict=True))
-        for i in range(count):
-            yield {"mean": mean[i], "log_variance": log_variance[i], "label": int(rows["label"][i])}
-        progress.report(int(rows["index"][-1]) + 1)
+        yield {"mean": mean, "log_variance": log_variance, "label": rows["label"]}
+
+
+def _records(
+    batches: Iterable[data.Batch], progress: Progress, done: int
+) -> Iterator[latents.Record]:
+    for rows in batches:
+        for mean, log_variance, label in zip(
+            rows["mean"], rows["log_variance"], rows["label"], strict=True
+        ):
+            yield {"mean": mean, "log_variance": log_variance, "label": int(label)}
+        done += len(rows["label"])
+        progress.report(done)
 
 
 def main(argv: list[str]) -> int:
     """The command."""
     parser = cli.parser("encode", "Caches a data set's latents: moments of images and mirrors.")
     parser.add_argument("--out", required=True, help="where to write: read it as latents:OUT")
+    parser.add_argument(
+        "--shard_mb", type=int, default=latents.SHARD_MB,
+        help="MiB a file: what is lost at most when the encoding is killed",
+    )  # fmt: skip
+    parser.add_argument("--index", type=int, default=0, help="in an array job: this job's number")
+    parser.add_argument("--count", type=int, default=1, help="in an array job: how many there are")
     args, config = cli.parse(parser, argv)
-    folder = encode(config, args.out)
-    print(f"{folder}: train on it with --config.data.name=latents:{folder}")
+    remaining = encode(config, args.out, shard_mb=args.shard_mb, index=args.index, count=args.count)
+    if remaining:
+        print(f"{args.out}: this job's shards are written, {remaining} of other jobs are to come")
+    else:
+        print(f"{args.out}: train on it with --config.data.name=latents:{args.out}")
     return 0
 
 

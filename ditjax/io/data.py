@@ -10,7 +10,7 @@ shuffle goes index by index, and 64 of them take 1.7 ms where a whole batch of d
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +23,7 @@ from PIL import Image
 
 from ditjax.errors import UserError
 from ditjax.io import latents
-from ditjax.io.builders import decode_image, prepare
+from ditjax.io.builders import count_records, decode_image, prepare
 
 DataDir = str | os.PathLike[str] | None
 Batch = dict[str, np.ndarray]
@@ -222,7 +222,7 @@ def _check_files(builder: Any, split: str, title: str) -> None:
     instructions = builder.info.splits[split].file_instructions
     paths = [os.fspath(instruction.filename) for instruction in instructions]
     with ThreadPoolExecutor(16) as pool:
-        counts = list(pool.map(_count_records, paths))
+        counts = list(pool.map(count_records, paths))
     for path, found, instruction in zip(paths, counts, instructions, strict=True):
         if found != instruction.examples_in_shard:
             raise UserError(
@@ -230,14 +230,6 @@ def _check_files(builder: Any, split: str, title: str) -> None:
                 f" {found}: it is damaged or missing; delete {builder.data_dir} and prepare the"
                 " data set again."
             )
-
-
-def _count_records(path: str) -> int:
-    try:
-        # Given a bare path, and not the counts of dataset_info.json, grain asks the file itself.
-        return len(grain.sources.ArrayRecordDataSource([path]))
-    except Exception:  # A file without a sound header holds nothing that can be read.
-        return 0
 
 
 class _Decoded:
@@ -491,16 +483,20 @@ def train_batches(
     )
 
 
-def in_order(spec: DataSpec, batch_size: int) -> Iterator[Batch]:
+def in_order(
+    spec: DataSpec, batch_size: int, ranges: Iterable[range] | None = None
+) -> Generator[Batch, None, None]:
     """Every record of the split once, in record order, never flipped; the last batch may be short.
 
+    With `ranges` only their records, range after range; the last batch of each may be short.
     Batches are those of `train_batches`.
     """
     split = _Split(spec.name, spec.split, spec.data_dir)
     reader = _Decoded(split, spec.image_size, spec.channels, cache_mb=0, threads=spec.threads)
     try:
-        for start in range(0, split.info.num_examples, batch_size):
-            indices = np.arange(start, min(start + batch_size, split.info.num_examples))
-            yield {**reader.batch(indices, np.zeros(len(indices), bool)), "index": indices}
+        for records in [range(split.info.num_examples)] if ranges is None else ranges:
+            for start in range(records.start, records.stop, batch_size):
+                indices = np.arange(start, min(start + batch_size, records.stop))
+                yield {**reader.batch(indices, np.zeros(len(indices), bool)), "index": indices}
     finally:
         reader.close()

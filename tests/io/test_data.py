@@ -421,7 +421,7 @@ def test_wrong_spec(spec, field, value):
 
 
 def test_tensorflow_is_never_imported(tmp_path):
-    """Prepare, describe and read with a TensorFlow in sight that tells when it is imported."""
+    """Prepare, describe, read and write with a TensorFlow in sight that tells of its import."""
     fake = tmp_path / "fake" / "tensorflow"
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text("raise SystemExit('TensorFlow was imported')")
@@ -430,11 +430,16 @@ def test_tensorflow_is_never_imported(tmp_path):
         "spec = DataSpec('digits', 'train', 8, 1, True)\n"
         "with train_batches(spec, 0, 64) as batches: next(batches)\n"
         "assert dataset_info('digits', 'test').num_examples == 359\n"
+        "zeros = np.zeros((2, 1, 1, 1), np.float32)\n"
+        "writer = latents.LatentWriter(sys.argv[1], 'train', (1, 1, 1), ('a',), 1, {})\n"
+        "writer.write(range(1), [{'mean': zeros, 'log_variance': zeros, 'label': 0}])\n"
+        "writer.finish()\n"
+        "assert dataset_info('latents:' + sys.argv[1], 'train').num_examples == 1\n"
         "assert 'tensorflow' not in sys.modules\n"
     )
     path = os.pathsep.join([str(tmp_path / "fake"), str(REPOSITORY)])
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, str(tmp_path / "latents")],
         env={**os.environ, "PYTHONPATH": path, "DITJAX_DATA": str(tmp_path / "data")},
         capture_output=True,
         text=True,

@@ -1,0 +1,207 @@
+"""encode: killed and gone on with; and training on its latents is training on the images."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ditjax import config, encode, programs, runs, train
+from ditjax.cli import load_recipe
+from ditjax.errors import UserError
+from ditjax.io import data
+from ditjax.io.assets import unflatten
+from ditjax.parallel.mesh import make_mesh
+from ditjax.pretrained import networks, writing
+from tests.commands.conftest import TINY
+from tests.seeded import seeded_state
+
+# Latents of 16x16x4, 16 KiB a record: 64 of the 359 test digits are a shard of a MiB.
+SHARDS = [range(start, min(start + 64, 359)) for start in range(0, 359, 64)]
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A small autoencoder, no weight of which is zero."""
+    sections = {"base_width": 4, "multipliers": (1, 2), "res_blocks": 1, "groups": 2}
+    c = networks.recipe({"train": {"network": "autoencoder"}, "autoencoder": sections})
+    leaves = seeded_state(networks.shapes_of(c), 0)
+    # Means that tell images apart, and a posterior that is neither a point nor all noise.
+    leaves["quant_conv/kernel"][..., :4] *= 10
+    leaves["quant_conv/bias"][4:] -= 2
+    network = networks.Network("autoencoder", c, {"params": unflatten(leaves)}, "ditjax", ())
+    folder = tmp_path_factory.mktemp("files") / "vae"
+    writing.write_diffusers(folder, network)
+    return folder
+
+
+def words(vae, *more):
+    return [
+        "--config=experiments/digits_latent.py",
+        *[word for word in TINY if "batch" not in word and not word.startswith("--config=")],
+        "--config.autoencoder.base_width=4", "--config.autoencoder.multipliers=(1,2)",
+        "--config.autoencoder.groups=2", "--config.autoencoder.res_blocks=1",
+        "--config.data.channels=3", "--config.data.image_size=32", "--config.data.split=test",
+        "--config.model.size=1x32x2", "--config.model.patch=4", "--config.train.batch_size=24",
+        f"--config.autoencoder.path={vae}", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(vae, data_dir, tmp_path_factory):
+    """The test digits, encoded at one go."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITJAX_DATA", str(data_dir))
+        assert encode.main([*words(vae), f"--out={out}", "--shard_mb=1"]) == 0
+    return out
+
+
+def contents(folder):
+    """Path -> bytes of all that lies below, hidden files included."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The records whose images are read from now on, in order."""
+    found = []
+    real = data._Decoded.batch
+
+    def batch(self, indices, mirrored):
+        found.extend(indices.tolist())
+        return real(self, indices, mirrored)
+
+    monkeypatch.setattr(data._Decoded, "batch", batch)
+    return found
+
+
+KILLED = """
+import os, signal, sys
+from ditjax import encode
+from ditjax.io.latents import LatentWriter
+real, written = LatentWriter._example, []
+def example(self, record):
+    written.append(1)
+    if len(written) > 150:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, record)
+LatentWriter._example = example
+sys.exit(encode.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_encoding_goes_on_where_it_was(vae, whole, tmp_path, read, capsys):
+    command = [*words(vae), f"--out={tmp_path}", "--shard_mb=1"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*of-00006")}
+    assert len(left) == 2
+    assert len(list(tmp_path.rglob(".*.tmp"))) == 1
+    with pytest.raises(UserError, match="its encoding is not finished: the same command"):
+        data.dataset_info(f"latents:{tmp_path}", "test")
+    with pytest.raises(UserError, match=r"image_size=32, this would be 16: give another --out"):
+        encode.main([*command, "--config.data.image_size=16"])
+    with pytest.raises(UserError, match=r"dtype='float32', this would be 'bfloat16'"):
+        encode.main([*command, "--config.model.dtype=bfloat16"])
+    assert read == []
+
+    assert encode.main(command) == 0
+    assert read == list(range(128, 359)), "nothing before the shard that was cut off"
+    assert {path: path.stat().st_mtime_ns for path in left} == left
+    assert contents(tmp_path) == contents(whole)
+    read.clear()
+    assert encode.main(command) == 0
+    assert read == []
+    assert "train on it with --config.data.name=latents:" in capsys.readouterr().out
+
+
+def test_an_array_job_writes_the_same_files(vae, whole, tmp_path, read, capsys):
+    command = [*words(vae), f"--out={tmp_path}", "--shard_mb=1", "--count=2"]
+    assert encode.main([*command, "--index=1"]) == 0
+    assert "this job's shards are written, 3 of other jobs are to come" in capsys.readouterr().out
+    assert read == [i for shard in SHARDS[1::2] for i in shard]
+    assert encode.main([*command, "--index=0"]) == 0
+    assert "train on it" in capsys.readouterr().out
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--config.train.batch_size=12"], "batch_size is 12: not divisible by"),
+        (["--index=2", "--count=2"], "--index=2 --count=2: expected an index from 0"),
+        (["--index=-1"], "--index=-1 --count=1: expected"),
+        (["--count=0"], "--count=0: expected"),
+        (["--shard_mb=0"], "shards of 0 MiB"),
+        (["--config.data.split=test[:10]"], "encode a whole split, such as 'test'"),
+    ],
+)
+def test_flags_that_do_not_fit(vae, tmp_path, more, match):
+    with pytest.raises(UserError, match=match):
+        encode.main([*words(vae), f"--out={tmp_path / 'out'}", *more])
+    assert not (tmp_path / "out").exists()
+
+
+def x0_of_steps(monkeypatch, command, start, stop):
+    """What the training step gets, by the command's own programs: x0 f32[S,B,h,w,c], labels."""
+    c = config.read(load_recipe(command).to_dict())
+    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
+
+    def make_step(loss, tx, decay):
+        return lambda state, batch, key: (state._replace(step=state.step + 1), batch)
+
+    monkeypatch.setattr(programs, "make_step", make_step)
+    frozen = runs.load_autoencoder(c, mesh) if train.needs_encoder(c) else None
+    training = programs.training(c, mesh, frozen)
+    state = jax.tree.map(
+        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
+        training.abstract_state,
+    )
+    state = state._replace(step=state.step + start)
+    found = []
+    spec = runs.data_spec(c)
+    with data.train_batches(spec, c.seed, c.train.batch_size, start_step=start) as batches:
+        for _ in range(start, stop):
+            state, batch = training.step(state, training.put(next(batches)))
+            found.append(jax.device_get(batch))
+    return np.stack([x["x0"] for x in found]), np.stack([x["label"] for x in found])
+
+
+def test_latents_are_the_same_x0_as_images_encoded_on_the_way(vae, whole, monkeypatch):
+    """Order, mirroring and the posterior's noise are functions of (seed, step) alone."""
+    x0 = {}
+    for flip in (False, True):
+        command = words(vae, f"--config.data.flip={flip}")
+        # 359 records in batches of 24: step 14 holds the end of an epoch and the start of the next.
+        x0[flip], label = x0_of_steps(monkeypatch, command, 13, 16)
+        cached = [*command, f"--config.data.name=latents:{whole}"]
+        x0_cached, label_cached = x0_of_steps(monkeypatch, cached, 13, 16)
+        np.testing.assert_array_equal(label_cached, label)
+        np.testing.assert_allclose(x0_cached, x0[flip], atol=1e-4)
+    # Mirroring would tell.
+    assert 0.3 < (np.abs(x0[True] - x0[False]).max(axis=(2, 3, 4)) > 0.1).mean() < 0.7
+
+
+def test_training_on_latents_is_training_on_images(vae, whole):
+    """The same losses step by step; without mirroring they would differ by 2 %."""
+    command = words(
+        vae, "--config.data.flip=True", "--config.optim.warmup_steps=0",
+        "--config.optim.learning_rate=2e-2", "--config.train.batch_size=16",
+    )  # fmt: skip
+    c = config.read(load_recipe(command).to_dict())
+    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
+    training = programs.training(c, mesh, runs.load_autoencoder(c, mesh))
+    losses: dict[str, list[list[float]]] = {}
+    for name in ("digits", f"latents:{whole}"):
+        spec = dataclasses.replace(runs.data_spec(c), name=name)
+        state, losses[name] = training.init(), []
+        with data.train_batches(spec, c.seed, c.train.batch_size) as batches:
+            for _ in range(12):
+                state, metrics = training.step(state, training.put(next(batches)))
+                losses[name].append([float(metrics[key]) for key in ("loss", "mse", "grad_norm")])
+    on_images, on_latents = losses.values()
+    np.testing.assert_allclose(on_latents, on_images, rtol=1e-3)
