@@ -7,6 +7,7 @@ Results of different protocols never share a fit. What is wrong with a result is
 import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +75,11 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
         by_hash[each.result["protocol_hash"]].append(each)
     if len(by_hash) > 1:
         counts = ", ".join(f"{key} ({len(runs)} runs)" for key, runs in by_hash.items())
+        apart = differences([runs[0].result["protocol"] for runs in by_hash.values()])
         problems.append(
-            f"{len(by_hash)} protocols among the results: {counts}. Each has its own curve and its"
-            " own fit; they are not comparable."
+            f"{len(by_hash)} protocols among the results: {counts}. They differ in"
+            f" {apart or 'nothing that is on record'}. Each has its own curve and its own fit; they"
+            " are not comparable."
         )
     if not any(metric in each.result["metrics"] for each in found):
         names = sorted({name for each in found for name in each.result["metrics"]})
@@ -94,6 +97,21 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
         fits = _fits(runs, metric, problems)
         groups.append(Group(key, runs[0].result["protocol"], tuple(runs), fits))
     return tuple(groups)
+
+
+def differences(protocols: Sequence[Mapping[str, Any]]) -> str:
+    """'steps (ddim25, ddim50), seed (0, 1)': the keys in which protocols differ."""
+    words = []
+    for key in dict.fromkeys(key for protocol in protocols for key in protocol):
+        values = dict.fromkeys(
+            json.dumps(protocol[key]) if key in protocol else "not on record"
+            for protocol in protocols
+        )
+        if len(values) > 1:
+            shown = [short(value.strip('"'), 16) for value in values]
+            more = ", ..." if len(shown) > 4 else ""
+            words.append(f"{short(key)} ({', '.join(shown[:4])}{more})")
+    return ", ".join(words)
 
 
 def _fits(runs: list[Found], metric: str, problems: list[str]) -> tuple[Fit, ...]:

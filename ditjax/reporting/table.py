@@ -9,6 +9,7 @@ from typing import Any
 from ditjax.io.results import Found
 from ditjax.reporting.study import Group, conclusion
 from ditjax.reporting.words import (
+    OF_A_METRIC,
     count,
     duration,
     encodable,
@@ -32,7 +33,7 @@ class Column:
 def table_columns(groups: Sequence[Group], metric: str) -> list[Column]:
     """The reader's columns, shared by the page and the terminal: the fitted metric first."""
     names = {name for group in groups for each in group.runs for name in each.result["metrics"]}
-    shown = [metric, *sorted(names - {metric})]
+    shown = [metric, *sorted(n for n in names - {metric} if not n.endswith(OF_A_METRIC))]
 
     def metric_of(name: str) -> Callable[[Found], Any]:
         return lambda each: each.result["metrics"].get(name)

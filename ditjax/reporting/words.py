@@ -8,10 +8,18 @@ from ditjax.scaling.fit import Interval, PowerLaw
 METRIC_NAMES = {
     "fd_digits": "FD-digits",
     "fd_digits_floor": "FD-digits floor",
+    "fd_digits_inf": "FD-digits∞",
+    "kd_digits": "KD-digits",
+    "precision_digits": "precision",
+    "recall_digits": "recall",
     "fid": "FID",
+    "fid_inf": "FID∞",
     "sfid": "sFID",
     "inception_score": "IS",
+    "kid": "KID",
 }
+# How sure a metric is, not what it is: in the CSV, and no columns of a reader's table.
+OF_A_METRIC = ("_low", "_high", "_inf_se", "_deviation")
 
 
 def number(value: float | None, digits: int = 3) -> str:

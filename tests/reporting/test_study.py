@@ -7,6 +7,7 @@ import pytest
 
 from ditjax import report
 from ditjax.io.results import protocol_hash
+from ditjax.reporting.study import differences
 
 
 def test_the_planted_law_is_reported(nine, read_page):
@@ -38,12 +39,24 @@ def test_protocols_never_share_a_fit(study, tmp_path, read_page):
     summary = report.make_report([tmp_path], tmp_path / "report")
     assert sorted(group.fits[0].n for group in summary.groups) == [9, 9]
     assert len({group.protocol_hash for group in summary.groups}) == 2
-    assert any("2 protocols among the results" in problem for problem in summary.problems)
+    (said,) = (problem for problem in summary.problems if "2 protocols among" in problem)
+    assert "They differ in num (100, 50000). Each has its own curve" in said
     assert not any("twice" in problem for problem in summary.problems)
     page = " ".join(read_page(summary.page.read_text()).words)
     assert protocol_hash(other) in page
     assert "50000" in page
     assert folders
+
+
+def test_what_protocols_differ_in():
+    a = {"steps": "ddim25", "seed": 0, "decoder": "f" * 64, "same": 1}
+    b = {"steps": "250", "seed": 0, "decoder": "e" * 64, "same": 1, "eta": None}
+    assert differences([a, b]) == (
+        f"steps (ddim25, 250), decoder ({'f' * 13}..., {'e' * 13}...), eta (not on record, null)"
+    )
+    assert differences([a, a]) == ""
+    many = differences([{"seed": seed} for seed in range(9)])
+    assert many == "seed (0, 1, 2, 3, ...)"
 
 
 def test_what_is_wrong_is_named_and_kept_out_of_the_fit(study, tmp_path, read_page):

@@ -3,6 +3,8 @@
 import csv
 import json
 
+from ditjax import report
+
 
 def test_csv_and_json_hold_every_number_at_full_precision(nine):
     rows = list(csv.DictReader((nine.out_dir / "table.csv").open()))
@@ -23,3 +25,15 @@ def test_terminal_columns_are_aligned(nine):
             assert line[end - 1] != " "
             assert line[end : end + 1] in ("", " ")
     assert "e-" not in "".join(lines)
+
+
+def test_how_sure_a_metric_is_stands_in_the_csv_only(study, tmp_path):
+    metrics = {"fd_digits": 9.0, "fd_digits_low": 8.0, "fd_digits_inf": 7.0, "kid_deviation": 0.1}
+    study.write_run(tmp_path, 2, 48, 2, 4, metrics=metrics)
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    header = summary.text.splitlines()[0]
+    assert "FD-digits∞" in header
+    assert "low" not in header
+    assert "deviation" not in header
+    (row,) = csv.DictReader((summary.out_dir / "table.csv").open())
+    assert row["metrics.fd_digits_low"] == "8.0"
