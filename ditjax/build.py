@@ -1,16 +1,19 @@
 """From a recipe to what it names: networks, schedule, objective, optimizer, denoiser."""
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ditjax.config import Config
-from ditjax.diffusion import guidance, losses, samplers
+from ditjax.diffusion import losses, samplers
 from ditjax.diffusion.gaussian import Denoise
+from ditjax.diffusion.guidance import guide, within
 from ditjax.diffusion.schedule import Schedule, make_schedule, respace
 from ditjax.models.autoencoder import (
     AutoencoderConfig,
@@ -21,7 +24,7 @@ from ditjax.models.autoencoder import (
 )
 from ditjax.models.dit import DiT
 from ditjax.models.embed import drop_labels
-from ditjax.scaling.counts import Shape
+from ditjax.scaling.counts import Shape, gflops
 from ditjax.sizes import parse_size
 from ditjax.training.optim import learning_rate_schedule, make_optimizer
 from ditjax.training.step import Batch, LossFn, Metrics
@@ -185,14 +188,42 @@ def reconstruct(c: Config, params: Any, images: jax.Array) -> jax.Array:
     return apply(params, encode(c, params, images).mean, method="decode")
 
 
-def denoiser(c: Config, params: Any, labels: jax.Array, cfg_scale: jax.Array | None) -> Denoise:
-    """The network with parameters and labels closed over, guided when there is a scale.
+class Guidance(NamedTuple):
+    """Arguments of guidance, f32[] each: its scale, and the timesteps low <= t < high of it."""
 
-    labels i32[B]; cfg_scale f32[] or None. Guidance evaluates both halves as one doubled batch.
+    scale: jax.Array | np.float32
+    low: jax.Array | np.float32
+    high: jax.Array | np.float32
+
+
+def guidance_of(c: Config) -> Guidance:
+    """A recipe's guidance, for a sampler that was made for its `guided`."""
+    # Rounded first: 0.3 * 1000 must be timestep 300 and not the one after.
+    low, high = (
+        math.ceil(round(share * c.diffusion.timesteps, 6)) for share in c.sample.cfg_interval
+    )
+    return Guidance(np.float32(c.sample.cfg_scale), np.float32(low), np.float32(high))
+
+
+def guided(c: Config) -> Literal["never", "always", "within"]:
+    """When a recipe's sampler evaluates the unconditional half: what it is compiled for."""
+    if c.sample.cfg_scale == 1:
+        return "never"
+    return "always" if c.sample.cfg_interval == (0.0, 1.0) else "within"
+
+
+def denoiser(c: Config, params: Any, labels: jax.Array, g: Guidance) -> Denoise:
+    """The network with parameters and labels closed over, guided as the recipe says.
+
+    labels i32[B]. Guidance evaluates both halves as one doubled batch.
     """
     apply: Callable[..., Any] = dit(c).apply
-    if cfg_scale is None:
-        return lambda x, t: apply(params, x, t, labels)
+
+    def conditional(x: jax.Array, t: jax.Array) -> jax.Array:
+        return apply(params, x, t, labels)
+
+    if guided(c) == "never":
+        return conditional
     null = jnp.full_like(labels, c.data.num_classes)
 
     def pair(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -206,12 +237,8 @@ def denoiser(c: Config, params: Any, labels: jax.Array, cfg_scale: jax.Array | N
         conditional, unconditional = jnp.split(both, 2)
         return conditional, unconditional
 
-    return guidance.guide(
-        pair,
-        cfg_scale,
-        channels=c.sample.cfg_channels,
-        x_channels=c.input_channels,
-    )
+    always = guide(pair, g.scale, channels=c.sample.cfg_channels, x_channels=c.input_channels)
+    return always if guided(c) == "always" else within(always, conditional, g.low, g.high)
 
 
 def sampling_schedule(c: Config) -> Schedule:
@@ -219,8 +246,18 @@ def sampling_schedule(c: Config) -> Schedule:
     return respace(schedule(c), c.sample.steps)
 
 
-def sampler(c: Config, guided: bool) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """(params, keys key[B], labels i32[B], cfg_scale f32[]) -> x0 f32[B,h,w,c].
+def sampling_gflops(c: Config) -> float:
+    """Multiply-accumulates / 1e9 of the DiT for one sample: its forward pass, twice when guided.
+
+    The decoder's are not counted, as in the paper's figure 10.
+    """
+    t, g = sampling_schedule(c).timesteps, guidance_of(c)
+    twice = 0 if guided(c) == "never" else int(((g.low <= t) & (t < g.high)).sum())
+    return gflops(cost(c)) * (len(t) + twice)
+
+
+def sampler(c: Config) -> Callable[[Any, jax.Array, jax.Array, Guidance], jax.Array]:
+    """(params, keys key[B], labels i32[B], guidance) -> x0 f32[B,h,w,c].
 
     Sample b depends on (keys[b], labels[b]) alone, whatever the batch it is drawn in.
     """
@@ -228,8 +265,8 @@ def sampler(c: Config, guided: bool) -> Callable[[Any, jax.Array, jax.Array, jax
     shape = (c.input_size, c.input_size, c.input_channels)
     prediction, variance = c.diffusion.prediction, c.diffusion.variance
 
-    def sample(params: Any, keys: jax.Array, labels: jax.Array, cfg_scale: jax.Array) -> jax.Array:
-        denoise = denoiser(c, params, labels, cfg_scale if guided else None)
+    def sample(params: Any, keys: jax.Array, labels: jax.Array, guidance: Guidance) -> jax.Array:
+        denoise = denoiser(c, params, labels, guidance)
         x_T = samplers.initial_noise(keys, shape)
         noise = samplers.per_sample_noise(keys, shape)
         if c.sample.sampler == "ddpm":

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,13 @@ import numpy as np
 import optax
 
 from ditjax import cli
+from ditjax.digits import FEATURES, JUDGE, accuracy, apply, normalise, recognise
 from ditjax.errors import UserError
 from ditjax.io.assets import save_assets
 from ditjax.io.data import load_arrays
 from ditjax.metrics.frechet import batch_moments, frechet_distance
-from ditjax.models.classifier import SIDE, DigitsConvNet, DigitsMixer, Recognition
+from ditjax.models.classifier import SIDE, DigitsConvNet, DigitsMixer
 
-FEATURES = "digits_convnet"
-JUDGE = "digits_mixer"
 _LINEN_FIELDS = ("parent", "name")
 
 
@@ -65,11 +64,6 @@ RECIPES = {
         epochs=90,
     ),
 }
-
-
-def normalise(images: np.ndarray) -> np.ndarray:
-    """u8[N,8,8,1] -> f32[N,8,8,1] in [-1, 1]."""
-    return (images.astype(np.float32) / np.float32(127.5)) - np.float32(1.0)
 
 
 def augment(key: jax.Array, x: jax.Array, augmentation: Augmentation) -> jax.Array:
@@ -144,35 +138,12 @@ def _train_step(
     batch = augment(augment_key, x[index], recipe.augmentation)
 
     def loss_of(params: Any) -> jax.Array:
-        logits = _apply(recipe.network, params, batch).logits
+        logits = apply(recipe.network, params, batch).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, y[index]).mean()
 
     loss, gradient = jax.value_and_grad(loss_of)(params)
     updates, state = _optimizer(recipe, steps).update(gradient, state, params)
     return optax.apply_updates(params, updates), state, loss
-
-
-def recognise(
-    network: DigitsConvNet | DigitsMixer,
-    params: dict[str, Any],
-    images: np.ndarray,
-    batch_size: int = 512,
-) -> tuple[np.ndarray, np.ndarray]:
-    """images u8[N,8,8,1] -> features f32[N,F], logits f32[N,10], in batches."""
-
-    parts: list[Recognition] = []
-    for start in range(0, len(images), batch_size):
-        x = normalise(images[start : start + batch_size])
-        # The last batch is filled up, so that one shape is compiled.
-        x = np.pad(x, ((0, batch_size - len(x)), (0, 0), (0, 0), (0, 0)))
-        parts.append(_forward(network, params, x))
-    features = np.concatenate([np.asarray(part.features) for part in parts])[: len(images)]
-    return features, np.concatenate([np.asarray(part.logits) for part in parts])[: len(images)]
-
-
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The fraction of rows whose largest logit is the label: f32[N,10], i32[N] -> [0, 1]."""
-    return float(np.mean(np.argmax(logits, axis=1) == labels))
 
 
 def main(argv: list[str]) -> int:
@@ -228,13 +199,6 @@ def main(argv: list[str]) -> int:
             f" Fréchet distance train to test {record['frechet_train_test']:.3f}"
         )
     return 0
-
-
-def _apply(network: DigitsConvNet | DigitsMixer, params: Any, x: jax.Array) -> Recognition:
-    return cast(Recognition, network.apply({"params": params}, x))
-
-
-_forward = jax.jit(_apply, static_argnums=0)
 
 
 def _network(recipe: Recipe) -> dict[str, Any]:

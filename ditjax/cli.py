@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from ditjax.config import Config, leaf_keys, read
+from ditjax.config import Config, completed, leaf_keys, read
 from ditjax.errors import UserError, nearest
 from ditjax.io import rundir
 
@@ -71,7 +71,7 @@ def parse(
     named = any(word.startswith("--config=") for word in rest)
     recorded = source(args) if source else None
     if getattr(args, "reads_run", False) and not named:
-        recorded = rundir.read_recipe(args.workdir)
+        recorded = completed(rundir.read_recipe(args.workdir))
     recipe = load_recipe(rest, None if named else recorded)
     args.recipe = recipe.to_dict()
     return args, read(args.recipe)

@@ -51,6 +51,13 @@ def model_size() -> Rule:
     return Rule(holds, "a model size")
 
 
+def features_name() -> Rule:
+    def holds(value: str) -> bool:
+        return value in ("digits", "none") or bool(value.partition("inception:")[2])
+
+    return Rule(holds, "'digits', 'none' or 'inception:FILE'")
+
+
 Positive = Annotated[int, at_least(1)]
 Count = Annotated[int, at_least(0)]
 
@@ -140,6 +147,8 @@ class Train:
     checkpoint_every_steps: Positive
     keep_checkpoints: Positive
     sample_every_steps: Count  # 0 = no sample grids while training
+    evaluate_every_steps: Count  # 0 = no evaluation while training
+    evaluate_num: Annotated[int, at_least(2)]  # samples of such an evaluation
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,9 @@ class Sample:
     eta: Annotated[float, within(0, 1)]  # DDIM only
     cfg_scale: Annotated[float, at_least(0)]  # 1 = no guidance
     cfg_channels: Literal["all", "three"]
+    cfg_interval: tuple[float, ...]  # (low, high): guided at timesteps low <= t/T < high only
     clip_x0: bool  # clamp the predicted x_0 to [-1, 1]: for pixels, never for latents
+    weights: Literal["ema", "model"]  # of a run: the average, or the parameters themselves
     batch_size: Positive
     num: Positive
 
@@ -169,9 +180,11 @@ class Evaluate:
     """What a finished model is measured by (`evaluate.py`)."""
 
     split: str  # held-out images: an autoencoder's PSNR
-    features: Literal["digits", "none"]
+    features: Annotated[str, features_name()]  # 'digits', 'inception:FILE' or 'none'
+    reference: str  # statistics, images or DATASET/SPLIT; '' = the training split
     num_samples: Annotated[int, at_least(2)]
     labels: Literal["uniform", "balanced"]
+    seed: Count  # of the samples: the same noise for every model, whatever seed trained it
     guided_scale: Annotated[float, at_least(0)]  # accuracy of a second sample set; 0 = none
     guided_num: Annotated[int, at_least(2)]
 
@@ -243,6 +256,24 @@ def changed(c: Config, changes: Mapping[str, Any]) -> Config:
     for name, value in changes.items():
         tree[name] = {**tree[name], **value} if isinstance(value, Mapping) else value
     return read(tree)
+
+
+# Keys that recipes of finished runs may lack, with the value that they ran with.
+_ADDED: Mapping[str, Mapping[str, Any]] = {
+    "model": {"matmul": "default", "frequency_shift": 0, "norm2_eps": 1e-6},
+    "sample": {"cfg_interval": (0.0, 1.0), "weights": "ema"},
+    "evaluate": {"reference": "", "seed": 0},
+    "train": {"evaluate_every_steps": 0, "evaluate_num": 1000},
+}
+
+
+def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a run with the keys that did not exist when it was started."""
+    tree = dict(recorded)
+    for section, added in _ADDED.items():
+        if isinstance(tree.get(section), Mapping):
+            tree[section] = {**added, **tree[section]}
+    return tree
 
 
 def _read_dataclass(cls: type[T], tree: Any, path: str) -> T:
@@ -390,6 +421,12 @@ def _check_consistency(c: Config) -> None:
         raise UserError(
             "config.diffusion.loss is 'simple' with variance 'learned_range': nothing would train"
             " the variance. Set loss 'hybrid', or variance 'fixed_small'."
+        )
+    interval = c.sample.cfg_interval
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise UserError(
+            f"config.sample.cfg_interval is {interval}: expected (low, high) with 0 <= low < high"
+            " <= 1; (0.0, 1.0) guides every step."
         )
     guided = c.sample.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
     if guided and c.model.label_dropout == 0 and c.train.network == "dit":

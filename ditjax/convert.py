@@ -27,7 +27,7 @@ def read_network(
     if not rundir.is_run(path):
         return reading.load(path, which=which, heads=heads, numerics=numerics)
     config = runs.recipe_of(path)
-    params, _ = runs.load_ema(config, path, make_mesh(-1, 1))
+    params, _ = runs.load_weights(config, path, make_mesh(-1, 1))
     return networks.of_run(config, params, (Path(path),))
 
 

@@ -1,145 +1,46 @@
-"""python -m ditjax.evaluate: FD-digits and class accuracy of a DiT, PSNR of an autoencoder."""
+"""python -m ditjax.evaluate: a run by its own recipe, or any sample set against any reference."""
 
+import argparse
 import dataclasses
-import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ditjax import build, cli, programs, runs
-from ditjax.classify import FEATURES, JUDGE, accuracy, recognise
-from ditjax.config import Config
+from ditjax import build, cli, programs, runs, scoring
+from ditjax.config import Config, changed, completed
 from ditjax.errors import UserError
-from ditjax.io import data
-from ditjax.io.assets import load_asset
+from ditjax.evaluation import GUIDED_FILE, SAMPLES_FILE, Evaluator, scores_protocol
+from ditjax.features import open_extractor
+from ditjax.io import data, npz, rundir
 from ditjax.io.checkpoint import is_primary
-from ditjax.io.results import protocol_hash, save_grid, save_samples, write_json
-from ditjax.metrics import frechet
-from ditjax.models import classifier
+from ditjax.io.images import open_images
+from ditjax.io.results import load_samples, protocol_hash, save_grid, write_json
+from ditjax.io.statistics import read_provenance
 from ditjax.parallel.mesh import make_mesh
-from ditjax.pipeline import Samples, draw
 from ditjax.sample import GRID_IMAGES
-from ditjax.train import data_spec
+from ditjax.scoring import open_reference
 
 EVALUATION_FILE = "evaluation.json"
 
 
-@functools.cache
-def _classifier(name: str) -> tuple[classifier.DigitsConvNet | classifier.DigitsMixer, Any]:
-    params, record = load_asset(name)
-    widths = dict(record["network"])
-    return getattr(classifier, widths.pop("name"))(**widths), params
-
-
-def see(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A shipped classifier on u8[N,H,W,C] of any size -> features f32[N,F], logits f32[N,10]."""
-    small = data.resize_images(images, classifier.SIDE)
-    if small.shape[-1] == 3:
-        small = small.mean(-1, keepdims=True).round().astype(np.uint8)
-    return recognise(*_classifier(name), small)
-
-
-def fd_digits(images: np.ndarray, reference: frechet.Moments) -> float:
-    """Fréchet distance to `reference` on our digit classifier's features: FD-digits, not FID."""
-    features, _ = see(FEATURES, images)
-    return frechet.frechet_distance(frechet.batch_moments(features), reference)
-
-
-def class_accuracy(images: np.ndarray, label: np.ndarray) -> float:
-    """How often an independent classifier sees the class that was asked for."""
-    return accuracy(see(JUDGE, images)[1], label)
-
-
-@functools.cache
-def digits_reference(data_dir: str) -> tuple[frechet.Moments, float]:
-    """(moments of the train split's features, FD-digits of the test split to them: the floor)."""
-    moments = {}
-    for split in ("train", "test"):
-        images = data.load_arrays("digits", split, data_dir or None)["image"]
-        moments[split] = frechet.batch_moments(see(FEATURES, images)[0])
-    return moments["train"], frechet.frechet_distance(moments["test"], moments["train"])
-
-
-class Evaluated(NamedTuple):
-    """metrics name -> value, the protocol that fixes their meaning, and the samples."""
-
-    metrics: dict[str, float]
-    protocol: dict[str, Any]
-    samples: dict[str, Samples]  # 'samples', and 'guided' when the recipe asks for it
-
-
-def evaluate(c: Config, params: Any) -> Evaluated:
-    """Draws config.evaluate.num_samples images and measures them against the train split."""
-    if c.evaluate.features != "digits" or c.train.network != "dit":
-        raise UserError(
-            f"config.evaluate.features is {c.evaluate.features!r} for a {c.train.network}: expected"
-            " 'digits' and a DiT."
-        )
-    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
-    frozen = runs.load_autoencoder(c, mesh)
-    label_of = None if c.evaluate.labels == "uniform" else range(c.data.num_classes)
-    measure = functools.partial(draw, c, params, mesh, label_of=label_of, frozen=frozen)
-    reference, floor = digits_reference(c.data.data_dir)
-    samples = measure(c.evaluate.num_samples, cfg_scale=c.sample.cfg_scale)
-    metrics = {
-        "fd_digits": fd_digits(samples.images, reference),
-        "accuracy": class_accuracy(samples.images, samples.label),
-        "fd_digits_floor": floor,
-    }
-    sets = {"samples": samples}
-    if c.evaluate.guided_scale not in (0, c.sample.cfg_scale):
-        guided = measure(c.evaluate.guided_num, cfg_scale=c.evaluate.guided_scale)
-        metrics["accuracy_guided"] = class_accuracy(guided.images, guided.label)
-        sets["guided"] = guided
-    return Evaluated(metrics, protocol_of(c, reference.count), sets)
-
-
-def protocol_of(c: Config, reference_count: int) -> dict[str, Any]:
-    """Everything that two results must share to be compared. The seed is not: it is what varies."""
-    native = c.data.image_size == classifier.SIDE
-    return {
-        "metric": "FD-digits",
-        "features_sha256": load_asset(FEATURES)[1]["sha256"],
-        "judge_sha256": load_asset(JUDGE)[1]["sha256"],
-        "reference": f"digits/train, {reference_count} images",
-        "num_samples": c.evaluate.num_samples,
-        "labels": c.evaluate.labels,
-        "sampler": c.sample.sampler,
-        "steps": c.sample.steps,
-        "eta": c.sample.eta,
-        "cfg_scale": c.sample.cfg_scale,
-        "cfg_channels": c.sample.cfg_channels,
-        "guided_scale": c.evaluate.guided_scale,
-        "guided_num": c.evaluate.guided_num,
-        "clip_x0": c.sample.clip_x0,
-        "decoder": c.autoencoder.path if c.latent else "pixels",
-        "ema_decay": c.train.ema_decay,
-        "precision": c.model.dtype,
-        "image_size": c.data.image_size,
-        "resize": "none" if native else f"centre crop, bicubic to {classifier.SIDE}",
-    }
-
-
 def save(
-    folder: Path,
-    step: int,
-    metrics: Mapping[str, float],
-    protocol: Mapping[str, Any],
-    samples: Mapping[str, Samples],
-) -> None:
-    """evaluation.json, and NAME.npz and NAME.png of each sample set, in a run's directory."""
-    for name, drawn in samples.items():
-        save_samples(folder / f"{name}.npz", drawn.images, drawn.label)
-        order = np.argsort(drawn.label[:GRID_IMAGES], kind="stable")  # the grid goes by class
-        images = drawn.images[:GRID_IMAGES][order]
-        save_grid(images, folder / f"{name}.png", 10, upscale=max(1, 32 // images.shape[1]))
+    folder: Path, step: int, metrics: Mapping[str, float], protocol: Mapping[str, Any],
+    reference: str = "",
+) -> None:  # fmt: skip
+    """evaluation.json, and NAME.png of each sample set, in a run's directory."""
+    for name in (SAMPLES_FILE, GUIDED_FILE):
+        if (folder / name).exists() and protocol["metric"] != "PSNR":
+            images, label = load_samples(folder / name, GRID_IMAGES)
+            order = np.argsort(np.asarray(label), kind="stable")  # the grid goes by class
+            upscale = max(1, 32 // images.shape[1])
+            save_grid(images[order], (folder / name).with_suffix(".png"), 10, upscale=upscale)
     record = {
-        "step": step, "metrics": metrics, "protocol": protocol,
+        "step": step, "metrics": metrics, "reference": reference, "protocol": protocol,
         "protocol_hash": protocol_hash(protocol),
     }  # fmt: skip
     write_json(folder / EVALUATION_FILE, record)
@@ -150,7 +51,7 @@ def reconstruction_psnr(c: Config, params: Any) -> float:
 
     An image's mse is over its pixels in [-1, 1], the reconstruction clipped to them.
     """
-    held_out = dataclasses.replace(data_spec(c), split=c.evaluate.split)
+    held_out = dataclasses.replace(runs.data_spec(c), split=c.evaluate.split)
 
     @jax.jit
     def psnr(params: Any, x: jax.Array) -> jax.Array:
@@ -168,31 +69,144 @@ def reconstruction_psnr(c: Config, params: Any) -> float:
     return float(np.concatenate(values).mean())
 
 
+def evaluate_samples(
+    samples: str,
+    reference: str,
+    features: str,
+    *,
+    batch_size: int = 0,
+    seed: int = 0,
+    save_reference: str = "",
+) -> dict[str, Any]:
+    """Scores of the images in `samples` against `reference`: {metrics, protocol, protocol_hash}.
+
+    Raises UserError for what cannot be read or compared.
+    """
+    mesh = make_mesh(-1, 1)
+    images = open_images(samples)
+    extractor = open_extractor(features, mesh, batch_size)
+    against = open_reference(reference, extractor, images.height, keep=save_reference)
+    batches = images.batches(extractor.batch_size)
+    seen = scoring.look(extractor, batches, images.count, title="samples")
+    metrics = scoring.score(
+        seen, against.statistics, against.pool, inception=extractor.name == "inception", seed=seed
+    )
+    sampling, label = said_by(images.path)
+    if seen.judged is not None and label is not None:
+        metrics["accuracy"] = float(np.mean(seen.judged == label))
+    # Of images of others it is not known how they were made: the size is what can be said.
+    sampling = sampling or {"sample_size": [images.height, images.width]}
+    protocol = scores_protocol(extractor, against, images.count, sampling)
+    return {
+        "samples": str(images.path),
+        "metrics": metrics,
+        "reference": against.name,
+        "protocol": protocol,
+        "protocol_hash": protocol_hash(protocol),
+    }
+
+
+def said_by(path: Path) -> tuple[dict[str, Any], np.ndarray | None]:
+    """(how they were drawn, labels) of a sample file of ours; {} and None of others."""
+    if path.is_dir():
+        return {}, None
+    with npz.reading(path) as archive:
+        names = npz.names(archive)
+        sampling = read_provenance(archive).get("sampling", {}) if "provenance" in names else {}
+        return sampling, npz.read(archive, "label") if "label" in names else None
+
+
 def evaluate_run(c: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
-    """Evaluates a run's newest averaged weights, saves the outcome in its directory."""
+    """Evaluates a run's newest weights by its recipe, saves the outcome in its directory."""
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
-    params, step = runs.load_ema(c, workdir, mesh)
     if c.train.network == "autoencoder":
+        params, step = runs.load_weights(c, workdir, mesh)
         metrics = {"psnr_db": reconstruction_psnr(c, params)}
         protocol = {"metric": "PSNR", "split": c.evaluate.split, "image_size": c.data.image_size}
-        samples: Mapping[str, Samples] = {}
-    else:
-        metrics, protocol, samples = evaluate(c, params)
+        if is_primary():
+            save(Path(workdir), step, metrics, protocol)
+        return metrics
+    evaluator = Evaluator(c, mesh, runs.load_autoencoder(c, mesh))
+    params, step = runs.load_weights(c, workdir, mesh)
+    found = evaluator.of_run(c, params, Path(workdir), model_record(workdir, step, params))
     if is_primary():
-        save(Path(workdir), step, metrics, protocol, samples)
-    return metrics
+        save(Path(workdir), step, found.metrics, found.protocol, found.reference)
+    return found.metrics
+
+
+def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dict[str, Any]:
+    """Whose samples they are."""
+    return {"run": str(workdir), "step": step, "params_sha256": runs.digest(params)}
+
+
+# Flags that are short for keys of the recipe, where a run is evaluated.
+_FLAGS = {
+    "features": "inception:WEIGHTS or digits (config.evaluate.features)",
+    "reference": "statistics (npz with mu, sigma), an npz or folder of images, or DATASET[/SPLIT];"
+    " of a run: the images it was trained on where not given (config.evaluate.reference)",
+}
+
+
+def _parser() -> cli.Parser:
+    parser = cli.parser(
+        "evaluate",
+        "Scores of a run's samples, drawn by its recipe, or of any --samples, with their protocol:"
+        " FID, sFID, IS, precision, recall, KID; on our classifier's features FD-digits. Of an"
+        " autoencoder's run: PSNR.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", default="", help="a run's directory")
+    source.add_argument(
+        "--samples", default="",
+        help="an npz with arr_0 u8[N,H,W,C], a folder of PNGs, or a run's directory",
+    )  # fmt: skip
+    for flag, text in _FLAGS.items():
+        parser.add_argument(f"--{flag}", default="", help=text)
+    parser.add_argument("--out", default="", help="where to write the result of --samples (JSON)")
+    parser.add_argument("--save_reference", default="", help="keep the reference's statistics here")
+    parser.add_argument("--batch_size", type=int, default=0, help="of --samples: images at a time")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of --samples: of intervals and KID's subsets"
+    )
+    return parser
 
 
 def main(argv: list[str]) -> int:
     """The command."""
-    parser = cli.parser(
-        "evaluate", "FD-digits and class accuracy of a DiT's samples, PSNR of an autoencoder."
-    )
-    cli.add_workdir_of_a_run(parser)
-    args, config = cli.parse(parser, argv)
-    for name, value in evaluate_run(config, args.workdir).items():
-        print(f"{name:<20} {value:.4f}")
+    parser = _parser()
+    args, _ = parser.parse_known_args(argv)
+    if args.samples and not rundir.is_run(args.samples):
+        parser.parse_args(argv)  # no recipe here: --config is refused
+        return _main_of_samples(args)
+    workdir = args.workdir or args.samples
+
+    def recorded(_: argparse.Namespace) -> Mapping[str, Any]:
+        return completed(rundir.read_recipe(workdir))
+
+    args, config = cli.parse(parser, argv, recorded)
+    given = {flag: getattr(args, flag) for flag in _FLAGS if getattr(args, flag)}
+    _print(evaluate_run(changed(config, {"evaluate": given}), workdir))
     return 0
+
+
+def _main_of_samples(args: argparse.Namespace) -> int:
+    for flag in _FLAGS:
+        if not getattr(args, flag):
+            raise UserError(f"--samples={args.samples} needs --{flag}: {_FLAGS[flag]}.")
+    evaluated = evaluate_samples(
+        args.samples, args.reference, args.features, batch_size=args.batch_size, seed=args.seed,
+        save_reference=args.save_reference,
+    )  # fmt: skip
+    _print(evaluated["metrics"])
+    print(f"{'protocol_hash':<32} {evaluated['protocol_hash']}")
+    if args.out:
+        write_json(args.out, evaluated)
+    return 0
+
+
+def _print(metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+        print(f"{name:<32} {value:.4f}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ pipeline(classes=[207, "golden_retriever"], cfg_scale=4.0).images[0].save("x.png
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +18,15 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from ditjax import __version__, programs, runs
+from ditjax import __version__, build, programs, runs
 from ditjax.config import Config, changed
 from ditjax.errors import UserError
 from ditjax.io import rundir, weights
+from ditjax.io.checkpoint import is_primary
 from ditjax.io.classes import class_names, parse_classes
 from ditjax.io.log import Progress
+from ditjax.io.samples import SampleWriter
+from ditjax.parallel import processes
 from ditjax.parallel.mesh import make_mesh
 from ditjax.pretrained import networks, reading, vocabulary
 from ditjax.pretrained.networks import Network
@@ -136,7 +139,7 @@ def open_run(path: str | os.PathLike[str]) -> Source:
     record: dict[str, Any] = {"run": str(path)}
 
     def load(c: Config, mesh: Mesh) -> tuple[Any, Any]:
-        params, record["step"] = runs.load_ema(c, path, mesh)
+        params, record["step"] = runs.load_weights(c, path, mesh)
         if c.latent:
             record["autoencoder"] = c.autoencoder.path
         return params, runs.load_autoencoder(c, mesh)
@@ -144,49 +147,145 @@ def open_run(path: str | os.PathLike[str]) -> Source:
     return Source(config, None, record, load)
 
 
-class Samples(NamedTuple):
-    """images u8[N,H,W,C], label i32[N], and the seconds that drawing took."""
+class Drawn(NamedTuple):
+    """Samples start to start + B: images u8[B,H,W,C], label i32[B]."""
 
+    start: int
     images: np.ndarray
     label: np.ndarray
-    seconds: float
 
 
-def draw(
+class Drawer:
+    """Draws samples of recipes that share their network, mesh and autoencoder.
+
+    A sampler compiles once: seed, count, weights, labels and the guidance's scale and interval are
+    its arguments.
+    """
+
+    def __init__(self, mesh: Mesh, frozen: Any = None) -> None:
+        """`frozen` are a latent recipe's autoencoder parameters."""
+        self.mesh, self._frozen = mesh, frozen
+        self._programs: dict[Any, programs.Sampling] = {}
+
+    def __call__(
+        self,
+        c: Config,
+        params: Any,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        seed: int,
+        label_of: Sequence[int] | None = None,
+    ) -> Iterator[Drawn]:
+        """Samples of each range [start, stop), by config.sample.
+
+        Sample i depends on (seed, i) and its label alone: label_of[i % len], or a uniform one.
+        """
+        program = self.program(c)
+        guidance = build.guidance_of(c)
+        for first, last in ranges:
+            for start in range(first, last, program.batch_size):
+                wanted = None
+                if label_of is not None:
+                    indices = np.arange(start, start + program.batch_size)
+                    wanted = np.asarray(label_of, np.int32)[indices % len(label_of)]
+                images, label = program.draw(params, seed, start, wanted, guidance)
+                count = min(last - start, program.batch_size)
+                yield Drawn(start, images[:count], label[:count])
+
+    def whole(
+        self,
+        c: Config,
+        params: Any,
+        num: int,
+        *,
+        seed: int,
+        label_of: Sequence[int] | None = None,
+        title: str = "",
+    ) -> Drawn:
+        """Samples 0 to num - 1 in memory; with a title its progress is told."""
+        drawn = self(c, params, [(0, num)], seed=seed, label_of=label_of)
+        parts = list(told(drawn, num, title) if title else drawn)
+        images, label = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
+        return Drawn(0, images, label)
+
+    def program(self, c: Config) -> programs.Sampling:
+        """The sampler of a recipe. Raises UserError for a batch or steps that cannot be."""
+        sample = dataclasses.replace(c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema")
+        key = (c.model, c.diffusion, c.data, c.autoencoder, sample, build.guided(c))
+        if key not in self._programs:
+            self._programs[key] = programs.sampling(c, self.mesh, self._frozen)
+        return self._programs[key]
+
+
+def told(drawn: Iterable[Drawn], num: int, title: str = "sample") -> Iterator[Drawn]:
+    """The same, with a line of progress."""
+    progress = Progress(title, num, "images")
+    for part in drawn:
+        yield part
+        progress.report(part.start + len(part.label))
+
+
+def sampling_protocol(c: Config, *, seed: int, labels: str, decoder: str) -> dict[str, Any]:
+    """All that two sample sets must share for their scores to be compared, but for their number.
+
+    `labels`: 'uniform', 'balanced' or the classes asked for. `decoder`: the SHA-256 of the
+    autoencoder's parameters, or 'pixels'. What model it is, is not part of it.
+    """
+    s = c.sample
+    guided = s.cfg_scale != 1
+    return {
+        "labels": labels,
+        "seed": seed,
+        "sampler": s.sampler,
+        "steps": s.steps,
+        "eta": s.eta if s.sampler == "ddim" else None,
+        "cfg_scale": s.cfg_scale,
+        "cfg_channels": s.cfg_channels if guided else None,
+        "cfg_interval": list(s.cfg_interval) if guided else None,
+        "clip_x0": s.clip_x0,
+        "weights": s.weights,
+        "ema_decay": c.train.ema_decay if s.weights == "ema" else None,
+        "decoder": decoder,
+        "image_size": c.data.image_size,
+        "sampling_precision": [c.model.dtype, c.model.matmul],
+    }
+
+
+def draw_to(
+    path: str | os.PathLike[str],
+    drawer: Drawer,
     c: Config,
     params: Any,
-    mesh: Mesh,
-    num: int,
+    provenance: Mapping[str, Any],
     *,
-    cfg_scale: float,
+    seed: int,
     label_of: Sequence[int] | None = None,
-    frozen: Any = None,
-    program: programs.Sampling | None = None,
-    quiet: bool = False,
-) -> Samples:
-    """Samples 0..num-1 of a recipe; sample i takes label_of[i % len], or a uniform one of its own.
+    title: str = "sample",
+) -> float:
+    """config.sample.num samples to the npz at `path`, a batch on disk before the next is drawn.
 
-    `frozen` are a latent recipe's autoencoder parameters; `program` a compiled one of this recipe,
-    whatever its seed.
+    Samples of the same provenance that are there already are not drawn again; others are replaced.
+    Returns the seconds that it took. Every process draws, the first one writes.
     """
-    program = program or programs.sampling(c, mesh, guided=cfg_scale != 1, frozen=frozen)
-    size = program.batch_size
-    began = time.monotonic()
-    images, label = [], []
-    progress = None if quiet else Progress("sample", num, "images")
-    for start in range(0, num, size):
-        wanted = None
-        if label_of is not None:
-            indices = np.arange(start, start + size)
-            wanted = np.asarray(label_of, np.int32)[indices % len(label_of)]
-        drawn, labels = program.draw(params, start, wanted, cfg_scale, c.seed)
-        images.append(drawn)
-        label.append(labels)
-        if progress:
-            progress.report(min(start + size, num))
-    return Samples(
-        np.concatenate(images)[:num], np.concatenate(label)[:num], time.monotonic() - began
-    )
+    began, num = time.monotonic(), c.sample.num
+    shape = (c.data.image_size, c.data.image_size, c.data.channels)
+    drawer.program(c)  # what cannot be drawn leaves no trace on disk
+    writer, ranges = None, []
+    if is_primary():
+        writer = SampleWriter(path, num, shape, provenance, labelled=True, replace=True)
+        ranges = list(writer.missing(c.sample.batch_size))
+    ranges = processes.agreed(ranges)
+    for part in told(drawer(c, params, ranges, seed=seed, label_of=label_of), num, title):
+        if writer:
+            writer.write(part.start, part.images, part.label)
+    if writer:
+        writer.finish()
+    return time.monotonic() - began
+
+
+def decoder_of(frozen: Any) -> str:
+    """What a protocol says of the decoder."""
+    return "pixels" if frozen is None else runs.digest(frozen)
 
 
 class Output(NamedTuple):
@@ -208,7 +307,7 @@ class Pipeline:
         self._mesh = make_mesh(self.config.mesh.data, self.config.mesh.fsdp)
         self._params, self._frozen = source.load(self.config, self._mesh)
         self._source = source
-        self._programs: dict[Any, programs.Sampling] = {}
+        self._drawer = Drawer(self._mesh, self._frozen)
 
     @classmethod
     def from_pretrained(
@@ -249,28 +348,63 @@ class Pipeline:
         (seed, i) and its class alone, not on the batch or the devices. What is not given is the
         recipe's (`self.config.sample`). Raises UserError.
         """
+        c, label_of = self._asked(
+            classes, num=num, seed=seed, cfg_scale=cfg_scale, sampler=sampler, eta=eta,
+            cfg_channels=cfg_channels, steps=None if steps is None else str(steps),
+            batch_size=batch_size,
+        )  # fmt: skip
+        began = time.monotonic()
+        drawn = self._drawer.whole(
+            c, self._params, c.sample.num, seed=c.seed, label_of=label_of,
+            title="" if quiet else "sample",
+        )  # fmt: skip
+        images = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in drawn.images]
+        record = self._record(c, label_of, time.monotonic() - began)
+        return Output(images, drawn.images, drawn.label, record)
+
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        classes: Sequence[int | str] | str | None = None,
+        *,
+        num: int | None = None,
+        batch_size: int | None = None,
+    ) -> dict[str, Any]:
+        """Draws to an npz (arr_0, label) as the images come, and returns what made them.
+
+        Cut off, the same call again draws what is missing. Another set at `path` is replaced.
+        Raises UserError.
+        """
+        c, label_of = self._asked(classes, num=num, batch_size=batch_size)
+        record = self._record(c, label_of, 0.0)
+        labels = "uniform" if label_of is None else f"classes {label_of}"
+        provenance = {
+            "model": {**self._source.record, "params_sha256": runs.digest(self._params)},
+            "sampling": sampling_protocol(
+                c, seed=c.seed, labels=labels, decoder=decoder_of(self._frozen)
+            ),
+        }
+        seconds = draw_to(
+            path, self._drawer, c, self._params, provenance, seed=c.seed, label_of=label_of
+        )
+        return {**record, "protocol": provenance["sampling"], "seconds": round(seconds, 3)}
+
+    def _asked(
+        self, classes: Sequence[int | str] | str | None, *, num: int | None,
+        batch_size: int | None, seed: int | None = None, **sample: Any,
+    ) -> tuple[Config, list[int] | None]:  # fmt: skip
+        """The recipe and the labels of a call; None leaves a key as it is."""
         label_of = self.labels(classes)
-        count = num
-        if count is None:
-            count = len(label_of) if label_of else self.config.sample.num
-        given = {
-            "cfg_scale": cfg_scale, "sampler": sampler, "eta": eta, "cfg_channels": cfg_channels,
-            "steps": None if steps is None else str(steps), "batch_size": batch_size,
-        }  # fmt: skip
-        sample = {key: value for key, value in given.items() if value is not None}
+        if num is None:
+            num = len(label_of) if label_of else self.config.sample.num
+        given = {key: value for key, value in sample.items() if value is not None}
         seed = self.config.seed if seed is None else seed
-        c = changed(self.config, {"seed": seed, "sample": {**sample, "num": count}})
+        c = changed(self.config, {"seed": seed, "sample": {**given, "num": num}})
         if batch_size is None:
             # No more than asked for, and a row for every device: a batch is computed whole.
             devices = self._mesh.size
-            size = -(-min(c.sample.batch_size, count) // devices) * devices
-            c = changed(c, {"sample": {"batch_size": size}})
-        drawn = draw(
-            c, self._params, self._mesh, count,
-            cfg_scale=c.sample.cfg_scale, label_of=label_of, program=self._program(c), quiet=quiet,
-        )  # fmt: skip
-        images = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in drawn.images]
-        return Output(images, drawn.images, drawn.label, self._record(c, label_of, drawn))
+            batch_size = -(-min(c.sample.batch_size, num) // devices) * devices
+        return changed(c, {"sample": {"batch_size": batch_size}}), label_of
 
     def labels(self, classes: Sequence[int | str] | str | None) -> list[int] | None:
         """Class numbers of numbers, names and WordNet ids. Raises UserError."""
@@ -279,16 +413,7 @@ class Pipeline:
         text = classes if isinstance(classes, str) else ",".join(str(word) for word in classes)
         return parse_classes(text, self.config.data.num_classes, self.class_names)
 
-    def _program(self, c: Config) -> programs.Sampling:
-        guided = c.sample.cfg_scale != 1
-        sample = dataclasses.replace(c.sample, cfg_scale=float(guided), num=1)
-        if sample not in self._programs:
-            self._programs[sample] = programs.sampling(
-                c, self._mesh, guided=guided, frozen=self._frozen
-            )
-        return self._programs[sample]
-
-    def _record(self, c: Config, label_of: list[int] | None, drawn: Samples) -> dict[str, Any]:
+    def _record(self, c: Config, label_of: list[int] | None, seconds: float) -> dict[str, Any]:
         return {
             **self._source.record,
             "seed": c.seed,
@@ -298,7 +423,7 @@ class Pipeline:
             "diffusion": dataclasses.asdict(c.diffusion),
             "autoencoder_scale": c.autoencoder.scale if c.latent else None,
             "image_size": c.data.image_size,
-            "seconds": round(drawn.seconds, 3),
+            "seconds": round(seconds, 3),
             "environment": {
                 "ditjax": __version__,
                 "jax": version("jax"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,17 +98,8 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
     return Training(init, abstract, put, run)
 
 
-class Draw(Protocol):
-    """Images u8[B,H,W,C] and labels i32[B] of samples [start, start + B); see `sampling`."""
-
-    def __call__(
-        self,
-        params: Any,
-        start: int,
-        labels: np.ndarray | None,
-        cfg_scale: float,
-        seed: int | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]: ...
+# (params, seed, start, labels i[B] or None, guidance) -> images u8[B,H,W,C], labels i32[B]
+Draw = Callable[[Any, int, int, np.ndarray | None, build.Guidance], tuple[np.ndarray, np.ndarray]]
 
 
 class Sampling(NamedTuple):
@@ -118,15 +109,15 @@ class Sampling(NamedTuple):
     batch_size: int
 
 
-def sampling(c: Config, mesh: Mesh, guided: bool, frozen: Any = None) -> Sampling:
-    """Draws images of a recipe on a mesh: `draw(params, start, labels, cfg_scale, seed)`.
+def sampling(c: Config, mesh: Mesh, frozen: Any = None) -> Sampling:
+    """Draws samples [start, start + B) of a recipe on a mesh.
 
     Sample i depends on (seed, i) and its label only: not on the batch, not on the mesh. Without
-    labels, label i is uniform over the classes, from (seed, i) too. The seed is config.seed where
-    none is given; another one compiles nothing anew.
+    labels, label i is uniform over the classes, from (seed, i) too. Another seed or guidance
+    compiles nothing anew, but for guidance that begins, ends or gets an interval (`build.guided`).
     """
     rules.check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
-    sample = build.sampler(c, guided)
+    sample = build.sampler(c)
     batch_sharding = rules.batch_sharding(mesh)
 
     keys_of = jax.vmap(jax.random.fold_in, (None, 0))
@@ -137,9 +128,9 @@ def sampling(c: Config, mesh: Mesh, guided: bool, frozen: Any = None) -> Samplin
         return jax.vmap(lambda key: jax.random.randint(key, (), 0, c.data.num_classes))(keys)
 
     def images(
-        params: Any, frozen: Any, key: Any, indices: Any, labels: Any, scale: Any
+        params: Any, frozen: Any, key: Any, indices: Any, labels: Any, guidance: Any
     ) -> jax.Array:
-        x = sample(params, keys_of(key, indices), labels, scale)
+        x = sample(params, keys_of(key, indices), labels, guidance)
         x = build.decode(c, frozen, x) if c.latent else x
         # Truncated, not rounded, to uint8: what the release and ADM's evaluator do.
         return jnp.clip(127.5 * x + 128.0, 0, 255).astype(jnp.uint8)
@@ -151,19 +142,14 @@ def sampling(c: Config, mesh: Mesh, guided: bool, frozen: Any = None) -> Samplin
     )
 
     def draw(
-        params: Any,
-        start: int,
-        labels: np.ndarray | None,
-        cfg_scale: float,
-        seed: int | None = None,
+        params: Any, seed: int, start: int, labels: np.ndarray | None, guidance: build.Guidance
     ) -> tuple[np.ndarray, np.ndarray]:
-        seed = c.seed if seed is None else seed
         indices = np.arange(start, start + c.sample.batch_size, dtype=np.uint32)
         if labels is None:
             labels = np.asarray(labels_of(stream(seed, _LABELS), indices))
         key = stream(seed, _SAMPLE)
         with precise(c):
-            drawn = jit_images(params, frozen, key, indices, labels, np.float32(cfg_scale))
+            drawn = jit_images(params, frozen, key, indices, labels, guidance)
         return np.asarray(drawn), np.asarray(labels, np.int32)
 
     return Sampling(draw, c.sample.batch_size)

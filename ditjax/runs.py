@@ -1,28 +1,54 @@
-"""Networks out of run directories: the averaged weights of a run, a frozen autoencoder."""
+"""What a run stands on: its recipe, its data set, its weights, a frozen autoencoder."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from ditjax import programs
-from ditjax.config import Config, read
+from ditjax.config import Config, completed, read
 from ditjax.errors import UserError
-from ditjax.io import rundir
+from ditjax.io import data, rundir
 from ditjax.io.checkpoint import Checkpoints
-from ditjax.parallel import rules
+from ditjax.parallel import processes, rules
 from ditjax.pretrained import networks, reading
 
 
-def load_ema(
+def data_spec(c: Config) -> data.DataSpec:
+    """The data set of a recipe, as the readers take it."""
+    d = c.data
+    return data.DataSpec(
+        name=d.name, split=d.split, image_size=d.image_size, channels=d.channels, flip=d.flip,
+        data_dir=d.data_dir or None, cache_mb=d.cache_mb, threads=d.threads,
+    )  # fmt: skip
+
+
+def check_data(c: Config) -> data.DatasetInfo:
+    """The data set exists and has the recipe's classes. Raises UserError otherwise."""
+    info = data.dataset_info(c.data.name, c.data.split, c.data.data_dir or None)
+    if info.num_classes != c.data.num_classes:
+        raise UserError(
+            f"config.data.num_classes is {c.data.num_classes}, and data set {c.data.name!r} has"
+            f" {info.num_classes} classes: set it to that."
+        )
+    return info
+
+
+def load_weights(
     c: Config, workdir: str | os.PathLike[str], mesh: Mesh, step: int | None = None
 ) -> tuple[Any, int]:
-    """(averaged parameters on the mesh, step) of a run's newest checkpoint, or of `step`."""
+    """(parameters on the mesh, step) of a run's newest checkpoint, or of `step`.
+
+    config.sample.weights says which: the average, or the parameters themselves.
+    """
     abstract = programs.abstract_state(c, mesh)
+    part = {"ema": "ema", "model": "params"}[c.sample.weights]
     with Checkpoints(Path(workdir) / rundir.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
-        return checkpoints.restore_ema(abstract, step)
+        return checkpoints.restore_part(part, getattr(abstract, part), step)
 
 
 def load_autoencoder(c: Config, mesh: Mesh) -> Any:
@@ -39,7 +65,7 @@ def load_autoencoder(c: Config, mesh: Mesh) -> Any:
             " autoencoder, or its weights (see README, Published weights)."
         )
     published = None if rundir.is_run(path) else reading.load(path)
-    trained = published.config if published else read(rundir.read_recipe(path))
+    trained = published.config if published else recipe_of(path)
     if trained.train.network != "autoencoder":
         what = "holds" if published else "is a run of"
         raise UserError(
@@ -60,7 +86,17 @@ def load_autoencoder(c: Config, mesh: Mesh) -> Any:
         )
     if published:
         return put(networks.as_float32(published.params), mesh)
-    return load_ema(trained, path, mesh)[0]
+    return load_weights(trained, path, mesh)[0]
+
+
+def digest(params: Any) -> str:
+    """SHA-256 of all parameters, by path: what is on record of the weights behind a number."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        value = np.ascontiguousarray(processes.gathered(leaf))
+        found.update(rules.path_of(path).encode() + b"\0")
+        found.update(value.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def put(params: Any, mesh: Mesh) -> Any:
@@ -70,4 +106,4 @@ def put(params: Any, mesh: Mesh) -> Any:
 
 def recipe_of(workdir: str | os.PathLike[str]) -> Config:
     """The checked recipe of an existing run."""
-    return read(rundir.read_recipe(workdir))
+    return read(completed(rundir.read_recipe(workdir)))

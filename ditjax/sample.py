@@ -10,10 +10,9 @@ from ditjax import cli
 from ditjax.config import changed
 from ditjax.errors import UserError
 from ditjax.io.checkpoint import is_primary
-from ditjax.io.results import save_grid, save_samples, write_json
+from ditjax.io.results import load_samples, save_grid, write_json
 from ditjax.pipeline import (
     PRECISIONS,
-    Output,
     Pipeline,
     Source,
     open_run,
@@ -21,20 +20,19 @@ from ditjax.pipeline import (
     precision_keys,
 )
 
+SAMPLES = "samples.npz"
 GRID_IMAGES = 100
 MIN_GRID_SIDE = 32  # pixels of one image in a grid, enlarged if it is smaller
 
 
-def save(output: Output, folder: Path) -> None:
-    """samples.npz, samples.png and samples.json."""
-    if not is_primary():
-        return
-    save_samples(folder / "samples.npz", output.array, output.label)
-    images, classes = output.array[:GRID_IMAGES], output.record["classes"]
+def save(folder: Path, record: Mapping[str, Any]) -> None:
+    """samples.png and samples.json of the samples.npz that is there."""
+    images, _ = load_samples(folder / SAMPLES, GRID_IMAGES)
+    classes = record["classes"]
     columns = min(len(images), 10 if classes is None else max(1, min(len(classes), 10)))
     upscale = max(1, MIN_GRID_SIDE // images.shape[1])
     save_grid(images, folder / "samples.png", columns, upscale=upscale)
-    write_json(folder / "samples.json", output.record)
+    write_json(folder / "samples.json", record)
 
 
 # Flags that are short for keys of the recipe.
@@ -108,9 +106,11 @@ def main(argv: list[str]) -> int:
     if folder.exists() and not folder.is_dir():  # before hours of work, not after
         raise UserError(f"--out={folder} is a file: give a folder.")
     pipeline = Pipeline(opened[0], config)
-    output = pipeline(args.classes, num=config.sample.num, batch_size=args.batch_size)
-    save(output, folder)
-    print(f"{len(output.array)} images in {folder}: samples.png, samples.npz, samples.json")
+    num = config.sample.num
+    record = pipeline.write(folder / SAMPLES, args.classes, num=num, batch_size=args.batch_size)
+    if is_primary():
+        save(folder, record)
+        print(f"{num} images in {folder}: samples.png, samples.npz, samples.json")
     return 0
 
 

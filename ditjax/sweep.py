@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ditjax import __version__, build, cli
+from ditjax import __version__, build, cli, runs
 from ditjax.config import Config, read
 from ditjax.errors import UserError
-from ditjax.evaluate import evaluate, save
+from ditjax.evaluate import model_record, save
+from ditjax.evaluation import Evaluator
 from ditjax.io import results, rundir
 from ditjax.io.log import Progress, last_metrics
+from ditjax.parallel.mesh import make_mesh
 from ditjax.report import make_report
 from ditjax.scaling.counts import forward_macs, gflops, trainable_parameters
 from ditjax.sizes import parse_size
@@ -89,9 +91,12 @@ def run_cell(cell: Cell, workdir: Path) -> None:
         results.read_result(folder)
         return
     c = cell.config
+    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
+    evaluator = Evaluator(c, mesh, runs.load_autoencoder(c, mesh))
     trained = train(c, cell.recipe, folder)
-    evaluated = evaluate(c, trained.params)
-    save(folder, trained.step, *evaluated)
+    model = model_record(folder, trained.step, trained.params)
+    evaluated = evaluator.of_run(c, trained.params, folder, model)
+    save(folder, trained.step, evaluated.metrics, evaluated.protocol, evaluated.reference)
     size, shape = parse_size(c.model.size), build.cost(c)
     result: results.Result = {
         "schema": 1,
@@ -124,8 +129,8 @@ def run_cell(cell: Cell, workdir: Path) -> None:
             "eta": c.sample.eta,
             "cfg_scale": c.sample.cfg_scale,
             "cfg_channels": c.sample.cfg_channels,
-            "seed": c.seed,
-            "seconds": round(evaluated.samples["samples"].seconds, 2),
+            "seed": c.evaluate.seed,
+            "seconds": round(evaluated.seconds, 2),
         },
         "metrics": evaluated.metrics,
         "protocol": evaluated.protocol,

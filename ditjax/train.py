@@ -19,6 +19,7 @@ from ditjax.io.checkpoint import Checkpoints, is_primary
 from ditjax.io.log import MetricsLog, Progress
 from ditjax.io.results import save_grid, tile
 from ditjax.parallel.mesh import make_mesh
+from ditjax.pipeline import Drawer
 
 GRID_SIDE = 8  # a sample grid while training has 8 x 8 images
 
@@ -32,30 +33,10 @@ class Trained(NamedTuple):
     seconds: float  # of the loop, calls before a resume included
 
 
-def data_spec(c: Config) -> data.DataSpec:
-    """The data set of a recipe, as the readers take it."""
-    d = c.data
-    return data.DataSpec(
-        name=d.name, split=d.split, image_size=d.image_size, channels=d.channels, flip=d.flip,
-        data_dir=d.data_dir or None, cache_mb=d.cache_mb, threads=d.threads,
-    )  # fmt: skip
-
-
-def check_data(c: Config) -> data.DatasetInfo:
-    """The data set exists and has the recipe's classes. Raises UserError otherwise."""
-    info = data.dataset_info(c.data.name, c.data.split, c.data.data_dir or None)
-    if info.num_classes != c.data.num_classes:
-        raise UserError(
-            f"config.data.num_classes is {c.data.num_classes}, and data set {c.data.name!r} has"
-            f" {info.num_classes} classes: set it to that."
-        )
-    return info
-
-
 def train(c: Config, recipe: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Trained:
     """Trains to config.train.steps in a run directory, from its newest checkpoint if it has one."""
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
-    check_data(c)
+    runs.check_data(c)
     folder = rundir.open_run(workdir, recipe)
     frozen = runs.load_autoencoder(c, mesh) if needs_encoder(c) else None
     p = programs.training(c, mesh, frozen)
@@ -72,7 +53,7 @@ def train(c: Config, recipe: Mapping[str, Any], workdir: str | os.PathLike[str])
         with (
             MetricsLog(folder, start) as log,
             data.train_batches(
-                data_spec(c), c.seed, c.train.batch_size, start_step=start,
+                runs.data_spec(c), c.seed, c.train.batch_size, start_step=start,
                 process_index=jax.process_index(), process_count=jax.process_count(),
             ) as batches,
         ):  # fmt: skip
@@ -140,19 +121,17 @@ class _Grids:
         count = -(-(GRID_SIDE**2) // mesh.size) * mesh.size
         sample = dataclasses.replace(c.sample, batch_size=count)
         self._c, self._mesh = dataclasses.replace(c, sample=sample), mesh
-        self._programs: programs.Sampling | None = None
-        self._frozen: Any = None
+        self._drawer: Drawer | None = None
 
     def save(self, params: Any, step: int, folder: Any, log: MetricsLog) -> None:
         if self._c.train.network != "dit":
             return
-        guided = self._c.sample.cfg_scale != 1
-        if self._programs is None:
-            self._frozen = runs.load_autoencoder(self._c, self._mesh)
-            self._programs = programs.sampling(self._c, self._mesh, guided, self._frozen)
-        labels = np.arange(self._c.sample.batch_size, dtype=np.int32) % self._c.data.num_classes
-        images, _ = self._programs.draw(params, 0, labels, self._c.sample.cfg_scale)
-        images = images[: GRID_SIDE**2]
+        if self._drawer is None:
+            self._drawer = Drawer(self._mesh, runs.load_autoencoder(self._c, self._mesh))
+        images = self._drawer.whole(
+            self._c, params, GRID_SIDE**2, seed=self._c.seed,
+            label_of=range(self._c.data.num_classes),
+        ).images  # fmt: skip
         if is_primary():
             upscale = max(1, 32 // images.shape[1])
             save_grid(images, folder / "samples" / f"{step:07}.png", GRID_SIDE, upscale=upscale)

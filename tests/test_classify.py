@@ -9,12 +9,13 @@ import pytest
 from sklearn.datasets import load_digits
 
 from ditjax import classify
+from ditjax import digits as at_work
 from ditjax.errors import UserError
 from ditjax.io.assets import SHIPPED, load_asset
 from ditjax.metrics.frechet import batch_moments, frechet_distance
 from ditjax.models import classifier
 
-NAMES = (classify.FEATURES, classify.JUDGE)
+NAMES = (at_work.FEATURES, at_work.JUDGE)
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +44,16 @@ def optax_promotion():
 
 @pytest.fixture(scope="module")
 def features():
-    network, params, _ = shipped(classify.FEATURES)
-    return lambda images: batch_moments(classify.recognise(network, params, images)[0])
+    network, params, _ = shipped(at_work.FEATURES)
+    return lambda images: batch_moments(at_work.recognise(network, params, images)[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_weights_score_the_manifest_accuracy_on_the_real_test_split(digits, name):
     network, params, record = shipped(name)
     train, test = digits
-    _, logits = classify.recognise(network, params, test["image"])
-    accuracy = classify.accuracy(logits, test["label"])
+    _, logits = at_work.recognise(network, params, test["image"])
+    accuracy = at_work.accuracy(logits, test["label"])
     assert (len(train["label"]), len(test["label"])) == (1438, 359)
     assert (record["train_count"], record["test_count"]) == (1438, 359)
     # Another CPU's rounding may move one image across a boundary, not two.
@@ -87,7 +88,7 @@ def test_fd_digits_is_small_between_real_splits_and_large_to_noise(digits, featu
     train, test = (features(split["image"]) for split in digits)
     noise = np.random.default_rng(0).integers(0, 256, (359, 8, 8, 1)).astype(np.uint8)
     floor = frechet_distance(train, test)
-    _, record = load_asset(classify.FEATURES)
+    _, record = load_asset(at_work.FEATURES)
     assert floor == pytest.approx(record["frechet_train_test"], rel=1e-3)
     assert frechet_distance(train, features(noise)) > 10 * floor
     threes = digits[0]["image"][digits[0]["label"] == 3]
@@ -109,10 +110,10 @@ def test_fd_digits_grows_with_the_noise_added(digits, features):
 
 
 def test_recognising_in_batches_changes_nothing(digits):
-    network, params, _ = shipped(classify.JUDGE)
+    network, params, _ = shipped(at_work.JUDGE)
     images = digits[1]["image"][:50]
-    whole = classify.recognise(network, params, images)
-    parts = classify.recognise(network, params, images, batch_size=20)
+    whole = at_work.recognise(network, params, images)
+    parts = at_work.recognise(network, params, images, batch_size=20)
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
@@ -138,11 +139,11 @@ def test_the_same_seed_gives_the_same_weights(digits):
     images, labels = (array[:256] for array in digits[0].values())
     # A network of two layers: it compiles quickly.
     network = classifier.DigitsMixer(width=8, blocks=0)
-    recipe = dataclasses.replace(classify.RECIPES[classify.JUDGE], network=network, epochs=1)
+    recipe = dataclasses.replace(classify.RECIPES[at_work.JUDGE], network=network, epochs=1)
     first, again = (classify.train(recipe, images, labels) for _ in range(2))
     assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
     # From equal weights, another seed draws other images and augmentation.
-    x, y = jnp.asarray(classify.normalise(images)), jnp.asarray(labels)
+    x, y = jnp.asarray(at_work.normalise(images)), jnp.asarray(labels)
     state = classify._optimizer(recipe, 2).init(first)
     losses = [
         classify._train_step(used, 2, first, state, x, y, jnp.int32(0))[2]
@@ -167,8 +168,8 @@ def test_the_command_learns_and_writes_weights_that_load(digits, tmp_path, monke
         assert record["test_count"] == 359
         assert record["test_accuracy"] > 0.2  # chance is 0.1
         network = short[name].network
-        _, logits = classify.recognise(network, params, digits[1]["image"])
-        assert classify.accuracy(logits, digits[1]["label"]) == record["test_accuracy"]
+        _, logits = at_work.recognise(network, params, digits[1]["image"])
+        assert at_work.accuracy(logits, digits[1]["label"]) == record["test_accuracy"]
     out = capsys.readouterr().out
     assert "steps/s" in out
     assert out.count("test accuracy") == 2

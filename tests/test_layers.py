@@ -16,12 +16,16 @@ FLOORS = {
     "build": 2,
     "programs": 3,
     "pretrained": 3,
+    "digits": 3,
     "runs": 4,
+    "features": 4,
+    "scoring": 5,
+    "evaluation": 6,
     "pipeline": 5,
     "cli": 5,
     "reporting": 5,
 }
-COMMAND = 6
+COMMAND = 7
 COMMANDS = (
     "train", "sample", "evaluate", "sweep", "report", "flops", "classify", "encode",
     "convert",
@@ -42,11 +46,15 @@ STDLIB_FREE = {
         "absl", "array_record", "clu", "etils", "grain", "jax", "ml_dtypes", "numpy", "orbax",
         "PIL", "safetensors", "sklearn", "tensorboardX", "tensorflow_datasets",
     },
-    "build": {"jax", "optax"},
+    "build": {"jax", "numpy", "optax"},
     "programs": {"jax", "numpy"},
     "pretrained": {"jax", "numpy"},
-    "runs": {"jax"},
+    "digits": {"jax", "numpy"},
+    "runs": {"jax", "numpy"},
+    "features": {"jax", "numpy"},
+    "scoring": {"jax", "numpy"},
     "pipeline": {"jax", "numpy", "PIL"},
+    "evaluation": {"jax", "numpy"},
     "cli": {"absl", "ml_collections"},
     "reporting": {"jinja2", "matplotlib", "numpy", "PIL"},
 }  # fmt: skip

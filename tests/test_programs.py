@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from ditjax import programs
+from ditjax import build, programs
 from ditjax.cli import load_recipe
-from ditjax.config import read
+from ditjax.config import changed, read
 from ditjax.parallel.mesh import make_mesh
 
 STEPS = 50
@@ -96,7 +96,8 @@ def noisy_params():
 
 def draw(c, mesh, start, labels=None, scale=1.0):
     params = noisy_params()
-    return programs.sampling(c, mesh, guided=scale != 1).draw(params, start, labels, scale)
+    c = changed(c, {"sample": {"cfg_scale": scale}})
+    return programs.sampling(c, mesh).draw(params, c.seed, start, labels, build.guidance_of(c))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

@@ -17,7 +17,7 @@ GuidedChannels = Literal["all", "three"]
 
 def guide(
     denoise_pair: DenoisePair,
-    scale: float | jax.Array,
+    scale: jax.typing.ArrayLike,
     *,
     channels: GuidedChannels = "all",
     x_channels: int,
@@ -57,3 +57,22 @@ def guide(
         return jnp.concatenate([u + s * (c - u), conditional[..., guided_channels:]], axis=-1)
 
     return guided
+
+
+def within(
+    guided: Denoise,
+    conditional: Denoise,
+    low: jax.typing.ArrayLike,
+    high: jax.typing.ArrayLike,
+) -> Denoise:
+    """Kynkäänniemi et al. 2024, Eq. 4: guided at low <= t < high, the plain conditional elsewhere.
+
+    low, high f32[] are timesteps. All of a batch must be at one t, as in a sampler: outside the
+    interval the unconditional half is not computed.
+    """
+
+    def denoise(x: jax.Array, timesteps: jax.Array) -> jax.Array:
+        t = timesteps[0].astype(jnp.float32)
+        return jax.lax.cond((low <= t) & (t < high), guided, conditional, x, timesteps)
+
+    return denoise

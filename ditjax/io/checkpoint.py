@@ -66,11 +66,11 @@ class Checkpoints:
         )
         return restored.state, restored.position
 
-    def restore_ema(self, abstract_state: Any, step: int | None = None) -> tuple[Any, int]:
-        """(averaged parameters, step): only they are read."""
+    def restore_part(self, part: str, abstract: Any, step: int | None = None) -> tuple[Any, int]:
+        """(one field of the state, such as 'ema', on the shardings of `abstract`; step)."""
         step = self._require(step)
         path = self.directory / str(step) / "state"
-        target = {"ema": abstract_state.ema}
+        target = {part: abstract}
         with ocp.PyTreeCheckpointer() as reader:
             restored = reader.restore(
                 path,
@@ -80,7 +80,7 @@ class Checkpoints:
                     partial_restore=True,
                 ),
             )
-        return restored["ema"], step
+        return restored[part], step
 
     def _require(self, step: int | None) -> int:
         self.wait()

@@ -17,6 +17,7 @@ FREE_KEYS = (
     "mesh.", "sample.", "evaluate.", "sweep.", "model.unroll", "model.remat", "data.threads",
     "data.cache_mb", "data.data_dir", "train.steps", "train.log_every_steps",
     "train.checkpoint_every_steps", "train.keep_checkpoints", "train.sample_every_steps",
+    "train.evaluate_every_steps", "train.evaluate_num",
 )  # fmt: skip
 
 

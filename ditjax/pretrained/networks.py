@@ -40,16 +40,16 @@ RELEASE: dict[str, dict[str, Any]] = {
     "train": {
         "network": "dit", "steps": 400_000, "batch_size": 256, "ema_decay": 0.9999,
         "log_every_steps": 100, "checkpoint_every_steps": 10_000, "keep_checkpoints": 2,
-        "sample_every_steps": 10_000,
+        "sample_every_steps": 10_000, "evaluate_every_steps": 0, "evaluate_num": 5_000,
     },
     "mesh": {"data": -1, "fsdp": 1},
     "sample": {
         "sampler": "ddpm", "steps": "250", "eta": 0.0, "cfg_scale": 1.0, "cfg_channels": "three",
-        "clip_x0": False, "batch_size": 64, "num": 64,
+        "cfg_interval": (0.0, 1.0), "clip_x0": False, "weights": "ema", "batch_size": 64, "num": 64,
     },
     "evaluate": {
-        "split": "validation", "features": "none", "num_samples": 50_000, "labels": "uniform",
-        "guided_scale": 0.0, "guided_num": 1000,
+        "split": "validation", "features": "none", "reference": "", "num_samples": 50_000,
+        "labels": "uniform", "seed": 0, "guided_scale": 0.0, "guided_num": 1000,
     },
     "sweep": {"grid": ()},
 }  # fmt: skip
@@ -124,7 +124,7 @@ def training(c: Config, kind: Kind) -> Config:
 
 
 def of_run(config: Config, params: Any, files: tuple[Path, ...] = ()) -> Network:
-    """The network of a training run of ours: parameters as `runs.load_ema` gives them."""
+    """The network of a training run of ours: parameters as `runs.load_weights` gives them."""
     kind: Kind = "autoencoder" if config.train.network == "autoencoder" else "dit"
     host = jax.tree.map(np.asarray, params)
     return Network(kind, config, {"params": host["params"]}, "ditjax", files)

@@ -137,7 +137,7 @@ def test_a_run(finished, tmp_path, capsys):
     run(f"--weights={finished}", "--to=ditjax", f"--out={out}")
     assert "(ditjax) ->" in capsys.readouterr().out
     config = runs.recipe_of(finished)
-    params, step = runs.load_ema(config, finished, make_mesh(-1, 1))
+    params, step = runs.load_weights(config, finished, make_mesh(-1, 1))
     assert step == 20
     network = networks.of_run(config, params)
     assert_same(reading.load(out).leaves, network.leaves)

@@ -9,9 +9,13 @@ from PIL import Image
 from ditjax import encode, evaluate, sample, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
+from ditjax.digits import class_accuracy
 from ditjax.errors import UserError
+from ditjax.evaluation import digits_floor
+from ditjax.features import digits_extractor
 from ditjax.io import data
 from ditjax.io.results import load_samples
+from ditjax.scoring import look, open_reference, score
 from tests.commands.conftest import TINY
 
 
@@ -36,8 +40,8 @@ def test_classes_that_are_none(finished, classes):
 
 
 def test_no_such_run(tmp_path):
-    for command, match in ((sample, "is no run directory"), (evaluate, "does not exist: train")):
-        with pytest.raises(UserError, match=match):
+    for command in (sample, evaluate):
+        with pytest.raises(UserError, match="is no run directory"):
             command.main([*TINY, f"--workdir={tmp_path / 'none'}"])
 
 
@@ -46,7 +50,8 @@ def test_evaluate(finished, capsys):
     record = json.loads((finished / "evaluation.json").read_text())
     metrics = record["metrics"]
     assert metrics.keys() == {
-        "fd_digits", "accuracy", "fd_digits_floor", "accuracy_guided",
+        "fd_digits", "fd_digits_low", "fd_digits_high", "precision_digits", "recall_digits",
+        "kd_digits", "kd_digits_subset_deviation", "accuracy", "fd_digits_floor", "accuracy_guided",
     }  # fmt: skip
     assert metrics["fd_digits"] > 3 * metrics["fd_digits_floor"], "20 steps make no digits"
     assert record["protocol"]["num_samples"] == 40
@@ -57,14 +62,21 @@ def test_evaluate(finished, capsys):
 
 def test_real_digits_score_as_real(data_dir):
     real = data.load_arrays("digits", "test", data_dir)
-    reference, floor = evaluate.digits_reference(str(data_dir))
-    assert evaluate.fd_digits(real["image"], reference) == pytest.approx(floor)
-    assert evaluate.class_accuracy(real["image"], real["label"]) > 0.98
+    extractor = digits_extractor()
+    reference = open_reference("digits/train", extractor, 8, str(data_dir))
+
+    def fd_digits(images):
+        seen = look(extractor, [images], len(images))
+        return score(seen, reference.statistics, None, inception=False)["fd_digits"]
+
+    floor = digits_floor(str(data_dir))
+    assert fd_digits(real["image"]) == pytest.approx(floor)
+    assert class_accuracy(real["image"], real["label"]) > 0.98
     noise = np.random.default_rng(0).integers(0, 256, real["image"].shape, np.uint8)
-    assert evaluate.fd_digits(noise, reference) > 10 * floor
+    assert fd_digits(noise) > 10 * floor
     # Larger images are brought to 8x8, colour to grey: digits stay digits.
     large = data.resize_images(real["image"], 32).repeat(3, axis=-1)
-    assert evaluate.class_accuracy(large, real["label"]) > 0.95
+    assert class_accuracy(large, real["label"]) > 0.95
 
 
 SMALL_AUTOENCODER = (
@@ -125,7 +137,7 @@ def test_psnr_of_an_autoencoder(autoencoder):
 
     assert evaluate.main([f"--workdir={autoencoder}"]) == 0
     c = runs.recipe_of(autoencoder)
-    params, _ = runs.load_ema(c, autoencoder, make_mesh(-1, 1))
+    params, _ = runs.load_weights(c, autoencoder, make_mesh(-1, 1))
     x = data.load_arrays("digits", "test", None, 16)["image"].astype(np.float32) / 127.5 - 1
     moments = build.encode(c, params, jnp.asarray(x))
     again = build.autoencoder(c).apply(params, moments.mean, method="decode")

@@ -25,7 +25,7 @@ def lines(workdir: Path) -> list[dict]:
 
 def ema(workdir: Path):
     c = read(load_recipe(list(TINY)).to_dict())
-    params, step = runs.load_ema(c, workdir, make_mesh(-1, 1))
+    params, step = runs.load_weights(c, workdir, make_mesh(-1, 1))
     return jax.device_get(params), step
 
 

@@ -54,7 +54,7 @@ def test_the_newest_are_kept_and_come_back_on_any_mesh(tmp_path):
 def test_the_average_alone(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(4, state(4.0), {})
-        ema, step = checkpoints.restore_ema(abstract(make_mesh(2, 4)))
+        ema, step = checkpoints.restore_part("ema", abstract(make_mesh(2, 4)).ema)
     assert step == 4
     kernel = ema["blocks"]["mlp"]["in"]["kernel"]
     np.testing.assert_array_equal(kernel, 4.5)
