@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 from ditjax.config import Config, completed, leaf_keys, read
 from ditjax.errors import UserError, nearest
 from ditjax.io import rundir
+from ditjax.io.checkpoint import Step
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +40,22 @@ def add_workdir_of_a_run(parser: Parser) -> None:
         "--workdir", required=True, help="the run's directory; without --config, its own recipe"
     )
     parser.set_defaults(reads_run=True)
+
+
+def add_step(parser: Parser) -> None:
+    """--step of a run: which checkpoint."""
+    parser.add_argument(
+        "--step", type=_step, default="latest",
+        help="of a run: latest (default), best (by the evaluation in training) or a step's number",
+    )  # fmt: skip
+
+
+def _step(text: str) -> Step:
+    if text in ("latest", "best"):
+        return cast(Step, text)
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected latest, best or a step's number")
 
 
 def add_reading_of_weights(parser: Parser) -> None:

@@ -440,6 +440,18 @@ def _check_consistency(c: Config) -> None:
             "config.sample.cfg_channels is 'three' and the input has"
             f" {c.input_channels} channel(s): set it to 'all'."
         )
+    if c.train.evaluate_every_steps and c.train.network != "dit":
+        raise UserError(
+            f"config.train.evaluate_every_steps is {c.train.evaluate_every_steps} and"
+            f" config.train.network is {c.train.network!r}: only a DiT is evaluated while it"
+            " trains. Set it to 0."
+        )
+    if c.train.evaluate_every_steps and c.evaluate.features == "none":
+        raise UserError(
+            f"config.train.evaluate_every_steps is {c.train.evaluate_every_steps} and"
+            " config.evaluate.features is 'none': set features to 'digits' or 'inception:FILE', or"
+            " evaluate_every_steps to 0."
+        )
     if c.optim.warmup_steps >= c.train.steps:
         raise UserError(
             f"config.optim.warmup_steps is {c.optim.warmup_steps} and config.train.steps is"

@@ -6,6 +6,7 @@ from pathlib import Path
 from ditjax import cli, runs
 from ditjax.errors import UserError
 from ditjax.io import rundir
+from ditjax.io.checkpoint import Step
 from ditjax.io.classes import class_names
 from ditjax.parallel.mesh import make_mesh
 from ditjax.pretrained import networks, reading, vocabulary, writing
@@ -21,13 +22,14 @@ TARGETS = {
 
 
 def read_network(
-    path: str, *, which: str = "ema", heads: int = 0, numerics: reading.Numerics = "auto"
-) -> Network:
+    path: str, *, which: str = "ema", heads: int = 0, numerics: reading.Numerics = "auto",
+    step: Step = "latest",
+) -> Network:  # fmt: skip
     """A network out of a run's directory (averaged weights), a weights file or a model folder."""
     if not rundir.is_run(path):
         return reading.load(path, which=which, heads=heads, numerics=numerics)
     config = runs.recipe_of(path)
-    params, _ = runs.load_weights(config, path, make_mesh(-1, 1))
+    params, _ = runs.load_weights(config, path, make_mesh(-1, 1), step)
     return networks.of_run(config, params, (Path(path),))
 
 
@@ -40,11 +42,14 @@ def convert(
     which: str = "ema",
     heads: int = 0,
     numerics: reading.Numerics = "auto",
+    step: Step = "latest",
 ) -> str:
     """Writes `out` in the layout `target`; returns a line that says what was done.
 
     Raises UserError for what cannot be read, or cannot be said in that layout.
     """
+    if not rundir.is_run(source):
+        runs.no_step(source, step)
     names = class_names()
     if os.path.exists(Path(source) / vocabulary.MODEL_INDEX):
         if target != "pipeline":
@@ -57,7 +62,7 @@ def convert(
             decoder = read_network(autoencoder, which=which)
         writing.write_pipeline(out, network, decoder, names)
         return _line(source, out, network, target)
-    network = read_network(source, which=which, heads=heads, numerics=numerics)
+    network = read_network(source, which=which, heads=heads, numerics=numerics, step=step)
     wanted = {"ldm": "autoencoder", "release": "dit", "pipeline": "dit"}.get(target, network.kind)
     if network.kind != wanted:
         raise UserError(f"{source} holds a {network.name}: --to={target} is for the other network.")
@@ -113,12 +118,13 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--out", required=True, help="the file or folder to write")
     parser.add_argument("--autoencoder", default="", help="of a pipeline")
+    cli.add_step(parser)
     cli.add_reading_of_weights(parser)
     args = parser.parse_args(argv)
     print(
         convert(
             args.weights, args.to, args.out, autoencoder=args.autoencoder, which=args.which,
-            heads=args.heads, numerics=args.numerics,
+            heads=args.heads, numerics=args.numerics, step=args.step,
         )
     )  # fmt: skip
     return 0

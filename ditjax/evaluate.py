@@ -17,7 +17,7 @@ from ditjax.errors import UserError
 from ditjax.evaluation import GUIDED_FILE, SAMPLES_FILE, Evaluator, scores_protocol
 from ditjax.features import open_extractor
 from ditjax.io import data, npz, rundir
-from ditjax.io.checkpoint import is_primary
+from ditjax.io.checkpoint import Step, is_primary
 from ditjax.io.images import open_images
 from ditjax.io.results import load_samples, protocol_hash, save_grid, write_json
 from ditjax.io.statistics import read_provenance
@@ -31,19 +31,30 @@ EVALUATION_FILE = "evaluation.json"
 def save(
     folder: Path, step: int, metrics: Mapping[str, float], protocol: Mapping[str, Any],
     reference: str = "",
-) -> None:  # fmt: skip
-    """evaluation.json, and NAME.png of each sample set, in a run's directory."""
-    for name in (SAMPLES_FILE, GUIDED_FILE):
-        if (folder / name).exists() and protocol["metric"] != "PSNR":
-            images, label = load_samples(folder / name, GRID_IMAGES)
-            order = np.argsort(np.asarray(label), kind="stable")  # the grid goes by class
-            upscale = max(1, 32 // images.shape[1])
-            save_grid(images[order], (folder / name).with_suffix(".png"), 10, upscale=upscale)
+) -> dict[str, Any]:  # fmt: skip
+    """evaluation.json, and NAME.png of each sample set, in a run's directory: the record.
+
+    Written by the first process alone.
+    """
     record = {
         "step": step, "metrics": metrics, "reference": reference, "protocol": protocol,
         "protocol_hash": protocol_hash(protocol),
     }  # fmt: skip
+    if not is_primary():
+        return record
+    for name in (SAMPLES_FILE, GUIDED_FILE):
+        if (folder / name).exists() and protocol["metric"] != "PSNR":
+            save_picture(folder / name)
     write_json(folder / EVALUATION_FILE, record)
+    return record
+
+
+def save_picture(samples: Path) -> None:
+    """NAME.png beside NAME.npz: its first samples, by class."""
+    images, label = load_samples(samples, GRID_IMAGES)
+    order = np.argsort(np.asarray(label), kind="stable")
+    upscale = max(1, 32 // images.shape[1])
+    save_grid(images[order], samples.with_suffix(".png"), 10, upscale=upscale)
 
 
 def reconstruction_psnr(c: Config, params: Any) -> float:
@@ -116,22 +127,20 @@ def said_by(path: Path) -> tuple[dict[str, Any], np.ndarray | None]:
         return sampling, npz.read(archive, "label") if "label" in names else None
 
 
-def evaluate_run(c: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
-    """Evaluates a run's newest weights by its recipe, saves the outcome in its directory."""
+def evaluate_run(
+    c: Config, workdir: str | os.PathLike[str], step: Step = "latest"
+) -> dict[str, Any]:
+    """Evaluates a run's checkpoint by its recipe: the record, saved in its directory too."""
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
     if c.train.network == "autoencoder":
-        params, step = runs.load_weights(c, workdir, mesh)
+        params, step = runs.load_weights(c, workdir, mesh, step)
         metrics = {"psnr_db": reconstruction_psnr(c, params)}
         protocol = {"metric": "PSNR", "split": c.evaluate.split, "image_size": c.data.image_size}
-        if is_primary():
-            save(Path(workdir), step, metrics, protocol)
-        return metrics
+        return save(Path(workdir), step, metrics, protocol)
     evaluator = Evaluator(c, mesh, runs.load_autoencoder(c, mesh))
-    params, step = runs.load_weights(c, workdir, mesh)
+    params, step = runs.load_weights(c, workdir, mesh, step)
     found = evaluator.of_run(c, params, Path(workdir), model_record(workdir, step, params))
-    if is_primary():
-        save(Path(workdir), step, found.metrics, found.protocol, found.reference)
-    return found.metrics
+    return save(Path(workdir), step, found.metrics, found.protocol, found.reference)
 
 
 def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dict[str, Any]:
@@ -140,7 +149,7 @@ def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dic
 
 
 # Flags that are short for keys of the recipe, where a run is evaluated.
-_FLAGS = {
+FLAGS = {
     "features": "inception:WEIGHTS or digits (config.evaluate.features)",
     "reference": "statistics (npz with mu, sigma), an npz or folder of images, or DATASET[/SPLIT];"
     " of a run: the images it was trained on where not given (config.evaluate.reference)",
@@ -160,9 +169,10 @@ def _parser() -> cli.Parser:
         "--samples", default="",
         help="an npz with arr_0 u8[N,H,W,C], a folder of PNGs, or a run's directory",
     )  # fmt: skip
-    for flag, text in _FLAGS.items():
+    for flag, text in FLAGS.items():
         parser.add_argument(f"--{flag}", default="", help=text)
-    parser.add_argument("--out", default="", help="where to write the result of --samples (JSON)")
+    cli.add_step(parser)
+    parser.add_argument("--out", default="", help="where to write the result (JSON)")
     parser.add_argument("--save_reference", default="", help="keep the reference's statistics here")
     parser.add_argument("--batch_size", type=int, default=0, help="of --samples: images at a time")
     parser.add_argument(
@@ -177,6 +187,7 @@ def main(argv: list[str]) -> int:
     args, _ = parser.parse_known_args(argv)
     if args.samples and not rundir.is_run(args.samples):
         parser.parse_args(argv)  # no recipe here: --config is refused
+        runs.no_step(args.samples, args.step)
         return _main_of_samples(args)
     workdir = args.workdir or args.samples
 
@@ -184,29 +195,29 @@ def main(argv: list[str]) -> int:
         return completed(rundir.read_recipe(workdir))
 
     args, config = cli.parse(parser, argv, recorded)
-    given = {flag: getattr(args, flag) for flag in _FLAGS if getattr(args, flag)}
-    _print(evaluate_run(changed(config, {"evaluate": given}), workdir))
+    given = {flag: getattr(args, flag) for flag in FLAGS if getattr(args, flag)}
+    _tell(evaluate_run(changed(config, {"evaluate": given}), workdir, args.step), args.out)
     return 0
 
 
 def _main_of_samples(args: argparse.Namespace) -> int:
-    for flag in _FLAGS:
+    for flag in FLAGS:
         if not getattr(args, flag):
-            raise UserError(f"--samples={args.samples} needs --{flag}: {_FLAGS[flag]}.")
+            raise UserError(f"--samples={args.samples} needs --{flag}: {FLAGS[flag]}.")
     evaluated = evaluate_samples(
         args.samples, args.reference, args.features, batch_size=args.batch_size, seed=args.seed,
         save_reference=args.save_reference,
     )  # fmt: skip
-    _print(evaluated["metrics"])
-    print(f"{'protocol_hash':<32} {evaluated['protocol_hash']}")
-    if args.out:
-        write_json(args.out, evaluated)
+    _tell(evaluated, args.out)
     return 0
 
 
-def _print(metrics: Mapping[str, float]) -> None:
-    for name, value in metrics.items():
+def _tell(record: Mapping[str, Any], out: str) -> None:
+    for name, value in record["metrics"].items():
         print(f"{name:<32} {value:.4f}")
+    print(f"{'protocol_hash':<32} {record['protocol_hash']}")
+    if out and is_primary():
+        write_json(out, record)
 
 
 if __name__ == "__main__":

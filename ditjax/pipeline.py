@@ -22,7 +22,7 @@ from ditjax import __version__, build, programs, runs
 from ditjax.config import Config, changed
 from ditjax.errors import UserError
 from ditjax.io import rundir, weights
-from ditjax.io.checkpoint import is_primary
+from ditjax.io.checkpoint import Step, is_primary
 from ditjax.io.classes import class_names, parse_classes
 from ditjax.io.log import Progress
 from ditjax.io.samples import SampleWriter
@@ -62,6 +62,7 @@ def open_source(
     which: str = "ema",
     heads: int = 0,
     numerics: reading.Numerics = "auto",
+    step: Step = "latest",
 ) -> Source:
     """A run's directory, a DiT's weights with its autoencoder's, or a whole diffusers pipeline.
 
@@ -73,7 +74,8 @@ def open_source(
                 f"{path} is a run, whose recipe names its autoencoder: leave --autoencoder out, or"
                 " set --config.autoencoder.path."
             )
-        return open_run(path)
+        return open_run(path, step)
+    runs.no_step(path, step)
     names: ClassNames | None = None
     decoder: Network | None = None
     if os.path.exists(Path(path) / vocabulary.MODEL_INDEX):
@@ -131,15 +133,15 @@ def _file_record(network: Network, which: str) -> dict[str, Any]:
     }
 
 
-def open_run(path: str | os.PathLike[str]) -> Source:
-    """A run of ours: the averaged weights of its newest checkpoint. Raises UserError."""
+def open_run(path: str | os.PathLike[str], step: Step = "latest") -> Source:
+    """A run of ours: the averaged weights of a checkpoint. Raises UserError."""
     config = runs.recipe_of(path)
     if config.train.network != "dit":
         raise UserError(f"{path} is a run of a {config.train.network}: only a DiT draws samples.")
     record: dict[str, Any] = {"run": str(path)}
 
     def load(c: Config, mesh: Mesh) -> tuple[Any, Any]:
-        params, record["step"] = runs.load_weights(c, path, mesh)
+        params, record["step"] = runs.load_weights(c, path, mesh, step)
         if c.latent:
             record["autoencoder"] = c.autoencoder.path
         return params, runs.load_autoencoder(c, mesh)
@@ -319,13 +321,17 @@ class Pipeline:
         which: str = "ema",
         heads: int = 0,
         numerics: reading.Numerics = "auto",
+        step: Step = "latest",
     ) -> "Pipeline":
         """From a run's directory, a weights file or a diffusers folder; see `open_source`.
 
         `precision`: 'float32' (exact products on every backend), 'fast' (float32 with the
-        backend's own, rounded products) or 'bfloat16'. Raises UserError.
+        backend's own, rounded products) or 'bfloat16'. `step`: of a run, 'latest', 'best' or a
+        number. Raises UserError.
         """
-        source = open_source(path, autoencoder, which=which, heads=heads, numerics=numerics)
+        source = open_source(
+            path, autoencoder, which=which, heads=heads, numerics=numerics, step=step
+        )
         return cls(source, changed(source.config, {"model": precision_keys(precision)}))
 
     def __call__(

@@ -13,9 +13,12 @@ from ditjax import programs
 from ditjax.config import Config, completed, read
 from ditjax.errors import UserError
 from ditjax.io import data, rundir
-from ditjax.io.checkpoint import Checkpoints
+from ditjax.io.checkpoint import Checkpoints, Step
 from ditjax.parallel import processes, rules
 from ditjax.pretrained import networks, reading
+
+# The field of the training state that config.sample.weights names.
+WEIGHTS = {"ema": "ema", "model": "params"}
 
 
 def data_spec(c: Config) -> data.DataSpec:
@@ -39,16 +42,22 @@ def check_data(c: Config) -> data.DatasetInfo:
 
 
 def load_weights(
-    c: Config, workdir: str | os.PathLike[str], mesh: Mesh, step: int | None = None
+    c: Config, workdir: str | os.PathLike[str], mesh: Mesh, step: Step = "latest"
 ) -> tuple[Any, int]:
-    """(parameters on the mesh, step) of a run's newest checkpoint, or of `step`.
+    """(parameters on the mesh, step) of a run's checkpoint: its newest, its best or one step's.
 
-    config.sample.weights says which: the average, or the parameters themselves.
+    config.sample.weights says which: the average, or the parameters themselves. Raises UserError.
     """
     abstract = programs.abstract_state(c, mesh)
-    part = {"ema": "ema", "model": "params"}[c.sample.weights]
+    part = WEIGHTS[c.sample.weights]
     with Checkpoints(Path(workdir) / rundir.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
         return checkpoints.restore_part(part, getattr(abstract, part), step)
+
+
+def no_step(path: str | os.PathLike[str], step: Step) -> None:
+    """Raises UserError for the step of what is no run."""
+    if step != "latest":
+        raise UserError(f"--step={step} is for a run, and {path} is none: leave it out.")
 
 
 def load_autoencoder(c: Config, mesh: Mesh) -> Any:

@@ -68,6 +68,7 @@ def _parser() -> cli.Parser:
         help="float32 (exact: what --weights get unasked), fast (the backend's rounded products of"
         " float32) or bfloat16",
     )  # fmt: skip
+    cli.add_step(parser)
     cli.add_reading_of_weights(parser)
     return parser
 
@@ -90,12 +91,12 @@ def main(argv: list[str]) -> int:
 
     def recorded(args: argparse.Namespace) -> Mapping[str, Any]:
         if args.workdir:
-            opened.append(open_run(args.workdir))
+            opened.append(open_run(args.workdir, args.step))
         else:
             opened.append(
                 open_source(
                     args.weights, args.autoencoder,
-                    which=args.which, heads=args.heads, numerics=args.numerics,
+                    which=args.which, heads=args.heads, numerics=args.numerics, step=args.step,
                 )
             )  # fmt: skip
         return dataclasses.asdict(opened[0].config)

@@ -93,7 +93,7 @@ def run_cell(cell: Cell, workdir: Path) -> None:
     c = cell.config
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
     evaluator = Evaluator(c, mesh, runs.load_autoencoder(c, mesh))
-    trained = train(c, cell.recipe, folder)
+    trained = train(c, cell.recipe, folder, evaluator)
     model = model_record(folder, trained.step, trained.params)
     evaluated = evaluator.of_run(c, trained.params, folder, model)
     save(folder, trained.step, evaluated.metrics, evaluated.protocol, evaluated.reference)

@@ -9,36 +9,50 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from clu import parameter_overview
-from jax.sharding import Mesh
 
 from ditjax import cli, programs, runs
 from ditjax.config import Config
 from ditjax.errors import UserError
+from ditjax.evaluation import Evaluator
 from ditjax.io import data, rundir
-from ditjax.io.checkpoint import Checkpoints, is_primary
+from ditjax.io.checkpoint import Checkpoints, Score, is_primary
 from ditjax.io.log import MetricsLog, Progress
-from ditjax.io.results import save_grid, tile
+from ditjax.io.results import protocol_hash, save_grid, tile
 from ditjax.parallel.mesh import make_mesh
 from ditjax.pipeline import Drawer
+from ditjax.training.step import TrainState
 
 GRID_SIDE = 8  # a sample grid while training has 8 x 8 images
+EVALUATION_SECONDS = "eval/seconds"  # of all evaluations so far, apart from the training's own
 
 
 class Trained(NamedTuple):
     """What a finished training has to tell; `loss` averages the last logged interval."""
 
-    params: Any  # the average (EMA)
+    params: Any  # what config.sample.weights names: the average (EMA)
     step: int
     loss: float
-    seconds: float  # of the loop, calls before a resume included
+    seconds: float  # of the loop without its evaluations, calls before a resume included
 
 
-def train(c: Config, recipe: Mapping[str, Any], workdir: str | os.PathLike[str]) -> Trained:
-    """Trains to config.train.steps in a run directory, from its newest checkpoint if it has one."""
+def train(
+    c: Config,
+    recipe: Mapping[str, Any],
+    workdir: str | os.PathLike[str],
+    evaluator: Evaluator | None = None,
+) -> Trained:
+    """Trains to config.train.steps in a run directory, from its newest checkpoint if it has one.
+
+    Every config.train.evaluate_every_steps it is evaluated, by `evaluator` or one of its own.
+    """
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
     runs.check_data(c)
+    draws = bool(c.train.sample_every_steps or c.train.evaluate_every_steps)
+    frozen = runs.load_autoencoder(c, mesh) if draws or needs_encoder(c) else None
+    drawer = Drawer(mesh, frozen)
+    if c.train.evaluate_every_steps and evaluator is None:
+        evaluator = Evaluator(c, mesh, frozen, drawer)
     folder = rundir.open_run(workdir, recipe)
-    frozen = runs.load_autoencoder(c, mesh) if needs_encoder(c) else None
     p = programs.training(c, mesh, frozen)
     position = {"seed": c.seed, "batch_size": c.train.batch_size}
     with Checkpoints(folder / rundir.CHECKPOINTS, c.train.keep_checkpoints) as checkpoints:
@@ -57,26 +71,57 @@ def train(c: Config, recipe: Mapping[str, Any], workdir: str | os.PathLike[str])
                 process_index=jax.process_index(), process_count=jax.process_count(),
             ) as batches,
         ):  # fmt: skip
-            # Time and loss go on from where the log stands.
+            # Times and loss go on from where the log stands.
             began = time.monotonic() - log.last.get("seconds", 0.0)
+            evaluation_seconds = log.last.get(EVALUATION_SECONDS, 0.0)
             loss = log.last.get("loss", float("nan"))
             pending: list[Any] = []  # metrics on the devices: fetched at the log's interval only
             progress = Progress("train", c.train.steps, start=start)
-            grids = _Grids(c, mesh)
+            grids = _Grids(c, drawer)
             for step in range(start + 1, c.train.steps + 1):
                 state, metrics = p.step(state, p.put(next(batches)))
                 pending.append(metrics)
                 last = step == c.train.steps
-                if step % c.train.log_every_steps == 0 or last:
-                    loss = _log(log, step, pending, began)
-                    progress.report(step, loss=loss)
-                if last or step % c.train.checkpoint_every_steps == 0:
-                    checkpoints.save(step, state, position)
-                if c.train.sample_every_steps and step % c.train.sample_every_steps == 0:
-                    grids.save(state.ema, step, folder, log)
+                evaluates = evaluator is not None and _due(step, c.train.evaluate_every_steps)
+                score = None
+                if last or evaluates or _due(step, c.train.log_every_steps):
+                    row = _means(step, pending)  # waits for the devices
+                    loss = row["loss"]
+                    row["seconds"] = round(time.monotonic() - began, 3)
+                    if evaluator and evaluates:
+                        paused = time.monotonic()
+                        score, found = _evaluate(c, evaluator, weights_of(c, state))
+                        took = time.monotonic() - paused
+                        began += took
+                        evaluation_seconds += took
+                        row |= {**found, EVALUATION_SECONDS: round(evaluation_seconds, 3)}
+                    # One line a step: of two with the same step, readers take the later.
+                    log.scalars(step, row)
+                    progress.report(step, loss=loss, **({score.name: score.value} if score else {}))
+                if last or score or _due(step, c.train.checkpoint_every_steps):
+                    checkpoints.save(step, state, position, score)
+                if _due(step, c.train.sample_every_steps):
+                    grids.save(weights_of(c, state), step, folder, log)
             jax.block_until_ready(state)
             seconds = time.monotonic() - began
-    return Trained(state.ema, int(state.step), loss, seconds)
+    return Trained(weights_of(c, state), int(state.step), loss, seconds)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def weights_of(c: Config, state: TrainState) -> Any:
+    """What samples are drawn with, by config.sample.weights."""
+    return getattr(state, runs.WEIGHTS[c.sample.weights])
+
+
+def _evaluate(c: Config, evaluator: Evaluator, params: Any) -> tuple[Score, dict[str, Any]]:
+    """Of config.train.evaluate_num samples: the score of the checkpoint, and the log's values."""
+    found = evaluator.in_memory(c, params, c.train.evaluate_num)
+    score = Score(evaluator.distance, found.metrics[evaluator.distance], found.protocol)
+    values: dict[str, Any] = {f"eval/{name}": value for name, value in found.metrics.items()}
+    return score, {**values, "eval/protocol_hash": protocol_hash(found.protocol)}
 
 
 def needs_encoder(c: Config) -> bool:
@@ -98,36 +143,34 @@ def _check_position(saved: Mapping[str, Any], ours: Mapping[str, Any], folder: A
             )
 
 
-def _log(log: MetricsLog, step: int, pending: list[Any], began: float) -> float:
-    """Writes the mean of the pending metrics and forgets them; returns the mean loss."""
+def _means(step: int, pending: list[Any]) -> dict[str, Any]:
+    """The mean of each pending metric; forgets them. Raises UserError for a loss not finite."""
     fetched = jax.device_get(pending)
     pending.clear()
-    means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+    means: dict[str, Any] = {
+        name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]
+    }
     if not np.isfinite(means["loss"]):
         bad = next(i for i, m in enumerate(fetched) if not np.isfinite(m["loss"]))
         raise UserError(
             f"the loss became {means['loss']} at step {step - len(fetched) + bad + 1}: lower"
             " config.optim.learning_rate, or look at the data; the checkpoints are from before."
         )
-    seconds = time.monotonic() - began
-    log.scalars(step, {**means, "seconds": round(seconds, 3)})
-    return means["loss"]
+    return means
 
 
 class _Grids:
     """Sample grids of a DiT while it trains; the sampler compiles at the first one."""
 
-    def __init__(self, c: Config, mesh: Mesh) -> None:
-        count = -(-(GRID_SIDE**2) // mesh.size) * mesh.size
+    def __init__(self, c: Config, drawer: Drawer) -> None:
+        devices = drawer.mesh.size
+        count = -(-(GRID_SIDE**2) // devices) * devices
         sample = dataclasses.replace(c.sample, batch_size=count)
-        self._c, self._mesh = dataclasses.replace(c, sample=sample), mesh
-        self._drawer: Drawer | None = None
+        self._c, self._drawer = dataclasses.replace(c, sample=sample), drawer
 
     def save(self, params: Any, step: int, folder: Any, log: MetricsLog) -> None:
         if self._c.train.network != "dit":
             return
-        if self._drawer is None:
-            self._drawer = Drawer(self._mesh, runs.load_autoencoder(self._c, self._mesh))
         images = self._drawer.whole(
             self._c, params, GRID_SIDE**2, seed=self._c.seed,
             label_of=range(self._c.data.num_classes),

@@ -32,6 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.autoencoder.scale = 0.66
     config.autoencoder.kl_weight = 1e-3
     config.train.steps = 8000
+    config.train.evaluate_every_steps = 0
     config.sample.clip_x0 = False
     config.sweep.grid = ()
     if arg == "autoencoder":

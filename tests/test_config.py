@@ -72,6 +72,19 @@ BAD = [
     ({"train__batch_size": 2**80}, "below 2"),
     ({"data__flip": 1}, "expected True or False"),
     ({"train__ema_decay": 1.0}, "from 0 to below 1"),
+    (
+        {"train__evaluate_every_steps": 5, "evaluate__features": "none"},
+        r"evaluate_every_steps is 5 and config\.evaluate\.features is 'none': set",
+    ),
+    (
+        {
+            "train__network": "autoencoder",
+            "autoencoder__kind": "kl",
+            "data__image_size": 16,
+            "train__evaluate_every_steps": 5,
+        },
+        "evaluate_every_steps is 5 and .* 'autoencoder': only a DiT",
+    ),
     ({"model__patch": 3}, r"model\.patch is 3: .* 8x8 .*: 1, 2, 4, 8"),
     ({"model__size": "XXL"}, r"model\.size: model size 'XXL' is unknown: .* XL"),
     ({"model__size": "4x96x5"}, "96 is not divisible by 5 heads"),

@@ -37,6 +37,7 @@ def data_root(tmp_path_factory):
 def recipe():
     words = (
         "--config=experiments/digits.py:1x32x2/4", "--config.model.unroll=1",
+        "--config.train.evaluate_every_steps=0",
         "--config.sample.steps=ddim3", "--config.sample.batch_size=24",
         f"--config.evaluate.num_samples={NUM}", "--config.evaluate.guided_num=30",
     )  # fmt: skip

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -22,17 +22,18 @@ class MetricsLog:
 
     def __init__(self, directory: str | os.PathLike[str], start_step: int) -> None:
         self.path = Path(directory) / METRICS_FILE
-        # The newest line that stays, {} for a new run.
-        self.last: dict[str, float] = _truncate(self.path, start_step)
+        # The newest value of each name in the lines that stay, {} for a new run.
+        self.last: dict[str, Any] = _truncate(self.path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(directory), purge_step=start_step + 1)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One line {"step": step, name: value, ...} and one event a value."""
+    def scalars(self, step: int, values: Mapping[str, float | str]) -> None:
+        """One line {"step": step, name: value, ...} and one event a number."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            if not isinstance(value, str):
+                self._events.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
         """A grid u8[H,W,C] as an event."""
@@ -46,11 +47,15 @@ class MetricsLog:
         self._events.close()
 
 
-def _truncate(path: Path, last_step: int) -> dict[str, float]:
-    """Keeps the lines of steps <= last_step, returns the last; a torn line and what follows go."""
+def _truncate(path: Path, last_step: int) -> dict[str, Any]:
+    """Keeps the lines of steps <= last_step, returns each name's last value.
+
+    A torn line and what follows go.
+    """
     if not path.exists():
         return {}
-    kept, last = [], {}
+    kept: list[str] = []
+    last: dict[str, Any] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
@@ -59,7 +64,7 @@ def _truncate(path: Path, last_step: int) -> dict[str, float]:
         except (ValueError, KeyError, TypeError):
             break
         kept.append(line)
-        last = values
+        last |= values
     write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
     return last
 

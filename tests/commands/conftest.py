@@ -14,6 +14,7 @@ TINY = (
     "--config.optim.warmup_steps=2",
     "--config.train.log_every_steps=5",
     "--config.train.checkpoint_every_steps=10",
+    "--config.train.evaluate_every_steps=0",
     "--config.sample.steps=ddim3",
     "--config.sample.batch_size=40",
     "--config.sample.num=40",

@@ -22,6 +22,24 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 0.1), (20, 0.05), (30, 0.5)]
 
 
+def test_a_resume_goes_on_from_the_newest_value_of_each_name(tmp_path):
+    with MetricsLog(tmp_path, 0) as first:
+        first.scalars(10, {"loss": 0.3, "eval/seconds": 4.0})
+        first.scalars(20, {"loss": 0.2})
+        first.scalars(30, {"loss": 0.1, "eval/seconds": 9.0})
+    with MetricsLog(tmp_path, 20) as second:
+        assert second.last == {"step": 20, "loss": 0.2, "eval/seconds": 4.0}
+
+
+def test_words_are_in_the_lines_alone(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        log.scalars(10, {"number": 0.25, "word": "abcdef"})
+    assert last_metrics(tmp_path) == {"step": 10, "number": 0.25, "word": "abcdef"}
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"number" in events.read_bytes()
+    assert b"word" not in events.read_bytes()
+
+
 def test_a_torn_line_in_the_middle_ends_what_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with MetricsLog(tmp_path, 5) as resumed:
