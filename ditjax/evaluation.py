@@ -52,7 +52,8 @@ class Evaluator:
         if c.evaluate.features == "none" or c.train.network != "dit":
             raise UserError(
                 f"config.evaluate.features is {c.evaluate.features!r} for a {c.train.network}:"
-                " expected 'digits' or 'inception:FILE' and a DiT."
+                " expected a DiT and 'digits' or 'inception:FILE' (evaluate and grid take"
+                " --features=)."
             )
         self._drawer = drawer or Drawer(mesh, frozen)
         self._decoder = pipeline.decoder_of(frozen)
@@ -97,14 +98,19 @@ class Evaluator:
         batches = images.batches(self.extractor.batch_size)
         seen = look(self.extractor, batches, num, title="features")
         metrics = self._scored(c, seen, read_array(path, "label"))
-        protocol = self.protocol(c, num)
         if self.extractor.judge:
             metrics |= self._digits_only(c, params, folder, model)
+        return Evaluated(metrics, self.protocol_of_run(c), self.reference.name, seconds)
+
+    def protocol_of_run(self, c: Config) -> dict[str, Any]:
+        """The protocol of what `of_run` gives, known before anything is drawn."""
+        protocol = self.protocol(c, c.evaluate.num_samples)
+        if self.extractor.judge:
             protocol |= {
                 "guided_scale": c.evaluate.guided_scale,
                 "guided_num": c.evaluate.guided_num if c.evaluate.guided_scale else 0,
             }
-        return Evaluated(metrics, protocol, self.reference.name, seconds)
+        return protocol
 
     def protocol(self, c: Config, num: int) -> dict[str, Any]:
         """Everything that two results must share to be compared."""

@@ -28,7 +28,7 @@ FLOORS = {
 COMMAND = 7
 COMMANDS = (
     "train", "sample", "evaluate", "sweep", "report", "flops", "classify", "encode",
-    "convert",
+    "convert", "grid",
 )  # fmt: skip
 
 # Third-party packages by floor; NumPy, JAX's typing aside, is what all of them share.

@@ -23,3 +23,9 @@ def gathered(leaf: jax.Array | np.ndarray) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)
+
+
+def meet() -> None:
+    """Returns when every process has called it: what the others read may then be removed."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("ditjax")

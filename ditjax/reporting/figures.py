@@ -1,8 +1,7 @@
 """Gflops against the metric, samples by model, loss curves: each a PNG for light and dark pages."""
 
-import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,13 +11,23 @@ from numpy.typing import NDArray
 from ditjax.errors import UserError
 from ditjax.io.results import METRICS_FILE, SAMPLES_FILE, Found, load_samples, read_metrics, tile
 from ditjax.reporting.study import Group
+from ditjax.reporting.style import (
+    COLOURS,
+    DARK,
+    LIGHT,
+    MARKERS,
+    Draw,
+    Theme,
+    left_title,
+    plain_ticks,
+    png,
+)
 from ditjax.reporting.words import metric_name, number, plural, short
 from ditjax.scaling.fit import PowerLaw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.legend import Legend
 
 MAX_PANELS = 4  # protocol groups drawn; the table holds all
 MAX_SAMPLE_ROWS, MAX_SAMPLE_COLUMNS = 8, 5
@@ -34,37 +43,17 @@ class Picture(NamedTuple):
     dark: bytes
 
 
-@dataclass(frozen=True)
-class _Theme:
-    background: str
-    ink: str
-    faint: str
-    grid: str
-
-
-_LIGHT = _Theme("#ffffff", "#1b1f24", "#59636e", "#e4e7eb")
-_DARK = _Theme("#14181d", "#e6e9ed", "#9aa4af", "#2b323a")
-# Okabe & Ito's colours, told apart by colour-blind readers and visible on both backgrounds.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-
-_Draw = Callable[[_Theme], "Figure"]
-
-
 def pictures(groups: Sequence[Group], metric: str, problems: list[str]) -> list[Picture]:
     """Every figure of a study; samples and logs that cannot be read are added to `problems`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     return [
-        Picture(name, caption, _png(draw, _LIGHT), _png(draw, _DARK))
+        Picture(name, caption, png(draw, LIGHT), png(draw, DARK))
         for name, caption, draw in _figures(groups, metric, problems)
     ]
 
 
 def _figures(
     groups: Sequence[Group], metric: str, problems: list[str]
-) -> Iterable[tuple[str, str, _Draw]]:
+) -> Iterable[tuple[str, str, Draw]]:
     """(file name, caption, draw) of each figure."""
     name = metric_name(metric)
     shown = groups[:MAX_PANELS]
@@ -97,34 +86,6 @@ def _figures(
         )
 
 
-def _png(draw: _Draw, theme: _Theme) -> bytes:
-    import matplotlib.pyplot as plt
-
-    style: Any = {
-        "figure.facecolor": theme.background,
-        "axes.facecolor": theme.background,
-        "savefig.facecolor": theme.background,
-        "axes.edgecolor": theme.faint,
-        "axes.labelcolor": theme.ink,
-        "text.color": theme.ink,
-        "xtick.color": theme.faint,
-        "ytick.color": theme.faint,
-        "grid.color": theme.grid,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "font.size": 10,
-        "legend.frameon": False,
-        "text.parse_math": False,  # a run's name may hold a dollar sign
-    }
-    with plt.rc_context(style):
-        figure = draw(theme)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-        plt.close(figure)
-    return buffer.getvalue()
-
-
 def _several_blocks(runs: Sequence[Found]) -> bool:
     return len({each.result["model"]["block"] for each in runs}) > 1
 
@@ -144,7 +105,7 @@ def _row_name(each: Found, several_blocks: bool) -> str:
     return f"{size} {short(model['block'], 18)}" if several_blocks else size
 
 
-def _draw_scatter(groups: Sequence[Group], metric: str, theme: _Theme) -> "Figure":
+def _draw_scatter(groups: Sequence[Group], metric: str, theme: Theme) -> "Figure":
     """One panel a protocol; patch colours and size markers mean the same in all."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
@@ -154,9 +115,9 @@ def _draw_scatter(groups: Sequence[Group], metric: str, theme: _Theme) -> "Figur
     several = _several_blocks(runs)
     rows = _row_names(runs, several)
     patches = sorted({each.result["model"]["patch"] for each in runs}, reverse=True)
-    colour = {patch: _COLOURS[i % len(_COLOURS)] for i, patch in enumerate(patches)}
-    marker = {row: _MARKERS[i % len(_MARKERS)] for i, row in enumerate(rows)}
-    named = len(rows) <= len(_MARKERS)  # beyond that a marker would mean two sizes
+    colour = {patch: COLOURS[i % len(COLOURS)] for i, patch in enumerate(patches)}
+    marker = {row: MARKERS[i % len(MARKERS)] for i, row in enumerate(rows)}
+    named = len(rows) <= len(MARKERS)  # beyond that a marker would mean two sizes
     longest = max(map(len, rows)) if named else 0
     figure, axes = plt.subplots(
         len(groups),
@@ -184,7 +145,7 @@ def _draw_scatter(groups: Sequence[Group], metric: str, theme: _Theme) -> "Figur
     figure.suptitle(f"{name} against Gflops", x=0.01, ha="left", fontsize=13, fontweight="bold")
     spots = [
         Line2D([], [], ls="", marker="o", ms=8, color=colour[patch], label=str(patch))
-        for patch in patches[: len(_COLOURS)]
+        for patch in patches[: len(COLOURS)]
     ]
     shapes = [
         Line2D([], [], ls="", marker=marker[row], ms=7, color=theme.faint, label=row)
@@ -196,11 +157,11 @@ def _draw_scatter(groups: Sequence[Group], metric: str, theme: _Theme) -> "Figur
     legend = top.legend(
         handles=spots, title="patch", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0
     )
-    _left_title(legend)
+    left_title(legend)
     if shapes:
         top.add_artist(legend)
         below = 1 - (len(spots) + 1.9) * 0.049
-        _left_title(
+        left_title(
             top.legend(
                 handles=shapes,
                 title="depth × width × heads" if any("x" in row for row in rows) else "size",
@@ -210,11 +171,6 @@ def _draw_scatter(groups: Sequence[Group], metric: str, theme: _Theme) -> "Figur
             )
         )
     return figure
-
-
-def _left_title(legend: "Legend", size: float = 9) -> None:
-    legend.set_alignment("left")
-    legend.get_title().set_fontsize(size)
 
 
 def _law_label(law: PowerLaw, name: str) -> str:
@@ -228,7 +184,7 @@ def _law_label(law: PowerLaw, name: str) -> str:
 
 
 def _finish_scatter(
-    ax: "Axes", group: Group, drawn: Sequence[Found], metric: str, theme: _Theme
+    ax: "Axes", group: Group, drawn: Sequence[Found], metric: str, theme: Theme
 ) -> None:
     """Scales, laws, floor and the words in the empty upper right corner."""
     name, fit = metric_name(metric), group.fits[0]
@@ -248,7 +204,7 @@ def _finish_scatter(
     else:
         ax.set_ylim(0, y.max() * 1.3)
     ax.set_xlim(x.min() / 1.5, x.max() * 1.5)
-    _plain_ticks(ax)
+    plain_ticks(ax)
     line = np.geomspace(x.min() / 1.25, x.max() * 1.25, 200)
     laws = [(fit.law, "--", theme.ink)]
     if fit.offset is not None and fit.offset.c > 0:
@@ -268,7 +224,7 @@ def _finish_scatter(
             handlelength=2.6,
             fontsize=10,
         )
-        _left_title(legend, 10)
+        left_title(legend, 10)
         for words in legend.get_texts():
             words.set_parse_math(True)
     floors = [each.result["metrics"].get(f"{metric}_floor", math.nan) for each in drawn]
@@ -292,32 +248,6 @@ def _finish_scatter(
 def _plottable(each: Found, metric: str) -> bool:
     value = each.result["metrics"].get(metric, math.nan)
     return math.isfinite(value) and value > 0
-
-
-def _plain_ticks(ax: "Axes") -> None:
-    """A few labels on each axis whatever its span, never an exponent."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for axis in (ax.xaxis, ax.yaxis):
-        if axis.get_scale() == "log":
-            low, high = axis.get_view_interval()
-            decades = math.log10(high / low)
-            labelled = next(
-                (
-                    subs
-                    for most, subs in ((1.0, (1, 1.5, 2, 3, 5, 7)), (3.0, (1, 2, 5)))
-                    if decades < most
-                ),
-                (1,),
-            )
-            axis.set_major_locator(LogLocator(subs=labelled))
-            axis.set_minor_formatter(NullFormatter())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-
-
-def _tick(value: float) -> str:
-    """0.0001, 0.15, 2, 1000."""
-    return f"{value:.12f}".rstrip("0").rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -394,7 +324,7 @@ def _cell(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.broadcast_to(grid, (*grid.shape[:2], 3)).copy()
 
 
-def _draw_samples(cells: _Cells, theme: _Theme) -> "Figure":
+def _draw_samples(cells: _Cells, theme: Theme) -> "Figure":
     """Rows by Gflops, columns by patch; one figure unit is a pixel of the cells."""
     import matplotlib.pyplot as plt
 
@@ -483,7 +413,7 @@ def _smooth(steps: NDArray[np.float64], loss: NDArray[np.float64]) -> NDArray[np
     return np.asarray((total[last] - total[first]) / (last - first))
 
 
-def _draw_losses(curves: Sequence[_Curve], theme: _Theme) -> "Figure":
+def _draw_losses(curves: Sequence[_Curve], theme: Theme) -> "Figure":
     """Colour runs with log Gflops, from violet to yellow-green; names where they fit."""
     import matplotlib.pyplot as plt
     from matplotlib.cm import ScalarMappable
@@ -509,10 +439,10 @@ def _draw_losses(curves: Sequence[_Curve], theme: _Theme) -> "Figure":
     ax.set_xlabel("training steps")
     ax.set_ylabel("training loss, smoothed")
     ax.grid(True, which="major", lw=0.7)
-    _plain_ticks(ax)
+    plain_ticks(ax)
     figure.suptitle("Training loss", x=0.01, ha="left", fontsize=13, fontweight="bold")
     if len(curves) <= MAX_LEGEND:
-        _left_title(
+        left_title(
             ax.legend(
                 title="run (Gflops)",
                 fontsize=8,
@@ -524,5 +454,5 @@ def _draw_losses(curves: Sequence[_Curve], theme: _Theme) -> "Figure":
     else:
         bar = figure.colorbar(ScalarMappable(norm, shades), ax=ax, label="Gflops", pad=0.02)
         bar.outline.set_visible(False)
-        _plain_ticks(bar.ax)
+        plain_ticks(bar.ax)
     return figure

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ditjax.diffusion.gaussian import eps_from_v, eps_from_x0, q_sample
-from ditjax.diffusion.guidance import guide
+from ditjax.diffusion.guidance import guide, within
 from ditjax.diffusion.schedule import make_schedule
 from ditjax.errors import UserError
 
@@ -80,6 +80,61 @@ def test_guidance_sharpens_a_gaussian_class_to_the_product_of_powers():
 
     guided = guide(lambda x, t: (eps_of(0.5), eps_of(0.0)), 3.0, x_channels=4)(x_t, t)
     np.testing.assert_allclose(guided, eps_of(1.5), atol=1e-5)
+
+
+def steps_of(t):
+    return jnp.full((3,), t, jnp.int32)
+
+
+def exact_pair(x, t):
+    """Small integers: float32 arithmetic on them is exact, however XLA orders it."""
+    n = jnp.rint(4 * x) + t.astype(jnp.float32)[:, None, None, None]
+    return jnp.concatenate([2 * n, n], axis=-1), jnp.concatenate([-n, 3 * n], axis=-1)
+
+
+def conditional(x, t):
+    return exact_pair(x, t)[0]
+
+
+GUIDED = guide(exact_pair, 4.0, channels="three", x_channels=4)
+
+
+@pytest.mark.parametrize(
+    ("t", "inside"), [(199, False), (200, True), (201, True), (699, True), (700, False)]
+)
+def test_guidance_is_on_from_low_to_below_high(t, inside):
+    """Kynkäänniemi et al. Eq. 4, half-open: low itself is guided, high is not."""
+    denoise = jax.jit(lambda low, high: within(GUIDED, conditional, low, high)(X, steps_of(t)))
+    expected = (GUIDED if inside else conditional)(X, steps_of(t))
+    np.testing.assert_array_equal(denoise(jnp.float32(200), jnp.float32(700)), expected)
+    assert (GUIDED(X, steps_of(t)) != conditional(X, steps_of(t))).any()
+
+
+def test_an_interval_of_all_timesteps_is_plain_guidance():
+    for t in (0, 500, 999):
+        out = within(GUIDED, conditional, 0, 1000)(X, steps_of(t))
+        np.testing.assert_array_equal(out, GUIDED(X, steps_of(t)))
+
+
+def test_the_unconditional_half_is_computed_inside_alone():
+    computed = []
+
+    def counted(x, t):
+        jax.debug.callback(lambda t: computed.append(int(t)), t[0])
+        return exact_pair(x, t)
+
+    guided = guide(counted, 4.0, x_channels=4)
+
+    @jax.jit
+    def sample(low, high):
+        def step(x, t):
+            return within(guided, conditional, low, high)(x, jnp.full((3,), t))[..., :4], None
+
+        return jax.lax.scan(step, X, jnp.arange(900, -1, -100))[0]
+
+    jax.block_until_ready(sample(200.0, 700.0))
+    jax.effects_barrier()
+    assert sorted(computed) == [200, 300, 400, 500, 600]
 
 
 def test_what_cannot_be_guided():
