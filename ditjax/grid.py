@@ -393,6 +393,7 @@ def _parser() -> cli.Parser:
         "Scores of runs at every combination of the axes given: a table, and quality against the"
         " Gflops of sampling. Every axis takes a comma list; one not given stays at the run's"
         " recipe. --config.KEY=VALUE changes it for all cells. The same command again goes on.",
+        config=False,
     )
     parser.add_argument(
         "--workdir", required=True, help="a run, runs separated by commas, or a sweep's directory"

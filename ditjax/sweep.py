@@ -23,6 +23,7 @@ from ditjax.io import results, rundir
 from ditjax.io.log import Progress, last_metrics
 from ditjax.parallel.mesh import make_mesh
 from ditjax.report import make_report
+from ditjax.reporting.words import OF_A_METRIC
 from ditjax.scaling.counts import forward_macs, gflops, trainable_parameters
 from ditjax.sizes import parse_size
 from ditjax.train import train
@@ -247,7 +248,11 @@ def _tell(job: _Running, workdir: Path, seconds: float) -> None:
         line = f"{job.cell.name} FAILED (status {job.process.returncode}): {why}"
     else:
         metrics = results.read_result(folder)["metrics"]
-        figures = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+        figures = ", ".join(
+            f"{name} {value:.3g}"
+            for name, value in metrics.items()
+            if not name.endswith(OF_A_METRIC)
+        )
         line = f"{job.cell.name} done: {figures}"
     print(f"[{seconds:4.0f} s] {line}", file=sys.stderr, flush=True)
 
