@@ -114,20 +114,19 @@ class Evaluator:
 
     def protocol(self, c: Config, num: int) -> dict[str, Any]:
         """Everything that two results must share to be compared."""
-        sampling = sampling_protocol(
+        return scores_protocol(self.extractor, self.reference, num, self._sampling(c))
+
+    def _sampling(self, c: Config) -> dict[str, Any]:
+        return sampling_protocol(
             c, seed=c.evaluate.seed, labels=c.evaluate.labels, decoder=self._decoder
         )
-        return scores_protocol(self.extractor, self.reference, num, sampling)
 
     def _draw(
         self, c: Config, params: Any, path: Path, num: int, scale: float, model: dict[str, Any]
     ) -> float:
         c = dataclasses.replace(c, sample=dataclasses.replace(c.sample, num=num, cfg_scale=scale))
-        sampling = sampling_protocol(
-            c, seed=c.evaluate.seed, labels=c.evaluate.labels, decoder=self._decoder
-        )
         return draw_to(
-            path, self._drawer, c, params, {"model": model, "sampling": sampling},
+            path, self._drawer, c, params, {"model": model, "sampling": self._sampling(c)},
             seed=c.evaluate.seed, label_of=_label_of(c),
         )  # fmt: skip
 

@@ -1,15 +1,13 @@
 """An evaluation grid's cells as a table and a CSV, and those on the Pareto front."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ditjax.reporting.table import aligned, csv_of
 from ditjax.reporting.words import (
     OF_A_METRIC,
     duration,
-    encodable,
     metric_name,
     number,
     short,
@@ -105,16 +103,11 @@ def terminal_text(
             row.append("-" if low is None else f"{number(low)} to {number(high)}")
         row += [number(each.metrics.get(key)) for key in others]
         rows.append([*row, duration(each.seconds)])
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     left = 2 if several else 1  # marks and runs are words
-    lines = [conditions(outcomes, protocol, reference), ""]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if k < left else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines += [
+    lines = [
+        conditions(outcomes, protocol, reference),
+        "",
+        *aligned(rows, [k >= left for k in range(len(titles))]),
         "",
         f"{BEST} lowest {name}; {FRONT} no cell has a lower one for as many Gflops or fewer (of one"
         " sample: the DiT's multiply-accumulates / 10⁹, both halves where guided; no decoder).",
@@ -159,9 +152,4 @@ def csv_text(outcomes: Sequence[Outcome]) -> str:
         row |= {f"settings.{axis}": shown(value) for axis, value in settings.items()}
         row |= {f"metrics.{key}": value for key, value in metrics.items()}
         rows.append(row | {"seconds": seconds})
-    buffer = io.StringIO()
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(buffer, fields, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return encodable(buffer.getvalue())
+    return csv_of(rows)

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,13 +64,7 @@ def terminal_text(groups: Sequence[Group], metric: str, problems: Sequence[str])
             lines.append(f"protocol {group.protocol_hash}")
         rows = [[column.title for column in columns]]
         rows += [[column.show(column.value(each)) for column in columns] for each in group.runs]
-        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-        for row in rows:
-            cells = [
-                cell.rjust(width) if column.numeric else cell.ljust(width)
-                for cell, width, column in zip(row, widths, columns, strict=True)
-            ]
-            lines.append("  ".join(cells).rstrip())
+        lines += aligned(rows, [column.numeric for column in columns])
         lines += ["", conclusion(group, metric)]
         for fit in group.fits[1:]:
             law = fit.why or (
@@ -99,12 +93,30 @@ def csv_text(groups: Sequence[Group]) -> str:
         row |= {f"sample.{key}": value for key, value in result["sample"].items()}
         row |= {f"metrics.{key}": value for key, value in result["metrics"].items()}
         rows.append(row | {"folder": str(each.folder)})
+    return csv_of(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> list[str]:
+    """A line a row: numeric columns end where their titles do, the others begin there."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A column for every key of any row, in the order of their first use."""
     buffer = io.StringIO()
-    # A lone surrogate in a name cannot be written; json and the page escape it by themselves.
     fields = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(buffer, fields, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+    # A lone surrogate in a name cannot be written; json and the page escape it by themselves.
     return encodable(buffer.getvalue())
 
 
