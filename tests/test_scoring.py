@@ -80,11 +80,11 @@ def test_brief_is_the_same_distance(reference):
 
 def test_kept_features_are_spread_evenly():
     array = images(100, 5)
-    seen = look(EXTRACTOR, batches(array, 9), 100, keep=12)
+    seen = look(EXTRACTOR, batches(array, 7), 100, keep=12)
     rows = np.linspace(0, 99, 12).astype(int)
     np.testing.assert_array_equal(seen.pool, extract(array).pool[rows])
     assert rows[-1] == 99
-    whole = look(EXTRACTOR, batches(array, 9), 100)
+    whole = look(EXTRACTOR, batches(array, 7), 100)
     np.testing.assert_array_equal(seen.moments.mean, whole.moments.mean)
 
 
