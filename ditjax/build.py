@@ -2,13 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from ditjax.config import Config
 from ditjax.diffusion import losses, samplers
@@ -24,6 +25,7 @@ from ditjax.models.autoencoder import (
 )
 from ditjax.models.dit import DiT
 from ditjax.models.embed import drop_labels
+from ditjax.parallel.mesh import make_mesh
 from ditjax.scaling.counts import Shape, gflops
 from ditjax.sizes import parse_size
 from ditjax.training.optim import learning_rate_schedule, make_optimizer
@@ -87,6 +89,11 @@ def autoencoder(c: Config) -> AutoencoderKL:
         ),
         dtype=DTYPES[c.model.dtype],
     )
+
+
+def mesh(c: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices of a run, all there are unless given, as the recipe's grid."""
+    return make_mesh(c.mesh.data, c.mesh.fsdp, devices)
 
 
 def schedule(c: Config) -> Schedule:

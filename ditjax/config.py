@@ -73,6 +73,7 @@ class Model:
     label_dropout: Annotated[float, fraction_below_one()]  # > 0 makes a null label for guidance
     dtype: Literal["float32", "bfloat16"]  # compute; parameters stay float32
     remat: Literal["none", "dots", "full"]
+    attention: Literal["auto", "plain", "cudnn", "flash"]  # auto: the best of the backend
     unroll: Positive  # blocks per scan step; depth and more: no loop at all
     matmul: Literal["default", "float32"]  # products of float32: the backend's fast ones, or exact
     # Where public implementations differ; the release has 0 and 1e-6, diffusers 1 and 1e-5.
@@ -142,6 +143,8 @@ class Train:
     network: Literal["dit", "autoencoder"]
     steps: Positive
     batch_size: Positive  # global
+    microbatches: Positive  # a step's batch is computed in so many parts: less memory, same update
+    prefetch: Count  # batches that are put on the devices ahead of their step
     ema_decay: Annotated[float, fraction_below_one()]
     log_every_steps: Positive
     checkpoint_every_steps: Positive
@@ -155,8 +158,19 @@ class Train:
 class Mesh:
     """Devices as a grid (`parallel/mesh.py`); one axis may be -1: all that are left."""
 
-    data: Annotated[int, axis_size()]
-    fsdp: Annotated[int, axis_size()]
+    data: Annotated[int, axis_size()]  # copies of the state; the batch is split
+    fsdp: Annotated[int, axis_size()]  # the state and the batch are split
+    tensor: Annotated[int, axis_size()]  # heads and the MLP's width are split
+    context: Annotated[int, axis_size()]  # tokens are split
+    slices: Positive  # groups of devices with slow links between them: `data` times as many copies
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Bounds of a run of several processes (`parallel/processes.py`)."""
+
+    initialization_seconds: Positive  # until all processes must have met
+    heartbeat_seconds: Positive  # of silence until a process counts as dead
 
 
 @dataclass(frozen=True)
@@ -208,6 +222,7 @@ class Config:
     optim: Optim
     train: Train
     mesh: Mesh
+    distributed: Distributed
     sample: Sample
     evaluate: Evaluate
     sweep: Sweep
@@ -260,19 +275,25 @@ def changed(c: Config, changes: Mapping[str, Any]) -> Config:
 
 # Keys that recipes of finished runs may lack, with the value that they ran with.
 _ADDED: Mapping[str, Mapping[str, Any]] = {
-    "model": {"matmul": "default", "frequency_shift": 0, "norm2_eps": 1e-6},
+    "model": {
+        "matmul": "default", "frequency_shift": 0, "norm2_eps": 1e-6, "attention": "auto",
+    },
     "sample": {"cfg_interval": (0.0, 1.0), "weights": "ema"},
     "evaluate": {"reference": "", "seed": 0},
-    "train": {"evaluate_every_steps": 0, "evaluate_num": 1000},
-}
+    "train": {
+        "evaluate_every_steps": 0, "evaluate_num": 1000, "microbatches": 1, "prefetch": 2,
+    },
+    "mesh": {"tensor": 1, "context": 1, "slices": 1},
+    "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 100},
+}  # fmt: skip
 
 
 def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of a run with the keys that did not exist when it was started."""
     tree = dict(recorded)
     for section, added in _ADDED.items():
-        if isinstance(tree.get(section), Mapping):
-            tree[section] = {**added, **tree[section]}
+        if isinstance(tree.get(section, {}), Mapping):
+            tree[section] = {**added, **tree.get(section, {})}
     return tree
 
 

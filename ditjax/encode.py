@@ -16,7 +16,6 @@ from ditjax.errors import UserError
 from ditjax.io import data, latents
 from ditjax.io.log import Progress
 from ditjax.parallel import rules
-from ditjax.parallel.mesh import make_mesh
 
 
 def encode(
@@ -41,7 +40,7 @@ def encode(
         )
     if not 0 <= index < count:
         raise UserError(f"--index={index} --count={count}: expected an index from 0 to count - 1.")
-    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
+    mesh = build.mesh(c)
     size = c.train.batch_size
     rules.check_batch(size, mesh, "config.train.batch_size")
     info = runs.check_data(c)

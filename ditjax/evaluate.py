@@ -131,7 +131,7 @@ def evaluate_run(
     c: Config, workdir: str | os.PathLike[str], step: Step = "latest"
 ) -> dict[str, Any]:
     """Evaluates a run's checkpoint by its recipe: the record, saved in its directory too."""
-    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
+    mesh = build.mesh(c)
     if c.train.network == "autoencoder":
         params, step = runs.load_weights(c, workdir, mesh, step)
         metrics = {"psnr_db": reconstruction_psnr(c, params)}

@@ -29,7 +29,6 @@ from ditjax.evaluation import SAMPLES_FILE, Evaluator
 from ditjax.io import results, rundir
 from ditjax.io.checkpoint import Step, is_primary
 from ditjax.parallel import processes
-from ditjax.parallel.mesh import make_mesh
 from ditjax.pipeline import sampling_protocol
 from ditjax.reporting.grid import Outcome, csv_text, front, shown, terminal_text, varying
 from ditjax.reporting.pareto import pareto_png
@@ -179,7 +178,7 @@ def judges(trained: Sequence[Run]) -> dict[str, Judge]:
         c = run.config
         key = (c.data, c.autoencoder, c.evaluate, c.mesh, c.model.dtype, c.model.matmul)
         if key not in made:
-            mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
+            mesh = build.mesh(c)
             made[key] = Judge(Evaluator(c, mesh, runs.load_autoencoder(c, mesh)), mesh)
         of_run[run.name] = made[key]
     return of_run

@@ -27,7 +27,6 @@ from ditjax.io.classes import class_names, parse_classes
 from ditjax.io.log import Progress
 from ditjax.io.samples import SampleWriter
 from ditjax.parallel import processes
-from ditjax.parallel.mesh import make_mesh
 from ditjax.pretrained import networks, reading, vocabulary
 from ditjax.pretrained.networks import Network
 
@@ -306,7 +305,7 @@ class Pipeline:
         """Puts the networks on the devices of `config.mesh`; `config` changes the source's own."""
         self.config = config or source.config
         self.class_names = source.class_names
-        self._mesh = make_mesh(self.config.mesh.data, self.config.mesh.fsdp)
+        self._mesh = build.mesh(self.config)
         self._params, self._frozen = source.load(self.config, self._mesh)
         self._source = source
         self._drawer = Drawer(self._mesh, self._frozen)

@@ -36,6 +36,7 @@ class Training(NamedTuple):
     abstract_state: TrainState  # shapes, dtypes and shardings: the target of a restore
     put: Callable[[Mapping[str, np.ndarray]], Batch]  # this process's rows -> global arrays
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    lower: Callable[[], jax.stages.Lowered]  # the update from x0 on, of shapes alone
 
 
 def abstract_state(c: Config, mesh: Mesh) -> TrainState:
@@ -95,7 +96,16 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
         with precise(c):
             return jit_step(state, to_x0(frozen, batch, state.step))
 
-    return Training(init, abstract, put, run)
+    def lower() -> jax.stages.Lowered:
+        B, H, C = c.train.batch_size, c.input_size, c.input_channels
+        batch = {
+            "x0": jax.ShapeDtypeStruct((B, H, H, C), jnp.float32),
+            "label": jax.ShapeDtypeStruct((B,), jnp.int32),
+        }
+        with precise(c):
+            return jit_step.lower(abstract, batch)
+
+    return Training(init, abstract, put, run, lower)
 
 
 # (params, seed, start, labels i[B] or None, guidance) -> images u8[B,H,W,C], labels i32[B]

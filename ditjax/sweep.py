@@ -21,7 +21,6 @@ from ditjax.evaluate import model_record, save
 from ditjax.evaluation import Evaluator
 from ditjax.io import results, rundir
 from ditjax.io.log import Progress, last_metrics
-from ditjax.parallel.mesh import make_mesh
 from ditjax.report import make_report
 from ditjax.reporting.words import OF_A_METRIC
 from ditjax.scaling.counts import forward_macs, gflops, trainable_parameters
@@ -92,7 +91,7 @@ def run_cell(cell: Cell, workdir: Path) -> None:
         results.read_result(folder)
         return
     c = cell.config
-    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
+    mesh = build.mesh(c)
     evaluator = Evaluator(c, mesh, runs.load_autoencoder(c, mesh))
     trained = train(c, cell.recipe, folder, evaluator)
     model = model_record(folder, trained.step, trained.params)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from ditjax import cli, programs, runs
+from ditjax import build, cli, programs, runs
 from ditjax.config import Config
 from ditjax.errors import UserError
 from ditjax.evaluation import Evaluator
@@ -18,7 +18,6 @@ from ditjax.io import data, rundir
 from ditjax.io.checkpoint import Checkpoints, Score, is_primary
 from ditjax.io.log import MetricsLog, Progress
 from ditjax.io.results import protocol_hash, save_grid, tile
-from ditjax.parallel.mesh import make_mesh
 from ditjax.pipeline import Drawer
 from ditjax.training.step import TrainState
 
@@ -45,7 +44,7 @@ def train(
 
     Every config.train.evaluate_every_steps it is evaluated, by `evaluator` or one of its own.
     """
-    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
+    mesh = build.mesh(c)
     runs.check_data(c)
     draws = bool(c.train.sample_every_steps or c.train.evaluate_every_steps)
     frozen = runs.load_autoencoder(c, mesh) if draws or needs_encoder(c) else None

@@ -14,7 +14,8 @@ CHECKPOINTS = "checkpoints"
 
 # What may differ on resuming: where and how often, never what is learned.
 FREE_KEYS = (
-    "mesh.", "sample.", "evaluate.", "sweep.", "model.unroll", "model.remat", "data.threads",
+    "mesh.", "distributed.", "sample.", "evaluate.", "sweep.", "model.unroll", "model.remat",
+    "model.attention", "train.microbatches", "train.prefetch", "data.threads",
     "data.cache_mb", "data.data_dir", "train.steps", "train.log_every_steps",
     "train.checkpoint_every_steps", "train.keep_checkpoints", "train.sample_every_steps",
     "train.evaluate_every_steps", "train.evaluate_num",

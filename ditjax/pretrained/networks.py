@@ -19,7 +19,7 @@ RELEASE: dict[str, dict[str, Any]] = {
     "model": {
         "size": "XL", "patch": 2, "block": "adaln_zero", "mlp_ratio": 4.0, "label_dropout": 0.1,
         "dtype": "float32", "remat": "none", "unroll": 1, "matmul": "default",
-        "frequency_shift": 0, "norm2_eps": 1e-6,
+        "frequency_shift": 0, "norm2_eps": 1e-6, "attention": "auto",
     },
     "diffusion": {
         "timesteps": 1000, "schedule": "linear", "prediction": "eps", "variance": "learned_range",
@@ -38,11 +38,13 @@ RELEASE: dict[str, dict[str, Any]] = {
         "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0,
     },
     "train": {
-        "network": "dit", "steps": 400_000, "batch_size": 256, "ema_decay": 0.9999,
+        "network": "dit", "steps": 400_000, "batch_size": 256, "microbatches": 1, "prefetch": 2,
+        "ema_decay": 0.9999,
         "log_every_steps": 100, "checkpoint_every_steps": 10_000, "keep_checkpoints": 2,
         "sample_every_steps": 10_000, "evaluate_every_steps": 0, "evaluate_num": 5_000,
     },
-    "mesh": {"data": -1, "fsdp": 1},
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "slices": 1},
+    "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 100},
     "sample": {
         "sampler": "ddpm", "steps": "250", "eta": 0.0, "cfg_scale": 1.0, "cfg_channels": "three",
         "cfg_interval": (0.0, 1.0), "clip_x0": False, "weights": "ema", "batch_size": 64, "num": 64,
