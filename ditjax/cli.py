@@ -10,6 +10,7 @@ from typing import Any, NoReturn, cast
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from ditjax import host
 from ditjax.config import Config, completed, leaf_keys, read
 from ditjax.errors import UserError, nearest
 from ditjax.io import rundir
@@ -164,6 +165,7 @@ def _one_line(error: Any) -> str:
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Runs a command and exits: 0 done, 2 a user's mistake in one line, 130 interrupted."""
+    host.keep_freed_memory()
     logging.set_verbosity(logging.ERROR)  # orbax and tfds tell their housekeeping as warnings
     try:
         status = main(sys.argv[1:])

@@ -10,7 +10,7 @@ ISLANDS = ("diffusion", "models", "metrics", "scaling", "training", "parallel", 
 
 # Higher floors may import lower ones. Commands may call one another (sweep trains and evaluates).
 FLOORS = {
-    **dict.fromkeys(("errors", "sizes", "__init__"), 0),
+    **dict.fromkeys(("errors", "sizes", "host", "__init__"), 0),
     **dict.fromkeys(ISLANDS, 1),
     "config": 1,
     "build": 2,
@@ -35,6 +35,7 @@ COMMANDS = (
 STDLIB_FREE = {
     "errors": set(),
     "sizes": set(),
+    "host": set(),
     "config": set(),
     "diffusion": {"jax", "numpy"},
     "models": {"jax", "numpy", "flax"},

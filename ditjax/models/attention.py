@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from ditjax.models.embed import Linear
 
@@ -13,11 +14,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Vaswani et al. 2017 Eq. 1: q [B,H,N,d], k and v [B,H,M,d] -> [B,H,N,d].
 
     Heads are a leading axis of explicit batched products: on CPUs this is faster than
-    `jax.nn.dot_product_attention`. The softmax is taken in float32.
+    `jax.nn.dot_product_attention`. The softmax is taken in float32; its denominator divides the
+    result, d values a token, and not the weights, M of them.
     """
-    logits = jnp.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k)
-    weights = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).astype(v.dtype)
-    return jnp.einsum("bhnm,bhmd->bhnd", weights, v)
+    logits = jnp.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+    weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    y = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
+    return (y.astype(jnp.float32) / total).astype(v.dtype)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
