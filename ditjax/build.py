@@ -24,7 +24,8 @@ from ditjax.models.autoencoder import (
     sample_posterior,
 )
 from ditjax.models.dit import DiT
-from ditjax.models.embed import drop_labels
+from ditjax.models.embed import ANYWHERE, Placement, drop_labels
+from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 from ditjax.scaling.counts import Shape, gflops
 from ditjax.sizes import parse_size
@@ -39,8 +40,8 @@ LOSSES = {
 }
 
 
-def dit(c: Config) -> DiT:
-    """The denoiser of a recipe."""
+def dit(c: Config, mesh: Mesh | None = None) -> DiT:
+    """The denoiser of a recipe, on a mesh or one device; the parameters are the same."""
     size = parse_size(c.model.size)
     return DiT(
         depth=size.depth,
@@ -57,6 +58,24 @@ def dit(c: Config) -> DiT:
         frequency_shift=c.model.frequency_shift,
         norm2_eps=c.model.norm2_eps,
         dtype=DTYPES[c.model.dtype],
+        place=ANYWHERE if mesh is None else placement(c, mesh),
+    )
+
+
+def placement(c: Config, mesh: Mesh) -> Placement:
+    """Where a mesh wants the denoiser's activations.
+
+    Raises UserError when the mesh does not divide its tokens or heads.
+    """
+    if mesh.size == 1:
+        return ANYWHERE
+    tokens = (c.input_size // c.model.patch) ** 2
+    extra = 2 if c.model.block == "in_context" else 0
+    rules.check_tokens(tokens, extra, parse_size(c.model.size).heads, mesh)
+    return Placement(
+        rules.placement(mesh),
+        merge_rows=mesh.shape["context"] == 1,
+        merge_columns=mesh.shape["tensor"] == 1,
     )
 
 
@@ -93,7 +112,8 @@ def autoencoder(c: Config) -> AutoencoderKL:
 
 def mesh(c: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The devices of a run, all there are unless given, as the recipe's grid."""
-    return make_mesh(c.mesh.data, c.mesh.fsdp, devices)
+    m = c.mesh
+    return make_mesh(m.data, m.fsdp, devices, tensor=m.tensor, context=m.context, slices=m.slices)
 
 
 def schedule(c: Config) -> Schedule:
@@ -117,14 +137,19 @@ class Trainee(NamedTuple):
     loss: LossFn
 
 
-def trainee(c: Config) -> Trainee:
-    """The network that the recipe trains, with its objective."""
-    return _dit_trainee(c) if c.train.network == "dit" else _autoencoder_trainee(c)
+def trainee(c: Config, mesh: Mesh | None = None) -> Trainee:
+    """The network that the recipe trains, with its objective, on a mesh or one device."""
+    if c.train.network == "dit":
+        return _dit_trainee(c, mesh)
+    if mesh is not None:
+        rules.check_data_only(mesh, "the autoencoder")
+    return _autoencoder_trainee(c)
 
 
-def _dit_trainee(c: Config) -> Trainee:
+def _dit_trainee(c: Config, mesh: Mesh | None) -> Trainee:
+    # One row is no batch that a mesh divides: parameters are made without it.
     model, process = dit(c), schedule(c)
-    apply: Callable[..., Any] = model.apply
+    apply: Callable[..., Any] = dit(c, mesh).apply
     x = jnp.zeros((1, c.input_size, c.input_size, c.input_channels))
     labels = jnp.zeros((1,), jnp.int32)
 
@@ -219,12 +244,12 @@ def guided(c: Config) -> Literal["never", "always", "within"]:
     return "always" if c.sample.cfg_interval == (0.0, 1.0) else "within"
 
 
-def denoiser(c: Config, params: Any, labels: jax.Array, g: Guidance) -> Denoise:
+def denoiser(c: Config, model: DiT, params: Any, labels: jax.Array, g: Guidance) -> Denoise:
     """The network with parameters and labels closed over, guided as the recipe says.
 
     labels i32[B]. Guidance evaluates both halves as one doubled batch.
     """
-    apply: Callable[..., Any] = dit(c).apply
+    apply: Callable[..., Any] = model.apply
 
     def conditional(x: jax.Array, t: jax.Array) -> jax.Array:
         return apply(params, x, t, labels)
@@ -263,17 +288,19 @@ def sampling_gflops(c: Config) -> float:
     return gflops(cost(c)) * (len(t) + twice)
 
 
-def sampler(c: Config) -> Callable[[Any, jax.Array, jax.Array, Guidance], jax.Array]:
-    """(params, keys key[B], labels i32[B], guidance) -> x0 f32[B,h,w,c].
+def sampler(
+    c: Config, mesh: Mesh | None = None
+) -> Callable[[Any, jax.Array, jax.Array, Guidance], jax.Array]:
+    """(params, keys key[B], labels i32[B], guidance) -> x0 f32[B,h,w,c], on a mesh or one device.
 
     Sample b depends on (keys[b], labels[b]) alone, whatever the batch it is drawn in.
     """
-    process = sampling_schedule(c)
+    process, model = sampling_schedule(c), dit(c, mesh)
     shape = (c.input_size, c.input_size, c.input_channels)
     prediction, variance = c.diffusion.prediction, c.diffusion.variance
 
     def sample(params: Any, keys: jax.Array, labels: jax.Array, guidance: Guidance) -> jax.Array:
-        denoise = denoiser(c, params, labels, guidance)
+        denoise = denoiser(c, model, params, labels, guidance)
         x_T = samplers.initial_noise(keys, shape)
         noise = samplers.per_sample_noise(keys, shape)
         if c.sample.sampler == "ddpm":

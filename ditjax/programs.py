@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ditjax import build
 from ditjax.config import Config
 from ditjax.models.autoencoder import Moments
-from ditjax.parallel import rules
+from ditjax.parallel import compiling, rules
 from ditjax.training.step import Batch, Metrics, TrainState, init_state, make_step
 
 # Streams of the run's key, so that no two uses of a seed share random numbers.
@@ -57,9 +57,10 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
     images); a data set of cached moments does not need them.
     """
     rules.check_batch(c.train.batch_size, mesh, "config.train.batch_size")
-    trainee, tx = build.trainee(c), build.optimizer(c)
+    trainee, tx = build.trainee(c, mesh), build.optimizer(c)
     key = stream(c.seed, _TRAIN)
     abstract = abstract_state(c, mesh)
+    rules.check_split(abstract.params, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     init = jax.jit(
         lambda: init_state(trainee.init(stream(c.seed, _INIT)), tx), out_shardings=shardings
@@ -72,6 +73,7 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
         out_shardings=(shardings, rules.replicated(mesh)),
         donate_argnums=0,
     )
+    watched_step = compiling.watched(jit_step, mesh)
 
     @jax.jit
     def to_x0(frozen: Any, batch: Batch, step: jax.Array) -> Batch:
@@ -94,7 +96,7 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with precise(c):
-            return jit_step(state, to_x0(frozen, batch, state.step))
+            return watched_step(state, to_x0(frozen, batch, state.step))
 
     def lower() -> jax.stages.Lowered:
         B, H, C = c.train.batch_size, c.input_size, c.input_channels
@@ -127,7 +129,7 @@ def sampling(c: Config, mesh: Mesh, frozen: Any = None) -> Sampling:
     compiles nothing anew, but for guidance that begins, ends or gets an interval (`build.guided`).
     """
     rules.check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
-    sample = build.sampler(c)
+    sample = build.sampler(c, mesh)
     batch_sharding = rules.batch_sharding(mesh)
 
     keys_of = jax.vmap(jax.random.fold_in, (None, 0))

@@ -163,7 +163,7 @@ def test_images(pixels, latent, tmp_path):
         ({"sampler": "euler"}, "sampler is 'euler'"),
         ({"eta": 2.0}, "eta is 2.0"),
         ({"cfg_channels": "three"}, "cfg_channels is 'three' and the input has 1"),
-        ({"batch_size": 3}, "batch_size is 3: not divisible by the mesh's 8 devices"),
+        ({"batch_size": 3}, "batch_size is 3: not divisible by the mesh's data x fsdp = 8"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"classes": [10]}, "class numbers from 0 to 9"),
         ({"classes": "golden_retriever"}, "class numbers from 0 to 9"),

@@ -1,6 +1,8 @@
 """What training and sampling depend on: the seed and the index, never the devices."""
 
 import functools
+import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from ditjax import build, programs
 from ditjax.cli import load_recipe
 from ditjax.config import changed, read
+from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 
 STEPS = 50
@@ -54,14 +57,54 @@ def one_device():
     return train(recipe(), make_mesh(1, 1, jax.devices()[:1]))
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (4, 2)])
-def test_the_same_training_on_one_and_eight_devices(data, fsdp):
-    losses, ema = train(recipe(), make_mesh(data, fsdp))
+MESHES: dict[str, dict[str, Any]] = {
+    "data": {"data": 8, "fsdp": 1},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "slices, fsdp": {"data": 1, "fsdp": 4, "slices": 2},
+    "data, tensor": {"data": 4, "fsdp": 1, "tensor": 2},
+    "fsdp, context": {"data": 1, "fsdp": 4, "context": 2},
+    "fsdp, context, tensor": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+}
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_the_same_training_on_one_and_eight_devices(axes):
+    losses, ema = train(recipe(), make_mesh(**MESHES[axes]))
     expected, expected_ema = one_device()
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(expected_ema), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
     assert losses[-5:].mean() < losses[:5].mean(), "it does not learn"
+
+
+def collectives(axes):
+    """(operation, shape, where it comes from) of every exchange in a compiled step."""
+    text = programs.training(recipe(), make_mesh(**MESHES[axes])).lower().compile().as_text()
+    assert text is not None
+    operations = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    return re.findall(rf'= (.*?) ({operations})(?:-start)?\(.*op_name="([^"]*)"', text)
+
+
+def test_data_parallel_training_gathers_nothing():
+    assert {kind for _, kind, _ in collectives("data")} == {"all-reduce"}
+
+
+def test_tensor_parallel_blocks_sum_tokens_twice_each_way():
+    """Megatron (Shoeybi et al. 2019, Fig. 4): after attention and after the MLP, and backwards.
+
+    A device has 4 samples of 16 tokens. With adaLN its vectors travel too, without the N.
+    """
+    tokens = [
+        (kind, name.split("blocks/")[-1], "transpose" in name)
+        for shape, kind, name in collectives("data, tensor")
+        if shape.startswith("f32[64,32]")
+    ]
+    assert sorted(tokens) == [
+        ("all-reduce", "attn/out/dot_general", False),
+        ("all-reduce", "attn/qkv/dot_general", True),
+        ("all-reduce", "mlp/in/dot_general", True),
+        ("all-reduce", "mlp/out/dot_general", False),
+    ]
 
 
 def test_another_seed_is_another_training():
@@ -96,14 +139,15 @@ def noisy_params():
 
 def draw(c, mesh, start, labels=None, scale=1.0):
     params = noisy_params()
+    params = jax.device_put(params, rules.state_shardings(params, mesh))
     c = changed(c, {"sample": {"cfg_scale": scale}})
     return programs.sampling(c, mesh).draw(params, c.seed, start, labels, build.guidance_of(c))
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_a_sample_is_a_function_of_seed_and_index(sampler):
+@pytest.mark.parametrize(("sampler", "axes"), [("ddim", "fsdp, context, tensor"), ("ddpm", "data")])
+def test_a_sample_is_a_function_of_seed_and_index(sampler, axes):
     c = recipe(f"--config.sample.sampler={sampler}", "--config.sample.steps=5")
-    images, labels = draw(c, make_mesh(8, 1), 0)
+    images, labels = draw(c, make_mesh(**MESHES[axes]), 0)
     assert images.shape == (8, 8, 8, 1)
     assert images.dtype == np.uint8
     again = recipe(

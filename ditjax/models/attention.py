@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from ditjax.models.embed import Linear
+from ditjax.models.embed import ANYWHERE, Linear, Placement
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -33,14 +33,18 @@ class SelfAttention(nn.Module):
 
     heads: int
     dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        D = x.shape[-1]
-        qkv = Linear((3, self.heads, D // self.heads), dtype=self.dtype, name="qkv")(x)
+        D, put = x.shape[-1], self.place.put
+        qkv = Linear(
+            (3, self.heads, D // self.heads), dtype=self.dtype, place=self.place, name="qkv"
+        )(x)
         q, k, v = (_heads_first(qkv[:, :, i]) for i in range(3))
-        y = _heads_first(attend(q, k, v)).reshape(x.shape)
-        return Linear(D, dtype=self.dtype, name="out")(y)
+        y = attend(put("queries", q), put("keys", k), put("keys", v))
+        y = _heads_first(put("queries", y)).reshape(x.shape)
+        return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(y))
 
 
 class CrossAttention(nn.Module):
@@ -51,12 +55,16 @@ class CrossAttention(nn.Module):
 
     heads: int
     dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        D = x.shape[-1]
-        q = Linear((self.heads, D // self.heads), dtype=self.dtype, name="q")(x)
-        kv = Linear((2, self.heads, D // self.heads), dtype=self.dtype, name="kv")(context)
+        D, put = x.shape[-1], self.place.put
+        q = Linear((self.heads, D // self.heads), dtype=self.dtype, place=self.place, name="q")(x)
+        kv = Linear(
+            (2, self.heads, D // self.heads), dtype=self.dtype, place=self.place, name="kv"
+        )(context)
         k, v = (_heads_first(kv[:, :, i]) for i in range(2))
-        y = _heads_first(attend(_heads_first(q), k, v)).reshape(x.shape)
-        return Linear(D, dtype=self.dtype, name="out")(y)
+        y = attend(put("queries", _heads_first(q)), put("keys", k), put("keys", v))
+        y = _heads_first(put("queries", y)).reshape(x.shape)
+        return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(y))

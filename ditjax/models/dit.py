@@ -17,8 +17,10 @@ from ditjax.models.blocks import (
 )
 from ditjax.models.blocks import modulate as modulate_tokens
 from ditjax.models.embed import (
+    ANYWHERE,
     LabelEmbedder,
     Linear,
+    Placement,
     TimestepEmbedder,
     patchify,
     sincos_position_embedding,
@@ -39,16 +41,18 @@ class FinalLayer(nn.Module):
     out_features: int
     block: str
     dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
 
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         if self.block in ("adaln", "adaln_zero"):
             zero = self.block == "adaln_zero"
-            shift, scale = Modulation(2, zero, self.dtype, name="adaln")(c)
+            shift, scale = Modulation(2, zero, self.dtype, self.place, name="adaln")(c)
             x = modulate_tokens(layer_norm(x), shift, scale)
         else:
             x = AffineLayerNorm(name="norm")(x)
-        return Linear(self.out_features, nn.initializers.zeros, self.dtype, name="linear")(x)
+        zeros = nn.initializers.zeros
+        return Linear(self.out_features, zeros, self.dtype, self.place, name="linear")(x)
 
 
 class DiT(nn.Module):
@@ -57,7 +61,7 @@ class DiT(nn.Module):
     `out_channels` is C, or 2C with the variance fraction in [C:2C]. Parameters of the L blocks are
     stacked on a leading axis whether the stack is scanned (`unroll=1`: fast to compile) or unrolled
     (`unroll=L`: fast on CPUs); `unroll` divides freely and does not change the parameters. `y` may
-    be `num_classes`, the null label, when `null_label`.
+    be `num_classes`, the null label, when `null_label`. `place` is where a mesh wants activations.
     """
 
     depth: int
@@ -74,6 +78,7 @@ class DiT(nn.Module):
     frequency_shift: int = 0
     norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
@@ -87,9 +92,13 @@ class DiT(nn.Module):
         y_emb = LabelEmbedder(
             self.num_classes, self.width, self.null_label, self.dtype, name="y_embedder"
         )(y)
-        cond = Conditioning(vector=t_emb + y_emb, context=jnp.stack([t_emb, y_emb], axis=1))
+        put = self.place.put
+        t_emb, y_emb = put("conditioning", t_emb), put("conditioning", y_emb)
+        context = jnp.stack([put("row", t_emb), put("row", y_emb)], axis=1)
+        cond = Conditioning(vector=t_emb + y_emb, context=put("context", context))
 
-        tokens = Linear(self.width, dtype=self.dtype, name="x_embedder")(patchify(x, self.patch))
+        embed = Linear(self.width, dtype=self.dtype, place=self.place, name="x_embedder")
+        tokens = put("tokens", embed(patchify(x, self.patch)))
         N = tokens.shape[1]
         position = sincos_position_embedding(self.width, H // self.patch, W // self.patch)
         tokens = tokens + jnp.asarray(position, self.dtype)[None]
@@ -99,7 +108,11 @@ class DiT(nn.Module):
         tokens = self._stack(tokens, cond)[:, :N]
 
         out = FinalLayer(
-            self.patch**2 * self.out_channels, self.block, self.dtype, name="final_layer"
+            self.patch**2 * self.out_channels,
+            self.block,
+            self.dtype,
+            self.place,
+            name="final_layer",
         )(tokens, cond.vector)
         return unpatchify(out, self.patch, H, W).astype(jnp.float32)
 
@@ -111,7 +124,7 @@ class DiT(nn.Module):
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
 
         def body(module: nn.Module, tokens: jax.Array, cond: Conditioning) -> tuple[Any, None]:
-            return module(tokens, cond), None
+            return self.place.put("tokens", module(tokens, cond)), None
 
         scan = nn.scan(
             body,
@@ -121,5 +134,7 @@ class DiT(nn.Module):
             length=self.depth,
             unroll=min(self.unroll, self.depth),
         )
-        blocks = block(self.heads, self.mlp_ratio, self.norm2_eps, self.dtype, name="blocks")
+        blocks = block(
+            self.heads, self.mlp_ratio, self.norm2_eps, self.dtype, self.place, name="blocks"
+        )
         return scan(blocks, tokens, cond)[0]

@@ -1,5 +1,6 @@
 """Patches, positions, timesteps and labels, as the network sees them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,27 +25,55 @@ def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.floa
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def _stay(name: str, x: jax.Array) -> jax.Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What a mesh asks of a network that knows none.
+
+    `put(name, x)` is x where activations of that name live. Tokens that are split are not merged
+    with the batch (`merge_rows`), nor heads with the 3 of qkv (`merge_columns`): it takes gathering
+    them first.
+    """
+
+    put: Callable[[str, jax.Array], jax.Array] = _stay
+    merge_rows: bool = True
+    merge_columns: bool = True
+
+
+ANYWHERE = Placement()
+
+
 class Linear(nn.Module):
     """y = x W + b over the last axis; kernel [D_in, *features], bias [*features].
 
-    Leading axes are merged before the product: a weight gradient that contracts batch and tokens
-    as two axes runs at half speed on CPUs. Factored features ((3, H, d), (6, D)) keep an axis of
-    their own in the parameter, so that sharding rules can name heads and never split a fused 6D.
+    The product is of two matrices where a mesh allows it. Leading axes are merged before it: a
+    weight gradient that contracts batch and tokens as two axes runs at half speed on CPUs. Factored
+    features ((3, H, d), (6, D)) keep an axis of their own in the parameter, so that sharding rules
+    can name heads and never split a fused 6D. In the product they are merged, and before the cast:
+    else a TPU sums their gradient over `fsdp` whole and then splits it, at twice the bytes.
     """
 
     features: int | tuple[int, ...]
     kernel_init: Initializer = xavier_uniform
     dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         features = (self.features,) if isinstance(self.features, int) else self.features
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], *features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
-        flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = lax.dot_general(flat, kernel.astype(self.dtype), (((1,), (0,)), ((), ())))
-        y = y + bias.astype(self.dtype)[None]
-        return y.reshape(*x.shape[:-1], *features)
+        lead, D = x.shape[:-1], x.shape[-1]
+        rows = (-1,) if self.place.merge_rows else lead
+        columns = (-1,) if self.place.merge_columns else features
+        x = x.astype(self.dtype).reshape(*rows, D)
+        kernel = kernel.reshape(D, *columns).astype(self.dtype)
+        y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        y = y + bias.reshape(columns).astype(self.dtype)[(None,) * len(rows)]
+        return y.reshape(*lead, *features)
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:

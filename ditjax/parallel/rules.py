@@ -1,35 +1,63 @@
 """Where every array lives: path pattern -> PartitionSpec. The only PartitionSpecs there are.
 
-The same table serves parameters, their average and both Adam moments: an optimizer's leaf carries
-the path of its parameter as a suffix.
+One table serves parameters, their average and both Adam moments: an optimizer's leaf carries the
+path of its parameter as a suffix. A second one serves the activations that the networks name.
 """
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditjax.errors import UserError
 
+BATCH_AXES = ("data", "fsdp")
+
 # First match wins; specs are over the leaf's last axes (a scanned stack adds a leading one).
-# Kernels split their input axis, which every product contracts or gathers whole; adaLN's "6" and
-# qkv's "3" stay unsplit axes of their own. Conv kernels [h, w, in, out] split in; the image and
-# latent ends (3 or 4 channels) stay whole.
+# `fsdp` splits an axis that every product contracts or gathers whole. `tensor` is Megatron's
+# (Shoeybi et al. 2019, Sec. 3): the first product of a pair by columns, whole heads in attention,
+# with its bias; the second by rows, so that one sum over `tensor` ends the pair. adaLN's kernel is
+# never gathered: conditioning is B rows, not B·N, so they are what moves, split by `fsdp` as the
+# kernel's input is, summed over it, and gathered over `tensor`. Its "6" and qkv's "3" are unsplit
+# axes of their own: no split crosses them. Other biases, D numbers each, stay whole.
 RULES: tuple[tuple[str, P], ...] = (
     (r"x_embedder/kernel", P(None, "fsdp")),
     (r"final_layer/linear/kernel", P("fsdp", None)),
-    (r"qkv/kernel", P("fsdp", None, None, None)),
-    (r"q/kernel", P("fsdp", None, None)),
-    (r"kv/kernel", P("fsdp", None, None, None)),
-    (r"adaln/linear/kernel", P("fsdp", None, None)),
-    (r"(attn|cross)/out/kernel", P("fsdp", None)),
-    (r"(mlp|t_embedder)/(in|out)/kernel", P("fsdp", None)),
+    (r"qkv/kernel", P("fsdp", None, "tensor", None)),
+    (r"qkv/bias", P(None, "tensor", None)),
+    (r"q/kernel", P("fsdp", "tensor", None)),
+    (r"q/bias", P("tensor", None)),
+    (r"kv/kernel", P("fsdp", None, "tensor", None)),
+    (r"kv/bias", P(None, "tensor", None)),
+    (r"adaln/linear/kernel", P("fsdp", None, "tensor")),
+    (r"adaln/linear/bias", P(None, "tensor")),
+    (r"(mlp|t_embedder)/in/kernel", P("fsdp", "tensor")),
+    (r"(mlp|t_embedder)/in/bias", P("tensor")),
+    (r"(attn|cross|mlp|t_embedder)/out/kernel", P("tensor", "fsdp")),
     (r"y_embedder/table", P(None, "fsdp")),
 )
 
-BATCH = P(("data", "fsdp"))
+# Name of an activation -> where it lives. Keys and values are whole along `context`: a query sees
+# every token.
+ACTIVATIONS: dict[str, P] = {
+    "conditioning": P("data", "fsdp"),  # [B, D]
+    "row": P(BATCH_AXES, None),  # [B, D], on its way into the context
+    "context": P(BATCH_AXES, None, None),  # [B, 2, D]
+    "columns": P(BATCH_AXES, None, "tensor"),  # [B, 6, D] as its product makes it
+    "modulation": P(BATCH_AXES, None, None),  # [B, 6, D]
+    "tokens": P(BATCH_AXES, "context", None),  # [B, N, D]
+    "hidden": P(BATCH_AXES, "context", "tensor"),  # [B, N, 4D]
+    "queries": P(BATCH_AXES, "tensor", "context", None),  # [B, H, N, d]
+    "keys": P(BATCH_AXES, "tensor", None, None),  # [B, H, M, d]; values too
+}
+
+# What may be left whole on every device of an fsdp or tensor axis. Networks below a million
+# parameters may leave more: their biases alone are more, and there is no memory to save.
+MOST_WHOLE, SMALL = 0.02, 1_000_000
 
 
 def path_of(path: Any) -> str:
@@ -37,23 +65,34 @@ def path_of(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """The first rule that matches `path`, right-aligned to `shape`; replicated when none does."""
     rule = next((spec for pattern, spec in RULES if re.search(rf"(^|/)(?:{pattern})$", path)), None)
     if rule is None:
         return P()
     spec = P(*(None,) * (len(shape) - len(rule)), *rule)
-    for dim, axis in zip(shape, spec, strict=True):
-        if axis is not None and dim % mesh.shape[axis]:
-            legal = [n for n in range(1, dim + 1) if dim % n == 0]
-            raise UserError(
-                f"mesh axis {axis}={mesh.shape[axis]} does not divide {path} {shape} along {dim}:"
-                f" sizes that do: {', '.join(map(str, legal))}."
-            )
+    _check_divides(spec, shape, mesh, path)
     return spec
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
+def _check_divides(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, what: str) -> None:
+    for dim, axes in zip(shape, spec, strict=True):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh.shape[name] for name in names)
+        if dim % parts:
+            said = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
+            raise UserError(
+                f"mesh axis {said} does not divide {what} {shape} along {dim}:"
+                f" sizes that do: {divisors(dim)}."
+            )
+
+
+def divisors(number: int) -> str:
+    """'1, 2, 4' of 4: the legal sizes of a message."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings for a tree of arrays or ShapeDtypeStructs, by the rules."""
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
@@ -62,20 +101,95 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def check_split(params: Any, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError when `fsdp` and `tensor` leave more than 2 % of the parameters whole.
+
+    `params` are arrays or ShapeDtypeStructs.
+    """
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return
+    shardings = state_shardings(params, mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    total, whole = 0, []
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        total += math.prod(leaf.shape)
+        if sharding.shard_shape(leaf.shape) == leaf.shape:
+            whole.append((math.prod(leaf.shape), path_of(path), leaf.shape))
+    left = sum(size for size, _, _ in whole)
+    if total < SMALL or left <= MOST_WHOLE * total:
+        return
+    largest = ", ".join(f"{path} {shape}" for _, path, shape in sorted(whole, reverse=True)[:3])
+    raise UserError(
+        f"mesh fsdp={mesh.shape['fsdp']}, tensor={mesh.shape['tensor']} leaves"
+        f" {left / total:.1%} of {total:,} parameters whole on every device, at most"
+        f" {MOST_WHOLE:.0%} may be; the largest: {largest}. Legal without a rule for them in"
+        " ditjax/parallel/rules.py: fsdp=1, tensor=1."
+    )
+
+
+def placement(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
+    """(name, activation) -> the same activation, where the table says that it lives.
+
+    Raises UserError, while a program is traced, for an axis that does not divide.
+    """
+
+    def place(name: str, x: jax.Array) -> jax.Array:
+        spec = ACTIVATIONS[name]
+        _check_divides(spec, x.shape, mesh, name)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return place
+
+
+def check_tokens(tokens: int, extra: int, heads: int, mesh: Mesh) -> None:
+    """Raises UserError when `context` does not split a network's tokens or `tensor` its heads.
+
+    `extra` conditioning tokens join the others in the blocks and leave them after.
+    """
+    context, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    if tokens % context or (tokens + extra) % context:
+        joined = f" and with {extra} of conditioning" if extra else ""
+        common = math.gcd(tokens, tokens + extra)
+        raise UserError(
+            f"mesh axis context={context} does not divide the model's {tokens} tokens{joined}:"
+            f" sizes that do: {divisors(common)}."
+        )
+    if heads % tensor:
+        raise UserError(
+            f"mesh axis tensor={tensor} does not divide the model's {heads} heads:"
+            f" sizes that do: {divisors(heads)}."
+        )
+
+
+def check_data_only(mesh: Mesh, what: str) -> None:
+    """Raises UserError for a mesh with another axis than `data`."""
+    for axis, size in mesh.shape.items():
+        if axis != "data" and size > 1:
+            raise UserError(
+                f"mesh axis {axis}={size}: {what} is trained over data alone; legal: {axis}=1."
+            )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds all of it."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis is split over all devices."""
-    return NamedSharding(mesh, BATCH)
+    """The leading axis is split over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:
-    """Raises UserError when the devices do not divide a batch."""
-    if batch_size % mesh.size:
+    """Raises UserError when the mesh does not divide a batch."""
+    parts = batch_parts(mesh)
+    if batch_size % parts:
         raise UserError(
-            f"{what} is {batch_size}: not divisible by the mesh's {mesh.size} devices; the next"
-            f" size that is: {batch_size + mesh.size - batch_size % mesh.size}."
+            f"{what} is {batch_size}: not divisible by the mesh's data x fsdp = {parts}; the next"
+            f" size that is: {batch_size + parts - batch_size % parts}."
         )

@@ -144,7 +144,10 @@ def test_numerics_are_on_record(tmp_path):
         (("--cfg_scale=-1",), "cfg_scale is -1.0"),
         (("--cfg_scale=nan",), "cfg_scale is nan"),
         (("--seed=-1",), "config.seed is -1"),
-        (("--batch_size=3",), "not divisible by the mesh's 8 devices; the next size that is: 8"),
+        (
+            ("--batch_size=3",),
+            "not divisible by the mesh's data x fsdp = 8; the next size that is: 8",
+        ),
         (("--sampler=euler",), "sampler is 'euler'"),
         (("--precision=fp8",), "invalid choice: 'fp8'"),
         (("--classes=golden_retriever",), "class numbers from 0 to 9"),

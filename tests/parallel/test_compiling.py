@@ -1,0 +1,99 @@
+"""What XLA does not want to do is an error, and nothing else of stderr is lost."""
+
+import os
+import subprocess
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ditjax.errors import UserError
+from ditjax.parallel.mesh import make_mesh
+from ditjax.parallel.compiling import no_rematerialization, watched
+
+
+def fused(mesh):
+    """A fused 6D axis that a split crosses: XLA gathers it whole to reach the batch's sharding."""
+
+    def put(x, *spec):
+        return jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, jax.P(*spec)))
+
+    def program(x):
+        x = put(jnp.sin(x), "data", "fsdp").reshape(16, 6, 16)
+        return put(jnp.sin(x), ("data", "fsdp"), None, None)
+
+    return jax.jit(program)
+
+
+MESSAGE = r"mesh data=2, fsdp=4: XLA would gather f32\[8,.*\(reshape.* whole .* Legal: 1 for .*fsdp"
+
+
+def test_a_rematerialization_is_an_error_each_time(capfd):
+    """Also from a compilation cache, which would not say it a second time."""
+    mesh, key = make_mesh(2, 4), "jax_persistent_cache_min_compile_time_secs"
+    kept = getattr(jax.config, key)
+    jax.config.update(key, 0.0)
+    try:
+        for _ in range(2):
+            program = watched(fused(mesh), mesh)
+            with pytest.raises(UserError, match=MESSAGE):
+                program(jnp.zeros((16, 96)))
+    finally:
+        jax.config.update(key, kept)
+    assert "Involuntary" not in capfd.readouterr().err
+
+
+def test_only_the_first_call_is_watched():
+    mesh, calls = make_mesh(8, 1), []
+
+    def program(text):
+        calls.append(os.readlink("/proc/self/fd/2"))
+        return text
+
+    call = watched(program, mesh)
+    assert [call("a"), call("b")] == ["a", "b"]
+    before = os.readlink("/proc/self/fd/2")
+    assert calls[0] != before
+    assert calls[1] == before
+
+
+def test_the_rest_of_stderr_goes_where_it_went(capfd):
+    line = (
+        "W0101 00:00:00.0 1 a.cc:1] [SPMD] Involuntary full rematerialization. The compiler cannot"
+        " go from sharding {devices=[2]<=[2]} to {replicated} efficiently for HLO operation"
+        " %a.0 = f32[8,3]{1,0} add(%b), sharding={replicated}.\n"
+    )
+    go, done = threading.Event(), threading.Event()
+
+    def another_thread():
+        go.wait()
+        os.write(2, b"from a thread\n")
+        done.set()
+
+    thread = threading.Thread(target=another_thread)
+    thread.start()
+    watch = no_rematerialization(make_mesh(2, 4))
+    watch.__enter__()
+    os.write(2, b"unfinished " + line.encode())
+    go.set()
+    done.wait()
+    child = subprocess.Popen("read line; echo from a child >&2", shell=True, stdin=-1)
+    os.write(2, line.encode() + b"no newline")
+    with pytest.raises(UserError, match=r"gather f32\[8,3\] \(add\).*and 1 more"):
+        watch.__exit__(None, None, None)
+    child.communicate(b"\n")
+    thread.join()
+    os.write(2, b" and after\n")
+    assert child.returncode == 0
+    err = capfd.readouterr().err
+    assert "Involuntary" not in err
+    for words in ("unfinished ", "from a thread\n", "no newline", " and after\n"):
+        assert err.count(words) == 1, err
+
+
+def test_an_error_of_the_program_comes_through(capfd):
+    with pytest.raises(ZeroDivisionError), no_rematerialization(make_mesh(2, 4)):
+        1 / 0  # noqa: B018
+    os.write(2, b"still there\n")
+    assert capfd.readouterr().err == "still there\n"
