@@ -16,6 +16,8 @@ from ditjax.diffusion import losses, samplers
 from ditjax.diffusion.gaussian import Denoise
 from ditjax.diffusion.guidance import guide, within
 from ditjax.diffusion.schedule import Schedule, make_schedule, respace
+from ditjax.models import kernels
+from ditjax.models.attention import attend
 from ditjax.models.autoencoder import (
     AutoencoderConfig,
     AutoencoderKL,
@@ -24,7 +26,7 @@ from ditjax.models.autoencoder import (
     sample_posterior,
 )
 from ditjax.models.dit import DiT
-from ditjax.models.embed import ANYWHERE, Placement, drop_labels
+from ditjax.models.embed import ANYWHERE, Attend, Placement, drop_labels
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 from ditjax.scaling.counts import Shape, gflops
@@ -67,8 +69,9 @@ def placement(c: Config, mesh: Mesh) -> Placement:
 
     Raises UserError when the mesh does not divide its tokens or heads.
     """
+    kernel = attention(c, mesh)
     if mesh.size == 1:
-        return ANYWHERE
+        return Placement(attend=kernel)
     tokens = (c.input_size // c.model.patch) ** 2
     extra = 2 if c.model.block == "in_context" else 0
     rules.check_tokens(tokens, extra, parse_size(c.model.size).heads, mesh)
@@ -76,7 +79,26 @@ def placement(c: Config, mesh: Mesh) -> Placement:
         rules.placement(mesh),
         merge_rows=mesh.shape["context"] == 1,
         merge_columns=mesh.shape["tensor"] == 1,
+        attend=kernel,
     )
+
+
+def attention(c: Config, mesh: Mesh) -> Attend | None:
+    """The kernel of a recipe's attention on a mesh's devices; None is the plain form.
+
+    A mesh may be of devices that are only described, on a machine with others. Raises UserError
+    when they do not have what the recipe names.
+    """
+    size = parse_size(c.model.size)
+    patches = (c.input_size // c.model.patch) ** 2
+    kernel = kernels.choose(
+        c.model.attention,
+        mesh.devices.flat[0],
+        tokens=patches + 2 if c.model.block == "in_context" else patches,
+        head_width=size.width // size.heads,
+        dtype=DTYPES[c.model.dtype],
+    )
+    return None if kernel is attend else rules.by_heads(kernel, mesh)
 
 
 def cost(c: Config) -> Shape:

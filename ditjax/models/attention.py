@@ -5,23 +5,48 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
 from ditjax.models.embed import ANYWHERE, Linear, Placement
 
 
+@jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Vaswani et al. 2017 Eq. 1: q [B,H,N,d], k and v [B,H,M,d] -> [B,H,N,d].
 
     Heads are a leading axis of explicit batched products: on CPUs this is faster than
-    `jax.nn.dot_product_attention`. The softmax is taken in float32; its denominator divides the
-    result, d values a token, and not the weights, M of them.
+    `jax.nn.dot_product_attention`. The softmax is taken in float32. Its denominator divides the d
+    values of a token's result and not its M weights, in the gradient too, which JAX would not find:
+    two passes fewer over the largest arrays, and one of them less to keep.
     """
-    logits = jnp.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
-    weights = jnp.exp(logits - lax.stop_gradient(logits.max(-1, keepdims=True)))
+    return _attend(q, k, v)[0]
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """(y, what the gradient takes): weights are not yet divided by their `total`."""
+    q = q * q.shape[-1] ** -0.5
+    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     total = weights.sum(-1, keepdims=True)
-    y = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
-    return (y.astype(jnp.float32) / total).astype(v.dtype)
+    weights = weights.astype(v.dtype)
+    y = jnp.einsum("bhnm,bhmd->bhnd", weights, v, preferred_element_type=jnp.float32)
+    return (y / total).astype(v.dtype), (q, k, v, weights, total)
+
+
+def _gradient(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
+    """(dq, dk, dv). dlogits = w/t (dw - Σ dw w/t), with dw = dy vᵀ of weights w and total t."""
+    q, k, v, weights, total = saved
+    dy = (dy.astype(jnp.float32) / total).astype(v.dtype)
+    dweights = jnp.einsum("bhnd,bhmd->bhnm", dy, v, preferred_element_type=jnp.float32)
+    w = weights.astype(jnp.float32)
+    mean = (w * dweights).sum(-1, keepdims=True) / total
+    dlogits = (w * (dweights - mean)).astype(v.dtype)
+    dq = jnp.einsum("bhnm,bhmd->bhnd", dlogits, k) * q.shape[-1] ** -0.5
+    dk = jnp.einsum("bhnm,bhnd->bhmd", dlogits, q)
+    dv = jnp.einsum("bhnm,bhnd->bhmd", weights, dy)
+    return dq, dk, dv
+
+
+attend.defvjp(_attend, _gradient)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
@@ -42,7 +67,8 @@ class SelfAttention(nn.Module):
             (3, self.heads, D // self.heads), dtype=self.dtype, place=self.place, name="qkv"
         )(x)
         q, k, v = (_heads_first(qkv[:, :, i]) for i in range(3))
-        y = attend(put("queries", q), put("keys", k), put("keys", v))
+        compute = self.place.attend or attend
+        y = compute(put("queries", q), put("keys", k), put("keys", v))
         y = _heads_first(put("queries", y)).reshape(x.shape)
         return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(y))
 
@@ -50,7 +76,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """x [B, N, D] attends to context [B, M, D_c] -> [B, N, D].
 
-    Kernels q [D, H, d] and kv [D_c, 2, H, d].
+    Kernels q [D, H, d] and kv [D_c, 2, H, d]. Always plain: a kernel would pad the two keys to 128.
     """
 
     heads: int

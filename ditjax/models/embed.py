@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax import lax
 
 Initializer = Callable[..., jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) -> softmax(q kᵀ/√d) v
 
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoidal table before its MLP, as in ADM
 
@@ -35,12 +36,14 @@ class Placement:
 
     `put(name, x)` is x where activations of that name live. Tokens that are split are not merged
     with the batch (`merge_rows`), nor heads with the 3 of qkv (`merge_columns`): it takes gathering
-    them first.
+    them first. `attend` computes the self-attention by a kernel of the devices; None is the plain
+    form.
     """
 
     put: Callable[[str, jax.Array], jax.Array] = _stay
     merge_rows: bool = True
     merge_columns: bool = True
+    attend: Attend | None = None
 
 
 ANYWHERE = Placement()

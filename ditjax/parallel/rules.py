@@ -185,6 +185,18 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def by_heads(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
+    """`attend(q, k, v)` on each device's rows, heads and queries, with the keys of all tokens.
+
+    No device needs another's: attention mixes none of these. For a kernel that it cannot partition
+    XLA would gather whole operands.
+    """
+    queries, keys = ACTIVATIONS["queries"], ACTIVATIONS["keys"]
+    return jax.shard_map(
+        attend, mesh=mesh, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False
+    )
+
+
 def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:
     """Raises UserError when the mesh does not divide a batch."""
     parts = batch_parts(mesh)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from ditjax.errors import UserError
-from ditjax.parallel.mesh import make_mesh
 from ditjax.parallel.compiling import no_rematerialization, watched
+from ditjax.parallel.mesh import make_mesh
 
 
 def fused(mesh):

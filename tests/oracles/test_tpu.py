@@ -1,0 +1,82 @@
+"""Attention's TPU kernel compiled for chips that are not here: Mosaic's word on blocks and widths.
+
+Compiled, not run. Needs libtpu: `pip install 'jax[tpu]'`; skipped without it.
+"""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from ditjax import build
+from ditjax.cli import load_recipe
+from ditjax.config import read
+from ditjax.models.blocks import BLOCKS, Conditioning
+from ditjax.parallel import rules
+
+pytest.importorskip("libtpu")
+
+
+@pytest.fixture(scope="module")
+def devices():
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    # No chip is held: several test processes may each load the compiler.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(
+        "v5e:2x2", platform="tpu", chips_per_host_bounds=(2, 2, 1)
+    ).devices
+
+
+@pytest.mark.parametrize(
+    ("image_size", "block"), [(256, "adaln_zero"), (512, "adaln_zero"), (256, "in_context")]
+)
+def test_a_block_of_xl_compiles_with_its_kernels(devices, image_size, block):
+    """N = 256, 1,024 and 258, head width 72, forward and backward, the batch over fsdp = 4."""
+    recipe = load_recipe(
+        [
+            "--config=experiments/base.py",
+            "--config.model.dtype=bfloat16",
+            f"--config.model.block={block}",
+            f"--config.data.image_size={image_size}",
+            "--config.mesh.data=1",
+            "--config.mesh.fsdp=4",
+        ]
+    )
+    c = read(recipe.to_dict())
+    mesh = build.mesh(c, devices)
+    model = build.dit(c, mesh)
+    N = (image_size // 16) ** 2 + 2 * (block == "in_context")
+
+    def rows(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rules.batch_sharding(mesh))
+
+    x, cond = rows(8, N, 1152), Conditioning(rows(8, 1152), rows(8, 2, 1152))
+    plain = BLOCKS[block](model.heads, model.mlp_ratio, dtype=model.dtype)
+    shapes = jax.eval_shape(plain.init, jax.random.key(0), x, cond)
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        rules.state_shardings(shapes, mesh),
+    )
+    module = plain.clone(attend=model.attend)
+    apply: Any = module.apply
+
+    def loss(params, x, cond):
+        return jnp.square(apply(params, x, cond).astype(jnp.float32)).sum()
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, x))
+    step = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=shardings)
+    lines = str(step.lower(params, x, cond).compile().as_text()).splitlines()
+    kernels = [line for line in lines if 'custom_call_target="tpu_custom_call"' in line]
+    operand = f"[2,16,{-(-N // 128) * 128},128]"  # 8 rows / 4, heads, whole blocks, whole lanes
+    assert len(kernels) == 2, "one kernel forward, one backward"
+    assert all(f"bf16{operand}" in line for line in kernels)
+    # Weights are gathered; a kernel's operands never: each chip computes its own rows.
+    gathered = [line for line in lines if " all-gather" in line]
+    assert gathered
+    assert not any(f"[8,16,{operand.split(',')[2]}," in line for line in gathered)
