@@ -1,4 +1,4 @@
-"""DiT with 3.1 billion parameters on ImageNet 256x256 latents: compiled, not run.
+"""DiT with 3.1 billion parameters on ImageNet 256x256 latents. Not run: `plan` compiles it.
 
     python -m ditjax.plan --config=experiments/dit_3b.py --topology=v5e:16x16
     python -m ditjax.train --config=experiments/dit_3b.py --workdir=gs://BUCKET/dit_3b

@@ -1,4 +1,4 @@
-"""DiT with 7 billion parameters on ImageNet 256x256 latents: compiled, not run.
+"""DiT with 7 billion parameters on ImageNet 256x256 latents. Not run: `plan` compiles it.
 
     python -m ditjax.plan --config=experiments/dit_7b.py --topology=v5p:4x4x4
     python -m ditjax.train --config=experiments/dit_7b.py --workdir=gs://BUCKET/dit_7b
