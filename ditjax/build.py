@@ -32,7 +32,7 @@ from ditjax.parallel.mesh import make_mesh
 from ditjax.scaling.counts import Shape, gflops
 from ditjax.sizes import parse_size
 from ditjax.training.optim import learning_rate_schedule, make_optimizer
-from ditjax.training.step import Batch, LossFn, Metrics
+from ditjax.training.step import Batch, Draw, LossFn, Metrics
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LOSSES = {
@@ -153,9 +153,13 @@ def optimizer(c: Config) -> optax.GradientTransformation:
 
 
 class Trainee(NamedTuple):
-    """A network in training: `init(key) -> params`, and its loss on batches of x0 and labels."""
+    """A network in training: `init(key) -> params`, what a step draws, and the loss of that.
+
+    Batches are of x0 and labels.
+    """
 
     init: Callable[[jax.Array], Any]
+    draw: Draw
     loss: LossFn
 
 
@@ -175,26 +179,32 @@ def _dit_trainee(c: Config, mesh: Mesh | None) -> Trainee:
     x = jnp.zeros((1, c.input_size, c.input_size, c.input_channels))
     labels = jnp.zeros((1,), jnp.int32)
 
-    def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The mean over the batch of the recipe's objective at t ~ U, eps ~ N(0, I)."""
+    def draw(batch: Batch, key: jax.Array) -> Batch:
+        """t ~ U, eps ~ N(0, I), and the labels that are dropped."""
         key_t, key_eps, key_drop = jax.random.split(key, 3)
-        x0 = batch["x0"]
-        t = losses.sample_timesteps(key_t, len(x0), len(process))
-        eps = jax.random.normal(key_eps, x0.shape, jnp.float32)
-        y = drop_labels(key_drop, batch["label"], c.model.label_dropout, c.data.num_classes)
+        x0, label = batch["x0"], batch["label"]
+        return {
+            "x0": x0,
+            "t": losses.sample_timesteps(key_t, len(x0), len(process)),
+            "eps": jax.random.normal(key_eps, x0.shape, jnp.float32),
+            "y": drop_labels(key_drop, label, c.model.label_dropout, c.data.num_classes),
+        }
+
+    def loss(params: Any, drawn: Batch) -> tuple[jax.Array, Metrics]:
+        """The mean over the batch of the recipe's objective."""
         parts = LOSSES[c.diffusion.loss](
-            lambda x_t, t: apply(params, x_t, t, y),
+            lambda x_t, t: apply(params, x_t, t, drawn["y"]),
             process,
-            x0,
-            t,
-            eps,
+            drawn["x0"],
+            drawn["t"],
+            drawn["eps"],
             prediction=c.diffusion.prediction,
             variance=c.diffusion.variance,
         )
         means = {name: value.mean() for name, value in parts.items()}
         return means["loss"], means
 
-    return Trainee(lambda key: model.init(key, x, labels, labels), loss)
+    return Trainee(lambda key: model.init(key, x, labels, labels), draw, loss)
 
 
 def _autoencoder_trainee(c: Config) -> Trainee:
@@ -203,19 +213,26 @@ def _autoencoder_trainee(c: Config) -> Trainee:
     side = c.data.image_size
     x = jnp.zeros((1, side, side, c.data.channels))
 
-    def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def draw(batch: Batch, key: jax.Array) -> Batch:
+        """The noise of z ~ q(z|x), of the moments' shape."""
+        x0, f = batch["x0"], model.config.downsample
+        shape = (len(x0), x0.shape[1] // f, x0.shape[2] // f, model.config.latent_channels)
+        return {"x0": x0, "eps": jax.random.normal(key, shape, jnp.float32)}
+
+    def loss(params: Any, drawn: Batch) -> tuple[jax.Array, Metrics]:
         """LDM App. G without its adversary: mean (x - x̂)² + kl_weight · KL(q(z|x) || N(0, I)).
 
         The KL is per latent value, so that its weight means the same at any size.
         """
-        reconstruction, moments = apply(params, batch["x0"], key)
-        mse = jnp.square(reconstruction - batch["x0"]).mean()
+        moments = apply(params, drawn["x0"], method="encode")
+        z = sample_posterior(moments, drawn["eps"])
+        mse = jnp.square(apply(params, z, method="decode") - drawn["x0"]).mean()
         kl = kl_to_standard_normal(moments).mean() / moments.mean[0].size
         # Images span [-1, 1]: the peak is 2.
         psnr = 10 * jnp.log10(4 / mse)
         return mse + c.autoencoder.kl_weight * kl, {"mse": mse, "kl": kl, "psnr_db": psnr}
 
-    return Trainee(lambda key: model.init(key, x, key), loss)
+    return Trainee(lambda key: model.init(key, x, key), draw, loss)
 
 
 def encode(c: Config, params: Any, images: jax.Array) -> Moments:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 from ditjax import host
 from ditjax.config import Config, completed, leaf_keys, read
 from ditjax.errors import UserError, nearest
-from ditjax.io import rundir
+from ditjax.io import compilations, rundir
 from ditjax.io.checkpoint import Step
 
 
@@ -167,6 +167,10 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Runs a command and exits: 0 done, 2 a user's mistake in one line, 130 interrupted."""
     host.keep_freed_memory()
     logging.set_verbosity(logging.ERROR)  # orbax and tfds tell their housekeeping as warnings
+    # Here and not at an import: tests and programs that import us keep their own settings. JAX is
+    # imported by now, so that an environment variable would come too late; it opens its cache at
+    # the first compilation.
+    compilations.keep()
     try:
         status = main(sys.argv[1:])
     except UserError as error:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from ditjax import build
 from ditjax.config import Config
+from ditjax.errors import UserError
 from ditjax.models.autoencoder import Moments
 from ditjax.parallel import compiling, rules
 from ditjax.training.step import Batch, Metrics, TrainState, init_state, make_step
@@ -56,7 +57,7 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
     `frozen` are the autoencoder's parameters when images are encoded on the way (a latent DiT on
     images); a data set of cached moments does not need them.
     """
-    rules.check_batch(c.train.batch_size, mesh, "config.train.batch_size")
+    _check_microbatches(c, mesh)
     trainee, tx = build.trainee(c, mesh), build.optimizer(c)
     key = stream(c.seed, _TRAIN)
     abstract = abstract_state(c, mesh)
@@ -66,7 +67,14 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
         lambda: init_state(trainee.init(stream(c.seed, _INIT)), tx), out_shardings=shardings
     )
     batch_sharding = rules.batch_sharding(mesh)
-    step = make_step(trainee.loss, tx, c.train.ema_decay)
+    step = make_step(
+        trainee.draw,
+        trainee.loss,
+        tx,
+        c.train.ema_decay,
+        parts=c.train.microbatches,
+        place=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
+    )
     jit_step = jax.jit(
         lambda state, batch: step(state, batch, key),
         in_shardings=(shardings, batch_sharding),
@@ -108,6 +116,23 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
             return jit_step.lower(abstract, batch)
 
     return Training(init, abstract, put, run, lower)
+
+
+def _check_microbatches(c: Config, mesh: Mesh) -> None:
+    """Raises UserError when a step's batch is not cut into parts that the devices divide."""
+    B, parts = c.train.batch_size, c.train.microbatches
+    if parts == 1:
+        rules.check_batch(B, mesh, "config.train.batch_size")
+        return
+    if B % parts:
+        legal = [k for k in range(1, B + 1) if B % k == 0]
+        raise UserError(
+            f"config.train.microbatches={parts} does not divide config.train.batch_size={B}:"
+            f" numbers that do: {', '.join(map(str, legal))}."
+        )
+    rules.check_batch(
+        B // parts, mesh, f"config.train.batch_size / config.train.microbatches = {B} / {parts}"
+    )
 
 
 # (params, seed, start, labels i[B] or None, guidance) -> images u8[B,H,W,C], labels i32[B]

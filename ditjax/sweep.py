@@ -135,13 +135,15 @@ def run_cell(cell: Cell, workdir: Path) -> None:
         "metrics": evaluated.metrics,
         "protocol": evaluated.protocol,
         "protocol_hash": results.protocol_hash(evaluated.protocol),
-        "environment": environment(),
+        "environment": environment(
+            os.environ.get(_COMMAND, " ".join(["python -m ditjax.sweep", *sys.argv[1:]]))
+        ),
         "config": cell.recipe,
     }
     results.write_result(folder, result)
 
 
-def environment() -> dict[str, Any]:
+def environment(command: str) -> dict[str, Any]:
     """Where a result was made: versions and devices, never the process's environment."""
     device = jax.devices()[0]
     return {
@@ -153,7 +155,7 @@ def environment() -> dict[str, Any]:
         "devices": jax.device_count(),
         "cpus": len(_cores()) or os.cpu_count(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": os.environ.get(_COMMAND, " ".join(["python -m ditjax.sweep", *sys.argv[1:]])),
+        "command": command,
     }
 
 

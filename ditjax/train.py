@@ -1,10 +1,14 @@
 """python -m ditjax.train: trains one network; the same command again resumes."""
 
+import argparse
+import contextlib
 import dataclasses
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -17,11 +21,14 @@ from ditjax.evaluation import Evaluator
 from ditjax.io import data, rundir
 from ditjax.io.checkpoint import Checkpoints, Score, is_primary
 from ditjax.io.log import MetricsLog, Progress
+from ditjax.io.prefetch import ahead
 from ditjax.io.results import protocol_hash, save_grid, tile
 from ditjax.pipeline import Drawer
 from ditjax.training.step import TrainState
 
+IN_FLIGHT = 2  # steps that may wait for the devices; more would only hold batches
 GRID_SIDE = 8  # a sample grid while training has 8 x 8 images
+PROFILE = "profile"
 EVALUATION_SECONDS = "eval/seconds"  # of all evaluations so far, apart from the training's own
 
 
@@ -39,11 +46,18 @@ def train(
     recipe: Mapping[str, Any],
     workdir: str | os.PathLike[str],
     evaluator: Evaluator | None = None,
+    profile: range = range(0),
 ) -> Trained:
     """Trains to config.train.steps in a run directory, from its newest checkpoint if it has one.
 
-    Every config.train.evaluate_every_steps it is evaluated, by `evaluator` or one of its own.
+    Every config.train.evaluate_every_steps it is evaluated, by `evaluator` or one of its own. The
+    steps of `profile` are traced into the directory's `profile`.
     """
+    if profile and profile[-1] > c.train.steps:
+        raise UserError(
+            f"--profile_steps={profile[0]}:{profile[-1]}: the run ends at step {c.train.steps}:"
+            " name steps up to it, or more of config.train.steps."
+        )
     mesh = build.mesh(c)
     runs.check_data(c)
     draws = bool(c.train.sample_every_steps or c.train.evaluate_every_steps)
@@ -63,12 +77,14 @@ def train(
             state, saved = checkpoints.restore(p.abstract_state)
             start = int(state.step)
             _check_position(saved, position, folder)
+        _check_profile(profile, start)
         with (
             MetricsLog(folder, start) as log,
             data.train_batches(
                 runs.data_spec(c), c.seed, c.train.batch_size, start_step=start,
                 process_index=jax.process_index(), process_count=jax.process_count(),
             ) as batches,
+            _Profile(profile, folder / PROFILE) as profiled,
         ):  # fmt: skip
             # Times and loss go on from where the log stands.
             began = time.monotonic() - log.last.get("seconds", 0.0)
@@ -77,9 +93,14 @@ def train(
             pending: list[Any] = []  # metrics on the devices: fetched at the log's interval only
             progress = Progress("train", c.train.steps, start=start)
             grids = _Grids(c, drawer)
-            for step in range(start + 1, c.train.steps + 1):
-                state, metrics = p.step(state, p.put(next(batches)))
+            on_devices = ahead(batches, p.put, c.train.prefetch, c.train.steps - start)
+            for step, batch in enumerate(on_devices, start + 1):
+                with profiled.step(step, state):
+                    state, metrics = p.step(state, batch)
+                profiled.after(step, state)
                 pending.append(metrics)
+                if len(pending) > IN_FLIGHT:
+                    jax.block_until_ready(pending[-1 - IN_FLIGHT])
                 last = step == c.train.steps
                 evaluates = evaluator is not None and _due(step, c.train.evaluate_every_steps)
                 score = None
@@ -158,6 +179,52 @@ def _means(step: int, pending: list[Any]) -> dict[str, Any]:
     return means
 
 
+def _check_profile(steps: range, start: int) -> None:
+    """Raises UserError for steps that a resumed run has taken already."""
+    if steps and steps[0] <= start:
+        raise UserError(
+            f"--profile_steps={steps[0]}:{steps[-1]}: the run is at step {start} already: name"
+            " steps that are left, or another --workdir."
+        )
+
+
+class _Profile:
+    """A trace of some steps by jax.profiler, for TensorBoard's profile plugin and for Perfetto.
+
+    Leaving it ends a trace that is still open: what went wrong is then in it.
+    """
+
+    def __init__(self, steps: range, folder: Path) -> None:
+        self._steps, self._folder, self._open = steps, folder, False
+
+    def step(self, step: int, state: TrainState) -> AbstractContextManager[Any]:
+        """Around the dispatch of a step: names it in the trace, which begins with the first."""
+        if step not in self._steps:
+            return contextlib.nullcontext()
+        if step == self._steps[0]:
+            jax.block_until_ready(state)  # so that no earlier step is in it
+            jax.profiler.start_trace(str(self._folder))
+            self._open = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def after(self, step: int, state: TrainState) -> None:
+        """The trace ends with the last step, when the devices have done it."""
+        if self._open and step == self._steps[-1]:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def _stop(self) -> None:
+        self._open = False
+        jax.profiler.stop_trace()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:
+            self._stop()
+
+
 class _Grids:
     """Sample grids of a DiT while it trains; the sampler compiles at the first one."""
 
@@ -180,12 +247,23 @@ class _Grids:
             log.image(step, "samples", tile(images, GRID_SIDE))
 
 
+def _steps(text: str) -> range:
+    first, _, last = text.partition(":")
+    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+        return range(int(first), int(last) + 1)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected A:B, steps from 1 on, A at most B")
+
+
 def main(argv: list[str]) -> int:
     """The command."""
     parser = cli.parser("train", "Trains one network; the same command again resumes.")
     parser.add_argument("--workdir", required=True, help="the run's directory")
+    parser.add_argument(
+        "--profile_steps", type=_steps, default=range(0), metavar="A:B",
+        help=f"trace steps A to B, both included, into WORKDIR/{PROFILE} (TensorBoard, Perfetto)",
+    )  # fmt: skip
     args, config = cli.parse(parser, argv)
-    trained = train(config, args.recipe, args.workdir)
+    trained = train(config, args.recipe, args.workdir, profile=args.profile_steps)
     print(
         f"{args.workdir}: {trained.step} steps, loss {trained.loss:.4f},"
         f" {trained.seconds:.0f} s of training"

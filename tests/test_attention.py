@@ -94,9 +94,14 @@ def test_the_network_trains_through_the_kernel(monkeypatch):
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.1, shapes)
 
     def gradients(mesh):
-        loss = jax.value_and_grad(build.trainee(c, mesh).loss, has_aux=True)
-        (value, _), grads = jax.jit(loss, in_shardings=(None, rules.batch_sharding(mesh), None))(
-            params, batch, key
+        trainee = build.trainee(c, mesh)
+
+        def loss(params, batch):
+            return trainee.loss(params, trainee.draw(batch, key))
+
+        program = jax.value_and_grad(loss, has_aux=True)
+        (value, _), grads = jax.jit(program, in_shardings=(None, rules.batch_sharding(mesh)))(
+            params, batch
         )
         return value, *jax.tree.leaves(grads)
 

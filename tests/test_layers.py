@@ -24,11 +24,12 @@ FLOORS = {
     "pipeline": 5,
     "cli": 5,
     "reporting": 5,
+    "peer": 0,
 }
 COMMAND = 7
 COMMANDS = (
     "train", "sample", "evaluate", "sweep", "report", "flops", "classify", "encode",
-    "convert", "grid",
+    "convert", "grid", "bench",
 )  # fmt: skip
 
 # Third-party packages by floor; NumPy, JAX's typing aside, is what all of them share.
@@ -58,6 +59,7 @@ STDLIB_FREE = {
     "evaluation": {"jax", "numpy"},
     "cli": {"absl", "ml_collections"},
     "reporting": {"jinja2", "matplotlib", "numpy", "PIL"},
+    "peer": {"diffusers", "torch"},
 }  # fmt: skip
 
 
@@ -127,6 +129,15 @@ def test_the_rule_can_fail():
     assert violations("build", {"experiments.base"}) == ["experiments.base"]
     assert violations("training", {"jax.numpy", "ditjax.errors", "ditjax.sizes"}) == []
     assert violations("sweep", {"ditjax.train", "matplotlib"}) == []
+
+
+def test_nothing_imports_pytorch():
+    """The peer is a program of its own, so that ditjax is whole without PyTorch."""
+    for path in modules():
+        if place(path) != "peer":
+            named = imports(path)
+            tops = {name.partition(".")[0] for name in named}
+            assert not (named | tops) & {"torch", "diffusers", "ditjax.peer"}, path
 
 
 def test_only_experiments_knows_recipes():

@@ -9,8 +9,10 @@ import optax
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-# (params, batch, key) -> (scalar loss, scalars to log)
-LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]]
+# (batch, key) -> the batch with all that is random in a step, drawn for the whole of it
+Draw = Callable[[Batch, jax.Array], Batch]
+# (params, what was drawn) -> (scalar loss, scalars to log)
+LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
 
 
 class TrainState(NamedTuple):
@@ -37,18 +39,62 @@ def ema_update(ema: Any, params: Any, decay: float) -> Any:
     return jax.tree.map(lambda a, p: a * decay + p * (1 - decay), ema, params)
 
 
+def microbatches(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B/parts, ...]: part j has the rows j, j + parts, j + 2 parts, ...
+
+    So a device that holds a run of rows holds an equal share of every part: nothing moves.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+
+def mean_gradient(
+    loss_fn: LossFn, params: Any, drawn: Batch, parts: int, place: Callable[[Any], Any]
+) -> tuple[Any, Metrics]:
+    """(gradient of the batch's mean loss, metrics): the mean of its parts', one after another.
+
+    Only one part's activations are alive at a time; gradients are summed in their own dtype,
+    float32.
+    """
+
+    def one(part: Batch) -> tuple[Any, Metrics]:
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, part)
+        return place(grads), {**metrics, "loss": loss}
+
+    if parts == 1:
+        return one(drawn)
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(part)), None
+
+    split = microbatches(drawn, parts)
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], split))
+    grads, metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, (place(grads), metrics), split)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
 def make_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, ema_decay: float
+    draw: Draw,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    *,
+    parts: int = 1,
+    place: Callable[[Any], Any] = lambda gradient: gradient,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """One update: loss and gradient, optimizer, average.
 
     `key` is the run's key; it is folded with the step here and nowhere else, so that a step's
-    randomness is a function of (seed, step).
+    randomness is a function of (seed, step). It is drawn before the batch is cut into `parts`: the
+    update is the same for any number of them, but for rounding. `place` puts gradients where the
+    parameters are.
     """
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(key, state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+        drawn = draw(batch, jax.random.fold_in(key, state.step))
+        grads, metrics = mean_gradient(loss_fn, state.params, drawn, parts, place)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = TrainState(
@@ -57,6 +103,6 @@ def make_step(
             ema=ema_update(state.ema, params, ema_decay),
             opt_state=opt_state,
         )
-        return new, {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return new, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
     return step

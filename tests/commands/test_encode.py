@@ -151,7 +151,7 @@ def x0_of_steps(monkeypatch, command, start, stop):
     c = config.read(load_recipe(command).to_dict())
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
 
-    def make_step(loss, tx, decay):
+    def make_step(*_, **__):
         return lambda state, batch, key: (state._replace(step=state.step + 1), batch)
 
     monkeypatch.setattr(programs, "make_step", make_step)

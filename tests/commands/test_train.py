@@ -88,6 +88,17 @@ def test_the_same_command_resumes_exactly(finished, tmp_path, capsys):
     assert "20 steps, loss" in capsys.readouterr().out
 
 
+def test_neither_a_profile_nor_what_is_ahead_changes_a_run(finished, tmp_path):
+    words = [*TINY, f"--workdir={tmp_path}", "--config.train.prefetch=0"]
+    assert train.main([*words, "--profile_steps=3:4"]) == 0
+    assert lines(tmp_path) == lines(finished)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    # The steps are named in it, by their number.
+    assert b"train" in trace.read_bytes()
+    with pytest.raises(UserError, match=r"--profile_steps=19:20: the run is at step 20 already"):
+        train.main([*words, "--profile_steps=19:20"])
+
+
 def refused(words, tmp_path, match):
     with pytest.raises(UserError, match=match) as error:
         train.main([*TINY, f"--workdir={tmp_path / 'run'}", *words])
@@ -102,6 +113,10 @@ def refused(words, tmp_path, match):
         (["--config.data.split=training"], r"no such split.*test, train"),
         (["--config.data.num_classes=12"], r"num_classes is 12, and data set 'digits' has 10"),
         (["--config.train.batch_size=12"], r"batch_size is 12: not divisible by .* 8 devices"),
+        (["--config.train.microbatches=3"], r"microbatches=3 does not .*=16: .* 1, 2, 4, 8, 16\."),
+        (["--config.train.microbatches=4"], r"= 16 / 4 is 4: not divisible by .* 8 devices"),
+        (["--profile_steps=4:3"], "'4:3': expected A:B"),
+        (["--profile_steps=19:21"], r"--profile_steps=19:21: the run ends at step 20: name"),
         (["--config.mesh.data=3"], r"mesh data=3, fsdp=1 does not fill 8"),
         (["--config.data.name=folder:/nowhere"], "no folder '/nowhere'"),
     ],

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from ditjax.training.optim import learning_rate_schedule, make_optimizer
-from ditjax.training.step import ema_update, init_state, make_step
+from ditjax.training.step import ema_update, init_state, make_step, microbatches
 
 
 def adam(rate=0.1, **kwargs):
@@ -15,13 +15,17 @@ def adam(rate=0.1, **kwargs):
     return make_optimizer(optax.constant_schedule(rate), **kwargs)
 
 
-def loss_fn(params, batch, key):
-    loss = jnp.square(params["w"] - batch["x"]).mean()
-    return loss, {"noise": jax.random.normal(key, ())}
+def draw(batch, key):
+    return {**batch, "noise": jax.random.normal(key, batch["x"].shape)}
+
+
+def loss_fn(params, drawn):
+    loss = jnp.square(params["w"] - drawn["x"]).mean()
+    return loss, {"noise": drawn["noise"][0]}
 
 
 def run(tx, steps, decay=0.9):
-    step = jax.jit(make_step(loss_fn, tx, decay))
+    step = jax.jit(make_step(draw, loss_fn, tx, decay))
     state = init_state({"w": jnp.array([1.0, -2.0])}, tx)
     history = []
     for i in range(steps):
@@ -56,9 +60,19 @@ def test_the_key_is_folded_with_the_step():
     _, history = run(adam(), 3)
     draws = [float(h["noise"]) for h in history]
     expected = [
-        float(jax.random.normal(jax.random.fold_in(jax.random.key(7), i), ())) for i in range(3)
+        float(jax.random.normal(jax.random.fold_in(jax.random.key(7), i), (2,))[0])
+        for i in range(3)
     ]
     np.testing.assert_allclose(draws, expected, rtol=1e-6)
+
+
+def test_parts_share_out_each_run_of_rows():
+    """Whatever the devices, a run of B/devices rows has as many in each part."""
+    parts = microbatches({"x": jnp.arange(12)}, 3)["x"]
+    assert parts.shape == (3, 4)
+    for devices in (2, 4):
+        for held in np.split(np.arange(12), devices):
+            assert all(np.isin(held, part).sum() == len(held) / 3 for part in np.asarray(parts))
 
 
 def test_weight_decay_is_decoupled_and_off_by_default():
