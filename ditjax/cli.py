@@ -1,6 +1,7 @@
 """What the commands share: flags, the recipe with its overrides, and how a user's mistake ends."""
 
 import argparse
+import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +12,11 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from ditjax import host
-from ditjax.config import Config, completed, leaf_keys, read
+from ditjax.config import Config, Distributed, completed, leaf_keys, read
 from ditjax.errors import UserError, nearest
 from ditjax.io import compilations, rundir
 from ditjax.io.checkpoint import Step
+from ditjax.parallel import processes
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,12 +74,55 @@ def add_reading_of_weights(parser: Parser) -> None:
     )  # fmt: skip
 
 
+def add_processes(parser: Parser) -> None:
+    """--distributed, or --coordinator, --processes and --process: `parse` starts them."""
+    group = parser.add_argument_group(
+        "several processes", "one on each host: the same command on all, but for --process"
+    )
+    group.add_argument(
+        "--distributed", action="store_true",
+        help="the others are found by JAX: on TPU pods, Slurm, Open MPI, Kubernetes",
+    )  # fmt: skip
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is met")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    parser.set_defaults(starts_processes=True)
+
+
+def start_processes(args: argparse.Namespace, bounds: Distributed) -> None:
+    """Meets the processes that the flags of `add_processes` tell of, if they do."""
+    given = {flag: getattr(args, flag) for flag in ("coordinator", "processes", "process")}
+    missing = [f"--{flag}" for flag, value in given.items() if value is None]
+    if len(missing) < len(given) and args.distributed:
+        raise UserError("--distributed finds the others: leave --coordinator and its like out.")
+    if 0 < len(missing) < len(given):
+        raise UserError(f"{' and '.join(missing)} missing: --coordinator, --processes, --process.")
+    if missing and not args.distributed:
+        return
+    if args.distributed:
+        place = processes.detected(bounds.initialization_seconds)
+    else:
+        place = processes.place_of(args.coordinator, args.processes, args.process)
+    own = ("process", "coordinator", "recipe")
+    said = {f"--{key}": value for key, value in vars(args).items() if key not in own}
+    said |= {f"config.{key}": value for key, value in rundir.leaves(args.recipe)}
+    # As the others will have it from JSON.
+    said = json.loads(json.dumps(said, default=str))
+    processes.start(
+        place, said,
+        initialization_seconds=bounds.initialization_seconds,
+        heartbeat_seconds=bounds.heartbeat_seconds,
+    )  # fmt: skip
+
+
 def parse(
     parser: Parser,
     argv: Sequence[str],
     source: Callable[[argparse.Namespace], Mapping[str, Any]] | None = None,
 ) -> tuple[argparse.Namespace, Config]:
     """(the command's own flags, its checked recipe); `args.recipe` is the recipe's plain dict.
+
+    Of several processes this is where they meet: no JAX computation may come before.
 
     Without --config=FILE the recipe is the run's, or what `source` makes of the flags.
     """
@@ -92,7 +137,10 @@ def parse(
         recorded = completed(rundir.read_recipe(args.workdir))
     recipe = load_recipe(rest, None if named else recorded)
     args.recipe = recipe.to_dict()
-    return args, read(args.recipe)
+    config = read(args.recipe)
+    if getattr(args, "starts_processes", False):
+        start_processes(args, config.distributed)
+    return args, config
 
 
 def load_recipe(words: Sequence[str], recorded: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -173,10 +221,20 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     compilations.keep()
     try:
         status = main(sys.argv[1:])
+        processes.finish()
     except UserError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        status = 2
+        _end(_one_line(error), 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+        _end("interrupted", 130)
+    except Exception as error:
+        traceback.print_exc()
+        _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, said=True)
+    sys.exit(status)
+
+
+def _end(line: str, status: int, *, said: bool = False) -> NoReturn:
+    """Exits with one line; the other processes of the run, if there are any, end with it."""
+    processes.leave(line, status)
+    if not said:
+        print("interrupted" if status == 130 else f"error: {line}", file=sys.stderr)
     sys.exit(status)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ditjax import build, cli, programs, runs, scoring
 from ditjax.config import Config, changed, completed
@@ -21,6 +23,7 @@ from ditjax.io.checkpoint import Step, is_primary
 from ditjax.io.images import open_images
 from ditjax.io.results import load_samples, protocol_hash, save_grid, write_json
 from ditjax.io.statistics import read_provenance
+from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 from ditjax.sample import GRID_IMAGES
 from ditjax.scoring import open_reference
@@ -57,14 +60,14 @@ def save_picture(samples: Path) -> None:
     save_grid(images[order], samples.with_suffix(".png"), 10, upscale=upscale)
 
 
-def reconstruction_psnr(c: Config, params: Any) -> float:
+def reconstruction_psnr(c: Config, params: Any, mesh: Mesh) -> float:
     """Mean over config.evaluate.split of 10 log10(2² / mse) dB, decoding the posterior's mean.
 
     An image's mse is over its pixels in [-1, 1], the reconstruction clipped to them.
     """
     held_out = dataclasses.replace(runs.data_spec(c), split=c.evaluate.split)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=rules.replicated(mesh))
     def psnr(params: Any, x: jax.Array) -> jax.Array:
         again = build.reconstruct(c, params, x)
         mse = jnp.square(jnp.clip(again, -1, 1) - x).mean(axis=(1, 2, 3))
@@ -134,7 +137,7 @@ def evaluate_run(
     mesh = build.mesh(c)
     if c.train.network == "autoencoder":
         params, step = runs.load_weights(c, workdir, mesh, step)
-        metrics = {"psnr_db": reconstruction_psnr(c, params)}
+        metrics = {"psnr_db": reconstruction_psnr(c, params, mesh)}
         protocol = {"metric": "PSNR", "split": c.evaluate.split, "image_size": c.data.image_size}
         return save(Path(workdir), step, metrics, protocol)
     evaluator = Evaluator(c, mesh, runs.load_autoencoder(c, mesh))
@@ -178,6 +181,7 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--seed", type=int, default=0, help="of --samples: of intervals and KID's subsets"
     )
+    cli.add_processes(parser)
     return parser
 
 
@@ -186,7 +190,9 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     args, _ = parser.parse_known_args(argv)
     if args.samples and not rundir.is_run(args.samples):
-        parser.parse_args(argv)  # no recipe here: --config is refused
+        args = parser.parse_args(argv)  # no recipe here: --config is refused
+        if args.distributed or args.coordinator:
+            raise UserError(f"--samples={args.samples} are scored by one process: start only that.")
         runs.no_step(args.samples, args.step)
         return _main_of_samples(args)
     workdir = args.workdir or args.samples
@@ -213,10 +219,12 @@ def _main_of_samples(args: argparse.Namespace) -> int:
 
 
 def _tell(record: Mapping[str, Any], out: str) -> None:
+    if not is_primary():
+        return
     for name, value in record["metrics"].items():
         print(f"{name:<32} {value:.4f}")
     print(f"{'protocol_hash':<32} {record['protocol_hash']}")
-    if out and is_primary():
+    if out:
         write_json(out, record)
 
 

@@ -14,7 +14,7 @@ from ditjax.errors import UserError
 from ditjax.io import weights
 from ditjax.io.assets import load_asset
 from ditjax.models import classifier, inception
-from ditjax.parallel import rules
+from ditjax.parallel import processes, rules
 from ditjax.pretrained.inception import load_inception
 
 BATCH_PER_DEVICE = 16
@@ -57,7 +57,10 @@ def inception_extractor(
     rules.check_batch(size, mesh, "the features' batch size")
     over_mesh = rules.batch_sharding(mesh)
 
-    @functools.partial(jax.jit, in_shardings=(None, over_mesh), out_shardings=over_mesh)
+    # Every process gets all features: they are few, and what is made of them is quick.
+    @functools.partial(
+        jax.jit, in_shardings=(None, over_mesh), out_shardings=rules.replicated(mesh)
+    )
     def forward(params: Any, images: jax.Array) -> inception.Features:
         apply: Callable[..., Any] = inception.FIDInception().apply
         return apply(params, inception.preprocess(images, convention))
@@ -70,7 +73,7 @@ def inception_extractor(
             batch = images[start : start + size]
             # The last batch is filled up, so that one shape is compiled for each image size.
             filled = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            out = jax.device_get(forward(params, filled))
+            out = jax.device_get(forward(params, processes.from_whole(over_mesh, filled)))
             parts.append([x[: len(batch)] for x in (out.pool, out.spatial, out.logits_unbiased)])
         return Features(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 

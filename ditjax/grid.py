@@ -410,6 +410,7 @@ def _parser() -> cli.Parser:
         " the first ones stays",
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="list the cells and their cost")
+    cli.add_processes(parser)
     return parser
 
 

@@ -281,6 +281,7 @@ def draw_to(
             writer.write(part.start, part.images, part.label)
     if writer:
         writer.finish()
+    processes.meet()  # the others may read it
     return time.monotonic() - began
 
 

@@ -13,7 +13,7 @@ from ditjax import build
 from ditjax.config import Config
 from ditjax.errors import UserError
 from ditjax.models.autoencoder import Moments
-from ditjax.parallel import compiling, rules
+from ditjax.parallel import compiling, processes, rules
 from ditjax.training.step import Batch, Metrics, TrainState, init_state, make_step
 
 # Streams of the run's key, so that no two uses of a seed share random numbers.
@@ -35,7 +35,8 @@ class Training(NamedTuple):
 
     init: Callable[[], TrainState]
     abstract_state: TrainState  # shapes, dtypes and shardings: the target of a restore
-    put: Callable[[Mapping[str, np.ndarray]], Batch]  # this process's rows -> global arrays
+    rows: np.ndarray  # of the global batch, those that this process's devices hold
+    put: Callable[[Mapping[str, np.ndarray]], Batch]  # these rows -> global arrays
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     lower: Callable[[], jax.stages.Lowered]  # the update from x0 on, of shapes alone
 
@@ -67,6 +68,7 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
         lambda: init_state(trainee.init(stream(c.seed, _INIT)), tx), out_shardings=shardings
     )
     batch_sharding = rules.batch_sharding(mesh)
+    rows = processes.local_rows(batch_sharding, c.train.batch_size)
     step = make_step(
         trainee.draw,
         trainee.loss,
@@ -95,10 +97,10 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
         step_key = jax.random.fold_in(stream(c.seed, _LATENTS), step)
         return {"x0": build.draw_latents(c, moments, step_key), "label": batch["label"]}
 
-    def put(rows: Mapping[str, np.ndarray]) -> Batch:
+    def put(local: Mapping[str, np.ndarray]) -> Batch:
         return {
-            name: jax.make_array_from_process_local_data(batch_sharding, value)
-            for name, value in rows.items()
+            name: processes.global_rows(batch_sharding, c.train.batch_size, rows, value)
+            for name, value in local.items()
             if name != "index"
         }
 
@@ -115,7 +117,7 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
         with precise(c):
             return jit_step.lower(abstract, batch)
 
-    return Training(init, abstract, put, run, lower)
+    return Training(init, abstract, rows, put, run, lower)
 
 
 def _check_microbatches(c: Config, mesh: Mesh) -> None:
@@ -186,7 +188,10 @@ def sampling(c: Config, mesh: Mesh, frozen: Any = None) -> Sampling:
             labels = np.asarray(labels_of(stream(seed, _LABELS), indices))
         key = stream(seed, _SAMPLE)
         with precise(c):
-            drawn = jit_images(params, frozen, key, indices, labels, guidance)
+            drawn = jit_images(
+                params, frozen, key, processes.from_whole(batch_sharding, indices),
+                processes.from_whole(batch_sharding, labels), guidance,
+            )  # fmt: skip
         return np.asarray(drawn), np.asarray(labels, np.int32)
 
     return Sampling(draw, c.sample.batch_size)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ditjax import programs
 from ditjax.config import Config, completed, read
 from ditjax.errors import UserError
 from ditjax.io import data, rundir
-from ditjax.io.checkpoint import Checkpoints, Step
+from ditjax.io.checkpoint import Checkpoints, Step, is_primary
 from ditjax.parallel import processes, rules
 from ditjax.pretrained import networks, reading
 
@@ -41,6 +42,22 @@ def check_data(c: Config) -> data.DatasetInfo:
     return info
 
 
+def open_run(workdir: str | os.PathLike[str], recipe: Mapping[str, Any]) -> Path:
+    """`rundir.open_run` by the first process; the others find the recipe that it wrote.
+
+    Raises UserError, also for a directory that not all processes see.
+    """
+    if is_primary():
+        rundir.open_run(workdir, recipe)
+    processes.meet()
+    if not (Path(workdir) / rundir.RECIPE_FILE).exists():
+        raise UserError(
+            f"{processes.name()} does not see the {rundir.RECIPE_FILE} that process 0 wrote to"
+            f" {workdir}: give a --workdir that all share."
+        )
+    return rundir.open_run(workdir, recipe)
+
+
 def load_weights(
     c: Config, workdir: str | os.PathLike[str], mesh: Mesh, step: Step = "latest"
 ) -> tuple[Any, int]:
@@ -51,7 +68,10 @@ def load_weights(
     abstract = programs.abstract_state(c, mesh)
     part = WEIGHTS[c.sample.weights]
     with Checkpoints(Path(workdir) / rundir.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
-        return checkpoints.restore_part(part, getattr(abstract, part), step)
+        # A run that goes on meanwhile may show one process a newer checkpoint than another.
+        found = processes.agreed_step(checkpoints.find(step) if is_primary() else None)
+        assert found is not None
+        return checkpoints.restore_part(part, getattr(abstract, part), found)
 
 
 def no_step(path: str | os.PathLike[str], step: Step) -> None:

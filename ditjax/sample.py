@@ -70,6 +70,7 @@ def _parser() -> cli.Parser:
     )  # fmt: skip
     cli.add_step(parser)
     cli.add_reading_of_weights(parser)
+    cli.add_processes(parser)
     return parser
 
 

@@ -24,6 +24,7 @@ from ditjax.io.statistics import (
     statistics_hash,
 )
 from ditjax.metrics import frechet, scores, uncertainty
+from ditjax.parallel import processes
 
 # As ADM's evaluator: precision and recall with k = 3, on 10,000 images of the reference.
 PR_NEIGHBOURS = 3
@@ -200,7 +201,7 @@ def open_reference(
         )
     else:
         found = _of_data_set(text, extractor, extractor.side or side, data_dir)
-    if keep:
+    if keep and is_primary():
         save_statistics(keep, found.statistics, found.pool)
     return found
 
@@ -219,7 +220,8 @@ def _of_data_set(text: str, extractor: Extractor, side: int, data_dir: str) -> R
     key = hashlib.sha256(words.encode()).hexdigest()[:12]
     file = re.sub(r"[^\w.-]", "_", f"{title}-{key}.npz")
     kept = data_root(spec.data_dir) / "references" / file
-    if kept.exists():
+    # Looking is the work of all processes: none may read while another waits for it.
+    if processes.everywhere(kept.exists()):
         return _from_statistics(kept, extractor)
     batches = (_as_uint8(rows["image"]) for rows in data.in_order(spec, extractor.batch_size))
     found = _looked_at(batches, info.num_examples, extractor, f"{name}/{split}, {side}x{side}")

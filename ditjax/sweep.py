@@ -20,7 +20,9 @@ from ditjax.errors import UserError
 from ditjax.evaluate import model_record, save
 from ditjax.evaluation import Evaluator
 from ditjax.io import results, rundir
+from ditjax.io.checkpoint import is_primary
 from ditjax.io.log import Progress, last_metrics
+from ditjax.parallel import processes
 from ditjax.report import make_report
 from ditjax.reporting.words import OF_A_METRIC
 from ditjax.scaling.counts import forward_macs, gflops, trainable_parameters
@@ -87,7 +89,8 @@ def _name(grid: Sequence[tuple[str, Any]], values: Sequence[Any], c: Config) -> 
 def run_cell(cell: Cell, workdir: Path) -> None:
     """Trains and evaluates one cell; a cell that has its result is left as it is."""
     folder = workdir / RUNS / cell.name
-    if (folder / results.RESULT_FILE).exists():
+    done = is_primary() and (folder / results.RESULT_FILE).exists()
+    if processes.agreed([(0, 1)] if done else []):
         results.read_result(folder)
         return
     c = cell.config
@@ -140,7 +143,8 @@ def run_cell(cell: Cell, workdir: Path) -> None:
         ),
         "config": cell.recipe,
     }
-    results.write_result(folder, result)
+    if is_primary():
+        results.write_result(folder, result)
 
 
 def environment(command: str) -> dict[str, Any]:
@@ -265,6 +269,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--index", type=int, help="run this cell only (array jobs); no report")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once (default 1)")
     parser.add_argument("--dry_run", action="store_true", help="list the cells and their cost")
+    cli.add_processes(parser)
+    early, _ = parser.parse_known_args(argv)
+    if (early.distributed or early.coordinator) and early.index is None:
+        raise UserError(
+            "several processes train one cell: give its --index=K, and start each cell so."
+        )
     args, _ = cli.parse(parser, argv)
     workdir = Path(args.workdir)
     grid = cells(args.recipe)

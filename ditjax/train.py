@@ -23,6 +23,7 @@ from ditjax.io.checkpoint import Checkpoints, Score, is_primary
 from ditjax.io.log import MetricsLog, Progress
 from ditjax.io.prefetch import ahead
 from ditjax.io.results import protocol_hash, save_grid, tile
+from ditjax.parallel import processes
 from ditjax.pipeline import Drawer
 from ditjax.training.step import TrainState
 
@@ -65,24 +66,25 @@ def train(
     drawer = Drawer(mesh, frozen)
     if c.train.evaluate_every_steps and evaluator is None:
         evaluator = Evaluator(c, mesh, frozen, drawer)
-    folder = rundir.open_run(workdir, recipe)
+    folder = runs.open_run(workdir, recipe)
     p = programs.training(c, mesh, frozen)
     position = {"seed": c.seed, "batch_size": c.train.batch_size}
     with Checkpoints(folder / rundir.CHECKPOINTS, c.train.keep_checkpoints) as checkpoints:
-        if checkpoints.latest_step is None:
+        latest = processes.agreed_step(checkpoints.latest_step)
+        if latest is None:
             state, start = p.init(), 0
             if is_primary():
                 (folder / "parameters.txt").write_text(_overview(state.params), encoding="utf-8")
         else:
-            state, saved = checkpoints.restore(p.abstract_state)
+            state, saved = checkpoints.restore(p.abstract_state, latest)
             start = int(state.step)
             _check_position(saved, position, folder)
         _check_profile(profile, start)
         with (
-            MetricsLog(folder, start) as log,
+            MetricsLog(folder, start, write=is_primary()) as log,
             data.train_batches(
                 runs.data_spec(c), c.seed, c.train.batch_size, start_step=start,
-                process_index=jax.process_index(), process_count=jax.process_count(),
+                rows=p.rows,
             ) as batches,
             _Profile(profile, folder / PROFILE) as profiled,
         ):  # fmt: skip
@@ -262,12 +264,14 @@ def main(argv: list[str]) -> int:
         "--profile_steps", type=_steps, default=range(0), metavar="A:B",
         help=f"trace steps A to B, both included, into WORKDIR/{PROFILE} (TensorBoard, Perfetto)",
     )  # fmt: skip
+    cli.add_processes(parser)
     args, config = cli.parse(parser, argv)
     trained = train(config, args.recipe, args.workdir, profile=args.profile_steps)
-    print(
-        f"{args.workdir}: {trained.step} steps, loss {trained.loss:.4f},"
-        f" {trained.seconds:.0f} s of training"
-    )
+    if is_primary():
+        print(
+            f"{args.workdir}: {trained.step} steps, loss {trained.loss:.4f},"
+            f" {trained.seconds:.0f} s of training"
+        )
     return 0
 
 

@@ -123,7 +123,7 @@ class Checkpoints:
 
         Raises UserError when there is none.
         """
-        step = self._require(step)
+        step = self.find(step)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -134,7 +134,7 @@ class Checkpoints:
 
     def restore_part(self, part: str, abstract: Any, step: Step = "latest") -> tuple[Any, int]:
         """(one field of the state, such as 'ema', on the shardings of `abstract`; step)."""
-        step = self._require(step)
+        step = self.find(step)
         path = self.directory / str(step) / "state"
         target = {part: abstract}
         with ocp.PyTreeCheckpointer() as reader:
@@ -148,7 +148,8 @@ class Checkpoints:
             )
         return restored[part], step
 
-    def _require(self, step: Step) -> int:
+    def find(self, step: Step) -> int:
+        """The number of a step that is there. Raises UserError."""
         self.wait()
         steps = self.steps
         if not steps:

@@ -376,11 +376,9 @@ class _Latents:
 
 
 class _ProcessBatches(grain.sources.RandomAccessDataSource):
-    """Batch k of one process, for any k: rows [p*B/P, (p+1)*B/P) of global batch k."""
+    """Batch k of one process, for any k: `rows` of global batch k."""
 
-    def __init__(
-        self, spec: DataSpec, seed: int, batch_size: int, process_index: int, process_count: int
-    ) -> None:
+    def __init__(self, spec: DataSpec, seed: int, batch_size: int, rows: np.ndarray) -> None:
         self.reader: _Decoded | _Latents
         if spec.name.startswith(latents.PREFIX):
             self.reader = _Latents(spec)
@@ -395,9 +393,7 @@ class _ProcessBatches(grain.sources.RandomAccessDataSource):
                 cache_mb=spec.cache_mb,
                 threads=spec.threads,
             )
-        self._rows = batch_size // process_count
-        self._batch_size = batch_size
-        self._process_index = process_index
+        self._rows, self._batch_size = rows, batch_size
         self._seed, self._flip = seed, spec.flip
         # A batch straddles two epochs, and the one ahead may be in the next already.
         self._order = lru_cache(maxsize=3)(lambda e: epoch_order(seed, e, self._N))
@@ -406,11 +402,11 @@ class _ProcessBatches(grain.sources.RandomAccessDataSource):
         return 2**48  # grain wants a number: more steps than anyone will take
 
     def __getitem__(self, k: Any) -> Batch:
-        start = int(k) * self._batch_size + self._process_index * self._rows
-        indices = self._indices(start, start + self._rows)
-        mirrored = (
-            flips(self._seed, start, self._rows) if self._flip else np.zeros(self._rows, bool)
-        )
+        B = self._batch_size
+        start = int(k) * B
+        indices = self._indices(start, start + B)[self._rows]
+        mirrored = flips(self._seed, start, B) if self._flip else np.zeros(B, bool)
+        mirrored = mirrored[self._rows]
         return {**self.reader.batch(indices, mirrored), "index": indices}
 
     def _indices(self, start: int, stop: int) -> np.ndarray:
@@ -453,34 +449,29 @@ def train_batches(
     batch_size: int,
     *,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Batches:
     """Endless batches of this process from step start_step on: a pure function of (seed, step).
 
     Each is 'image' f32[b,H,W,C] = x/127.5 - 1 in [-1,1] (of encoded latents 'mean' and
     'log_variance' f32[b,h,w,c]), 'label' i32[b], 'index' i64[b] (the record
-    in the split), with b = batch_size / process_count contiguous rows of the global batch. Every
+    in the split): the `rows` i[b] of the global batch that this process needs, None is all. Every
     epoch holds every record once, in an order of its own; batches straddle epochs, no remainder is
     dropped.
 
     Raises UserError at once for what is wrong with the arguments or the data set, and from the
     iterator for a damaged record, by its index.
     """
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise UserError(
-            f"global batch size {batch_size} is not a multiple of the {process_count} process(es):"
-            " every process takes the same number of rows, at least 1."
-        )
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index {process_index} is outside 0..{process_count - 1}.")
+    if batch_size < 1:
+        raise UserError(f"global batch size {batch_size}: expected at least 1.")
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not rows.size or rows.min() < 0 or rows.max() >= batch_size:
+        raise UserError(f"rows {rows.tolist()} of a batch of {batch_size}: expected some of it.")
     if not 0 <= seed < 2**64:
         raise UserError(f"data seed {seed} is outside 0..2**64-1.")
     if start_step < 0:
         raise UserError(f"start_step {start_step} is negative: steps count from 0.")
-    return Batches(
-        _ProcessBatches(spec, seed, batch_size, process_index, process_count), start_step
-    )
+    return Batches(_ProcessBatches(spec, seed, batch_size, rows), start_step)
 
 
 def in_order(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
@@ -18,17 +19,24 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events of one run; resuming drops lines beyond `start_step`."""
+    """metrics.jsonl and TensorBoard events of one run; resuming drops lines beyond `start_step`.
 
-    def __init__(self, directory: str | os.PathLike[str], start_step: int) -> None:
+    Of several processes one has `write`; in the others it does nothing.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], start_step: int, *, write: bool = True
+    ) -> None:
         self.path = Path(directory) / METRICS_FILE
         # The newest value of each name in the lines that stay, {} for a new run.
-        self.last: dict[str, Any] = _truncate(self.path, start_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(directory), purge_step=start_step + 1)
+        self.last: dict[str, Any] = _truncate(self.path, start_step) if write else {}
+        self._file = self.path.open("a", encoding="utf-8") if write else None
+        self._events = SummaryWriter(str(directory), purge_step=start_step + 1) if write else None
 
     def scalars(self, step: int, values: Mapping[str, float | str]) -> None:
         """One line {"step": step, name: value, ...} and one event a number."""
+        if self._file is None or self._events is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -37,14 +45,16 @@ class MetricsLog:
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
         """A grid u8[H,W,C] as an event."""
-        self._events.add_image(name, grid, step, dataformats="HWC")
+        if self._events:
+            self._events.add_image(name, grid, step, dataformats="HWC")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._events.close()
+        if self._file and self._events:
+            self._file.close()
+            self._events.close()
 
 
 def _truncate(path: Path, last_step: int) -> dict[str, Any]:
@@ -86,6 +96,7 @@ class Progress:
 
     On a terminal the line is redrawn; in a file each report is a line of its own, at most one in
     `every_seconds`. The rate leaves out the first reported interval, which holds the compilation.
+    Of several processes only the first tells.
     """
 
     def __init__(
@@ -101,6 +112,8 @@ class Progress:
         self.what, self.total, self.unit = what, total, unit
         self._out = sys.stderr if out is None else out
         self._tty = self._out.isatty()
+        # Asked in this order: a process that only starts others must not take the devices.
+        self._quiet = jax.distributed.is_initialized() and jax.process_index() > 0
         self._every = 0.2 if self._tty else every_seconds
         self._first: tuple[float, float] = (start, time.monotonic())
         self._compiled = False
@@ -112,7 +125,7 @@ class Progress:
         rate = (done - self._first[0]) / max(now - self._first[1], 1e-9)
         if not self._compiled:
             self._first, self._compiled = (done, now), True
-        if now - self._shown < self._every and done < self.total:
+        if self._quiet or (now - self._shown < self._every and done < self.total):
             return
         self._shown = now
         left = duration((self.total - done) / rate) if rate > 0 else "?"

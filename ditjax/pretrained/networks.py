@@ -116,7 +116,8 @@ def shapes_of(c: Config) -> dict[str, tuple[int, ...]]:
 
 def initial_shapes(init: Callable[..., Any], *inputs: Any) -> dict[str, tuple[int, ...]]:
     """Leaves by path of what `init(key, *inputs)` would make: nothing is computed."""
-    tree = jax.eval_shape(init, jax.random.key(0), *inputs)["params"]
+    # The key is made in here: nothing is computed, so several processes may still be started.
+    tree = jax.eval_shape(lambda *x: init(jax.random.key(0), *x), *inputs)["params"]
     return {path_of(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -1,0 +1,71 @@
+"""What each of two processes runs in test_two_processes.py: argv are the work directory and flags.
+
+It trains, draws from what it has trained, puts rows on meshes of every kind, and then trains a long
+run until it is killed.
+"""
+
+import itertools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ditjax import cli, sample, train
+from ditjax.parallel import processes
+from tests.commands.conftest import TINY
+
+# The state is split over the devices of both. A constant rate: it does not depend on the steps.
+TRAINED = (
+    *TINY,
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=8",
+    "--config.optim.schedule=constant",
+    "--config.diffusion.loss=simple",  # compiles faster
+    "--config.diffusion.variance=fixed_small",
+    "--config.train.steps=6",
+    "--config.train.log_every_steps=1",
+    "--config.train.checkpoint_every_steps=3",
+    "--config.train.evaluate_every_steps=6",
+    "--config.train.evaluate_num=16",
+    "--config.sample.batch_size=16",
+    "--config.distributed.initialization_seconds=120",
+    "--config.distributed.heartbeat_seconds=20",
+)
+DRAWN = ("--num=16", "--batch_size=16", "--config.mesh.fsdp=8", "--config.mesh.data=1")
+
+
+def check_rows() -> None:
+    """Row i of the global array is example i, whatever the order of the devices in the mesh."""
+    whole = np.arange(48, dtype=np.float32).reshape(16, 3)
+    by_process = np.array(jax.devices())
+    interleaved = by_process.reshape(2, 4).T.reshape(8)
+    loaded = []
+    for devices, shape in itertools.product(
+        (by_process, interleaved, by_process[::-1]), ((8, 1), (4, 2), (2, 4))
+    ):
+        mesh = Mesh(devices.reshape(shape), ("data", "tensor"))
+        sharding = NamedSharding(mesh, P("data"))
+        rows = processes.local_rows(sharding, len(whole))
+        loaded.append(rows.tolist())
+        array = processes.global_rows(sharding, len(whole), rows, whole[rows])
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index])
+    # Of these only some are the half that goes by the process's number.
+    half = np.split(np.arange(16), 2)[jax.process_index()].tolist()
+    assert 0 < loaded.count(half) < len(loaded), loaded
+    assert {len(rows) for rows in loaded} == {8, 16}, loaded
+
+
+def main(argv: list[str]) -> int:
+    workdir, *flags = argv
+    train.main([*TRAINED, f"--workdir={workdir}", *flags])
+    sample.main([*DRAWN, f"--workdir={workdir}", f"--out={workdir}/drawn", *flags])
+    check_rows()
+    print("checked", flush=True)
+    long = ["--config.train.steps=100000", "--config.train.evaluate_every_steps=0"]
+    return train.main([*TRAINED, *long, f"--workdir={workdir}-long", *flags])
+
+
+if __name__ == "__main__":
+    cli.run(main)
