@@ -22,6 +22,7 @@ FLOORS = {
     "scoring": 5,
     "evaluation": 6,
     "pipeline": 5,
+    "planning": 4,
     "cli": 5,
     "reporting": 5,
     "peer": 0,
@@ -29,7 +30,7 @@ FLOORS = {
 COMMAND = 7
 COMMANDS = (
     "train", "sample", "evaluate", "sweep", "report", "flops", "classify", "encode",
-    "convert", "grid", "bench",
+    "convert", "grid", "bench", "plan",
 )  # fmt: skip
 
 # Third-party packages by floor; NumPy, JAX's typing aside, is what all of them share.
@@ -56,6 +57,7 @@ STDLIB_FREE = {
     "features": {"jax", "numpy"},
     "scoring": {"jax", "numpy"},
     "pipeline": {"jax", "numpy", "PIL"},
+    "planning": {"jax", "numpy"},
     "evaluation": {"jax", "numpy"},
     "cli": {"absl", "ml_collections"},
     "reporting": {"jinja2", "matplotlib", "numpy", "PIL"},

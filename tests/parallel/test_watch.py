@@ -40,7 +40,7 @@ class Run:
 
     def __init__(self, count, *, silence=20.0):
         self.port, self.count, self.silence = free_port(), count, silence
-        self.ended = [queue.Queue() for _ in range(count)]
+        self.ended: list[queue.Queue] = [queue.Queue() for _ in range(count)]
         self.results = {}
         self.threads = []
 
@@ -58,8 +58,9 @@ class Run:
                         "127.0.0.1", port_, index, count_, said, seconds, self.silence, stop
                     )
             except UserError as error:
-                found = str(error)
-            self.results.setdefault(index, []).append(found)
+                self.results.setdefault(index, []).append(str(error))
+            else:
+                self.results.setdefault(index, []).append(found)
 
         thread = threading.Thread(target=run)
         thread.start()
@@ -217,6 +218,7 @@ def test_a_peer_that_dies_or_stands_still_ends_the_others(victim, with_signal, h
     ]  # fmt: skip
     try:
         for process in processes:
+            assert process.stdout and process.stderr
             assert process.stdout.readline() == "met\n", process.stderr.read()
         processes[victim].send_signal(with_signal)
         for index, process in enumerate(processes):
