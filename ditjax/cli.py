@@ -168,18 +168,25 @@ def load_recipe(words: Sequence[str], recorded: Mapping[str, Any] | None = None)
     try:
         values(command)
         recipe = values.config
-    except flags.Error as error:
-        raise UserError(_one_line(error)) from None
     except Exception as error:
-        # The recipe is the user's own code: say where it failed, as its traceback would.
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"recipe {path!r} failed at {frame.filename}:{frame.lineno}:"
-            f" {type(error).__name__}: {_one_line(error)}"
-        ) from None
+        raise _failed(path, error) from None
     if not isinstance(recipe, ConfigDict):
         raise UserError(f"recipe {path!r}: get_config() gave no ml_collections.ConfigDict.")
     return recipe
+
+
+def _failed(path: str, error: BaseException) -> UserError:
+    """The recipe is the user's own code: where it failed, as its traceback would say."""
+    # ml_collections makes a flag's error of a recipe's own ValueError, its traceback folded in.
+    while "Error whilst parsing config file" in str(error) and error.__context__:
+        error = error.__context__
+    if isinstance(error, flags.Error):
+        return UserError(_one_line(error))
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return UserError(
+        f"recipe {path!r} failed at {frame.filename}:{frame.lineno}:"
+        f" {type(error).__name__}: {_one_line(error)}"
+    )
 
 
 def _recipe_file(words: Sequence[str]) -> str:

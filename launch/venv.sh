@@ -4,10 +4,8 @@
 
 PY=.venv/bin/python
 
-fail() {
-  echo "error: $1" >&2
-  exit 2
-}
+# shellcheck source=launch/machine.sh
+. launch/machine.sh
 
 make_venv() {
   local python=${PYTHON:-python3} stamp wanted base

@@ -218,7 +218,8 @@ def test_a_peer_that_dies_or_stands_still_ends_the_others(victim, with_signal, h
     ]  # fmt: skip
     try:
         for process in processes:
-            assert process.stdout and process.stderr
+            assert process.stdout
+            assert process.stderr
             assert process.stdout.readline() == "met\n", process.stderr.read()
         processes[victim].send_signal(with_signal)
         for index, process in enumerate(processes):
