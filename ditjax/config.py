@@ -284,7 +284,7 @@ _ADDED: Mapping[str, Mapping[str, Any]] = {
         "evaluate_every_steps": 0, "evaluate_num": 1000, "microbatches": 1, "prefetch": 2,
     },
     "mesh": {"tensor": 1, "context": 1, "slices": 1},
-    "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 100},
+    "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 25},
 }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def get_config(size: str = "XL", patch: int = 2) -> ConfigDict:
                 "evaluate_num": 5_000,
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "slices": 1},
-            "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 100},
+            "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 25},
             "sample": {
                 "sampler": "ddpm",
                 "steps": "250",

@@ -1,7 +1,7 @@
 """DiT with 3.1 billion parameters on ImageNet 256x256 latents. Not run: `plan` compiles it.
 
     python -m ditjax.plan --config=experiments/dit_3b.py --topology=v5e:16x16
-    python -m ditjax.train --config=experiments/dit_3b.py --workdir=gs://BUCKET/dit_3b
+    python -m ditjax.train --config=experiments/dit_3b.py --workdir=/share/dit_3b
 
 32 blocks of width 2304 with 24 heads of 96, patch 2: 256 tokens. Hardware: any number of devices
 that fsdp = 16 divides, such as a v5e:16x16, a v5p:4x4x4 or 64 H100s; the rest is data parallel.

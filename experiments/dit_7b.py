@@ -1,7 +1,7 @@
 """DiT with 7 billion parameters on ImageNet 256x256 latents. Not run: `plan` compiles it.
 
     python -m ditjax.plan --config=experiments/dit_7b.py --topology=v5p:4x4x4
-    python -m ditjax.train --config=experiments/dit_7b.py --workdir=gs://BUCKET/dit_7b
+    python -m ditjax.train --config=experiments/dit_7b.py --workdir=/share/dit_7b
 
 30 blocks of width 3584 with 32 heads of 112, patch 2: 256 tokens. Hardware: any number of devices
 that fsdp = 32 divides, such as a v5p:4x4x4, a v5e:16x16 or 64 H100s; the rest is data parallel.

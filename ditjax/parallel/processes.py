@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import ipaddress
 import os
 import signal
 import socket
@@ -87,11 +88,12 @@ def start(
     if place.count == 1 or _watch:
         return
     said = {**said, "jax": jax.__version__}
+    local = loopback(place.host)
     _wait_at_abort()
     if place.index == 0:
         _watch = watch.first(
             place.port, place.count, said, initialization_seconds, heartbeat_seconds,
-            {"port": _free_port()},
+            {"port": _free_port(local)}, bind=local,
         )  # fmt: skip
     else:
         _watch = watch.another(
@@ -100,11 +102,11 @@ def start(
         )  # fmt: skip
     # JAX would catch SIGTERM and leave it to the program to ask for it.
     jax.config.update("jax_enable_preemption_service", False)
-    host = f"[{place.host}]" if ":" in place.host else place.host
     jax.distributed.initialize(
-        f"{host}:{_watch.go['port']}", place.count, place.index,
+        f"{bracketed(place.host)}:{_watch.go['port']}", place.count, place.index,
         place.device_ids, cluster_detection_method="deactivate",
         initialization_timeout=max(1, int(initialization_seconds)),
+        coordinator_bind_address=f"{bracketed(local)}:{_watch.go['port']}" if local else None,
         heartbeat_timeout_seconds=int(heartbeat_seconds) + _LATER_SECONDS,
     )  # fmt: skip
     try:
@@ -121,8 +123,23 @@ def start(
         )
 
 
-def _free_port() -> int:
-    with socket.create_server(("", 0)) as server:
+def loopback(host: str) -> str:
+    """The address of a host that is this machine to itself, where no other can come; else ''."""
+    try:
+        address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return ""
+    return str(address) if ipaddress.ip_address(address).is_loopback else ""
+
+
+def bracketed(host: str) -> str:
+    """As an address with a port after it has it."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _free_port(bind: str) -> int:
+    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+    with socket.create_server((bind, 0), family=family) as server:
         return int(server.getsockname()[1])
 
 

@@ -122,7 +122,9 @@ class Watch:
             for link in self._links:
                 link.send({"end": told, "status": status})
             sys.stdout.flush()
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            # In one piece: others may write there at the same moment.
+            sys.stderr.write(f"error: {line}\n")
+            sys.stderr.flush()
             # A socket closed while something lies unread in it takes back what it has just sent.
             time.sleep(FAREWELL_SECONDS)
             self._stop(status)
@@ -194,15 +196,16 @@ class Watch:
 
 def first(
     port: int, count: int, said: Mapping[str, Any], seconds: float, silence_seconds: float,
-    give: Mapping[str, Any], stop: Callable[[int], None] = os._exit,
+    give: Mapping[str, Any], stop: Callable[[int], None] = os._exit, bind: str = "",
 ) -> Watch:  # fmt: skip
     """Process 0 of `count`: waits until all others have come and say the same; then all go.
 
-    `give` goes to all as Watch.go, with "hosts". Raises UserError, which all that have come get
-    too: for one that does not come within `seconds`, comes twice, or says another thing.
+    It listens at the address `bind`; '' is every one of this host. `give` goes to all as Watch.go,
+    with "hosts". Raises UserError, which all that have come get too: for one that does not come
+    within `seconds`, comes twice, or says another thing.
     """
     try:
-        listener = _listen(port)
+        listener = _listen(bind, port)
     except OSError as error:
         raise UserError(
             f"process 0 cannot listen at port {port}: {error.strerror}; is a process 0 running"
@@ -223,12 +226,13 @@ def first(
     return Watch(0, count, silence_seconds, list(links.values()), go, listener, stop)
 
 
-def _listen(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
+def _listen(bind: str, port: int) -> socket.socket:
+    if not bind and socket.has_dualstack_ipv6():
         return socket.create_server(
             ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
         )
-    return socket.create_server(("", port), backlog=1024)
+    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+    return socket.create_server((bind, port), family=family, backlog=1024)
 
 
 def _gather(

@@ -44,7 +44,7 @@ RELEASE: dict[str, dict[str, Any]] = {
         "sample_every_steps": 10_000, "evaluate_every_steps": 0, "evaluate_num": 5_000,
     },
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "slices": 1},
-    "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 100},
+    "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 25},
     "sample": {
         "sampler": "ddpm", "steps": "250", "eta": 0.0, "cfg_scale": 1.0, "cfg_channels": "three",
         "cfg_interval": (0.0, 1.0), "clip_x0": False, "weights": "ema", "batch_size": 64, "num": 64,

@@ -119,7 +119,7 @@ def test_a_search_ranks_what_fits(tmp_path, capsys, monkeypatch):
     assert any("batch_size is 3" in why for why in found["skipped"])
     text = capsys.readouterr().out
     assert "Ranked by images/s" in text
-    assert text.count("does not fit") == sum(each["batch_size"] == 32 for each in found["search"])
+    assert text.count("does not fit") == sum(not each["memory"]["fits"] for each in found["search"])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ index, count, port = map(int, sys.argv[1:])
 if index:
     watch.another("127.0.0.1", port, index, count, {}, 20, 1.0)
 else:
-    watch.first(port, count, {}, 20, 1.0, {})
+    watch.first(port, count, {}, 20, 1.0, {}, bind="127.0.0.1")
 print("met", flush=True)
 time.sleep(60)
 """
@@ -51,7 +51,14 @@ class Run:
             try:
                 if index == 0:
                     found = watch.first(
-                        port_, count_, said, seconds, self.silence, {"port": 7}, stop
+                        port_,
+                        count_,
+                        said,
+                        seconds,
+                        self.silence,
+                        {"port": 7},
+                        stop,
+                        "127.0.0.1",
                     )
                 else:
                     found = watch.another(
