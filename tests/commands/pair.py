@@ -26,8 +26,8 @@ TRAINED = (
     "--config.train.steps=6",
     "--config.train.log_every_steps=1",
     "--config.train.checkpoint_every_steps=3",
-    "--config.train.evaluate_every_steps=6",
-    "--config.train.evaluate_num=16",
+    "--config.train.keep_checkpoints=2",
+    "--config.train.evaluate_every_steps=0",  # compiles for long, three times
     "--config.sample.batch_size=16",
     "--config.distributed.initialization_seconds=120",
     "--config.distributed.heartbeat_seconds=20",
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
     sample.main([*DRAWN, f"--workdir={workdir}", f"--out={workdir}/drawn", *flags])
     check_rows()
     print("checked", flush=True)
-    long = ["--config.train.steps=100000", "--config.train.evaluate_every_steps=0"]
-    return train.main([*TRAINED, *long, f"--workdir={workdir}-long", *flags])
+    long = "--config.train.steps=100000"
+    return train.main([*TRAINED, long, f"--workdir={workdir}-long", *flags])
 
 
 if __name__ == "__main__":

@@ -102,9 +102,6 @@ def test_two_processes_train_as_one(pair, alone):
     np.testing.assert_allclose(losses(pair.workdir), losses(alone)[:6], rtol=1e-5)
     ours, theirs = scalars(pair.workdir)[6], scalars(alone)[6]
     np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-4)
-    # Of samples drawn by weights that differ in the seventh digit.
-    np.testing.assert_allclose(ours["eval/fd_digits"], theirs["eval/fd_digits"], rtol=1e-3)
-    assert ours["eval/protocol_hash"] == theirs["eval/protocol_hash"]
 
 
 def test_the_first_process_writes_what_is_written_once(pair):
