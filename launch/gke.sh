@@ -28,8 +28,9 @@ manifest() {
   local chips=${CHIPS:-4} hosts word
   if [ "$tpu_chips" = 1 ]; then chips=1; fi
   hosts=$((tpu_chips / chips))
-  [ $((hosts * chips)) = "$tpu_chips" ] && [ "$hosts" -ge 1 ] ||
+  if [ $((hosts * chips)) != "$tpu_chips" ] || [ "$hosts" -lt 1 ]; then
     fail "CHIPS=$chips does not divide the $tpu_chips chips of $TPU"
+  fi
   cat <<END
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet

@@ -32,11 +32,9 @@ def devices():
     ).devices
 
 
-@pytest.mark.parametrize(
-    ("image_size", "block"), [(256, "adaln_zero"), (512, "adaln_zero"), (256, "in_context")]
-)
+@pytest.mark.parametrize(("image_size", "block"), [(256, "adaln_zero"), (256, "in_context")])
 def test_a_block_of_xl_compiles_with_its_kernels(devices, image_size, block):
-    """N = 256, 1,024 and 258, head width 72, forward and backward, the batch over fsdp = 4."""
+    """N = 256 and 258, head width 72, forward and backward, the batch over fsdp = 4."""
     recipe = load_recipe(
         [
             "--config=experiments/base.py",
@@ -63,7 +61,7 @@ def test_a_block_of_xl_compiles_with_its_kernels(devices, image_size, block):
         shapes,
         rules.state_shardings(shapes, mesh),
     )
-    module = plain.clone(attend=model.attend)
+    module = plain.clone(place=model.place)
     apply: Any = module.apply
 
     def loss(params, x, cond):
