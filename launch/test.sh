@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Linter, formatter, types, shell scripts, and the tests; or the comparison with PyTorch.
-# usage: bash launch/test.sh [--oracles] [pytest arguments]
+# Linter, formatter, types, shell scripts, and the tests; or the comparison with PyTorch; or what
+# compiles for TPUs that are not here.
+# usage: bash launch/test.sh [--oracles | --tpu] [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +13,15 @@ if [ "${1:-}" = --oracles ]; then
   "$PY" -m pip install --quiet --disable-pip-version-check --no-deps -r tests/oracles/no-deps.txt
   # torch-fidelity 0.4.0 installs its own tests as a package named `tests`, which would hide ours.
   rm -rf .venv/lib/python3*/site-packages/tests
-  exec "$PY" -m pytest --numprocesses="${JOBS:-$(nproc)}" --dist=loadfile tests/oracles "$@"
+  exec "$PY" -m pytest --numprocesses="${JOBS:-$(nproc)}" --dist=loadfile --no-loadscope-reorder tests/oracles "$@"
+fi
+
+if [ "${1:-}" = --tpu ]; then
+  # libtpu is 700 MB, and compiling takes minutes: by hand, not in CI.
+  shift
+  # shellcheck source=launch/venv.sh
+  . launch/venv.sh requirements.txt tests/requirements.txt launch/requirements/tpu.txt
+  exec "$PY" -m pytest tests/oracles/test_tpu.py tests/oracles/test_plan.py "$@"
 fi
 
 # shellcheck source=launch/venv.sh
@@ -22,4 +31,5 @@ fi
 "$PY" -m ruff format --check .
 "$PY" -m mypy
 .venv/bin/shellcheck --external-sources launch/*.sh .ci/run
-exec "$PY" -m pytest --numprocesses="${JOBS:-$(nproc)}" --dist=loadfile "$@"
+# In the order of the files: tests/commands, where single tests are long, must not come last.
+exec "$PY" -m pytest --numprocesses="${JOBS:-$(nproc)}" --dist=loadfile --no-loadscope-reorder "$@"
