@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from ditjax.errors import UserError, nearest
-from ditjax.sizes import parse_size
+from ditjax.sizes import divisors, parse_size
 
 
 @dataclass(frozen=True)
@@ -428,7 +428,7 @@ def _check_consistency(c: Config) -> None:
             " 'kl'."
         )
     if c.train.network == "dit" and c.input_size % c.model.patch:
-        sizes = [p for p in range(1, c.input_size + 1) if c.input_size % p == 0]
+        sizes = divisors(c.input_size)
         raise UserError(
             f"config.model.patch is {c.model.patch}: an input of {c.input_size}x{c.input_size} is"
             f" not divisible by it. Patch sizes that divide: {', '.join(map(str, sizes))}."

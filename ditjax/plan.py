@@ -16,6 +16,7 @@ from ditjax.parallel.topology import Topology
 from ditjax.reporting.plan import memory_words, mesh_words, plan_text, search_text
 from ditjax.scaling import roofline
 from ditjax.scaling.counts import trainable_parameters
+from ditjax.sizes import divisors
 
 PLAN_FILE = "plan.json"
 REMATS = ("none", "dots", "full")
@@ -104,7 +105,7 @@ def most_sharded(c: Config, topology: Topology) -> Config | None:
     """The recipe with the largest legal fsdp on a topology, or None."""
     rest = c.mesh.tensor * c.mesh.context
     count = topology.chips * topology.chip.cores
-    for fsdp in reversed(_divisors(count // rest) if count % rest == 0 else []):
+    for fsdp in reversed(divisors(count // rest) if count % rest == 0 else []):
         candidate = changed(c, {"mesh": {"data": count // rest // fsdp, "fsdp": fsdp}})
         if not why_illegal(candidate, topology):
             return candidate
@@ -143,7 +144,7 @@ def candidates(c: Config, topology: Topology, batches: Sequence[int]) -> Iterato
     shape = build.cost(c)
     chip = topology.chip
     found = []
-    for tensor, fsdp in itertools.product((1, 2, 4), _divisors(count)):
+    for tensor, fsdp in itertools.product((1, 2, 4), divisors(count)):
         if count % (tensor * fsdp * c.mesh.context):
             continue
         data = count // (tensor * fsdp * c.mesh.context)
@@ -218,10 +219,6 @@ def _rank(plan: dict[str, Any]) -> tuple[bool, float]:
         return True, plan["memory"]["peak_bytes"]
     rate = plan["roofline"]["images_a_second"]["sequential"]
     return not plan["memory"]["fits"], -rate
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 if __name__ == "__main__":

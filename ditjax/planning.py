@@ -31,7 +31,7 @@ from ditjax.parallel import compiling, hlo
 from ditjax.parallel.rules import path_of
 from ditjax.parallel.topology import Topology, devices, wire_seconds
 from ditjax.scaling import roofline
-from ditjax.scaling.counts import trainable_parameters
+from ditjax.scaling.counts import trainable_parameters, training_flops
 
 LABEL = "compiled, not run"
 SCHEMA = 1
@@ -228,7 +228,7 @@ def _speed(
     """Collectives, roofline and cost of a step that was compiled."""
     shape, count, images = build.cost(c), plan["devices"], c.train.batch_size
     peak = topology.chip.device_flops(c.model.dtype, c.model.matmul)
-    flops = roofline.model_flops(shape, images)
+    flops = training_flops(shape, images)
     wire = sum(row["wire_bytes"] for row in compiled["collectives"])
     traffic = roofline.memory_traffic(plan["memory"]["state_bytes"], compiled["temporary_bytes"])
     step = roofline.Step(

@@ -14,6 +14,7 @@ from ditjax.config import Config
 from ditjax.errors import UserError
 from ditjax.models.autoencoder import Moments
 from ditjax.parallel import compiling, processes, rules
+from ditjax.sizes import divisors
 from ditjax.training.step import Batch, Metrics, TrainState, init_state, make_step
 
 # Streams of the run's key, so that no two uses of a seed share random numbers.
@@ -127,10 +128,9 @@ def _check_microbatches(c: Config, mesh: Mesh) -> None:
         rules.check_batch(B, mesh, "config.train.batch_size")
         return
     if B % parts:
-        legal = [k for k in range(1, B + 1) if B % k == 0]
         raise UserError(
             f"config.train.microbatches={parts} does not divide config.train.batch_size={B}:"
-            f" numbers that do: {', '.join(map(str, legal))}."
+            f" numbers that do: {', '.join(map(str, divisors(B)))}."
         )
     rules.check_batch(
         B // parts, mesh, f"config.train.batch_size / config.train.microbatches = {B} / {parts}"

@@ -53,3 +53,8 @@ def parse_size(name: str) -> Size:
             f" position embedding needs; the next width that is: {size.width + 4 - size.width % 4}."
         )
     return size
+
+
+def divisors(number: int) -> list[int]:
+    """1, 2, 4 of 4: the sizes that a mesh axis, a patch or a number of parts may have."""
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -10,6 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from ditjax.errors import UserError
+from ditjax.sizes import divisors
 
 # Outermost first: neighbours along the last axis have the fastest links. `tensor` speaks in the
 # middle of every product's pair, `context` once a layer, `fsdp` ahead of time, `data` once a step.
@@ -50,7 +51,6 @@ def make_mesh(
     if free and fixed > 0:
         sizes[free[0]] = each // fixed
     if math.prod(sizes.values()) != each or min(sizes.values()) < 1:
-        legal = [d for d in range(1, each + 1) if each % d == 0]
         said = ", ".join(
             f"{axis}={given[axis]}"
             for axis in ("data", "fsdp", "tensor", "context")
@@ -59,7 +59,7 @@ def make_mesh(
         where = f"{each} device(s)" + (f" of each of {slices} slices" if slices > 1 else "")
         raise UserError(
             f"mesh {said} does not fill {where}: the sizes must multiply to it. Sizes that divide"
-            f" {each}: {', '.join(map(str, legal))}; -1 takes what is left."
+            f" {each}: {', '.join(map(str, divisors(each)))}; -1 takes what is left."
         )
     shape = tuple(sizes[axis] for axis in AXES)
     grids = [_grid(shape, group) for group in groups]
@@ -88,7 +88,7 @@ def _slices(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device]
     processes = len({device.process_index for device in devices})
     units = processes if processes > 1 else len(devices)
     if slices < 1 or len(devices) % slices or units % slices:
-        legal = [d for d in range(1, units + 1) if units % d == 0 and len(devices) % d == 0]
+        legal = divisors(math.gcd(units, len(devices)))
         raise UserError(
             f"mesh slices={slices} does not divide {len(devices)} device(s) of {processes}"
             f" process(es) into equal groups: expected one of {', '.join(map(str, legal))}."

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditjax.errors import UserError
+from ditjax.sizes import divisors
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -83,13 +84,12 @@ def _check_divides(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, w
             said = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
             raise UserError(
                 f"mesh axis {said} does not divide {what} {shape} along {dim}:"
-                f" sizes that do: {divisors(dim)}."
+                f" sizes that do: {_legal(dim)}."
             )
 
 
-def divisors(number: int) -> str:
-    """'1, 2, 4' of 4: the legal sizes of a message."""
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+def _legal(number: int) -> str:
+    return ", ".join(map(str, divisors(number)))
 
 
 def state_shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -152,12 +152,12 @@ def check_tokens(tokens: int, extra: int, heads: int, mesh: Mesh) -> None:
         common = math.gcd(tokens, tokens + extra)
         raise UserError(
             f"mesh axis context={context} does not divide the model's {tokens} tokens{joined}:"
-            f" sizes that do: {divisors(common)}."
+            f" sizes that do: {_legal(common)}."
         )
     if heads % tensor:
         raise UserError(
             f"mesh axis tensor={tensor} does not divide the model's {heads} heads:"
-            f" sizes that do: {divisors(heads)}."
+            f" sizes that do: {_legal(heads)}."
         )
 
 

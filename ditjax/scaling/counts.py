@@ -90,5 +90,8 @@ def gflops(s: Shape) -> float:
 
 
 def training_flops(s: Shape, images: int) -> float:
-    """Hardware FLOPs of training on `images` samples: forward + backward = 3 forwards of 2 MACs."""
+    """FLOPs of training on `images` samples: forward + backward = 3 forwards, 2 a MAC.
+
+    What MFU counts (Chowdhery et al. 2022 App. B): nothing that rematerialization repeats.
+    """
     return 6.0 * forward_macs(s) * images

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ditjax.scaling.counts import Shape, forward_macs
+from ditjax.scaling.counts import Shape, forward_macs, training_flops
 
 
 class Step(NamedTuple):
@@ -23,21 +23,13 @@ class Step(NamedTuple):
         return max(self.compute, self.memory) + self.wires
 
 
-def model_flops(s: Shape, images: int) -> float:
-    """What MFU counts (Chowdhery et al. 2022 App. B): forward and backward, nothing repeated.
-
-    Three forward passes of 2 FLOPs a multiply-accumulate.
-    """
-    return 3 * 2.0 * forward_macs(s) * images
-
-
 def hardware_flops(s: Shape, images: int, remat: str) -> float:
     """What the devices compute: rematerialization repeats the blocks' forward pass, whole under
     'full', and without its weight products, so attention's two, under 'dots'."""
     L, D, _ = s.size
     tokens = s.tokens + (2 if s.block == "in_context" else 0)
     repeated = {"none": 0, "dots": 2 * L * tokens**2 * D, "full": forward_macs(s)}[remat]
-    return model_flops(s, images) + 2.0 * repeated * images
+    return training_flops(s, images) + 2.0 * repeated * images
 
 
 def memory_traffic(state_bytes: float, temporary_bytes: float) -> float:

@@ -3,33 +3,24 @@
 Compiled, not run. Needs libtpu: `pip install 'jax[tpu]'`; skipped without it.
 """
 
-import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
 from ditjax import build
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.models.blocks import BLOCKS, Conditioning
-from ditjax.parallel import rules
+from ditjax.parallel import rules, topology
 
 pytest.importorskip("libtpu")
 
 
 @pytest.fixture(scope="module")
 def devices():
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    # No chip is held: several test processes may each load the compiler.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(
-        "v5e:2x2", platform="tpu", chips_per_host_bounds=(2, 2, 1)
-    ).devices
+    return topology.devices(topology.parse("v5e:2x2"))
 
 
 @pytest.mark.parametrize(("image_size", "block"), [(256, "adaln_zero"), (256, "in_context")])

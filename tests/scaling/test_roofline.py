@@ -3,7 +3,7 @@
 import pytest
 
 from ditjax.scaling import roofline
-from ditjax.scaling.counts import forward_macs, paper_shape
+from ditjax.scaling.counts import forward_macs, paper_shape, training_flops
 from ditjax.sizes import parse_size
 
 XL = paper_shape(parse_size("XL"), 2)
@@ -19,7 +19,7 @@ def test_the_slowest_resource_bounds_a_step():
 def test_flops_of_a_step():
     """Three forwards; full rematerialization a fourth; 'dots' only attention's two products."""
     forward = 2 * forward_macs(XL)
-    assert roofline.model_flops(XL, 10) == 30 * forward
+    assert training_flops(XL, 10) == 30 * forward
     assert roofline.hardware_flops(XL, 10, "none") == 30 * forward
     assert roofline.hardware_flops(XL, 10, "full") == 40 * forward
     attention = 2 * 2 * 28 * 256 * 256 * 1152  # q k' and its product with v, 28 layers
