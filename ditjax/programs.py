@@ -174,10 +174,12 @@ def sampling(c: Config, mesh: Mesh, frozen: Any = None) -> Sampling:
         # Truncated, not rounded, to uint8: what the release and ADM's evaluator do.
         return jnp.clip(127.5 * x + 128.0, 0, 255).astype(jnp.uint8)
 
-    jit_images = jax.jit(
-        images,
-        in_shardings=(None, None, None, batch_sharding, batch_sharding, None),
-        out_shardings=rules.replicated(mesh),
+    settled_images = compiling.settled(
+        jax.jit(
+            images,
+            in_shardings=(None, None, None, batch_sharding, batch_sharding, None),
+            out_shardings=rules.replicated(mesh),
+        )
     )
 
     def draw(
@@ -188,7 +190,7 @@ def sampling(c: Config, mesh: Mesh, frozen: Any = None) -> Sampling:
             labels = np.asarray(labels_of(stream(seed, _LABELS), indices))
         key = stream(seed, _SAMPLE)
         with precise(c):
-            drawn = jit_images(
+            drawn = settled_images(
                 params, frozen, key, processes.from_whole(batch_sharding, indices),
                 processes.from_whole(batch_sharding, labels), guidance,
             )  # fmt: skip

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,59 @@ def test_freed_memory_is_kept():
     pages = 3 * (64 << 20) // 4096
     assert faults("leave") > pages / 2
     assert faults("keep") < pages / 50
+
+
+# Holes of 4 to 260 KiB, as a compilation leaves them, and blocks between that stay. Prints whether
+# a block asked for after `leave_holes` lies below one of these, and how much memory was given back.
+HOLES = """
+import ctypes, sys
+from pathlib import Path
+from ditjax import host
+if sys.argv[1] == "keep":
+    assert host.keep_freed_memory()
+libc = host._libc()
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+blocks = []
+for k in range(2000):
+    blocks.append(libc.malloc(4096 + 1024 * (k % 257)))
+    ctypes.memset(blocks[-1], 1, 4096 + 1024 * (k % 257))
+    pinned = libc.malloc(64)
+for block in blocks:
+    libc.free(block)
+before = resident()
+host.leave_holes()
+print(libc.malloc(65536) < pinned, before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.parametrize(("how", "looked_at"), [("keep", False), ("leave", True)])
+def test_the_holes_that_a_compilation_leaves_are_not_looked_at_again(how, looked_at):
+    done = subprocess.run(
+        [sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True
+    )
+    below, given_back = done.stdout.split()
+    assert (below == "True") is looked_at
+    # Half of what the holes held, at least: pages that they share with what stays are kept.
+    assert (int(given_back) > 2000 * 132 * 1024 / 2) is not looked_at
+
+
+HUGE = """
+from pathlib import Path
+from ditjax import host
+assert host.keep_freed_memory()
+lines = Path("/proc/self/smaps").read_text().splitlines()
+print(*[line for line in lines if line.startswith("VmFlags")])
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no huge pages here"
+)
+def test_the_heap_may_have_huge_pages():
+    done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=True)
+    assert "hg" in done.stdout.split()
 
 
 @pytest.mark.parametrize("package", ["libtpu", "jax_plugins"])

@@ -6,11 +6,13 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import ParamSpec, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from ditjax import host
 from ditjax.errors import UserError
 
 _REMATERIALIZATION = re.compile(
@@ -59,16 +61,25 @@ def no_rematerialization(mesh: Mesh | AbstractMesh) -> Iterator[None]:
 
 def watched(program: Callable[P, R], mesh: Mesh) -> Callable[P, R]:
     """The same program, whose first call, which compiles it, is inside `no_rematerialization`."""
-    if mesh.size == 1:
-        return program
+    watch = no_rematerialization(mesh) if mesh.size > 1 else contextlib.nullcontext()
+    return _first_call(program, watch)
+
+
+def settled(program: Callable[P, R]) -> Callable[P, R]:
+    """The same program; its first call, which compiles it, leaves no holes in the host's heap."""
+    return _first_call(program, contextlib.nullcontext())
+
+
+def _first_call(program: Callable[P, R], around: AbstractContextManager[None]) -> Callable[P, R]:
     compiled = False
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal compiled
         if compiled:
             return program(*args, **kwargs)
-        with no_rematerialization(mesh):
+        with around:
             out = program(*args, **kwargs)
+        host.leave_holes()
         compiled = True
         return out
 
