@@ -31,11 +31,11 @@ from ditjax.config import Config, changed
 from ditjax.errors import UserError
 from ditjax.io import data, results
 from ditjax.io.prefetch import ahead
+from ditjax.provenance import commit, environment
 from ditjax.reporting.table import aligned
 from ditjax.scaling.counts import gflops, trainable_parameters, training_flops
 from ditjax.scaling.peaks import peak_flops
 from ditjax.sizes import parse_size
-from ditjax.sweep import environment
 from ditjax.train import IN_FLIGHT, needs_encoder
 
 BLOCK_SECONDS = 2.0  # a block of steps lasts about so long, unless --steps says how many they are
@@ -530,18 +530,6 @@ def text(found: Mapping[str, Any]) -> str:
         f" ({env['cpus']} cores)"
     )
     return "\n".join([title, *aligned(rows, [False, False])])
-
-
-def commit() -> str:
-    """Of the repository that ditjax lies in, '-dirty' where files differ; '' outside of one."""
-    folder = Path(ditjax.__file__).parent
-    try:
-        return subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 PEERS = {

@@ -3,18 +3,14 @@
 import copy
 import itertools
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
-from ditjax import __version__, build, cli, runs
+from ditjax import build, cli, runs
 from ditjax.config import Config, read
 from ditjax.errors import UserError
 from ditjax.evaluate import model_record, save
@@ -23,6 +19,7 @@ from ditjax.io import results, rundir
 from ditjax.io.checkpoint import is_primary
 from ditjax.io.log import Progress, last_metrics
 from ditjax.parallel import processes
+from ditjax.provenance import cores, environment
 from ditjax.report import make_report
 from ditjax.reporting.words import OF_A_METRIC
 from ditjax.scaling.counts import forward_macs, gflops, trainable_parameters
@@ -147,27 +144,6 @@ def run_cell(cell: Cell, workdir: Path) -> None:
         results.write_result(folder, result)
 
 
-def environment(command: str) -> dict[str, Any]:
-    """Where a result was made: versions and devices, never the process's environment."""
-    device = jax.devices()[0]
-    return {
-        "ditjax": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "flax", "optax", "numpy")},
-        "platform": platform.platform(),
-        "device": device.device_kind,
-        "devices": jax.device_count(),
-        "cpus": len(_cores()) or os.cpu_count(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": command,
-    }
-
-
-def _cores() -> list[int]:
-    """The cores that this process may use; [] where the system does not tell."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-
-
 _COMMAND = "DITJAX_SWEEP_COMMAND"  # the command that a person typed, told to the cells it started
 
 
@@ -184,9 +160,9 @@ def run_grid(grid: list[Cell], workdir: Path, argv: list[str], jobs: int) -> lis
     share of the cores: small networks gain more from that than from threads.
     """
     waiting = sorted(grid, key=lambda cell: -cell.work)
-    cores = _cores()
+    ours = cores()
     jobs = min(jobs, len(waiting))
-    free = [frozenset(cores[i::jobs]) for i in range(jobs)]
+    free = [frozenset(ours[i::jobs]) for i in range(jobs)]
     running: list[_Running] = []
     failed: list[Cell] = []
     total = sum(cell.work for cell in grid)
@@ -225,7 +201,7 @@ def _start(cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int]) -> 
         raise UserError(f"cannot write {folder}: {error.strerror}.") from None
     command = [sys.executable, "-m", "ditjax.sweep", *argv, f"--index={cell.number}"]
     env = {**os.environ, _COMMAND: " ".join(["python -m ditjax.sweep", *argv])}
-    ours = _cores()
+    ours = cores()
     try:
         # A child inherits the cores; setting them after a fork is unsafe under JAX's threads.
         if cpus:
