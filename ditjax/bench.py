@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 import ditjax
 from ditjax import build, cli, programs, runs
+from ditjax.chips import peak_flops
 from ditjax.config import Config, changed
 from ditjax.errors import UserError
 from ditjax.io import data, results
@@ -34,7 +35,6 @@ from ditjax.io.prefetch import ahead
 from ditjax.provenance import commit, environment
 from ditjax.reporting.table import aligned
 from ditjax.scaling.counts import gflops, trainable_parameters, training_flops
-from ditjax.scaling.peaks import peak_flops
 from ditjax.sizes import parse_size
 from ditjax.train import IN_FLIGHT, needs_encoder
 

@@ -155,7 +155,7 @@ def candidates(c: Config, topology: Topology, batches: Sequence[int]) -> Iterato
             # Activations of width D cross `tensor` twice a block in either direction.
             crossing = 8 * 2 * shape.tokens * shape.size.width * shape.size.depth * batch / count
             seconds = roofline.hardware_flops(shape, batch, remat) / (
-                count * chip.device_flops(c.model.dtype, c.model.matmul)
+                count * chip.rates.device_flops(c.model.dtype, c.model.matmul)
             ) + (wire + crossing * tensor * (tensor - 1) / tensor) / (2e9 * chip.link_gb_s)
             changes = {
                 "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor},

@@ -229,7 +229,7 @@ def _speed(
 ) -> dict[str, Any]:
     """Collectives, roofline and cost of a step that was compiled."""
     shape, count, images = build.cost(c), plan["devices"], c.train.batch_size
-    peak = topology.chip.device_flops(c.model.dtype, c.model.matmul)
+    peak = topology.chip.rates.device_flops(c.model.dtype, c.model.matmul)
     flops = training_flops(shape, images)
     wire = sum(row["wire_bytes"] for row in compiled["collectives"])
     traffic = roofline.memory_traffic(plan["memory"]["state_bytes"], compiled["temporary_bytes"])

@@ -10,7 +10,7 @@ ISLANDS = ("diffusion", "models", "metrics", "scaling", "training", "parallel", 
 
 # Higher floors may import lower ones. Commands may call one another (sweep trains and evaluates).
 FLOORS = {
-    **dict.fromkeys(("errors", "sizes", "host", "__init__"), 0),
+    **dict.fromkeys(("errors", "sizes", "host", "chips", "__init__"), 0),
     **dict.fromkeys(ISLANDS, 1),
     "config": 1,
     "provenance": 1,
@@ -39,6 +39,7 @@ STDLIB_FREE = {
     "errors": set(),
     "sizes": set(),
     "host": set(),
+    "chips": set(),
     "config": set(),
     "provenance": {"jax"},
     "diffusion": {"jax", "numpy"},

@@ -17,52 +17,48 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from ditjax.chips import RATES, Rates
 from ditjax.errors import UserError, nearest
 from ditjax.parallel.hlo import Collective
 
-GB, GIB, TERA = 1e9, 2**30, 1e12
+GB, GIB = 1e9, 2**30
 
 
 class Chip(NamedTuple):
-    """A generation. All but `cores` are of one chip; a device is one of its `cores`."""
+    """A generation. All figures are of one chip; a device is one of its `rates.cores`."""
 
     name: str
-    tflops: float  # of bfloat16 products
-    tflops_float32: tuple[float, float]  # of float32 ones: the backend's default, and exact
     hbm_gib: float  # what a program may use
     hbm_gb_s: float
     link_gb_s: float  # one way: of one link of a torus, or of all of a GPU's NVLinks
     network_gb_s: float  # between slices, or between the nodes of GPUs
     torus: int  # its dimensions; 0 is a node of GPUs, each linked with each
-    cores: int = 1  # devices that a chip shows
+
+    @property
+    def rates(self) -> Rates:
+        return RATES[self.name]
+
+    @property
+    def cores(self) -> int:
+        """Devices that a chip shows."""
+        return self.rates.cores
 
     @property
     def device_hbm_bytes(self) -> float:
         """What a program may use of one device's memory."""
         return self.hbm_gib * GIB / self.cores
 
-    def device_flops(self, dtype: str, matmul: str) -> float:
-        """Peak FLOP/s of one device's products, as a recipe's model.dtype and .matmul ask."""
-        default, exact = self.tflops_float32
-        float32 = exact if matmul == "float32" else default
-        return TERA * (self.tflops if dtype == "bfloat16" else float32) / self.cores
-
-
-def _passes(tflops: float) -> tuple[float, float]:
-    """A TPU's float32 products are one pass of bfloat16 by default, and six when exact."""
-    return tflops, tflops / 6
-
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275, _passes(275), 30.75, 1200, 50, 6.25, torus=3),
-        Chip("v5e", 197, _passes(197), 15.75, 819, 50, 3.125, torus=2),
-        Chip("v5p", 459, _passes(459), 95.74, 2765, 100, 6.25, torus=3),
-        Chip("v6e", 918, _passes(918), 31.25, 1640, 100, 12.5, torus=2),
-        Chip("tpu7x", 2307, _passes(2307), 189.5, 7380, 100, 12.5, torus=3, cores=2),
-        # TF32 by default. 80 GB, less what the driver keeps.
-        Chip("h100", 989.4, (494.7, 66.9), 79.1, 3350, 450, 50, torus=0),
+        Chip("v4", 30.75, 1200, 50, 6.25, torus=3),
+        Chip("v5e", 15.75, 819, 50, 3.125, torus=2),
+        Chip("v5p", 95.74, 2765, 100, 6.25, torus=3),
+        Chip("v6e", 31.25, 1640, 100, 12.5, torus=2),
+        Chip("tpu7x", 189.5, 7380, 100, 12.5, torus=3),
+        # 80 GB, less what the driver keeps.
+        Chip("h100", 79.1, 3350, 450, 50, torus=0),
     )
 }
 

@@ -8,7 +8,6 @@ import pytest
 
 from ditjax import bench
 from ditjax.errors import UserError
-from ditjax.scaling.peaks import peak_flops
 from tests.commands.conftest import TINY
 
 
@@ -46,14 +45,6 @@ def test_the_figures_agree(tmp_path, capsys):
     text = capsys.readouterr().out
     for word in ("DiT-1x32x2/4", "of the ceiling", "between steps", "50 guided DDIM steps"):
         assert word in text
-
-
-def test_peaks_by_precision():
-    assert peak_flops("TPU v5 lite", "bfloat16") == 197e12
-    assert peak_flops("TPU v5 lite", "float32") == 197e12  # one pass of bfloat16
-    assert peak_flops("TPU v5 lite", "float32", "float32") is None
-    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") == pytest.approx(494.7e12)  # TF32
-    assert peak_flops("cpu", "float32") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""Published rates of accelerators: dense products, 10^12 floating-point operations a second a chip.
+
+TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. GPUs: NVIDIA's data sheets, not sparse.
+"""
+
+from typing import NamedTuple
+
+
+class Rates(NamedTuple):
+    """Of one chip; JAX's device is one of its `cores`."""
+
+    kinds: tuple[str, ...]  # what JAX calls the devices
+    bfloat16: float
+    float32: float  # as the backend does it by default: one pass of bfloat16, or TF32
+    exact: float  # float32 without such rounding
+    cores: int = 1
+
+    def device_flops(self, dtype: str, matmul: str) -> float:
+        """Peak FLOP/s of one device's products, as a recipe's model.dtype and .matmul ask."""
+        float32 = self.exact if matmul == "float32" else self.float32
+        return 1e12 * (self.bfloat16 if dtype == "bfloat16" else float32) / self.cores
+
+
+def _tpu(kind: str, rate: float, cores: int = 1) -> Rates:
+    """A TPU's float32 products are one pass of bfloat16 by default, and six when exact."""
+    return Rates((kind,), rate, rate, rate / 6, cores)
+
+
+RATES = {
+    "v4": _tpu("TPU v4", 275),
+    "v5e": _tpu("TPU v5 lite", 197),
+    "v5p": _tpu("TPU v5", 459),
+    "v6e": _tpu("TPU v6 lite", 918),
+    "tpu7x": _tpu("TPU7x", 2307, cores=2),
+    "a100": Rates(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312, 156, 19.5),
+    "h100-pcie": Rates(("NVIDIA H100 PCIe",), 756, 378, 51),
+    "h100": Rates(("NVIDIA H100 80GB HBM3",), 989.4, 494.7, 66.9),
+    "h200": Rates(("NVIDIA H200",), 989.4, 494.7, 66.9),
+    "b200": Rates(("NVIDIA B200",), 2250, 1125, 75),
+}
+
+
+def peak_flops(device_kind: str, dtype: str, matmul: str = "default") -> float | None:
+    """Of one device by JAX's device_kind; None where no rate is on record for it."""
+    for rates in RATES.values():
+        if device_kind in rates.kinds:
+            return rates.device_flops(dtype, matmul)
+    return None
