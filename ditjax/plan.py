@@ -3,7 +3,7 @@
 import itertools
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,9 @@ def _search(
     for candidate in candidates(c, topology, batches):
         if len(plans) == args.limit:
             break
+        if why := _hopeless(candidate, plans):
+            skipped[why] = None
+            continue
         try:
             plan = planning.make_plan(candidate, topology, steps, cache, hopeless=False)
         except UserError as error:
@@ -211,6 +214,29 @@ def _search(
     else:
         print(search_text(ranked, list(skipped)))
     return 0 if ranked and ranked[0]["memory"]["fits"] else 1
+
+
+def _hopeless(c: Config, plans: Sequence[Mapping[str, Any]]) -> str:
+    """Why a candidate needs no compilation, after those that did not fit; '' where it does.
+
+    What is alive of the activations is the same on any mesh with its `tensor`, and not less with
+    weaker remat or a larger batch. It is what a plan needed beyond its state, the gradient and
+    gathered parameters being left out: 8 bytes a parameter.
+    """
+    for plan in plans:
+        memory, tensor = plan["memory"], plan["mesh"].get("tensor", 1)
+        rest = memory["peak_bytes"] - memory["state_bytes"] - 8 * plan["parameters"] / tensor
+        if (
+            c.mesh.tensor == tensor
+            and REMATS.index(c.model.remat) <= REMATS.index(plan["remat"])
+            and c.train.batch_size >= plan["batch_size"]
+            and rest > memory["hbm_bytes"]
+        ):
+            return (
+                f"remat {c.model.remat} with batch {c.train.batch_size}: the activations alone do"
+                f" not fit, as remat {plan['remat']} with batch {plan['batch_size']} has shown"
+            )
+    return ""
 
 
 def _rank(plan: dict[str, Any]) -> tuple[bool, float]:
