@@ -10,7 +10,7 @@ if [ "${1:-}" = --oracles ]; then
   shift
   # shellcheck source=launch/venv.sh
   . launch/venv.sh requirements.txt tests/requirements.txt tests/oracles/requirements.txt
-  "$PY" -m pip install --quiet --disable-pip-version-check --no-deps -r tests/oracles/no-deps.txt
+  "$PY" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r tests/oracles/no-deps.txt
   # torch-fidelity 0.4.0 installs its own tests as a package named `tests`, which would hide ours.
   rm -rf .venv/lib/python3*/site-packages/tests
   exec "$PY" -m pytest --numprocesses="${JOBS:-$(nproc)}" --dist=loadfile --no-loadscope-reorder tests/oracles "$@"
@@ -31,5 +31,5 @@ fi
 "$PY" -m ruff format --check .
 "$PY" -m mypy
 .venv/bin/shellcheck --external-sources launch/*.sh .ci/run
-# In the order of the files: tests/commands, where single tests are long, must not come last.
+# In the order of tests/conftest.py, not by the number of a file's tests.
 exec "$PY" -m pytest --numprocesses="${JOBS:-$(nproc)}" --dist=loadfile --no-loadscope-reorder "$@"

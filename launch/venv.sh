@@ -30,7 +30,9 @@ make_venv() {
     flags+=(-r "$file")
   done
   echo "installing $* into .venv" >&2
-  "$PY" -m pip install --quiet --disable-pip-version-check "${flags[@]}" ||
+  # Modules are compiled when they are imported, as in any checkout: all of them would take longer
+  # than the download.
+  "$PY" -m pip install --quiet --disable-pip-version-check --no-compile "${flags[@]}" ||
     fail "pip could not install the requirements: its messages are above"
   [ -f "$stamp" ] || echo "$base" >"$stamp"
   echo "$wanted" >>"$stamp"

@@ -157,6 +157,9 @@ def test_the_command_learns_and_writes_weights_that_load(digits, tmp_path, monke
     short = {
         name: dataclasses.replace(recipe, epochs=2) for name, recipe in classify.RECIPES.items()
     }
+    # Of one block: it compiles quickly.
+    judge = classifier.DigitsMixer(blocks=1)
+    short[at_work.JUDGE] = dataclasses.replace(short[at_work.JUDGE], network=judge)
     monkeypatch.setattr(classify, "RECIPES", short)
     monkeypatch.setattr(
         classify, "load_arrays", lambda name, split, data_dir: digits[split == "test"]

@@ -127,7 +127,7 @@ def test_another_seed_is_another_training():
 
 
 def test_state_stays_where_the_rules_put_it():
-    p = programs.training(recipe(), make_mesh(2, 4))
+    p = programs.training(recipe(), make_mesh(**MESHES["slices, fsdp"]))
     state = p.init()
     expected = [leaf.sharding for leaf in jax.tree.leaves(p.abstract_state)]
     rows = host_batches()[0]

@@ -1,12 +1,14 @@
 """sample and evaluate on a finished run, and the latent path from end to end."""
 
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax import encode, evaluate, sample, train
+from ditjax import build, encode, evaluate, runs, sample, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.digits import class_accuracy
@@ -15,6 +17,7 @@ from ditjax.evaluation import digits_floor
 from ditjax.features import digits_extractor
 from ditjax.io import data
 from ditjax.io.results import load_samples
+from ditjax.parallel.mesh import make_mesh
 from ditjax.scoring import look, open_reference, score
 from tests.commands.conftest import TINY
 
@@ -128,19 +131,19 @@ def test_the_latent_path(autoencoder, tmp_path):
     assert evaluate.main([f"--workdir={workdir}"]) == 0  # the run's own recipe
 
 
+def decoded_means(c, params, x):
+    """What the network makes of images by way of its two halves."""
+    mean = build.encode(c, params, x).mean
+    return build.autoencoder(c).apply(params, mean, method="decode")
+
+
 def test_psnr_of_an_autoencoder(autoencoder):
     """Against the definition, image by image, on the held-out split."""
-    import jax.numpy as jnp
-
-    from ditjax import build, runs
-    from ditjax.parallel.mesh import make_mesh
-
     assert evaluate.main([f"--workdir={autoencoder}"]) == 0
     c = runs.recipe_of(autoencoder)
     params, _ = runs.load_weights(c, autoencoder, make_mesh(-1, 1))
     x = data.load_arrays("digits", "test", None, 16)["image"].astype(np.float32) / 127.5 - 1
-    moments = build.encode(c, params, jnp.asarray(x))
-    again = build.autoencoder(c).apply(params, moments.mean, method="decode")
+    again = jax.jit(functools.partial(decoded_means, c))(params, x)
     errors = [((np.clip(a, -1, 1) - b) ** 2).mean() for a, b in zip(again, x, strict=True)]
     expected = np.mean([20 * np.log10(2 / error**0.5) for error in errors])
     record = json.loads((autoencoder / "evaluation.json").read_text())
@@ -149,11 +152,6 @@ def test_psnr_of_an_autoencoder(autoencoder):
 
 def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
     """Record order, mirror, split and values: against encoding by hand."""
-    import jax.numpy as jnp
-
-    from ditjax import build, runs
-    from ditjax.parallel.mesh import make_mesh
-
     words = latent_words(autoencoder)
     c = read(load_recipe(words).to_dict())
     encode.main([*words, f"--out={tmp_path}"])
@@ -167,7 +165,8 @@ def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
     assert 0 < mirrored.sum() < 24
     x = images["image"][batch["index"]]
     x[mirrored] = x[mirrored, :, ::-1]
-    moments = build.encode(c, frozen, jnp.asarray(x, jnp.float32) / 127.5 - 1)
+    encoded = jax.jit(functools.partial(build.encode, c))
+    moments = encoded(frozen, x.astype(np.float32) / 127.5 - 1)
     np.testing.assert_allclose(batch["mean"], moments.mean, atol=1e-4)
     np.testing.assert_allclose(batch["log_variance"], moments.log_variance, atol=1e-4)
     np.testing.assert_array_equal(batch["label"], images["label"][batch["index"]])
