@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -570,8 +571,10 @@ def main(argv: list[str]) -> int:
         config, steps=args.steps, rounds=args.rounds, against=PEERS[args.against],
         sample=args.sample, torch_python=args.torch_python,
     )  # fmt: skip
+    # Where files and interpreters lie here is nobody else's matter.
+    words = [word for word in argv if not word.startswith(("--out", "--torch_python"))]
     found["environment"] = {
-        **environment(" ".join(["python -m ditjax.bench", *argv])),
+        **environment(shlex.join(["python", "-m", "ditjax.bench", *words])),
         "commit": commit(),
     }
     found["config"] = args.recipe

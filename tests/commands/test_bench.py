@@ -42,6 +42,7 @@ def test_the_figures_agree(tmp_path, capsys):
     assert found["sampling"]["batch_size"] == 40
     assert found["environment"]["devices"] == 8
     assert "ditjax.bench" in found["environment"]["command"]
+    assert str(tmp_path) not in found["environment"]["command"]  # what is kept and shown elsewhere
     text = capsys.readouterr().out
     for word in ("DiT-1x32x2/4", "of the ceiling", "between steps", "50 guided DDIM steps"):
         assert word in text
