@@ -33,7 +33,7 @@ from ditjax.config import Config, changed
 from ditjax.errors import UserError
 from ditjax.io import data, results
 from ditjax.io.prefetch import ahead
-from ditjax.provenance import commit, environment
+from ditjax.provenance import commit, cores, environment
 from ditjax.reporting.table import aligned
 from ditjax.scaling.counts import gflops, trainable_parameters, training_flops
 from ditjax.sizes import parse_size
@@ -325,7 +325,7 @@ def peer_spec(c: Config, *, compiled: bool, sample: bool) -> dict[str, Any]:
         "batch_size": c.train.batch_size,
         "dtype": c.model.dtype,
         "device": device,
-        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "threads": len(cores()),
         # The same products of float32 as ours: TF32 where the backend has it, or exact.
         "matmul": "high" if c.model.matmul == "default" else "highest",
         "learning_rate": c.optim.learning_rate,

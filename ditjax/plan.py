@@ -13,6 +13,7 @@ from ditjax.errors import UserError
 from ditjax.io.results import write_json
 from ditjax.parallel import topology as machines
 from ditjax.parallel.topology import Topology
+from ditjax.provenance import commit
 from ditjax.reporting.plan import memory_words, mesh_words, plan_text, search_text
 from ditjax.scaling import roofline
 from ditjax.scaling.counts import trainable_parameters
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     command = f"python -m ditjax.plan {shlex.join(words)}"
     if args.search:
         return _search(c, topology, steps, args, cache, out, command)
-    plan = {"command": command, **planning.make_plan(c, topology, steps, cache)}
+    plan = {"command": command, "commit": commit(), **planning.make_plan(c, topology, steps, cache)}
     if not args.json:
         print(plan_text(plan), flush=True)
     if not plan["memory"]["fits"]:
@@ -203,6 +204,7 @@ def _search(
     ranked = sorted(plans, key=_rank)
     found = {
         "command": command,
+        "commit": commit(),
         "label": planning.LABEL,
         "search": ranked,
         "skipped": list(skipped),
@@ -224,7 +226,7 @@ def _hopeless(c: Config, plans: Sequence[Mapping[str, Any]]) -> str:
     gathered parameters being left out: 8 bytes a parameter.
     """
     for plan in plans:
-        memory, tensor = plan["memory"], plan["mesh"].get("tensor", 1)
+        memory, tensor = plan["memory"], plan["mesh"]["tensor"]
         rest = memory["peak_bytes"] - memory["state_bytes"] - 8 * plan["parameters"] / tensor
         if (
             c.mesh.tensor == tensor

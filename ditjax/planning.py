@@ -30,7 +30,6 @@ from ditjax.io.results import write_json
 from ditjax.parallel import compiling, hlo
 from ditjax.parallel.rules import path_of
 from ditjax.parallel.topology import Topology, devices, wire_seconds
-from ditjax.provenance import commit
 from ditjax.scaling import roofline
 from ditjax.scaling.counts import trainable_parameters, training_flops
 
@@ -66,7 +65,6 @@ def make_plan(
         "schema": SCHEMA,
         "label": LABEL,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
         "versions": versions(topology),
         "topology": topology.name,
         "slices": c.mesh.slices,

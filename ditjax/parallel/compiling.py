@@ -1,6 +1,7 @@
-"""What the compiler says while it compiles, and only on stderr."""
+"""What the compiler says while it compiles, only on stderr, and what it leaves on the heap."""
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -60,24 +61,24 @@ def no_rematerialization(mesh: Mesh | AbstractMesh) -> Iterator[None]:
 
 
 def watched(program: Callable[P, R], mesh: Mesh) -> Callable[P, R]:
-    """The same program, whose first call, which compiles it, is inside `no_rematerialization`."""
-    watch = no_rematerialization(mesh) if mesh.size > 1 else contextlib.nullcontext()
-    return _first_call(program, watch)
+    """The same program, `settled`; the call that compiles it is inside `no_rematerialization`."""
+    if mesh.size == 1:
+        return settled(program)
+    return settled(program, functools.partial(no_rematerialization, mesh))
 
 
-def settled(program: Callable[P, R]) -> Callable[P, R]:
+def settled(
+    program: Callable[P, R],
+    around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Callable[P, R]:
     """The same program; its first call, which compiles it, leaves no holes in the host's heap."""
-    return _first_call(program, contextlib.nullcontext())
-
-
-def _first_call(program: Callable[P, R], around: AbstractContextManager[None]) -> Callable[P, R]:
     compiled = False
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal compiled
         if compiled:
             return program(*args, **kwargs)
-        with around:
+        with around():
             out = program(*args, **kwargs)
         host.leave_holes()
         compiled = True

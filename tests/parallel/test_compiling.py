@@ -58,6 +58,21 @@ def test_only_the_first_call_is_watched():
     assert calls[1] == before
 
 
+def test_a_first_call_that_failed_is_made_and_watched_again():
+    calls = []
+
+    def program(fails):
+        calls.append(os.readlink("/proc/self/fd/2"))
+        if fails:
+            raise UserError("not yet")
+
+    call = watched(program, make_mesh(8, 1))
+    with pytest.raises(UserError, match="not yet"):
+        call(True)
+    call(False)
+    assert os.readlink("/proc/self/fd/2") not in calls
+
+
 def test_the_rest_of_stderr_goes_where_it_went(capfd):
     line = (
         "W0101 00:00:00.0 1 a.cc:1] [SPMD] Involuntary full rematerialization. The compiler cannot"
