@@ -30,9 +30,9 @@ def keep_freed_memory() -> bool:
     )
     if not cpu_only or sys.platform != "linux":
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    if not _malloc_is_of_glibc():
         return False
+    mallopt = ctypes.CDLL(None).mallopt
     # One heap, never a mapping of its own, never trimmed.
     settings = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
     global _keeps
@@ -40,6 +40,16 @@ def keep_freed_memory() -> bool:
     if _keeps:
         _ask_for_huge_pages()
     return _keeps
+
+
+def _malloc_is_of_glibc() -> bool:
+    """False where another one is preloaded (jemalloc): glibc's mallopt is there even then."""
+    try:
+        glibc = ctypes.CDLL("libc.so.6")
+        found = [ctypes.cast(lib.malloc, ctypes.c_void_p) for lib in (ctypes.CDLL(None), glibc)]
+    except (OSError, AttributeError):
+        return False
+    return found[0].value == found[1].value and hasattr(glibc, "mallopt")
 
 
 def _ask_for_huge_pages() -> None:

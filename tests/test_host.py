@@ -1,6 +1,8 @@
 """Memory that was freed is had again without the kernel."""
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +96,26 @@ print(*[line for line in lines if line.startswith("VmFlags")])
 def test_the_heap_may_have_huge_pages():
     done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=True)
     assert "hg" in done.stdout.split()
+
+
+ANOTHER = """
+#include <stddef.h>
+extern void *__libc_malloc(size_t);
+void *malloc(size_t size) { return __libc_malloc(size); }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cc") or sys.platform != "linux", reason="needs a C compiler")
+def test_another_malloc_is_left_alone(tmp_path):
+    # What is true of glibc's heap is not of another's: holes would be looked for without an end.
+    (tmp_path / "m.c").write_text(ANOTHER)
+    library = tmp_path / "m.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "m.c"], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from ditjax import host; print(host.keep_freed_memory())"],
+        capture_output=True, text=True, check=True, env={**os.environ, "LD_PRELOAD": str(library)},
+    )  # fmt: skip
+    assert done.stdout.split() == ["False"]
 
 
 @pytest.mark.parametrize("package", ["libtpu", "jax_plugins"])
