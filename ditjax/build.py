@@ -31,8 +31,8 @@ from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 from ditjax.scaling.counts import Shape, gflops
 from ditjax.sizes import parse_size
-from ditjax.training.optim import learning_rate_schedule, make_optimizer
-from ditjax.training.step import Batch, Draw, LossFn, Metrics
+from ditjax.training.optim import learning_rate_schedule, make_optimizer, spike_limit
+from ditjax.training.step import Batch, Draw, Limit, LossFn, Metrics, no_limit
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LOSSES = {
@@ -143,13 +143,29 @@ def schedule(c: Config) -> Schedule:
     return make_schedule(c.diffusion.schedule, c.diffusion.timesteps)
 
 
+def check(c: Config) -> None:
+    """What `config.read` cannot know: whether the schedule can be respaced to the sampling steps.
+
+    Raises UserError; compiles nothing, so that no run finds out at its first sample grid.
+    """
+    if c.train.network == "dit":
+        sampling_schedule(c)
+
+
 def optimizer(c: Config) -> optax.GradientTransformation:
     """The optax chain of a recipe."""
     o = c.optim
     rate = learning_rate_schedule(o.learning_rate, o.schedule, o.warmup_steps, c.train.steps)
     return make_optimizer(
-        rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
-    )
+        rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+        spike_factor=o.spike_factor,
+    )  # fmt: skip
+
+
+def limit(c: Config) -> Limit:
+    """The largest gradient of a recipe's updates, by the optimizer's state."""
+    factor = c.optim.spike_factor
+    return functools.partial(spike_limit, factor=factor) if factor else no_limit
 
 
 class Trainee(NamedTuple):

@@ -5,17 +5,19 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from ditjax import host
+from ditjax import build, host
 from ditjax.config import Config, Distributed, completed, leaf_keys, read
-from ditjax.errors import UserError, nearest
-from ditjax.io import compilations, rundir
-from ditjax.io.checkpoint import Step
+from ditjax.errors import FaultError, StoppedError, UserError, nearest
+from ditjax.io import compilations, results, rundir
+from ditjax.io.checkpoint import Step, is_primary
+from ditjax.masking import masked, visible
 from ditjax.parallel import processes
 
 
@@ -138,6 +140,7 @@ def parse(
     recipe = load_recipe(rest, None if named else recorded)
     args.recipe = recipe.to_dict()
     config = read(args.recipe)
+    build.check(config)
     if getattr(args, "starts_processes", False):
         start_processes(args, config.distributed)
     return args, config
@@ -215,13 +218,20 @@ def _with_tuples(tree: Any) -> Any:
 
 
 def _one_line(error: Any) -> str:
-    return " ".join(str(error).split())
+    """On one line, and nothing that a terminal would obey: a name may be out of a hostile file."""
+    line = " ".join(str(error).split())
+    return masked("".join(ch if ch.isprintable() else ascii(ch)[1:-1] for ch in line))
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """Runs a command and exits: 0 done, 2 a user's mistake in one line, 130 interrupted."""
+    """Runs a command and exits: 0 done or stopped in good order, 1 a fault, 2 a user's mistake.
+
+    Faults and mistakes are one line, 130 is interrupted.
+    """
     host.keep_freed_memory()
-    logging.set_verbosity(logging.ERROR)  # orbax and tfds tell their housekeeping as warnings
+    # Orbax and tfds tell their housekeeping as warnings, and as errors what they raise anyway.
+    logging.set_verbosity(logging.FATAL)
+    getLogger("asyncio").setLevel(CRITICAL)  # of a save that failed, each leaf once more
     # Here and not at an import: tests and programs that import us keep their own settings. JAX is
     # imported by now, so that an environment variable would come too late; it opens its cache at
     # the first compilation.
@@ -231,10 +241,24 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         processes.finish()
     except UserError as error:
         _end(_one_line(error), 2)
+    except FaultError as error:
+        _end(_one_line(error), 1)
+    except StoppedError as stopped:
+        tells = not processes.several() or is_primary()
+        processes.finish()
+        if tells:
+            print(_one_line(stopped), flush=True)
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
         _end("interrupted", 130)
+    except OSError as error:
+        if error.errno in results.FULL:
+            _end(results.full_disk(error.filename or "what this run leaves", error), 1)
+        print(visible(masked(traceback.format_exc()), keep="\n"), end="", file=sys.stderr)
+        _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, said=True)
     except Exception as error:
-        traceback.print_exc()
+        processes.hear_first()
+        print(visible(masked(traceback.format_exc()), keep="\n"), end="", file=sys.stderr)
         _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, said=True)
     sys.exit(status)
 

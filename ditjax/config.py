@@ -7,11 +7,12 @@ into the frozen dataclasses below or raises UserError; nothing after it sees a C
 import dataclasses
 import math
 import typing
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from ditjax.errors import UserError, nearest
+from ditjax.errors import UserError, nearest, shown
 from ditjax.sizes import divisors, parse_size
 
 
@@ -27,8 +28,16 @@ def at_least(low: float) -> Rule:
     return Rule(lambda v: v >= low, f"at least {low}")
 
 
+def at_most(high: float) -> Rule:
+    return Rule(lambda v: v <= high, f"at most {high}")
+
+
 def above(low: float) -> Rule:
     return Rule(lambda v: v > low, f"greater than {low}")
+
+
+def zero_or_above(low: float) -> Rule:
+    return Rule(lambda v: v == 0 or v > low, f"0, or greater than {low}")
 
 
 def within(low: float, high: float) -> Rule:
@@ -36,7 +45,8 @@ def within(low: float, high: float) -> Rule:
 
 
 def fraction_below_one() -> Rule:
-    return Rule(lambda v: 0 <= v < 1, "from 0 to below 1")
+    # Above this one float32 rounds to 1: Adam's correction 1 - b**t would be 0.
+    return Rule(lambda v: 0 <= v < 1 - 2**-25, "from 0 to below 1, in float32 too")
 
 
 def axis_size() -> Rule:
@@ -51,6 +61,13 @@ def model_size() -> Rule:
     return Rule(holds, "a model size")
 
 
+def path_text() -> Rule:
+    return Rule(
+        lambda v: all(len(part.encode()) <= 255 for part in v.split("/")),
+        "a name or path, no part of it longer than 255 bytes",
+    )
+
+
 def features_name() -> Rule:
     def holds(value: str) -> bool:
         return value in ("digits", "none") or bool(value.partition("inception:")[2])
@@ -58,8 +75,26 @@ def features_name() -> Rule:
     return Rule(holds, "'digits', 'none' or 'inception:FILE'")
 
 
-Positive = Annotated[int, at_least(1)]
-Count = Annotated[int, at_least(0)]
+def levels() -> Rule:
+    return Rule(lambda v: 1 <= len(v) <= 12 and min(v) >= 1, "1 to 12 numbers, each at least 1")
+
+
+# Steps and records are counted in int32 on the devices.
+Positive = Annotated[int, at_least(1), at_most(2**31 - 1)]
+Count = Annotated[int, at_least(0), at_most(2**31 - 1)]
+# JAX's keys take 32 bits of a seed and drop the rest: 2**32 would be 0 again.
+Seed = Annotated[int, at_least(0), at_most(2**32 - 1)]
+Small = Annotated[int, at_least(0), at_most(1024)]
+Seconds = Annotated[int, at_least(1), at_most(86_400)]
+PathName = Annotated[str, path_text()]
+# The parts of a sample set are named by nine digits.
+Samples = Annotated[int, at_least(2), at_most(999_999_999)]
+
+_MAX_STRING = 4096  # characters, what a path may have
+_MAX_TOKENS = 2**20
+_MAX_CELLS = 10_000
+# What float32 holds with all of its digits; parameters and rates are of that type.
+_TINY, _HUGE = 2.0**-126, (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -69,7 +104,7 @@ class Model:
     size: Annotated[str, model_size()]  # 'S', 'B', 'L', 'XL' or depth x width x heads: '4x96x3'
     patch: Positive
     block: Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
-    mlp_ratio: Annotated[float, above(0)]
+    mlp_ratio: Annotated[float, above(0), at_most(64)]
     label_dropout: Annotated[float, fraction_below_one()]  # > 0 makes a null label for guidance
     dtype: Literal["float32", "bfloat16"]  # compute; parameters stay float32
     remat: Literal["none", "dots", "full"]
@@ -85,7 +120,7 @@ class Model:
 class Diffusion:
     """The process and its objective (`diffusion/`)."""
 
-    timesteps: Annotated[int, at_least(2)]
+    timesteps: Annotated[int, at_least(2), at_most(100_000)]
     schedule: Literal["linear", "cosine"]
     prediction: Literal["eps", "x0", "v"]
     variance: Literal["learned_range", "fixed_small", "fixed_large"]
@@ -96,15 +131,16 @@ class Diffusion:
 class Data:
     """Where images come from (`io/data.py`): 'digits', a tfds name, or 'folder:PATH'."""
 
-    name: str
+    name: PathName
     split: str
-    image_size: Positive
+    image_size: Annotated[int, at_least(1), at_most(16_384)]
     channels: Literal[1, 3]
-    num_classes: Positive
+    num_classes: Annotated[int, at_least(1), at_most(2**24)]
     flip: bool
-    data_dir: str  # '' = $DITJAX_DATA or ~/.cache/ditjax/data
+    data_dir: PathName  # '' = $DITJAX_DATA or ~/.cache/ditjax/data
     cache_mb: Count  # splits that decode to less are kept in memory
-    threads: Positive
+    threads: Annotated[int, at_least(1), at_most(1024)]
+    max_damaged: Count  # records that may be damaged: skipped, each named; 0 = stop at the first
 
 
 @dataclass(frozen=True)
@@ -112,9 +148,9 @@ class Autoencoder:
     """The KL autoencoder in front of a latent DiT, or the network being trained itself."""
 
     kind: Literal["none", "kl"]
-    path: str  # work directory of an autoencoder run; '' while it is the network in training
+    path: PathName  # work directory of an autoencoder run; '' while it is the network in training
     base_width: Positive
-    multipliers: tuple[int, ...]
+    multipliers: Annotated[tuple[int, ...], levels()]
     res_blocks: Positive
     latent_channels: Positive
     groups: Positive
@@ -134,6 +170,8 @@ class Optim:
     eps: Annotated[float, above(0)]
     weight_decay: Annotated[float, at_least(0)]
     clip_norm: Annotated[float, at_least(0)]  # 0 = no clipping
+    # An update is skipped when its gradient's norm is above so many times their running mean.
+    spike_factor: Annotated[float, zero_or_above(1)]  # 0 = off
 
 
 @dataclass(frozen=True)
@@ -142,16 +180,19 @@ class Train:
 
     network: Literal["dit", "autoencoder"]
     steps: Positive
-    batch_size: Positive  # global
+    batch_size: Annotated[int, at_least(1), at_most(2**24)]  # global
     microbatches: Positive  # a step's batch is computed in so many parts: less memory, same update
-    prefetch: Count  # batches that are put on the devices ahead of their step
+    prefetch: Small  # batches that are put on the devices ahead of their step
     ema_decay: Annotated[float, fraction_below_one()]
     log_every_steps: Positive
     checkpoint_every_steps: Positive
-    keep_checkpoints: Positive
+    keep_checkpoints: Positive  # the newest; the best is kept beside them
+    keep_every_steps: Count  # checkpoints of its multiples are kept for good; 0 = none
+    grace_seconds: Positive  # from SIGTERM to the end: what is not saved by then is given up
     sample_every_steps: Count  # 0 = no sample grids while training
     evaluate_every_steps: Count  # 0 = no evaluation while training
-    evaluate_num: Annotated[int, at_least(2)]  # samples of such an evaluation
+    evaluate_num: Samples  # samples of such an evaluation
+    max_bad_steps: Count  # so many in a row are skipped (not finite, or a spike); one more ends it
 
 
 @dataclass(frozen=True)
@@ -169,8 +210,8 @@ class Mesh:
 class Distributed:
     """Bounds of a run of several processes (`parallel/processes.py`)."""
 
-    initialization_seconds: Positive  # until all processes must have met
-    heartbeat_seconds: Positive  # of silence until a process counts as dead
+    initialization_seconds: Seconds  # until all have met
+    heartbeat_seconds: Seconds  # of silence until a process counts as dead
 
 
 @dataclass(frozen=True)
@@ -185,8 +226,8 @@ class Sample:
     cfg_interval: tuple[float, ...]  # (low, high): guided at timesteps low <= t/T < high only
     clip_x0: bool  # clamp the predicted x_0 to [-1, 1]: for pixels, never for latents
     weights: Literal["ema", "model"]  # of a run: the average, or the parameters themselves
-    batch_size: Positive
-    num: Positive
+    batch_size: Annotated[int, at_least(1), at_most(2**24)]
+    num: Annotated[int, at_least(1), at_most(999_999_999)]
 
 
 @dataclass(frozen=True)
@@ -194,13 +235,13 @@ class Evaluate:
     """What a finished model is measured by (`evaluate.py`)."""
 
     split: str  # held-out images: an autoencoder's PSNR
-    features: Annotated[str, features_name()]  # 'digits', 'inception:FILE' or 'none'
-    reference: str  # statistics, images or DATASET/SPLIT; '' = the training split
-    num_samples: Annotated[int, at_least(2)]
+    features: Annotated[str, features_name(), path_text()]  # 'digits', 'inception:FILE' or 'none'
+    reference: PathName  # statistics, images or DATASET/SPLIT; '' = the training split
+    num_samples: Samples
     labels: Literal["uniform", "balanced"]
-    seed: Count  # of the samples: the same noise for every model, whatever seed trained it
+    seed: Seed  # of the samples: the same noise for every model, whatever seed trained it
     guided_scale: Annotated[float, at_least(0)]  # accuracy of a second sample set; 0 = none
-    guided_num: Annotated[int, at_least(2)]
+    guided_num: Samples
 
 
 @dataclass(frozen=True)
@@ -214,7 +255,7 @@ class Sweep:
 class Config:
     """One run: everything it depends on."""
 
-    seed: Count
+    seed: Seed
     model: Model
     diffusion: Diffusion
     data: Data
@@ -278,11 +319,14 @@ _ADDED: Mapping[str, Mapping[str, Any]] = {
     "model": {
         "matmul": "default", "frequency_shift": 0, "norm2_eps": 1e-6, "attention": "auto",
     },
+    "data": {"max_damaged": 0},
     "sample": {"cfg_interval": (0.0, 1.0), "weights": "ema"},
     "evaluate": {"reference": "", "seed": 0},
     "train": {
         "evaluate_every_steps": 0, "evaluate_num": 1000, "microbatches": 1, "prefetch": 2,
+        "keep_every_steps": 0, "grace_seconds": 25, "max_bad_steps": 0,
     },
+    "optim": {"spike_factor": 0.0},
     "mesh": {"tensor": 1, "context": 1, "slices": 1},
     "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 25},
 }  # fmt: skip
@@ -300,13 +344,15 @@ def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
 def _read_dataclass(cls: type[T], tree: Any, path: str) -> T:
     where = f"config.{path}" if path else "config"
     if not isinstance(tree, Mapping) and not hasattr(tree, "keys"):
-        raise UserError(f"{where} is {tree!r}: expected a group of keys.")
+        raise UserError(f"{where} is {shown(tree)}: expected a group of keys.")
     hints = typing.get_type_hints(cls, include_extras=True)
     prefix = f"{where}."
     for key in tree.keys():  # noqa: SIM118 (a ConfigDict is no Mapping)
         if key not in hints:
+            plain = isinstance(key, str) and key.isidentifier() and len(key) < 100
+            word = key if plain else shown(key)
             raise UserError(
-                f"{prefix}{key} is no key of a recipe.{nearest(key, hints)}"
+                f"{prefix}{word} is no key of a recipe.{nearest(word, hints)}"
                 f" Keys of {where}: {', '.join(hints)}."
             )
     values = {}
@@ -332,34 +378,44 @@ def _read_value(hint: Any, value: Any, path: str) -> Any:
         except UserError as error:
             raise UserError(f"config.{path}: {error}") from None
         if not holds:
-            raise UserError(f"config.{path} is {value!r}: expected {rule.expected}.")
+            raise UserError(f"config.{path} is {shown(value)}: expected {rule.expected}.")
     return value
 
 
 def _typed(hint: Any, value: Any, path: str) -> Any:
+    said = f"config.{path} is {shown(value)}"
     if typing.get_origin(hint) is Literal:
         legal = typing.get_args(hint)
-        if value not in legal or isinstance(value, bool):
+        # By type first: True and 1.0 equal 1.
+        if type(value) is not type(legal[0]) or value not in legal:
             raise UserError(
-                f"config.{path} is {value!r}: expected one of {', '.join(map(repr, legal))}."
-                f"{nearest(str(value), [str(word) for word in legal])}"
+                f"{said}: expected one of {', '.join(map(repr, legal))}."
+                f"{nearest(value, map(str, legal)) if isinstance(value, str) else ''}"
             )
         return value
-    wrong = UserError(
-        f"config.{path} is {value!r}, of type {type(value).__name__}: expected {_name(hint)}."
-    )
+    wrong = UserError(f"{said}, of type {type(value).__name__}: expected {_name(hint)}.")
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, tuple | list) or not value:
             raise wrong
         return tuple(_typed(typing.get_args(hint)[0], item, path) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if value.bit_length() < 1024 else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise wrong
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"config.{path} is {value!r}: expected a finite number.")
+    if isinstance(value, float) and not (value == 0 or _TINY <= abs(value) <= _HUGE):
+        raise UserError(
+            f"{said}: expected a finite number, 0 or from {_TINY:.3g} to {_HUGE:.3g} in size, as"
+            " float32 holds it."
+        )
     if isinstance(value, int) and value.bit_length() > 62:
-        raise UserError(f"config.{path} is {value!r}: expected an integer below 2**62.")
+        raise UserError(f"{said}: expected an integer below 2**62.")
+    if isinstance(value, str):
+        if len(value) > _MAX_STRING:
+            raise UserError(
+                f"{said}, {len(value)} characters long: expected at most {_MAX_STRING}."
+            )
+        if any(unicodedata.category(each) in ("Cc", "Cs") for each in value):
+            raise UserError(f"{said}: expected text without control characters and line ends.")
     return value
 
 
@@ -373,37 +429,61 @@ def _name(hint: Any) -> str:
 
 def _read_grid(value: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     """(('model.size', ('S', 'B')), ('model.patch', (4, 2))): each key known, each value once."""
-    legal = [key for key in leaf_keys(Config) if not key.startswith("sweep.")]
-    axes = []
+    legal = leaf_hints(Config)
+    axes: dict[str, tuple[Any, ...]] = {}
     for axis in value if isinstance(value, tuple | list) else [value]:
         if not isinstance(axis, tuple | list) or len(axis) != 2 or not isinstance(axis[0], str):
             raise UserError(
-                f"config.sweep.grid holds {axis!r}: expected pairs such as ('model.patch', (4, 2))."
+                f"config.sweep.grid holds {shown(axis)}: expected pairs such as"
+                " ('model.patch', (4, 2))."
             )
         key, values = axis
-        if key not in legal:
+        if key not in legal or key.startswith("sweep."):
             raise UserError(
-                f"config.sweep.grid names {key!r}, no key of a recipe.{nearest(key, legal)}"
+                f"config.sweep.grid names {shown(key)}, no key of a recipe."
+                f"{nearest(key, [each for each in legal if not each.startswith('sweep.')])}"
             )
         if not isinstance(values, tuple | list) or not values:
-            raise UserError(f"config.sweep.grid gives {key!r} {values!r}: expected its values.")
-        if len(set(values)) != len(values):
-            raise UserError(f"config.sweep.grid gives {key!r} {values!r}: a value stands twice.")
-        axes.append((key, tuple(values)))
-    if len({key for key, _ in axes}) != len(axes):
-        raise UserError("config.sweep.grid names a key twice: join its values.")
-    return tuple(axes)
+            raise UserError(
+                f"config.sweep.grid gives {key!r} {shown(values)}: expected its values."
+            )
+        if key in axes:
+            raise UserError("config.sweep.grid names a key twice: join its values.")
+        read = []
+        for each in values:
+            try:
+                read.append(_read_value(legal[key], each, key))
+            except UserError as error:
+                raise UserError(f"config.sweep.grid: {error}") from None
+        if len(set(read)) != len(read):
+            raise UserError(
+                f"config.sweep.grid gives {key!r} {shown(values)}: a value stands twice."
+            )
+        # As they were given: 1 for a float stays 1 in a cell's name.
+        axes[key] = tuple(tuple(each) if isinstance(each, list) else each for each in values)
+    count = math.prod(map(len, axes.values()))
+    if count > _MAX_CELLS:
+        raise UserError(
+            f"config.sweep.grid has {count} cells: expected at most {_MAX_CELLS}; leave values out,"
+            " or make several studies of it."
+        )
+    return tuple(axes.items())
 
 
-def leaf_keys(cls: type, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, in order."""
-    keys = []
-    for key, hint in typing.get_type_hints(cls).items():
+def leaf_hints(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of the schema with its type and rules, in order."""
+    hints: dict[str, Any] = {}
+    for key, hint in typing.get_type_hints(cls, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
-            keys += leaf_keys(typing.cast(type, hint), f"{prefix}{key}.")
+            hints |= leaf_hints(typing.cast(type, hint), f"{prefix}{key}.")
         else:
-            keys.append(prefix + key)
-    return keys
+            hints[prefix + key] = hint
+    return hints
+
+
+def leaf_keys(cls: type) -> list[str]:
+    """Every dotted key of the schema, in order."""
+    return list(leaf_hints(cls))
 
 
 def _check_consistency(c: Config) -> None:
@@ -416,7 +496,7 @@ def _check_consistency(c: Config) -> None:
                 f" {len(c.autoencoder.multipliers)} levels need a multiple of {factor}."
             )
         for m in c.autoencoder.multipliers:
-            if m < 1 or (c.autoencoder.base_width * m) % c.autoencoder.groups:
+            if (c.autoencoder.base_width * m) % c.autoencoder.groups:
                 raise UserError(
                     f"config.autoencoder: width {c.autoencoder.base_width} x {m} is not divisible"
                     f" into {c.autoencoder.groups} groups: change base_width, multipliers or"
@@ -427,11 +507,35 @@ def _check_consistency(c: Config) -> None:
             "config.train.network is 'autoencoder' but config.autoencoder.kind is 'none': set it to"
             " 'kl'."
         )
+    if c.data.name.startswith("latents:") and not c.latent:
+        raise UserError(
+            f"config.data.name is {c.data.name!r}, encoded latents, and the recipe trains"
+            f" {'an autoencoder' if c.train.network == 'autoencoder' else 'a DiT on pixels'}: name"
+            " a data set of images, or set config.autoencoder.kind to 'kl' and"
+            " config.train.network to 'dit'."
+        )
     if c.train.network == "dit" and c.input_size % c.model.patch:
         sizes = divisors(c.input_size)
         raise UserError(
             f"config.model.patch is {c.model.patch}: an input of {c.input_size}x{c.input_size} is"
             f" not divisible by it. Patch sizes that divide: {', '.join(map(str, sizes))}."
+        )
+    tokens = (c.input_size // c.model.patch) ** 2
+    if c.train.network == "dit" and tokens > _MAX_TOKENS:
+        raise UserError(
+            f"config.model.patch is {c.model.patch}: an input of {c.input_size}x{c.input_size} has"
+            f" {tokens} tokens; expected at most {_MAX_TOKENS}: raise it, or lower"
+            " config.data.image_size."
+        )
+    if int(parse_size(c.model.size).width * c.model.mlp_ratio) < 1:
+        raise UserError(
+            f"config.model.mlp_ratio is {c.model.mlp_ratio}: no hidden unit is left of width"
+            f" {parse_size(c.model.size).width}; 4.0 is the paper's."
+        )
+    if c.diffusion.schedule == "linear" and c.diffusion.timesteps <= 20:
+        raise UserError(
+            f"config.diffusion.timesteps is {c.diffusion.timesteps}: the linear schedule needs at"
+            " least 21; set more, or config.diffusion.schedule to 'cosine'."
         )
     if c.diffusion.loss == "hybrid" and c.diffusion.variance != "learned_range":
         raise UserError(
@@ -461,6 +565,12 @@ def _check_consistency(c: Config) -> None:
             "config.sample.cfg_channels is 'three' and the input has"
             f" {c.input_channels} channel(s): set it to 'all'."
         )
+    if c.train.keep_every_steps % c.train.checkpoint_every_steps:
+        raise UserError(
+            f"config.train.keep_every_steps is {c.train.keep_every_steps} and"
+            f" config.train.checkpoint_every_steps is {c.train.checkpoint_every_steps}: there is"
+            " no checkpoint of every such step. Give a multiple of it, or 0."
+        )
     if c.train.evaluate_every_steps and c.train.network != "dit":
         raise UserError(
             f"config.train.evaluate_every_steps is {c.train.evaluate_every_steps} and"
@@ -477,4 +587,16 @@ def _check_consistency(c: Config) -> None:
         raise UserError(
             f"config.optim.warmup_steps is {c.optim.warmup_steps} and config.train.steps is"
             f" {c.train.steps}: the warm-up must end before the training does."
+        )
+    if c.train.batch_size % c.train.microbatches:
+        raise UserError(
+            f"config.train.microbatches={c.train.microbatches} does not divide"
+            f" config.train.batch_size={c.train.batch_size}: numbers that do:"
+            f" {', '.join(map(str, divisors(c.train.batch_size)))}."
+        )
+    free = [axis for axis in ("data", "fsdp", "tensor", "context") if getattr(c.mesh, axis) == -1]
+    if len(free) > 1:
+        raise UserError(
+            f"config.mesh.{free[0]} and config.mesh.{free[1]} are -1: only one axis takes what is"
+            " left; give the others their sizes."
         )

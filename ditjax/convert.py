@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ditjax import cli, runs
 from ditjax.errors import UserError
-from ditjax.io import rundir
+from ditjax.io import lease, rundir
 from ditjax.io.checkpoint import Step
 from ditjax.io.classes import class_names
 from ditjax.parallel.mesh import make_mesh
@@ -19,6 +19,7 @@ TARGETS = {
     "ldm": "an autoencoder's checkpoint (.ckpt) in the names of latent diffusion",
     "pipeline": "a DiTPipeline folder; with a latent DiT's --autoencoder",
 }
+FOLDERS = ("diffusers", "pipeline")
 
 
 def read_network(
@@ -33,6 +34,7 @@ def read_network(
     return networks.of_run(config, params, (Path(path),))
 
 
+@lease.scope()
 def convert(
     source: str,
     target: str,
@@ -51,6 +53,8 @@ def convert(
     if not rundir.is_run(source):
         runs.no_step(source, step)
     names = class_names()
+    if target in FOLDERS:
+        lease.own(Path(out) / lease.FILE, out)
     if os.path.exists(Path(source) / vocabulary.MODEL_INDEX):
         if target != "pipeline":
             raise UserError(

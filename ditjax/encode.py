@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from ditjax import build, cli, programs, runs
 from ditjax.config import Config
 from ditjax.errors import UserError
-from ditjax.io import data, latents
+from ditjax.io import data, latents, lease
 from ditjax.io.log import Progress
 from ditjax.parallel import rules
 
 
+@lease.scope()
 def encode(
     c: Config,
     out: str | os.PathLike[str],
@@ -46,6 +47,7 @@ def encode(
     info = runs.check_data(c)
     frozen = runs.load_autoencoder(c, mesh)
     side = c.input_size
+    runs.own(out, f".encode-{index}-of-{count}.lease")
     writer = latents.LatentWriter(
         out,
         c.data.split,

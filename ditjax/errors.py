@@ -1,7 +1,14 @@
-"""The one exception that means "the user can mend this": every floor may raise it."""
+"""How a command ends early: a user's mistake, a fault of the world, or told to. For every floor."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+_LONGEST = 100  # characters of a value, or of a word that is compared
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _LONGEST
+_REPR.maxtuple = _REPR.maxlist = _REPR.maxdict = 12
+_REPR.maxlevel = 4
 
 
 class UserError(ValueError):
@@ -11,7 +18,35 @@ class UserError(ValueError):
     """
 
 
+class FaultError(RuntimeError):
+    """A fault of the world, a full disk or a damaged file, told in one line with the remedy.
+
+    Commands print it without a traceback and exit with status 1.
+    """
+
+
+class StoppedError(Exception):
+    """A command was told to stop, and did so in good order: the same command goes on.
+
+    `status` is what it exits with.
+    """
+
+    def __init__(self, line: str, status: int = 0) -> None:
+        super().__init__(line)
+        self.status = status
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """' Did you mean X?' for the word closest to what was typed, or '' when none is close."""
+    if len(word) > _LONGEST:
+        return ""
     found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def shown(value: object) -> str:
+    """repr of any value, hostile ones too, on one line and cut where it is long."""
+    try:
+        return _REPR.repr(value)
+    except Exception:  # an integer of 5,000 digits, an object whose repr fails
+        return f"a {type(value).__name__}"

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax import pipeline, scoring
+from ditjax import pipeline, runs, scoring
 from ditjax.config import Config
 from ditjax.digits import class_accuracy
 from ditjax.errors import UserError
 from ditjax.features import Extractor, digits_extractor, open_extractor
-from ditjax.io import data, latents
+from ditjax.io import data, latents, lease
 from ditjax.io.images import open_images
 from ditjax.io.npz import read_array
 from ditjax.models import classifier
+from ditjax.parallel.rules import check_batch
 from ditjax.pipeline import Drawer, draw_to, sampling_protocol
 from ditjax.scoring import Reference, Seen, look, open_reference, score
 
@@ -55,6 +56,7 @@ class Evaluator:
                 " expected a DiT and 'digits' or 'inception:FILE' (evaluate and grid take"
                 " --features=)."
             )
+        check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
         self._drawer = drawer or Drawer(mesh, frozen)
         self._decoder = pipeline.decoder_of(frozen)
         self.extractor = open_extractor(c.evaluate.features, mesh)
@@ -86,11 +88,14 @@ class Evaluator:
         metrics = self._scored(c, seen, np.concatenate(labels), brief=True)
         return Evaluated(metrics, self.protocol(c, num), self.reference.name, seconds)
 
+    @lease.scope()
     def of_run(self, c: Config, params: Any, folder: Path, model: dict[str, Any]) -> Evaluated:
         """config.evaluate.num_samples samples, drawn to `folder`, scored.
 
         Cut off, the same call again draws what is missing. `model` says whose samples they are.
+        Raises UserError while another process writes samples there.
         """
+        runs.own(folder, runs.SAMPLES_LEASE)
         num = c.evaluate.num_samples
         path = folder / SAMPLES_FILE
         seconds = self._draw(c, params, path, num, c.sample.cfg_scale, model)

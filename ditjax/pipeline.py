@@ -21,7 +21,7 @@ from PIL import Image
 from ditjax import __version__, build, programs, runs
 from ditjax.config import Config, changed
 from ditjax.errors import UserError
-from ditjax.io import rundir, weights
+from ditjax.io import lease, rundir, weights
 from ditjax.io.checkpoint import Step, is_primary
 from ditjax.io.classes import class_names, parse_classes
 from ditjax.io.log import Progress
@@ -368,6 +368,7 @@ class Pipeline:
         record = self._record(c, label_of, time.monotonic() - began)
         return Output(images, drawn.images, drawn.label, record)
 
+    @lease.scope()
     def write(
         self,
         path: str | os.PathLike[str],
@@ -379,9 +380,10 @@ class Pipeline:
         """Draws to an npz (arr_0, label) as the images come, and returns what made them.
 
         Cut off, the same call again draws what is missing. Another set at `path` is replaced.
-        Raises UserError.
+        Raises UserError, also while another process writes samples to the same folder.
         """
         c, label_of = self._asked(classes, num=num, batch_size=batch_size)
+        runs.own(Path(path).parent, runs.SAMPLES_LEASE)
         record = self._record(c, label_of, 0.0)
         labels = "uniform" if label_of is None else f"classes {label_of}"
         provenance = {

@@ -11,10 +11,8 @@ from jax.sharding import Mesh
 
 from ditjax import build
 from ditjax.config import Config
-from ditjax.errors import UserError
 from ditjax.models.autoencoder import Moments
 from ditjax.parallel import compiling, processes, rules
-from ditjax.sizes import divisors
 from ditjax.training.step import Batch, Metrics, TrainState, init_state, make_step
 
 # Streams of the run's key, so that no two uses of a seed share random numbers.
@@ -77,6 +75,7 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
         c.train.ema_decay,
         parts=c.train.microbatches,
         place=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
+        limit=build.limit(c),
     )
     jit_step = jax.jit(
         lambda state, batch: step(state, batch, key),
@@ -122,16 +121,11 @@ def training(c: Config, mesh: Mesh, frozen: Any = None) -> Training:
 
 
 def _check_microbatches(c: Config, mesh: Mesh) -> None:
-    """Raises UserError when a step's batch is not cut into parts that the devices divide."""
+    """Raises UserError when the devices do not divide the parts that a step's batch is cut into."""
     B, parts = c.train.batch_size, c.train.microbatches
     if parts == 1:
         rules.check_batch(B, mesh, "config.train.batch_size")
         return
-    if B % parts:
-        raise UserError(
-            f"config.train.microbatches={parts} does not divide config.train.batch_size={B}:"
-            f" numbers that do: {', '.join(map(str, divisors(B)))}."
-        )
     rules.check_batch(
         B // parts, mesh, f"config.train.batch_size / config.train.microbatches = {B} / {parts}"
     )

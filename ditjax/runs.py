@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 
 from ditjax import programs
 from ditjax.config import Config, completed, read
-from ditjax.errors import UserError
-from ditjax.io import data, rundir
-from ditjax.io.checkpoint import Checkpoints, Step, is_primary
+from ditjax.errors import FaultError, UserError
+from ditjax.io import data, latents, lease, rundir
+from ditjax.io.checkpoint import Checkpoints, DamagedError, Step, is_primary
 from ditjax.parallel import processes, rules
 from ditjax.pretrained import networks, reading
 
+# Whose are the samples in a folder, while they are drawn and scored: a training there goes on.
+SAMPLES_LEASE = ".samples.lease"
 # The field of the training state that config.sample.weights names.
 WEIGHTS = {"ema": "ema", "model": "params"}
 
@@ -28,34 +30,96 @@ def data_spec(c: Config) -> data.DataSpec:
     return data.DataSpec(
         name=d.name, split=d.split, image_size=d.image_size, channels=d.channels, flip=d.flip,
         data_dir=d.data_dir or None, cache_mb=d.cache_mb, threads=d.threads,
+        max_damaged=d.max_damaged,
     )  # fmt: skip
 
 
 def check_data(c: Config) -> data.DatasetInfo:
-    """The data set exists and has the recipe's classes. Raises UserError otherwise."""
-    info = data.dataset_info(c.data.name, c.data.split, c.data.data_dir or None)
+    """The data set is whole and has the recipe's classes and size. Raises UserError otherwise."""
+    d = c.data
+    info = data.dataset_info(d.name, d.split, d.data_dir or None, d.max_damaged)
     if info.num_classes != c.data.num_classes:
         raise UserError(
             f"config.data.num_classes is {c.data.num_classes}, and data set {c.data.name!r} has"
             f" {info.num_classes} classes: set it to that."
         )
+    if d.name.startswith(latents.PREFIX):
+        expected, found = (c.input_size, c.input_size, c.input_channels), latents.shape_of(d.name)
+        if found != expected:
+            raise UserError(
+                f"data set {d.name!r} holds latents of {list(found)}, and the recipe's are"
+                f" {list(expected)}: set config.data.image_size and config.autoencoder to what it"
+                " was encoded with, or encode it again."
+            )
     return info
 
 
 def open_run(workdir: str | os.PathLike[str], recipe: Mapping[str, Any]) -> Path:
     """`rundir.open_run` by the first process; the others find the recipe that it wrote.
 
-    Raises UserError, also for a directory that not all processes see.
+    The directory is this run's alone until the `lease.scope` around the call ends. Raises UserError
+    where another process has it, and for a directory that not all processes see.
     """
+    own(workdir)
     if is_primary():
-        rundir.open_run(workdir, recipe)
+        rundir.open_run(workdir, recipe, completed)
     processes.meet()
-    if not (Path(workdir) / rundir.RECIPE_FILE).exists():
+    if not is_primary():
+        if not (Path(workdir) / rundir.RECIPE_FILE).exists():
+            raise UserError(
+                f"{processes.name()} does not see the {rundir.RECIPE_FILE} that process 0 wrote to"
+                f" {workdir}: give a --workdir that all share."
+            )
+        rundir.open_run(workdir, recipe, completed)
+    return Path(workdir)
+
+
+def own(folder: str | os.PathLike[str], file: str = lease.FILE, *, waits: bool = False) -> None:
+    """`lease.own` of a directory, or of what the lease is named after, by the first process."""
+    if is_primary():
+        lease.own(Path(folder) / file, str(folder), waits=waits, lost=_end)
+
+
+def _end(line: str) -> None:
+    """The lease is lost: all processes end, and write nothing more."""
+    processes.leave(line, 1)
+    lease.end(line)
+
+
+def newest(checkpoints: Checkpoints, abstract: Any) -> tuple[Any, Mapping[str, Any]] | None:
+    """(state, data position) of the newest sound checkpoint, on every process; None without any.
+
+    Damaged ones after it are set aside. Raises UserError when no other is left, for a run must not
+    begin anew where one has been: whatever cannot read any of them, it changes nothing then.
+    FaultError when only one of several processes cannot read one.
+    """
+    damaged: list[DamagedError] = []
+    for step, _ in reversed(processes.agreed([(step, 0) for step in checkpoints.steps])):
+        try:
+            found = checkpoints.restore(abstract, step)
+        except DamagedError as error:
+            if jax.process_count() > 1 and not error.everywhere:
+                # The others wait for this one within the restore: all end, and start again.
+                checkpoints.set_aside(error)
+                raise FaultError(
+                    f"checkpoint {step} in {checkpoints.directory} is damaged: {error.what}; the"
+                    " same command on all goes on from the one before it"
+                ) from error
+            damaged.append(error)
+            continue
+        if is_primary():
+            for worse in damaged:
+                checkpoints.set_aside(worse)
+        return found
+    found_bad = [f"{error.step} ({error.what})" for error in damaged]
+    aside = checkpoints.damaged
+    if damaged or processes.agreed_step(len(aside) or None):
         raise UserError(
-            f"{processes.name()} does not see the {rundir.RECIPE_FILE} that process 0 wrote to"
-            f" {workdir}: give a --workdir that all share."
+            f"{checkpoints.directory} has no sound checkpoint left: {', '.join(found_bad + aside)}."
+            " Nothing was changed. Bring one back from a copy, or give another --workdir to begin"
+            " anew."
         )
-    return rundir.open_run(workdir, recipe)
+    return None
 
 
 def load_weights(

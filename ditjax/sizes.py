@@ -1,5 +1,6 @@
 """Model sizes as plain data: the paper's Table 1, small ones for small images, and any other."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -57,4 +58,5 @@ def parse_size(name: str) -> Size:
 
 def divisors(number: int) -> list[int]:
     """1, 2, 4 of 4: the sizes that a mesh axis, a patch or a number of parts may have."""
-    return [n for n in range(1, number + 1) if number % n == 0]
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return low + [number // n for n in reversed(low) if n * n != number]

@@ -1,24 +1,28 @@
 """python -m ditjax.sweep: the grid of a recipe: train, evaluate, one result.json a run, report."""
 
+import contextlib
 import copy
 import itertools
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ditjax import build, cli, runs
-from ditjax.config import Config, read
+from ditjax.config import Config, completed, read
 from ditjax.errors import UserError
 from ditjax.evaluate import model_record, save
 from ditjax.evaluation import Evaluator
-from ditjax.io import results, rundir
+from ditjax.io import lease, results, rundir
 from ditjax.io.checkpoint import is_primary
 from ditjax.io.log import Progress, last_metrics
-from ditjax.parallel import processes
+from ditjax.masking import masked, printable
+from ditjax.parallel import processes, stopping
 from ditjax.provenance import cores, environment
 from ditjax.report import make_report
 from ditjax.reporting.words import OF_A_METRIC
@@ -28,6 +32,8 @@ from ditjax.train import train
 
 RUNS = "runs"
 LOG_FILE = "log.txt"
+LEASE = ".sweep.lease"  # of the study: an array job's cells are each their own
+ORPHAN_SECONDS = 60.0  # for a cell to save what it has when its sweep is gone
 
 
 class Cell(NamedTuple):
@@ -64,6 +70,7 @@ def cells(recipe: Mapping[str, Any]) -> list[Cell]:
         cell["sweep"] = {"grid": ()}
         try:
             config = read(cell)
+            build.check(config)
         except UserError as error:
             named = ", ".join(f"{k}={v!r}" for (k, _), v in zip(grid, values, strict=True))
             raise UserError(f"cell {index} of the grid ({named}): {error}") from None
@@ -80,15 +87,20 @@ def _name(grid: Sequence[tuple[str, Any]], values: Sequence[Any], c: Config) -> 
     for (key, _), value in zip(grid, values, strict=True):
         if key not in ("model.size", "model.patch", "seed"):
             name += f"-{key.rpartition('.')[2]}_{value}"
-    return "".join(ch if ch.isalnum() or ch in "._-" else "_" for ch in name)[:128]
+    return rundir.legal_name(name)
 
 
-def run_cell(cell: Cell, workdir: Path) -> None:
-    """Trains and evaluates one cell; a cell that has its result is left as it is."""
-    folder = workdir / RUNS / cell.name
-    done = is_primary() and (folder / results.RESULT_FILE).exists()
-    if processes.agreed([(0, 1)] if done else []):
-        results.read_result(folder)
+@lease.scope()
+def run_cell(cell: Cell, workdir: Path, *, waits: bool = False) -> None:
+    """Trains and evaluates one cell; a cell that has its result is left as it is.
+
+    Raises UserError where another process is at it: with `waits` its end is waited for.
+    """
+    folder = rundir.inside(workdir / RUNS, cell.name)
+    if _is_done(cell, folder):
+        return
+    runs.own(folder, waits=waits)
+    if _is_done(cell, folder):
         return
     c = cell.config
     mesh = build.mesh(c)
@@ -136,12 +148,33 @@ def run_cell(cell: Cell, workdir: Path) -> None:
         "protocol": evaluated.protocol,
         "protocol_hash": results.protocol_hash(evaluated.protocol),
         "environment": environment(
-            os.environ.get(_COMMAND, " ".join(["python -m ditjax.sweep", *sys.argv[1:]]))
+            os.environ.get(_COMMAND, masked(" ".join(["python -m ditjax.sweep", *sys.argv[1:]])))
         ),
         "config": cell.recipe,
     }
     if is_primary():
         results.write_result(folder, result)
+
+
+def _is_done(cell: Cell, folder: Path) -> bool:
+    done = is_primary() and has_result(cell, folder)
+    return bool(processes.agreed([(0, 1)] if done else []))
+
+
+def has_result(cell: Cell, folder: Path) -> bool:
+    """Whether the cell's result is there, whole; a damaged one is told of, and made again.
+
+    Raises UserError for the result of another recipe.
+    """
+    if not (folder / results.RESULT_FILE).exists():
+        return False
+    try:
+        found = results.read_result(folder)
+    except UserError as error:
+        print(printable(f"{error} It is made again."), file=sys.stderr, flush=True)
+        return False
+    rundir.check_same(folder, completed(found["config"]), cell.recipe)
+    return True
 
 
 _COMMAND = "DITJAX_SWEEP_COMMAND"  # the command that a person typed, told to the cells it started
@@ -154,19 +187,22 @@ class _Running(NamedTuple):
 
 
 def run_grid(grid: list[Cell], workdir: Path, argv: list[str], jobs: int) -> list[Cell]:
-    """Runs every cell in a process of its own, `jobs` at once; returns those that failed.
+    """Runs the cells without a result, `jobs` processes at once; returns those that failed.
 
     The dearest start first, so that the last to finish is small. On CPUs each job keeps to its
     share of the cores: small networks gain more from that than from threads.
     """
-    waiting = sorted(grid, key=lambda cell: -cell.work)
+    left = [cell for cell in grid if not _is_left_alone(cell, workdir)]
+    if len(left) < len(grid):
+        print(f"{len(grid) - len(left)} of {len(grid)} cells are done already", file=sys.stderr)
+    waiting = sorted(left, key=lambda cell: -cell.work)
     ours = cores()
-    jobs = min(jobs, len(waiting))
+    jobs = max(1, min(jobs, len(waiting)))
     free = [frozenset(ours[i::jobs]) for i in range(jobs)]
     running: list[_Running] = []
     failed: list[Cell] = []
     total = sum(cell.work for cell in grid)
-    done = 0.0
+    done = total - sum(cell.work for cell in left)
     progress = Progress("sweep", 100, "% of the work", every_seconds=20.0)
     began = time.monotonic()
     try:
@@ -178,9 +214,8 @@ def run_grid(grid: list[Cell], workdir: Path, argv: list[str], jobs: int) -> lis
                 running.remove(job)
                 free.append(job.cpus)
                 done += job.cell.work
-                if job.process.returncode:
+                if not _tell(job, workdir, time.monotonic() - began):
                     failed.append(job.cell)
-                _tell(job, workdir, time.monotonic() - began)
             share = done + sum(_progress(job, workdir) for job in running)
             progress.report(min(99.0, 100 * share / total))
     finally:
@@ -192,23 +227,32 @@ def run_grid(grid: list[Cell], workdir: Path, argv: list[str], jobs: int) -> lis
     return failed
 
 
+def _is_left_alone(cell: Cell, workdir: Path) -> bool:
+    """Whether it needs no process; what is wrong with it is told by its own."""
+    try:
+        return has_result(cell, workdir / RUNS / cell.name)
+    except UserError:
+        return False
+
+
 def _start(cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int]) -> _Running:
-    folder = workdir / RUNS / cell.name
+    folder = rundir.inside(workdir / RUNS, cell.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = (folder / LOG_FILE).open("ab")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}.") from None
     command = [sys.executable, "-m", "ditjax.sweep", *argv, f"--index={cell.number}"]
-    env = {**os.environ, _COMMAND: " ".join(["python -m ditjax.sweep", *argv])}
+    env = {**os.environ, _COMMAND: masked(" ".join(["python -m ditjax.sweep", *argv]))}
     ours = cores()
     try:
         # A child inherits the cores; setting them after a fork is unsafe under JAX's threads.
         if cpus:
             os.sched_setaffinity(0, cpus)
         with log:
+            # Nothing is written to its input: that ends when this process does, however it ends.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env
             )
     finally:
         if cpus:
@@ -221,21 +265,43 @@ def _progress(job: _Running, workdir: Path) -> float:
     return job.cell.work * 0.9 * step / job.cell.config.train.steps  # the rest is evaluation
 
 
-def _tell(job: _Running, workdir: Path, seconds: float) -> None:
-    folder = workdir / RUNS / job.cell.name
-    if job.process.returncode:
-        text = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip()
-        why = text.splitlines()[-1] if text else "it printed nothing"
-        line = f"{job.cell.name} FAILED (status {job.process.returncode}): {why}"
-    else:
-        metrics = results.read_result(folder)["metrics"]
+def _tell(job: _Running, workdir: Path, seconds: float) -> bool:
+    """One line of a cell that has ended. Returns whether it has its result."""
+    folder, status, found = workdir / RUNS / job.cell.name, job.process.returncode, None
+    if job.process.stdin:
+        job.process.stdin.close()
+    with contextlib.suppress(UserError):
+        found = None if status else results.read_result(folder)
+    if found:
         figures = ", ".join(
             f"{name} {value:.3g}"
-            for name, value in metrics.items()
+            for name, value in found["metrics"].items()
             if not name.endswith(OF_A_METRIC)
         )
         line = f"{job.cell.name} done: {figures}"
-    print(f"[{seconds:4.0f} s] {line}", file=sys.stderr, flush=True)
+    else:
+        text = ""
+        with contextlib.suppress(OSError):
+            text = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip()
+        why = text.splitlines()[-1] if text else "it printed nothing"
+        ended = f"FAILED (status {status})" if status else "stopped before its end"
+        line = f"{job.cell.name} {ended}: {why}"
+    print(printable(f"[{seconds:4.0f} s] {line}"), file=sys.stderr, flush=True)
+    return found is not None
+
+
+def _end_with_the_sweep() -> None:
+    """A cell's process ends when the one that started it is gone, as by a SIGTERM of its own."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        print("the sweep that started this cell is gone: it ends", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="sweep", daemon=True).start()
 
 
 def main(argv: list[str]) -> int:
@@ -259,7 +325,9 @@ def main(argv: list[str]) -> int:
     if args.index is not None:
         if not 0 <= args.index < len(grid):
             raise UserError(f"--index={args.index}: the grid has cells 0 to {len(grid) - 1}.")
-        run_cell(grid[args.index], workdir)
+        if started := _COMMAND in os.environ:
+            _end_with_the_sweep()
+        run_cell(grid[args.index], workdir, waits=started)
         return 0
     if args.dry_run:
         print(f"{'cell':>4} {'run':<28} {'parameters':>12} {'Gflops':>10} {'training MACs':>14}")
@@ -270,9 +338,11 @@ def main(argv: list[str]) -> int:
                 f" {gflops(shape):>10.4g} {3 * cell.work * cell.config.train.batch_size:>14.3g}"
             )
         return 0
-    rundir.open_study(workdir, args.recipe)
-    failed = run_grid(grid, workdir, argv, args.jobs)
-    summary = make_report([workdir / RUNS], workdir / "report")
+    with lease.scope(), stopping.raised():  # run_grid passes SIGTERM on to its cells
+        lease.own(workdir / LEASE, str(workdir))  # no runs.own: that takes the devices
+        rundir.open_study(workdir, args.recipe)
+        failed = run_grid(grid, workdir, argv, args.jobs)
+        summary = make_report([workdir / RUNS], workdir / "report")
     print(summary.text)
     for cell in failed:
         print(

@@ -11,25 +11,26 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
-import numpy as np
 from clu import parameter_overview
 
 from ditjax import build, cli, programs, runs
 from ditjax.config import Config
-from ditjax.errors import UserError
+from ditjax.errors import StoppedError, UserError
 from ditjax.evaluation import Evaluator
-from ditjax.io import data, rundir
+from ditjax.io import data, lease, rundir
 from ditjax.io.checkpoint import Checkpoints, Score, is_primary
 from ditjax.io.log import MetricsLog, Progress
 from ditjax.io.prefetch import ahead
 from ditjax.io.results import protocol_hash, save_grid, tile
-from ditjax.parallel import processes
+from ditjax.meter import Meter
+from ditjax.parallel.stopping import GOES_ON, Stopping
 from ditjax.pipeline import Drawer
 from ditjax.training.step import TrainState
 
 IN_FLIGHT = 2  # steps that may wait for the devices; more would only hold batches
 GRID_SIDE = 8  # a sample grid while training has 8 x 8 images
 PROFILE = "profile"
+DAMAGED_FILE = "damaged.txt"  # records that were skipped, one a line
 EVALUATION_SECONDS = "eval/seconds"  # of all evaluations so far, apart from the training's own
 
 
@@ -40,8 +41,10 @@ class Trained(NamedTuple):
     step: int
     loss: float
     seconds: float  # of the loop without its evaluations, calls before a resume included
+    skipped: int = 0  # steps that changed nothing, calls before a resume included
 
 
+@lease.scope()
 def train(
     c: Config,
     recipe: Mapping[str, Any],
@@ -53,30 +56,51 @@ def train(
 
     Every config.train.evaluate_every_steps it is evaluated, by `evaluator` or one of its own. The
     steps of `profile` are traced into the directory's `profile`.
+
+    Told to stop by SIGTERM or SIGINT it ends the step, saves, and raises StoppedError; of several
+    processes all do so after the same step.
     """
+    with Stopping(c.train.grace_seconds) as stopping:
+        return _train(c, recipe, workdir, evaluator, profile, stopping)
+
+
+def _train(
+    c: Config,
+    recipe: Mapping[str, Any],
+    workdir: str | os.PathLike[str],
+    evaluator: Evaluator | None,
+    profile: range,
+    stopping: Stopping,
+) -> Trained:
     if profile and profile[-1] > c.train.steps:
         raise UserError(
             f"--profile_steps={profile[0]}:{profile[-1]}: the run ends at step {c.train.steps}:"
             " name steps up to it, or more of config.train.steps."
         )
     mesh = build.mesh(c)
-    runs.check_data(c)
+    dataset = runs.check_data(c)
     draws = bool(c.train.sample_every_steps or c.train.evaluate_every_steps)
     frozen = runs.load_autoencoder(c, mesh) if draws or needs_encoder(c) else None
     drawer = Drawer(mesh, frozen)
     if c.train.evaluate_every_steps and evaluator is None:
         evaluator = Evaluator(c, mesh, frozen, drawer)
     folder = runs.open_run(workdir, recipe)
+    if is_primary():
+        rundir.tidy(folder)
     p = programs.training(c, mesh, frozen)
     position = {"seed": c.seed, "batch_size": c.train.batch_size}
-    with Checkpoints(folder / rundir.CHECKPOINTS, c.train.keep_checkpoints) as checkpoints:
-        latest = processes.agreed_step(checkpoints.latest_step)
-        if latest is None:
+    signal = ""
+    with Checkpoints(
+        folder / rundir.CHECKPOINTS, c.train.keep_checkpoints, keep_every=c.train.keep_every_steps
+    ) as checkpoints:
+        newest = runs.newest(checkpoints, p.abstract_state)
+        saved: Mapping[str, Any] = {}
+        if newest is None:
             state, start = p.init(), 0
             if is_primary():
                 (folder / "parameters.txt").write_text(_overview(state.params), encoding="utf-8")
         else:
-            state, saved = checkpoints.restore(p.abstract_state, latest)
+            state, saved = newest
             start = int(state.step)
             _check_position(saved, position, folder)
         _check_profile(profile, start)
@@ -84,7 +108,7 @@ def train(
             MetricsLog(folder, start, write=is_primary()) as log,
             data.train_batches(
                 runs.data_spec(c), c.seed, c.train.batch_size, start_step=start,
-                rows=p.rows,
+                rows=p.rows, tell=data.warn_and_note(folder / DAMAGED_FILE),
             ) as batches,
             _Profile(profile, folder / PROFILE) as profiled,
         ):  # fmt: skip
@@ -92,25 +116,39 @@ def train(
             began = time.monotonic() - log.last.get("seconds", 0.0)
             evaluation_seconds = log.last.get(EVALUATION_SECONDS, 0.0)
             loss = log.last.get("loss", float("nan"))
-            pending: list[Any] = []  # metrics on the devices: fetched at the log's interval only
             progress = Progress("train", c.train.steps, start=start)
+            meter = Meter(
+                # A run that skips every step has trained nothing.
+                min(c.train.max_bad_steps, c.train.steps - 1),
+                lambda step: data.records_of_step(
+                    c.seed, step, c.train.batch_size, dataset.num_examples
+                ),
+                progress.say, in_flight=IN_FLIGHT, start=start, position=saved,
+            )  # fmt: skip
+            if start == c.train.steps and meter.ended:
+                raise meter.error(start)
             grids = _Grids(c, drawer)
             on_devices = ahead(batches, p.put, c.train.prefetch, c.train.steps - start)
-            for step, batch in enumerate(on_devices, start + 1):
+            signal, step = stopping.after(start), start
+            for step, batch in enumerate(() if signal else on_devices, start + 1):
                 with profiled.step(step, state):
                     state, metrics = p.step(state, batch)
                 profiled.after(step, state)
-                pending.append(metrics)
-                if len(pending) > IN_FLIGHT:
-                    jax.block_until_ready(pending[-1 - IN_FLIGHT])
+                signal = stopping.after(step)
                 last = step == c.train.steps
                 evaluates = evaluator is not None and _due(step, c.train.evaluate_every_steps)
+                logs = last or evaluates or _due(step, c.train.log_every_steps)
+                saves = (
+                    last or evaluates or bool(signal)
+                    or _due(step, c.train.checkpoint_every_steps)
+                )  # fmt: skip
+                stops = meter.add(step, metrics, wait=logs or saves)
                 score = None
-                if last or evaluates or _due(step, c.train.log_every_steps):
-                    row = _means(step, pending)  # waits for the devices
-                    loss = row["loss"]
+                if logs or stops:
+                    row = meter.row()
+                    loss = row.get("loss", loss)
                     row["seconds"] = round(time.monotonic() - began, 3)
-                    if evaluator and evaluates:
+                    if evaluator and evaluates and not stops:
                         paused = time.monotonic()
                         score, found = _evaluate(c, evaluator, weights_of(c, state))
                         took = time.monotonic() - paused
@@ -120,13 +158,25 @@ def train(
                     # One line a step: of two with the same step, readers take the later.
                     log.scalars(step, row)
                     progress.report(step, loss=loss, **({score.name: score.value} if score else {}))
-                if last or score or _due(step, c.train.checkpoint_every_steps):
-                    checkpoints.save(step, state, position, score)
+                    checkpoints.check()
+                # A run that ends once more for the same reason leaves its checkpoints alone.
+                if meter.changed if stops else saves:
+                    lease.check()
+                    checkpoints.save(step, state, {**position, **meter.position()}, score)
+                    meter.changed = False
+                if stops:
+                    checkpoints.wait()
+                    raise meter.error(checkpoints.latest_step)
                 if _due(step, c.train.sample_every_steps):
                     grids.save(weights_of(c, state), step, folder, log)
+                if signal:
+                    break
             jax.block_until_ready(state)
             seconds = time.monotonic() - began
-    return Trained(weights_of(c, state), int(state.step), loss, seconds)
+    # A signal that came after the last step, too: what follows the training need not begin.
+    if signal := signal or (stopping.after(step) if step == c.train.steps else ""):
+        raise StoppedError(f"stopped at step {step} by {signal}: {GOES_ON}")
+    return Trained(weights_of(c, state), int(state.step), loss, seconds, meter.total)
 
 
 def _due(step: int, every: int) -> bool:
@@ -163,22 +213,6 @@ def _check_position(saved: Mapping[str, Any], ours: Mapping[str, Any], folder: A
                 f"the checkpoint in {folder} was at {key}={saved.get(key)!r} of its data, this"
                 f" command says {value!r}: give another --workdir."
             )
-
-
-def _means(step: int, pending: list[Any]) -> dict[str, Any]:
-    """The mean of each pending metric; forgets them. Raises UserError for a loss not finite."""
-    fetched = jax.device_get(pending)
-    pending.clear()
-    means: dict[str, Any] = {
-        name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]
-    }
-    if not np.isfinite(means["loss"]):
-        bad = next(i for i, m in enumerate(fetched) if not np.isfinite(m["loss"]))
-        raise UserError(
-            f"the loss became {means['loss']} at step {step - len(fetched) + bad + 1}: lower"
-            " config.optim.learning_rate, or look at the data; the checkpoints are from before."
-        )
-    return means
 
 
 def _check_profile(steps: range, start: int) -> None:
@@ -268,8 +302,9 @@ def main(argv: list[str]) -> int:
     args, config = cli.parse(parser, argv)
     trained = train(config, args.recipe, args.workdir, profile=args.profile_steps)
     if is_primary():
+        skipped = f" ({trained.skipped} skipped)" if trained.skipped else ""
         print(
-            f"{args.workdir}: {trained.step} steps, loss {trained.loss:.4f},"
+            f"{args.workdir}: {trained.step} steps{skipped}, loss {trained.loss:.4f},"
             f" {trained.seconds:.0f} s of training"
         )
     return 0

@@ -39,6 +39,7 @@ def get_config(size: str = "XL", patch: int = 2) -> ConfigDict:
                 "data_dir": "",
                 "cache_mb": 256,
                 "threads": 16,
+                "max_damaged": 0,
             },
             "autoencoder": {
                 "kind": "kl",
@@ -60,6 +61,7 @@ def get_config(size: str = "XL", patch: int = 2) -> ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.0,
                 "clip_norm": 0.0,
+                "spike_factor": 0.0,
             },
             "train": {
                 "network": "dit",
@@ -71,9 +73,12 @@ def get_config(size: str = "XL", patch: int = 2) -> ConfigDict:
                 "log_every_steps": 100,
                 "checkpoint_every_steps": 10_000,
                 "keep_checkpoints": 2,
+                "keep_every_steps": 0,
+                "grace_seconds": 25,
                 "sample_every_steps": 10_000,
                 "evaluate_every_steps": 0,
                 "evaluate_num": 5_000,
+                "max_bad_steps": 5,
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "slices": 1},
             "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 25},

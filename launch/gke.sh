@@ -80,7 +80,8 @@ spec:
                     limits: {google.com/tpu: $chips}
                   env:
                     - {name: DITJAX_DATA, value: '$(yaml "${DITJAX_DATA:-/share/data}")'}
-                  command: [python, -m, ditjax.$1]
+                  # Not python alone: a pod that is evicted saves and ends with 0, and would be done.
+                  command: [bash, launch/task.sh, python, -m, ditjax.$1]
                   args:
 END
   for word in "${@:2}" --distributed; do
@@ -131,7 +132,7 @@ case $action in
       --num-slices="${SLICES:-1}" --docker-image="$IMAGE" --max-restarts="${RESTARTS:-50}" \
       --restart-on-exit-codes=1 ${PROJECT:+--project="$PROJECT"} ${ZONE:+--zone="$ZONE"} \
       ${STORAGE:+--storage="$STORAGE"} \
-      --command="$(quoted python -m "ditjax.$1" "${@:2}" --distributed)"
+      --command="$(quoted bash launch/task.sh python -m "ditjax.$1" "${@:2}" --distributed)"
     ;;
   log)
     run kubectl logs --follow --prefix --max-log-requests=64 \

@@ -23,6 +23,33 @@ run() {
   if [ -n "${DRY_RUN:-}" ]; then quoted "$@"; else "$@"; fi
 }
 
+# stoppable SIGNAL WORD...: runs the command, leaves its $status. SIGNAL is passed on to it as
+# SIGTERM, and $stopped then says so: a training that is told to end saves and ends with 0, which
+# is not to be taken for done.
+stoppable() {
+  local child again
+  stopped='' status=0
+  if [ -n "${DRY_RUN:-}" ]; then
+    quoted "${@:2}"
+    return
+  fi
+  # In a group of its own: what is sent to ours comes to it once, from here.
+  set -m
+  "${@:2}" &
+  child=$!
+  set +m
+  trap 'stopped=yes again=yes; kill -TERM "$child" || true' "$1"
+  trap 'again=yes; kill -INT "$child" || true' INT
+  trap 'again=yes; kill -HUP "$child" || true' HUP
+  while true; do
+    again='' status=0
+    wait "$child" || status=$?
+    # It was the signal that ended the waiting.
+    [ -n "$again" ] || break
+  done
+  trap - "$1" INT HUP
+}
+
 # ditjax_command COMMAND --FLAG...: checks that there is such a command.
 ditjax_command() {
   [ $# -gt 0 ] || fail "no command given: expected one of ditjax's, such as train --config=FILE"

@@ -56,19 +56,17 @@ again() {
   run scontrol requeue "$SLURM_JOB_ID"
   exit 0
 }
-trap 'again "time is up"' USR1
 
-command=("$PY" -m "ditjax.$1" "${flags[@]}")
+command=(bash launch/task.sh "$PY" -m "ditjax.$1" "${flags[@]}")
 if [ "$nodes" -gt 1 ]; then
   # Not --distributed: JAX takes a task of Slurm for a process with one GPU.
   command+=(--coordinator="$SLURMD_NODENAME:$((20000 + SLURM_JOB_ID % 10000))" --processes="$nodes")
   # shellcheck disable=SC2016 # the task expands it
   command=(bash -c 'exec "$@" --process="$SLURM_PROCID"' ditjax "${command[@]}")
 fi
-# In the background, so that the trap need not wait for it.
-run srun --kill-on-bad-exit=1 --cpu-bind=none "${command[@]}" &
-status=0
-wait $! || status=$?
+# USR1 comes when the time is nearly up: all save, and then the job is queued again.
+stoppable USR1 srun --kill-on-bad-exit=1 --cpu-bind=none "${command[@]}"
+[ -z "$stopped" ] || again "time is up"
 # A user's mistake (2) would only come again.
 case $status in 0 | 2) exit "$status" ;; esac
 [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-10}" ] || exit "$status"

@@ -63,7 +63,9 @@ END
   if [ -n "${DITJAX_DATA:-}" ]; then echo "export DITJAX_DATA=$(quoted "$DITJAX_DATA")"; fi
   echo 'bash ditjax/launch/host.sh install'
   # shellcheck disable=SC2016 # the worker expands it
-  echo 'nohup setsid bash -c '\''bash ditjax/launch/host.sh "$@"; echo $? >ditjax.status'\' \
+  # Stopped (143) is no status: the command that is kept goes on when its slice is there again.
+  echo 'nohup setsid bash -c '\''trap : TERM; bash ditjax/launch/host.sh "$@"; status=$?
+[ $status = 143 ] || echo $status >ditjax.status'\' \
     "ditjax $(quoted "$@" --distributed) >>ditjax.log 2>&1 </dev/null &"
   echo 'echo $! >ditjax.pid'
 }

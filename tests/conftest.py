@@ -34,14 +34,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # optimizations they compile in a quarter of the time. What is equal to the bit with them is so
 # without, and gradients are off by 3e-5.
 UNOPTIMIZED = (
-    "commands", "models", "test_attention.py", "test_evaluation.py", "test_pipeline.py",
+    "commands", "faults", "models", "test_attention.py", "test_evaluation.py", "test_pipeline.py",
     "test_programs.py",
 )  # fmt: skip
 _VARIABLE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 os.environ[_VARIABLE] = "0"
 
 # Files that take long: were they last, one worker would work on and the others wait.
-FIRST = ("commands", "test_programs.py")
+FIRST = ("commands", "faults", "test_programs.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ditjax.cli import load_recipe, parse, parser
+from ditjax.cli import _one_line, load_recipe, parse, parser
 from ditjax.config import Config, leaf_keys, read
 from ditjax.errors import UserError
 
@@ -65,6 +65,8 @@ BAD = [
     ({"optim__learning_rate": float("inf")}, "finite"),
     ({"optim__learning_rate": -1e-3}, r"is -0\.001: expected greater than 0"),
     ({"optim__learning_rate": "fast"}, "of type str: expected a number"),
+    ({"optim__spike_factor": 0.5}, r"spike_factor is 0\.5: expected 0, or greater than 1"),
+    ({"train__max_bad_steps": -1}, "expected at least 0"),
     ({"train__batch_size": -1}, "expected at least 1"),
     ({"train__batch_size": 0}, "expected at least 1"),
     ({"train__batch_size": 64.0}, "of type float: expected an integer"),
@@ -85,6 +87,7 @@ BAD = [
         },
         "evaluate_every_steps is 5 and .* 'autoencoder': only a DiT",
     ),
+    ({"train__keep_every_steps": 3000}, r"is 3000 and .*every_steps is 2000: .* multiple"),
     ({"model__patch": 3}, r"model\.patch is 3: .* 8x8 .*: 1, 2, 4, 8"),
     ({"model__size": "XXL"}, r"model\.size: model size 'XXL' is unknown: .* XL"),
     ({"model__size": "4x96x5"}, "96 is not divisible by 5 heads"),
@@ -107,7 +110,37 @@ BAD = [
     ({"sweep__grid": (("model.patch", (1,)), ("model.patch", (2,)))}, "a key twice"),
     ({"sweep__grid": ("model.patch",)}, "expected pairs"),
     ({"optim": 3}, "expected a group of keys"),
-]
+    ({"optim__learning_rate": 10**400}, "expected a finite number"),
+    ({"optim__learning_rate": 1e39}, "as float32 holds it"),
+    ({"optim__eps": 1e-50}, r"is 1e-50: .* as float32 holds it"),
+    ({"optim__b2": 1 - 1e-9}, "to below 1, in float32 too"),
+    ({"seed": 2**32}, "at most 4294967295"),
+    ({"evaluate__seed": 2**32}, "at most 4294967295"),
+    ({"train__steps": 2**31}, "at most 2147483647"),
+    ({"train__batch_size": 2**40}, "at most 16777216"),
+    ({"evaluate__num_samples": 10**9}, "at most 999999999"),
+    ({"data__image_size": 2**50}, "at most 16384"),
+    ({"data__channels": 1.0}, r"is 1\.0: expected one of 1, 3"),
+    ({"data__channels": True}, "is True: expected one of 1, 3"),
+    ({"data__name": "a\nb"}, "control characters"),
+    ({"data__name": "x" * 5000}, "5000 characters long: expected at most 4096"),
+    ({"data__name": "\ud800"}, "control characters"),
+    ({"data__name": "latents:x"}, "encoded latents, and the recipe trains a DiT on pixels"),
+    ({"data__max_damaged": -1}, "expected at least 0"),
+    ({"autoencoder__multipliers": (1,) * 13}, "1 to 12 numbers"),
+    ({"autoencoder__multipliers": (1, 0)}, "each at least 1"),
+    ({"model__mlp_ratio": 65}, "at most 64"),
+    ({"model__mlp_ratio": 1e-3}, "no hidden unit is left of width 96"),
+    ({"data__image_size": 4096, "model__patch": 1}, "16777216 tokens; expected at most 1048576"),
+    ({"diffusion__timesteps": 20}, "linear schedule needs at least 21"),
+    ({"diffusion__timesteps": 10**6}, "at most 100000"),
+    ({"train__microbatches": 3}, r"microbatches=3 does not .*=16: .*: 1, 2, 4, 8, 16\."),
+    ({"mesh__fsdp": -1}, r"config\.mesh\.data and config\.mesh\.fsdp are -1: only one"),
+    ({"sweep__grid": (("model.patch", ("x",)),)}, r"grid: config\.model\.patch is 'x', of type"),
+    ({"sweep__grid": (("optim.learning_rate", (1, 1.0)),)}, "twice"),
+    ({"sweep__grid": (("seed", tuple(range(101))), ("model.patch", (1,)), ("train.steps",
+       tuple(range(1, 101))))}, "has 10100 cells: expected at most 10000"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("values", "message"), BAD, ids=[str(v)[1:50] for v, _ in BAD])
@@ -115,6 +148,23 @@ def test_illegal_values_are_refused(values, message):
     with pytest.raises(UserError, match=message) as error:
         read(changed(**values))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("steps", "match"),
+    [("0", "expected a number of steps"), ("ddim999", "no whole stride"), ("1001", "at most 1000"),
+     ("9" * 4000, "expected a number of steps"), ("", "expected a number of steps")],
+)  # fmt: skip
+def test_sampling_steps_are_checked_with_the_recipe(steps, match):
+    """And not at the first sample grid, hours later."""
+    with pytest.raises(UserError, match=match):
+        parse(parser("x", ""), [DIGITS, f"--config.sample.steps={steps}"])
+
+
+def test_a_hostile_name_cannot_write_to_the_terminal():
+    assert _one_line(UserError("no tensor a\x1b[2J\nb\u202e \ud800é")) == (
+        "no tensor a\\x1b[2J b\\u202e \\ud800é"
+    )
 
 
 def test_unknown_and_missing_keys():

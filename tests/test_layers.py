@@ -10,10 +10,11 @@ ISLANDS = ("diffusion", "models", "metrics", "scaling", "training", "parallel", 
 
 # Higher floors may import lower ones. Commands may call one another (sweep trains and evaluates).
 FLOORS = {
-    **dict.fromkeys(("errors", "sizes", "host", "chips", "__init__"), 0),
+    **dict.fromkeys(("errors", "masking", "sizes", "host", "chips", "__init__"), 0),
     **dict.fromkeys(ISLANDS, 1),
     "config": 1,
     "provenance": 1,
+    "meter": 2,
     "build": 2,
     "programs": 3,
     "pretrained": 3,
@@ -37,6 +38,7 @@ COMMANDS = (
 # Third-party packages by floor; NumPy, JAX's typing aside, is what all of them share.
 STDLIB_FREE = {
     "errors": set(),
+    "masking": set(),
     "sizes": set(),
     "host": set(),
     "chips": set(),
@@ -53,6 +55,7 @@ STDLIB_FREE = {
         "PIL", "safetensors", "sklearn", "tensorboardX", "tensorflow_datasets",
     },
     "build": {"jax", "numpy", "optax"},
+    "meter": {"jax", "numpy"},
     "programs": {"jax", "numpy"},
     "pretrained": {"jax", "numpy"},
     "digits": {"jax", "numpy"},

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -141,6 +142,74 @@ def test_the_state_is_donated():
     state = p.init()
     p.step(state, p.put(host_batches()[0]))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def with_nan(rows):
+    """The batch with one pixel of one example not a number."""
+    image = rows["image"].copy()
+    image[3, 5, 2, 0] = np.nan
+    return {**rows, "image": image}
+
+
+AUTOENCODER = (
+    "--config.train.network=autoencoder", "--config.autoencoder.kind=kl",
+    "--config.train.evaluate_every_steps=0",
+    "--config.autoencoder.base_width=8", "--config.autoencoder.multipliers=(1,2)",
+    "--config.autoencoder.groups=4", "--config.autoencoder.res_blocks=1", "--config.model.patch=1",
+)  # fmt: skip
+QUICK = (
+    "--config.model.size=1x32x2", "--config.diffusion.loss=simple",  # compile faster
+    "--config.diffusion.variance=fixed_small",
+    "--config.optim.warmup_steps=0",  # else the first update is of rate 0
+)  # fmt: skip
+ONE: dict[str, Any] = {"data": 1, "fsdp": 1, "devices": jax.devices()[:1]}
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        (MESHES["data"], ()),
+        (MESHES["fsdp, context, tensor"], ()),
+        (ONE, ("--config.train.microbatches=2",)),
+        (ONE, AUTOENCODER),
+    ],
+    ids=["data", "fsdp, context, tensor", "microbatches", "autoencoder"],
+)
+def test_a_nan_in_one_example_changes_nothing(axes, words):
+    p = programs.training(recipe(*QUICK, *words), make_mesh(**axes))
+    state = p.init()
+    seen = []
+    for k, change in enumerate((dict, with_nan, with_nan, dict)):
+        # Copies: the state is donated.
+        before = jax.tree.map(np.array, jax.device_get(state))
+        state, metrics = p.step(state, p.put(change(host_batches()[k])))
+        seen.append(bool(metrics["skipped"]))
+        assert np.isnan(metrics["loss"]) == seen[-1]
+        assert int(state.step) == k + 1
+        for name in ("params", "ema", "opt_state"):
+            old, new = jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(state, name))
+            same = [np.array_equal(a, b) for a, b in zip(old, new, strict=True)]
+            assert all(same) if seen[-1] else not all(same), name
+            assert all(np.isfinite(leaf).all() for leaf in new)
+    assert seen == [False, True, True, False]
+
+
+def test_a_spike_is_skipped_where_the_recipe_guards_against_it():
+    p = programs.training(recipe(*QUICK, "--config.optim.spike_factor=2.0"), make_mesh(**ONE))
+    state = p.init()
+    seen = []
+    for usual in (1e3, 1e-6):  # norms so far: 100 of them, as of gradients at a thousand, and none
+        first, *rest = state.opt_state
+        first = first._replace(
+            updates=jnp.full_like(first.updates, 100), mean=jnp.full_like(first.mean, usual)
+        )
+        state = state._replace(opt_state=(first, *rest))
+        before = jax.tree.map(np.array, jax.device_get(state.params))
+        state, metrics = p.step(state, p.put(host_batches()[0]))
+        assert np.isfinite(metrics["loss"])
+        pairs = zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True)
+        seen.append((bool(metrics["skipped"]), all(np.array_equal(a, b) for a, b in pairs)))
+    assert seen == [(False, False), (True, True)]
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The noise schedule: β and ᾱ tables in float64 NumPy, and shorter schedules retained from them."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -159,7 +160,7 @@ def space_timesteps(num_timesteps: int, spec: str) -> np.ndarray:
     """
     if spec.startswith("ddim"):
         return _ddim_timesteps(num_timesteps, spec)
-    counts = [int(part) if part.isdecimal() else 0 for part in spec.replace(" ", "").split(",")]
+    counts = [_count(part) for part in spec.replace(" ", "").split(",")]
     if min(counts) < 1:
         raise UserError(
             f"respacing {spec!r}: expected a number of steps such as '250', numbers for equal"
@@ -189,9 +190,14 @@ def space_timesteps(num_timesteps: int, spec: str) -> np.ndarray:
     return np.concatenate(retained)
 
 
+def _count(text: str) -> int:
+    """0 for what is no number; nine digits at most, as int() raises past some thousands."""
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+
+
 def _ddim_timesteps(num_timesteps: int, spec: str) -> np.ndarray:
     """DDIM App. D.2, linear τ: 'ddim50' -> 0, 20, 40, ... for 1000 timesteps."""
-    count = int(spec[4:]) if spec[4:].isdecimal() else 0
+    count = _count(spec[4:])
     if count < 1:
         raise UserError(f"respacing {spec!r}: expected 'ddim' and a number of steps: 'ddim50'.")
     reachable = {-(-num_timesteps // k): k for k in range(num_timesteps, 0, -1)}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ditjax.errors import UserError, nearest
-from ditjax.io.results import write_atomic
+from ditjax.io.results import load_json, write_atomic
 
 SHIPPED = Path(__file__).parent.parent / "assets"
 MANIFEST = "manifest.json"
@@ -113,7 +113,7 @@ def load_asset(
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = load_json(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {_REMEDY}.") from error
     except ValueError as error:

@@ -27,16 +27,19 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ditjax.errors import UserError, nearest
+from ditjax.io.images import MAX_PIXELS
 
-# PIL's own limit against decompression bombs: twice what 256 MiB holds at 3 bytes a pixel.
-MAX_PIXELS = 178_956_970
 # Only these decoders of PIL see a user's bytes; some of the others start outside programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+MAX_FILE = 1 << 28  # bytes of an encoded image
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _SPLIT_FOLDERS = ("train", "val", "validation", "test")
 _FOLDER_PREFIX = "folder:"
-_NAME = re.compile(r"(?P<name>\w+)(?:/(?P<config>[\w.+-]+))?(?::(?P<version>\d+\.\d+\.\d+))?")
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_NUMBERS = r"\d{1,9}\.\d{1,9}\.\d{1,9}"
+_NAME = re.compile(
+    rf"(?P<name>\w{{1,100}})(?:/(?P<config>[\w.+-]{{1,200}}))?(?::(?P<version>{_NUMBERS}))?"
+)
+_VERSION = re.compile(_NUMBERS)
 
 
 def data_root(data_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -50,7 +53,15 @@ def data_root(data_dir: str | os.PathLike[str] | None = None) -> Path:
             f"data_dir {chosen!r} is a URL: array_record is read from a file system only;"
             " mount the bucket (gcsfuse, s3fs) and give the path of the mount."
         )
-    return Path(chosen).expanduser().absolute()
+    return Path(of_home(chosen)).absolute()
+
+
+def of_home(path: str) -> str:
+    """A path with '~' or '~NAME' in front spelled out. Raises UserError where there is no such."""
+    try:
+        return os.fspath(Path(path).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"path {path!r}: {error} Give the whole path.") from None
 
 
 def decode_image(encoded: bytes) -> Image.Image:
@@ -207,8 +218,8 @@ class ImageFolder(
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
 
-    def __init__(self, listing: Listing, data_dir: Path) -> None:
-        self._listing = listing
+    def __init__(self, listing: Listing, data_dir: Path, max_damaged: int = 0) -> None:
+        self._listing, self._left = listing, max_damaged
         config = tfds.core.BuilderConfig(
             name=folder_identity(listing.root), description=f"Converted from {listing.root}."
         )
@@ -252,22 +263,36 @@ class ImageFolder(
             for start in range(0, len(entries), chunk):
                 part = entries[start : start + chunk]
                 encoded = pool.map(_read_image, (path for _, path in part))
-                for i, ((class_name, path), image) in enumerate(zip(part, encoded, strict=True)):
+                for i, ((class_name, path), (image, fault)) in enumerate(
+                    zip(part, encoded, strict=True)
+                ):
+                    if fault and not self._left:
+                        raise UserError(
+                            f"{path} is not a sound image ({fault}): mend or remove the file, then"
+                            " run again, or let such be skipped by config.data.max_damaged."
+                        )
+                    self._left -= bool(fault)
                     name = os.fsencode(path.relative_to(root)).decode(errors="replace")
                     yield start + i, {"image": image, "label": class_name, "file_name": name}
 
 
-def _read_image(path: Path) -> bytes:
+def _read_image(path: Path) -> tuple[bytes, str]:
+    """A file's bytes, and what is wrong with the image in them, '' where it is sound."""
     try:
+        if path.stat().st_size > MAX_FILE:
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes: expected an image of at most {MAX_FILE};"
+                " save it smaller, or remove it."
+            )
         encoded = path.read_bytes()
         decode_image(encoded)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UserError:
+        raise
     except ValueError as error:
-        raise UserError(
-            f"{path} is not a sound image ({error}): mend or remove the file, then run again."
-        ) from error
-    return encoded
+        return encoded, str(error)
+    return encoded, ""
 
 
 def folder_identity(root: Path) -> str:
@@ -279,7 +304,9 @@ def folder_identity(root: Path) -> str:
 # ---- preparation
 
 
-def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> tfds.core.DatasetBuilder:
+def prepare(
+    name: str, data_dir: str | os.PathLike[str] | None = None, max_damaged: int = 0
+) -> tfds.core.DatasetBuilder:
     """NAME -> a builder whose data lie under DATA_DIR as array_record, prepared now if need be.
 
     NAME is 'digits'; 'folder:/path' for a folder of class folders; or any tensorflow-datasets name
@@ -288,12 +315,14 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> tfds.c
     from a folder that may be read-only. Other sets than ours are prepared by tensorflow-datasets'
     own command in a process of its own, so that TensorFlow never shares this one's devices.
 
-    Raises UserError for an unknown name, a folder that changed since it was converted, a damaged
-    image, another file format, an unwritable data_dir, or TensorFlow missing where it is needed.
+    So many damaged images of a folder as `max_damaged` are stored as they are: who reads them finds
+    the damage. Raises UserError for an unknown name, a folder that changed since it was converted,
+    more damaged images, another file format, an unwritable data_dir, or TensorFlow missing where it
+    is needed.
     """
     root = data_root(data_dir)
     if name.startswith(_FOLDER_PREFIX):
-        return _prepare_folder(name, root)
+        return _prepare_folder(name, root, max_damaged)
     found = _find(name, root)
     if found is None:
         base = name.partition(":")[0].partition("/")[0]
@@ -319,13 +348,16 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> tfds.c
     return _open(name, found)
 
 
-def _prepare_folder(name: str, root: Path) -> tfds.core.DatasetBuilder:
+def _prepare_folder(name: str, root: Path, max_damaged: int) -> tfds.core.DatasetBuilder:
     given = name.removeprefix(_FOLDER_PREFIX)
-    folder = Path(given).expanduser().resolve()
+    try:
+        folder = Path(of_home(given)).resolve()
+    except (RuntimeError, OSError, ValueError) as error:  # links in a ring, a name too long
+        raise UserError(f"data set {name!r}: {error}; give the folder's own path.") from None
     converted = root / ImageFolder.name / folder_identity(folder) / str(ImageFolder.VERSION)
     # The identity is the path's alone, so a conversion outlives its folder: the originals may be
     # deleted or left on another machine.
-    if not given or not folder.is_dir():
+    if not given or not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         if given and _is_complete(converted):
             return _open(name, converted)
         raise UserError(
@@ -335,7 +367,7 @@ def _prepare_folder(name: str, root: Path) -> tfds.core.DatasetBuilder:
     listing = list_folder(folder)
     if not _is_complete(converted):
         with _exclusive(name, root):
-            write_whole(ImageFolder(listing, root))
+            write_whole(ImageFolder(listing, root, max_damaged))
     builder = _open(name, converted)
     if (builder.info.metadata or {}).get("digest") != listing.digest:
         raise UserError(

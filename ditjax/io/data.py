@@ -10,10 +10,13 @@ shuffle goes index by index, and 64 of them take 1.7 ms where a whole batch of d
 """
 
 import os
-from collections.abc import Generator, Iterable, Iterator
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import grain
@@ -24,9 +27,11 @@ from PIL import Image
 from ditjax.errors import UserError
 from ditjax.io import latents
 from ditjax.io.builders import count_records, decode_image, prepare
+from ditjax.io.images import MAX_PIXELS
 
 DataDir = str | os.PathLike[str] | None
 Batch = dict[str, np.ndarray]
+Tell = Callable[[str], None]
 
 _MODES = {1: "L", 3: "RGB"}
 # Philox streams of one seed: 0, 1, 2, ... order the epochs, the last one flips.
@@ -45,6 +50,7 @@ class DataSpec:
     flip: mirror each element left-right with probability 1/2.
     cache_mb: decoded images stay in memory if the whole split takes at most so many MiB; 0: never.
     threads: images read and decoded at once.
+    max_damaged: so many records may be damaged: each is told, and the next that reads taken for it.
     """
 
     name: str
@@ -55,6 +61,7 @@ class DataSpec:
     data_dir: DataDir = None
     cache_mb: int = 256
     threads: int = 16
+    max_damaged: int = 0
 
     def __post_init__(self) -> None:
         _check_size(self.image_size)
@@ -63,6 +70,8 @@ class DataSpec:
             raise UserError(f"cache_mb is {self.cache_mb}: expected 0 (no cache) or more MiB.")
         if self.threads < 1:
             raise UserError(f"threads is {self.threads}: expected at least 1.")
+        if self.max_damaged < 0:
+            raise UserError(f"max_damaged is {self.max_damaged}: expected 0 (none) or more.")
 
 
 class DatasetInfo(NamedTuple):
@@ -75,16 +84,22 @@ class DatasetInfo(NamedTuple):
     channels: int | None
 
 
-def dataset_info(name: str, split: str, data_dir: DataDir = None) -> DatasetInfo:
-    """NAME, split -> DatasetInfo; the data set is prepared if need be. Errors: as `prepare`."""
+def dataset_info(
+    name: str, split: str, data_dir: DataDir = None, max_damaged: int = 0
+) -> DatasetInfo:
+    """NAME, split -> DatasetInfo; the data set is prepared if need be.
+
+    Every file's records are counted. Errors: as `prepare`, and a file of another count.
+    """
     if name.startswith(latents.PREFIX):
         return _info(latents.open_latents(name), split, f"data set {name!r}, split {split!r}")
-    return _Split(name, split, data_dir).info
+    return _Split(name, split, data_dir, max_damaged).info
 
 
 def _info(builder: Any, split: str, title: str) -> DatasetInfo:
-    """What a split of encoded latents holds."""
+    """What a split of encoded latents holds, when its files hold it."""
     num_examples = _num_examples(builder, split, title)
+    _check_files(builder, split, title)
     names = builder.info.features["label"].names
     return DatasetInfo(builder.info.full_name, num_examples, len(names), tuple(names), None)
 
@@ -110,11 +125,18 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
     Halve with BOX while the shorter side is at least 2*size; scale with BICUBIC until it is size
     (upwards too); keep the central square, its corner at (dim - size) // 2.
+
+    Raises UserError where the scaled image would have more than MAX_PIXELS pixels.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     scaled = (round(image.width * scale), round(image.height * scale))
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise UserError(
+            f"an image of {image.width}x{image.height} is too long to be scaled to {size}: it would"
+            f" have more than {MAX_PIXELS} pixels; crop it."
+        )
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -156,12 +178,49 @@ def _check_channels(channels: int) -> None:
 # ---- records
 
 
+class Damaged(UserError):  # noqa: N818
+    """Records that cannot be read: index in the split -> which one and why, in words."""
+
+    def __init__(self, records: dict[int, str], remedy: str) -> None:
+        super().__init__(f"{next(iter(records.values()))}; {remedy}")
+        self.records, self.remedy = records, remedy
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or repr(error)
+
+
+class _Source:
+    """A split's records as stored. One that is damaged does not stand in the others' way."""
+
+    def __init__(self, opened: Callable[[], Any]) -> None:
+        self._opened, self._now = opened, opened()
+
+    def __getitem__(self, index: int) -> Any:
+        return self._read(lambda source: source[index])
+
+    def many(self, indices: list[int]) -> list[Any]:
+        """Several at once, of all files."""
+        return list(self._read(lambda source: source.__getitems__(indices)))
+
+    def _read(self, take: Callable[[Any], Any]) -> Any:
+        """Raises what array_record and the parser raise on bad bytes: it has no one type."""
+        try:
+            return take(self._now)
+        except Exception:
+            # Once it has failed, a reader may refuse sound records too, also to other threads.
+            try:
+                return take(self._opened())
+            finally:
+                self._now = self._opened()
+
+
 class _Split:
     """One split, opened: record index -> (PIL image, label)."""
 
-    def __init__(self, name: str, split: str, data_dir: DataDir) -> None:
+    def __init__(self, name: str, split: str, data_dir: DataDir, max_damaged: int = 0) -> None:
         self._title = f"data set {name!r}, split {split!r}"
-        builder = prepare(name, data_dir)
+        builder = prepare(name, data_dir, max_damaged)
         self._folder = builder.data_dir
         num_examples = _num_examples(builder, split, self._title)
         features = builder.info.features
@@ -183,7 +242,7 @@ class _Split:
         _check_files(builder, split, self._title)
         # The bytes are decoded here and not by tensorflow-datasets, so that damage can be named.
         skip = {self._image: tfds.decode.SkipDecoding()}
-        self._source = builder.as_data_source(split, decoders=skip)
+        self._source = _Source(lambda: builder.as_data_source(split, decoders=skip))
 
     def _pick(self, features: Any, kind: type, usual: str) -> str | None:
         """The feature of this kind: the one of the usual name, or the only one."""
@@ -197,16 +256,13 @@ class _Split:
         return None
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Record index in the split -> (decoded PIL image, label)."""
+        """Record index in the split -> (decoded PIL image, label). Raises Damaged."""
+        record: Any = {}
         try:
             record = self._source[index]
             image = decode_image(record[self._image])
         except Exception as error:  # array_record and the parser fail in several ways on bad bytes
-            reason = " ".join(str(error).split()) or repr(error)
-            raise UserError(
-                f"{self._title}: record {index} is damaged ({reason}); delete {self._folder} and"
-                " prepare the data set again."
-            ) from error
+            raise self.damaged(index, record, _reason(error)) from error
         label = int(record[self._label]) if self._label else 0
         if not 0 <= label < self.info.num_classes:
             raise UserError(
@@ -215,6 +271,16 @@ class _Split:
                 " use a labelled split."
             )
         return image, label
+
+    def damaged(self, index: int, record: Any, reason: str) -> Damaged:
+        """That record's error; `record` is {} where not even that could be read."""
+        file = record.get("file_name", "")
+        file = file.decode(errors="replace") if isinstance(file, bytes) else str(file)
+        return Damaged(
+            {index: f"{self._title}: record {index}{f' ({file})' if file else ''} is damaged"
+                    f" ({reason})"},
+            f"delete {self._folder} and prepare the data set again.",
+        )  # fmt: skip
 
 
 def _check_files(builder: Any, split: str, title: str) -> None:
@@ -271,14 +337,27 @@ class _Decoded:
     def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images = np.empty((len(indices), *self._shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
-        for row, (image, label) in enumerate(self._pool.map(self._one, indices.tolist())):
-            images[row], labels[row] = image, label
+        damaged: list[Damaged] = []
+        for row, found in enumerate(self._pool.map(self._one, indices.tolist())):
+            if isinstance(found, Damaged):
+                damaged.append(found)
+            else:
+                images[row], labels[row] = found
+        if damaged:
+            records = {index: what for each in damaged for index, what in each.records.items()}
+            raise Damaged(records, damaged[0].remedy)
         return images, labels
 
-    def _one(self, index: int) -> tuple[np.ndarray, int]:
-        image, label = self._split.read(index)
+    def _one(self, index: int) -> tuple[np.ndarray, int] | Damaged:
         size, _, channels = self._shape
-        cropped = center_crop(_to_mode(image, channels), size)
+        try:
+            image, label = self._split.read(index)
+        except Damaged as error:
+            return error
+        try:
+            cropped = center_crop(_to_mode(image, channels), size)
+        except (UserError, OSError) as error:  # of a shape, or a mode, that cannot be converted
+            return self._split.damaged(index, {}, _reason(error))
         return np.asarray(cropped).reshape(self._shape), label
 
     def close(self) -> None:
@@ -332,6 +411,30 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return np.argsort(_words(seed, epoch, 0, num_examples), kind="stable")
 
 
+def records_of_step(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
+    """Which records the global batch of a step holds, the first step being 1: i64[batch_size].
+
+    What `train_batches` calls 'index', for all rows: a pure function of (seed, step).
+    """
+    stop = step * batch_size
+    return _records(
+        lambda epoch: epoch_order(seed, epoch, num_examples), num_examples, stop - batch_size, stop
+    )
+
+
+def _records(
+    order: Callable[[int], np.ndarray], num_examples: int, start: int, stop: int
+) -> np.ndarray:
+    """Records of the stream's elements [start, stop): epoch after epoch, nothing dropped."""
+    parts = []
+    while start < stop:
+        epoch, first = divmod(start, num_examples)
+        last = min(num_examples, first + stop - start)
+        parts.append(order(epoch)[first:last])
+        start += last - first
+    return np.concatenate(parts).astype(np.int64)
+
+
 def flips(seed: int, start: int, count: int) -> np.ndarray:
     """Whether elements [start, start + count) of the stream are mirrored: bool[count], p = 1/2."""
     # A Philox block is four words; element j owns block j.
@@ -351,19 +454,26 @@ class _Latents:
         self._title = f"data set {spec.name!r}, split {spec.split!r}"
         builder = latents.open_latents(spec.name)
         self.info = _info(builder, spec.split, self._title)
-        _check_files(builder, spec.split, self._title)
-        self._source = builder.as_data_source(spec.split)
+        self._source = _Source(lambda: builder.as_data_source(spec.split))
         size = 2 * 2 * 4 * int(np.prod(builder.info.features["mean"].shape[1:]))
+        self._damaged: dict[int, str] = {}
         self._kept: list[Any] | None = None
         if self.info.num_examples * size <= spec.cache_mb * 2**20:
-            self._kept = self._source.__getitems__(range(self.info.num_examples))
+            self._kept = self._read(list(range(self.info.num_examples)))
 
     def batch(self, indices: np.ndarray, mirrored: np.ndarray) -> Batch:
         """indices i64[n], mirrored bool[n] -> mean and log_variance f32[n,h,w,c], label i32[n]."""
         if self._kept is None:
-            records = self._source.__getitems__(indices.tolist())
+            records = self._read(indices.tolist())
         else:
             records = [self._kept[index] for index in indices]
+        damaged = {
+            index: self._damaged[index]
+            for index, record in zip(indices.tolist(), records, strict=True)
+            if record is None
+        }
+        if damaged:
+            raise Damaged(damaged, "remove the latents and encode the data set again.")
         sides = mirrored.astype(int)
         pairs = list(zip(records, sides, strict=True))
         return {
@@ -371,20 +481,114 @@ class _Latents:
             "label": np.array([r["label"] for r in records], np.int32),
         }
 
+    def _read(self, indices: list[int]) -> list[Any]:
+        """The records, None for one that is damaged."""
+        try:
+            return self._source.many(indices)
+        except Exception:  # one of them: which?
+            return [self._one(index) for index in indices]
+
+    def _one(self, index: int) -> Any:
+        try:
+            return self._source[index]
+        except Exception as error:
+            self._damaged[index] = f"{self._title}: record {index} is damaged ({_reason(error)})"
+            return None
+
     def close(self) -> None:
         """Nothing runs in the background here."""
+
+
+# ---- what is damaged
+
+
+def warn(line: str) -> None:
+    """Tells on stderr."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def warn_and_note(path: Path) -> Tell:
+    """Tells on stderr, and in a file, where no line stands twice however often a run resumes."""
+
+    def tell(line: str) -> None:
+        warn(line)
+        there = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if line not in there:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+
+    return tell
+
+
+class _Sound:
+    """Batches of a reader without the records that turn out to be damaged, up to so many.
+
+    A damaged record's place is taken by the next that reads, in an order that the caller gives:
+    which one that is does not depend on when, where and by which process the damage is met.
+    """
+
+    def __init__(
+        self, reader: "_Decoded | _Latents", num_examples: int, max_damaged: int, tell: Tell
+    ) -> None:
+        self._reader, self._N, self._max, self._tell = reader, num_examples, max_damaged, tell
+        self._damaged: set[int] = set()
+        self._lock = threading.Lock()
+
+    def batch(
+        self, indices: np.ndarray, mirrored: np.ndarray, after: Callable[[int, int], int]
+    ) -> Batch:
+        """Records `indices` i64[n] and 'index', which they are.
+
+        after(row, k): the k-th record after that of a row. Raises Damaged past the limit.
+        """
+        while True:
+            if self._damaged:
+                indices = np.array([self._sound(i, row, after) for row, i in enumerate(indices)])
+            try:
+                return {**self._reader.batch(indices, mirrored), "index": indices}
+            except Damaged as error:
+                self._note(error)
+
+    def _sound(self, index: int, row: int, after: Callable[[int, int], int]) -> int:
+        for k in range(1, self._N + 1):
+            if index not in self._damaged:
+                return int(index)
+            index = after(row, k)
+        raise UserError("every record of the data set is damaged: prepare it again.")
+
+    def _note(self, error: Damaged) -> None:
+        with self._lock:
+            for index, what in sorted(error.records.items()):
+                if index in self._damaged:  # another thread's batch met it too
+                    continue
+                if not self._max:
+                    raise Damaged(
+                        {index: what},
+                        f"{error.remedy.rstrip('.')}, or let such be skipped by"
+                        " config.data.max_damaged.",
+                    ) from error
+                if len(self._damaged) == self._max:
+                    raise Damaged(
+                        {index: what},
+                        f"more than config.data.max_damaged={self._max} records are:"
+                        f" {error.remedy}",
+                    ) from error
+                self._damaged.add(index)
+                self._tell(f"{what}; skipped, as config.data.max_damaged={self._max} allows")
 
 
 class _ProcessBatches(grain.sources.RandomAccessDataSource):
     """Batch k of one process, for any k: `rows` of global batch k."""
 
-    def __init__(self, spec: DataSpec, seed: int, batch_size: int, rows: np.ndarray) -> None:
+    def __init__(
+        self, spec: DataSpec, seed: int, batch_size: int, rows: np.ndarray, tell: Tell
+    ) -> None:
         self.reader: _Decoded | _Latents
         if spec.name.startswith(latents.PREFIX):
             self.reader = _Latents(spec)
             self._N = self.reader.info.num_examples
         else:
-            split = _Split(spec.name, spec.split, spec.data_dir)
+            split = _Split(spec.name, spec.split, spec.data_dir, spec.max_damaged)
             self._N = split.info.num_examples
             self.reader = _Decoded(
                 split,
@@ -395,6 +599,7 @@ class _ProcessBatches(grain.sources.RandomAccessDataSource):
             )
         self._rows, self._batch_size = rows, batch_size
         self._seed, self._flip = seed, spec.flip
+        self._sound = _Sound(self.reader, self._N, spec.max_damaged, tell)
         # A batch straddles two epochs, and the one ahead may be in the next already.
         self._order = lru_cache(maxsize=3)(lambda e: epoch_order(seed, e, self._N))
 
@@ -404,20 +609,17 @@ class _ProcessBatches(grain.sources.RandomAccessDataSource):
     def __getitem__(self, k: Any) -> Batch:
         B = self._batch_size
         start = int(k) * B
-        indices = self._indices(start, start + B)[self._rows]
+        indices = _records(self._order, self._N, start, start + B)[self._rows]
         mirrored = flips(self._seed, start, B) if self._flip else np.zeros(B, bool)
         mirrored = mirrored[self._rows]
-        return {**self.reader.batch(indices, mirrored), "index": indices}
+        return self._sound.batch(
+            indices, mirrored, lambda row, k: self._after(start + int(self._rows[row]), k)
+        )
 
-    def _indices(self, start: int, stop: int) -> np.ndarray:
-        """Records of the stream's elements [start, stop): epoch after epoch, nothing dropped."""
-        parts = []
-        while start < stop:
-            epoch, first = divmod(start, self._N)
-            last = min(self._N, first + stop - start)
-            parts.append(self._order(epoch)[first:last])
-            start += last - first
-        return np.concatenate(parts).astype(np.int64)
+    def _after(self, element: int, k: int) -> int:
+        """The k-th record after that of an element of the stream, in its own epoch's order."""
+        epoch, first = divmod(element, self._N)
+        return int(self._order(epoch)[(first + k) % self._N])
 
 
 class Batches(Iterator[Batch]):
@@ -450,6 +652,7 @@ def train_batches(
     *,
     start_step: int = 0,
     rows: np.ndarray | None = None,
+    tell: Tell = warn,
 ) -> Batches:
     """Endless batches of this process from step start_step on: a pure function of (seed, step).
 
@@ -457,10 +660,12 @@ def train_batches(
     'log_variance' f32[b,h,w,c]), 'label' i32[b], 'index' i64[b] (the record
     in the split): the `rows` i[b] of the global batch that this process needs, None is all. Every
     epoch holds every record once, in an order of its own; batches straddle epochs, no remainder is
-    dropped.
+    dropped. For a damaged record, of which `tell` hears once, the next of its epoch's order that
+    reads stands twice.
 
     Raises UserError at once for what is wrong with the arguments or the data set, and from the
-    iterator for a damaged record, by its index.
+    iterator for a damaged record beyond spec.max_damaged, by its index. Each process counts those
+    that it met since it started.
     """
     if batch_size < 1:
         raise UserError(f"global batch size {batch_size}: expected at least 1.")
@@ -471,7 +676,7 @@ def train_batches(
         raise UserError(f"data seed {seed} is outside 0..2**64-1.")
     if start_step < 0:
         raise UserError(f"start_step {start_step} is negative: steps count from 0.")
-    return Batches(_ProcessBatches(spec, seed, batch_size, rows), start_step)
+    return Batches(_ProcessBatches(spec, seed, batch_size, rows, tell), start_step)
 
 
 def in_order(
@@ -480,14 +685,20 @@ def in_order(
     """Every record of the split once, in record order, never flipped; the last batch may be short.
 
     With `ranges` only their records, range after range; the last batch of each may be short.
-    Batches are those of `train_batches`.
+    Batches are those of `train_batches`; for a damaged record stands the next that reads.
     """
-    split = _Split(spec.name, spec.split, spec.data_dir)
+    split = _Split(spec.name, spec.split, spec.data_dir, spec.max_damaged)
+    N = split.info.num_examples
     reader = _Decoded(split, spec.image_size, spec.channels, cache_mb=0, threads=spec.threads)
+    sound = _Sound(reader, N, spec.max_damaged, warn)
     try:
-        for records in [range(split.info.num_examples)] if ranges is None else ranges:
+        for records in [range(N)] if ranges is None else ranges:
             for start in range(records.start, records.stop, batch_size):
                 indices = np.arange(start, min(start + batch_size, records.stop))
-                yield {**reader.batch(indices, np.zeros(len(indices), bool)), "index": indices}
+                yield sound.batch(
+                    indices,
+                    np.zeros(len(indices), bool),
+                    lambda row, k, start=start: (start + row + k) % N,  # type: ignore[misc]
+                )
     finally:
         reader.close()

@@ -2,8 +2,11 @@
 
 import dataclasses
 import os
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +14,13 @@ from numpy.typing import NDArray
 from ditjax.errors import UserError
 from ditjax.io import npz
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 Images = NDArray[np.uint8]
 
+# PIL's own limit against decompression bombs: twice what 256 MiB holds at 3 bytes a pixel.
+MAX_PIXELS = 178_956_970
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -42,10 +50,8 @@ class ImageSet:
                 yield np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
     def _file(self, path: Path) -> Images:
-        from PIL import Image
-
         try:
-            with Image.open(path) as opened:
+            with _opened(path) as opened:
                 transparent = "A" in opened.getbands() or "transparency" in opened.info
                 image = opened.convert("RGBA") if transparent else opened
                 if transparent and image.getchannel("A").getextrema() != (255, 255):
@@ -63,7 +69,29 @@ class ImageSet:
 
 
 # What Pillow raises on bytes that are no picture, by format and place.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError)
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+    MemoryError, struct.error, zlib.error,
+)  # fmt: skip
+
+
+def _opened(path: Path) -> "Image.Image":
+    """A PNG or JPEG file, pixels unread. Raises what _DAMAGED names.
+
+    Other formats are not looked at, whatever the file's name: some start outside programs.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(path, formats=("PNG", "JPEG"))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(
+            f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels: make it smaller"
+        )
+    return image
 
 
 def open_images(path: str | os.PathLike[str]) -> ImageSet:
@@ -90,8 +118,6 @@ def _open_npz(path: Path) -> ImageSet:
 
 
 def _open_folder(path: Path) -> ImageSet:
-    from PIL import Image
-
     files = tuple(
         sorted(
             file
@@ -105,7 +131,7 @@ def _open_folder(path: Path) -> ImageSet:
     found: ImageSet | None = None
     for file in files:
         try:
-            with Image.open(file) as image:
+            with _opened(file) as image:
                 width, height = image.size
         except _DAMAGED as error:
             raise UserError(f"{file} is damaged: {error}.") from error

@@ -24,8 +24,9 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ditjax.errors import UserError
-from ditjax.io.builders import count_records
-from ditjax.io.results import atomic_path, unfinished, write_atomic
+from ditjax.io.builders import count_records, of_home
+from ditjax.io.results import atomic_path, load_json, unfinished, write_atomic
+from ditjax.masking import masked_tree
 
 PREFIX = "latents:"
 # ImageNet's 84 GB in 626 files of 2,048 records: seconds of work on an accelerator.
@@ -70,7 +71,7 @@ class LatentWriter:
             )
         if shard_mb < 1:
             raise UserError(f"shards of {shard_mb} MiB: expected at least 1.")
-        self._folder = _prepared(Path(directory))
+        self._folder, metadata = _prepared(Path(directory)), masked_tree(metadata)
         self._split, self._shape, self._class_names = split, shape, class_names
         size = 2 * 2 * 4 * math.prod(shape)
         per_shard = min(num_examples, max(1, shard_mb * 2**20 // size))
@@ -94,7 +95,7 @@ class LatentWriter:
     def _read(self) -> dict[str, Any]:
         path = self._folder / _METADATA
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = load_json(path)
         except (OSError, ValueError):
             there = None
         if not isinstance(there, dict):
@@ -250,28 +251,51 @@ def _features(
 
 
 def _prepared(folder: Path) -> Path:
-    return folder.expanduser() / _NAME / _VERSION
+    return Path(of_home(os.fspath(folder))) / _NAME / _VERSION
 
 
 def images_of(name: str) -> str:
     """'latents:PATH' -> DATASET/SPLIT that was encoded. Raises UserError."""
     said = open_latents(name).info.metadata or {}
+    if not {"images", "split"} <= said.keys():
+        raise UserError(
+            f"data set {name!r}: its {_METADATA} does not say of which images it is: encode again."
+        )
     return f"{str(said['images']).rpartition('/')[0]}/{said['split']}"
+
+
+def shape_of(name: str) -> tuple[int, ...]:
+    """'latents:PATH' -> (h, w, c) of one latent. Raises UserError."""
+    return tuple(open_latents(name).info.features["mean"].shape[1:])
 
 
 def open_latents(name: str) -> tfds.core.DatasetBuilder:
     """'latents:PATH' -> its builder. Raises UserError when nothing complete is there."""
     folder = Path(name.removeprefix(PREFIX))
     found = _prepared(folder)
-    if (found / _METADATA).exists() and not (found / _INFO).exists():
+    # Not Path.exists, which raises for a name that is too long.
+    if os.path.exists(found / _METADATA) and not (found / _INFO).exists():
         raise UserError(
             f"data set {name!r}: its encoding is not finished: the same command of"
             f" python -m ditjax.encode, with --out={folder}, goes on with it."
         )
-    try:
-        return tfds.builder_from_directory(os.fspath(found.resolve()))
-    except (FileNotFoundError, OSError, json.JSONDecodeError):
+    if not os.path.exists(found / _INFO):
         raise UserError(
             f"data set {name!r}: no encoded latents at {folder}: make them with"
             f" python -m ditjax.encode --config=... --out={folder}"
-        ) from None
+        )
+    try:
+        builder = tfds.builder_from_directory(os.fspath(found.resolve()))
+        moments = [builder.info.features[key].shape for key in ("mean", "log_variance")]
+        whole = (
+            moments[0] == moments[1] and len(moments[0]) == 4 and "label" in builder.info.features
+        )
+    except Exception as error:  # a cut or edited JSON file fails in as many ways as it has keys
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"data set {name!r}: the description in {found} cannot be read ({reason:.200}): remove"
+            " the latents and encode again."
+        ) from error
+    if not whole:
+        raise UserError(f"data set {name!r}: what lies in {found} are no latents: encode again.")
+    return builder

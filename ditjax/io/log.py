@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,9 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from ditjax.io.results import write_atomic
+from ditjax.errors import FaultError
+from ditjax.io.results import full_disk, write_atomic
+from ditjax.masking import masked_tree
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -32,29 +35,59 @@ class MetricsLog:
         self.last: dict[str, Any] = _truncate(self.path, start_step) if write else {}
         self._file = self.path.open("a", encoding="utf-8") if write else None
         self._events = SummaryWriter(str(directory), purge_step=start_step + 1) if write else None
+        self._hook = threading.excepthook
+        threading.excepthook = self._ended  # until `__exit__`
 
-    def scalars(self, step: int, values: Mapping[str, float | str]) -> None:
-        """One line {"step": step, name: value, ...} and one event a number."""
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line {"step": step, name: value, ...} and one event a number.
+
+        Raises FaultError where they cannot be written.
+        """
         if self._file is None or self._events is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **masked_tree(values)}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise FaultError(full_disk(self.path, error)) from error
+        if not self._writes_events():
+            raise FaultError(
+                f"events cannot be written to {self.path.parent}: is the disk full? Make room"
+                " there: the same command goes on."
+            )
         for name, value in values.items():
-            if not isinstance(value, str):
+            if isinstance(value, int | float):
                 self._events.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
         """A grid u8[H,W,C] as an event."""
-        if self._events:
+        if self._events and self._writes_events():
             self._events.add_image(name, grid, step, dataformats="HWC")
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def _ended(self, args: Any) -> None:
+        """tensorboardX's thread could not write: `scalars` tells it, on one line."""
+        writer = self._events.file_writer.event_writer if self._events else None
+        if writer is None or args.thread is not writer._worker:
+            self._hook(args)
+
+    def _writes_events(self) -> bool:
+        """Whether tensorboardX's thread lives: a write that failed ends it, and who gives it more
+        then waits for ever."""
+        writer = self._events.file_writer.event_writer if self._events else None
+        return writer is None or writer._worker.is_alive()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        threading.excepthook = self._hook
         if self._file and self._events:
-            self._file.close()
-            self._events.close()
+            # What could not be written has been told.
+            with contextlib.suppress(*() if kind is None else (OSError,)):
+                self._file.close()
+            with contextlib.suppress(*() if kind is None else (OSError,)):
+                if self._writes_events():
+                    self._events.close()
 
 
 def _truncate(path: Path, last_step: int) -> dict[str, Any]:
@@ -71,7 +104,7 @@ def _truncate(path: Path, last_step: int) -> dict[str, Any]:
             values = json.loads(line)
             if values["step"] > last_step:
                 break
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
         kept.append(line)
         last |= values
@@ -82,10 +115,12 @@ def _truncate(path: Path, last_step: int) -> dict[str, Any]:
 def last_metrics(directory: str | os.PathLike[str]) -> dict[str, float]:
     """The newest whole line of a run's metrics.jsonl; {} before the first."""
     try:
-        lines = (Path(directory) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-        for line in reversed(lines):
-            with contextlib.suppress(ValueError):
-                return json.loads(line)
+        text = (Path(directory) / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
+        for line in reversed(text.splitlines()):
+            with contextlib.suppress(ValueError, RecursionError):
+                values = json.loads(line)
+                if isinstance(values, dict):
+                    return values
     except OSError:
         pass
     return {}
@@ -143,6 +178,12 @@ class Progress:
         else:
             self._out.write(line + "\n")
         self._out.flush()
+
+    def say(self, words: str) -> None:
+        """A line of its own."""
+        if not self._quiet:
+            self._out.write(f"\r\x1b[2K{words}\n" if self._tty else f"{words}\n")
+            self._out.flush()
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ written whole or not at all: a reader never meets half of one, and a crash keeps
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import io
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypedDict, cast
@@ -19,10 +21,14 @@ from typing import IO, Any, NamedTuple, TypedDict, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ditjax.errors import UserError, nearest
+from ditjax.errors import FaultError, UserError, nearest, shown
 from ditjax.io import npz
+from ditjax.masking import masked_tree
 
 SCHEMA = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that takes no more
+MAX_JSON = 1 << 26  # bytes, and levels of nesting, of a JSON file
+MAX_DEPTH = 100
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.npz"
@@ -109,7 +115,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The name of a file to make beside `path`, synced and renamed over `path` in the end.
 
     Makes the folder. On an exception `path` is as it was; a killed process leaves the file behind,
-    named as `unfinished` finds it. Raises UserError where the folder cannot be made or written.
+    named as `unfinished` finds it. Raises UserError where the folder cannot be made or written, and
+    FaultError for a full disk.
     """
     path = Path(path)
     # Unlike tempfile's, this name gives a file the umask's mode: others read a shared folder.
@@ -120,14 +127,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
+        if error.errno in FULL:
+            raise FaultError(full_disk(path, error)) from error
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; choose a folder that can be written."
         ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def full_disk(path: str | os.PathLike[str], error: OSError) -> str:
+    """The line for a disk that takes no more."""
+    return f"cannot write {path}: {error.strerror}. Make room there: the same command goes on."
 
 
 def unfinished(path: str | os.PathLike[str]) -> list[Path]:
@@ -157,9 +171,41 @@ def write_result(folder: str | os.PathLike[str], result: Result) -> Path:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Strict JSON, written whole: NaN and infinities become null, unknown objects their text."""
-    text = json.dumps(_finite_or_null(value), indent=1, allow_nan=False, default=str)
+    """Strict JSON, written whole: NaN and infinities become null, unknown objects their text.
+
+    What looks like a secret is masked.
+    """
+    text = json.dumps(_plain(value), indent=1, allow_nan=False)
     return write_atomic(path, (text + "\n").encode())
+
+
+def load_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
+    """A JSON file's value, of a bounded size and depth.
+
+    Raises OSError where it cannot be opened, and ValueError for everything else: not UTF-8, not
+    JSON, too long, too deep.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"it nests more than {MAX_DEPTH} deep")
 
 
 def read_result(path: str | os.PathLike[str]) -> Result:
@@ -171,12 +217,12 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     if path.is_dir():
         path = path / RESULT_FILE
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: run this cell again.") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(
             f"{path} is not whole JSON ({error}): it was half-written or edited; run this cell"
             " again."
@@ -234,11 +280,11 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.decode("utf-8"))  # of bytes json would guess the encoding
             step = entry["step"]
             if not _is(step, int):
                 raise TypeError
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines):  # no newline after it: torn
                 break
             raise UserError(
@@ -354,8 +400,8 @@ def _validated(value: Any, where: str) -> Result:
         raise UserError(f"{where}: expected an object, not {type(value).__name__}.")
     if value.get("schema") != SCHEMA and "schema" in value:
         raise UserError(
-            f"{where}: schema is {value['schema']!r}, this ditjax reads {SCHEMA}; use the version"
-            " that wrote it."
+            f"{where}: schema is {shown(value['schema'])}, this ditjax reads {SCHEMA}; use the"
+            " version that wrote it."
         )
     result = _checked_keys(value, Result, where, "")
     for key in _POSITIVE:
@@ -364,12 +410,12 @@ def _validated(value: Any, where: str) -> Result:
     metrics = {}
     for name, metric in result["metrics"].items():
         if metric is not None and not _is(metric, float):
-            raise UserError(f"{where}: metrics.{name} is {metric!r}, expected a number.")
+            raise UserError(f"{where}: metrics.{name} is {shown(metric)}, expected a number.")
         metrics[name] = math.nan if metric is None else float(metric)
     result["metrics"] = metrics
     digits = result["protocol_hash"]
     if not digits or set(digits) - set("0123456789abcdef"):
-        raise UserError(f"{where}: protocol_hash is {digits!r}, expected hex digits.")
+        raise UserError(f"{where}: protocol_hash is {shown(digits)}, expected hex digits.")
     return cast(Result, result)
 
 
@@ -391,7 +437,7 @@ def _checked_keys(value: dict[str, Any], kind: type, where: str, prefix: str) ->
         elif expected in _NESTED or not _is(found, expected):
             name = "object" if expected in _NESTED or expected is dict else expected.__name__
             raise UserError(
-                f"{where}: {prefix}{key} is {found!r:.80}, expected {_ARTICLES.get(name, name)}."
+                f"{where}: {prefix}{key} is {shown(found)}, expected {_ARTICLES.get(name, name)}."
             )
     return checked
 
@@ -405,8 +451,8 @@ _ARTICLES = {
 
 
 def _is(value: Any, kind: type) -> bool:
-    """True is no number here, and an integer is a number."""
-    if isinstance(value, bool):
+    """True is no number here, and an integer is a number; one beyond 64 bits is neither."""
+    if isinstance(value, bool) or (isinstance(value, int) and value.bit_length() > 63):
         return False
     return isinstance(value, (int, float) if kind is float else kind)
 
@@ -422,11 +468,17 @@ def _finite_or_null(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
+def _plain(value: Any) -> Any:
+    """What JSON can hold, and nothing secret."""
+    plain = json.loads(json.dumps(_finite_or_null(value), allow_nan=False, default=str))
+    return masked_tree(plain)
+
+
 def _note_unreadable(problems: list[str]) -> Any:
     return lambda error: problems.append(f"cannot read {error.filename}: {error.strerror}.")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the rename itself durable; some network file systems refuse, which loses nothing."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -1,13 +1,17 @@
 """A run's directory and its recipe: how "the same command again" is told from another."""
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ditjax.errors import UserError
-from ditjax.io.results import write_atomic
+from ditjax.io.results import load_json, write_atomic
+from ditjax.masking import masked_tree
 
 RECIPE_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -16,25 +20,63 @@ CHECKPOINTS = "checkpoints"
 FREE_KEYS = (
     "mesh.", "distributed.", "sample.", "evaluate.", "sweep.", "model.unroll", "model.remat",
     "model.attention", "train.microbatches", "train.prefetch", "data.threads",
-    "data.cache_mb", "data.data_dir", "train.steps", "train.log_every_steps",
-    "train.checkpoint_every_steps", "train.keep_checkpoints", "train.sample_every_steps",
-    "train.evaluate_every_steps", "train.evaluate_num",
+    "data.cache_mb", "data.data_dir", "data.max_damaged", "train.steps", "train.log_every_steps",
+    "train.checkpoint_every_steps", "train.keep_checkpoints", "train.keep_every_steps",
+    "train.grace_seconds", "train.sample_every_steps",
+    "train.evaluate_every_steps", "train.evaluate_num", "train.max_bad_steps",
 )  # fmt: skip
 
 
-def open_run(workdir: str | os.PathLike[str], recipe: Mapping[str, Any]) -> Path:
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def legal_name(text: str, longest: int = 128) -> str:
+    """A text as the name of a directory or file: ASCII letters, digits and '._-', no dot in front.
+
+    Where it is longer it ends in a hash of all of it.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", text)
+    if not re.match("[A-Za-z0-9]", name):
+        name = f"x{name}"
+    if len(name) > longest:
+        name = f"{name[: longest - 13]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return name
+
+
+def inside(root: str | os.PathLike[str], name: str) -> Path:
+    """root/name, the directory of a run. Raises UserError for a name or a link that leads out."""
+    folder = Path(root) / name
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"run name {name[:140]!r}: expected 1 to 128 ASCII letters, digits and '._-', a letter"
+            " or digit first."
+        )
+    if folder.resolve().parent != Path(root).resolve():
+        raise UserError(
+            f"{folder} is a link to {folder.resolve()}, out of {root}: remove it, or give another"
+            " --workdir."
+        )
+    return folder
+
+
+def open_run(
+    workdir: str | os.PathLike[str],
+    recipe: Mapping[str, Any],
+    completed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> Path:
     """Makes the directory and writes its recipe, or checks that it is the same run.
 
-    Raises UserError when the directory cannot be written, or holds a run of another recipe.
+    `completed` adds to an older run's recipe the keys that did not exist then. Raises UserError
+    when the directory cannot be written, or holds a run of another recipe.
     """
     folder = Path(workdir)
     path = folder / RECIPE_FILE
     if path.exists():
-        _check_same(path, recipe)
+        check_same(folder, completed(read_recipe(folder)), recipe)
         return folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={folder} is a file: give a directory.")
-    write_atomic(path, (json.dumps(recipe, indent=1) + "\n").encode())
+    write_atomic(path, _text(recipe))
     return folder
 
 
@@ -46,8 +88,23 @@ def open_study(workdir: str | os.PathLike[str], recipe: Mapping[str, Any]) -> Pa
     folder = Path(workdir)
     if (folder / CHECKPOINTS).exists():
         raise UserError(f"--workdir={folder} is a single run's: give a study its own directory.")
-    write_atomic(folder / RECIPE_FILE, (json.dumps(recipe, indent=1) + "\n").encode())
+    write_atomic(folder / RECIPE_FILE, _text(recipe))
     return folder
+
+
+def _text(recipe: Mapping[str, Any]) -> bytes:
+    return (json.dumps(masked_tree(recipe), indent=1) + "\n").encode()
+
+
+def tidy(workdir: str | os.PathLike[str]) -> None:
+    """Removes what a process that died while writing left in a run's directory (`results.atomic`).
+
+    By its one owner.
+    """
+    for pattern in (".*.tmp", "*/.*.tmp"):
+        for path in Path(workdir).glob(pattern):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def is_run(workdir: str | os.PathLike[str]) -> bool:
@@ -60,7 +117,7 @@ def read_recipe(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """The recipe that a run was started with. Raises UserError when there is none."""
     path = Path(workdir) / RECIPE_FILE
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
+        recipe = load_json(path)
     except OSError as error:
         raise UserError(
             f"{workdir} is no run directory: cannot read {path.name} ({error.strerror})."
@@ -72,13 +129,14 @@ def read_recipe(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     return recipe
 
 
-def _check_same(path: Path, recipe: Mapping[str, Any]) -> None:
-    started = dict(leaves(read_recipe(path.parent)))
-    asked = dict(leaves(json.loads(json.dumps(recipe))))
+def check_same(folder: Path, recorded: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Raises UserError when the run in a directory was started with another recipe."""
+    started = dict(leaves(json.loads(json.dumps(recorded))))
+    asked = dict(leaves(json.loads(json.dumps(masked_tree(recipe)))))  # as it would be recorded
     for key in sorted(started.keys() | asked.keys()):
         if started.get(key) != asked.get(key) and not key.startswith(FREE_KEYS):
             raise UserError(
-                f"{path.parent} holds a run with {key}={started.get(key)!r}, this command says"
+                f"{folder} holds a run with {key}={started.get(key)!r}, this command says"
                 f" {asked.get(key)!r}: give another --workdir, or the recipe it was started with."
             )
 

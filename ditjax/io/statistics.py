@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ditjax.errors import UserError
 from ditjax.io import npz
 from ditjax.io.results import write_atomic
+from ditjax.masking import masked_tree
 
 Array = NDArray[np.float64]
 
@@ -109,12 +110,12 @@ def statistics_hash(statistics: Statistics) -> str:
 
 
 def provenance_text(provenance: Mapping[str, Any]) -> NDArray[np.str_]:
-    """Plain JSON of a mapping, keys sorted, as a U array of rank 0.
+    """Plain JSON of a mapping, keys sorted, secrets masked, as a U array of rank 0.
 
     Raises UserError for what JSON does not have.
     """
     try:
-        text = json.dumps(provenance, sort_keys=True, allow_nan=False)
+        text = json.dumps(masked_tree(provenance), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"a provenance must be plain JSON: {error}.") from error
     return np.array(text)

@@ -30,6 +30,7 @@ from ditjax.io.torch_objects import CALLS, DTYPES, STORAGES, Storage, is_size, m
 _MAGIC: Final = 0x1950A86A20F9469CFC6C
 _PROTOCOL: Final = 1001
 _MAX_PICKLE: Final = 1 << 26
+_MAX_ENTRIES: Final = 200_000
 _ALIGNMENT: Final = 64  # of torch's storages
 _CHUNK: Final = 1 << 22
 
@@ -166,6 +167,8 @@ def _records(file: IO[bytes], data: mmap.mmap) -> dict[str, Record]:
             "is a zip without a readable directory, as after an interrupted download: download or"
             " save it again"
         ) from None
+    if len(entries) > _MAX_ENTRIES:
+        raise Refusal(f"holds {len(entries)} entries; {_MAX_ENTRIES} are read")
     # Before compression is refused: both of these may be compressed.
     names = {entry.filename.partition("/")[2] for entry in entries}
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
@@ -192,6 +195,9 @@ def _records(file: IO[bytes], data: mmap.mmap) -> dict[str, Record]:
         if start + entry.file_size > len(data):
             raise Refusal(f"ends within its entry {shown(name)}: download or save it again")
         records[name] = Record(start, entry.file_size, entry.CRC)
+    # Each is compared with its checksum, which must not take longer than reading the file once.
+    if sum(record.size for record in records.values()) > len(data):
+        raise Refusal("holds entries that overlap: download or save it again")
     return records
 
 

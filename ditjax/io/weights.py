@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from ditjax.errors import UserError
 from ditjax.io.layouts import Shapes
-from ditjax.io.results import atomic
+from ditjax.io.pickles import shown
+from ditjax.io.results import atomic, load_json
 from ditjax.io.torch_file import read_torch
 
 Arrays = Mapping[str, np.ndarray]
@@ -87,10 +88,10 @@ def _read_file(path: Path, which: str) -> TensorFile:
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON object. Raises UserError for anything else."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = load_json(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}: expected a JSON object.")
@@ -135,7 +136,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
         with safe_open(path, framework="numpy") as checked:
             metadata = dict(checked.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no sound safetensors file: {error}.") from None
+        raise UserError(f"{path} is no sound safetensors file: {error!s:.300}.") from None
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -145,7 +146,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
     for name, entry in header.items():
         if entry["dtype"] not in _SAFETENSORS_TYPES:
             raise UserError(
-                f"{path}: {name} is of type {entry['dtype']}, expected one of"
+                f"{path}: {shown(name)} is of type {shown(entry['dtype'])}, expected one of"
                 f" {', '.join(_SAFETENSORS_TYPES)}."
             )
         begin, end = entry["data_offsets"]
@@ -154,7 +155,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
         try:
             tensors[name] = flat.reshape(entry["shape"])
         except ValueError as error:  # more axes, or a longer one, than NumPy has
-            raise UserError(f"{path}: {name} has an impossible shape: {error}.") from None
+            raise UserError(f"{path}: {shown(name)} has an impossible shape: {error}.") from None
     return tensors, metadata
 
 
@@ -173,7 +174,7 @@ def _unwrap(path: Path, saved: Any, which: str) -> tuple[dict[str, np.ndarray], 
     if not _is_state(saved):
         wrappers = [key for key in ("ema", "model", "state_dict") if _is_state(saved.get(key))]
         if not wrappers:
-            keys = ", ".join(str(key) for key in list(saved)[:8]) or "nothing"
+            keys = ", ".join(map(shown, list(saved)[:8])) or "nothing"
             raise UserError(
                 f"{path} holds no tensors by name: its keys are {keys}; expected a state dict, or"
                 " one under 'ema', 'model' or 'state_dict'."
@@ -186,13 +187,16 @@ def _unwrap(path: Path, saved: Any, which: str) -> tuple[dict[str, np.ndarray], 
             )
         state = saved[chosen]
         extra = {key: value for key, value in saved.items() if key not in wrappers}
-    odd = [str(key) for key, value in state.items() if not isinstance(value, np.ndarray)]
+    odd = [
+        shown(key)
+        for key, value in state.items()
+        if not (isinstance(value, np.ndarray) and isinstance(key, str))
+    ]
     if odd:
         raise UserError(f"{path}: {', '.join(odd[:8])} are no tensors: expected tensors by name.")
-    names = [str(name) for name in state]
     # What DistributedDataParallel adds.
-    prefix = "module." if all(name.startswith("module.") for name in names) else ""
-    return {str(k).removeprefix(prefix): v for k, v in state.items()}, extra
+    prefix = "module." if all(name.startswith("module.") for name in state) else ""
+    return {name.removeprefix(prefix): value for name, value in state.items()}, extra
 
 
 def check_tensors(

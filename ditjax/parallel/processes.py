@@ -4,8 +4,10 @@ import ctypes
 import dataclasses
 import ipaddress
 import os
+import re
 import signal
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from ditjax.parallel import watch
 
 # JAX's own heartbeat is the second line: the watch speaks first, and says who it was.
 _LATER_SECONDS = 10
+_HEARD_SECONDS = 1.0  # for the watch to hear of a closed connection, after a collective failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Place:
 def place_of(coordinator: str, count: int, index: int) -> Place:
     """'HOST:PORT' of process 0, as it was given. Raises UserError."""
     host, colon, port = coordinator.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    legal = re.fullmatch("[0-9]{1,5}", port) is not None and 0 < int(port) < 2**16
+    if not colon or not host or not legal:
         raise UserError(
             f"coordinator {coordinator!r}: expected HOST:PORT of process 0, such as 10.0.0.2:8476"
         )
@@ -159,6 +163,12 @@ def leave(line: str, status: int) -> None:
         _watch.leave(line, status)
 
 
+def hear_first() -> None:
+    """Of several processes: what failed here may be another's end. Then the watch ends this one."""
+    if _watch:
+        time.sleep(_HEARD_SECONDS)
+
+
 def finish() -> None:
     """Of several processes: waits until all have done their work."""
     global _watch
@@ -166,6 +176,25 @@ def finish() -> None:
         jax.distributed.shutdown()
         _watch.close()
         _watch = None
+
+
+def several() -> bool:
+    """Whether this process is one of several of a run."""
+    return _watch is not None
+
+
+def wish_to_stop(why: str) -> None:
+    """Of several processes: all shall stop after the same step; `stops_at` says when."""
+    if _watch:
+        _watch.wish(why)
+
+
+def stops_at(step: int) -> str:
+    """Of several processes: why all stop after this step, '' while they do not.
+
+    Every process asks after each step, and before the first.
+    """
+    return _watch.stop.why if _watch and _watch.stop.passed(step) else ""
 
 
 def name() -> str:

@@ -8,6 +8,10 @@ heartbeat's timeout, with a C++ abort, and waits for one that ended with an erro
 
 Lines of JSON: {"index", "count", "host", "said"} from who comes, {"go": {...}} to all once all
 have come, {} every second, {"end": text, "status": n} for the run's end, {"bye": true} when done.
+
+A process that is told to stop says {"wish": why} to process 0. That says {"halt": true} to all: no
+one begins another step; each answers {"reached": step}, and {"stop": step, "why": why} lets all go
+on to one step more than the furthest, where they stop together.
 """
 
 import contextlib
@@ -79,6 +83,39 @@ class Link:
             return True
 
 
+class Stop:
+    """The step after which all processes stop, once they have agreed on one."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._reached, self._halted = -1, False
+        self.at: int | None = None
+        self.why = ""
+
+    def passed(self, step: int) -> bool:
+        """By the training after each step, and before the first: whether it is to stop here.
+
+        Waits while the processes agree.
+        """
+        with self._changed:
+            while self._halted:
+                self._changed.wait()
+            self._reached = step
+            return self.at is not None and step >= self.at
+
+    def halt(self) -> int:
+        """From here on `passed` waits; the last step that it was told."""
+        with self._changed:
+            self._halted = True
+            return self._reached
+
+    def settle(self, at: int, why: str) -> None:
+        """It is agreed: `passed` goes on."""
+        with self._changed:
+            self.at, self.why, self._halted = at, why, False
+            self._changed.notify_all()
+
+
 class Watch:
     """One process's part in the watch, by a thread of its own until `close`.
 
@@ -94,6 +131,10 @@ class Watch:
         self._silence, self._links, self._listener, self._stop = (
             silence_seconds, links, listener, stop,
         )  # fmt: skip
+        self.stop = Stop()
+        self._wish = ""  # of this process: to be said by the watch's thread, which alone sends
+        self._why = ""  # of process 0: what it has told all to halt for
+        self._reached: dict[int, int] = {}
         self._ending = threading.Lock()  # the first reason is the one that is told
         self._closed = False
         self._selector = selectors.DefaultSelector()
@@ -109,6 +150,10 @@ class Watch:
     def name(self, index: int) -> str:
         """'process 1 of 2 (HOST)'."""
         return f"process {index} of {self.count} ({self.go['hosts'][index]})"
+
+    def wish(self, why: str) -> None:
+        """All processes shall stop after the same step: `stop` says when. Returns at once."""
+        self._wish = why
 
     def leave(self, line: str, status: int) -> None:
         """This process ends with an error of its own, told in `line`: so do all others."""
@@ -149,6 +194,7 @@ class Watch:
                     self._refuse_late()
                 else:
                     self._hear(key.data)
+            self._agree()
             now = time.monotonic()
             if now - beaten >= period:
                 beaten = now
@@ -158,6 +204,23 @@ class Watch:
                 if now - link.heard > self._silence and not self._closed:
                     self._lost(link, f"was not heard of for {self._silence:g} s")
 
+    def _agree(self) -> None:
+        """What the wish to stop asks for next."""
+        if self._wish and self.index > 0:
+            for link in self._links:
+                link.send({"wish": self._wish})
+            self._wish = ""
+        if self._wish and self.index == 0 and not self._why:
+            self._why = self._wish
+            self._reached = {0: self.stop.halt()}
+            for link in self._links:
+                link.send({"halt": True})
+        if self._why and self.stop.at is None and len(self._reached) == self.count:
+            at = max(self._reached.values()) + 1
+            for link in self._links:
+                link.send({"stop": at, "why": self._why})
+            self.stop.settle(at, self._why)
+
     def _hear(self, link: Link) -> None:
         messages = link.receive()
         for message in messages or ():
@@ -165,6 +228,14 @@ class Watch:
                 self._drop(link)
                 text = str(message["end"])
                 self._end(text, text, int(message["status"]))
+            if "wish" in message:
+                self._wish = self._wish or str(message["wish"])
+            if "halt" in message:
+                link.send({"reached": self.stop.halt()})
+            if "reached" in message:
+                self._reached[link.index] = int(message["reached"])
+            if "stop" in message:
+                self.stop.settle(int(message["stop"]), str(message["why"]))
             if "bye" in message:
                 self._drop(link)
         if messages is None and link in self._links and not self._closed:

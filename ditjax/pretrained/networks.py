@@ -28,6 +28,7 @@ RELEASE: dict[str, dict[str, Any]] = {
     "data": {
         "name": "imagenet2012", "split": "train", "image_size": 256, "channels": 3,
         "num_classes": 1000, "flip": True, "data_dir": "", "cache_mb": 256, "threads": 16,
+        "max_damaged": 0,
     },
     "autoencoder": {
         "kind": "kl", "path": "", "base_width": 128, "multipliers": (1, 2, 4, 4), "res_blocks": 2,
@@ -35,13 +36,15 @@ RELEASE: dict[str, dict[str, Any]] = {
     },
     "optim": {
         "learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 0, "b1": 0.9, "b2": 0.999,
-        "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0,
+        "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0, "spike_factor": 0.0,
     },
     "train": {
         "network": "dit", "steps": 400_000, "batch_size": 256, "microbatches": 1, "prefetch": 2,
         "ema_decay": 0.9999,
         "log_every_steps": 100, "checkpoint_every_steps": 10_000, "keep_checkpoints": 2,
+        "keep_every_steps": 0, "grace_seconds": 25,
         "sample_every_steps": 10_000, "evaluate_every_steps": 0, "evaluate_num": 5_000,
+        "max_bad_steps": 5,
     },
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "slices": 1},
     "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 25},

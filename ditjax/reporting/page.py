@@ -1,12 +1,14 @@
 """The report as one HTML page, page.html.jinja, that needs no network."""
 
 import base64
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ditjax.io.results import Found
+from ditjax.masking import visible
 from ditjax.reporting.figures import Picture
 from ditjax.reporting.study import Group, conclusion
 from ditjax.reporting.table import Column, table_columns
@@ -24,6 +26,7 @@ def render_page(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ditjax", "reporting"),
         autoescape=True,
+        finalize=_shown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -44,8 +47,14 @@ def render_page(
         range=interval_words,
         field=_field,
         data_uri=_data_uri,
+        sha256=_sha256,
     )
     return encodable(page)
+
+
+def _shown(value: Any) -> Any:
+    """What the template puts in: no text of a result turns the direction of the page's own."""
+    return visible(value, keep="\n") if type(value) is str else value
 
 
 def _table_cell(column: Column, each: Found) -> dict[str, Any]:
@@ -70,6 +79,11 @@ def _environments(runs: Sequence[Found]) -> list[tuple[int, dict[str, Any]]]:
     ]
     counted = Counter(json.dumps(fields, sort_keys=True) for fields in kept)
     return [(count, json.loads(text)) for text, count in counted.most_common(4)]
+
+
+def _sha256(script: str) -> str:
+    """As a Content-Security-Policy names the one script that may run."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _data_uri(png: bytes) -> str:

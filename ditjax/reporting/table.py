@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ditjax.io.results import Found
+from ditjax.masking import visible
 from ditjax.reporting.study import Group, conclusion
 from ditjax.reporting.words import (
     OF_A_METRIC,
@@ -115,9 +116,17 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
     fields = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(buffer, fields, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
     # A lone surrogate in a name cannot be written; json and the page escape it by themselves.
     return encodable(buffer.getvalue())
+
+
+def _harmless(value: Any) -> Any:
+    """An apostrophe for what a spreadsheet would take for a formula; no control characters."""
+    if not isinstance(value, str):
+        return value
+    text = visible(value, keep="\n")
+    return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") and text != "-" else text
 
 
 def merged(groups: Sequence[Group], problems: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 
+from ditjax.masking import visible
 from ditjax.scaling.fit import Interval, PowerLaw
 
 # The honest names: FID is said only of the 2015 Inception features.
@@ -65,7 +66,7 @@ def plural(n: int, noun: str) -> str:
 
 def short(text: str, longest: int = 44) -> str:
     """One printable line of at most `longest` characters: no escape reaches the terminal."""
-    line = "".join(char if char.isprintable() else "?" for char in str(text))
+    line = visible(text)
     return line if len(line) <= longest else line[: longest - 3] + "..."
 
 

@@ -1,6 +1,14 @@
-"""The optimizer as one optax chain."""
+"""The optimizer as one optax chain, and the guard against spikes that reads its state."""
 
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 import optax
+
+# The guard's mean is over about 1 / (1 - NORM_DECAY) updates; before as many it guards nothing.
+NORM_DECAY = 0.99
+FIRST_NORMS = 100
 
 
 def learning_rate_schedule(
@@ -27,14 +35,52 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     clip_norm: float,
+    spike_factor: float = 0.0,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019, Alg. 2), after clipping to a global norm when > 0.
 
     The paper trains with weight decay 0: it is an argument here because optax's default is not 0.
+    With `spike_factor` the state begins with what `spike_limit` reads.
     """
-    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    parts = [running_norm()] if spike_factor else []
+    if clip_norm:
+        parts.append(optax.clip_by_global_norm(clip_norm))
     parts.append(optax.scale_by_adam(b1, b2, eps))
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay))
     parts.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*parts)
+
+
+class NormState(NamedTuple):
+    """n updates so far, i32[], and m_n of their gradients' norms, f32[]."""
+
+    updates: jax.Array
+    mean: jax.Array
+
+
+def running_norm() -> optax.GradientTransformation:
+    """m_n = β m_{n-1} + (1 - β) ‖g_n‖, m_0 = 0, of the gradient as it comes, which passes as it is.
+
+    β is NORM_DECAY. Of a skipped update the step keeps the old state: its norm is not in it.
+    """
+
+    def init(params: Any) -> NormState:
+        return NormState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+
+    def update(grads: Any, state: NormState, params: Any = None) -> tuple[Any, NormState]:
+        mean = NORM_DECAY * state.mean + (1 - NORM_DECAY) * optax.tree.norm(grads)
+        return grads, NormState(state.updates + 1, mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def spike_limit(opt_state: Any, factor: float) -> jax.Array:
+    """The norm above which an update is a spike: factor · m_n / (1 - βⁿ), f32[].
+
+    The divisor makes it a mean, as of Adam's moments (Kingma & Ba 2015, Sec. 3). It is infinite
+    before FIRST_NORMS updates. `opt_state` is of a `make_optimizer` with a spike_factor.
+    """
+    n, mean = opt_state[0]
+    average = mean / (1 - NORM_DECAY ** jnp.maximum(n, 1).astype(jnp.float32))
+    return jnp.where(n < FIRST_NORMS, jnp.inf, factor * average)

@@ -1,4 +1,7 @@
-"""TrainState and the pure step (state, batch, key) -> (state, metrics)."""
+"""TrainState and the pure step (state, batch, key) -> (state, metrics).
+
+A step whose loss or gradient is not finite changes nothing but the step's number.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,10 +16,16 @@ Metrics = dict[str, jax.Array]
 Draw = Callable[[Batch, jax.Array], Batch]
 # (params, what was drawn) -> (scalar loss, scalars to log)
 LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
+# optimizer's state -> the largest norm of a gradient that it takes
+Limit = Callable[[Any], jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step; `step` counts finished updates."""
+    """All that training carries from step to step.
+
+    `step` counts the batches seen, those of skipped updates too: data and noise go on from it. The
+    optimizer counts updates.
+    """
 
     step: jax.Array
     params: Any
@@ -75,6 +84,11 @@ def mean_gradient(
     return jax.tree.map(lambda x: x / parts, total)
 
 
+def no_limit(opt_state: Any) -> jax.Array:
+    """Any gradient that is finite will do."""
+    return jnp.array(jnp.inf)
+
+
 def make_step(
     draw: Draw,
     loss_fn: LossFn,
@@ -83,8 +97,13 @@ def make_step(
     *,
     parts: int = 1,
     place: Callable[[Any], Any] = lambda gradient: gradient,
+    limit: Limit = no_limit,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """One update: loss and gradient, optimizer, average.
+
+    It is skipped when the loss or the gradient's global norm is not finite, or the norm is above
+    `limit`: parameters, average and optimizer are then the old ones, bit by bit, and metrics
+    "skipped" bool[] says so.
 
     `key` is the run's key; it is folded with the step here and nowhere else, so that a step's
     randomness is a function of (seed, step). It is drawn before the batch is cut into `parts`: the
@@ -95,14 +114,19 @@ def make_step(
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         drawn = draw(batch, jax.random.fold_in(key, state.step))
         grads, metrics = mean_gradient(loss_fn, state.params, drawn, parts, place)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = TrainState(
-            step=state.step + 1,
-            params=params,
-            ema=ema_update(state.ema, params, ema_decay),
-            opt_state=opt_state,
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= limit(state.opt_state))
+
+        def update() -> tuple[Any, Any, Any]:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return params, ema_update(state.ema, params, ema_decay), opt_state
+
+        # A branch and not a choice of every number: on CPUs that doubled the update's time.
+        params, ema, opt_state = jax.lax.cond(
+            good, update, lambda: (state.params, state.ema, state.opt_state)
         )
-        return new, {**metrics, "grad_norm": optax.tree.norm(grads)}
+        new = TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+        return new, {**metrics, "grad_norm": norm, "skipped": ~good}
 
     return step

@@ -5,9 +5,11 @@ run until it is killed.
 """
 
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import compiler, distributed
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,7 +59,22 @@ def check_rows() -> None:
     assert {len(rows) for rows in loaded} == {8, 16}, loaded
 
 
+def keep_what_every_process_compiles() -> None:
+    """JAX writes to its cache from process 0 alone, and on CPUs the others cannot use that."""
+    real, state = compiler._cache_write, distributed.global_state
+
+    def write(*args: Any) -> None:
+        mine, state.process_id = state.process_id, 0
+        try:
+            real(*args)
+        finally:
+            state.process_id = mine
+
+    compiler._cache_write = write  # type: ignore[assignment]
+
+
 def main(argv: list[str]) -> int:
+    keep_what_every_process_compiles()
     workdir, *flags = argv
     train.main([*TRAINED, f"--workdir={workdir}", *flags])
     sample.main([*DRAWN, f"--workdir={workdir}", f"--out={workdir}/drawn", *flags])

@@ -205,3 +205,13 @@ def test_training_on_latents_is_training_on_images(vae, whole):
                 losses[name].append([float(metrics[key]) for key in ("loss", "mse", "grad_norm")])
     on_images, on_latents = losses.values()
     np.testing.assert_allclose(on_latents, on_images, rtol=1e-3)
+
+
+def test_latents_of_another_shape_are_refused_before_a_compilation(vae, whole, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"latents of \[16, 16, 4\], and the recipe's are \[32, 32"):
+        train.main([
+            *words(vae, "--config.data.image_size=64"), f"--config.data.name=latents:{whole}",
+            f"--workdir={run}",
+        ])  # fmt: skip
+    assert not run.exists()

@@ -1,6 +1,8 @@
 """The train command: what it leaves, that it resumes exactly, and how it refuses."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -11,8 +13,8 @@ from PIL import Image
 from ditjax import runs, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
-from ditjax.errors import UserError
-from ditjax.io import data
+from ditjax.errors import StoppedError, UserError
+from ditjax.io import data, prefetch
 from ditjax.parallel.mesh import make_mesh
 from tests.commands.conftest import TINY
 
@@ -88,6 +90,45 @@ def test_the_same_command_resumes_exactly(finished, tmp_path, capsys):
     assert "20 steps, loss" in capsys.readouterr().out
 
 
+def test_told_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(finished, tmp_path):
+    real = prefetch.ahead
+
+    def telling(*args):
+        for step, batch in enumerate(real(*args), start=1):
+            if step == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    words = [*TINY, f"--workdir={tmp_path}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "ahead", telling)
+        with pytest.raises(StoppedError, match=r"stopped at step 1[2-4] by SIGTERM") as stopped:
+            train.main(words)
+    assert stopped.value.status == 0
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert f"at step {saved.name} " in str(stopped.value)
+    assert [row["step"] for row in lines(tmp_path)] == [5, 10]
+    assert train.main(words) == 0
+    # The interval that was cut has the mean of all of its steps.
+    assert lines(tmp_path) == lines(finished)
+    for a, b in zip(jax.tree.leaves(ema(finished)), jax.tree.leaves(ema(tmp_path)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_told_to_stop_before_the_first_step_nothing_is_saved(tmp_path):
+    real = runs.open_run
+
+    def telling(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "open_run", telling)
+        with pytest.raises(StoppedError, match="stopped at step 0 by SIGTERM"):
+            train.main([*TINY, f"--workdir={tmp_path}"])
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 def test_neither_a_profile_nor_what_is_ahead_changes_a_run(finished, tmp_path):
     words = [*TINY, f"--workdir={tmp_path}", "--config.train.prefetch=0"]
     assert train.main([*words, "--profile_steps=3:4"]) == 0
@@ -118,6 +159,11 @@ def refused(words, tmp_path, match):
         ),
         (["--config.train.microbatches=3"], r"microbatches=3 does not .*=16: .* 1, 2, 4, 8, 16\."),
         (["--config.train.microbatches=4"], r"= 16 / 4 is 4: not divisible .* fsdp = 8"),
+        (["--config.sample.steps=ddim999"], "no whole stride over 1000"),
+        (
+            ["--config.train.evaluate_every_steps=5", "--config.sample.batch_size=12"],
+            r"config\.sample\.batch_size is 12: not divisible .* fsdp = 8",
+        ),
         (["--profile_steps=4:3"], "'4:3': expected A:B"),
         (["--profile_steps=19:21"], r"--profile_steps=19:21: the run ends at step 20: name"),
         (["--config.mesh.data=3"], r"mesh data=3, fsdp=1 does not fill 8"),
@@ -164,6 +210,26 @@ def test_a_damaged_image_is_named(tmp_path):
     )  # fmt: skip
 
 
+def test_damaged_images_are_skipped_up_to_the_cap(tmp_path, capsys):
+    for label in ("cat", "dog"):
+        folder = tmp_path / "images" / label
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), i * 80).save(folder / f"{i}.png")
+    bad = tmp_path / "images" / "dog" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    words = [
+        *TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.name=folder:{tmp_path / 'images'}",
+        "--config.data.num_classes=2", "--config.train.steps=4",
+    ]  # fmt: skip
+    assert train.main([*words, "--config.data.max_damaged=1"]) == 0
+    (line,) = (tmp_path / "run" / "damaged.txt").read_text().splitlines()
+    assert "(dog/1.png) is damaged" in line
+    assert f"warning: {line}\n" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"is damaged .*let such be skipped by config\.data"):
+        train.main([*words, "--config.train.steps=6"])
+
+
 def test_a_folder_of_images_trains(tmp_path):
     rng = np.random.default_rng(0)
     for label in ("cat", "dog"):
@@ -181,9 +247,10 @@ def test_a_folder_of_images_trains(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step \d+: lower"):
+    said = r"steps 2 to \d+, \d in a row, were skipped: .* loss (nan|inf), .*, lower config\.optim"
+    with pytest.raises(UserError, match=said):
         train.main(
             [*TINY, f"--workdir={tmp_path}", "--config.optim.learning_rate=1e30",
              "--config.optim.warmup_steps=0"]
         )  # fmt: skip
-    assert not list((tmp_path / "checkpoints").iterdir())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ema(tmp_path)[0]))

@@ -23,6 +23,7 @@ from ditjax.io.data import (
     epoch_order,
     flips,
     load_arrays,
+    records_of_step,
     resize_images,
     train_batches,
 )
@@ -286,6 +287,14 @@ def test_every_epoch_holds_every_record_once_in_an_order_of_its_own(spec):
         assert (one == other).sum() <= 10  # one agreement is expected, ten are 1e-7
 
 
+def test_a_step_tells_its_records_without_its_images(spec):
+    # Batches of 800 hold three epochs.
+    for size, steps in ((32, 13), (800, 2)):
+        for step, batch in enumerate(take(spec, steps, seed=5, batch_size=size), 1):
+            found = records_of_step(5, step, size, 359)
+            np.testing.assert_array_equal(found, batch["index"])
+
+
 def test_orders_of_other_seeds_and_epochs_are_unrelated():
     orders = {(s, e): epoch_order(s, e, 359) for s in range(4) for e in range(4)}
     for one, other in itertools.combinations(orders, 2):
@@ -321,6 +330,21 @@ def test_a_process_takes_its_rows_of_the_same_batches(spec, rows):
     for part, whole in zip(take(spec, 15, rows=rows), take(spec, 15), strict=True):
         for key in whole:
             np.testing.assert_array_equal(part[key], whole[key][rows])
+
+
+def test_restarts_with_other_processes_see_every_record_once_an_epoch(spec):
+    seen: dict[int, int] = {}
+    for start, stop, processes in ((0, 5, 1), (5, 12, 2), (12, 23, 4), (23, 34, 1)):
+        for process in range(processes):
+            rows = np.arange(32).reshape(-1, processes)[:, process]
+            batches = take(spec, stop - start, start_step=start, rows=rows)
+            for step, batch in enumerate(batches, start):
+                for row, index in zip(rows, batch["index"], strict=True):
+                    assert seen.setdefault(32 * step + int(row), int(index)) == index
+    stream = np.array([seen[position] for position in range(34 * 32)])
+    for epoch in range(3):
+        ids = stream[epoch * 359 : (epoch + 1) * 359]
+        np.testing.assert_array_equal(np.sort(ids), np.arange(359))
 
 
 def test_half_the_elements_are_mirrored_and_the_rest_untouched(spec):

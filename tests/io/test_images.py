@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ditjax.errors import UserError
+from ditjax.io import images as image_sets
 from ditjax.io.images import open_images
 from tests.seeded import seeded_images
 
@@ -187,3 +188,25 @@ def test_fifty_thousand_images_take_little_memory(tmp_path, save):
     count, total, growth = out.split()
     assert (int(count), int(total)) == (50_000, images[:, 0, 0, 0].sum(dtype=int))
     assert float(growth) < 25
+
+
+def test_other_formats_are_not_opened_whatever_their_name(tmp_path):
+    """PIL hands PostScript to a program of its own."""
+    for i, name in enumerate(("a.png", "b.jpg")):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / name).write_bytes(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n"
+        )
+        with pytest.raises(UserError, match=f"{name} is damaged: cannot identify"):
+            open_images(tmp_path / str(i))
+
+
+@pytest.mark.parametrize("pillows_own", [False, True])
+def test_decompression_bombs(tmp_path, monkeypatch, pillows_own):
+    open_images(folder(tmp_path, IMAGES))
+    if pillows_own:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 14)
+    else:
+        monkeypatch.setattr(image_sets, "MAX_PIXELS", 29)
+    with pytest.raises(UserError, match=r"000\.png is damaged: .*(more than 29 pixels|exceeds)"):
+        open_images(tmp_path)

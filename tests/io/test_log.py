@@ -1,10 +1,13 @@
 """Logs that a resume can trust, and a line of progress that says what is left."""
 
+import errno
 import io
 import json
+import time
 
 import pytest
 
+from ditjax.errors import FaultError
 from ditjax.io.log import MetricsLog, Progress, duration, last_metrics
 
 
@@ -33,8 +36,10 @@ def test_a_resume_goes_on_from_the_newest_value_of_each_name(tmp_path):
 
 def test_words_are_in_the_lines_alone(tmp_path):
     with MetricsLog(tmp_path, 0) as log:
-        log.scalars(10, {"number": 0.25, "word": "abcdef"})
-    assert last_metrics(tmp_path) == {"step": 10, "number": 0.25, "word": "abcdef"}
+        log.scalars(10, {"number": 0.25, "word": "abcdef", "list": [{"step": 9}]})
+    assert last_metrics(tmp_path) == {
+        "step": 10, "number": 0.25, "word": "abcdef", "list": [{"step": 9}],
+    }  # fmt: skip
     (events,) = tmp_path.glob("events.out.tfevents.*")
     assert b"number" in events.read_bytes()
     assert b"word" not in events.read_bytes()
@@ -51,6 +56,8 @@ def test_last_metrics_skips_a_torn_line(tmp_path):
     assert last_metrics(tmp_path) == {}
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 2.0}\n{"step": 8, "lo')
     assert last_metrics(tmp_path) == {"step": 7, "loss": 2.0}
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 7, "loss": 2.0}\n[1]\n\xff\xfe\x00\x00')
+    assert last_metrics(tmp_path) == {"step": 7, "loss": 2.0}
 
 
 def test_events_hold_the_scalars(tmp_path):
@@ -58,6 +65,45 @@ def test_events_hold_the_scalars(tmp_path):
         first.scalars(10, {"loss": 0.25})
     (events,) = tmp_path.glob("events.out.tfevents.*")
     assert b"loss" in events.read_bytes()
+
+
+class Full:
+    """A file on a disk that takes no more."""
+
+    closed = False
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self):
+        self.write("")
+
+    close = flush
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    with pytest.raises(FaultError) as told, MetricsLog(tmp_path, 0) as log:  # noqa: PT012
+        log.scalars(1, {"loss": 1.0})
+        assert log._file
+        log._file.close()
+        vars(log)["_file"] = Full()
+        log.scalars(2, {"loss": 1.0})
+    assert str(told.value) == (
+        f"cannot write {tmp_path / 'metrics.jsonl'}: No space left on device. Make room there: the"
+        " same command goes on."
+    )
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_events_that_cannot_be_written_are_told_and_not_waited_for(tmp_path):
+    """tensorboardX's thread dies of the first error; its queue would take ten events more."""
+    cannot = pytest.raises(FaultError, match="events cannot be written")
+    with cannot, MetricsLog(tmp_path, 0) as log:
+        assert log._events
+        log._events.file_writer.event_writer._ev_writer.write_event = Full().write
+        for step in range(100):
+            log.scalars(step, {"loss": 1.0})
+            time.sleep(0.01)
 
 
 def test_progress_tells_rate_and_time_left(monkeypatch):
@@ -71,6 +117,18 @@ def test_progress_tells_rate_and_time_left(monkeypatch):
     lines = out.getvalue().splitlines()
     assert lines[1] == "train 50/100 steps · 50% · 4/s · 0:12 left · loss 0.25"
     assert lines[2].startswith("train 100/100 steps · 100% · 3/s · done")
+
+
+def test_what_is_said_stands_on_a_line_of_its_own():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for out, expected in ((io.StringIO(), "a\nb\n"), (Terminal(), "\r\x1b[2Ka\n\r\x1b[2Kb\n")):
+        progress = Progress("train", 10, out=out)
+        progress.say("a")
+        progress.say("b")
+        assert out.getvalue() == expected
 
 
 def test_progress_in_a_file_is_sparse(monkeypatch):

@@ -1,5 +1,6 @@
 """Round trips, crashes between write and rename, and every way a file can be damaged."""
 
+import errno
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax.errors import UserError
+from ditjax.errors import FaultError, UserError
 from ditjax.io import results
 
 
@@ -114,6 +115,16 @@ def test_data_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", seen("replace", replace))
     results.write_atomic(tmp_path / "file", b"data")
     assert order[:2] == ["fsync", "replace"]
+
+
+def test_a_full_disk_is_a_fault_and_no_mistake(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FaultError, match=r"cannot write .*/a: No space left on device\. Make room"):
+        results.write_atomic(tmp_path / "a", b"1")
+    assert not list(tmp_path.iterdir())
 
 
 def test_others_may_read_what_is_written(tmp_path):
@@ -303,3 +314,18 @@ def test_damaged_samples_name_the_file(tmp_path):
         results.load_samples(path)
     with pytest.raises(UserError, match="cannot read"):
         results.load_samples(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("value", [10**400, "9" * 5000])
+def test_numbers_beyond_64_bits_are_refused(tmp_path, value):
+    for key in ("params", "gflops"):
+        (tmp_path / "result.json").write_text(json.dumps(a_result(**{key: value})))
+        with pytest.raises(UserError, match=f"{key} is .*, expected a"):
+            results.read_result(tmp_path)
+
+
+def test_a_log_whose_line_nests_too_deep_is_named(tmp_path):
+    deep = "[" * 5000 + "]" * 5000
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "x": {deep}}}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        results.read_metrics(tmp_path / "metrics.jsonl")

@@ -25,8 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ditjax.errors import UserError
-from ditjax.io import pickles
+from ditjax.errors import FaultError, UserError
+from ditjax.io import pickles, torch_file
 from ditjax.io.torch_file import read_torch, write_torch
 from ditjax.io.torch_objects import DTYPES
 from tests.seeded import seeded_state
@@ -341,7 +341,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
     path = tmp_path / "x.pt"
     write_torch(path, [1])
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(FaultError, match="No space left"):
         write_torch(path, [np.ones(3), Broken()])
     assert read_torch(path) == [1]
     assert list(tmp_path.iterdir()) == [path]
@@ -787,3 +787,18 @@ def test_checksums_that_were_not_computed_are_not_compared(read):
     for raw in (ONE, bytes(range(16)), b"little"):
         content = content.replace(struct.pack("<I", zlib.crc32(raw)), bytes(4))
     assert read(content).nbytes == 16
+
+
+def test_entries_that_lie_over_one_another(read):
+    """Each would be compared with its checksum: so many times the file's length."""
+    content = zip_bytes(whole(b"N"), {f"{k:02}": bytes(500) for k in range(20)})
+    entry, made = content.index(b"PK\x01\x02"), bytearray(content)
+    for k in range(10):  # the others have what lies behind them
+        place = content.index(b"any/data/%02d" % k, entry)
+        made[place - 26 : place - 18] = struct.pack("<2I", 2000, 2000)
+    assert "entries that overlap" in refused(read, bytes(made))
+
+
+def test_more_entries_than_are_read(read, monkeypatch):
+    monkeypatch.setattr(torch_file, "_MAX_ENTRIES", 3)
+    assert "holds 4 entries; 3 are read" in refused(read, zip_bytes(whole(b"N"), {"0": b""}))

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from ditjax.errors import UserError
+from ditjax.errors import FaultError, UserError
 from ditjax.io import weights
 from ditjax.io.torch_file import write_torch
 from tests.weight_files import FOLDER_WEIGHTS, assert_same
@@ -90,7 +90,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"x\.safetensors: No space left on device; choose"):
+    with pytest.raises(FaultError, match=r"x\.safetensors: No space left on device\. Make"):
         weights.write_safetensors(path, {"other": np.zeros(3, np.float32)})
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
     assert path.read_bytes() == before
@@ -397,3 +397,11 @@ def test_sha256_is_of_the_files_in_order(tmp_path):
     content = b"".join(path.read_bytes() for path in paths)
     assert weights.sha256_of(paths) == hashlib.sha256(content).hexdigest()
     assert weights.sha256_of(paths[::-1]) != weights.sha256_of(paths)
+
+
+def test_tensors_by_what_is_no_name(tmp_path):
+    path = tmp_path / "x.pt"
+    write_torch(path, {10**600: TENSORS["a"], "a": TENSORS["a"]})
+    assert "int are no tensors: expected tensors by name" in refusal(path)
+    write_torch(path, {10**600: 1, "a\x1b[2J": 2})
+    assert r"its keys are int, 'a\x1b[2J'; expected" in refusal(path)

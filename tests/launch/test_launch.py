@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from configparser import ConfigParser
@@ -252,6 +253,42 @@ def test_a_command_that_dies_is_started_again(machine, statuses, starts, end):
     assert machine.words() == starts * [["python", "-m", "ditjax.train", *TRAIN.split()[1:]]]
 
 
+# A command that saves when it is told to end, and then ends with $SAVED; $TOLD counts how often.
+SAVES = (
+    RECORD
+    + """trap 'echo told >>"$TOLD"; sleep 0.3; exit "${SAVED:-0}"' TERM
+echo up >"$UP"
+for ((i = 0; i < 200; i++)); do sleep 0.05; done
+"""
+)
+
+
+def saving(machine: Machine, python: Path) -> dict[str, str]:
+    """That python saves when it is told to end; the variables that it goes by."""
+    executable(python, SAVES)
+    return {"TOLD": str(machine.root / "told"), "UP": str(machine.root / "up")}
+
+
+@pytest.mark.parametrize("whom", ["$!", "-$!"])  # the script, or all of its group
+@pytest.mark.parametrize(
+    ("script", "saved", "end"),
+    [
+        (f"launch/host.sh {TRAIN}", "0", 143),
+        (f"launch/task.sh .venv/bin/python -m ditjax.{TRAIN}", "0", 143),
+        (f"launch/task.sh .venv/bin/python -m ditjax.{TRAIN}", "1", 1),
+    ],
+)
+def test_what_is_told_to_end_saves_and_counts_as_stopped(machine, script, saved, end, whom):
+    variables = saving(machine, machine.root / ".venv/bin/python")
+    done = machine.run(
+        f'setsid bash {script} & until [ -e "$UP" ]; do sleep 0.02; done; kill -TERM -- {whom}\n'
+        "wait $!", SAVED=saved, **variables,
+    )  # fmt: skip
+    assert done.returncode == end, done.stderr
+    assert (machine.root / "told").read_text() == "told\n"
+    assert machine.words() == [["python", "-m", "ditjax.train", *TRAIN.split()[1:]]]
+
+
 def test_a_machine_with_an_old_python_gets_a_newer_one(machine):
     (machine.bin / "python3").unlink()
     executable(machine.bin / "python3", "#!/bin/sh\nexit 1")
@@ -331,6 +368,27 @@ def test_a_pod_that_runs_a_command_gets_no_second(machine):
     assert not machine.words("python")
 
 
+def runs(pid: int) -> bool:
+    """Whether it is there, and no zombie."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return bool(state.stdout.strip().strip("Z"))
+
+
+def test_a_pod_that_is_stopped_saves_first(machine):
+    machine.commit()
+    variables = saving(machine, machine.worker / "ditjax/.venv/bin/python")
+    machine.run(f"bash launch/tpu_pod.sh run {TRAIN}", **POD, **variables)
+    wait_for(machine.root / "up")
+    pid = int(machine.worker.joinpath("ditjax.pid").read_text())
+    machine.run("bash launch/tpu_pod.sh stop", **POD)
+    for _ in range(300):
+        if not runs(pid):
+            break
+        time.sleep(0.1)
+    assert (machine.root / "told").read_text() == "told\n"
+    assert not machine.worker.joinpath("ditjax.status").exists()  # stopped is no status
+
+
 def verbs(machine: Machine) -> list[str]:
     """What gcloud was asked for, but for how things stand."""
     return [w[3] for w in machine.words("gcloud") if w[3] != "list" and "--worker=0" not in w]
@@ -383,9 +441,9 @@ def test_the_jobset_is_what_kubernetes_takes(machine, variables, monkeypatch):
     assert chips == int(variables.get("CHIPS", 4))
     assert jobs["template"]["spec"]["parallelism"] * chips == 16
     assert container["command"] + container["args"] == [
-        "python", "-m", "ditjax.train", *words, "--distributed",
+        "bash", "launch/task.sh", "python", "-m", "ditjax.train", *words, "--distributed",
     ]  # fmt: skip
-    read_by_ditjax(container["command"][1:] + container["args"], monkeypatch)
+    read_by_ditjax(container["command"][3:] + container["args"], monkeypatch)
     # Every volume that is mounted is there, and a claim of that name.
     mounted = [mount["name"] for mount in container.get("volumeMounts", ())]
     claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in pod.get("volumes", ())}
@@ -440,7 +498,7 @@ def test_the_options_of_slurm_are_known_and_stand_before_any_command():
     assert set(options) <= SBATCH
     assert options["ntasks-per-node"] == "1"
     assert re.fullmatch(r"B:USR1@\d+", options["signal"])  # to the script, which has a trap for it
-    assert re.search(r"^trap .* USR1$", body, re.M)
+    assert re.search(r"^stoppable USR1 srun ", body, re.M)
     assert {"requeue", "open-mode"} <= set(options)
 
 
@@ -491,11 +549,18 @@ def test_a_job_that_dies_is_queued_again(machine, status, restarts, end, queued)
     assert machine.words("scontrol") == ([["requeue", "7"]] if queued else [])
 
 
-def test_a_job_whose_time_is_up_is_queued_again(machine):
-    srun = machine.bin / "srun"
-    srun.write_text("#!/bin/sh\nkill -USR1 $PPID\nexec sleep 5 >/dev/null 2>&1\n")
+def test_a_job_whose_time_is_up_saves_and_is_queued_again(machine):
+    executable(
+        machine.bin / "srun",
+        RECORD
+        + """trap 'printf "saved\\0\\1\\0" >>"$RECORD"; exit 0' TERM
+kill -USR1 $PPID
+for ((i = 0; i < 200; i++)); do sleep 0.05; done
+""",
+    )
     done = machine.run(f"bash launch/slurm.sh {TRAIN}", SLURM_JOB_ID="7")
     assert done.returncode == 0
+    assert [words[0] for words in machine.words()] == ["srun", "saved", "scontrol"]
     assert machine.words("scontrol") == [["requeue", "7"]]
 
 
@@ -557,7 +622,7 @@ def test_the_readmes_commands_start_what_they_say(machine, monkeypatch):
     (container,) = yaml.safe_load(machine.manifest())["spec"]["replicatedJobs"][0]["template"][
         "spec"
     ]["template"]["spec"]["containers"]
-    started.append(container["command"][1:] + container["args"])
+    started.append(container["command"][3:] + container["args"])
     names = [words[1].removeprefix("ditjax.") for words in started]
     assert sorted(names) == ["encode"] * 2 + ["sweep"] + 6 * ["train"]
     for words in started:

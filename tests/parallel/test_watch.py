@@ -1,6 +1,7 @@
 """The processes of a run meet, agree and end together; here without JAX, so in a moment."""
 
 import contextlib
+import functools
 import queue
 import re
 import signal
@@ -114,6 +115,45 @@ def test_a_run_that_is_done_ends_quietly(runs):
     met[1].close()
     assert run.ended[0].empty()
     assert run.ended[1].empty()
+
+
+@pytest.mark.parametrize("asks", [0, 2])
+def test_told_to_stop_all_stop_after_the_same_step(runs, asks):
+    """Steps as of a training: a process may be ahead of the slowest by a few, and they differ."""
+    count, ahead = 3, 3
+    run = runs(count).process(0).process(1).process(2)
+    met = run.met()
+    done, moved = [0] * count, threading.Condition()
+    stopped: dict[int, int] = {}
+
+    def near(step: int) -> bool:
+        return step <= min(done) + ahead
+
+    def train(index: int) -> None:
+        step = 0
+        while not met[index].stop.passed(step):
+            step += 1
+            with moved:
+                assert moved.wait_for(functools.partial(near, step), 30)
+                done[index] = step
+                moved.notify_all()
+            if index == 0:  # never the furthest; the others take steps faster than lines travel
+                time.sleep(0.0003)
+            if step == 20 and index == asks:
+                met[index].wish("SIGTERM")
+                met[index].wish("SIGTERM")
+        stopped[index] = step
+
+    threads = [threading.Thread(target=train, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert len(set(stopped.values())) == 1
+    assert stopped[0] > 20
+    assert {watch_.stop.why for watch_ in met.values()} == {"SIGTERM"}
+    assert all(ended.empty() for ended in run.ended)
 
 
 def test_an_error_of_one_ends_all_and_says_whose_it_was(runs, capfd):

@@ -1,6 +1,13 @@
-"""The page by itself: no network, and a hostile string stays text."""
+"""The page by itself: no network, and a hostile string stays text, also to a real browser."""
 
+import base64
+import hashlib
+import json
 import re
+import shutil
+import subprocess
+
+import pytest
 
 from ditjax import report
 
@@ -51,3 +58,85 @@ def test_names_beyond_unicode_text_are_written(study, tmp_path):
     study.write_run(tmp_path, *study.sizes[0], 1, run="lone \ud800 surrogate")
     summary = report.make_report([tmp_path], tmp_path / "report")
     assert "lone" in summary.page.read_text()
+
+
+def test_one_script_may_run_and_it_is_the_pages(nine):
+    page = nine.page.read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in page
+
+
+OWNED = "document.documentElement.setAttribute('data-owned', '1')"
+NAMES = (
+    f"<script>{OWNED}</script>",
+    f'"><img src=x onerror="{OWNED}">',
+    f"'><svg onload={OWNED}>",
+    f"javascript:{OWNED}",
+    f"</td></title></style></textarea><script>{OWNED}</script>",
+    f"{{{{ 7*7 }}}}\n<a href='javascript:{OWNED}'>x</a>",
+    "\u202etxt.exe\u2066\u200f",
+    "x" * 3000,
+    "--><!--",
+    "=cmd|' /C calc'!A0",
+)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), "")
+
+
+def seen_by_a_browser(page, profile):
+    """The page's HTML after its scripts have run."""
+    flags = (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "dump-dom",
+        "disable-background-networking", "disable-component-update", "disable-sync",
+    )  # fmt: skip
+    command = [CHROMIUM, *(f"--{flag}" for flag in flags), f"--user-data-dir={profile}"]
+    done = subprocess.run(
+        [*command, page.resolve().as_uri()], capture_output=True, check=True, timeout=120
+    )
+    return done.stdout.decode()
+
+
+def is_owned(tags):
+    return any("data-owned" in attributes for _, attributes in tags)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here: Debian's package of that name")
+def test_no_name_runs_in_a_browser(study, tmp_path, read_page):
+    """Every text of a result, each of them hostile in turn; and a page that does not escape."""
+    text = iter(NAMES * 9)
+
+    def hostile(value, key=""):
+        if isinstance(value, dict):
+            return {key: hostile(item, key) for key, item in value.items()}
+        return next(text) if isinstance(value, str) and key != "protocol_hash" else value
+
+    environment = {"python": "", "command": "", "device": ""}
+    for patch in (1, 2, 4, 8):
+        folder = study.write_run(tmp_path, *study.sizes[0], patch, environment=environment)
+        result = hostile(json.loads((folder / "result.json").read_text()))
+        result["metrics"] = {"fd_digits": 1.0 / patch, next(text): 2.0}
+        result["protocol"] = {name: name for name in NAMES}
+        result["environment"] |= {name: [name] for name in NAMES}
+        result["config"] = {name: name for name in NAMES}
+        (folder / "result.json").write_text(json.dumps(result))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "result.json").write_text(json.dumps({NAMES[0]: NAMES[1]}))
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    page = read_page(seen_by_a_browser(summary.page, tmp_path / "profile"))
+    assert not is_owned(page.tags)
+    names = [tag for tag, _ in page.tags]
+    assert names.count("script") == 1
+    assert not {"svg", "a"} & set(names)
+    assert "button" in names, "the page's own script did not run"
+    for tag, attributes in page.tags:
+        assert not [key for key in attributes if key.startswith("on")], tag
+        assert attributes.get("src", "data:").startswith("data:"), tag
+    assert not re.search(
+        "[\u202a-\u202e\u2066-\u2069\u200e\u200f\x00-\x09\x0b-\x1f]", "".join(page.words)
+    )
+    for name in ("index.html", "table.csv", "table.txt"):
+        assert "\u202e" not in (summary.out_dir / name).read_text()
+
+    naive = tmp_path / "naive.html"
+    naive.write_text(f"<!doctype html><title>x</title><p>{NAMES[0]}")
+    assert is_owned(read_page(seen_by_a_browser(naive, tmp_path / "profile")).tags)

@@ -37,3 +37,18 @@ def test_how_sure_a_metric_is_stands_in_the_csv_only(study, tmp_path):
     assert "deviation" not in header
     (row,) = csv.DictReader((summary.out_dir / "table.csv").open())
     assert row["metrics.fd_digits_low"] == "8.0"
+
+
+def test_a_spreadsheet_takes_no_name_for_a_formula(study, tmp_path):
+    metrics = {"fd_digits": 9.0, "kid": -0.25}
+    model = {"name": "-", "size": "@SUM(A1)", "depth": 1, "width": 2, "heads": 1, "patch": 1}
+    model |= {"block": " +1\x1b[31m", "tokens": 64}
+    command = '=HYPERLINK("http://x")'
+    study.write_run(tmp_path, 2, 48, 2, 4, metrics=metrics, run=command, model=model)
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    (row,) = csv.DictReader((summary.out_dir / "table.csv").open())
+    assert row["run"] == f"'{command}"
+    assert row["model.size"] == "'@SUM(A1)"
+    assert row["model.block"] == "' +1?[31m"
+    assert row["model.name"] == "-"
+    assert float(row["metrics.kid"]) == -0.25

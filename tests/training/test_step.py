@@ -1,12 +1,17 @@
 """The step against its equations, written out by hand for a one-parameter model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from ditjax.training.optim import learning_rate_schedule, make_optimizer
+from ditjax.training import optim
+from ditjax.training.optim import learning_rate_schedule, make_optimizer, spike_limit
 from ditjax.training.step import ema_update, init_state, make_step, microbatches
 
 
@@ -103,3 +108,117 @@ def test_schedules():
 def test_ema_of_the_average_itself():
     same = ema_update({"a": jnp.ones(3)}, {"a": jnp.ones(3)}, 0.9999)
     np.testing.assert_allclose(same["a"], 1.0, rtol=1e-6)
+
+
+# Of a batch {"x", "root"}: the loss is mean (w - x)² + sqrt(root + w_0 - w_0'), w_0' a constant.
+KINDS = {
+    "good": (1.0, 1.0),
+    "loss nan": (np.nan, 1.0),
+    "loss inf": (np.inf, 1.0),
+    "gradient inf": (1.0, 0.0),  # 1 / 2 sqrt(0), of a loss that is finite
+}
+
+
+def rooted(params, drawn):
+    w = params["w"]
+    root = drawn["root"] + w[0] - jax.lax.stop_gradient(w[0])
+    loss = jnp.square(w - drawn["x"]).mean() + jnp.sqrt(root)
+    return loss, {"noise": drawn["noise"][0]}
+
+
+def unguarded(tx, decay):
+    """The update as its equations have it, of a batch that is good."""
+
+    def step(state, batch, key):
+        drawn = draw(batch, jax.random.fold_in(key, state.step))
+        grads = jax.grad(lambda params: rooted(params, drawn)[0])(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return params, ema_update(state.ema, params, decay), opt_state
+
+    return step
+
+
+@functools.cache
+def guarded_and_not():
+    tx = adam(clip_norm=5.0, weight_decay=0.1)
+    guarded = jax.jit(make_step(draw, rooted, tx, 0.9))
+    return tx, guarded, jax.jit(unguarded(tx, 0.9))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=12))
+@example(list(KINDS))
+def test_a_bad_step_changes_the_step_alone(kinds):
+    """theta_k+1 = theta_k, to the bit, where loss or gradient is not finite; else the update."""
+    tx, guarded, plain = guarded_and_not()
+    state, key = init_state({"w": jnp.array([1.0, -2.0])}, tx), jax.random.key(7)
+    for k, kind in enumerate(kinds):
+        x, root = KINDS[kind]
+        batch = {"x": jnp.array([0.5 * k, x]), "root": jnp.float32(root)}
+        expected = plain(state, batch, key) if kind == "good" else state[1:]
+        state, metrics = guarded(state, batch, key)
+        assert bool(metrics["skipped"]) == (kind != "good"), metrics
+        assert int(state.step) == k + 1
+        # Noise goes on with the step, not with the update.
+        noise = jax.random.normal(jax.random.fold_in(key, k), (2,))[0]
+        np.testing.assert_allclose(metrics["noise"], noise, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(state[1:]), jax.tree.leaves(expected), strict=True):
+            if kind == "good":
+                np.testing.assert_allclose(a, b, rtol=1e-5)
+            else:
+                np.testing.assert_array_equal(a, b)
+    counts = [int(count) for _, count in optax.tree.get_all_with_path(state.opt_state, "count")]
+    assert counts == [kinds.count("good")] * 2, "Adam and the schedule count updates"
+
+
+def test_the_running_norm_is_a_mean_of_the_norms_before(monkeypatch):
+    """m_n / (1 - β^n) by hand: weights β^(n-i) (1 - β) / (1 - β^n), which sum to 1."""
+    monkeypatch.setattr(optim, "FIRST_NORMS", 3)
+    tx = adam(spike_factor=2.0, clip_norm=1.0)
+    params = {"w": jnp.array([0.0, 0.0])}
+    state = tx.init(params)
+    norms = [5.0, 10.0, 2.5, 7.5]
+    for n, norm in enumerate(norms):
+        limit = float(spike_limit(state, 2.0))
+        if n < 3:
+            assert limit == np.inf
+        else:
+            weights = 0.99 ** np.arange(n - 1, -1, -1)
+            expected = 2.0 * np.average(norms[:n], weights=weights)
+            assert limit == pytest.approx(expected, rel=1e-5)
+        # Before clipping: (3, 4) / 5 has norm 1.
+        _, state = tx.update({"w": jnp.array([3.0, 4.0]) * norm / 5}, state, params)
+
+
+def test_a_spike_is_skipped_and_not_averaged(monkeypatch):
+    monkeypatch.setattr(optim, "FIRST_NORMS", 5)
+    tx = adam(rate=1e-3, spike_factor=4.0)
+    step = jax.jit(
+        make_step(draw, loss_fn, tx, 0.9, limit=functools.partial(spike_limit, factor=4.0))
+    )
+    state = init_state({"w": jnp.array([1.0, -2.0])}, tx)
+
+    def take(state, x):
+        return step(state, {"x": jnp.array([x, x])}, jax.random.key(7))
+
+    # The gradient's norm goes by x. The third comes before there is a mean to speak of.
+    skipped = []
+    for x in (10.0, 10.0, 1000.0, 10.0, 10.0, 700.0, 1300.0, 1300.0, 10.0):
+        before = jax.device_get(state)
+        state, metrics = take(state, x)
+        skipped.append(bool(metrics["skipped"]))
+        if skipped[-1]:
+            for a, b in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(state[1:]), strict=True):
+                np.testing.assert_array_equal(a, b)
+    # Of x: the limit is 4 · 208 = 832, then 4 · 290 = 1160; with 1300 averaged it would be 1737.
+    assert skipped == [False] * 6 + [True, True, False]
+
+
+def test_without_a_spike_factor_the_state_has_nothing_more():
+    params = {"w": jnp.array([1.0])}
+    state = init_state(params, adam())
+    assert not [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == () and
+                leaf.dtype == jnp.float32]  # fmt: skip
+    more = init_state(params, adam(spike_factor=2.0)).opt_state
+    assert len(jax.tree.leaves(more)) == len(jax.tree.leaves(state.opt_state)) + 2

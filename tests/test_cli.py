@@ -1,0 +1,36 @@
+"""How a command ends: its status, and one line."""
+
+import sys
+
+import pytest
+
+from ditjax import cli, host
+from ditjax.errors import FaultError, StoppedError, UserError
+from ditjax.io import compilations
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "out", "err"),
+    [
+        (None, 0, "", ""),
+        (UserError("a\nb"), 2, "", "error: a b\n"),
+        (FaultError("the disk is\nfull"), 1, "", "error: the disk is full\n"),
+        (StoppedError("stopped at step 7"), 0, "stopped at step 7\n", ""),
+        (StoppedError("stopped", 143), 143, "stopped\n", ""),
+        (KeyboardInterrupt(), 130, "", "interrupted\n"),
+    ],
+)
+def test_the_end_of_a_command(error, status, out, err, monkeypatch, capsys):
+    def main(argv: list[str]) -> int:
+        if error:
+            raise error
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(host, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(compilations, "keep", lambda: None)
+    monkeypatch.setattr("absl.logging.set_verbosity", lambda level: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == status
+    assert capsys.readouterr() == (out, err)
