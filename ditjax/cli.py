@@ -232,6 +232,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     # Orbax and tfds tell their housekeeping as warnings, and as errors what they raise anyway.
     logging.set_verbosity(logging.FATAL)
     getLogger("asyncio").setLevel(CRITICAL)  # of a save that failed, each leaf once more
+    sys.unraisablehook = _without_late_writes
     # Here and not at an import: tests and programs that import us keep their own settings. JAX is
     # imported by now, so that an environment variable would come too late; it opens its cache at
     # the first compilation.
@@ -261,6 +262,16 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         print(visible(masked(traceback.format_exc()), keep="\n"), end="", file=sys.stderr)
         _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, said=True)
     sys.exit(status)
+
+
+def _without_late_writes(unraisable: Any) -> None:
+    """TensorStore's writes that end after another has failed find orbax's event loop closed.
+
+    Its C++ prints what it is told then; what failed has been raised where it was asked for.
+    """
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 def _end(line: str, status: int, *, said: bool = False) -> NoReturn:

@@ -31,7 +31,6 @@ from ditjax.sizes import parse_size
 from ditjax.train import train
 
 RUNS = "runs"
-LOG_FILE = "log.txt"
 LEASE = ".sweep.lease"  # of the study: an array job's cells are each their own
 ORPHAN_SECONDS = 60.0  # for a cell to save what it has when its sweep is gone
 
@@ -239,7 +238,7 @@ def _start(cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int]) -> 
     folder = rundir.inside(workdir / RUNS, cell.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        log = (folder / LOG_FILE).open("ab")
+        log = (folder / rundir.LOG_FILE).open("ab")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}.") from None
     command = [sys.executable, "-m", "ditjax.sweep", *argv, f"--index={cell.number}"]
@@ -282,7 +281,7 @@ def _tell(job: _Running, workdir: Path, seconds: float) -> bool:
     else:
         text = ""
         with contextlib.suppress(OSError):
-            text = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip()
+            text = (folder / rundir.LOG_FILE).read_text(encoding="utf-8", errors="replace").strip()
         why = text.splitlines()[-1] if text else "it printed nothing"
         ended = f"FAILED (status {status})" if status else "stopped before its end"
         line = f"{job.cell.name} {ended}: {why}"
@@ -346,8 +345,8 @@ def main(argv: list[str]) -> int:
     print(summary.text)
     for cell in failed:
         print(
-            f"{cell.name} failed: see {workdir / RUNS / cell.name / LOG_FILE}; the same command"
-            f" runs it again, alone: --index={cell.number}",
+            f"{cell.name} failed: see {workdir / RUNS / cell.name / rundir.LOG_FILE}; the same"
+            f" command runs it again, alone: --index={cell.number}",
             file=sys.stderr,
         )
     return 1 if failed else 0

@@ -4,21 +4,23 @@ import contextlib
 import json
 import os
 import sys
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ditjax.errors import FaultError
 from ditjax.io.results import full_disk, write_atomic
 from ditjax.masking import masked_tree
 
 METRICS_FILE = "metrics.jsonl"
+SYNC_SECONDS = 20.0  # between what TensorBoard is sure to see
 
 
 class MetricsLog:
@@ -34,9 +36,7 @@ class MetricsLog:
         # The newest value of each name in the lines that stay, {} for a new run.
         self.last: dict[str, Any] = _truncate(self.path, start_step) if write else {}
         self._file = self.path.open("a", encoding="utf-8") if write else None
-        self._events = SummaryWriter(str(directory), purge_step=start_step + 1) if write else None
-        self._hook = threading.excepthook
-        threading.excepthook = self._ended  # until `__exit__`
+        self._events = _Events(Path(directory), start_step + 1) if write else None
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """One line {"step": step, name: value, ...} and one event a number.
@@ -45,49 +45,61 @@ class MetricsLog:
         """
         if self._file is None or self._events is None:
             return
-        try:
+        with self._told():
             self._file.write(json.dumps({"step": step, **masked_tree(values)}) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise FaultError(full_disk(self.path, error)) from error
-        if not self._writes_events():
-            raise FaultError(
-                f"events cannot be written to {self.path.parent}: is the disk full? Make room"
-                " there: the same command goes on."
-            )
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(name, value, step)
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._events.add(step, summary.scalar(name, value))
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
-        """A grid u8[H,W,C] as an event."""
-        if self._events and self._writes_events():
-            self._events.add_image(name, grid, step, dataformats="HWC")
+        """A grid u8[H,W,C] as an event. Raises as `scalars`."""
+        if self._events:
+            with self._told():
+                self._events.add(step, summary.image(name, grid, dataformats="HWC"))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise FaultError(full_disk(self.path, error)) from error
 
     def __enter__(self) -> Self:
         return self
 
-    def _ended(self, args: Any) -> None:
-        """tensorboardX's thread could not write: `scalars` tells it, on one line."""
-        writer = self._events.file_writer.event_writer if self._events else None
-        if writer is None or args.thread is not writer._worker:
-            self._hook(args)
-
-    def _writes_events(self) -> bool:
-        """Whether tensorboardX's thread lives: a write that failed ends it, and who gives it more
-        then waits for ever."""
-        writer = self._events.file_writer.event_writer if self._events else None
-        return writer is None or writer._worker.is_alive()
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        threading.excepthook = self._hook
-        if self._file and self._events:
-            # What could not be written has been told.
-            with contextlib.suppress(*() if kind is None else (OSError,)):
-                self._file.close()
-            with contextlib.suppress(*() if kind is None else (OSError,)):
-                if self._writes_events():
-                    self._events.close()
+        # What could not be written has been told.
+        told = contextlib.suppress(*() if kind is None else (OSError,))
+        for file in (self._file, self._events):
+            if file:
+                with told:
+                    file.close()
+
+
+class _Events:
+    """TensorBoard's events of one start, which take the place of those from `first_step` on.
+
+    Not tensorboardX's SummaryWriter: its thread ends at the first error, tells it to nobody who
+    could act on it, and lets who gives it more wait for ever.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}")
+        self._synced = time.monotonic()
+        start = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def add(self, step: int, value: Any) -> None:
+        """A summary of a step. Raises OSError."""
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=value))
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self._writer.flush()
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Raises OSError."""
+        self._writer.close()
 
 
 def _truncate(path: Path, last_step: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ditjax.masking import masked_tree
 
 RECIPE_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+LOG_FILE = "log.txt"  # what a cell of a sweep prints
 
 # What may differ on resuming: where and how often, never what is learned.
 FREE_KEYS = (
@@ -66,18 +67,28 @@ def open_run(
 ) -> Path:
     """Makes the directory and writes its recipe, or checks that it is the same run.
 
-    `completed` adds to an older run's recipe the keys that did not exist then. Raises UserError
-    when the directory cannot be written, or holds a run of another recipe.
+    `completed` adds to an older run's recipe the keys that did not exist then. A recipe that was
+    refused before its run began makes room for another. Raises UserError when the directory cannot
+    be written, or holds a run of another recipe.
     """
     folder = Path(workdir)
     path = folder / RECIPE_FILE
-    if path.exists():
+    if path.exists() and _has_begun(folder):
         check_same(folder, completed(read_recipe(folder)), recipe)
         return folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={folder} is a file: give a directory.")
     write_atomic(path, _text(recipe))
     return folder
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether more is in a directory than a recipe, what a sweep says of it, and no checkpoint."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    checkpoints = folder / CHECKPOINTS
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        names.discard(CHECKPOINTS)
+    return bool(names - {RECIPE_FILE, LOG_FILE})
 
 
 def open_study(workdir: str | os.PathLike[str], recipe: Mapping[str, Any]) -> Path:

@@ -192,8 +192,8 @@ def other_weights(trial: Trial) -> Outcome:
     """Row 11: missing, extra, mis-shaped, of another type: each is named."""
     header, body = _read_safetensors(_weights(trial.battery))
     names = sorted(name for name in header if name != "__metadata__")
-    matrices = [name for name in names if len(set(header[name]["shape"])) == 2]
-    shaped = trial.rng.choice(matrices)
+    shapes = {name: header[name]["shape"] for name in names}
+    shaped = trial.rng.choice([name for name in names if shapes[name] != shapes[name][::-1]])
     missing, typed = trial.rng.sample([name for name in names if name != shaped], 2)
     header[shaped]["shape"].reverse()
     header["stranger/kernel"] = header.pop(missing)

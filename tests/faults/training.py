@@ -203,7 +203,10 @@ def full_disk(trial: Trial) -> Outcome:
         (child,) = run.start(pace=0.02, **inside)  # type: ignore[arg-type]
         filled_at = _somewhere(trial, [child])
         disk.fill()
-        _loud(child, filled_at)
+        if child.last() < STEPS:  # else it was done before the disk was full
+            child.until(lambda: _filled_again(disk), "its end")
+            _loud(child, filled_at)
+        child.wait()
         kept = saved(disk.outside / "run" / "checkpoints")
         disk.free()
         (again,) = run.finish(**inside)
@@ -213,6 +216,12 @@ def full_disk(trial: Trial) -> Outcome:
     finally:
         disk.close()
     return Outcome(judge(run, reference), "tmpfs")
+
+
+def _filled_again(disk: SmallDisk) -> bool:
+    """What a run removes makes room. Never enough of it."""
+    disk.fill()
+    return False
 
 
 def _limited(trial: Trial, run: Run, reference: Run) -> Outcome:

@@ -10,8 +10,14 @@ from ditjax.io import results, rundir
 RECIPE = {"seed": 0, "train": {"steps": 10, "batch_size": 4}, "multipliers": (1, 2)}
 
 
+def begun(folder):
+    """A run that has logged something."""
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    return folder
+
+
 def test_the_same_recipe_comes_in_again(tmp_path):
-    folder = rundir.open_run(tmp_path / "a" / "run", RECIPE)
+    folder = begun(rundir.open_run(tmp_path / "a" / "run", RECIPE))
     assert rundir.read_recipe(folder) == json.loads(json.dumps(RECIPE))
     rundir.open_run(folder, RECIPE)
     rundir.open_run(folder, {**RECIPE, "train": {"steps": 20, "batch_size": 4}})
@@ -28,23 +34,35 @@ def test_the_same_recipe_comes_in_again(tmp_path):
     ],
 )
 def test_another_recipe_does_not(tmp_path, change, message):
-    rundir.open_run(tmp_path, RECIPE)
+    begun(rundir.open_run(tmp_path, RECIPE))
     with pytest.raises(UserError, match=message):
         rundir.open_run(tmp_path, {**RECIPE, **change})
+
+
+@pytest.mark.parametrize("left", [(), ("checkpoints",), ("checkpoints", "log.txt", ".lease")])
+def test_one_that_was_refused_before_it_began_makes_room(tmp_path, left):
+    rundir.open_run(tmp_path, RECIPE)
+    for name in left:
+        (tmp_path / name).mkdir() if name == "checkpoints" else (tmp_path / name).touch()
+    rundir.open_run(tmp_path, {**RECIPE, "seed": 1})
+    assert rundir.read_recipe(tmp_path)["seed"] == 1
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(UserError, match="seed=1, this command says 2"):
+        rundir.open_run(tmp_path, {**RECIPE, "seed": 2})
 
 
 def test_a_run_of_before_a_key_comes_in_with_what_it_ran_with(tmp_path):
     def completed(recorded):
         return {"new": (0, 1), **recorded}
 
-    rundir.open_run(tmp_path, RECIPE)
+    begun(rundir.open_run(tmp_path, RECIPE))
     rundir.open_run(tmp_path, {**RECIPE, "new": (0, 1)}, completed)
     with pytest.raises(UserError, match=r"new=\[0, 1\], this command says 3"):
         rundir.open_run(tmp_path, {**RECIPE, "new": 3}, completed)
 
 
 def test_damage_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"seed": ')
+    (begun(tmp_path) / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         rundir.open_run(tmp_path, RECIPE)
     (tmp_path / "config.json").write_text("[1]")
@@ -111,7 +129,7 @@ def test_a_link_out_of_the_root_is_refused(tmp_path):
     ],
 )
 def test_recipes_that_nest_too_deep_or_are_no_text(tmp_path, content, match):
-    (tmp_path / "config.json").write_bytes(content)
+    (begun(tmp_path) / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"config\.json is damaged: .*{match}"):
         rundir.open_run(tmp_path, RECIPE)
 
