@@ -123,6 +123,7 @@ def test_a_study_from_end_to_end(tmp_path, capfd, monkeypatch):
     ].recipe
     recipe["autoencoder"]["path"] = "elsewhere"
     (broken / "config.json").write_text(json.dumps(recipe))
+    (broken / "metrics.jsonl").write_text('{"step": 5}\n')
     assert sweep.main([*words, "--jobs=2"]) == 1
     said = capfd.readouterr().err
     assert "DiT-1x32x2-p2-seed0 FAILED (status 2): error: " in said
