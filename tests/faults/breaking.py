@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from PIL import Image
 
 from ditjax import config, programs, sweep
@@ -105,8 +106,9 @@ def damaged_records() -> None:
 
 
 def poisoned() -> None:
-    """Everything is finite."""
+    """Everything is finite, and every gradient small."""
     _put(jnp, "isfinite", lambda x: jnp.ones(jnp.shape(x), bool))
+    _put(optax.tree, "norm", lambda tree: jnp.zeros(()))
 
 
 def illegal_mesh() -> None:
