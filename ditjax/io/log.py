@@ -11,13 +11,29 @@ from typing import Any, Self, TextIO
 
 import jax
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ditjax.errors import FaultError
 from ditjax.io.results import full_disk, write_atomic
 from ditjax.masking import masked_tree
+
+
+@contextlib.contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Importing it fails, as where it is not installed."""
+    held = {module: sys.modules[module]} if module in sys.modules else {}
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+        sys.modules.update(held)
+
+
+# tensorboardX would import PyTorch where there is one, for what is not used here.
+with _without("torch"):
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 METRICS_FILE = "metrics.jsonl"
 SYNC_SECONDS = 20.0  # between what TensorBoard is sure to see

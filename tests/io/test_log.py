@@ -3,12 +3,18 @@
 import errno
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ditjax.errors import FaultError
 from ditjax.io.log import MetricsLog, Progress, duration, last_metrics
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
@@ -65,6 +71,16 @@ def test_events_hold_the_scalars(tmp_path):
         first.scalars(10, {"loss": 0.25})
     (events,) = tmp_path.glob("events.out.tfevents.*")
     assert b"loss" in events.read_bytes()
+
+
+def test_no_pytorch_is_imported_where_there_is_one(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('a broken one')")
+    program = "import ditjax.io.log, sys; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=ROOT,
+    )  # fmt: skip
+    assert done.stdout.split() == ["False"]
 
 
 class Full:
