@@ -252,12 +252,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         sys.exit(stopped.status)
     except KeyboardInterrupt:
         _end("interrupted", 130)
-    except OSError as error:
-        if error.errno in results.FULL:
-            _end(results.full_disk(error.filename or "what this run leaves", error), 1)
-        print(visible(masked(traceback.format_exc()), keep="\n"), end="", file=sys.stderr)
-        _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, said=True)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in results.FULL:
+            _end(results.full_disk(error.filename or "what this run leaves", error), 1)
         processes.hear_first()
         print(visible(masked(traceback.format_exc()), keep="\n"), end="", file=sys.stderr)
         _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, said=True)

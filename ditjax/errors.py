@@ -50,3 +50,8 @@ def shown(value: object) -> str:
         return _REPR.repr(value)
     except Exception:  # an integer of 5,000 digits, an object whose repr fails
         return f"a {type(value).__name__}"
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

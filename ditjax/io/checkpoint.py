@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 import orbax.checkpoint as ocp
 
-from ditjax.errors import FaultError, UserError
+from ditjax.errors import FaultError, UserError, reason
 from ditjax.io import digests
 from ditjax.io.results import protocol_hash, sync_folder
 
@@ -444,7 +444,7 @@ def _types(folder: Path) -> dict[str, list[Any]]:
 
 def _reason(error: Exception) -> str:
     """What an error says, on one line, without a full stop; of a long one begin and end."""
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = reason(error)
     if len(line) > 300:
         line = f"{line[:150]} ... {line[-150:]}"
     return line.rstrip(". ")

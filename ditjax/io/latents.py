@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from ditjax.errors import UserError
+from ditjax.errors import UserError, reason
 from ditjax.io.builders import count_records, of_home
 from ditjax.io.results import atomic_path, load_json, unfinished, write_atomic
 from ditjax.masking import masked_tree
@@ -291,10 +291,9 @@ def open_latents(name: str) -> tfds.core.DatasetBuilder:
             moments[0] == moments[1] and len(moments[0]) == 4 and "label" in builder.info.features
         )
     except Exception as error:  # a cut or edited JSON file fails in as many ways as it has keys
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"data set {name!r}: the description in {found} cannot be read ({reason:.200}): remove"
-            " the latents and encode again."
+            f"data set {name!r}: the description in {found} cannot be read ({reason(error):.200}):"
+            " remove the latents and encode again."
         ) from error
     if not whole:
         raise UserError(f"data set {name!r}: what lies in {found} are no latents: encode again.")

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditjax.errors import UserError, nearest, shown
+from ditjax.errors import UserError, nearest, reason, shown
 
 # A compressed file of some MB can claim, and unpack to, any size: what is read at once is bounded.
 MAX_GIB_VARIABLE = "DITJAX_MAX_ARRAY_GIB"
@@ -41,8 +41,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     except UserError:
         raise
     except ValueError as error:  # what the functions below tell of damage by
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is not a whole npz file ({reason}).") from error
+        raise UserError(f"{path} is not a whole npz file ({reason(error)}).") from error
 
 
 def _archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
@@ -69,7 +68,7 @@ def _damage() -> Iterator[None]:
     except UserError:
         raise
     except _DAMAGE as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ValueError(reason(error)) from error
 
 
 def names(archive: zipfile.ZipFile) -> list[str]:

@@ -196,14 +196,19 @@ def test_a_workdir_is_required():
         train.main(list(TINY))
 
 
-def test_a_damaged_image_is_named(tmp_path):
+def one_damaged_of(count, tmp_path):
+    """So many images of two classes, of which the dog of number 1 is cut."""
     for label in ("cat", "dog"):
         folder = tmp_path / "images" / label
         folder.mkdir(parents=True)
-        for i in range(3):
+        for i in range(count):
             Image.new("L", (8, 8), i * 80).save(folder / f"{i}.png")
     bad = tmp_path / "images" / "dog" / "1.png"
     bad.write_bytes(bad.read_bytes()[:40])
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    one_damaged_of(3, tmp_path)
     refused(
         [f"--config.data.name=folder:{tmp_path / 'images'}", "--config.data.num_classes=2"],
         tmp_path, r"dog/1\.png is not a sound image",
@@ -211,13 +216,7 @@ def test_a_damaged_image_is_named(tmp_path):
 
 
 def test_damaged_images_are_skipped_up_to_the_cap(tmp_path, capsys):
-    for label in ("cat", "dog"):
-        folder = tmp_path / "images" / label
-        folder.mkdir(parents=True)
-        for i in range(4):
-            Image.new("L", (8, 8), i * 80).save(folder / f"{i}.png")
-    bad = tmp_path / "images" / "dog" / "1.png"
-    bad.write_bytes(bad.read_bytes()[:40])
+    one_damaged_of(4, tmp_path)
     words = [
         *TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.name=folder:{tmp_path / 'images'}",
         "--config.data.num_classes=2", "--config.train.steps=4",
