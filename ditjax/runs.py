@@ -55,7 +55,7 @@ def check_data(c: Config) -> data.DatasetInfo:
 
 
 def open_run(workdir: str | os.PathLike[str], recipe: Mapping[str, Any]) -> Path:
-    """`rundir.open_run` by the first process; the others find the recipe that it wrote.
+    """`rundir.open_run` by the first process; the others only read what it wrote.
 
     The directory is this run's alone until the `lease.scope` around the call ends. Raises UserError
     where another process has it, and for a directory that not all processes see.
@@ -70,7 +70,7 @@ def open_run(workdir: str | os.PathLike[str], recipe: Mapping[str, Any]) -> Path
                 f"{processes.name()} does not see the {rundir.RECIPE_FILE} that process 0 wrote to"
                 f" {workdir}: give a --workdir that all share."
             )
-        rundir.open_run(workdir, recipe, completed)
+        rundir.check_same(Path(workdir), completed(rundir.read_recipe(workdir)), recipe)
     return Path(workdir)
 
 

@@ -129,6 +129,20 @@ def test_told_to_stop_before_the_first_step_nothing_is_saved(tmp_path):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_process_that_is_not_the_first_only_reads_the_directory(tmp_path, monkeypatch):
+    recipe = load_recipe(list(TINY)).to_dict()
+    runs.open_run(tmp_path, recipe)
+    path = tmp_path / "config.json"
+    before = path.read_bytes(), path.stat().st_ino
+    monkeypatch.setattr(runs, "is_primary", lambda: False)
+    recipe["train"]["steps"] += 1
+    runs.open_run(tmp_path, recipe)
+    assert (path.read_bytes(), path.stat().st_ino) == before
+    recipe["seed"] += 1
+    with pytest.raises(UserError, match=r"holds a run with seed=0, this command says 1"):
+        runs.open_run(tmp_path, recipe)
+
+
 def test_neither_a_profile_nor_what_is_ahead_changes_a_run(finished, tmp_path):
     words = [*TINY, f"--workdir={tmp_path}", "--config.train.prefetch=0"]
     assert train.main([*words, "--profile_steps=3:4"]) == 0
