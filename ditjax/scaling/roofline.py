@@ -48,3 +48,8 @@ def fsdp_bytes(parameters: float, group: int, itemsize: int = 2) -> float:
     Parameters are gathered for the forward and for the backward pass, gradients reduce-scattered.
     """
     return 3.0 * itemsize * (group - 1) / group * parameters
+
+
+def all_reduce_bytes(size: float, group: int) -> float:
+    """What a ring all-reduce of `size` bytes has a device send: 2·(g-1)/g of them."""
+    return 2 * (group - 1) / group * size

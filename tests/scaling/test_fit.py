@@ -6,12 +6,15 @@ from scipy import stats
 
 from ditjax.errors import UserError
 from ditjax.scaling.fit import (
+    fit_law,
     fit_power_law,
     fit_power_law_offset,
     pearson,
     pearson_interval,
     spearman,
+    spearman_interval,
 )
+from tests.scaling.coverage import of_law
 
 # Published: DiT Table 4 (arXiv 2212.09748), Gflops and FID-50K at 400K steps, S/8 to XL/2.
 PUBLISHED = [
@@ -64,6 +67,19 @@ def test_pearson_survives_huge_values_and_perfect_lines():
     assert pearson_interval(0.5, 3).high == 1.0
 
 
+def test_spearmans_interval_holds_the_true_rank_correlation():
+    """Of normal pairs it is 6/π·asin(ρ/2)."""
+    rng, inside = np.random.default_rng(8), []
+    truth = 6 / np.pi * np.arcsin(0.8 / 2)
+    for _ in range(500):
+        x = rng.normal(size=20)
+        y = 0.8 * x + 0.6 * rng.normal(size=20)
+        interval = spearman_interval(spearman(x, y), 20)
+        inside.append(interval.low <= truth <= interval.high)
+    assert 0.92 <= np.mean(inside) <= 0.98
+    assert spearman_interval(0.5, 3).high == 1.0
+
+
 @pytest.mark.parametrize("b", [0.4, -0.2])
 def test_exact_law_is_found_exactly(b):
     x = np.geomspace(1e-4, 1e2, 9)
@@ -109,9 +125,44 @@ def test_interval_holds_the_true_exponent(n, noise):
     assert covered(fit_power_law, n, 400, noise=noise) >= 0.917
 
 
-@pytest.mark.parametrize(("n", "c"), [(9, 0.3), (24, 1.0)])
-def test_interval_holds_the_true_exponent_with_offset(n, c):
-    assert covered(fit_power_law_offset, n, 100, c=c, sigma=0.06) >= 0.90
+def test_interval_holds_the_true_exponent_with_offset():
+    assert covered(fit_power_law_offset, 24, 100, c=1.0, sigma=0.06) >= 0.90
+
+
+# `python -m tests.scaling.coverage` measures every kind of study over 1,000 trials.
+@pytest.mark.parametrize(
+    ("offset", "models", "seeds", "trials"),
+    [(False, 9, 2, 200), (False, 24, 3, 200), (True, 9, 3, 100), (True, 12, 1, 100)],
+)
+def test_intervals_hold_with_seeds_and_noise_at_the_small_end(offset, models, seeds, trials):
+    """That of the exponent, and that of the prediction for the largest model."""
+    found = of_law(
+        trials,
+        offset=offset,
+        models=models,
+        seeds=seeds,
+        noise="small end",
+        c=0.3 if offset else 0.0,
+        sigma=0.06,
+        resamples=200,
+    )
+    assert found["exponent"] >= 0.90
+    assert found["prediction"] >= 0.90
+
+
+def test_the_law_is_with_offset_where_the_points_can_carry_it():
+    x = np.geomspace(1e-4, 1e-1, 9)
+    y = 1.5 + 0.02 * x**-0.75
+    rng = np.random.default_rng(0)
+    assert fit_law(x, y, rng).c == pytest.approx(1.5, rel=1e-3)
+    assert fit_law(x, y, rng, offset=False) == fit_power_law(x, y, np.random.default_rng(0))
+    assert fit_law(x[:4], y[:4], rng).c == 0.0
+    assert fit_law(x, 1 / y, rng).b < 0
+    assert fit_law(x, y, rng, groups=list("aabbccddd")).c == 0.0
+    with pytest.raises(UserError, match="4 groups"):
+        fit_law(x, y, rng, groups=list("aabbccddd"), offset=True)
+    with pytest.raises(UserError, match="is nan"):
+        fit_law(x, y * np.nan, rng)
 
 
 def test_interval_is_no_wider_than_twice_the_ideal():

@@ -38,3 +38,8 @@ def test_ideal_fsdp(group, expected):
 
 def test_state_and_temporaries_go_to_memory_and_back():
     assert roofline.memory_traffic(3.0, 4.0) == 14.0
+
+
+@pytest.mark.parametrize(("group", "expected"), [(1, 0.0), (2, 1.0), (16, 1.875)])
+def test_a_ring_sends_almost_twice_its_bytes(group, expected):
+    assert roofline.all_reduce_bytes(1, group) == expected

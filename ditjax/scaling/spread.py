@@ -1,0 +1,45 @@
+"""How far apart two trainings of one recipe are by their seeds alone."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from ditjax.errors import UserError
+
+
+class Spread(NamedTuple):
+    """Standard deviation of ln(metric) between seeds, and the degrees of freedom behind it."""
+
+    deviation: float
+    freedom: int
+
+
+def spread(repeats: Iterable[Sequence[float]]) -> Spread:
+    """Pooled over recipes: s² = Σ_i Σ_j (ln y_ij - mean_i)² / Σ_i (n_i - 1).
+
+    repeats: of each recipe its values, all > 0. Raises UserError where none has two.
+    """
+    squares, freedom = 0.0, 0
+    for values in repeats:
+        y = np.asarray(values, np.float64)
+        if not (np.isfinite(y) & (y > 0)).all():
+            raise UserError(f"values {list(values)}: a spread of logs needs numbers above 0.")
+        logs = np.log(y)
+        squares += float(np.square(logs - logs.mean()).sum())
+        freedom += len(logs) - 1
+    if freedom < 1:
+        raise UserError("a spread between seeds needs two values of one recipe.")
+    return Spread(math.sqrt(squares / freedom), freedom)
+
+
+def noise_band(value: float, s: Spread, runs: int, level: float = 0.95) -> tuple[float, float]:
+    """Where the mean of `runs` trainings falls if one more of them gave `value`: low, high.
+
+    ln band = ln value -/+ t_{level, f} s √(1 + 1/runs): the prediction interval of Student's t.
+    """
+    t = float(stats.t.ppf((1 + level) / 2, s.freedom))
+    width = min(t * s.deviation * math.sqrt(1 + 1 / runs), 300.0)
+    return value * math.exp(-width), value * math.exp(width)
