@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from ditjax.config import Config, changed
 from ditjax.errors import UserError
 from ditjax.io import data, results
 from ditjax.io.prefetch import ahead
-from ditjax.provenance import commit, cores, environment
+from ditjax.provenance import commit, cores, environment, typed
 from ditjax.reporting.table import aligned
 from ditjax.scaling.counts import gflops, trainable_parameters, training_flops
 from ditjax.sizes import parse_size
@@ -571,10 +570,8 @@ def main(argv: list[str]) -> int:
         config, steps=args.steps, rounds=args.rounds, against=PEERS[args.against],
         sample=args.sample, torch_python=args.torch_python,
     )  # fmt: skip
-    # Where files and interpreters lie here is nobody else's matter.
-    words = [word for word in argv if not word.startswith(("--out", "--torch_python"))]
     found["environment"] = {
-        **environment(shlex.join(["python", "-m", "ditjax.bench", *words])),
+        **environment(typed("bench", argv, drop=("--out", "--torch_python"))),
         "commit": commit(),
     }
     found["config"] = args.recipe

@@ -16,7 +16,7 @@ from ditjax.diffusion import losses, samplers
 from ditjax.diffusion.gaussian import Denoise
 from ditjax.diffusion.guidance import guide, within
 from ditjax.diffusion.schedule import Schedule, make_schedule, respace
-from ditjax.models import kernels
+from ditjax.models import kernels, mup
 from ditjax.models.attention import attend
 from ditjax.models.autoencoder import (
     AutoencoderConfig,
@@ -61,7 +61,20 @@ def dit(c: Config, mesh: Mesh | None = None) -> DiT:
         norm2_eps=c.model.norm2_eps,
         dtype=DTYPES[c.model.dtype],
         place=ANYWHERE if mesh is None else placement(c, mesh),
+        base=base(c),
     )
+
+
+def base(c: Config) -> mup.Base | None:
+    """What a recipe's parametrization goes by; None for the standard one."""
+    m = c.model
+    return mup.Base(m.base_width, m.base_head_width) if m.parametrization == "mup" else None
+
+
+def query_scale(c: Config) -> float:
+    """What the denoiser multiplies its queries by, beyond 1 / √d."""
+    size, relative = parse_size(c.model.size), base(c)
+    return 1.0 if relative is None else mup.query_scale(relative, size.width // size.heads)
 
 
 def placement(c: Config, mesh: Mesh) -> Placement:
@@ -154,12 +167,23 @@ def check(c: Config) -> None:
 
 def optimizer(c: Config) -> optax.GradientTransformation:
     """The optax chain of a recipe."""
-    o = c.optim
+    o, relative = c.optim, base(c) if c.train.network == "dit" else None
     rate = learning_rate_schedule(o.learning_rate, o.schedule, o.warmup_steps, c.train.steps)
     return make_optimizer(
         rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
         spike_factor=o.spike_factor,
+        scale=None if relative is None else _scale(parse_size(c.model.size).width / relative.width),
     )  # fmt: skip
+
+
+def _scale(ratio: float) -> Callable[[Any], Any]:
+    """Updates by the table of `models/mup.py`, of a network `ratio` times as wide as its base."""
+
+    def one(path: Any, update: jax.Array) -> jax.Array:
+        multiplier = mup.rate_multiplier(rules.path_of(path), ratio)
+        return update if multiplier == 1 else update * multiplier
+
+    return functools.partial(jax.tree_util.tree_map_with_path, one)
 
 
 def limit(c: Config) -> Limit:
@@ -273,6 +297,39 @@ def reconstruct(c: Config, params: Any, images: jax.Array) -> jax.Array:
     """decode(mean of q(z|x)): what an autoencoder makes of images f32[B,H,W,C]."""
     apply: Callable[..., Any] = autoencoder(c).apply
     return apply(params, encode(c, params, images).mean, method="decode")
+
+
+# (params, autoencoder's, keys key[B], images f32[B,H,W,C], labels i32[B], t i32[B]) -> f32[B] each
+PairLosses = Callable[[Any, Any, jax.Array, jax.Array, jax.Array, jax.Array], dict[str, jax.Array]]
+
+
+def pair_losses(c: Config, mesh: Mesh | None = None) -> PairLosses:
+    """DDPM Eq. 14 of each (image, t, eps), labels never dropped -> mse; vlb too where Σ is learned.
+
+    `hybrid_loss`'s parts, whatever the recipe is trained on. Noise b is from keys[b] alone, in any
+    batch: eps, and of a latent recipe also that of z ~ q(z|x).
+    """
+    apply: Callable[..., Any] = dit(c, mesh).apply
+    process = schedule(c)
+    shape = (c.input_size, c.input_size, c.input_channels)
+    loss = losses.hybrid_loss if c.diffusion.variance == "learned_range" else losses.simple_loss
+
+    def measure(
+        params: Any, frozen: Any, keys: jax.Array, images: jax.Array, labels: jax.Array,
+        t: jax.Array,
+    ) -> dict[str, jax.Array]:  # fmt: skip
+        x0 = images
+        if c.latent:
+            noise = samplers.per_sample_noise(keys, shape)(jnp.int32(0))
+            x0 = sample_posterior(encode(c, frozen, images), noise) * c.autoencoder.scale
+        found = loss(
+            lambda x_t, t: apply(params, x_t, t, labels), process, x0, t,
+            samplers.initial_noise(keys, shape),
+            prediction=c.diffusion.prediction, variance=c.diffusion.variance,
+        )  # fmt: skip
+        return {name: found[name] for name in ("mse", "vlb") if name in found}
+
+    return measure
 
 
 class Guidance(NamedTuple):

@@ -204,7 +204,10 @@ def _recipe_file(words: Sequence[str]) -> str:
     if not Path(path).is_file():
         raise UserError(f"recipe {path!r} does not exist: expected a file with a get_config().")
     # A recipe imports its neighbours as `experiments.NAME`, from wherever the command runs.
-    root = str(Path(path).resolve().parent.parent)
+    package = Path(path).resolve().parent
+    while (package.parent / "__init__.py").is_file():
+        package = package.parent
+    root = str(package.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
     return path

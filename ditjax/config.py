@@ -5,6 +5,7 @@ into the frozen dataclasses below or raises UserError; nothing after it sees a C
 """
 
 import dataclasses
+import functools
 import math
 import typing
 import unicodedata
@@ -70,9 +71,10 @@ def path_text() -> Rule:
 
 def features_name() -> Rule:
     def holds(value: str) -> bool:
-        return value in ("digits", "none") or bool(value.partition("inception:")[2])
+        named = value in ("digits", "scenes", "none")
+        return named or bool(value.partition("inception:")[2])
 
-    return Rule(holds, "'digits', 'none' or 'inception:FILE'")
+    return Rule(holds, "'digits', 'scenes', 'none' or 'inception:FILE'")
 
 
 def levels() -> Rule:
@@ -114,6 +116,11 @@ class Model:
     # Where public implementations differ; the release has 0 and 1e-6, diffusers 1 and 1e-5.
     frequency_shift: Literal[0, 1]  # timestep frequencies exp(-ln 10^4 i / (128 - shift))
     norm2_eps: Annotated[float, above(0)]  # of the LayerNorm before a block's MLP
+    # mup: initial weights, learning rates and attention by width, so that what is the best learning
+    # rate at base_width and base_head_width is it at any (`models/mup.py`)
+    parametrization: Literal["standard", "mup"]
+    base_width: Positive
+    base_head_width: Positive
 
 
 @dataclass(frozen=True)
@@ -129,9 +136,9 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Data:
-    """Where images come from (`io/data.py`): 'digits', a tfds name, or 'folder:PATH'."""
+    """Where images come from (`io/data.py`)."""
 
-    name: PathName
+    name: PathName  # 'digits', 'digit_scenes', a tfds name, 'folder:PATH' or 'latents:PATH'
     split: str
     image_size: Annotated[int, at_least(1), at_most(16_384)]
     channels: Literal[1, 3]
@@ -234,21 +241,46 @@ class Sample:
 class Evaluate:
     """What a finished model is measured by (`evaluate.py`)."""
 
-    split: str  # held-out images: an autoencoder's PSNR
-    features: Annotated[str, features_name(), path_text()]  # 'digits', 'inception:FILE' or 'none'
+    split: str  # held-out images: of the validation loss, and of an autoencoder's PSNR
+    features: Annotated[
+        str, features_name(), path_text()
+    ]  # 'digits', 'scenes', 'inception:FILE' or 'none'
     reference: PathName  # statistics, images or DATASET/SPLIT; '' = the training split
     num_samples: Samples
     labels: Literal["uniform", "balanced"]
     seed: Seed  # of the samples: the same noise for every model, whatever seed trained it
     guided_scale: Annotated[float, at_least(0)]  # accuracy of a second sample set; 0 = none
     guided_num: Samples
+    # Pairs (t, eps) that L_simple is the mean of, on held-out images; 0 = no validation loss.
+    val_loss_num: Annotated[int, zero_or_above(1), at_most(999_999_999)]
+
+
+Override = tuple[str, Any]
+Axis = tuple[str, tuple[Any, ...]]
+# A published figure: what a run must have, the metric, its value.
+Figure = tuple[tuple[Override, ...], str, float]
+BUDGETS = ("steps", "images", "gflops")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The grid: pairs of a dotted key of this config and the values it takes (`sweep.py`)."""
+    """The runs of a study (`studies.py`): every combination of what stands here.
 
-    grid: tuple[tuple[str, tuple[Any, ...]], ...]
+    An override is a dotted key of this config and a value, an axis a key and its values. A key
+    stands in one place only. All empty: the recipe is one run. `published` is what others have
+    measured of such runs (`published.py`), never what we have.
+    """
+
+    grid: tuple[Axis, ...]  # each varies by itself
+    lists: tuple[tuple[Override, ...], ...]  # runs that are told one by one
+    zips: tuple[tuple[Axis, ...], ...]  # the axes of each are walked together
+    seeds: tuple[int, ...]  # empty: the recipe's own seed
+    budget: tuple[Any, ...]  # ('steps' | 'images' | 'gflops', number): makes each run's train.steps
+    title: str
+    topology: str  # CHIP:SHAPE, such as 'v5e:4x4', that a dry run tells the cost on; '' = none
+    published: tuple[Figure, ...]
+    published_protocol: tuple[tuple[str, str], ...]  # field and text: what fixes their meaning
+    published_source: str  # where they stand
 
 
 @dataclass(frozen=True)
@@ -300,6 +332,7 @@ def read(tree: Mapping[str, Any]) -> Config:
     """
     config = _read_dataclass(Config, tree, "")
     _check_consistency(config)
+    _check_sweep(config.sweep)
     return config
 
 
@@ -318,10 +351,11 @@ def changed(c: Config, changes: Mapping[str, Any]) -> Config:
 _ADDED: Mapping[str, Mapping[str, Any]] = {
     "model": {
         "matmul": "default", "frequency_shift": 0, "norm2_eps": 1e-6, "attention": "auto",
+        "parametrization": "standard", "base_width": 384, "base_head_width": 64,
     },
     "data": {"max_damaged": 0},
     "sample": {"cfg_interval": (0.0, 1.0), "weights": "ema"},
-    "evaluate": {"reference": "", "seed": 0},
+    "evaluate": {"reference": "", "seed": 0, "val_loss_num": 0},
     "train": {
         "evaluate_every_steps": 0, "evaluate_num": 1000, "microbatches": 1, "prefetch": 2,
         "keep_every_steps": 0, "grace_seconds": 25, "max_bad_steps": 0,
@@ -329,6 +363,10 @@ _ADDED: Mapping[str, Mapping[str, Any]] = {
     "optim": {"spike_factor": 0.0},
     "mesh": {"tensor": 1, "context": 1, "slices": 1},
     "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 25},
+    "sweep": {
+        "lists": (), "zips": (), "seeds": (), "budget": (), "title": "", "topology": "",
+        "published": (), "published_protocol": (), "published_source": "",
+    },
 }  # fmt: skip
 
 
@@ -369,8 +407,8 @@ def _read_value(hint: Any, value: Any, path: str) -> Any:
         hint, *rules = typing.get_args(hint)  # type: ignore[assignment]
     if dataclasses.is_dataclass(hint):
         return _read_dataclass(typing.cast(type, hint), value, path)
-    if path == "sweep.grid":
-        return _read_grid(value)
+    if path in _SWEEP:
+        return _SWEEP[path](value)
     value = _typed(hint, value, path)
     for rule in rules:
         try:
@@ -427,47 +465,208 @@ def _name(hint: Any) -> str:
     ]
 
 
-def _read_grid(value: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+def _read_grid(value: Any) -> tuple[Axis, ...]:
     """(('model.size', ('S', 'B')), ('model.patch', (4, 2))): each key known, each value once."""
-    legal = leaf_hints(Config)
-    axes: dict[str, tuple[Any, ...]] = {}
-    for axis in value if isinstance(value, tuple | list) else [value]:
-        if not isinstance(axis, tuple | list) or len(axis) != 2 or not isinstance(axis[0], str):
+    axes = [_read_axis(axis, "grid") for axis in _parts(value)]
+    if len({key for key, _ in axes}) < len(axes):
+        raise UserError("config.sweep.grid names a key twice: join its values.")
+    return tuple(axes)
+
+
+def _read_lists(value: Any) -> tuple[tuple[Override, ...], ...]:
+    """((('model.patch', 4), ('seed', 1)), ()): runs, each a set of overrides, an empty one too."""
+    runs = []
+    for run in _parts(value):
+        if not isinstance(run, tuple | list) or not all(map(_is_pair, run)):
             raise UserError(
-                f"config.sweep.grid holds {shown(axis)}: expected pairs such as"
-                " ('model.patch', (4, 2))."
+                f"config.sweep.lists holds {shown(run)}: expected a run's overrides, such as"
+                " (('model.patch', 4), ('seed', 1))."
             )
-        key, values = axis
-        if key not in legal or key.startswith("sweep."):
+        if len({key for key, _ in run}) < len(run):
+            raise UserError(f"config.sweep.lists holds {shown(run)}: a key stands twice in it.")
+        for key, each in run:
+            _check_values(key, [each], "lists")
+        runs.append(tuple((key, _hashable(each)) for key, each in run))
+    return tuple(runs)
+
+
+def _read_zips(value: Any) -> tuple[tuple[Axis, ...], ...]:
+    """((('model.size', ('S', 'B')), ('optim.learning_rate', (2e-4, 1e-4))),): of one length."""
+    zips = []
+    for together in _parts(value):
+        if not isinstance(together, tuple | list) or not together:
             raise UserError(
-                f"config.sweep.grid names {shown(key)}, no key of a recipe."
-                f"{nearest(key, [each for each in legal if not each.startswith('sweep.')])}"
+                f"config.sweep.zips holds {shown(together)}: expected axes that are walked"
+                " together, such as (('model.size', ('S', 'B')), ('optim.b2', (0.99, 0.999)))."
             )
-        if not isinstance(values, tuple | list) or not values:
+        axes = tuple(_read_axis(axis, "zips", once=False) for axis in together)
+        if len({len(values) for _, values in axes}) > 1:
+            lengths = ", ".join(f"{len(values)} of {key}" for key, values in axes)
             raise UserError(
-                f"config.sweep.grid gives {key!r} {shown(values)}: expected its values."
+                f"config.sweep.zips walks {lengths} together: expected the same number of values."
             )
-        if key in axes:
-            raise UserError("config.sweep.grid names a key twice: join its values.")
-        read = []
-        for each in values:
-            try:
-                read.append(_read_value(legal[key], each, key))
-            except UserError as error:
-                raise UserError(f"config.sweep.grid: {error}") from None
-        if len(set(read)) != len(read):
+        zips.append(axes)
+    return tuple(zips)
+
+
+def _read_seeds(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, tuple | list):
+        raise UserError(f"config.sweep.seeds is {shown(value)}: expected integers, such as (0, 1).")
+    _check_values("seed", value, "seeds")
+    if len(set(value)) < len(value):
+        raise UserError(f"config.sweep.seeds is {shown(value)}: a seed stands twice.")
+    return tuple(value)
+
+
+def _read_budget(value: Any) -> tuple[Any, ...]:
+    """('gflops', 1e6), or ()."""
+    if isinstance(value, tuple | list) and not value:
+        return ()
+    wrong = UserError(
+        f"config.sweep.budget is {shown(value)}: expected (UNIT, NUMBER), a unit of"
+        f" {', '.join(BUDGETS)} and a number above 0, whole but for gflops, such as"
+        " ('gflops', 1e6); or ()."
+    )
+    if not isinstance(value, tuple | list) or len(value) != 2 or value[0] not in BUDGETS:
+        raise wrong
+    unit, number = value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise wrong
+    whole = isinstance(number, int) or number.is_integer()
+    if not 0 < number <= _HUGE or (unit != "gflops" and not whole):
+        raise wrong
+    return (unit, number)
+
+
+def _read_published(value: Any) -> tuple[Figure, ...]:
+    """(((('model.size', 'XL'), ('model.patch', 2)), 'fid', 19.47), ...), each key and value legal.
+
+    No two are of the same keys and metric.
+    """
+    where = "config.sweep.published"
+    if len(rows := _parts(value)) > _MAX_CELLS:
+        raise UserError(f"{where} has {len(rows)} figures: expected at most {_MAX_CELLS}.")
+    figures: dict[Any, Figure] = {}
+    for row in rows:
+        if not isinstance(row, tuple | list) or len(row) != 3 or not _are_pairs(row[0]):
             raise UserError(
-                f"config.sweep.grid gives {key!r} {shown(values)}: a value stands twice."
+                f"{where} holds {shown(row)}: expected figures such as"
+                " ((('model.size', 'XL'), ('model.patch', 2)), 'fid', 19.47)."
             )
-        # As they were given: 1 for a float stays 1 in a cell's name.
-        axes[key] = tuple(tuple(each) if isinstance(each, list) else each for each in values)
-    count = math.prod(map(len, axes.values()))
+        keys = {key: _check_values(key, [each], "published")[0] for key, each in row[0]}
+        if len(keys) < len(row[0]):
+            raise UserError(f"{where} holds {shown(row)}: a key stands twice in it.")
+        metric = _typed(str, row[1], "sweep.published")
+        number = _typed(float, row[2], "sweep.published")
+        if number <= 0:
+            raise UserError(f"{where} holds {shown(row)}: expected a figure above 0.")
+        identity = (frozenset(keys.items()), metric)
+        if identity in figures:
+            raise UserError(f"{where} holds two figures of one metric and cell: {shown(row)}.")
+        figures[identity] = (tuple(keys.items()), metric, number)
+    return tuple(figures.values())
+
+
+def _read_fields(value: Any) -> tuple[tuple[str, str], ...]:
+    """(('num_samples', '50000'), ...): each field once."""
+    where = "config.sweep.published_protocol"
+    if not _are_pairs(value):
+        raise UserError(f"{where} is {shown(value)}: expected pairs such as ('labels', 'uniform').")
+    fields = {key: _typed(str, text, "sweep.published_protocol") for key, text in value}
+    if len(fields) < len(value):
+        raise UserError(f"{where} names a field twice: {shown(value)}.")
+    return tuple(fields.items())
+
+
+_SWEEP: Mapping[str, Callable[[Any], Any]] = {
+    "sweep.grid": _read_grid, "sweep.lists": _read_lists, "sweep.zips": _read_zips,
+    "sweep.seeds": _read_seeds, "sweep.budget": _read_budget, "sweep.published": _read_published,
+    "sweep.published_protocol": _read_fields,
+}  # fmt: skip
+
+
+def _parts(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, tuple | list) else [value]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _are_pairs(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(map(_is_pair, value))
+
+
+def _read_axis(axis: Any, where: str, *, once: bool = True) -> Axis:
+    """('model.patch', (4, 2)). With `once` no value may stand in it twice."""
+    if not _is_pair(axis):
+        raise UserError(
+            f"config.sweep.{where} holds {shown(axis)}: expected pairs such as"
+            " ('model.patch', (4, 2))."
+        )
+    key, values = axis
+    _check_key(key, where)
+    if not isinstance(values, tuple | list) or not values:
+        raise UserError(f"config.sweep.{where} gives {key!r} {shown(values)}: expected its values.")
+    read = _check_values(key, values, where)
+    if once and len(set(read)) != len(read):
+        raise UserError(
+            f"config.sweep.{where} gives {key!r} {shown(values)}: a value stands twice."
+        )
+    # As they were given: 1 for a float stays 1 in a cell's name.
+    return key, tuple(map(_hashable, values))
+
+
+def _check_key(key: str, where: str) -> Any:
+    """The type and rules of a key that a study varies."""
+    legal = _varied()
+    if key not in legal:
+        raise UserError(
+            f"config.sweep.{where} names {shown(key)}, no key of a recipe.{nearest(key, legal)}"
+        )
+    return legal[key]
+
+
+@functools.cache
+def _varied() -> Mapping[str, Any]:
+    return {k: hint for k, hint in leaf_hints(Config).items() if not k.startswith("sweep.")}
+
+
+def _check_values(key: str, values: Any, where: str) -> list[Any]:
+    hint = _check_key(key, where)
+    try:
+        return [_read_value(hint, each, key) for each in values]
+    except UserError as error:
+        raise UserError(f"config.sweep.{where}: {error}") from None
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_sweep(s: Sweep) -> None:
+    """What grid, lists, zips, seeds and budget say of each other, and how many runs they make."""
+    # A list's runs may share keys, and share them with nothing else.
+    places = [("grid", key) for key, _ in s.grid]
+    places += [("lists", key) for key in dict.fromkeys(key for run in s.lists for key, _ in run)]
+    places += [("zips", key) for together in s.zips for key, _ in together]
+    places += [("seeds", "seed")] if s.seeds else []
+    places += [("budget", "train.steps")] if s.budget else []
+    first: dict[str, str] = {}
+    for where, key in places:
+        if key in first:
+            raise UserError(
+                f"config.sweep.{where} sets {key}, which config.sweep.{first[key]} sets already:"
+                " leave it out of one of them."
+            )
+        first[key] = where
+    axes = [len(values) for _, values in s.grid] + [len(together[0][1]) for together in s.zips]
+    count = math.prod([*axes, len(s.lists) or 1, len(s.seeds) or 1])
     if count > _MAX_CELLS:
         raise UserError(
-            f"config.sweep.grid has {count} cells: expected at most {_MAX_CELLS}; leave values out,"
-            " or make several studies of it."
+            f"config.sweep has {count} cells: expected at most {_MAX_CELLS}; leave values out, or"
+            " make several studies of it."
         )
-    return tuple(axes.items())
 
 
 def leaf_hints(cls: type, prefix: str = "") -> dict[str, Any]:
@@ -580,8 +779,8 @@ def _check_consistency(c: Config) -> None:
     if c.train.evaluate_every_steps and c.evaluate.features == "none":
         raise UserError(
             f"config.train.evaluate_every_steps is {c.train.evaluate_every_steps} and"
-            " config.evaluate.features is 'none': set features to 'digits' or 'inception:FILE', or"
-            " evaluate_every_steps to 0."
+            " config.evaluate.features is 'none': set features to 'digits', 'scenes' or"
+            " 'inception:FILE', or evaluate_every_steps to 0."
         )
     if c.optim.warmup_steps >= c.train.steps:
         raise UserError(
@@ -594,9 +793,30 @@ def _check_consistency(c: Config) -> None:
             f" config.train.batch_size={c.train.batch_size}: numbers that do:"
             f" {', '.join(map(str, divisors(c.train.batch_size)))}."
         )
+    if c.sweep.published:
+        _check_published(c)
     free = [axis for axis in ("data", "fsdp", "tensor", "context") if getattr(c.mesh, axis) == -1]
     if len(free) > 1:
         raise UserError(
             f"config.mesh.{free[0]} and config.mesh.{free[1]} are -1: only one axis takes what is"
             " left; give the others their sizes."
+        )
+
+
+def _check_published(c: Config) -> None:
+    """Published figures are of the images that the recipe is of, or nothing could be said."""
+    protocol = dict(c.sweep.published_protocol)
+    for field in ("image_size", "num_classes"):
+        ours = str(getattr(c.data, field))
+        if protocol.get(field) != ours:
+            said = protocol.get(field, "not said")
+            raise UserError(
+                f"config.sweep.published is of {field} {said} (config.sweep.published_protocol) and"
+                f" config.data.{field} is {ours}: figures of other images say nothing here; empty"
+                " it with --config.sweep.published=()."
+            )
+    if not c.sweep.published_source:
+        raise UserError(
+            "config.sweep.published_source is empty: say where the figures of"
+            " config.sweep.published stand."
         )

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ditjax.errors import UserError
 from ditjax.io.results import write_json
 from ditjax.parallel import topology as machines
 from ditjax.parallel.topology import Topology
-from ditjax.provenance import commit
+from ditjax.provenance import commit, typed
 from ditjax.reporting.plan import memory_words, mesh_words, plan_text, search_text
 from ditjax.scaling import roofline
 from ditjax.scaling.counts import trainable_parameters
@@ -54,8 +53,7 @@ def main(argv: list[str]) -> int:
     steps = args.steps or c.train.steps
     out = Path(args.out) if args.out else None
     cache = out / "compiled" if out else None
-    words = [word for word in argv if not word.startswith("--out")]
-    command = f"python -m ditjax.plan {shlex.join(words)}"
+    command = typed("plan", argv, drop=("--out",))
     if args.search:
         return _search(c, topology, steps, args, cache, out, command)
     plan = {"command": command, "commit": commit(), **planning.make_plan(c, topology, steps, cache)}

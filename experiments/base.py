@@ -21,6 +21,9 @@ def get_config(size: str = "XL", patch: int = 2) -> ConfigDict:
                 "matmul": "default",
                 "frequency_shift": 0,
                 "norm2_eps": 1e-6,
+                "parametrization": "standard",
+                "base_width": 384,
+                "base_head_width": 64,
             },
             "diffusion": {
                 "timesteps": 1000,
@@ -103,7 +106,19 @@ def get_config(size: str = "XL", patch: int = 2) -> ConfigDict:
                 "seed": 0,
                 "guided_scale": 0.0,
                 "guided_num": 1000,
+                "val_loss_num": 0,
             },
-            "sweep": {"grid": ()},
+            "sweep": {
+                "grid": (),
+                "lists": (),
+                "zips": (),
+                "seeds": (),
+                "budget": (),
+                "title": "",
+                "topology": "",
+                "published": (),
+                "published_protocol": (),
+                "published_source": "",
+            },
         }
     )

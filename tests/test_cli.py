@@ -34,3 +34,16 @@ def test_the_end_of_a_command(error, status, out, err, monkeypatch, capsys):
         cli.run(main)
     assert ended.value.code == status
     assert capsys.readouterr() == (out, err)
+
+
+def test_a_recipe_of_a_package_in_a_package_finds_its_neighbours(tmp_path, monkeypatch):
+    inner = tmp_path / "outer_recipes" / "inner"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        (folder / "__init__.py").touch()
+    (inner.parent / "neighbour.py").write_text("from experiments.digits import get_config")
+    recipe = inner / "recipe.py"
+    recipe.write_text("from outer_recipes.neighbour import get_config")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert cli.load_recipe([f"--config={recipe}"]).data.name == "digits"
+    assert str(tmp_path) in sys.path

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ditjax.cli import _one_line, load_recipe, parse, parser
-from ditjax.config import Config, leaf_keys, read
+from ditjax.config import Config, completed, leaf_keys, read
 from ditjax.errors import UserError
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -119,6 +119,7 @@ BAD = [
     ({"train__steps": 2**31}, "at most 2147483647"),
     ({"train__batch_size": 2**40}, "at most 16777216"),
     ({"evaluate__num_samples": 10**9}, "at most 999999999"),
+    ({"evaluate__val_loss_num": 1}, "expected 0, or greater than 1"),
     ({"data__image_size": 2**50}, "at most 16384"),
     ({"data__channels": 1.0}, r"is 1\.0: expected one of 1, 3"),
     ({"data__channels": True}, "is True: expected one of 1, 3"),
@@ -140,6 +141,32 @@ BAD = [
     ({"sweep__grid": (("optim.learning_rate", (1, 1.0)),)}, "twice"),
     ({"sweep__grid": (("seed", tuple(range(101))), ("model.patch", (1,)), ("train.steps",
        tuple(range(1, 101))))}, "has 10100 cells: expected at most 10000"),
+    ({"sweep__seeds": tuple(range(1250))}, "has 11250 cells"),
+    ({"sweep__lists": (("model.patch", 4),)}, r"holds \('model.patch', 4\): expected a run's"),
+    ({"sweep__lists": ((("model.patches", 4),),)}, r"lists names .* Did you mean 'model.patch'"),
+    ({"sweep__lists": ((("model.block", "adalm"),),)}, "lists: config.model.block is 'adalm': exp"),
+    ({"sweep__lists": ((("seed", 1), ("seed", 2)),)}, "a key stands twice in it"),
+    ({"sweep__lists": ((("sweep.grid", ()),),)}, "no key of a recipe"),
+    ({"sweep__lists": ((("model.patch", 4),),)}, "lists sets model.patch, which config.sweep.grid"),
+    ({"sweep__zips": (("seed", (1, 2)),)}, "zips holds 'seed': expected pairs"),
+    ({"sweep__zips": ((),)}, "expected axes that are walked together"),
+    ({"sweep__zips": ((("optim.b1", (0.9,)), ("optim.b2", (0.9, 0.99))),)},
+     "walks 1 of optim.b1, 2 of optim.b2 together: expected the same number"),
+    ({"sweep__zips": ((("seed", (1,)), ("seed", (2,))),)}, "zips sets seed, which config.sweep"),
+    ({"sweep__seeds": 3}, r"seeds is 3: expected integers, such as \(0, 1\)"),
+    ({"sweep__seeds": (1, -1)}, r"seeds: config\.seed is -1: expected at least 0"),
+    ({"sweep__seeds": (1, True)}, "of type bool"),
+    ({"sweep__seeds": (1, 1)}, "a seed stands twice"),
+    ({"sweep__seeds": (1,), "sweep__grid": (("seed", (1,)),)}, "seeds sets seed, which"),
+    ({"sweep__budget": ("hours", 3)}, "a unit of steps, images, gflops and a number above 0"),
+    ({"sweep__budget": ("steps", 2.5)}, "whole but for gflops"),
+    ({"sweep__budget": ("gflops", float("nan"))}, "a number above 0"),
+    ({"sweep__budget": ("gflops", 0)}, "a number above 0"),
+    ({"sweep__budget": ("gflops", True)}, "a number above 0"),
+    ({"sweep__budget": ("steps",)}, "expected \\(UNIT, NUMBER\\)"),
+    ({"sweep__budget": "steps"}, "expected \\(UNIT, NUMBER\\)"),
+    ({"sweep__budget": ("steps", 9), "sweep__grid": (("train.steps", (5,)),)},
+     "budget sets train.steps, which config.sweep.grid sets already"),
 ]  # fmt: skip
 
 
@@ -180,6 +207,21 @@ def test_unknown_and_missing_keys():
         del node[leaf]
         with pytest.raises(UserError, match=rf"config\.{key} is missing"):
             read(recipe)
+
+
+def test_a_study_from_the_command_line():
+    words = (
+        "lists=((('model.patch',4),),())", "seeds=0,1", "budget='gflops',1e6", "grid=()",
+        "zips=((('optim.b1',(.8,.9)),('optim.b2',(.9,.99))),)",
+    )  # fmt: skip
+    _, config = parse(parser("x", ""), [DIGITS, *(f"--config.sweep.{word}" for word in words)])
+    assert config.sweep.lists == ((("model.patch", 4),), ())
+    assert config.sweep.zips == ((("optim.b1", (0.8, 0.9)), ("optim.b2", (0.9, 0.99))),)
+    assert (config.sweep.seeds, config.sweep.budget) == ((0, 1), ("gflops", 1e6))
+    old = digits()
+    for key in ("lists", "zips", "seeds", "budget"):
+        del old["sweep"][key]
+    assert read(completed(old)) == read(digits())
 
 
 def test_overrides():

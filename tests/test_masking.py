@@ -80,8 +80,9 @@ def test_a_recipe_with_a_secret_comes_in_again(tmp_path):
     rundir.open_run(tmp_path, recipe)
     assert rundir.read_recipe(tmp_path) == {"data": {"name": "x:***", "sizes": [1, 2]}}
     rundir.open_run(tmp_path, recipe)
-    rundir.open_study(tmp_path / "study", recipe)
-    assert SECRETS[1] not in (tmp_path / "study" / "config.json").read_text()
+    rundir.open_study(tmp_path / "study", recipe, {"command": SECRETS[1]})
+    for name in ("config.json", "sweep.json"):
+        assert SECRETS[1] not in (tmp_path / "study" / name).read_text()
 
 
 def test_files_hold_none(tmp_path):

@@ -80,6 +80,12 @@ def with_leaf(recipe, key, value):
 @given(key=st.sampled_from(KEYS), value=JSON)
 @example(key="optim.learning_rate", value=10**400)
 @example(key="sweep.grid", value=[["autoencoder.multipliers", [[1, 2], [1, 2]]]])
+@example(key="sweep.lists", value=[[["autoencoder.multipliers", [1, 2]]], []])
+@example(
+    key="sweep.zips", value=[[["optim.b1", [0, 0.5]], ["autoencoder.multipliers", [[1], [2]]]]]
+)
+@example(key="sweep.seeds", value=[2, 1])
+@example(key="sweep.budget", value=["gflops", 0.5])
 @example(key="autoencoder.multipliers", value=[1] * 5000)
 @example(key="data.image_size", value=2**61)
 def test_any_leaf_may_hold_anything(key, value):

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -36,6 +36,7 @@ FILE = ".lease"  # of a directory as a whole
 RENEW_SECONDS = 5.0
 SILENCE_SECONDS = 30.0
 POLL_SECONDS = 1.0
+PATIENCE_SECONDS = 15.0  # for a lease to move, of one that only looks
 SETTLE_SECONDS = 0.05  # for another who has just taken our lease aside to put it back
 
 # What link(2) says where there are no links.
@@ -246,6 +247,39 @@ class Lease:
         with contextlib.suppress(OSError):
             for folder in self._made:
                 folder.rmdir()
+
+
+def holders(files: Iterable[Path], patience: float) -> dict[Path, Holder]:
+    """The leases that are held, and by whom; nothing is touched, nothing waits to have one.
+
+    Of a holder on another machine it is told by its lease's moving: `patience` seconds are waited
+    for that. With 0 each is believed.
+    """
+    here = _machine()
+    found: dict[Path, Holder] = {}
+    silent: dict[Path, bytes] = {}
+    for file in files:
+        with contextlib.suppress(OSError):
+            data = _read(file)
+            if data is None or (holder := _holder_of(data)) is None:
+                continue
+            if holder.machine == here:
+                if _is_alive(holder):
+                    found[file] = holder
+            elif patience > 0:
+                silent[file] = data
+            else:
+                found[file] = holder
+    until = time.monotonic() + patience
+    while silent and time.monotonic() < until:
+        time.sleep(min(POLL_SECONDS, patience))
+        for file, before in list(silent.items()):
+            with contextlib.suppress(OSError):
+                if (data := _read(file)) != before:
+                    del silent[file]
+                    if holder := _holder_of(data):
+                        found[file] = holder
+    return found
 
 
 # As a lock of the operating system: a process has it or not, whichever function took it.

@@ -37,6 +37,7 @@ with _without("torch"):
 
 METRICS_FILE = "metrics.jsonl"
 SYNC_SECONDS = 20.0  # between what TensorBoard is sure to see
+_TAIL = 1 << 16  # bytes at the end of a log that are read for its newest lines
 
 
 class MetricsLog:
@@ -140,18 +141,32 @@ def _truncate(path: Path, last_step: int) -> dict[str, Any]:
     return last
 
 
-def last_metrics(directory: str | os.PathLike[str]) -> dict[str, float]:
+def last_metrics(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The newest whole line of a run's metrics.jsonl; {} before the first."""
+    newest = newest_metrics(directory, 1)
+    return newest[-1] if newest else {}
+
+
+def newest_metrics(directory: str | os.PathLike[str], count: int) -> list[dict[str, Any]]:
+    """Up to `count` newest whole lines of a run's metrics.jsonl, the oldest of them first.
+
+    Of a long log only the end is read.
+    """
     try:
-        text = (Path(directory) / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
-        for line in reversed(text.splitlines()):
-            with contextlib.suppress(ValueError, RecursionError):
-                values = json.loads(line)
-                if isinstance(values, dict):
-                    return values
+        with (Path(directory) / METRICS_FILE).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read(_TAIL).decode("utf-8", errors="replace").splitlines()
     except OSError:
-        pass
-    return {}
+        return []
+    found: list[dict[str, Any]] = []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, RecursionError):
+            values = json.loads(line)
+            if isinstance(values, dict):
+                found.append(values)
+        if len(found) == count:
+            break
+    return found[::-1]
 
 
 class Progress:

@@ -16,7 +16,7 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypedDict, cast
+from typing import IO, Any, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,14 @@ class Sample(TypedDict):
     seconds: float
 
 
+class Published(TypedDict):
+    """What others have measured of such a run: metric -> value, what fixes it, where it stands."""
+
+    values: dict[str, float]
+    protocol: dict[str, str]
+    source: str
+
+
 class Result(TypedDict):
     """One run. `gflops` are multiply-accumulates of one forward pass / 1e9, as in the paper.
 
@@ -95,6 +103,7 @@ class Result(TypedDict):
     protocol_hash: str
     environment: dict[str, Any]
     config: dict[str, Any]
+    published: NotRequired[Published]
 
 
 class Found(NamedTuple):
@@ -387,7 +396,13 @@ def _checked_images(images: Images) -> Images:
 
 
 def _schema(kind: type) -> dict[str, Any]:
-    return {key: getattr(value, "__origin__", value) for key, value in kind.__annotations__.items()}
+    """Every key that must be there, with its type."""
+    required = kind.__dict__["__required_keys__"]
+    return {
+        key: getattr(value, "__origin__", value)
+        for key, value in kind.__annotations__.items()
+        if key in required
+    }
 
 
 _NESTED = {Model, Train, Sample}
@@ -416,7 +431,26 @@ def _validated(value: Any, where: str) -> Result:
     digits = result["protocol_hash"]
     if not digits or set(digits) - set("0123456789abcdef"):
         raise UserError(f"{where}: protocol_hash is {shown(digits)}, expected hex digits.")
+    if "published" in result and not is_published(result["published"]):
+        raise UserError(
+            f"{where}: published is {shown(result['published'])}, expected values (numbers above"
+            " 0), their protocol (text) and a source."
+        )
     return cast(Result, result)
+
+
+def is_published(value: Any) -> bool:
+    """Whether a value out of a file is a `Published`."""
+    if not isinstance(value, dict):
+        return False
+    values, protocol = value.get("values"), value.get("protocol")
+    return (
+        isinstance(values, dict)
+        and all(_is(each, float) and math.isfinite(each) and each > 0 for each in values.values())
+        and isinstance(protocol, dict)
+        and all(isinstance(text, str) for text in protocol.values())
+        and isinstance(value.get("source"), str)
+    )
 
 
 def _checked_keys(value: dict[str, Any], kind: type, where: str, prefix: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from ditjax.io.results import load_json, write_atomic
 from ditjax.masking import masked_tree
 
 RECIPE_FILE = "config.json"
+STUDY_FILE = "sweep.json"
 CHECKPOINTS = "checkpoints"
 LOG_FILE = "log.txt"  # what a cell of a sweep prints
+ENDED_FILE = "ended.json"  # how it ended, where it has no result
 
 # What may differ on resuming: where and how often, never what is learned.
 FREE_KEYS = (
@@ -88,18 +90,26 @@ def _has_begun(folder: Path) -> bool:
     checkpoints = folder / CHECKPOINTS
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
         names.discard(CHECKPOINTS)
-    return bool(names - {RECIPE_FILE, LOG_FILE})
+    return bool(names - {RECIPE_FILE, LOG_FILE, ENDED_FILE})
 
 
-def open_study(workdir: str | os.PathLike[str], recipe: Mapping[str, Any]) -> Path:
-    """Makes a sweep's directory and records its recipe: the grid may grow from call to call.
+def open_study(
+    workdir: str | os.PathLike[str], recipe: Mapping[str, Any], cells: Mapping[str, Any]
+) -> Path:
+    """Makes a sweep's directory and records its recipe and cells: both may grow from call to call.
 
     Raises UserError when the directory cannot be written or is a single run's.
     """
     folder = Path(workdir)
     if (folder / CHECKPOINTS).exists():
         raise UserError(f"--workdir={folder} is a single run's: give a study its own directory.")
-    write_atomic(folder / RECIPE_FILE, _text(recipe))
+    for name, value in ((RECIPE_FILE, recipe), (STUDY_FILE, cells)):
+        text = _text(value)
+        # Many processes of one study say the same: the first has written it.
+        with contextlib.suppress(OSError):
+            if (folder / name).read_bytes() == text:
+                continue
+        write_atomic(folder / name, text)
     return folder
 
 
@@ -140,16 +150,32 @@ def read_recipe(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     return recipe
 
 
-def check_same(folder: Path, recorded: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
-    """Raises UserError when the run in a directory was started with another recipe."""
+def check_same(
+    folder: Path, recorded: Mapping[str, Any], recipe: Mapping[str, Any], also: Sequence[str] = ()
+) -> None:
+    """Raises UserError when the run in a directory was started with another recipe.
+
+    `also` are free keys that count, too.
+    """
+    for key, before, now in differences(recorded, recipe, also):
+        raise UserError(
+            f"{folder} holds a run with {key}={before!r}, this command says"
+            f" {now!r}: give another --workdir, or the recipe it was started with."
+        )
+
+
+def differences(
+    recorded: Mapping[str, Any], recipe: Mapping[str, Any], also: Sequence[str] = ()
+) -> Iterator[tuple[str, Any, Any]]:
+    """(key, recorded value, asked value) where two recipes learn another thing.
+
+    None stands for a key that one does not have; `also` are free keys that count, too.
+    """
     started = dict(leaves(json.loads(json.dumps(recorded))))
     asked = dict(leaves(json.loads(json.dumps(masked_tree(recipe)))))  # as it would be recorded
     for key in sorted(started.keys() | asked.keys()):
-        if started.get(key) != asked.get(key) and not key.startswith(FREE_KEYS):
-            raise UserError(
-                f"{folder} holds a run with {key}={started.get(key)!r}, this command says"
-                f" {asked.get(key)!r}: give another --workdir, or the recipe it was started with."
-            )
+        if started.get(key) != asked.get(key) and (key in also or not key.startswith(FREE_KEYS)):
+            yield key, started.get(key), asked.get(key)
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

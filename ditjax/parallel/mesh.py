@@ -38,7 +38,19 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     groups = _slices(devices, slices)
-    each = len(groups[0])
+    sizes = axis_sizes(
+        len(groups[0]), data=data, fsdp=fsdp, tensor=tensor, context=context, slices=slices
+    )
+    shape = tuple(sizes[axis] for axis in AXES)
+    grids = [_grid(shape, group) for group in groups]
+    # Linen and patchify's reshape need axes that XLA propagates, not JAX 0.10's Explicit default.
+    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(
+    each: int, *, data: int, fsdp: int, tensor: int = 1, context: int = 1, slices: int = 1
+) -> dict[str, int]:
+    """The axes of a slice of `each` devices, -1 filled in; raises UserError as `make_mesh`."""
     given = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     sizes = dict(given)
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -61,10 +73,7 @@ def make_mesh(
             f"mesh {said} does not fill {where}: the sizes must multiply to it. Sizes that divide"
             f" {each}: {', '.join(map(str, divisors(each)))}; -1 takes what is left."
         )
-    shape = tuple(sizes[axis] for axis in AXES)
-    grids = [_grid(shape, group) for group in groups]
-    # Linen and patchify's reshape need axes that XLA propagates, not JAX 0.10's Explicit default.
-    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return sizes
 
 
 def _grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:

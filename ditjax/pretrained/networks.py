@@ -20,6 +20,7 @@ RELEASE: dict[str, dict[str, Any]] = {
         "size": "XL", "patch": 2, "block": "adaln_zero", "mlp_ratio": 4.0, "label_dropout": 0.1,
         "dtype": "float32", "remat": "none", "unroll": 1, "matmul": "default",
         "frequency_shift": 0, "norm2_eps": 1e-6, "attention": "auto",
+        "parametrization": "standard", "base_width": 384, "base_head_width": 64,
     },
     "diffusion": {
         "timesteps": 1000, "schedule": "linear", "prediction": "eps", "variance": "learned_range",
@@ -55,8 +56,12 @@ RELEASE: dict[str, dict[str, Any]] = {
     "evaluate": {
         "split": "validation", "features": "none", "reference": "", "num_samples": 50_000,
         "labels": "uniform", "seed": 0, "guided_scale": 0.0, "guided_num": 1000,
+        "val_loss_num": 0,
     },
-    "sweep": {"grid": ()},
+    "sweep": {
+        "grid": (), "lists": (), "zips": (), "seeds": (), "budget": (), "title": "",
+        "topology": "", "published": (), "published_protocol": (), "published_source": "",
+    },
 }  # fmt: skip
 
 Kind = Literal["dit", "autoencoder"]

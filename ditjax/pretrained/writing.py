@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ditjax import __version__, build
-from ditjax.config import Config
+from ditjax.config import Config, changed
 from ditjax.errors import UserError
 from ditjax.io import layouts, weights
 from ditjax.io.results import write_json
@@ -43,7 +45,7 @@ def write_release(path: str | os.PathLike[str], network: Network) -> Path:
 
     Raises UserError for a network that the release's code does not have.
     """
-    m = _expressible(network, "the public release")
+    m, network = _expressible(network, "the public release"), folded(network)
     tensors = layouts.to_theirs(layouts.DIT_RELEASE, network.leaves, patch=m.patch)
     side, width = network.config.input_size // m.patch, tensors["x_embedder.proj.bias"].size
     table = sincos_position_embedding(width, side, side)[None].astype(network.dtype)
@@ -55,7 +57,7 @@ def write_diffusers(folder: str | os.PathLike[str], network: Network) -> Path:
     """A model folder of diffusers: config.json and diffusion_pytorch_model.safetensors."""
     folder = Path(folder)
     if network.kind == "dit":
-        m = _expressible(network, "diffusers")
+        m, network = _expressible(network, "diffusers"), folded(network)
         depth = next(iter(network.params["params"]["blocks"]["attn"]["qkv"].values())).shape[0]
         tensors = layouts.to_theirs(
             layouts.DIT_DIFFUSERS, network.leaves, patch=m.patch, depth=depth
@@ -82,6 +84,23 @@ def write_ldm(path: str | os.PathLike[str], network: Network) -> Path:
     said = {"norm_num_groups": a.groups, "scaling_factor": a.scale}
     write_torch(path, {"state_dict": layouts.to_theirs(rules, network.leaves), **said})
     return Path(path)
+
+
+def folded(network: Network) -> Network:
+    """A DiT of the standard parametrization that computes the same: its queries need no scale.
+
+    Their weights and bias take it, each rounded once.
+    """
+    scale = build.query_scale(network.config)
+    if scale == 1:
+        return network
+    by = np.array([scale, 1.0, 1.0])[:, None, None]  # of [..., 3, H, d]
+    params = dict(network.params["params"])
+    attn = params["blocks"]["attn"]
+    qkv = {name: (leaf * by).astype(leaf.dtype) for name, leaf in attn["qkv"].items()}
+    params["blocks"] = {**params["blocks"], "attn": {**attn, "qkv": qkv}}
+    config = changed(network.config, {"model": {"parametrization": "standard"}})
+    return network._replace(config=config, params={"params": params})
 
 
 def _expressible(network: Network, program: str) -> Any:

@@ -57,6 +57,22 @@ def test_the_second_is_refused_with_the_holders_name(file):
     Lease(file, "the run").release()
 
 
+def test_who_has_it_is_seen_without_having_it(file, tmp_path):
+    none, torn, gone, far = (tmp_path / name for name in ("none", "torn", "gone", "far"))
+    torn.write_text("{")
+    left_by(gone)
+    left_by(far, machine="elsewhere")
+    first = Lease(file, "the run")
+    before = {path: path.read_bytes() for path in (torn, gone, far, file)}
+    files = [none, torn, gone, far, file]
+    found = lease.holders(files, 0.0)
+    assert list(found) == [far, file]
+    assert (found[file].pid, found[far].token) == (os.getpid(), "their token")
+    assert list(lease.holders(files, 0.05)) == [file]  # it did not move
+    assert {path: path.read_bytes() for path in before} == before
+    first.release()
+
+
 def test_what_others_wrote_meanwhile_stays(file):
     held = Lease(file, "the run")
     (file.parent / "config.json").write_text("{}")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ditjax.errors import FaultError
-from ditjax.io.log import MetricsLog, Progress, duration, last_metrics
+from ditjax.io import log as log_module
+from ditjax.io.log import MetricsLog, Progress, duration, last_metrics, newest_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +57,17 @@ def test_a_torn_line_in_the_middle_ends_what_is_kept(tmp_path):
     with MetricsLog(tmp_path, 5) as resumed:
         assert resumed.last == {"step": 1}
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_the_newest_lines_of_a_long_log(tmp_path):
+    rows = [{"step": step, "word": "x" * 90} for step in range(2000)]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    assert len(text) > 2 * log_module._TAIL
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 20')
+    assert newest_metrics(tmp_path, 3) == rows[-3:]
+    assert last_metrics(tmp_path) == rows[-1]
+    assert 500 < len(newest_metrics(tmp_path, 5000)) < 2000
+    assert newest_metrics(tmp_path / "none", 3) == []
 
 
 def test_last_metrics_skips_a_torn_line(tmp_path):

@@ -1,6 +1,7 @@
 """A directory belongs to one recipe."""
 
 import json
+import os
 
 import pytest
 
@@ -73,10 +74,16 @@ def test_damage_is_named(tmp_path):
 
 
 def test_a_study_is_not_a_run(tmp_path):
-    rundir.open_study(tmp_path / "study", RECIPE)
+    for _ in range(2):
+        rundir.open_study(tmp_path / "study", RECIPE, {"cells": [1]})
+    assert sorted(os.listdir(tmp_path / "study")) == ["config.json", "sweep.json"]
+    written = (tmp_path / "study" / "sweep.json").stat().st_ino
+    rundir.open_study(tmp_path / "study", {**RECIPE, "new": 1}, {"cells": [1]})
+    assert (tmp_path / "study" / "sweep.json").stat().st_ino == written, "it says the same"
+    assert rundir.read_recipe(tmp_path / "study")["new"] == 1
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="is a single run's"):
-        rundir.open_study(tmp_path / "run", RECIPE)
+        rundir.open_study(tmp_path / "run", RECIPE, {})
 
 
 def test_what_a_dead_writer_left_goes(tmp_path):
