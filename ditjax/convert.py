@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ditjax import cli, runs
+from ditjax import build, cli, runs
 from ditjax.errors import UserError
 from ditjax.io import lease, rundir
 from ditjax.io.checkpoint import Step
@@ -100,6 +100,12 @@ def _line(source: str, out: str, network: Network, target: str) -> str:
                 "\nnote: the two programs embed timesteps differently (frequencies over"
                 f" {128 - ours} here, {128 - theirs} there): the same weights give other images"
                 " there; see README, Published weights."
+            )
+        scale = build.query_scale(network.config)
+        if theirs is not None and scale != 1:
+            done += (
+                "\nnote: attention over the width of a head (μP) is not known there: the"
+                f" queries' weights and bias are multiplied by {scale:.6g}, which is the same."
             )
     classes = network.config.data.num_classes
     if target == "pipeline" and classes != len(class_names()):

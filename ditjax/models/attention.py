@@ -53,12 +53,21 @@ def _heads_first(x: jax.Array) -> jax.Array:
     return x.transpose(0, 2, 1, 3)
 
 
+def _scaled(q: jax.Array, by: float) -> jax.Array:
+    """Queries are what is scaled: every kernel has 1 / √d of its own."""
+    return q if by == 1 else q * by
+
+
 class SelfAttention(nn.Module):
-    """x [B, N, D] -> [B, N, D]; one fused qkv product, kernel [D, 3, H, d], with bias."""
+    """x [B, N, D] -> [B, N, D]; one fused qkv product, kernel [D, 3, H, d], with bias.
+
+    Its logits are q kᵀ / √d times `query_scale`.
+    """
 
     heads: int
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
+    query_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -68,6 +77,7 @@ class SelfAttention(nn.Module):
         )(x)
         q, k, v = (_heads_first(qkv[:, :, i]) for i in range(3))
         compute = self.place.attend or attend
+        q = _scaled(q, self.query_scale)
         y = compute(put("queries", q), put("keys", k), put("keys", v))
         y = _heads_first(put("queries", y)).reshape(x.shape)
         return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(y))
@@ -77,11 +87,13 @@ class CrossAttention(nn.Module):
     """x [B, N, D] attends to context [B, M, D_c] -> [B, N, D].
 
     Kernels q [D, H, d] and kv [D_c, 2, H, d]. Always plain: a kernel would pad the two keys to 128.
+    Its logits are q kᵀ / √d times `query_scale`.
     """
 
     heads: int
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
+    query_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
@@ -91,6 +103,7 @@ class CrossAttention(nn.Module):
             (2, self.heads, D // self.heads), dtype=self.dtype, place=self.place, name="kv"
         )(context)
         k, v = (_heads_first(kv[:, :, i]) for i in range(2))
-        y = attend(put("queries", _heads_first(q)), put("keys", k), put("keys", v))
+        q = _scaled(_heads_first(q), self.query_scale)
+        y = attend(put("queries", q), put("keys", k), put("keys", v))
         y = _heads_first(put("queries", y)).reshape(x.shape)
         return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(y))

@@ -93,12 +93,12 @@ class InContextBlock(nn.Module):
     norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
+    query_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
-        x = x + SelfAttention(self.heads, self.dtype, self.place, name="attn")(
-            AffineLayerNorm(name="norm1")(x)
-        )
+        attn = SelfAttention(self.heads, self.dtype, self.place, self.query_scale, name="attn")
+        x = x + attn(AffineLayerNorm(name="norm1")(x))
         h = AffineLayerNorm(self.norm2_eps, name="norm2")(x)
         return x + MLP(self.mlp_ratio, self.dtype, self.place, name="mlp")(h)
 
@@ -111,16 +111,15 @@ class CrossAttentionBlock(nn.Module):
     norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
+    query_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
-        x = x + SelfAttention(self.heads, self.dtype, self.place, name="attn")(
-            AffineLayerNorm(name="norm1")(x)
-        )
+        attn = SelfAttention(self.heads, self.dtype, self.place, self.query_scale, name="attn")
+        x = x + attn(AffineLayerNorm(name="norm1")(x))
         # No affine here: with it, the paper's 598.2M parameters for XL/2 would read 598.3M.
-        x = x + CrossAttention(self.heads, self.dtype, self.place, name="cross")(
-            layer_norm(x), cond.context
-        )
+        cross = CrossAttention(self.heads, self.dtype, self.place, self.query_scale, name="cross")
+        x = x + cross(layer_norm(x), cond.context)
         h = AffineLayerNorm(self.norm2_eps, name="norm2")(x)
         return x + MLP(self.mlp_ratio, self.dtype, self.place, name="mlp")(h)
 
@@ -133,6 +132,7 @@ class AdaLNBlock(nn.Module):
     norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
+    query_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
@@ -140,7 +140,8 @@ class AdaLNBlock(nn.Module):
             4, False, self.dtype, self.place, name="adaln"
         )(cond.vector)
         h = modulate(layer_norm(x), shift_msa, scale_msa)
-        x = x + SelfAttention(self.heads, self.dtype, self.place, name="attn")(h)
+        attn = SelfAttention(self.heads, self.dtype, self.place, self.query_scale, name="attn")
+        x = x + attn(h)
         h = modulate(layer_norm(x, self.norm2_eps), shift_mlp, scale_mlp)
         return x + MLP(self.mlp_ratio, self.dtype, self.place, name="mlp")(h)
 
@@ -153,6 +154,7 @@ class AdaLNZeroBlock(nn.Module):
     norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
+    query_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
@@ -160,9 +162,8 @@ class AdaLNZeroBlock(nn.Module):
             6, True, self.dtype, self.place, name="adaln"
         )(cond.vector)
         h = modulate(layer_norm(x), shift_msa, scale_msa)
-        x = x + gate_msa[:, None] * SelfAttention(self.heads, self.dtype, self.place, name="attn")(
-            h
-        )
+        attn = SelfAttention(self.heads, self.dtype, self.place, self.query_scale, name="attn")
+        x = x + gate_msa[:, None] * attn(h)
         h = modulate(layer_norm(x, self.norm2_eps), shift_mlp, scale_mlp)
         return x + gate_mlp[:, None] * MLP(self.mlp_ratio, self.dtype, self.place, name="mlp")(h)
 

@@ -1,5 +1,6 @@
 """DiT: patchify -> position -> L blocks -> final layer -> unpatchify (DiT Fig. 3)."""
 
+import functools
 from typing import Any
 
 import jax
@@ -25,7 +26,9 @@ from ditjax.models.embed import (
     patchify,
     sincos_position_embedding,
     unpatchify,
+    xavier_uniform,
 )
+from ditjax.models.mup import Base, query_scale
 
 # What a block keeps for its backward pass: everything, nothing, or the weight products.
 REMAT_POLICIES = {
@@ -62,6 +65,7 @@ class DiT(nn.Module):
     stacked on a leading axis whether the stack is scanned (`unroll=1`: fast to compile) or unrolled
     (`unroll=L`: fast on CPUs); `unroll` divides freely and does not change the parameters. `y` may
     be `num_classes`, the null label, when `null_label`. `place` is where a mesh wants activations.
+    With a `base` it is initialised and its attention scaled by `models/mup.py`.
     """
 
     depth: int
@@ -79,6 +83,7 @@ class DiT(nn.Module):
     norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
+    base: Base | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
@@ -88,7 +93,14 @@ class DiT(nn.Module):
                 f"an input of {H}x{W} is not divisible into patches of {self.patch}:"
                 f" choose a patch size that divides both."
             )
-        t_emb = TimestepEmbedder(self.width, self.frequency_shift, self.dtype, name="t_embedder")(t)
+        base = self._base()
+        t_emb = TimestepEmbedder(
+            self.width,
+            self.frequency_shift,
+            self.dtype,
+            out_std=0.02 * (base.width / self.width) ** 0.5,
+            name="t_embedder",
+        )(t)
         y_emb = LabelEmbedder(
             self.num_classes, self.width, self.null_label, self.dtype, name="y_embedder"
         )(y)
@@ -97,7 +109,8 @@ class DiT(nn.Module):
         context = jnp.stack([put("row", t_emb), put("row", y_emb)], axis=1)
         cond = Conditioning(vector=t_emb + y_emb, context=put("context", context))
 
-        embed = Linear(self.width, dtype=self.dtype, place=self.place, name="x_embedder")
+        init = functools.partial(xavier_uniform, fan_out=base.width)
+        embed = Linear(self.width, init, self.dtype, self.place, name="x_embedder")
         tokens = put("tokens", embed(patchify(x, self.patch)))
         N = tokens.shape[1]
         position = sincos_position_embedding(self.width, H // self.patch, W // self.patch)
@@ -128,13 +141,23 @@ class DiT(nn.Module):
 
         scan = nn.scan(
             body,
-            variable_axes={"params": 0},
+            # What `capture_intermediates` asks for is stacked as the parameters are.
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.depth,
             unroll=min(self.unroll, self.depth),
         )
         blocks = block(
-            self.heads, self.mlp_ratio, self.norm2_eps, self.dtype, self.place, name="blocks"
+            self.heads,
+            self.mlp_ratio,
+            self.norm2_eps,
+            self.dtype,
+            self.place,
+            query_scale(self._base(), self.width // self.heads),
+            name="blocks",
         )
         return scan(blocks, tokens, cond)[0]
+
+    def _base(self) -> Base:
+        return self.base or Base(self.width, self.width // self.heads)

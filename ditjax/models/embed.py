@@ -16,13 +16,18 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # (q, k, v) -> 
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoidal table before its MLP, as in ADM
 
 
-def xavier_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+def xavier_uniform(
+    key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32, fan_out: int | None = None
+) -> jax.Array:
     """Glorot & Bengio 2010 Eq. 16: U(-b, b), b = sqrt(6 / (fan_in + fan_out)).
 
     The first axis is fan_in, all the others together are fan_out: a fused qkv or modulation
-    kernel [D, 3, H, d] has fan_out 3D, as the flat matrix of the public release.
+    kernel [D, 3, H, d] has fan_out 3D, as the flat matrix of the public release. A `fan_out` that
+    is given is another network's, whose bound this one shall have.
     """
-    bound = (6.0 / (shape[0] + int(np.prod(shape[1:])))) ** 0.5
+    if fan_out is None:
+        fan_out = int(np.prod(shape[1:]))
+    bound = (6.0 / (shape[0] + fan_out)) ** 0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
@@ -130,18 +135,22 @@ def timestep_frequencies(
 
 
 class TimestepEmbedder(nn.Module):
-    """t i32[B] -> [B, D]: sinusoids -> Linear -> SiLU -> Linear, weights N(0, 0.02²)."""
+    """t i32[B] -> [B, D]: sinusoids -> Linear -> SiLU -> Linear, weights N(0, 0.02²).
+
+    Those of the second Linear have `out_std`.
+    """
 
     width: int
     frequency_shift: int = 0
     dtype: Any = jnp.float32
+    out_std: float = 0.02
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
-        init = nn.initializers.normal(0.02)
+        normal = nn.initializers.normal
         frequencies = timestep_frequencies(t, shift=self.frequency_shift)
-        h = Linear(self.width, init, self.dtype, name="in")(frequencies)
-        return Linear(self.width, init, self.dtype, name="out")(nn.silu(h))
+        h = Linear(self.width, normal(0.02), self.dtype, name="in")(frequencies)
+        return Linear(self.width, normal(self.out_std), self.dtype, name="out")(nn.silu(h))
 
 
 class LabelEmbedder(nn.Module):

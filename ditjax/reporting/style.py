@@ -21,7 +21,6 @@ class Theme:
 
 
 LIGHT = Theme("#ffffff", "#1b1f24", "#59636e", "#e4e7eb")
-DARK = Theme("#14181d", "#e6e9ed", "#9aa4af", "#2b323a")
 # Okabe & Ito's colours, told apart by colour-blind readers and visible on both backgrounds.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")

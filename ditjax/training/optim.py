@@ -1,5 +1,6 @@
 """The optimizer as one optax chain, and the guard against spikes that reads its state."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,16 +37,21 @@ def make_optimizer(
     weight_decay: float,
     clip_norm: float,
     spike_factor: float = 0.0,
+    scale: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019, Alg. 2), after clipping to a global norm when > 0.
 
     The paper trains with weight decay 0: it is an argument here because optax's default is not 0.
-    With `spike_factor` the state begins with what `spike_limit` reads.
+    With `spike_factor` the state begins with what `spike_limit` reads. `scale` maps Adam's update,
+    a tree like the parameters', to one with learning rates of their own; a step's decay is
+    learning_rate · weight_decay for all of them.
     """
     parts = [running_norm()] if spike_factor else []
     if clip_norm:
         parts.append(optax.clip_by_global_norm(clip_norm))
     parts.append(optax.scale_by_adam(b1, b2, eps))
+    if scale is not None:
+        parts.append(optax.stateless(lambda updates, params: scale(updates)))
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay))
     parts.append(optax.scale_by_learning_rate(learning_rate))
