@@ -52,7 +52,8 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 @functools.cache
-def _classifier(name: str) -> tuple[classifier.DigitsConvNet | classifier.DigitsMixer, Any]:
+def shipped(name: str) -> tuple[classifier.DigitsConvNet | classifier.DigitsMixer, Any]:
+    """A shipped classifier and its parameters."""
     params, record = load_asset(name)
     widths = dict(record["network"])
     return getattr(classifier, widths.pop("name"))(**widths), params
@@ -63,14 +64,9 @@ def see(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     small = data.resize_images(images, classifier.SIDE)
     if small.shape[-1] == 3:
         small = small.mean(-1, keepdims=True).round().astype(np.uint8)
-    return recognise(*_classifier(name), small)
+    return recognise(*shipped(name), small)
 
 
 def see_class(images: np.ndarray) -> np.ndarray:
     """The digit that an independent classifier sees: u8[N,H,W,C] -> i[N]."""
     return np.argmax(see(JUDGE, images)[1], axis=1)
-
-
-def class_accuracy(images: np.ndarray, label: np.ndarray) -> float:
-    """How often an independent classifier sees the class that was asked for."""
-    return float(np.mean(see_class(images) == label))

@@ -154,7 +154,7 @@ def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dic
 
 # Flags that are short for keys of the recipe, where a run is evaluated.
 FLAGS = {
-    "features": "inception:WEIGHTS or digits (config.evaluate.features)",
+    "features": "inception:WEIGHTS, digits or scenes (config.evaluate.features)",
     "reference": "statistics (npz with mu, sigma), an npz or folder of images, or DATASET[/SPLIT];"
     " of a run: the images it was trained on where not given (config.evaluate.reference)",
 }

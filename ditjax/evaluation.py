@@ -1,4 +1,4 @@
-"""What a DiT's samples are worth: drawn by its recipe, seen once, scored, with their protocol."""
+"""What a DiT and its samples are worth: drawn by its recipe, seen once, scored, with protocol."""
 
 import dataclasses
 import functools
@@ -12,16 +12,15 @@ from jax.sharding import Mesh
 
 from ditjax import pipeline, runs, scoring
 from ditjax.config import Config
-from ditjax.digits import class_accuracy
 from ditjax.errors import UserError
-from ditjax.features import Extractor, digits_extractor, open_extractor
+from ditjax.features import Extractor, digits_extractor, open_extractor, scenes_extractor
 from ditjax.io import data, latents, lease
 from ditjax.io.images import open_images
 from ditjax.io.npz import read_array
-from ditjax.models import classifier
 from ditjax.parallel.rules import check_batch
 from ditjax.pipeline import Drawer, draw_to, sampling_protocol
 from ditjax.scoring import Reference, Seen, look, open_reference, score
+from ditjax.validation import Validator, held_out
 
 SAMPLES_FILE = "samples.npz"
 GUIDED_FILE = "guided.npz"
@@ -53,7 +52,7 @@ class Evaluator:
         if c.evaluate.features == "none" or c.train.network != "dit":
             raise UserError(
                 f"config.evaluate.features is {c.evaluate.features!r} for a {c.train.network}:"
-                " expected a DiT and 'digits' or 'inception:FILE' (evaluate and grid take"
+                " expected a DiT and 'digits', 'scenes' or 'inception:FILE' (evaluate and grid take"
                 " --features=)."
             )
         check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
@@ -61,6 +60,8 @@ class Evaluator:
         self._decoder = pipeline.decoder_of(frozen)
         self.extractor = open_extractor(c.evaluate.features, mesh)
         self.reference = reference_of(c, self.extractor)
+        self._validate = Validator(mesh, frozen)
+        self._validate.protocol(c)  # a split that is not there is found out now
 
     @property
     def distance(self) -> str:
@@ -72,7 +73,7 @@ class Evaluator:
         return self.extractor.name == "inception"
 
     def in_memory(self, c: Config, params: Any, num: int) -> Evaluated:
-        """The distance of `num` samples and what else is quick; nothing is written."""
+        """Distance of `num` samples, validation loss, what else is quick; nothing is written."""
         labels: list[np.ndarray] = []
 
         def images() -> Iterator[np.ndarray]:
@@ -86,6 +87,7 @@ class Evaluator:
         seen = look(self.extractor, images(), num)
         seconds = time.monotonic() - began
         metrics = self._scored(c, seen, np.concatenate(labels), brief=True)
+        metrics |= self._validate(c, params)
         return Evaluated(metrics, self.protocol(c, num), self.reference.name, seconds)
 
     @lease.scope()
@@ -105,6 +107,7 @@ class Evaluator:
         metrics = self._scored(c, seen, read_array(path, "label"))
         if self.extractor.judge:
             metrics |= self._digits_only(c, params, folder, model)
+        metrics |= self._validate(c, params)
         return Evaluated(metrics, self.protocol_of_run(c), self.reference.name, seconds)
 
     def protocol_of_run(self, c: Config) -> dict[str, Any]:
@@ -119,7 +122,8 @@ class Evaluator:
 
     def protocol(self, c: Config, num: int) -> dict[str, Any]:
         """Everything that two results must share to be compared."""
-        return scores_protocol(self.extractor, self.reference, num, self._sampling(c))
+        protocol = scores_protocol(self.extractor, self.reference, num, self._sampling(c))
+        return protocol | self._validate.protocol(c)
 
     def _sampling(self, c: Config) -> dict[str, Any]:
         return sampling_protocol(
@@ -150,12 +154,17 @@ class Evaluator:
         self, c: Config, params: Any, folder: Path, model: dict[str, Any]
     ) -> dict[str, float]:
         """How far real digits are from real digits, and the class accuracy under guidance."""
-        found = {"fd_digits_floor": digits_floor(c.data.data_dir)}
+        name, reference = "digits", "digits/train"
+        if self.extractor.name == "scenes":
+            name, reference = held_out(c).name, _reference_name(c)
+        of_real = floor(self.extractor.name, name, reference, c.data.data_dir)
+        found = {"fd_digits_floor": of_real}
         if c.evaluate.guided_scale not in (0, c.sample.cfg_scale):
             path = folder / GUIDED_FILE
             self._draw(c, params, path, c.evaluate.guided_num, c.evaluate.guided_scale, model)
-            images = read_array(path, "arr_0")
-            found["accuracy_guided"] = class_accuracy(images, read_array(path, "label"))
+            assert self.extractor.judge is not None
+            seen = self.extractor.judge(read_array(path, "arr_0"))
+            found["accuracy_guided"] = float(np.mean(seen == read_array(path, "label")))
         return found
 
 
@@ -178,19 +187,24 @@ def reference_of(c: Config, extractor: Extractor) -> Reference:
 
     Raises UserError.
     """
-    name = c.evaluate.reference
-    if not name and c.data.name.startswith(latents.PREFIX):
-        name = latents.images_of(c.data.name)
-    name = name or f"{c.data.name}/{c.data.split}"
-    return open_reference(name, extractor, c.data.image_size, c.data.data_dir)
+    return open_reference(_reference_name(c), extractor, c.data.image_size, c.data.data_dir)
+
+
+def _reference_name(c: Config) -> str:
+    if c.evaluate.reference:
+        return c.evaluate.reference
+    if c.data.name.startswith(latents.PREFIX):
+        return latents.images_of(c.data.name)
+    return f"{c.data.name}/{c.data.split}"
 
 
 @functools.cache
-def digits_floor(data_dir: str) -> float:
-    """FD-digits of the test digits to the training digits: what no model need go below."""
-    extractor = digits_extractor()
-    reference = open_reference("digits/train", extractor, classifier.SIDE, data_dir)
-    images = data.load_arrays("digits", "test", data_dir or None)["image"]
+def floor(features: str, name: str, against: str, data_dir: str) -> float:
+    """FD-digits of a data set's test images to `against`: what no model need go below."""
+    extractor = scenes_extractor() if features == "scenes" else digits_extractor()
+    assert extractor.side is not None
+    reference = open_reference(against, extractor, extractor.side, data_dir)
+    images = data.load_arrays(name, "test", data_dir or None)["image"]
     seen = look(extractor, [images], len(images))
     return score(seen, reference.statistics, None, inception=False, brief=True)["fd_digits"]
 

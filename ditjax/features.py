@@ -1,4 +1,4 @@
-"""Images to features on a mesh: FID's Inception, or our digit classifiers."""
+"""Images to features on a mesh: FID's Inception, or our digit classifiers, on scenes too."""
 
 import functools
 import os
@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 
 from ditjax.digits import FEATURES, JUDGE, see, see_class
 from ditjax.errors import UserError
-from ditjax.io import weights
+from ditjax.io import scenes, weights
 from ditjax.io.assets import load_asset
 from ditjax.models import classifier, inception
 from ditjax.parallel import processes, rules
 from ditjax.pretrained.inception import load_inception
+from ditjax.scenes import see_scene, see_scene_class
 
 BATCH_PER_DEVICE = 16
 
@@ -103,14 +104,33 @@ def digits_extractor() -> Extractor:
     return Extractor("digits", extract, 512, record, see_class, classifier.SIDE)
 
 
+def scenes_extractor() -> Extractor:
+    """The shipped digit classifiers in windows of a digit scene: FD-digits of scenes, never FID."""
+
+    def extract(images: np.ndarray) -> Features:
+        pool, logits = see_scene(FEATURES, images)
+        return Features(pool, None, logits)
+
+    record = {
+        "features": "digits_convnet in windows of a scene, mean and largest, and colours",
+        "features_sha256": load_asset(FEATURES)[1]["sha256"],
+        "judge_sha256": load_asset(JUDGE)[1]["sha256"],
+        "resize": "none",
+        "features_precision": "float32",
+    }
+    return Extractor("scenes", extract, 256, record, see_scene_class, scenes.SIDE)
+
+
 def open_extractor(text: str, mesh: Mesh, batch_size: int = 0) -> Extractor:
-    """'inception:WEIGHTS' or 'digits'. Raises UserError for another."""
+    """'inception:WEIGHTS', 'digits' or 'scenes'. Raises UserError for another."""
     kind, _, path = text.partition(":")
     if kind == "inception" and path:
         return inception_extractor(path, mesh, batch_size)
     if text == "digits":
         return digits_extractor()
+    if text == "scenes":
+        return scenes_extractor()
     raise UserError(
         f"features {text!r}: expected inception:FILE (pt_inception-2015-12-05-6726825d.pth; see"
-        " README) or digits."
+        " README), digits or scenes."
     )

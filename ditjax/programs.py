@@ -16,7 +16,7 @@ from ditjax.parallel import compiling, processes, rules
 from ditjax.training.step import Batch, Metrics, TrainState, init_state, make_step
 
 # Streams of the run's key, so that no two uses of a seed share random numbers.
-_INIT, _TRAIN, _LATENTS, _SAMPLE, _LABELS = range(5)
+_INIT, _TRAIN, _LATENTS, _SAMPLE, _LABELS, _VALIDATE = range(6)
 
 
 def stream(seed: int, which: int) -> jax.Array:
@@ -191,3 +191,49 @@ def sampling(c: Config, mesh: Mesh, frozen: Any = None) -> Sampling:
         return np.asarray(drawn), np.asarray(labels, np.int32)
 
     return Sampling(draw, c.sample.batch_size)
+
+
+# (params, seed, first pair, rows of at most B images, all timesteps i32[n]) -> NAME: f32[rows]
+Validation = Callable[[Any, int, int, Mapping[str, np.ndarray], np.ndarray], dict[str, np.ndarray]]
+
+
+def validation(c: Config, mesh: Mesh, frozen: Any = None) -> Validation:
+    """`build.pair_losses` of a recipe on a mesh, B = config.sample.batch_size pairs at a time.
+
+    Pair i depends on (seed, i), its image and its timestep only: not on the batch, not on the mesh.
+    """
+    B = c.sample.batch_size
+    rules.check_batch(B, mesh, "config.sample.batch_size")
+    losses = build.pair_losses(c, mesh)
+    batch_sharding = rules.batch_sharding(mesh)
+
+    def of_batch(
+        params: Any, frozen: Any, key: Any, indices: Any, images: Any, labels: Any, t: Any
+    ) -> dict[str, jax.Array]:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+        return losses(params, frozen, keys, images, labels, t)
+
+    program = compiling.settled(
+        jax.jit(
+            of_batch,
+            in_shardings=(None, None, None, *[batch_sharding] * 4),
+            out_shardings=rules.replicated(mesh),
+        )
+    )
+
+    def run(
+        params: Any, seed: int, start: int, rows: Mapping[str, np.ndarray], t: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        count = len(rows["label"])
+        indices = np.arange(start, start + count, dtype=np.uint32)
+        # A short batch is filled up, so that one shape is compiled.
+        filled = (
+            np.pad(x, ((0, B - count), *[(0, 0)] * (x.ndim - 1)))
+            for x in (indices, rows["image"], rows["label"], t[start : start + count])
+        )
+        on_mesh = (processes.from_whole(batch_sharding, x) for x in filled)
+        with precise(c):
+            found = program(params, frozen, stream(seed, _VALIDATE), *on_mesh)
+        return {name: np.asarray(value)[:count] for name, value in found.items()}
+
+    return run

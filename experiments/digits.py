@@ -52,5 +52,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate.num_samples = 1000
     config.evaluate.guided_scale = 2.0
     config.evaluate.guided_num = 200
+    config.evaluate.val_loss_num = 1000
     config.sweep.grid = (("model.size", SIZES), ("model.patch", PATCHES))
     return config

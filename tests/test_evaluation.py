@@ -11,7 +11,7 @@ import pytest
 from ditjax import evaluation, pipeline, programs
 from ditjax.cli import load_recipe
 from ditjax.config import changed, read
-from ditjax.digits import class_accuracy
+from ditjax.digits import see_class
 from ditjax.errors import UserError
 from ditjax.evaluation import Evaluator
 from ditjax.io.npz import read_array
@@ -40,6 +40,7 @@ def recipe():
         "--config.train.evaluate_every_steps=0",
         "--config.sample.steps=ddim3", "--config.sample.batch_size=24",
         f"--config.evaluate.num_samples={NUM}", "--config.evaluate.guided_num=30",
+        "--config.evaluate.val_loss_num=0",
     )  # fmt: skip
     return changed(read(load_recipe(words).to_dict()), {"sample": {"num": NUM}})
 
@@ -141,10 +142,10 @@ def test_in_memory_and_by_way_of_the_disk_agree(evaluator, of_run):
 def test_of_a_run(of_run):
     folder, found = of_run
     images, label = (read_array(folder / "samples.npz", name) for name in ("arr_0", "label"))
-    assert found.metrics["accuracy"] == class_accuracy(images, label)
-    guided = [read_array(folder / "guided.npz", name) for name in ("arr_0", "label")]
-    assert len(guided[0]) == 30
-    assert found.metrics["accuracy_guided"] == class_accuracy(*guided)
+    assert found.metrics["accuracy"] == np.mean(see_class(images) == label)
+    images, label = (read_array(folder / "guided.npz", name) for name in ("arr_0", "label"))
+    assert len(images) == 30
+    assert found.metrics["accuracy_guided"] == np.mean(see_class(images) == label)
     assert found.reference == "digits/train, 8x8"
     assert json.loads(json.dumps(found.protocol)) == found.protocol
 
@@ -212,4 +213,30 @@ def test_what_cannot_be_evaluated():
 
 
 def test_the_floor_is_of_real_digits():
-    assert 10 < evaluation.digits_floor("") < 20
+    assert 10 < evaluation.floor("digits", "digits", "digits/train", "") < 20
+
+
+def test_scenes_are_seen_in_windows(tmp_path):
+    """Of another data set than digits: its own reference, floor and judge."""
+    c = changed(
+        recipe(),
+        {
+            "data": {"name": "digit_scenes/60", "image_size": 32, "channels": 3},
+            "model": {"patch": 16},
+            "sample": {"batch_size": 16, "steps": "ddim2"},
+            "evaluate": {
+                "features": "scenes", "num_samples": 16, "guided_scale": 0.0, "val_loss_num": 16,
+                "reference": "digit_scenes/60/train[:40]",
+            },
+        },
+    )  # fmt: skip
+    evaluator = Evaluator(c, make_mesh(-1, 1))
+    trained = programs.training(c, make_mesh(1, 1, jax.devices()[:1])).init().params
+    weights = jax.tree.map(np.asarray, trained)
+    found = evaluator.of_run(c, weights, tmp_path, {"step": 0})
+    assert found.reference == "digit_scenes/60/train[:40], 32x32"
+    # Six real scenes are nearer to forty than what is drawn untrained.
+    assert found.metrics["fd_digits"] > 2 * found.metrics["fd_digits_floor"] > 0
+    assert {"accuracy", "val_loss", "val_vlb"} <= found.metrics.keys()
+    assert found.protocol["val_loss_data"] == "digit_scenes/60/1.0.0/test"
+    assert found.protocol["reference_count"] == 40

@@ -30,6 +30,21 @@ def sample_timesteps(key: jax.Array, batch: int, num: int) -> jax.Array:
     return jax.random.randint(key, (batch,), 0, num, jnp.int32)
 
 
+def stratified_timesteps(indices: np.ndarray, num: int, shift: int) -> np.ndarray:
+    """van der Corput 1935, shifted as by Cranley & Patterson 1976: t of pair i -> i32[n].
+
+    t_i = floor(num · frac(φ_2(i) + shift/2^32)), φ_2(i) being i's 32 bits mirrored at the point: a
+    function of i alone, and yet the first n pairs leave no part of 0..num-1 out. indices i[n] below
+    2^32, shift in 0..2^32-1; integers all through, so the same on every machine.
+    """
+    bits = np.asarray(indices, np.uint32)
+    mirrored = np.zeros_like(bits)
+    for k in range(32):
+        mirrored |= ((bits >> np.uint32(k)) & np.uint32(1)) << np.uint32(31 - k)
+    turned = (mirrored.astype(np.uint64) + np.uint64(shift)) % np.uint64(2**32)
+    return (turned * np.uint64(num) >> np.uint64(32)).astype(np.int32)
+
+
 def simple_loss(
     denoise: Denoise,
     schedule: Schedule,

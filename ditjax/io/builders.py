@@ -1,8 +1,9 @@
 """Data sets on disk: builders of our own, and one door to every prepared tensorflow-datasets set.
 
 A data set is prepared once, as array_record, under DATA_DIR/NAME[/CONFIG]/VERSION in the layout
-of tensorflow-datasets, and is then read without TensorFlow. Two builders are ours and need no
-TensorFlow to prepare either: `Digits`, and `ImageFolder` for a folder of class folders.
+of tensorflow-datasets, and is then read without TensorFlow. Three builders are ours and need no
+TensorFlow to prepare either: `Digits`, `DigitScenes` of those digits (`io/scenes.py`), and
+`ImageFolder` for a folder of class folders.
 """
 
 import contextlib
@@ -27,7 +28,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ditjax.errors import UserError, nearest
+from ditjax.io import scenes
 from ditjax.io.images import MAX_PIXELS
+from ditjax.io.scenes import DigitScenes
 
 # Only these decoders of PIL see a user's bytes; some of the others start outside programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -309,10 +312,11 @@ def prepare(
 ) -> tfds.core.DatasetBuilder:
     """NAME -> a builder whose data lie under DATA_DIR as array_record, prepared now if need be.
 
-    NAME is 'digits'; 'folder:/path' for a folder of class folders; or any tensorflow-datasets name
-    with an optional configuration and version: 'imagenet2012', 'mnist:3.0.1',
-    'imagenet_resized/64x64'. What is already prepared is opened as it is, without TensorFlow and
-    from a folder that may be read-only. Other sets than ours are prepared by tensorflow-datasets'
+    NAME is 'digits'; 'digit_scenes', or 'digit_scenes/N' for another number of them;
+    'folder:/path' for a folder of class folders; or any tensorflow-datasets name with an optional
+    configuration and version: 'imagenet2012', 'mnist:3.0.1', 'imagenet_resized/64x64'. What is
+    already prepared is opened as it is, without TensorFlow and from a folder that may be read-only.
+    Other sets than ours are prepared by tensorflow-datasets'
     own command in a process of its own, so that TensorFlow never shares this one's devices.
 
     So many damaged images of a folder as `max_damaged` are stored as they are: who reads them finds
@@ -323,10 +327,12 @@ def prepare(
     root = data_root(data_dir)
     if name.startswith(_FOLDER_PREFIX):
         return _prepare_folder(name, root, max_damaged)
+    base = name.partition(":")[0].partition("/")[0]
+    if base == DigitScenes.name:
+        return _prepare_scenes(name, root)
     found = _find(name, root)
     if found is None:
-        base = name.partition(":")[0].partition("/")[0]
-        known = tfds.list_builders(with_community_datasets=False)
+        known = [*tfds.list_builders(with_community_datasets=False), DigitScenes.name]
         if base not in known:
             raise UserError(
                 f"data set {name!r} is unknown: not among the {len(known)} of tensorflow-datasets,"
@@ -345,6 +351,21 @@ def prepare(
             f"data set {name!r} was prepared, but not at that configuration and version:"
             f" look under {root / base} and name what is there."
         )
+    return _open(name, found)
+
+
+def _prepare_scenes(name: str, root: Path) -> tfds.core.DatasetBuilder:
+    match = _parsed(name)
+    size = scenes.parse_size(match["config"] or str(scenes.DEFAULT_EXAMPLES))
+    if match["version"] not in (None, str(DigitScenes.VERSION)):
+        raise UserError(f"data set {name!r}: expected version {DigitScenes.VERSION}.")
+    # Spelt out: what else is prepared there does not change what the short name is.
+    full_name = f"{DigitScenes.name}/{size.name}:{DigitScenes.VERSION}"
+    found = _find(full_name, root)
+    if found is None:
+        with _exclusive(name, root):
+            write_whole(DigitScenes(root, size))
+        found = root / DigitScenes.name / size.name / str(DigitScenes.VERSION)
     return _open(name, found)
 
 
@@ -464,12 +485,7 @@ def write_whole(builder: tfds.core.DatasetBuilder) -> None:
 
 def _find(name: str, root: Path) -> Path | None:
     """The prepared folder of NAME, the newest version if none is given; None if there is none."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise UserError(
-            f"data set {name!r} is not a name: expected 'digits', 'folder:/path', or a name of"
-            " tensorflow-datasets such as 'cifar10', 'mnist:3.0.1' or 'imagenet_resized/64x64'."
-        )
+    match = _parsed(name)
     base, config, version = match["name"], match["config"], match["version"]
     versions = _versions(root / base / (config or ""))
     if not versions and not config and (root / base).is_dir():
@@ -481,6 +497,17 @@ def _find(name: str, root: Path) -> Path | None:
             )
         versions = _versions(root / base / configs[0]) if configs else []
     return next((path for path in reversed(versions) if version in (None, path.name)), None)
+
+
+def _parsed(name: str) -> re.Match[str]:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UserError(
+            f"data set {name!r} is not a name: expected 'digits', 'digit_scenes', 'folder:/path',"
+            " or a name of tensorflow-datasets such as 'cifar10', 'mnist:3.0.1' or"
+            " 'imagenet_resized/64x64'."
+        )
+    return match
 
 
 def _versions(folder: Path) -> list[Path]:

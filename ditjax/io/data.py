@@ -687,9 +687,7 @@ def in_order(
     With `ranges` only their records, range after range; the last batch of each may be short.
     Batches are those of `train_batches`; for a damaged record stands the next that reads.
     """
-    split = _Split(spec.name, spec.split, spec.data_dir, spec.max_damaged)
-    N = split.info.num_examples
-    reader = _Decoded(split, spec.image_size, spec.channels, cache_mb=0, threads=spec.threads)
+    reader, N = _unkept(spec)
     sound = _Sound(reader, N, spec.max_damaged, warn)
     try:
         for records in [range(N)] if ranges is None else ranges:
@@ -702,3 +700,24 @@ def in_order(
                 )
     finally:
         reader.close()
+
+
+def taken(spec: DataSpec, records: np.ndarray, batch_size: int) -> Generator[Batch, None, None]:
+    """The split's records i[n] in the order given, never flipped; the last batch may be short.
+
+    'image' and 'label' as in `train_batches`. Raises Damaged for a record that is.
+    """
+    reader, _ = _unkept(spec)
+    try:
+        for start in range(0, len(records), batch_size):
+            indices = np.asarray(records[start : start + batch_size])
+            yield reader.batch(indices, np.zeros(len(indices), bool))
+    finally:
+        reader.close()
+
+
+def _unkept(spec: DataSpec) -> tuple[_Decoded, int]:
+    """A reader of a split's images that keeps none in memory, and how many there are."""
+    split = _Split(spec.name, spec.split, spec.data_dir, spec.max_damaged)
+    reader = _Decoded(split, spec.image_size, spec.channels, cache_mb=0, threads=spec.threads)
+    return reader, split.info.num_examples

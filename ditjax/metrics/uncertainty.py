@@ -72,6 +72,25 @@ def bootstrap_interval(
     )
 
 
+def systematic_error(values: ArrayLike, place: ArrayLike) -> float:
+    """Wolter 1985, Sec. 8.2: sqrt(sum of (l_k+1 - l_k)² / (2 n (n-1))), in the order of `place`.
+
+    The standard error of the mean of values f[n] at evenly spread places f[n]. Of losses and their
+    timesteps: how the loss depends on the timestep is no error, as every part of the timesteps is
+    there, and the deviation over sqrt(n) would count it as one.
+    Raises UserError for fewer than 2 values, or another number of places.
+    """
+    values, place = np.asarray(values, np.float64), np.asarray(place)
+    if values.ndim != 1 or values.size < 2 or place.shape != values.shape:
+        raise UserError(
+            f"values of shape {values.shape} at places of shape {place.shape}: expected one place"
+            " for each of 2 values or more."
+        )
+    steps = np.diff(values[np.argsort(place, kind="stable")])
+    n = values.size
+    return float(np.sqrt(np.square(steps).sum() / (2 * n * (n - 1))))
+
+
 def inception_influence(
     sums: ScoreSums, log_p: NDArray[np.float64], split: ArrayLike
 ) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ TINY = (
     "--config.sample.num=40",
     "--config.evaluate.num_samples=40",
     "--config.evaluate.guided_num=20",
+    "--config.evaluate.val_loss_num=0",  # one program less to compile; tests that are of it ask
 )
 
 

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax import build, encode, evaluate, runs, sample, train
+from ditjax import build, encode, evaluate, evaluation, runs, sample, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
-from ditjax.digits import class_accuracy
+from ditjax.digits import see_class
 from ditjax.errors import UserError
-from ditjax.evaluation import digits_floor
 from ditjax.features import digits_extractor
 from ditjax.io import data
 from ditjax.io.results import load_samples
@@ -72,14 +71,14 @@ def test_real_digits_score_as_real(data_dir):
         seen = look(extractor, [images], len(images))
         return score(seen, reference.statistics, None, inception=False)["fd_digits"]
 
-    floor = digits_floor(str(data_dir))
+    floor = evaluation.floor("digits", "digits", "digits/train", str(data_dir))
     assert fd_digits(real["image"]) == pytest.approx(floor)
-    assert class_accuracy(real["image"], real["label"]) > 0.98
+    assert np.mean(see_class(real["image"]) == real["label"]) > 0.98
     noise = np.random.default_rng(0).integers(0, 256, real["image"].shape, np.uint8)
     assert fd_digits(noise) > 10 * floor
     # Larger images are brought to 8x8, colour to grey: digits stay digits.
     large = data.resize_images(real["image"], 32).repeat(3, axis=-1)
-    assert class_accuracy(large, real["label"]) > 0.95
+    assert np.mean(see_class(large) == real["label"]) > 0.95
 
 
 SMALL_AUTOENCODER = (

@@ -20,6 +20,7 @@ from ditjax.io.checkpoint import Step
 from ditjax.parallel.mesh import make_mesh
 from ditjax.pipeline import open_source
 from ditjax.pretrained import networks, reading
+from ditjax.studies import cells
 from tests.commands.conftest import TINY
 from tests.test_pipeline import traces
 
@@ -27,7 +28,7 @@ DISTANCES = (30.0, 10.0, math.nan, 20.0)  # at steps 5, 10, 15 and 20, in the pl
 SLOW_SECONDS = 2.0  # added to the second evaluation: what a loaded machine does not add by itself
 SMALL = (
     *TINY, "--config.evaluate.guided_scale=0.0", "--config.train.keep_checkpoints=1",
-    "--config.train.evaluate_num=24",
+    "--config.train.evaluate_num=24", "--config.evaluate.val_loss_num=30",
 )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def watched(data_dir, tmp_path_factory) -> Watched:
         traced = traces(patch)
         words = [*SMALL, "--config.train.evaluate_every_steps=5"]
         words += ["--config.sweep.grid=(('model.patch',(4,)),)"]
-        (cell,) = sweep.cells(load_recipe(words).to_dict())
+        (cell,) = cells(load_recipe(words).to_dict())
         workdir = tmp_path_factory.mktemp("study")
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
@@ -103,6 +104,13 @@ def test_the_log(watched):
     np.testing.assert_array_equal([row["eval/fd_digits"] for row in found], DISTANCES)
     assert all(0 <= row["eval/accuracy"] <= 1 for row in found)
     assert len({row["eval/protocol_hash"] for row in found}) == 1
+    # Twenty steps learn something, of the very pairs that the result's own loss is of.
+    losses = [row["eval/val_loss"] for row in found]
+    assert losses[-1] < losses[0]
+    assert all(0 < row["eval/val_loss_stderr"] < row["eval/val_loss"] for row in found)
+    result = json.loads((watched.folder / "result.json").read_text())
+    assert result["metrics"]["val_loss"] == losses[-1]
+    assert result["protocol"]["val_loss_num"] == 30
     # Its seconds, and the training's own, whose clock stands still meanwhile.
     began, ended = np.array(watched.clock).T
     took = np.diff([0.0, *(row["eval/seconds"] for row in found)])

@@ -9,6 +9,7 @@ from ditjax.diffusion.losses import (
     hybrid_loss,
     sample_timesteps,
     simple_loss,
+    stratified_timesteps,
     vlb_bits_per_dim,
     vlb_loss,
 )
@@ -207,6 +208,28 @@ def test_timesteps_are_uniform():
     assert len(counts) == 50
     # Chi-square with 49 degrees of freedom: 113 is exceeded with probability 1e-6.
     assert ((counts - 1000.0) ** 2 / 1000).sum() < 113
+
+
+def test_stratified_timesteps_leave_no_part_out():
+    """Any 2^k pairs in a row from a multiple of 2^k on: one in each of 2^k parts of the circle."""
+    np.testing.assert_array_equal(
+        stratified_timesteps(np.arange(5), 1000, 0), [0, 500, 250, 750, 125]
+    )
+    np.testing.assert_array_equal(
+        stratified_timesteps(np.arange(5), 1000, 2**31), [500, 0, 750, 250, 625]
+    )
+    for shift in (0, 1, 0x9E3779B9, 2**32 - 1):
+        fine = stratified_timesteps(np.arange(256), 2**20, shift).astype(np.int64)
+        turned = (fine - (shift >> 12)) % 2**20
+        for k in range(9):
+            for start in range(0, 256, 2**k):
+                part = np.sort(turned[start : start + 2**k] + 1) // (2**20 >> k)
+                assert len(np.unique(part)) == 2**k, (shift, k, start)
+        t = stratified_timesteps(np.arange(1024), 1000, shift)
+        np.testing.assert_array_equal(np.unique(t), np.arange(1000))
+        np.testing.assert_array_equal(
+            t[700:703], stratified_timesteps(np.arange(700, 703), 1000, shift)
+        )
 
 
 def test_losses_refuse_what_cannot_be_trained(release):

@@ -26,6 +26,7 @@ from ditjax.metrics.uncertainty import (
     frechet_infinite,
     frechet_influence,
     inception_influence,
+    systematic_error,
 )
 from tests import feature_sets
 
@@ -224,3 +225,16 @@ def test_even_splits_weigh_the_influence_alike():
     influence = inception_influence(update_scores(no_scores(4, 7), log_p, split), log_p, split)
     for s in range(4):
         assert influence[split == s].mean() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_error_of_a_mean_over_places_is_that_of_new_noise_at_them():
+    """The trend over the places, however large, is none of it."""
+    n, trials, rng = 400, 400, np.random.default_rng(0)
+    place = rng.permutation(n)
+    values = 50 * np.exp(-place / 40) + rng.normal(size=(trials, n))
+    errors = np.array([systematic_error(each, place) for each in values])
+    np.testing.assert_allclose(errors.mean(), values.mean(1).std(), rtol=0.1)
+    assert errors.std() < 0.1 * errors.mean()
+    assert values[0].std() / np.sqrt(n) > 5 * errors.mean()
+    with pytest.raises(UserError, match=r"shape \(1,\).*one place for each of 2 values"):
+        systematic_error([1.0], [0])
