@@ -9,6 +9,7 @@ settings, not by luck. A finished cell is a file of its own; the same command ag
 """
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,12 +18,12 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jax.sharding import Mesh
 
 from ditjax import build, cli, runs
-from ditjax.config import Config, changed, completed
+from ditjax.config import Config, changed, completed, read
 from ditjax.errors import UserError
 from ditjax.evaluate import EVALUATION_FILE, FLAGS, save_picture
 from ditjax.evaluation import SAMPLES_FILE, Evaluator
@@ -30,10 +31,12 @@ from ditjax.io import results, rundir
 from ditjax.io.checkpoint import Step, is_primary
 from ditjax.parallel import processes
 from ditjax.pipeline import sampling_protocol
+from ditjax.published import published_of
 from ditjax.reporting.grid import Outcome, csv_text, front, shown, terminal_text, varying
 from ditjax.reporting.pareto import pareto_png
+from ditjax.reporting.scored import Scored, scored_rows, scored_text
 from ditjax.reporting.words import number, plural
-from ditjax.sweep import RUNS
+from ditjax.status import RUNS
 
 CELLS = "cells"
 LONGEST_NAME = 200
@@ -137,8 +140,10 @@ def plan(trained: Sequence[Run], given: Mapping[str, Sequence[Any]]) -> Plan:
 
 def _cell(run: Run, asked: Mapping[str, Any]) -> tuple[Cell, str]:
     """The cell, and what no other may share with it. Raises UserError for illegal settings."""
-    # The second sample set of a digits run, under guidance, is another cell here.
-    c = changed(run.config, {"sample": asked, "evaluate": {"guided_scale": 0.0}})
+    # The second sample set of a digits run, under guidance, is another cell here; the validation
+    # loss is one for all cells of a run.
+    off = {"guided_scale": 0.0, "val_loss_num": 0}
+    c = changed(run.config, {"sample": asked, "evaluate": off})
     timesteps = build.sampling_schedule(c).timesteps.tolist()
     said = sampling_protocol(c, seed=c.evaluate.seed, labels="", decoder="")
     settings = {axis: said[axis] for axis in AXES}
@@ -203,12 +208,18 @@ def one_protocol(cells: Sequence[Cell], protocols: Sequence[Mapping[str, Any]]) 
 
 
 def run_grid(
-    cells: Sequence[Cell], out: Path, *, at: Step = "latest", keep_samples: bool = False
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    at: Step = "latest",
+    keep_samples: bool = False,
+    study: Config | None = None,
 ) -> str:
     """Draws and scores the cells that `out` lacks, writes the table and the figure; its text.
 
-    A cell of other weights or another protocol than now is done again. Raises UserError for cells
-    that cannot be compared, before the first is drawn.
+    A cell of other weights or another protocol than now is done again. `study` is a recipe whose
+    published figures stand beside the cells' own. Raises UserError for cells that cannot be
+    compared, before the first is drawn.
     """
     by_run = judges(list({cell.run.name: cell.run for cell in cells}.values()))
     protocols = [by_run[cell.run.name].evaluator.protocol_of_run(cell.config) for cell in cells]
@@ -245,7 +256,7 @@ def run_grid(
         processes.meet()  # the others have read the samples
         if is_primary() and not keep_samples:
             (folder / SAMPLES_FILE).unlink(missing_ok=True)
-    return _report(cells, out, shared, evaluator.distance, evaluator.reference.name)
+    return _report(cells, out, shared, evaluator.distance, evaluator.reference.name, study)
 
 
 def _is_done(folder: Path, stands: Mapping[str, Any], protocol: Mapping[str, Any]) -> bool:
@@ -292,7 +303,12 @@ def read_cell(path: Path) -> dict[str, Any]:
 
 
 def _report(
-    cells: Sequence[Cell], out: Path, shared: Mapping[str, Any], metric: str, reference: str
+    cells: Sequence[Cell],
+    out: Path,
+    shared: Mapping[str, Any],
+    metric: str,
+    reference: str,
+    study: Config | None = None,
 ) -> str:
     """grid.csv, grid.json, grid.txt and pareto.png from the cells on disk; the text."""
     if not is_primary():
@@ -304,6 +320,9 @@ def _report(
         for record in records
     ]  # fmt: skip
     text = terminal_text(outcomes, metric, shared, reference)
+    rows = scored(cells, records, study, varying(outcomes)) if study else []
+    if rows:
+        text = f"{text}\n\n{scored_text(rows)}"
     on_front = front(outcomes, metric)
     results.write_atomic(out / "grid.csv", csv_text(outcomes).encode())
     results.write_json(
@@ -317,11 +336,48 @@ def _report(
             "best": outcomes[on_front[-1]].name if on_front else None,
             "front": [outcomes[i].name for i in on_front],
             "cells": records,
+            **({"scored": [dataclasses.asdict(row) for row in rows]} if rows else {}),
         },
     )
     results.write_atomic(out / "grid.txt", (text + "\n").encode())
     results.write_atomic(out / "pareto.png", pareto_png(outcomes, metric, shared, reference))
     return text
+
+
+def scored(
+    cells: Sequence[Cell], records: Sequence[Mapping[str, Any]], study: Config, axes: Sequence[str]
+) -> list[Scored]:
+    """The cells with a figure published in `study`, named by run and `axes`, beside that figure."""
+    found = []
+    for cell, record in zip(cells, records, strict=True):
+        c = cell.config
+        # A figure of so many steps is of a checkpoint at them, however long its run went on.
+        c = dataclasses.replace(c, train=dataclasses.replace(c.train, steps=record["step"]))
+        if published := published_of(study, c):
+            words = [f"{axis}={shown(cell.settings[axis])}" for axis in axes]
+            found.append(
+                {
+                    "run": " ".join([cell.run.name, *words]), "metrics": record["metrics"],
+                    "protocol": record["protocol"], "config": dataclasses.asdict(c),
+                    "published": published,
+                    "train": {
+                        "steps": c.train.steps, "batch_size": c.train.batch_size, "seed": c.seed,
+                        "learning_rate": c.optim.learning_rate,
+                    },
+                }
+            )  # fmt: skip
+    return scored_rows(cast(list[results.Result], found))
+
+
+def _study(text: str) -> Config:
+    """The recipe that --published names. Raises UserError for one without published figures."""
+    study = read(cli.load_recipe([f"--config={text}"]).to_dict())
+    if not study.sweep.published:
+        raise UserError(
+            f"--published={text}: its config.sweep.published is empty; expected a recipe with"
+            " published figures, such as experiments/paper/guidance.py"
+        )
+    return study
 
 
 def _tell(line: str) -> None:
@@ -403,6 +459,10 @@ def _parser() -> cli.Parser:
     for flag, text in FLAGS.items():
         parser.add_argument(f"--{flag}", default="", help=text)
     cli.add_step(parser)
+    parser.add_argument(
+        "--published", default="", metavar="FILE[:ARG]",
+        help="a recipe with published figures (experiments/paper): they stand beside the cells'",
+    )  # fmt: skip
     parser.add_argument("--out", default="", help="where to write (default: RUN/grid)")
     parser.add_argument(
         "--keep_samples", action="store_true",
@@ -441,6 +501,7 @@ def main(argv: list[str]) -> int:
     out = Path(args.out or trained[0].folder / "grid")
     if out.exists() and not out.is_dir():  # before hours of work, not after
         raise UserError(f"--out={out} is a file: give a folder.")
+    study = _study(args.published) if args.published else None
     cells, notes = plan(trained, given)
     if is_primary():
         for note in notes:
@@ -448,7 +509,7 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         print(_forecast(cells, out))
         return 0
-    text = run_grid(cells, out, at=args.step, keep_samples=args.keep_samples)
+    text = run_grid(cells, out, at=args.step, keep_samples=args.keep_samples, study=study)
     if is_primary():
         files = "grid.txt, grid.csv, grid.json, pareto.png"
         print(f"{text}\n\n{plural(len(cells), 'cell')} in {out}: {files}")

@@ -1,21 +1,21 @@
-"""python -m ditjax.sweep: the grid of a recipe: train, evaluate, one result.json a run, report."""
+"""python -m ditjax.sweep: the runs of a study: train, evaluate, one result.json each, report."""
 
+import argparse
 import contextlib
-import copy
-import itertools
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ditjax import build, cli, runs
-from ditjax.config import Config, completed, read
-from ditjax.errors import UserError
+from ditjax import build, cli, costs, runs, status
+from ditjax.config import completed
+from ditjax.errors import FaultError, StoppedError, UserError
 from ditjax.evaluate import model_record, save
 from ditjax.evaluation import Evaluator
 from ditjax.io import lease, results, rundir
@@ -23,77 +23,30 @@ from ditjax.io.checkpoint import is_primary
 from ditjax.io.log import Progress, last_metrics
 from ditjax.masking import masked, printable
 from ditjax.parallel import processes, stopping
-from ditjax.provenance import cores, environment
+from ditjax.parallel import topology as machines
+from ditjax.provenance import cores, environment, typed
 from ditjax.report import make_report
+from ditjax.reporting.cost import cost_text
 from ditjax.reporting.words import OF_A_METRIC
-from ditjax.scaling.counts import forward_macs, gflops, trainable_parameters
 from ditjax.sizes import parse_size
+from ditjax.status import RUNS
+from ditjax.studies import Cell, by_work, cells, check_result, check_same_study, chosen, record
 from ditjax.train import train
 
-RUNS = "runs"
 LEASE = ".sweep.lease"  # of the study: an array job's cells are each their own
 ORPHAN_SECONDS = 60.0  # for a cell to save what it has when its sweep is gone
-
-
-class Cell(NamedTuple):
-    """One run of the grid: its name is its directory below WORKDIR/runs."""
-
-    number: int
-    name: str
-    recipe: dict[str, Any]
-    config: Config
-
-    @property
-    def work(self) -> float:
-        """Multiply-accumulates of its training: what schedules and estimates go by."""
-        return float(forward_macs(build.cost(self.config))) * self.config.train.steps
-
-
-def cells(recipe: Mapping[str, Any]) -> list[Cell]:
-    """The grid of a recipe, in the order of its axes, the last varying fastest; all checked.
-
-    Raises UserError for an empty grid, an illegal cell, or two cells of one name.
-    """
-    grid = read(recipe).sweep.grid
-    if not grid:
-        raise UserError("config.sweep.grid is empty: this recipe is one run; use ditjax.train.")
-    made = []
-    for index, values in enumerate(itertools.product(*(axis for _, axis in grid))):
-        cell = copy.deepcopy(dict(recipe))
-        for (key, _), value in zip(grid, values, strict=True):
-            *groups, leaf = key.split(".")
-            node = cell
-            for group in groups:
-                node = node[group]
-            node[leaf] = value
-        cell["sweep"] = {"grid": ()}
-        try:
-            config = read(cell)
-            build.check(config)
-        except UserError as error:
-            named = ", ".join(f"{k}={v!r}" for (k, _), v in zip(grid, values, strict=True))
-            raise UserError(f"cell {index} of the grid ({named}): {error}") from None
-        made.append(Cell(index, _name(grid, values, config), cell, config))
-    names = [cell.name for cell in made]
-    if len(set(names)) != len(names):
-        raise UserError("two cells of the grid have one name: remove the axis that repeats.")
-    return made
-
-
-def _name(grid: Sequence[tuple[str, Any]], values: Sequence[Any], c: Config) -> str:
-    """DiT-4x96x3-p1-seed0, and the other axes as key_value: a legal directory name."""
-    name = f"DiT-{c.model.size}-p{c.model.patch}-seed{c.seed}"
-    for (key, _), value in zip(grid, values, strict=True):
-        if key not in ("model.size", "model.patch", "seed"):
-            name += f"-{key.rpartition('.')[2]}_{value}"
-    return rundir.legal_name(name)
+# Which cells: what several processes of one study may differ in.
+SELECTION = ("models", "cells", "shard", "failed")
 
 
 @lease.scope()
-def run_cell(cell: Cell, workdir: Path, *, waits: bool = False) -> None:
+def run_cell(
+    cell: Cell, workdir: Path, *, waits: bool = False, begin: Callable[[], object] | None = None
+) -> None:
     """Trains and evaluates one cell; a cell that has its result is left as it is.
 
-    Raises UserError where another process is at it: with `waits` its end is waited for.
+    Before it begins `begin` is called, by the first process. Raises UserError where another process
+    is at it: with `waits` its end is waited for.
     """
     folder = rundir.inside(workdir / RUNS, cell.name)
     if _is_done(cell, folder):
@@ -101,6 +54,29 @@ def run_cell(cell: Cell, workdir: Path, *, waits: bool = False) -> None:
     runs.own(folder, waits=waits)
     if _is_done(cell, folder):
         return
+    if begin and is_primary():
+        begin()
+    with _noted(folder):
+        _make(cell, folder)
+
+
+@contextlib.contextmanager
+def _noted(folder: Path) -> Iterator[None]:
+    """How a cell ends that comes to no result stands in its folder."""
+    if is_primary():
+        status.forget_ending(folder)
+    try:
+        yield
+    except Exception as error:
+        if is_primary():
+            stops = isinstance(error, StoppedError)
+            known = stops or isinstance(error, UserError | FaultError)
+            line = str(error) if known else f"{type(error).__name__}: {error}"
+            status.note_ending(folder, status.STOPPED if stops else status.FAILED, line)
+        raise
+
+
+def _make(cell: Cell, folder: Path) -> None:
     c = cell.config
     mesh = build.mesh(c)
     evaluator = Evaluator(c, mesh, runs.load_autoencoder(c, mesh))
@@ -113,7 +89,7 @@ def run_cell(cell: Cell, workdir: Path, *, waits: bool = False) -> None:
         "schema": 1,
         "run": cell.name,
         "model": {
-            "name": f"DiT-{c.model.size}/{c.model.patch}",
+            "name": cell.model,
             "size": c.model.size,
             "depth": size.depth,
             "width": size.width,
@@ -122,8 +98,8 @@ def run_cell(cell: Cell, workdir: Path, *, waits: bool = False) -> None:
             "block": c.model.block,
             "tokens": shape.tokens,
         },
-        "params": trainable_parameters(shape),
-        "gflops": gflops(shape),
+        "params": cell.params,
+        "gflops": cell.gflops,
         "train": {
             "steps": trained.step,
             "batch_size": c.train.batch_size,
@@ -146,11 +122,11 @@ def run_cell(cell: Cell, workdir: Path, *, waits: bool = False) -> None:
         "metrics": evaluated.metrics,
         "protocol": evaluated.protocol,
         "protocol_hash": results.protocol_hash(evaluated.protocol),
-        "environment": environment(
-            os.environ.get(_COMMAND, masked(" ".join(["python -m ditjax.sweep", *sys.argv[1:]])))
-        ),
+        "environment": environment(os.environ.get(_COMMAND) or _typed(sys.argv[1:])),
         "config": cell.recipe,
     }
+    if cell.published:
+        result["published"] = cell.published
     if is_primary():
         results.write_result(folder, result)
 
@@ -172,11 +148,16 @@ def has_result(cell: Cell, folder: Path) -> bool:
     except UserError as error:
         print(printable(f"{error} It is made again."), file=sys.stderr, flush=True)
         return False
-    rundir.check_same(folder, completed(found["config"]), cell.recipe)
+    check_result(cell, folder, found)
     return True
 
 
 _COMMAND = "DITJAX_SWEEP_COMMAND"  # the command that a person typed, told to the cells it started
+
+
+def _typed(argv: Sequence[str]) -> str:
+    machines = ("--coordinator", "--processes", "--process")
+    return masked(typed("sweep", argv, drop=machines, folders=("--workdir",)))
 
 
 class _Running(NamedTuple):
@@ -185,34 +166,37 @@ class _Running(NamedTuple):
     cpus: frozenset[int]
 
 
-def run_grid(grid: list[Cell], workdir: Path, argv: list[str], jobs: int) -> list[Cell]:
+def run_grid(
+    grid: list[Cell], workdir: Path, argv: list[str], jobs: int, command: str = ""
+) -> list[Cell]:
     """Runs the cells without a result, `jobs` processes at once; returns those that failed.
 
-    The dearest start first, so that the last to finish is small. On CPUs each job keeps to its
-    share of the cores: small networks gain more from that than from threads.
+    `argv` is the recipe and where to, `command` what a person typed. The dearest start first, so
+    that the last to finish is small. On CPUs each job keeps to its share of the cores: small
+    networks gain more from that than from threads.
     """
     left = [cell for cell in grid if not _is_left_alone(cell, workdir)]
     if len(left) < len(grid):
         print(f"{len(grid) - len(left)} of {len(grid)} cells are done already", file=sys.stderr)
-    waiting = sorted(left, key=lambda cell: -cell.work)
+    waiting = by_work(left)
     ours = cores()
     jobs = max(1, min(jobs, len(waiting)))
     free = [frozenset(ours[i::jobs]) for i in range(jobs)]
     running: list[_Running] = []
     failed: list[Cell] = []
-    total = sum(cell.work for cell in grid)
-    done = total - sum(cell.work for cell in left)
+    total = sum(cell.training_gflops for cell in grid)
+    done = total - sum(cell.training_gflops for cell in left)
     progress = Progress("sweep", 100, "% of the work", every_seconds=20.0)
     began = time.monotonic()
     try:
         while waiting or running:
             while waiting and free:
-                running.append(_start(waiting.pop(0), workdir, argv, free.pop()))
+                running.append(_start(waiting.pop(0), workdir, argv, free.pop(), command))
             time.sleep(0.5)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 free.append(job.cpus)
-                done += job.cell.work
+                done += job.cell.training_gflops
                 if not _tell(job, workdir, time.monotonic() - began):
                     failed.append(job.cell)
             share = done + sum(_progress(job, workdir) for job in running)
@@ -222,6 +206,7 @@ def run_grid(grid: list[Cell], workdir: Path, argv: list[str], jobs: int) -> lis
             job.process.terminate()
         for job in running:
             job.process.wait()
+            _note(job, workdir, status.STOPPED, "the sweep was stopped")
     progress.report(100)
     return failed
 
@@ -234,15 +219,16 @@ def _is_left_alone(cell: Cell, workdir: Path) -> bool:
         return False
 
 
-def _start(cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int]) -> _Running:
+def _start(cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int], told: str) -> _Running:
     folder = rundir.inside(workdir / RUNS, cell.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        status.forget_ending(folder)
         log = (folder / rundir.LOG_FILE).open("ab")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}.") from None
     command = [sys.executable, "-m", "ditjax.sweep", *argv, f"--index={cell.number}"]
-    env = {**os.environ, _COMMAND: masked(" ".join(["python -m ditjax.sweep", *argv]))}
+    env = {**os.environ, _COMMAND: told}
     ours = cores()
     try:
         # A child inherits the cores; setting them after a fork is unsafe under JAX's threads.
@@ -261,16 +247,17 @@ def _start(cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int]) -> 
 
 def _progress(job: _Running, workdir: Path) -> float:
     step = last_metrics(workdir / RUNS / job.cell.name).get("step", 0)
-    return job.cell.work * 0.9 * step / job.cell.config.train.steps  # the rest is evaluation
+    share = step / job.cell.config.train.steps
+    return job.cell.training_gflops * 0.9 * share  # the rest is evaluation
 
 
 def _tell(job: _Running, workdir: Path, seconds: float) -> bool:
     """One line of a cell that has ended. Returns whether it has its result."""
-    folder, status, found = workdir / RUNS / job.cell.name, job.process.returncode, None
+    folder, code, found = workdir / RUNS / job.cell.name, job.process.returncode, None
     if job.process.stdin:
         job.process.stdin.close()
     with contextlib.suppress(UserError):
-        found = None if status else results.read_result(folder)
+        found = None if code else results.read_result(folder)
     if found:
         figures = ", ".join(
             f"{name} {value:.3g}"
@@ -279,14 +266,22 @@ def _tell(job: _Running, workdir: Path, seconds: float) -> bool:
         )
         line = f"{job.cell.name} done: {figures}"
     else:
-        text = ""
-        with contextlib.suppress(OSError):
-            text = (folder / rundir.LOG_FILE).read_text(encoding="utf-8", errors="replace").strip()
-        why = text.splitlines()[-1] if text else "it printed nothing"
-        ended = f"FAILED (status {status})" if status else "stopped before its end"
+        why = status.last_line(folder)
+        ended = f"FAILED (status {code})" if code else "stopped before its end"
         line = f"{job.cell.name} {ended}: {why}"
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+        _note(job, workdir, status.FAILED if code else status.STOPPED, f"{how}; its log: {why}")
     print(printable(f"[{seconds:4.0f} s] {line}"), file=sys.stderr, flush=True)
     return found is not None
+
+
+def _note(job: _Running, workdir: Path, how: str, line: str) -> None:
+    """For a process that could not say how it ended, as one that was killed."""
+    folder = workdir / RUNS / job.cell.name
+    if (folder / results.RESULT_FILE).exists() or status.read_ending(folder):
+        return
+    if not lease.holders([folder / lease.FILE], 0.0):  # nobody else is at it
+        status.note_ending(folder, how, line)
 
 
 def _end_with_the_sweep() -> None:
@@ -303,53 +298,174 @@ def _end_with_the_sweep() -> None:
     threading.Thread(target=watch, name="sweep", daemon=True).start()
 
 
-def main(argv: list[str]) -> int:
-    """The command."""
-    parser = cli.parser("sweep", "Trains and evaluates every cell of a grid, then reports.")
+def _parser() -> cli.Parser:
+    parser = cli.parser(
+        "sweep", "Trains and evaluates every cell of a study, then reports. --status reads it."
+    )
     parser.add_argument("--workdir", required=True, help="the study's directory")
     parser.add_argument("--index", type=int, help="run this cell only (array jobs); no report")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once (default 1)")
+    parser.add_argument("--models", default="", help="only cells of these models: S/8,B/4")
+    parser.add_argument("--cells", default="", help="only cells of these numbers: 0,3-5")
+    parser.add_argument(
+        "--shard", default="", metavar="K/N",
+        help="only the share K of N, from 0, of about the same work: one for each machine",
+    )  # fmt: skip
+    parser.add_argument("--failed", action="store_true", help="only cells that have failed")
     parser.add_argument("--dry_run", action="store_true", help="list the cells and their cost")
+    parser.add_argument(
+        "--topology", default="",
+        help="of --dry_run: CHIP:SHAPE to tell hours on, as v5e:4x4 (config.sweep.topology)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plan", action="store_true", help="of --dry_run: compile each cell's train step for it"
+    )
+    parser.add_argument(
+        "--status", action="store_true",
+        help="how each cell stands; touches nothing, and needs no --config",
+    )  # fmt: skip
+    parser.add_argument(
+        "--watch", type=float, metavar="SECONDS", help="of --status: again, so often, until all"
+        " are done",
+    )  # fmt: skip
     cli.add_processes(parser)
-    early, _ = parser.parse_known_args(argv)
-    if (early.distributed or early.coordinator) and early.index is None:
+    return parser
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that do not go together."""
+    if (args.distributed or args.coordinator) and args.index is None:
         raise UserError(
             "several processes train one cell: give its --index=K, and start each cell so."
         )
-    args, _ = cli.parse(parser, argv)
-    workdir = Path(args.workdir)
-    grid = cells(args.recipe)
     if args.jobs < 1:
         raise UserError(f"--jobs={args.jobs}: expected at least 1.")
+    given = [name for name in (*SELECTION, "dry_run", "status") if getattr(args, name)]
+    if args.index is not None and given:
+        raise UserError(f"--index={args.index} runs one cell: leave --{given[0]} out.")
+    if args.dry_run and args.status:
+        raise UserError("--dry_run lists what would run, --status what does: give one of them.")
+    if (args.topology or args.plan) and not args.dry_run:
+        raise UserError("--topology and --plan tell what a study would cost: add --dry_run.")
+    if args.watch is not None and not (args.status and 1 <= args.watch <= 86_400):
+        raise UserError(
+            f"--watch={args.watch:g}: expected 1 to 86400 seconds, and --status beside it."
+        )
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    parser = _parser()
+    early, _ = parser.parse_known_args(argv)
+    _check_flags(early)
+    workdir = Path(early.workdir)
+    if early.status and not any(word.startswith("--config=") for word in argv):
+        if not (workdir / rundir.RECIPE_FILE).exists():
+            raise UserError(
+                f"{workdir} holds no study that has begun: give another --workdir, or the study's"
+                " --config=FILE, too."
+            )
+        parser.set_defaults(reads_run=True)
+    args, config = cli.parse(parser, argv)
+    study = cells(args.recipe)
+    if args.index is not None and not 0 <= args.index < len(study):
+        raise UserError(f"--index={args.index}: the study has cells 0 to {len(study) - 1}.")
+    _check_study(workdir, args.recipe, study)
+    words = [word for word in argv if word.startswith("--config")]
+    words.append(f"--workdir={workdir}")
+
+    def begin() -> None:
+        rundir.open_study(workdir, args.recipe, record(args.recipe, study, _typed(words)))
+
     if args.index is not None:
-        if not 0 <= args.index < len(grid):
-            raise UserError(f"--index={args.index}: the grid has cells 0 to {len(grid) - 1}.")
         if started := _COMMAND in os.environ:
             _end_with_the_sweep()
-        run_cell(grid[args.index], workdir, waits=started)
+        run_cell(study[args.index], workdir, waits=started, begin=None if started else begin)
         return 0
+    selected = chosen(study, args.models, args.cells, args.shard)
+    if args.status:
+        return _show(selected, workdir, args.failed, args.watch)
+    states = status.look(selected, workdir)
+    if args.failed:
+        states = [each for each in states if each.stage == status.FAILED]
     if args.dry_run:
-        print(f"{'cell':>4} {'run':<28} {'parameters':>12} {'Gflops':>10} {'training MACs':>14}")
-        for cell in grid:
-            shape = build.cost(cell.config)
-            print(
-                f"{cell.number:>4} {cell.name:<28} {trainable_parameters(shape):>12,}"
-                f" {gflops(shape):>10.4g} {3 * cell.work * cell.config.train.batch_size:>14.3g}"
-            )
+        print(status.plan_text(states))
+        left = [each.cell for each in states if each.stage != status.DONE]
+        if told := _cost(left, args.topology or config.sweep.topology, plan=args.plan):
+            print(f"\n{told}")
+        return 0
+    if args.failed and not states:
+        print("no cell has failed")
         return 0
     with lease.scope(), stopping.raised():  # run_grid passes SIGTERM on to its cells
-        lease.own(workdir / LEASE, str(workdir))  # no runs.own: that takes the devices
-        rundir.open_study(workdir, args.recipe)
-        failed = run_grid(grid, workdir, argv, args.jobs)
-        summary = make_report([workdir / RUNS], workdir / "report")
-    print(summary.text)
+        lease.own(workdir / _lease_of(args), str(workdir))  # no runs.own: that takes the devices
+        begin()
+        status.keep(states, workdir)
+        failed = run_grid([each.cell for each in states], workdir, words, args.jobs, _typed(argv))
+        summary = _reported(workdir, failed)
+    print(summary)
     for cell in failed:
         print(
-            f"{cell.name} failed: see {workdir / RUNS / cell.name / rundir.LOG_FILE}; the same"
-            f" command runs it again, alone: --index={cell.number}",
+            f"{cell.name} failed: see {workdir / RUNS / cell.name / rundir.LOG_FILE}",
             file=sys.stderr,
         )
+    if failed:
+        print("the same command with --failed runs what has failed, alone", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _cost(study: Sequence[Cell], name: str, *, plan: bool) -> str:
+    """What the cells cost on a topology, in words; '' where none is named or nothing is left."""
+    if plan and not name:
+        raise UserError("--plan compiles for a machine: name it with --topology=v5e:4x4.")
+    if not name or not study:
+        return ""
+    topology = machines.parse(name)
+    of_cell = costs.compiled if plan else costs.estimate
+    found = [of_cell(cell.config, topology) for cell in study]
+    return cost_text(topology.name, [cell.name for cell in study], found)
+
+
+def _check_study(workdir: Path, recipe: Mapping[str, Any], study: Sequence[Cell]) -> None:
+    """Raises UserError for the directory of another study."""
+    recorded: Mapping[str, Any] = {}
+    if not rundir.is_run(workdir):
+        with contextlib.suppress(UserError):  # none yet; a damaged one is written again
+            recorded = completed(rundir.read_recipe(workdir))
+    if recorded:
+        check_same_study(workdir, recorded, recipe, study)
+
+
+def _lease_of(args: argparse.Namespace) -> str:
+    """Of each selection of cells its own: several machines share a study, and each cell has its
+    own besides."""
+    told = [f"{name}={getattr(args, name)}" for name in SELECTION if getattr(args, name)]
+    if not told:
+        return LEASE
+    return f".sweep-{hashlib.sha256(' '.join(told).encode()).hexdigest()[:12]}.lease"
+
+
+def _show(selected: Sequence[Cell], workdir: Path, failed: bool, every: float | None) -> int:
+    """--status: once, or `every` so many seconds until all is done."""
+    redraws = every is not None and sys.stdout.isatty()
+    while True:
+        states = status.look(selected, workdir, waits=True)
+        print("\x1b[H\x1b[2J" if redraws else "", end="")
+        print(status.text(states, failed), flush=True)
+        if every is None or all(each.stage == status.DONE for each in states):
+            return 0
+        time.sleep(every)
+        print("" if redraws else "\n", end="")
+
+
+def _reported(workdir: Path, failed: Sequence[Cell]) -> str:
+    """The report of all that is there; where every cell failed there is none."""
+    try:
+        return make_report([workdir], workdir / "report").text
+    except UserError as error:
+        if not failed:
+            raise
+        return str(error)
 
 
 if __name__ == "__main__":

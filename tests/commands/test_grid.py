@@ -104,6 +104,51 @@ def test_a_grid(made, finished):
     assert not (finished / "grid").exists()
 
 
+PUBLISHED = """
+from experiments import digits
+
+def get_config():
+    config = digits.get_config()
+    steps = (("train.steps", 20), ("sample.weights", "ema"))
+    config.sweep.published = (
+        ((*steps, ("sample.cfg_scale", 3.0)), "fd_digits", 30.0),
+        ((*steps, ("sample.cfg_scale", 1.0)), "accuracy", 0.5),
+        ((("train.steps", 21), ("sample.cfg_scale", 4.0)), "fd_digits", 40.0),
+    )
+    config.sweep.published_protocol = (
+        ("image_size", "8"), ("num_classes", "10"), ("steps", "20"), ("labels", "balanced"),
+        ("cfg_channels", "three"),
+    )
+    config.sweep.published_source = "a book"
+    return config
+"""
+
+
+def test_published_figures_stand_beside_their_cells(made, finished, tmp_path, capsys):
+    out = tmp_path / "grid"
+    shutil.copytree(made[0], out)
+    recipe = tmp_path / "book.py"
+    recipe.write_text(PUBLISHED)
+    words = [f"--workdir={finished}", *AXES, "--keep_samples", f"--out={out}"]
+    assert grid.main([*words, f"--published={recipe}"]) == 0
+    free, guided = json.loads((out / "grid.json").read_text())["scored"]
+    assert (guided["metric"], guided["published"]) == ("fd_digits", 30.0)
+    assert guided["cell"].endswith("weights=ema cfg_scale=3")
+    (cell,) = [c for c in cells(out) if c["settings"]["weights"] == "ema"
+               and c["settings"]["cfg_scale"] == 3]  # fmt: skip
+    assert guided["measured"] == cell["metrics"]["fd_digits"]
+    assert guided["verdict"] == "not comparable", "all channels and not three"
+    assert (free["metric"], free["verdict"]) == ("accuracy", "noise unknown")
+    text = (out / "grid.txt").read_text()
+    assert "published: figures of others (a book); measured: ours." in text
+    assert "labels: ours uniform, published balanced (all)" in text
+    assert text in capsys.readouterr().out
+    assert numbers(out) == numbers(made[0]), "a cell was drawn again"
+    recipe.write_text("from experiments.digits import get_config")
+    with pytest.raises(UserError, match="published is empty; expected a recipe"):
+        grid.main([*words, f"--published={recipe}"])
+
+
 def test_a_scale_or_other_weights_compile_nothing_anew(made):
     assert made[1] == 2, "one sampler without guidance, one with"
 
