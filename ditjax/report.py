@@ -8,16 +8,28 @@ run with something wrong is never silently averaged in or dropped.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ditjax import cli
 from ditjax.errors import UserError
 from ditjax.io.results import find_results, write_atomic, write_json
+from ditjax.reporting.analysis import Analysis, analysed
+from ditjax.reporting.curves import Logs
 from ditjax.reporting.figures import pictures
-from ditjax.reporting.page import render_page
-from ditjax.reporting.study import Group, group_by_protocol, without_duplicates
-from ditjax.reporting.table import csv_text, merged, terminal_text
+from ditjax.reporting.latex import latex_text
+from ditjax.reporting.page import MAX_GROUPS, Study, render_page
+from ditjax.reporting.samples import sample_cells
+from ditjax.reporting.sampling import read_sampled, sampling_claim
+from ditjax.reporting.scored import scored_csv, scored_rows, scored_text
+from ditjax.reporting.study import (
+    Group,
+    chosen_metric,
+    group_by_protocol,
+    read_plan,
+    without_duplicates,
+)
+from ditjax.reporting.table import claim_words, csv_text, merged, terminal_text
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Summary:
     out_dir: Path
     page: Path
     groups: tuple[Group, ...]
+    analyses: tuple[Analysis, ...]
     problems: tuple[str, ...]
     text: str
     files: tuple[Path, ...]
@@ -37,7 +50,7 @@ def main(argv: list[str]) -> int:
     parser = cli.parser("report", "Table, plots, fits and a page of finished runs.", config=False)
     parser.add_argument("--runs", required=True, help="folders of sweeps or runs, comma-separated")
     parser.add_argument("--out", help="folder of the report (default: report/ in the first folder)")
-    parser.add_argument("--metric", default="fd_digits", help="the metric fitted (fd_digits)")
+    parser.add_argument("--metric", help="the metric fitted (default: fid, else fd_digits)")
     arguments = parser.parse_args(argv)
     folders = [Path(folder) for folder in arguments.runs.split(",") if folder]
     if not folders:
@@ -48,12 +61,14 @@ def main(argv: list[str]) -> int:
 
 
 def make_report(
-    run_dirs: Sequence[str | Path], out_dir: str | Path, *, metric: str = "fd_digits"
+    run_dirs: Sequence[str | Path], out_dir: str | Path, *, metric: str | None = None
 ) -> Summary:
     """Reads every result.json below `run_dirs` and writes the report into `out_dir`.
 
-    Files: index.html, table.csv, table.txt, results.json, gflops_vs_fid.png, loss_curves.png,
-    samples_by_model.png (samples_by_model_HASH.png for further protocols).
+    `metric` is what laws are fitted to: where None, fid if a result has it, else fd_digits.
+    Files: index.html, table.csv, table.tex, table.txt, results.json, gflops_vs_fid.png,
+    loss_curves.png, samples_by_model.png (samples_by_model_HASH.png for further protocols), and
+    scored.csv where cells have published figures.
     Raises UserError where there is no result to report or `out_dir` cannot be written.
     """
     out_dir = Path(out_dir)
@@ -63,21 +78,42 @@ def make_report(
         more = f" {len(problems)} problems, the first: {problems[0]}" if problems else ""
         raise UserError(f"no readable result.json below {where}: run a sweep first.{more}")
     found = without_duplicates(found, problems)
+    metric = metric or chosen_metric(found)
+    plan = read_plan(run_dirs, found, problems)
     groups = group_by_protocol(found, metric, problems)
-    drawn = pictures(groups, metric, problems)
-    text = terminal_text(groups, metric, problems)
-    page = render_page(groups, metric, problems, drawn)
+    runs = [each for group in groups for each in group.runs]
+    logs = Logs(runs, problems)
+    analyses = tuple(analysed(group, metric, logs, problems) for group in groups)
+    sampled = tuple(read_sampled(run_dirs, runs, metric, problems))
+    cells = tuple(sample_cells(group, metric, problems) for group in groups[:MAX_GROUPS])
+    claim = sampling_claim(sampled) if sampled else None
+    listed = {"cells": plan.cells} if plan else None
+    scored = tuple(scored_rows([each.result for each in runs], listed))
+    study = Study(analyses, plan, logs, sampled, claim, scored, cells, tuple(problems))
+    drawn = pictures(analyses, [first for first, _ in cells], logs.losses())
+    text = terminal_text(analyses, problems, plan)
+    if claim:
+        text += f"\n\n{claim_words(claim)}"
+    if scored:
+        text += f"\n\n{scored_text(scored)}"
+    record = merged(analyses, problems, plan)
+    record["sampling_claim"] = asdict(claim) if claim else None
+    record["scored"] = [asdict(row) for row in scored]
+    page = render_page(study)
     files = [
-        write_atomic(out_dir / "table.csv", csv_text(groups).encode()),
+        write_atomic(out_dir / "table.csv", csv_text(groups, study.absent).encode()),
+        *([write_atomic(out_dir / "scored.csv", scored_csv(scored).encode())] if scored else []),
+        write_atomic(out_dir / "table.tex", latex_text(groups, metric, study.absent).encode()),
         write_atomic(out_dir / "table.txt", (text + "\n").encode()),
-        write_json(out_dir / "results.json", merged(groups, problems)),
-        *(write_atomic(out_dir / f"{picture.name}.png", picture.light) for picture in drawn),
+        write_json(out_dir / "results.json", record),
+        *(write_atomic(out_dir / f"{picture.name}.png", picture.png) for picture in drawn),
         write_atomic(out_dir / "index.html", page.encode()),
     ]
     return Summary(
         out_dir=out_dir,
         page=files[-1],
         groups=groups,
+        analyses=analyses,
         problems=tuple(problems),
         text=f"{text}\n\nreport: {files[-1]}",
         files=tuple(files),

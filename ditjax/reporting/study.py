@@ -1,6 +1,6 @@
-"""Which runs belong together, the laws fitted to them, and what those say.
+"""What belongs together: runs of one protocol, seeds of one recipe, the cells that were planned.
 
-Results of different protocols never share a fit. What is wrong with a result is added to
+Results of different protocols never share a group. What is wrong with a result is added to
 `problems`; a run with something wrong is never silently averaged in or dropped.
 """
 
@@ -9,63 +9,134 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ditjax.errors import UserError
-from ditjax.io.results import Found
-from ditjax.reporting.words import interval_words, law_words, metric_name, number, plural, short
-from ditjax.scaling.fit import (
-    Interval,
-    PowerLaw,
-    fit_power_law,
-    fit_power_law_offset,
-    pearson,
-    pearson_interval,
-    spearman,
-)
+from ditjax.config import completed
+from ditjax.io import rundir
+from ditjax.io.results import METRICS_FILE, RESULT_FILE, Found, Result, load_json
+from ditjax.io.rundir import STUDY_FILE
+from ditjax.reporting.words import metric_name, number, plural, short
 
-
-@dataclass(frozen=True)
-class Fit:
-    """The laws of one set of runs, or `why` there are none. `models` < `n` with several seeds."""
-
-    label: str
-    n: int
-    models: int
-    why: str = ""
-    pearson: float = math.nan
-    pearson_interval: Interval | None = None
-    spearman: float = math.nan
-    law: PowerLaw | None = None
-    offset: PowerLaw | None = None
-    why_no_offset: str = ""
+RUNS = "runs"
+NOT_RUN, UNFINISHED, UNREADABLE = "not run", "not finished", "unreadable"
+METRICS_BY_RANK = ("fid", "fd_digits")  # what a study is about, where nobody says
 
 
 @dataclass(frozen=True)
 class Group:
-    """All runs of one protocol, by Gflops, and their fits: all runs first, then each seed."""
+    """All runs of one protocol, by Gflops."""
 
     protocol_hash: str
     protocol: dict[str, Any]
     runs: tuple[Found, ...]
-    fits: tuple[Fit, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs that differ in their seed alone: their mean, standard deviation and ends.
+
+    Only runs whose metric is usable are members; `deviation` is NaN for a single one.
+    """
+
+    runs: tuple[Found, ...]
+    mean: float
+    deviation: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A cell of sweep.json without a result, and in which state it is."""
+
+    name: str
+    model: str
+    params: int | None
+    gflops: float | None
+    published: dict[str, float]
+    state: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What sweep.json says of a study: its title, all of its cells, those without a result."""
+
+    title: str
+    cells: tuple[dict[str, Any], ...]
+    absent: tuple[Absent, ...]
+
+
+def training_gflops(result: Result) -> float:
+    """Multiply-accumulates of training / 1e9: forward and backward are 3 forward passes."""
+    return 3.0 * result["gflops"] * result["train"]["images"]
+
+
+def chosen_metric(found: Sequence[Found]) -> str:
+    """FID where a result has it, then FD-digits."""
+    names = {name for each in found for name in each.result["metrics"]}
+    return next((name for name in METRICS_BY_RANK if name in names), METRICS_BY_RANK[-1])
+
+
+def usable(each: Found, metric: str) -> bool:
+    """Whether the metric is a positive number: what a law or a mean may be made of."""
+    value = each.result["metrics"].get(metric, math.nan)
+    return math.isfinite(value) and value > 0
+
+
+def published_values(record: Any) -> dict[str, float]:
+    """{metric: value} of a `published` record; {} where there is none, or it holds no numbers."""
+    values = record.get("values", record) if isinstance(record, dict) else {}
+    return {
+        name: float(value)
+        for name, value in (values if isinstance(values, dict) else {}).items()
+        if isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) < 1e300
+        and math.isfinite(value)
+    }
+
+
+def published_of(each: Found) -> dict[str, float]:
+    """The figures published for this cell elsewhere, as its result.json has them."""
+    record: Mapping[str, Any] = each.result
+    return published_values(record.get("published"))
 
 
 def without_duplicates(found: list[Found], problems: list[str]) -> list[Found]:
-    """One run for each (name, protocol): the first in the order of --runs."""
+    """One run for each (name, protocol): the first in the order of --runs.
+
+    Directories of one study, of several machines or labs, join by it: a cell and its recipe are one
+    run wherever they were trained. Another recipe of the same name is named, and never averaged in.
+    """
     first: dict[tuple[str, str], Found] = {}
     for each in found:
         key = (each.result["run"], each.result["protocol_hash"])
         kept = first.setdefault(key, each)
         if kept is not each:
-            same = "the same result" if kept.result == each.result else "another result"
             problems.append(
-                f"run {short(key[0])!r} is there twice: {each.folder} holds {same} and is left"
-                f" out, {kept.folder} is used."
+                f"run {short(key[0])!r} is there twice: {each.folder} holds"
+                f" {_beside(kept, each)} and is left out, {kept.folder} is used."
             )
     return list(first.values())
+
+
+def _beside(kept: Found, other: Found) -> str:
+    """What a second result of one name and protocol is."""
+    if kept.result == other.result:
+        return "the same result"
+    ours, theirs = (completed(each.result["config"]) for each in (kept, other))
+    apart = [
+        f"{short(key)} {short(str(after))}, not {short(str(before))}"
+        # A training that goes on for more steps is one run, and its results are two.
+        for key, before, after in rundir.differences(ours, theirs, also=("train.steps",))
+    ]
+    if apart:
+        more = ", ..." if len(apart) > 4 else ""
+        return f"another recipe ({', '.join(apart[:4])}{more})"
+    return "another result of the same recipe"
 
 
 def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> tuple[Group, ...]:
@@ -74,7 +145,7 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
     for each in found:
         by_hash[each.result["protocol_hash"]].append(each)
     if len(by_hash) > 1:
-        counts = ", ".join(f"{key} ({len(runs)} runs)" for key, runs in by_hash.items())
+        counts = ", ".join(f"{key} ({plural(len(runs), 'run')})" for key, runs in by_hash.items())
         apart = differences([runs[0].result["protocol"] for runs in by_hash.values()])
         problems.append(
             f"{len(by_hash)} protocols among the results: {counts}. They differ in"
@@ -94,9 +165,33 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
         if len(steps) > 1:
             shown = ", ".join(map(str, steps[:6])) + (", ..." if len(steps) > 6 else "")
             problems.append(f"protocol {key}: the fit mixes runs of {shown} training steps.")
-        fits = _fits(runs, metric, problems)
-        groups.append(Group(key, runs[0].result["protocol"], tuple(runs), fits))
+        varied = axes(runs)
+        if varied and set(varied) != {"train.steps"}:
+            problems.append(
+                f"protocol {key}: runs of one model differ in"
+                f" {differences([settings(each, varied) for each in runs])}; they are not averaged,"
+                " and each setting has a fit of its own."
+            )
+        _note_unusable(runs, metric, problems)
+        groups.append(Group(key, runs[0].result["protocol"], tuple(runs)))
     return tuple(groups)
+
+
+def _note_unusable(runs: Sequence[Found], metric: str, problems: list[str]) -> None:
+    for each in runs:
+        name = short(each.result["run"])
+        if not usable(each, metric):
+            value = each.result["metrics"].get(metric)
+            problems.append(
+                f"run {name!r}: {metric} is {'missing' if value is None else value}; left out of"
+                f" every fit and mean ({each.folder})."
+            )
+        elif not math.isfinite(each.result["train"]["final_loss"]):
+            problems.append(
+                f"run {name!r}: its training loss ended as {each.result['train']['final_loss']},"
+                f" its {metric_name(metric)} is {number(each.result['metrics'][metric])}: look at"
+                f" {each.folder}."
+            )
 
 
 def differences(protocols: Sequence[Mapping[str, Any]]) -> str:
@@ -114,82 +209,144 @@ def differences(protocols: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(words)
 
 
-def _fits(runs: list[Found], metric: str, problems: list[str]) -> tuple[Fit, ...]:
-    """All runs, then each seed's where there are several. Unusable values are named."""
-    usable = []
-    for each in runs:
-        value = each.result["metrics"].get(metric)
-        if value is None or not math.isfinite(value) or value <= 0:
-            problems.append(
-                f"run {short(each.result['run'])!r}: {metric} is"
-                f" {'missing' if value is None else value}; left out of the fit"
-                f" ({each.folder})."
-            )
-        else:
-            usable.append(each)
-    seeds = sorted({each.result["train"]["seed"] for each in usable})
-    fits = [_fit("all runs", usable, metric)]
-    if len(seeds) > 1:
-        for seed in seeds:
-            own = [each for each in usable if each.result["train"]["seed"] == seed]
-            fits.append(_fit(f"seed {seed}", own, metric))
-    return tuple(fits)
-
-
-def _fit(label: str, runs: list[Found], metric: str) -> Fit:
-    """Pearson of log10 Gflops and the metric, Spearman, both power laws."""
-    x = np.array([each.result["gflops"] for each in runs])
-    y = np.array([each.result["metrics"][metric] for each in runs])
-    # Seeds of one model share its distance from the law: they are one group to the bootstrap.
-    models = [_model_key(each) for each in runs]
-    n_models = len(set(models))
-    if n_models < 3:
-        return Fit(label, len(runs), n_models, why=f"a law needs 3 models, there are {n_models}")
-    try:
-        r = pearson(np.log10(x), y)
-        law = fit_power_law(x, y, np.random.default_rng(0), groups=models)
-    except UserError as error:
-        return Fit(label, len(runs), n_models, why=str(error))
-    offset, why = None, ""
-    try:
-        offset = fit_power_law_offset(x, y, np.random.default_rng(0), groups=models)
-    except UserError as error:
-        why = str(error)
-    interval = pearson_interval(r, n_models)
-    rank = spearman(x, y)
-    return Fit(label, len(runs), n_models, "", r, interval, rank, law, offset, why)
-
-
-def _model_key(each: Found) -> tuple[str, str, float]:
+def model_key(each: Found) -> tuple[str, str, float]:
+    """What the seeds of one model share: they are one group to a bootstrap."""
     model = each.result["model"]
     return (model["name"], model["block"], each.result["gflops"])
 
 
-def conclusion(group: Group, metric: str) -> str:
-    """One or two sentences: the law, its interval and Pearson, or why there are none."""
-    fit, name = group.fits[0], metric_name(metric)
-    seeds = len({each.result["train"]["seed"] for each in group.runs})
-    counted = f"{plural(fit.n, 'run')} of {plural(fit.models, 'model')}"
-    if seeds > 1:
-        counted += f" with {seeds} seeds"
-    if fit.law is None:
-        return f"{counted}. No law is fitted: {fit.why.rstrip('.')}."
-    law, interval = fit.law, fit.law.b_interval
-    if interval.low > 0:
-        trend = f"{name} falls as Gflops grow"
-    elif interval.high < 0:
-        trend = f"{name} grows with Gflops"
-    else:
-        trend = f"whether {name} falls with Gflops, these runs do not settle"
-    offset = ""
-    if fit.offset is not None and fit.offset.c > 0:
-        offset = (
-            f" With an offset: {law_words(fit.offset, name)}; exponent"
-            f" {interval_words(fit.offset.b_interval)}; R² {number(fit.offset.r2)}."
-        )
-    return (
-        f"{counted}: {trend}. {law_words(law, name)}; 95 % interval of the exponent b in"
-        f" Gflops^(-b): {interval_words(interval)}; R² of the logs {number(law.r2)}. Pearson of"
-        f" log10 Gflops and {name}: {number(fit.pearson)} (95 % interval"
-        f" {interval_words(fit.pearson_interval)}); Spearman {number(fit.spearman)}.{offset}"
+def axes(runs: Sequence[Found]) -> list[str]:
+    """Keys of the recipe, but the seed, in which runs of one size and patch differ."""
+    by_model: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for each in runs:
+        model = each.result["model"]
+        by_model[model["size"], model["patch"]].append(_recipe(each.result))
+    varied: dict[str, None] = {}
+    for recipes in by_model.values():
+        for key in dict.fromkeys(key for recipe in recipes for key in recipe):
+            if len({json.dumps(recipe.get(key)) for recipe in recipes}) > 1:
+                varied[key] = None
+    # result.json tells some of the recipe twice: the key of the config is the one that was set.
+    twice = {"train.learning_rate": "optim.learning_rate", "model.tokens": "data.image_size"}
+    return [key for key in varied if twice.get(key) not in varied]
+
+
+def settings(each: Found, keys: Sequence[str]) -> dict[str, Any]:
+    """The run's values of some keys of its recipe."""
+    recipe = _recipe(each.result)
+    return {key: recipe.get(key) for key in keys}
+
+
+def settings_words(values: Mapping[str, Any]) -> str:
+    """'block adaln, learning_rate 0.001'."""
+    return ", ".join(
+        f"{short(key.rpartition('.')[2], 24)} {short(str(value), 24)}"
+        for key, value in values.items()
     )
+
+
+def by_settings(runs: Sequence[Found]) -> list[tuple[dict[str, Any], list[Found]]]:
+    """Runs that may be seeds of one another or other models, the largest such set first."""
+    keys = axes(runs)
+    gathered: dict[str, list[Found]] = defaultdict(list)
+    for each in runs:
+        gathered[json.dumps(settings(each, keys), sort_keys=True)].append(each)
+    sets = sorted(gathered.values(), key=lambda members: -len(members))
+    return [(settings(members[0], keys), members) for members in sets]
+
+
+def families(runs: Sequence[Found], metric: str) -> list[Family]:
+    """Runs with a usable metric, gathered over seeds, in the order of their first."""
+    gathered: dict[str, list[Found]] = defaultdict(list)
+    for each in runs:
+        if usable(each, metric):
+            gathered[json.dumps(_recipe(each.result), sort_keys=True)].append(each)
+    found = []
+    for members in gathered.values():
+        values = np.array([each.result["metrics"][metric] for each in members])
+        deviation = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+        ends = float(values.min()), float(values.max())
+        found.append(Family(tuple(members), float(values.mean()), deviation, *ends))
+    return found
+
+
+def _recipe(result: Result) -> dict[str, Any]:
+    """'model.size' -> value of all that a run learns from but its seed, flat."""
+    flat = {f"model.{key}": value for key, value in result["model"].items()}
+    flat |= {
+        f"train.{key}": result["train"][key] for key in ("steps", "batch_size", "learning_rate")
+    }
+    return flat | {
+        key: value
+        for key, value in rundir.leaves(result["config"])
+        if key != "seed" and not key.startswith(rundir.FREE_KEYS)
+    }
+
+
+def read_plan(
+    folders: Sequence[str | Path], found: Sequence[Found], problems: list[str]
+) -> Plan | None:
+    """The sweep.json of the folders and of the studies that the results lie in.
+
+    None where there is none. Cells of one name are one cell. A file that cannot be read, or a cell
+    that is none, is added to `problems`.
+    """
+    roots = [Path(folder) for folder in folders]
+    roots += [each.folder.parent.parent for each in found if each.folder.parent.name == RUNS]
+    studies = {}
+    for root in roots:
+        path = (root / STUDY_FILE).resolve()
+        if path in studies or not path.is_file():
+            continue
+        try:
+            studies[path] = _checked_study(load_json(path))
+        except (OSError, ValueError) as error:
+            problems.append(f"{path} is no list of a study's cells ({error}): it is not used.")
+    if not studies:
+        return None
+    done = {each.result["run"] for each in found}
+    absent: dict[str, Absent] = {}
+    cells: dict[str, dict[str, Any]] = {}
+    for path, study in studies.items():
+        for cell in study["cells"]:
+            cells.setdefault(cell["name"], cell)
+            if cell["name"] not in done:
+                absent.setdefault(cell["name"], _absent(cell, path.parent / RUNS))
+    title = next((study["title"] for study in studies.values() if study["title"]), "")
+    return Plan(title, tuple(cells.values()), tuple(absent.values()))
+
+
+def _checked_study(value: Any) -> dict[str, Any]:
+    """title and cells, each with a name. Raises ValueError."""
+    if not isinstance(value, dict) or not isinstance(value.get("cells"), list):
+        raise ValueError("expected an object with 'cells'")
+    for cell in value["cells"]:
+        if not isinstance(cell, dict) or not isinstance(cell.get("name"), str):
+            raise ValueError("expected cells that are objects with a 'name'")
+    title = value.get("title")
+    return {"title": title if isinstance(title, str) else "", "cells": value["cells"]}
+
+
+def _absent(cell: Mapping[str, Any], runs: Path) -> Absent:
+    folder = runs / cell["name"].replace("/", "_")
+    state = NOT_RUN
+    if (folder / RESULT_FILE).exists():
+        state = UNREADABLE
+    elif (folder / METRICS_FILE).exists():
+        state = UNFINISHED
+    params, gflops = _positive(cell.get("params")), _positive(cell.get("gflops"))
+    model = cell.get("model")
+    return Absent(
+        cell["name"],
+        model if isinstance(model, str) else "",
+        None if params is None else int(params),
+        gflops,
+        published_values(cell.get("published")),
+        state,
+    )
+
+
+def _positive(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if 0 < value < 1e300 else None

@@ -18,9 +18,11 @@ METRIC_NAMES = {
     "sfid": "sFID",
     "inception_score": "IS",
     "kid": "KID",
+    "val_loss": "validation loss",
+    "val_vlb": "validation L_vlb",
 }
 # How sure a metric is, not what it is: in the CSV, and no columns of a reader's table.
-OF_A_METRIC = ("_low", "_high", "_inf_se", "_deviation")
+OF_A_METRIC = ("_low", "_high", "_inf_se", "_deviation", "_stderr")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -52,6 +54,11 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{number(seconds, 2)} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def percent(share: float) -> str:
+    """+18 %, -3.1 %."""
+    return f"{'+' if share >= 0 else '-'}{number(abs(share) * 100, 2)} %"
 
 
 def interval_words(interval: Interval | None) -> str:

@@ -74,6 +74,43 @@ def write_run(root, depth, width, heads, patch, seed=0, fd=None, **changes):
     return folder
 
 
+def write_plan(root, cells, title="A study", **changes):
+    """sweep.json, as a sweep writes it; `cells` are (name, changes)."""
+    listed = [
+        {
+            "number": number,
+            "name": name,
+            "model": "DiT-9x96x3/1",
+            "overrides": {},
+            "params": 123456,
+            "gflops": 0.5,
+            "training_gflops": 9.0,
+            "published": None,
+        }
+        | own
+        for number, (name, own) in enumerate(cells)
+    ]
+    study = {"schema": 1, "title": title, "command": "python -m ditjax.sweep", "cells": listed}
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "sweep.json").write_text(json.dumps(study | changes))
+
+
+def write_curves(folders, protocol="aaaa"):
+    """Evaluations along training in each run's metrics.jsonl: 30·step^(-0.3)·Gflops^(-0.1)."""
+    for folder in folders:
+        gflops = json.loads((folder / "result.json").read_text())["gflops"]
+        lines = [
+            {
+                "step": step,
+                "loss": step**-0.1,
+                "eval/fd_digits": 30 * step**-0.3 * gflops**-0.1,
+                "eval/protocol_hash": protocol,
+            }
+            for step in range(10, 210, 10)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def write_study(root, seeds=(0,), **changes):
     return [
         write_run(root, *size, patch, seed, **changes)
@@ -84,7 +121,7 @@ def write_study(root, seeds=(0,), **changes):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the visible text, the cells of the table of runs."""
+    """Tags with their attributes, the visible text, the cells of all tables."""
 
     def __init__(self, text):
         super().__init__()
@@ -111,7 +148,14 @@ class Page(HTMLParser):
 @pytest.fixture(scope="session")
 def study() -> SimpleNamespace:
     """Runs of 3 sizes by 3 patches, as a sweep would leave them."""
-    return SimpleNamespace(sizes=SIZES, protocol=PROTOCOL, write_run=write_run, write=write_study)
+    return SimpleNamespace(
+        sizes=SIZES,
+        protocol=PROTOCOL,
+        write_run=write_run,
+        write=write_study,
+        write_plan=write_plan,
+        write_curves=write_curves,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -125,3 +169,9 @@ def nine(study, tmp_path_factory):
     root = tmp_path_factory.mktemp("nine")
     study.write(root)
     return report.make_report([root], root / "report")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """A report without its PNGs, which are most of its time: for tests of all the rest."""
+    monkeypatch.setattr(report, "pictures", lambda *_: [])

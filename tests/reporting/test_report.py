@@ -8,6 +8,8 @@ from PIL import Image
 
 from ditjax import report
 from ditjax.errors import UserError
+from ditjax.reporting import page
+from tests.reporting.many import write_many
 
 
 def test_nine_runs_give_every_file(nine):
@@ -15,6 +17,7 @@ def test_nine_runs_give_every_file(nine):
     assert names == {
         "index.html",
         "table.csv",
+        "table.tex",
         "table.txt",
         "results.json",
         "gflops_vs_fid.png",
@@ -44,6 +47,39 @@ def test_command_prints_the_table_and_joins_folders(study, tmp_path, capsys):
     assert "DiT-2x48x2-p1-seed0" in printed
     assert "DiT-3x72x3-p1-seed0" in printed
     assert (tmp_path / "a" / "report" / "index.html").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_two_hundred_runs_are_one_small_page(tmp_path, read_page):
+    """Ten megabytes at most, with samples of 256x256; `python -m tests.reporting.many` times it."""
+    write_many(tmp_path / "study", 200, side=256, lines=40)
+    summary = report.make_report([tmp_path / "study"], tmp_path / "report")
+    assert summary.page.stat().st_size <= 10e6
+    read = read_page(summary.page.read_text())
+    rows = [attributes for tag, attributes in read.tags if tag == "tr" and attributes]
+    assert sum("data-r" in attributes for attributes in rows) == 200
+    assert sum(attributes.get("class") == "absent" for attributes in rows) == 12
+    words = " ".join(read.words)
+    assert "Not run: DiT-missing-0, DiT-missing-1" in words
+    assert "Shown are 8 of 10 sizes" in words
+    images = [a["src"] for tag, a in read.tags if tag == "img" and "src" in a]
+    assert len(images) == 32
+    assert all(image.startswith("data:image/jpeg") for image in images)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_samples_that_would_make_the_page_large_are_left_out_and_said(
+    study, tmp_path, monkeypatch, read_page
+):
+    study.write(tmp_path)
+    monkeypatch.setattr(page, "PAGE_BYTES", 800)
+    read = read_page(report.make_report([tmp_path], tmp_path / "report").page.read_text())
+    images = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
+    words = " ".join(read.words)
+    assert 1 <= len(images) <= 8
+    assert sum(map(len, images)) <= 800
+    assert f"{9 - len(images)} cells left out to keep the page small" in words
+    assert words.count("not shown") == 9 - len(images)
 
 
 def test_users_mistakes_are_one_line(study, tmp_path):

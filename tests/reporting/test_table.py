@@ -3,6 +3,8 @@
 import csv
 import json
 
+import pytest
+
 from ditjax import report
 
 
@@ -13,7 +15,7 @@ def test_csv_and_json_hold_every_number_at_full_precision(nine):
     for row, each in zip(rows, merged["results"], strict=True):
         assert float(row["gflops"]) == each["gflops"]
         assert float(row["metrics.fd_digits"]) == each["metrics"]["fd_digits"]
-    assert merged["fits"][0]["law"]["b"] == nine.groups[0].fits[0].law.b
+    assert merged["fits"][0]["law"]["b"] == nine.analyses[0].fits[0].law.b
 
 
 def test_terminal_columns_are_aligned(nine):
@@ -27,6 +29,7 @@ def test_terminal_columns_are_aligned(nine):
     assert "e-" not in "".join(lines)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_how_sure_a_metric_is_stands_in_the_csv_only(study, tmp_path):
     metrics = {"fd_digits": 9.0, "fd_digits_low": 8.0, "fd_digits_inf": 7.0, "kid_deviation": 0.1}
     study.write_run(tmp_path, 2, 48, 2, 4, metrics=metrics)
@@ -39,6 +42,7 @@ def test_how_sure_a_metric_is_stands_in_the_csv_only(study, tmp_path):
     assert row["metrics.fd_digits_low"] == "8.0"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_spreadsheet_takes_no_name_for_a_formula(study, tmp_path):
     metrics = {"fd_digits": 9.0, "kid": -0.25}
     model = {"name": "-", "size": "@SUM(A1)", "depth": 1, "width": 2, "heads": 1, "patch": 1}

@@ -1,0 +1,104 @@
+"""The table of a study for a paper: LaTeX with booktabs, seeds as mean ± standard deviation."""
+
+import math
+from collections.abc import Sequence
+
+from ditjax.masking import visible
+from ditjax.reporting.study import Absent, Family, Group, families, published_of, usable
+from ditjax.reporting.words import METRIC_NAMES, count, encodable, metric_name, number
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "∞": r"$\infty$",
+    "-": "{-}",  # no ligature, and nothing of a name reads as a rule
+}
+_LONG = 40  # rows that a page holds
+
+
+def escaped(text: str, longest: int = 60) -> str:
+    """A name as LaTeX prints it: no command, no comment, no line of its own."""
+    line = visible(text)
+    line = line if len(line) <= longest else f"{line[: longest - 3]}..."
+    return "".join(_SPECIAL.get(char, char) for char in line)
+
+
+def latex_text(groups: Sequence[Group], metric: str, absent: Sequence[Absent] = ()) -> str:
+    """One row a model and recipe; a run without a usable metric has a row of its own.
+
+    Needs \\usepackage{booktabs}, and longtable where the rows are many.
+    """
+    several = len(groups) > 1
+    published = any(
+        metric in record
+        for record in (
+            *(published_of(each) for group in groups for each in group.runs),
+            *(cell.published for cell in absent),
+        )
+    )
+    heads = ["model", "block", "parameters", "Gflops", "steps", "seeds", metric_name(metric)]
+    heads += ["published"] if published else []
+    rows: list[str] = []
+    for group in groups:
+        if several:
+            rows.append(
+                rf"\multicolumn{{{len(heads)}}}{{l}}{{protocol {escaped(group.protocol_hash)}}} \\"
+            )
+        made = {id(family.runs[0]): family for family in families(group.runs, metric)}
+        for each in group.runs:
+            family = made.get(id(each))
+            if family is None and usable(each, metric):
+                continue  # a further seed of a family
+            model, train = each.result["model"], each.result["train"]
+            cells = [model["name"], model["block"], count(each.result["params"])]
+            cells += [number(each.result["gflops"]), str(train["steps"])]
+            cells = [escaped(cell) for cell in cells]
+            cells += [str(len(family.runs)) if family else "1", _measured(family)]
+            if published:
+                cells.append(_known(published_of(each).get(metric)))
+            rows.append(" & ".join(cells) + r" \\")
+    for cell in absent:
+        known = [escaped(cell.model or cell.name), "--"]
+        known += [count(cell.params) if cell.params else "--", _known(cell.gflops), "--", "0"]
+        known += [escaped(cell.state), *([_known(cell.published.get(metric))] if published else [])]
+        rows.append(" & ".join(known) + r" \\")
+    return encodable(_framed(heads, rows, metric))
+
+
+def _framed(heads: Sequence[str], rows: Sequence[str], metric: str) -> str:
+    columns = "ll" + "r" * (len(heads) - 2)
+    head = " & ".join(escaped(each) for each in heads) + r" \\"
+    note = "mean and standard deviation of the seeds; lower is better"
+    if metric in METRIC_NAMES and metric != "fid":
+        note += f"; {metric_name(metric)} is not FID"
+    lines = [f"% needs booktabs{' and longtable' if len(rows) > _LONG else ''}; {note}"]
+    if len(rows) > _LONG:
+        lines += [rf"\begin{{longtable}}{{{columns}}}", r"\toprule", head, r"\midrule"]
+        lines += [r"\endhead", r"\bottomrule", r"\endfoot", *rows, r"\end{longtable}"]
+    else:
+        lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
+        lines += [*rows, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def _measured(family: Family | None) -> str:
+    if family is None:
+        return "NaN"
+    spread = f" $\\pm$ {number(family.deviation, 2)}" if math.isfinite(family.deviation) else ""
+    return f"{number(family.mean)}{spread}"
+
+
+def _known(value: float | None) -> str:
+    return "--" if value is None else number(value)

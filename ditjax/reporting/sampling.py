@@ -1,0 +1,82 @@
+"""Quality against the compute of sampling, from the grid.json of `python -m ditjax.grid`."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditjax.errors import UserError
+from ditjax.io.results import Found, load_json
+from ditjax.reporting.study import RUNS
+from ditjax.scaling.claims import Claim, sampling_does_not_make_up
+
+GRID_FILE = "grid.json"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One cell: the run, Gflops of sampling one image, and the metric."""
+
+    run: Found
+    gflops: float
+    value: float
+
+
+def read_sampled(
+    folders: Sequence[str | Path], found: Sequence[Found], metric: str, problems: list[str]
+) -> list[Sampled]:
+    """Cells of the grid.json in the folders and one below, of runs that are among the results.
+
+    Of several guidance scales, samplers and counts only the most frequent combination is kept, so
+    that cells differ in their steps alone. A file that cannot be read is added to `problems`.
+    """
+    by_name = {each.result["run"]: each for each in found}
+    kept: list[tuple[str, Sampled]] = []
+    for path in _files(folders):
+        try:
+            cells = load_json(path)["cells"]
+            for cell in cells:
+                value = cell["metrics"].get(metric)
+                gflops, run = float(cell["sampling_gflops"]), by_name.get(cell["run"])
+                if run is None or value is None:
+                    continue
+                if gflops > 0 and 0 < float(value) < math.inf:
+                    kept.append((_same(cell), Sampled(run, gflops, float(value))))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            problems.append(f"{path} is no whole grid ({type(error).__name__}: {error}).")
+    if not kept:
+        return []
+    most = Counter(same for same, _ in kept).most_common(1)[0][0]
+    unique = {(id(one.run), one.gflops): one for same, one in kept if same == most}
+    return sorted(unique.values(), key=lambda one: (one.run.result["gflops"], one.gflops))
+
+
+def _files(folders: Sequence[str | Path]) -> Iterable[Path]:
+    seen = set()
+    for folder in map(Path, folders):
+        root = folder.parent if folder.name == RUNS else folder
+        for path in (root / GRID_FILE, *sorted(root.glob(f"*/{GRID_FILE}"))):
+            if path.is_file() and path.resolve() not in seen:
+                seen.add(path.resolve())
+                yield path
+
+
+def _same(cell: dict[str, Any]) -> str:
+    """What must be equal for two cells to differ in their sampling steps alone."""
+    settings = {key: value for key, value in cell["settings"].items() if key != "steps"}
+    protocol = {key: value for key, value in cell["protocol"].items() if key != "steps"}
+    return repr((sorted(settings.items()), sorted(protocol.items())))
+
+
+def sampling_claim(sampled: Sequence[Sampled]) -> Claim:
+    """That more sampling compute does not make up for a small model."""
+    try:
+        return sampling_does_not_make_up(
+            [one.run.result["gflops"] for one in sampled],
+            [one.gflops for one in sampled],
+            [one.value for one in sampled],
+        )
+    except UserError as error:
+        return Claim("More sampling compute does not make up for a small model.", None, str(error))

@@ -1,0 +1,157 @@
+"""What a group says: held-out prediction, IsoFLOP profiles, claims, settings kept apart."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from ditjax import report
+from ditjax.io.results import find_results
+from ditjax.reporting import sampling
+from ditjax.reporting.looks import Encoding
+from ditjax.reporting.samples import row_names
+from ditjax.scaling.fit import spearman
+
+
+def test_the_largest_model_is_foretold(nine):
+    (analysis,) = nine.analyses
+    found = analysis.extrapolation
+    assert found.models_fitted == 8
+    largest = max(analysis.runs, key=lambda each: each.result["gflops"])
+    assert found.measured == pytest.approx(largest.result["metrics"]["fd_digits"])
+    assert found.predicted == pytest.approx(0.2 * largest.result["gflops"] ** -0.5, rel=0.15)
+    assert "the law of the 8 smaller models foretells" in nine.text
+    saved = json.loads((nine.out_dir / "results.json").read_text())["extrapolations"]
+    assert saved[0]["models_fitted"] == 8
+
+
+def test_the_papers_claims_are_tried_on_the_runs(nine):
+    holds = {claim.text: claim.holds for claim in nine.analyses[0].claims}
+    assert len(holds) == 5
+    assert holds["Gflops predict quality, parameters alone do not."]
+    assert holds["adaLN-Zero beats the other blocks."] is None
+    assert "cannot be told: adaLN-Zero" in nine.text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_profiles_are_of_evaluations_along_training(study, tmp_path):
+    study.write_curves(study.write(tmp_path, seeds=(0, 1)))
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    iso = summary.analyses[0].isoflop
+    assert iso is not None
+    assert iso.metric == "fd_digits"
+    assert len(iso.curves) == 18
+    assert 1 <= len(iso.profiles) <= 5
+    for profile in iso.profiles:
+        # compute = 3·G·8·step, so the planted curve is known at any budget
+        for gflops, y in zip(profile.sizes, profile.metrics, strict=True):
+            step = profile.budget / (3 * 8 * gflops)
+            assert y == pytest.approx(30 * step**-0.3 * gflops**-0.1, rel=1e-3)
+    # Of the planted curves y ∝ G^0.2·C^(-0.3): the smallest is the best at every budget.
+    assert all(profile.best_size is None for profile in iso.profiles)
+    assert "No law of the best size" in summary.page.read_text()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_runs_of_one_model_that_differ_in_more_than_seeds_are_not_averaged(study, tmp_path):
+    study.write(tmp_path, seeds=(0, 1))
+    for patch in (4, 2, 1):
+        study.write_run(tmp_path / "slow", *study.sizes[0], patch, fd=500.0,
+                        config={"optim": {"learning_rate": 0.5}})  # fmt: skip
+    summary = report.make_report([tmp_path / "slow", tmp_path], tmp_path / "report")
+    (said,) = (each for each in summary.problems if "differ in optim.learning_rate" in each)
+    assert "not averaged" in said
+    analysis = summary.analyses[0]
+    assert len(analysis.runs) == 15  # the first three of --runs stand for their names
+    assert [fit.n for fit in analysis.fits if fit.label.startswith("learning_rate")] == [15, 3]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_validation_loss_agrees_by_rank(study, tmp_path):
+    losses, distances = [], []
+    for size in study.sizes:
+        for patch in (4, 2, 1):
+            folder = study.write_run(tmp_path, *size, patch)
+            path = folder / "result.json"
+            result = json.loads(path.read_text())
+            distances.append(result["metrics"]["fd_digits"])
+            losses.append(0.1 + 0.01 * (distances[-1] % 7))
+            result["metrics"]["val_loss"] = losses[-1]
+            path.write_text(json.dumps(result))
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    analysis = summary.analyses[0]
+    assert analysis.agreed == 9
+    assert analysis.agreement == pytest.approx(spearman(losses, distances))
+    assert "FD-digits against validation loss" in summary.page.read_text()
+    assert {fit.y for fit in analysis.others} == {"fd_digits", "val_loss"}
+
+
+def a_grid(runs, steps=(5, 10), **settings):
+    cells = [
+        {
+            "run": name,
+            "settings": {"steps": str(n), "cfg_scale": 1.0} | settings,
+            "protocol": {"steps": str(n), "num_samples": 9} | settings,
+            "sampling_gflops": gflops * n,
+            "metrics": {"fd_digits": 1 / (gflops * n) if n > 0 else None},
+        }
+        for name, gflops in runs
+        for n in steps
+    ]
+    return {"schema": 1, "cells": cells}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_sampling_compute_is_read_from_the_grid_beside_the_runs(study, tmp_path):
+    folders = study.write(tmp_path / "runs")
+    runs = [
+        (folder.name, json.loads((folder / "result.json").read_text())["gflops"])
+        for folder in folders
+    ]
+    (tmp_path / "fig10").mkdir()
+    grid = a_grid([*runs, ("another", 1.0)], steps=(5, 10, 50))
+    grid["cells"] += a_grid(runs, steps=(20,), cfg_scale=4.0)["cells"]
+    (tmp_path / "fig10" / "grid.json").write_text(json.dumps(grid))
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    page = summary.page.read_text()
+    assert "FD-digits against sampling compute" in page
+    assert "More sampling compute does not make up for a small model." in page
+    assert "More sampling compute does not make up for a small model." in summary.text
+    found = summary.groups[0].runs
+    sampled = sampling.read_sampled([tmp_path], found, "fd_digits", [])
+    assert len(sampled) == 27, "guided cells and foreign runs are not mixed in"
+    costs = {one.run.result["run"]: one.gflops / one.run.result["gflops"] for one in sampled}
+    assert set(np.round(list(costs.values()))) == {50}
+    problems: list[str] = []
+    (tmp_path / "fig10" / "grid.json").write_text("[")
+    assert sampling.read_sampled([tmp_path], found, "fd_digits", problems) == []
+    assert "no whole grid" in problems[0]
+
+
+def test_sizes_are_in_the_order_of_their_parameters(study, tmp_path):
+    """Whichever patches they were run with: a small one at patch 1 may cost more Gflops."""
+    study.write_run(tmp_path, *study.sizes[2], 4)
+    study.write_run(tmp_path, *study.sizes[1], 1)
+    study.write_run(tmp_path, *study.sizes[0], 2)
+    found, _ = find_results([tmp_path])
+    sizes = ["2x48x2", "3x72x3", "4x96x3"]
+    title, values = Encoding(found).markers
+    assert (title, [words for words, _ in values]) == ("size", sizes)
+    title, values = Encoding(found).colours
+    assert (title, [words for words, _ in values]) == ("patch", ["4", "2", "1"])
+    assert row_names(found, False) == sizes
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_two_models_settle_no_claim(study, tmp_path):
+    for patch in (2, 1):
+        study.write_run(tmp_path, *study.sizes[0], patch)
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    assert summary.analyses[0].claims == ()
+    assert "holds" not in summary.text
+
+
+def test_nothing_is_said_of_validation_loss_where_there_is_none(nine):
+    assert math.isnan(nine.analyses[0].agreement)
+    assert "alidation loss" not in nine.page.read_text()
