@@ -1,0 +1,1 @@
+"""One recipe for each table and figure of the DiT paper, its published figures beside the cells."""

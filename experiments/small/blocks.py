@@ -1,0 +1,24 @@
+"""Figure 5, small: the four blocks at the same size, steps and data, three seeds each.
+
+    C=experiments/small/blocks.py
+    python -m ditjax.sweep --config=$C --workdir=runs/small/blocks --jobs=2
+
+Asks whether adaLN-Zero beats the other blocks by more than seeds differ. Their Gflops are not the
+same: cross-attention has more, adaLN and in-context have less.
+Two cores: 20 minutes. Expected result: see README.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import digits
+
+BLOCKS = ("adaln_zero", "adaln", "cross_attention", "in_context")
+SEEDS = (0, 1, 2)
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The study's recipe; 'SIZE/PATCH' is the model that all blocks are tried in."""
+    config = digits.get_config(arg or "4x96x3/2")
+    config.train.evaluate_every_steps = 500
+    config.sweep.grid = (("model.block", BLOCKS), ("seed", SEEDS))
+    return config

@@ -1,0 +1,58 @@
+"""The small studies hold what the paper's claims need, and their cells are legal."""
+
+from collections import Counter
+
+import pytest
+
+from ditjax.cli import load_recipe
+from ditjax.studies import cells
+
+
+def of(name):
+    return cells(load_recipe([f"--config=experiments/small/{name}.py"]).to_dict())
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    return of("scaling")
+
+
+def test_scaling_has_twelve_models_two_seeds_and_curves(scaling):
+    models = Counter((c.config.model.size, c.config.model.patch) for c in scaling)
+    assert len(models) >= 12
+    assert min(models.values()) >= 2
+    assert len({size for size, _ in models}) == 4
+    for cell in scaling:
+        c = cell.config
+        assert c.evaluate.val_loss_num
+        assert c.train.steps // c.train.evaluate_every_steps >= 8
+        assert not c.train.steps % c.train.evaluate_every_steps
+    # Matched in all but the model and the seed.
+    assert len({(c.config.train, c.config.optim, c.config.data) for c in scaling}) == 1
+
+
+def test_blocks_are_matched_but_for_the_block():
+    found = of("blocks")
+    blocks = Counter(c.config.model.block for c in found)
+    assert set(blocks) == {"adaln_zero", "adaln", "cross_attention", "in_context"}
+    assert min(blocks.values()) >= 3
+    assert len({(c.config.train, c.config.optim, c.config.model.size) for c in found}) == 1
+
+
+def test_sampling_takes_the_runs_of_scaling(scaling):
+    assert of("sampling") == scaling
+
+
+def test_guidance_is_on_more_than_three_channels():
+    recipe = load_recipe(["--config=experiments/small/guidance.py"])
+    assert recipe.autoencoder.latent_channels == 4
+    assert recipe.autoencoder.kind == "kl"
+
+
+def test_scenes_are_larger_images_in_colour():
+    found = of("scenes")
+    assert len(found) >= 4
+    for cell in found:
+        data = cell.config.data
+        assert (data.name, data.image_size, data.channels) == ("digit_scenes", 32, 3)
+        assert cell.config.evaluate.features == "scenes"
