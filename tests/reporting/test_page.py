@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import json
 import re
 import shutil
@@ -158,6 +159,57 @@ def test_no_name_runs_in_a_browser(study, tmp_path, read_page):
     naive = tmp_path / "naive.html"
     naive.write_text(f"<!doctype html><title>x</title><p>{NAMES[0]}")
     assert is_owned(read_page(seen_by_a_browser(naive, tmp_path / "profile")).tags)
+
+
+TOUCH = """<script>{
+const told = {}, all = [...table.querySelectorAll("button")];
+const rows = () => [...table.tBodies[0].rows].filter((row) => !row.hidden);
+const seen = () => rows().map((row) => row.dataset.r);
+const button = all.find((each) => each.textContent == "FD-digits");
+button.click();
+told.up = seen();
+button.click();
+told.down = seen();
+const search = document.querySelector("input[type=search]");
+search.value = "p1 seed0";
+search.dispatchEvent(new Event("input"));
+told.searched = seen();
+const press = (key) => document.querySelector("svg[data-frame]").dispatchEvent(
+  new KeyboardEvent("keydown", {key, bubbles: true}));
+press("ArrowRight");
+told.tip = tip.textContent;
+press("Enter");
+told.pinned = [...document.querySelectorAll(".pin")].map((node) => node.dataset.r);
+press("Escape");
+told.left = [document.querySelectorAll(".pin").length, tip.hidden];
+document.body.replaceChildren(document.createElement("pre"));
+document.querySelector("pre").textContent = JSON.stringify(told);
+}</script>"""  # in a block: the page's own script has names, and its `table` and `tip`
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here: Debian's package of that name")
+@pytest.mark.usefixtures("no_pictures")
+def test_sorting_searching_and_keys_in_a_browser(study, tmp_path):
+    study.write_curves(study.write(tmp_path, seeds=(0, 1)))
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    touched = tmp_path / "touched.html"
+    text, policies = re.subn('<meta http-equiv="Content-Security-Policy".*?>', "",
+                             summary.page.read_text(), flags=re.DOTALL)  # fmt: skip
+    assert policies == 1  # else the script of this test could not run
+    touched.write_text(text + TOUCH)
+    (pre,) = re.findall("<pre>(.*)</pre>", seen_by_a_browser(touched, tmp_path / "profile"))
+    told = json.loads(html.unescape(pre))
+    runs = summary.groups[0].runs
+    by_metric = sorted(range(18), key=lambda i: runs[i].result["metrics"]["fd_digits"])
+    assert told["up"] == [str(i) for i in by_metric]
+    assert told["down"] == told["up"][::-1]
+    assert {runs[int(i)].result["model"]["patch"] for i in told["searched"]} == {1}
+    assert {runs[int(i)].result["train"]["seed"] for i in told["searched"]} == {0}
+    assert len(told["searched"]) == 3
+    assert told["tip"].startswith(runs[0].result["run"])
+    assert set(told["pinned"]) == {"0"}
+    assert len(told["pinned"]) > 2
+    assert told["left"] == [0, True]
 
 
 @pytest.mark.usefixtures("no_pictures")
