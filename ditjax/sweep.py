@@ -56,7 +56,7 @@ def run_cell(
         return
     if begin and is_primary():
         begin()
-    with _noted(folder):
+    with _noted(folder), stopping.raised():  # while it trains, `train` hears the signal
         _make(cell, folder)
 
 

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import signal
+import time
 
 import pytest
 
 from ditjax import status, sweep
 from ditjax.cli import load_recipe
-from ditjax.errors import UserError
+from ditjax.errors import StoppedError, UserError
 from ditjax.io import lease, rundir
 from ditjax.io.lease import Holder, Lease
 from ditjax.io.results import write_result
@@ -125,6 +127,24 @@ def test_failed_and_stopped_say_why(study, tmp_path, folder):
     for text in ("{", "[]", '{"how": "done", "line": ""}'):
         (folder / rundir.ENDED_FILE).write_text(text)
         assert seen(study[:1], tmp_path)[0].words == state.words, "no ending of ours"
+
+
+def test_a_cell_told_to_stop_in_its_evaluation_has_stopped(study, tmp_path, folder, monkeypatch):
+    def told(cell, folder):
+        log(folder, (20, 2.0, 0.5))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(sweep, "_make", told)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(StoppedError, match="stopped by SIGTERM: the same command goes on"):
+            sweep.run_cell(study[0], tmp_path)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (state,) = seen(study[:1], tmp_path)
+    assert (state.stage, state.words) == ("stopped", "stopped by SIGTERM: the same command goes on")
 
 
 def test_a_cell_of_a_sweep_that_lives_starts(study, tmp_path, folder):

@@ -109,7 +109,8 @@ class Stopping:
 def raised() -> Iterator[None]:
     """SIGTERM as a StoppedError in the main thread, so that what is open is left in good order.
 
-    A second one ends the process as if there were none of this. For commands that only wait.
+    A second one ends the process as if there were none of this. For work that leaves files that
+    are whole wherever it ends.
     """
 
     def stop(number: int, _: Any) -> None:
