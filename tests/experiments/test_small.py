@@ -31,6 +31,16 @@ def test_scaling_has_twelve_models_two_seeds_and_curves(scaling):
     assert len({(c.config.train, c.config.optim, c.config.data) for c in scaling}) == 1
 
 
+def test_compute_is_the_same_for_every_size(scaling):
+    found = of("compute")
+    assert {c.config.model.size for c in found} == {c.config.model.size for c in scaling}
+    assert max(c.training_gflops for c in found) < 1.01 * min(c.training_gflops for c in found)
+    assert max(c.config.train.steps for c in found) > 10 * min(c.config.train.steps for c in found)
+    for cell in found:  # curves go on nearly to the end
+        left = cell.config.train.steps % cell.config.train.evaluate_every_steps
+        assert left < 0.06 * cell.config.train.steps
+
+
 def test_blocks_are_matched_but_for_the_block():
     found = of("blocks")
     blocks = Counter(c.config.model.block for c in found)
