@@ -4,8 +4,9 @@
     python -m ditjax.sweep --config=$C --workdir=runs/small/blocks --jobs=2
 
 Asks whether adaLN-Zero beats the other blocks by more than seeds differ. Their Gflops are not the
-same: cross-attention has more, adaLN and in-context have less.
-Two cores: 20 minutes. Expected result: see README.
+same: cross-attention has 15 % more, in-context 9 % (two more tokens, of 16), adaLN 1 % less. The
+learning rate is the one that was found for adaLN-Zero.
+Two cores: 14 minutes. Expected result: see README.
 """
 
 from ml_collections import ConfigDict
