@@ -7,7 +7,7 @@ Every run has 2,400 training Gflops (3 x forward Gflops x images), whatever its 
 of the smallest, 1,570 of the largest, each with a rate that falls to its own end. On the curves of
 the scaling study the smaller model is at its end where the larger is still on the way, which is no
 fair comparison; the paper's rate is constant. Steps are what the budget makes of them.
-Two cores: 12 minutes. Expected result: see README.
+Two cores: 17 minutes. Expected result: see README.
 """
 
 from ml_collections import ConfigDict

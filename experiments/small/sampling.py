@@ -8,7 +8,7 @@
 
 Asks whether more sampling compute makes up for a small model; the report finds the grid beside the
 runs. This recipe is the scaling study's.
-Two cores: 15 minutes after the training. Expected result: see README.
+Two cores: 9 minutes after the training. Expected result: see README.
 """
 
 from ml_collections import ConfigDict
