@@ -358,8 +358,8 @@ def scored(
             found.append(
                 {
                     "run": " ".join([cell.run.name, *words]), "metrics": record["metrics"],
-                    "protocol": record["protocol"], "config": dataclasses.asdict(c),
-                    "published": published,
+                    "protocol": record["protocol"], "protocol_hash": record["protocol_hash"],
+                    "config": dataclasses.asdict(c), "published": published,
                     "train": {
                         "steps": c.train.steps, "batch_size": c.train.batch_size, "seed": c.seed,
                         "learning_rate": c.optim.learning_rate,
