@@ -6,7 +6,7 @@
 
 On latents, because the release guides three of their four channels; of grey or RGB pixels three are
 all. Asks what a scale does to fidelity and variety, and whether the fourth channel matters.
-Two cores: 5 minutes for the training, 3 for the seven cells. Expected result: see README.
+Two cores: 5 minutes for the training and 3 for the cells, estimated; not run whole by us yet.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 
 A scene holds one to three digits of one class with colour, size, place and count of their own
 (`ditjax/io/scenes.py`): 20,000 of them, so that no image is seen more than seven times.
-Two cores: 30 minutes. Expected result: see README.
+Two cores: 30 minutes, estimated; not run whole by us yet.
 """
 
 from ml_collections import ConfigDict
