@@ -14,7 +14,7 @@ from ditjax import runs, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.errors import StoppedError, UserError
-from ditjax.io import data, prefetch
+from ditjax.io import data, lease, prefetch
 from ditjax.parallel.mesh import make_mesh
 from tests.commands.conftest import TINY
 
@@ -129,18 +129,20 @@ def test_told_to_stop_before_the_first_step_nothing_is_saved(tmp_path):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+@lease.scope()
 def test_a_process_that_is_not_the_first_only_reads_the_directory(tmp_path, monkeypatch):
     recipe = load_recipe(list(TINY)).to_dict()
     runs.open_run(tmp_path, recipe)
     path = tmp_path / "config.json"
     before = path.read_bytes(), path.stat().st_ino
-    monkeypatch.setattr(runs, "is_primary", lambda: False)
-    recipe["train"]["steps"] += 1
-    runs.open_run(tmp_path, recipe)
-    assert (path.read_bytes(), path.stat().st_ino) == before
-    recipe["seed"] += 1
-    with pytest.raises(UserError, match=r"holds a run with seed=0, this command says 1"):
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "is_primary", lambda: False)
+        recipe["train"]["steps"] += 1
         runs.open_run(tmp_path, recipe)
+        assert (path.read_bytes(), path.stat().st_ino) == before
+        recipe["seed"] += 1
+        with pytest.raises(UserError, match=r"holds a run with seed=0, this command says 1"):
+            runs.open_run(tmp_path, recipe)
 
 
 def test_neither_a_profile_nor_what_is_ahead_changes_a_run(finished, tmp_path):
