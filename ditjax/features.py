@@ -89,36 +89,39 @@ def inception_extractor(
 
 def digits_extractor() -> Extractor:
     """The shipped digit classifier: FD-digits, never FID."""
-
-    def extract(images: np.ndarray) -> Features:
-        pool, logits = see(FEATURES, images)
-        return Features(pool, None, logits)
-
-    record = {
-        "features": "digits_convnet",
-        "features_sha256": load_asset(FEATURES)[1]["sha256"],
-        "judge_sha256": load_asset(JUDGE)[1]["sha256"],
-        "resize": f"bicubic to {classifier.SIDE} where larger, grey",
-        "features_precision": "float32",
-    }
-    return Extractor("digits", extract, 512, record, see_class, classifier.SIDE)
+    resize = f"bicubic to {classifier.SIDE} where larger, grey"
+    return _shipped("digits", "digits_convnet", resize, see, see_class, 512, classifier.SIDE)
 
 
 def scenes_extractor() -> Extractor:
     """The shipped digit classifiers in windows of a digit scene: FD-digits of scenes, never FID."""
+    features = "digits_convnet in windows of a scene, mean and largest, and colours"
+    return _shipped("scenes", features, "none", see_scene, see_scene_class, 256, scenes.SIDE)
+
+
+def _shipped(
+    name: str,
+    features: str,
+    resize: str,
+    seen: Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    judge: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+    side: int,
+) -> Extractor:
+    """The two classifiers that ship: one gives features and logits by `seen`, the other judges."""
 
     def extract(images: np.ndarray) -> Features:
-        pool, logits = see_scene(FEATURES, images)
+        pool, logits = seen(FEATURES, images)
         return Features(pool, None, logits)
 
     record = {
-        "features": "digits_convnet in windows of a scene, mean and largest, and colours",
+        "features": features,
         "features_sha256": load_asset(FEATURES)[1]["sha256"],
         "judge_sha256": load_asset(JUDGE)[1]["sha256"],
-        "resize": "none",
+        "resize": resize,
         "features_precision": "float32",
     }
-    return Extractor("scenes", extract, 256, record, see_scene_class, scenes.SIDE)
+    return Extractor(name, extract, batch_size, record, judge, side)
 
 
 def open_extractor(text: str, mesh: Mesh, batch_size: int = 0) -> Extractor:

@@ -36,7 +36,6 @@ from ditjax.reporting.grid import Outcome, csv_text, front, shown, terminal_text
 from ditjax.reporting.pareto import pareto_png
 from ditjax.reporting.scored import Scored, scored_rows, scored_text
 from ditjax.reporting.words import number, plural
-from ditjax.status import RUNS
 
 CELLS = "cells"
 LONGEST_NAME = 200
@@ -393,7 +392,7 @@ def open_runs(words: str, configs: Callable[[Path], Config]) -> list[Run]:
             raise UserError(
                 f"--workdir={words}: expected the directories of runs, comma-separated."
             )
-        below = sorted((folder / RUNS).glob("*/"))
+        below = sorted((folder / rundir.RUNS).glob("*/"))
         folders += below if below and not rundir.is_run(folder) else [folder]
     names = _names([folder.resolve() for folder in folders])
     opened = [

@@ -20,7 +20,6 @@ from ditjax.reporting.table import aligned
 from ditjax.reporting.words import OF_A_METRIC, metric_name, number
 from ditjax.studies import Cell, check_result
 
-RUNS = "runs"
 LEASES = ".sweep*.lease"  # of the processes that start cells
 
 DONE, RUNNING, FAILED, STOPPED, NOT_RUN = "done", "running", "failed", "stopped", "not run"
@@ -55,7 +54,7 @@ class State(NamedTuple):
 def look(study: Iterable[Cell], workdir: Path, *, waits: bool = False) -> list[State]:
     """The state of each cell. With `waits`, whether processes on other machines live, too: up to
     15 seconds."""
-    folders = [(cell, workdir / RUNS / cell.name) for cell in study]
+    folders = [(cell, workdir / rundir.RUNS / cell.name) for cell in study]
     sweeps = sorted(workdir.glob(LEASES))
     files = [*sweeps, *(folder / lease.FILE for _, folder in folders)]
     held = lease.holders(files, lease.PATIENCE_SECONDS if waits else 0.0)
@@ -102,7 +101,7 @@ def note_ending(folder: Path, how: str, line: str) -> None:
 def keep(states: Iterable[State], workdir: Path) -> None:
     """Records what was only to be told by nobody's being there: from now on a sweep is."""
     for each in states:
-        folder = workdir / RUNS / each.cell.name
+        folder = workdir / rundir.RUNS / each.cell.name
         told = (folder / results.RESULT_FILE).exists() or read_ending(folder)
         if each.stage == FAILED and not told:
             note_ending(folder, FAILED, each.words)

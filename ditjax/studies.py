@@ -17,7 +17,12 @@ from ditjax.errors import UserError, nearest
 from ditjax.io import rundir
 from ditjax.io.results import Published
 from ditjax.published import published_of
-from ditjax.scaling.counts import forward_macs, gflops, trainable_parameters
+from ditjax.scaling.counts import (
+    forward_macs,
+    gflops,
+    trainable_parameters,
+    training_gflops,
+)
 
 SCHEMA = 1
 _IN_EVERY_NAME = ("model.size", "model.patch", "seed")
@@ -52,7 +57,7 @@ class Cell(NamedTuple):
     def training_gflops(self) -> float:
         """3 · forward Gflops · batch · steps: what schedules and estimates go by."""
         c = self.config.train
-        return 3 * self.gflops * c.batch_size * c.steps
+        return training_gflops(self.gflops, c.batch_size * c.steps)
 
 
 def cells(recipe: Mapping[str, Any]) -> list[Cell]:

@@ -29,7 +29,6 @@ from ditjax.report import make_report
 from ditjax.reporting.cost import cost_text
 from ditjax.reporting.words import OF_A_METRIC
 from ditjax.sizes import parse_size
-from ditjax.status import RUNS
 from ditjax.studies import Cell, by_work, cells, check_result, check_same_study, chosen, record
 from ditjax.train import train
 
@@ -48,7 +47,7 @@ def run_cell(
     Before it begins `begin` is called, by the first process. Raises UserError where another process
     is at it: with `waits` its end is waited for.
     """
-    folder = rundir.inside(workdir / RUNS, cell.name)
+    folder = rundir.inside(workdir / rundir.RUNS, cell.name)
     if _is_done(cell, folder):
         return
     runs.own(folder, waits=waits)
@@ -214,13 +213,13 @@ def run_grid(
 def _is_left_alone(cell: Cell, workdir: Path) -> bool:
     """Whether it needs no process; what is wrong with it is told by its own."""
     try:
-        return has_result(cell, workdir / RUNS / cell.name)
+        return has_result(cell, workdir / rundir.RUNS / cell.name)
     except UserError:
         return False
 
 
 def _start(cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int], told: str) -> _Running:
-    folder = rundir.inside(workdir / RUNS, cell.name)
+    folder = rundir.inside(workdir / rundir.RUNS, cell.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         status.forget_ending(folder)
@@ -246,14 +245,14 @@ def _start(cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int], tol
 
 
 def _progress(job: _Running, workdir: Path) -> float:
-    step = last_metrics(workdir / RUNS / job.cell.name).get("step", 0)
+    step = last_metrics(workdir / rundir.RUNS / job.cell.name).get("step", 0)
     share = step / job.cell.config.train.steps
     return job.cell.training_gflops * 0.9 * share  # the rest is evaluation
 
 
 def _tell(job: _Running, workdir: Path, seconds: float) -> bool:
     """One line of a cell that has ended. Returns whether it has its result."""
-    folder, code, found = workdir / RUNS / job.cell.name, job.process.returncode, None
+    folder, code, found = workdir / rundir.RUNS / job.cell.name, job.process.returncode, None
     if job.process.stdin:
         job.process.stdin.close()
     with contextlib.suppress(UserError):
@@ -277,7 +276,7 @@ def _tell(job: _Running, workdir: Path, seconds: float) -> bool:
 
 def _note(job: _Running, workdir: Path, how: str, line: str) -> None:
     """For a process that could not say how it ended, as one that was killed."""
-    folder = workdir / RUNS / job.cell.name
+    folder = workdir / rundir.RUNS / job.cell.name
     if (folder / results.RESULT_FILE).exists() or status.read_ending(folder):
         return
     if not lease.holders([folder / lease.FILE], 0.0):  # nobody else is at it
@@ -406,7 +405,7 @@ def main(argv: list[str]) -> int:
     print(summary)
     for cell in failed:
         print(
-            f"{cell.name} failed: see {workdir / RUNS / cell.name / rundir.LOG_FILE}",
+            f"{cell.name} failed: see {workdir / rundir.RUNS / cell.name / rundir.LOG_FILE}",
             file=sys.stderr,
         )
     if failed:

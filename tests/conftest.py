@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the tests' time is compilation: what is dear in it and changes no number by more than 1e-6
@@ -71,3 +72,14 @@ def strict_dtypes(request: pytest.FixtureRequest) -> Iterator[None]:
     ours = request.path.parent.name in ("diffusion", "models", "metrics")
     with jax.numpy_dtype_promotion("strict" if ours else "standard"):
         yield
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def own_data(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets are prepared in a folder of the module's."""
+    monkeypatch.setenv("DITJAX_DATA", str(data_root))

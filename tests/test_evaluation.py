@@ -20,17 +20,8 @@ from ditjax.io.samples import SampleWriter
 from ditjax.parallel.mesh import make_mesh
 from ditjax.pipeline import Drawer, draw_to
 
+pytestmark = pytest.mark.usefixtures("own_data")
 NUM = 100  # no multiple of a batch
-
-
-@pytest.fixture(autouse=True)
-def _data(data_root, monkeypatch):
-    monkeypatch.setenv("DITJAX_DATA", str(data_root))
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
 
 
 @functools.cache

@@ -18,17 +18,8 @@ from ditjax.models.autoencoder import sample_posterior
 from ditjax.parallel.mesh import make_mesh
 from ditjax.validation import Validator, held_out
 
+pytestmark = pytest.mark.usefixtures("own_data")
 NUM, HELD_OUT = 37, 20  # no multiple of a batch, and more pairs than images
-
-
-@pytest.fixture(autouse=True)
-def _data(data_root, monkeypatch):
-    monkeypatch.setenv("DITJAX_DATA", str(data_root))
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
 
 
 @functools.cache

@@ -133,14 +133,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples("train"), "test": self._generate_examples("test")}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        # Imported here: only the first preparation needs scikit-learn, reading does not.
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        for i, (counts, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-            if (i % 5 == 4) == (split == "test"):
-                pixels = (counts * 255 / 16).round().astype("uint8")
-                yield i, {"image": Image.fromarray(pixels), "label": int(label)}
+        for i, counts, label in zip(*scenes.handwritten(split), strict=True):
+            pixels = (counts * 255 / 16).round().astype("uint8")
+            yield int(i), {"image": Image.fromarray(pixels), "label": int(label)}
 
 
 # ---- a folder of class folders

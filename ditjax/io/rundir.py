@@ -16,6 +16,7 @@ from ditjax.masking import masked_tree
 RECIPE_FILE = "config.json"
 STUDY_FILE = "sweep.json"
 CHECKPOINTS = "checkpoints"
+RUNS = "runs"  # of a study: the folder of its cells
 LOG_FILE = "log.txt"  # what a cell of a sweep prints
 ENDED_FILE = "ended.json"  # how it ended, where it has no result
 

@@ -36,6 +36,19 @@ class Digits(NamedTuple):
     of_class: tuple[np.ndarray, ...]
 
 
+def handwritten(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """scikit-learn's 1,797 digits: records i[n], ink f64[n,8,8] of 0 to 16, classes i[n].
+
+    Record i is in the split 'test' when i % 5 == 4, in 'train' otherwise.
+    """
+    # Imported here: only a preparation needs scikit-learn, reading does not.
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    chosen = np.flatnonzero((np.arange(len(found.target)) % 5 == 4) == (split == "test"))
+    return chosen, found.images[chosen], found.target[chosen]
+
+
 class Scene(NamedTuple):
     """image u8[32,32,3]; the class of all digits in it; boxes (row, column, size) of them."""
 
@@ -45,15 +58,10 @@ class Scene(NamedTuple):
 
 
 def load(split: str) -> Digits:
-    """scikit-learn's 1,797 digits, split as the data set 'digits' is: record i % 5 == 4 is test."""
-    # Imported here: only a preparation needs scikit-learn.
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    chosen = (np.arange(len(found.target)) % 5 == 4) == (split == "test")
-    target = found.target[chosen]
+    """The digits of the data set 'digits', and its split."""
+    _, counts, target = handwritten(split)
     of_class = tuple(np.flatnonzero(target == label) for label in range(_CLASSES))
-    return Digits(found.images[chosen] / 16, of_class)
+    return Digits(counts / 16, of_class)
 
 
 def scene(digits: Digits, seed: int, split: str, index: int) -> Scene:

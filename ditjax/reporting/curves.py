@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ditjax.errors import UserError
 from ditjax.io.results import METRICS_FILE, Found, read_metrics
 from ditjax.reporting.words import short
+from ditjax.scaling.counts import training_gflops
 
 MAX_POINTS = 400  # of a curve: more are not seen
 EVALUATION = "eval/"
@@ -105,7 +106,7 @@ class Logs:
             if keep.sum() < at_least:
                 continue
             batch = each.result["train"]["batch_size"]
-            compute = 3.0 * each.result["gflops"] * batch * steps[keep]
+            compute = training_gflops(each.result["gflops"], batch * steps[keep])
             curves.append(Curve(each, steps[keep], compute, values[keep]))
         return sorted(curves, key=lambda curve: curve.run.result["gflops"])
 

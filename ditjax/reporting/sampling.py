@@ -9,7 +9,7 @@ from typing import Any
 
 from ditjax.errors import UserError
 from ditjax.io.results import Found, load_json
-from ditjax.reporting.study import RUNS
+from ditjax.io.rundir import RUNS
 from ditjax.scaling.claims import Claim, sampling_does_not_make_up
 
 GRID_FILE = "grid.json"

@@ -17,10 +17,10 @@ import numpy as np
 from ditjax.config import completed
 from ditjax.io import rundir
 from ditjax.io.results import METRICS_FILE, RESULT_FILE, Found, Result, load_json
-from ditjax.io.rundir import STUDY_FILE
+from ditjax.io.rundir import RUNS, STUDY_FILE
 from ditjax.reporting.words import metric_name, number, plural, short
+from ditjax.scaling import counts
 
-RUNS = "runs"
 NOT_RUN, UNFINISHED, UNREADABLE = "not run", "not finished", "unreadable"
 METRICS_BY_RANK = ("fid", "fd_digits")  # what a study is about, where nobody says
 
@@ -70,8 +70,8 @@ class Plan:
 
 
 def training_gflops(result: Result) -> float:
-    """Multiply-accumulates of training / 1e9: forward and backward are 3 forward passes."""
-    return 3.0 * result["gflops"] * result["train"]["images"]
+    """What the whole run has cost."""
+    return counts.training_gflops(result["gflops"], result["train"]["images"])
 
 
 def chosen_metric(found: Sequence[Found]) -> str:

@@ -23,6 +23,7 @@ from ditjax.scaling.fit import pearson, pearson_interval, spearman
 from ditjax.scaling.frontier import crossing, interpolate
 from ditjax.scaling.isoflop import Curve
 from ditjax.scaling.points import Vector, positive_points
+from ditjax.scaling.spread import Spread, spread
 
 LEVEL = 0.95
 Names = Sequence[Any] | NDArray[Any]
@@ -44,24 +45,18 @@ class _Mean(NamedTuple):
     runs: int
 
 
-@dataclass(frozen=True)
-class _Noise:
-    """Pooled standard deviation of log y between seeds of one model; freedom 0: nothing known."""
+def _needed(noise: Spread, first: _Mean, second: _Mean) -> float:
+    """By how much the means of two models must differ to be told apart; 0: nothing is known."""
+    if not noise.freedom:
+        return 0.0
+    t = stats.t.ppf(0.5 + LEVEL / 2, noise.freedom)
+    return float(t * noise.deviation * np.sqrt(1 / first.runs + 1 / second.runs))
 
-    deviation: float
-    freedom: int
 
-    def beyond(self, first: _Mean, second: _Mean) -> float:
-        """By how much the means of two models must differ to be told apart."""
-        if not self.freedom:
-            return 0.0
-        t = stats.t.ppf(0.5 + LEVEL / 2, self.freedom)
-        return float(t * self.deviation * np.sqrt(1 / first.runs + 1 / second.runs))
-
-    def words(self) -> str:
-        if not self.freedom:
-            return "one seed each, so that their spread is unknown"
-        return f"seeds of one model spread by {np.expm1(self.deviation):.1%}"
+def _noise_words(noise: Spread) -> str:
+    if not noise.freedom:
+        return "one seed each, so that their spread is unknown"
+    return f"seeds of one model spread by {np.expm1(noise.deviation):.1%}"
 
 
 class _Pair(NamedTuple):
@@ -142,7 +137,7 @@ def gflops_not_parameters(
         cheap, dear = min(models, key=lambda key: key[1]), max(models, key=lambda key: key[1])
         if cheap != dear:
             change = abs(means[dear].log_y - means[cheap].log_y)
-            beyond = change > noise.beyond(means[cheap], means[dear])
+            beyond = change > _needed(noise, means[cheap], means[dear])
             moved.append((float(np.exp(change)), str(name), beyond))
     if not moved:
         return Claim(text, None, f"{figures}. No size has several patches.")
@@ -150,7 +145,7 @@ def gflops_not_parameters(
     told = f"beyond the seeds' noise for {sum(each[2] for each in moved)} of {len(moved)} sizes, "
     figures += (
         f". At equal parameters quality differs by a factor of up to {factor:.2f} (size {name};"
-        f" {told if noise.freedom else ''}{noise.words()})."
+        f" {told if noise.freedom else ''}{_noise_words(noise)})."
     )
     if r >= 0 or rank >= 0 or abs(rank) <= abs(rank_of_parameters):
         return Claim(text, False, figures)
@@ -252,7 +247,7 @@ def sampling_does_not_make_up(gflops: ArrayLike, compute: ArrayLike, y: ArrayLik
     return _claim("More sampling compute does not make up for a small model.", pairs, noise)
 
 
-def _claim(text: str, pairs: Sequence[_Pair], noise: _Noise, *, all_of_them: bool = False) -> Claim:
+def _claim(text: str, pairs: Sequence[_Pair], noise: Spread, *, all_of_them: bool = False) -> Claim:
     """Fails with a pair against it (most, where no noise is known); holds with most pairs (or all)
     for it, beyond the noise."""
     if not pairs:
@@ -264,7 +259,7 @@ def _claim(text: str, pairs: Sequence[_Pair], noise: _Noise, *, all_of_them: boo
     figures = (
         f"{agree} of {len(pairs)} pairs agree, {len(against)} contradict,"
         f" {len(pairs) - agree - len(against)} are within the noise; median change {change:+.1%}"
-        f" ({noise.words()})."
+        f" ({_noise_words(noise)})."
     )
     if against:
         worst = max(against, key=lambda pair: pair.difference)
@@ -277,20 +272,20 @@ def _claim(text: str, pairs: Sequence[_Pair], noise: _Noise, *, all_of_them: boo
     return Claim(text, True if agree >= needed else None, figures)
 
 
-def _pair(names: Sequence[str], worse: _Mean, better: _Mean, noise: _Noise) -> _Pair:
+def _pair(names: Sequence[str], worse: _Mean, better: _Mean, noise: Spread) -> _Pair:
     difference = better.log_y - worse.log_y
-    return _Pair(names[0], names[1], difference, noise.beyond(worse, better))
+    return _Pair(names[0], names[1], difference, _needed(noise, worse, better))
 
 
-def _means(keys: Sequence[Hashable], y: Vector) -> tuple[dict[Any, _Mean], _Noise]:
+def _means(keys: Sequence[Hashable], y: Vector) -> tuple[dict[Any, _Mean], Spread]:
     """Each model's mean of log y, in order of first appearance, and the spread of seeds."""
     of_model: dict[Any, list[float]] = defaultdict(list)
-    for key, value in zip(keys, np.log(y), strict=True):
+    for key, value in zip(keys, y, strict=True):
         of_model[key].append(float(value))
-    freedom = sum(len(values) - 1 for values in of_model.values())
-    squares = sum(float(np.sum((np.array(v) - np.mean(v)) ** 2)) for v in of_model.values())
-    noise = _Noise(float(np.sqrt(squares / freedom)) if freedom else 0.0, freedom)
-    return {key: _Mean(float(np.mean(v)), len(v)) for key, v in of_model.items()}, noise
+    repeated = any(len(values) > 1 for values in of_model.values())
+    noise = spread(of_model.values()) if repeated else Spread(0.0, 0)
+    means = {key: _Mean(float(np.mean(np.log(v))), len(v)) for key, v in of_model.items()}
+    return means, noise
 
 
 def _by(means: Mapping[Any, _Mean], index: int) -> dict[Any, list[Any]]:

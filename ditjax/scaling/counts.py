@@ -6,7 +6,7 @@ of one sample / 10⁹, where every LayerNorm counts one per element; hardware FL
 multiply-accumulates.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ditjax.sizes import Size
 
@@ -95,3 +95,11 @@ def training_flops(s: Shape, images: int) -> float:
     What MFU counts (Chowdhery et al. 2022 App. B): nothing that rematerialization repeats.
     """
     return 6.0 * forward_macs(s) * images
+
+
+def training_gflops(gflops: float, images: Any) -> Any:
+    """Multiply-accumulates / 10⁹ of training: forward + backward = 3 forwards of `gflops` an image.
+
+    images: a number, or f64[n] of them.
+    """
+    return 3.0 * gflops * images
