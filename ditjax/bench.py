@@ -1,8 +1,8 @@
 """python -m ditjax.bench: the speed of a recipe's train step on the devices that are here.
 
 What is timed is the train step itself, compiled, in blocks of steps; the ceiling of matrix
-products, and with --against=torch the PyTorch peer (`ditjax/peer.py`), take turns with it, so that
-a ratio is of neighbours in time.
+products, and with --against=torch the PyTorch peer (`ditjax/machines/peer.py`), take turns with it,
+so that a ratio is of neighbours in time.
 """
 
 import contextlib
@@ -26,16 +26,19 @@ from jax import monitoring
 from jax.sharding import Mesh
 
 import ditjax
-from ditjax import build, cli, programs, runs
-from ditjax.chips import peak_flops
+from ditjax import cli
 from ditjax.config import Config, changed
+from ditjax.data import stream
+from ditjax.data.prefetch import ahead
 from ditjax.errors import UserError
-from ditjax.io import data, results
-from ditjax.io.prefetch import ahead
-from ditjax.provenance import commit, cores, environment, typed
-from ditjax.reporting.table import aligned
-from ditjax.scaling.counts import gflops, trainable_parameters, training_flops
-from ditjax.sizes import parse_size
+from ditjax.files import atomic
+from ditjax.machines.chips import peak_flops
+from ditjax.models.cost import gflops, trainable_parameters, training_flops
+from ditjax.models.sizes import parse_size
+from ditjax.runs import opening
+from ditjax.runs.provenance import commit, cores, environment, typed
+from ditjax.studies.words import aligned
+from ditjax.tasks import build, programs
 from ditjax.train import IN_FLIGHT, needs_encoder
 
 BLOCK_SECONDS = 2.0  # a block of steps lasts about so long, unless --steps says how many they are
@@ -95,7 +98,7 @@ class Ours:
         jax.block_until_ready(self._state)
         return (time.perf_counter() - began) / steps
 
-    def looped(self, batches: data.Batches, steps: int) -> float:
+    def looped(self, batches: stream.Batches, steps: int) -> float:
         """Seconds of a step as `train` takes them: from the data set, metrics kept."""
         began, waited = time.perf_counter(), 0.0
         pending: list[Any] = []
@@ -110,7 +113,7 @@ class Ours:
         jax.block_until_ready(self._state)
         return (time.perf_counter() - began) / steps
 
-    def fed(self, batches: data.Batches, steps: int) -> float:
+    def fed(self, batches: stream.Batches, steps: int) -> float:
         """Seconds of a batch: read, decoded and put on the devices, and no step taken."""
         began = time.perf_counter()
         for batch in ahead(batches, self._program.put, self._prefetch, steps):
@@ -118,11 +121,11 @@ class Ours:
         return (time.perf_counter() - began) / steps
 
 
-def input_pipeline(c: Config) -> data.Batches | str:
+def input_pipeline(c: Config) -> stream.Batches | str:
     """The recipe's batches, or why there are none here."""
     try:
-        runs.check_data(c)
-        return data.train_batches(runs.data_spec(c), c.seed, c.train.batch_size)
+        opening.check_data(c)
+        return stream.train_batches(opening.data_spec(c), c.seed, c.train.batch_size)
     except UserError as error:
         return str(error)
 
@@ -229,7 +232,7 @@ class Peer:
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
         try:
             self._process = subprocess.Popen(
-                [python, "-m", "ditjax.peer"],
+                [python, "-m", "ditjax.machines.peer"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._said,
@@ -368,7 +371,7 @@ def bench(
             "ours": functools.partial(ours.run, steps),
         }
         batches = input_pipeline(c)
-        if isinstance(batches, data.Batches):
+        if isinstance(batches, stream.Batches):
             stack.enter_context(batches)
             sides["input"] = functools.partial(ours.fed, batches, steps)
             # Of images that a frozen autoencoder encodes on the way only the reading is measured.
@@ -577,7 +580,7 @@ def main(argv: list[str]) -> int:
     found["config"] = args.recipe
     print(text(found))
     if args.out:
-        results.write_json(args.out, found)
+        atomic.write_json(args.out, found)
     return 0
 
 

@@ -19,10 +19,10 @@ import numpy as np
 import optax
 
 from ditjax import cli
-from ditjax.digits import FEATURES, JUDGE, accuracy, apply, normalise, recognise
+from ditjax.data.stream import load_arrays
 from ditjax.errors import UserError
-from ditjax.io.assets import save_assets
-from ditjax.io.data import load_arrays
+from ditjax.evaluation.digits import FEATURES, JUDGE, accuracy, apply, normalise, recognise
+from ditjax.files.assets import save_assets
 from ditjax.metrics.frechet import batch_moments, frechet_distance
 from ditjax.models.classifier import SIDE, DigitsConvNet, DigitsMixer
 

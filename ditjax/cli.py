@@ -12,13 +12,15 @@ from typing import Any, NoReturn, cast
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from ditjax import build, host
 from ditjax.config import Config, Distributed, completed, leaf_keys, read
 from ditjax.errors import FaultError, StoppedError, UserError, nearest
-from ditjax.io import compilations, results, rundir
-from ditjax.io.checkpoint import Step, is_primary
-from ditjax.masking import masked, visible
-from ditjax.parallel import processes
+from ditjax.files import atomic
+from ditjax.files.masking import masked, visible
+from ditjax.parallel import compilations, host, processes
+from ditjax.parallel.processes import is_primary
+from ditjax.runs import rundir
+from ditjax.runs.checkpoint import Step
+from ditjax.tasks import build
 
 
 class Parser(argparse.ArgumentParser):
@@ -256,8 +258,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in results.FULL:
-            _end(results.full_disk(error.filename or "what this run leaves", error), 1)
+        if isinstance(error, OSError) and error.errno in atomic.FULL:
+            _end(atomic.full_disk(error.filename or "what this run leaves", error), 1)
         processes.hear_first()
         print(visible(masked(traceback.format_exc()), keep="\n"), end="", file=sys.stderr)
         _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, said=True)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from ditjax.errors import UserError, nearest, shown
-from ditjax.sizes import divisors, parse_size
+from ditjax.errors import UserError, divisors, nearest, shown
+from ditjax.models.sizes import parse_size
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Data:
-    """Where images come from (`io/data.py`)."""
+    """Where images come from (`data/stream.py`)."""
 
     name: PathName  # 'digits', 'digit_scenes', a tfds name, 'folder:PATH' or 'latents:PATH'
     split: str

@@ -3,14 +3,16 @@
 import os
 from pathlib import Path
 
-from ditjax import build, cli, runs
+from ditjax import cli
+from ditjax.data.classes import class_names
 from ditjax.errors import UserError
-from ditjax.io import lease, rundir
-from ditjax.io.checkpoint import Step
-from ditjax.io.classes import class_names
+from ditjax.files import lease
 from ditjax.parallel.mesh import make_mesh
-from ditjax.pretrained import networks, reading, vocabulary, writing
-from ditjax.pretrained.networks import Network
+from ditjax.runs import opening, rundir
+from ditjax.runs.checkpoint import Step
+from ditjax.tasks import build
+from ditjax.weights import networks, reading, vocabulary, writing
+from ditjax.weights.networks import Network
 
 TARGETS = {
     "ditjax": "one safetensors file with its recipe",
@@ -29,8 +31,8 @@ def read_network(
     """A network out of a run's directory (averaged weights), a weights file or a model folder."""
     if not rundir.is_run(path):
         return reading.load(path, which=which, heads=heads, numerics=numerics)
-    config = runs.recipe_of(path)
-    params, _ = runs.load_weights(config, path, make_mesh(-1, 1), step)
+    config = opening.recipe_of(path)
+    params, _ = opening.load_weights(config, path, make_mesh(-1, 1), step)
     return networks.of_run(config, params, (Path(path),))
 
 
@@ -51,7 +53,7 @@ def convert(
     Raises UserError for what cannot be read, or cannot be said in that layout.
     """
     if not rundir.is_run(source):
-        runs.no_step(source, step)
+        opening.no_step(source, step)
     names = class_names()
     if target in FOLDERS:
         lease.own(Path(out) / lease.FILE, out)

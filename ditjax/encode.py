@@ -10,12 +10,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax import build, cli, programs, runs
+from ditjax import cli
 from ditjax.config import Config
+from ditjax.data import latents, stream
 from ditjax.errors import UserError
-from ditjax.io import data, latents, lease
-from ditjax.io.log import Progress
+from ditjax.files import lease
 from ditjax.parallel import rules
+from ditjax.runs import opening
+from ditjax.runs.log import Progress
+from ditjax.tasks import build, programs
 
 
 @lease.scope()
@@ -44,10 +47,10 @@ def encode(
     mesh = build.mesh(c)
     size = c.train.batch_size
     rules.check_batch(size, mesh, "config.train.batch_size")
-    info = runs.check_data(c)
-    frozen = runs.load_autoencoder(c, mesh)
+    info = opening.check_data(c)
+    frozen = opening.load_autoencoder(c, mesh)
     side = c.input_size
-    runs.own(out, f".encode-{index}-of-{count}.lease")
+    opening.own(out, f".encode-{index}-of-{count}.lease")
     writer = latents.LatentWriter(
         out,
         c.data.split,
@@ -58,7 +61,7 @@ def encode(
             "images": info.full_name,
             "split": c.data.split,
             "image_size": c.data.image_size,
-            "autoencoder_sha256": runs.digest(frozen),
+            "autoencoder_sha256": opening.digest(frozen),
             "dtype": c.model.dtype,
             "matmul": c.model.matmul,
         },
@@ -66,7 +69,7 @@ def encode(
     )
     missing = writer.missing(index, count)
     # The images are opened once for all shards; no batch holds records of two.
-    with contextlib.closing(data.in_order(runs.data_spec(c), size, missing)) as images:
+    with contextlib.closing(stream.in_order(opening.data_spec(c), size, missing)) as images:
         encoded = _encoded(c, mesh, frozen, images)
         total = sum(map(len, writer.shards(index, count)))
         done = total - sum(map(len, missing))
@@ -82,8 +85,8 @@ def encode(
 
 
 def _encoded(
-    c: Config, mesh: Mesh, frozen: Any, images: Iterable[data.Batch]
-) -> Iterator[data.Batch]:
+    c: Config, mesh: Mesh, frozen: Any, images: Iterable[stream.Batch]
+) -> Iterator[stream.Batch]:
     """Batches of images f32[b,H,W,C] -> mean and log_variance f32[b,2,h,w,c], label i32[b]."""
     size = c.train.batch_size
     sharding = rules.batch_sharding(mesh)
@@ -102,7 +105,7 @@ def _encoded(
 
 
 def _records(
-    batches: Iterable[data.Batch], progress: Progress, done: int
+    batches: Iterable[stream.Batch], progress: Progress, done: int
 ) -> Iterator[latents.Record]:
     for rows in batches:
         for mean, log_variance, label in zip(

@@ -1,6 +1,7 @@
 """How a command ends early: a user's mistake, a fault of the world, or told to. For every floor."""
 
 import difflib
+import math
 import reprlib
 from collections.abc import Iterable
 
@@ -55,3 +56,9 @@ def shown(value: object) -> str:
 def reason(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def divisors(number: int) -> list[int]:
+    """1, 2, 4 of 4: the sizes that a mesh axis, a patch or a number of parts may have."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return low + [number // n for n in reversed(low) if n * n != number]

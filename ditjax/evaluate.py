@@ -13,20 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax import build, cli, programs, runs, scoring
+from ditjax import cli
 from ditjax.config import Config, changed, completed
+from ditjax.data import stream
+from ditjax.data.images import open_images
 from ditjax.errors import UserError
-from ditjax.evaluation import GUIDED_FILE, SAMPLES_FILE, Evaluator, scores_protocol
-from ditjax.features import open_extractor
-from ditjax.io import data, npz, rundir
-from ditjax.io.checkpoint import Step, is_primary
-from ditjax.io.images import open_images
-from ditjax.io.results import load_samples, protocol_hash, save_grid, write_json
-from ditjax.io.statistics import read_provenance
+from ditjax.evaluation import scoring
+from ditjax.evaluation.evaluator import GUIDED_FILE, SAMPLES_FILE, Evaluator, scores_protocol
+from ditjax.evaluation.features import open_extractor
+from ditjax.evaluation.scoring import open_reference
+from ditjax.files import npz
+from ditjax.files.atomic import protocol_hash, write_json
+from ditjax.files.npz import read_provenance
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
+from ditjax.parallel.processes import is_primary
+from ditjax.runs import opening, rundir
+from ditjax.runs.checkpoint import Step
+from ditjax.runs.results import load_samples, save_grid
 from ditjax.sample import GRID_IMAGES
-from ditjax.scoring import open_reference
+from ditjax.tasks import build, programs
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -66,7 +72,7 @@ def reconstruction_psnr(c: Config, params: Any, mesh: Mesh) -> float:
     An image's mse is over its pixels in [-1, 1], the reconstruction clipped to them.
     """
     # Of every image: a figure of others in their place would be another figure.
-    held_out = dataclasses.replace(runs.data_spec(c), split=c.evaluate.split, max_damaged=0)
+    held_out = dataclasses.replace(opening.data_spec(c), split=c.evaluate.split, max_damaged=0)
 
     @functools.partial(jax.jit, out_shardings=rules.replicated(mesh))
     def psnr(params: Any, x: jax.Array) -> jax.Array:
@@ -75,7 +81,7 @@ def reconstruction_psnr(c: Config, params: Any, mesh: Mesh) -> float:
         return 10 * jnp.log10(4 / mse)
 
     size, values = c.train.batch_size, []
-    for rows in data.in_order(held_out, size):
+    for rows in stream.in_order(held_out, size):
         x, count = rows["image"], len(rows["image"])
         # The last batch is filled up, so that one shape is compiled.
         x = np.pad(x, ((0, size - count), (0, 0), (0, 0), (0, 0)))
@@ -137,19 +143,19 @@ def evaluate_run(
     """Evaluates a run's checkpoint by its recipe: the record, saved in its directory too."""
     mesh = build.mesh(c)
     if c.train.network == "autoencoder":
-        params, step = runs.load_weights(c, workdir, mesh, step)
+        params, step = opening.load_weights(c, workdir, mesh, step)
         metrics = {"psnr_db": reconstruction_psnr(c, params, mesh)}
         protocol = {"metric": "PSNR", "split": c.evaluate.split, "image_size": c.data.image_size}
         return save(Path(workdir), step, metrics, protocol)
-    evaluator = Evaluator(c, mesh, runs.load_autoencoder(c, mesh))
-    params, step = runs.load_weights(c, workdir, mesh, step)
+    evaluator = Evaluator(c, mesh, opening.load_autoencoder(c, mesh))
+    params, step = opening.load_weights(c, workdir, mesh, step)
     found = evaluator.of_run(c, params, Path(workdir), model_record(workdir, step, params))
     return save(Path(workdir), step, found.metrics, found.protocol, found.reference)
 
 
 def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dict[str, Any]:
     """Whose samples they are."""
-    return {"run": str(workdir), "step": step, "params_sha256": runs.digest(params)}
+    return {"run": str(workdir), "step": step, "params_sha256": opening.digest(params)}
 
 
 # Flags that are short for keys of the recipe, where a run is evaluated.
@@ -194,7 +200,7 @@ def main(argv: list[str]) -> int:
         args = parser.parse_args(argv)  # no recipe here: --config is refused
         if args.distributed or args.coordinator:
             raise UserError(f"--samples={args.samples} are scored by one process: start only that.")
-        runs.no_step(args.samples, args.step)
+        opening.no_step(args.samples, args.step)
         return _main_of_samples(args)
     workdir = args.workdir or args.samples
 

@@ -1,9 +1,10 @@
 """python -m ditjax.flops: parameters and Gflops of the paper's 12 models, or of a recipe."""
 
-from ditjax import build, cli
-from ditjax.scaling.counts import forward_macs, gflops, paper_shape, trainable_parameters
+from ditjax import cli
+from ditjax.models.cost import forward_macs, gflops, paper_shape, trainable_parameters
+from ditjax.models.sizes import PAPER_PATCHES, PAPER_SIZES
 from ditjax.scaling.published import MODELS
-from ditjax.sizes import PAPER_PATCHES, PAPER_SIZES
+from ditjax.tasks import build
 
 
 def paper_table() -> str:

@@ -22,20 +22,23 @@ from typing import Any, NamedTuple, cast
 
 from jax.sharding import Mesh
 
-from ditjax import build, cli, runs
+from ditjax import cli
 from ditjax.config import Config, changed, completed, read
 from ditjax.errors import UserError
 from ditjax.evaluate import EVALUATION_FILE, FLAGS, save_picture
-from ditjax.evaluation import SAMPLES_FILE, Evaluator
-from ditjax.io import results, rundir
-from ditjax.io.checkpoint import Step, is_primary
+from ditjax.evaluation.evaluator import SAMPLES_FILE, Evaluator
+from ditjax.files import atomic
 from ditjax.parallel import processes
-from ditjax.pipeline import sampling_protocol
-from ditjax.published import published_of
+from ditjax.parallel.processes import is_primary
 from ditjax.reporting.grid import Outcome, csv_text, front, shown, terminal_text, varying
 from ditjax.reporting.pareto import pareto_png
 from ditjax.reporting.scored import Scored, scored_rows, scored_text
-from ditjax.reporting.words import number, plural
+from ditjax.runs import opening, results, rundir
+from ditjax.runs.checkpoint import Step
+from ditjax.sampling.pipeline import sampling_protocol
+from ditjax.studies.published import published_of
+from ditjax.studies.words import number, plural
+from ditjax.tasks import build
 
 CELLS = "cells"
 LONGEST_NAME = 200
@@ -183,7 +186,7 @@ def judges(trained: Sequence[Run]) -> dict[str, Judge]:
         key = (c.data, c.autoencoder, c.evaluate, c.mesh, c.model.dtype, c.model.matmul)
         if key not in made:
             mesh = build.mesh(c)
-            made[key] = Judge(Evaluator(c, mesh, runs.load_autoencoder(c, mesh)), mesh)
+            made[key] = Judge(Evaluator(c, mesh, opening.load_autoencoder(c, mesh)), mesh)
         of_run[run.name] = made[key]
     return of_run
 
@@ -229,12 +232,12 @@ def run_grid(
         evaluator, mesh = by_run[cell.run.name]
         if loaded != (cell.run.name, cell.config.sample.weights):
             params = None  # the old ones may go before the new ones come
-            params, step = runs.load_weights(cell.config, cell.run.folder, mesh, at)
-            digest = runs.digest(params)
+            params, step = opening.load_weights(cell.config, cell.run.folder, mesh, at)
+            digest = opening.digest(params)
             loaded = (cell.run.name, cell.config.sample.weights)
         folder = out / CELLS / cell.name
         stands = {
-            "protocol_hash": results.protocol_hash(protocol), "step": step,
+            "protocol_hash": atomic.protocol_hash(protocol), "step": step,
             "params_sha256": digest,
         }  # fmt: skip
         missing = is_primary() and not _is_done(folder, stands, protocol)
@@ -249,7 +252,7 @@ def run_grid(
                     "reference": found.reference, "protocol": found.protocol,
                     "seconds": round(found.seconds, 3),
                 }  # fmt: skip
-                results.write_json(folder / EVALUATION_FILE, record)
+                atomic.write_json(folder / EVALUATION_FILE, record)
                 value = number(found.metrics.get(evaluator.distance))
                 _tell(f"[{k}/{len(cells)}] {cell.name}: {evaluator.distance} {value}")
         processes.meet()  # the others have read the samples
@@ -323,8 +326,8 @@ def _report(
     if rows:
         text = f"{text}\n\n{scored_text(rows)}"
     on_front = front(outcomes, metric)
-    results.write_atomic(out / "grid.csv", csv_text(outcomes).encode())
-    results.write_json(
+    atomic.write_atomic(out / "grid.csv", csv_text(outcomes).encode())
+    atomic.write_json(
         out / "grid.json",
         {
             "schema": 1,
@@ -338,8 +341,8 @@ def _report(
             **({"scored": [dataclasses.asdict(row) for row in rows]} if rows else {}),
         },
     )
-    results.write_atomic(out / "grid.txt", (text + "\n").encode())
-    results.write_atomic(out / "pareto.png", pareto_png(outcomes, metric, shared, reference))
+    atomic.write_atomic(out / "grid.txt", (text + "\n").encode())
+    atomic.write_atomic(out / "pareto.png", pareto_png(outcomes, metric, shared, reference))
     return text
 
 

@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ditjax import build, cli, planning, programs
+from ditjax import cli
 from ditjax.config import Config, changed
-from ditjax.errors import UserError
-from ditjax.io.results import write_json
-from ditjax.parallel import topology as machines
-from ditjax.parallel.topology import Topology
-from ditjax.provenance import commit, typed
-from ditjax.reporting.plan import memory_words, mesh_words, plan_text, search_text
-from ditjax.scaling import roofline
-from ditjax.scaling.counts import trainable_parameters
-from ditjax.sizes import divisors
+from ditjax.errors import UserError, divisors
+from ditjax.files.atomic import write_json
+from ditjax.machines import planning, roofline
+from ditjax.machines import topology as machines
+from ditjax.machines.plan_text import memory_words, mesh_words, plan_text, search_text
+from ditjax.machines.topology import Topology
+from ditjax.models.cost import trainable_parameters
+from ditjax.runs.provenance import commit, typed
+from ditjax.tasks import build, programs
 
 PLAN_FILE = "plan.json"
 REMATS = ("none", "dots", "full")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ditjax import cli
 from ditjax.errors import UserError
-from ditjax.io.results import find_results, write_atomic, write_json
+from ditjax.files.atomic import write_atomic, write_json
 from ditjax.reporting.analysis import Analysis, analysed
 from ditjax.reporting.curves import Logs
 from ditjax.reporting.figures import pictures
@@ -30,6 +30,7 @@ from ditjax.reporting.study import (
     without_duplicates,
 )
 from ditjax.reporting.table import claim_words, csv_text, merged, terminal_text
+from ditjax.runs.results import find_results
 
 
 @dataclass(frozen=True)

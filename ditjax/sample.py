@@ -9,9 +9,10 @@ from typing import Any
 from ditjax import cli
 from ditjax.config import changed
 from ditjax.errors import UserError
-from ditjax.io.checkpoint import is_primary
-from ditjax.io.results import load_samples, save_grid, write_json
-from ditjax.pipeline import (
+from ditjax.files.atomic import write_json
+from ditjax.parallel.processes import is_primary
+from ditjax.runs.results import load_samples, save_grid
+from ditjax.sampling.pipeline import (
     PRECISIONS,
     Pipeline,
     Source,

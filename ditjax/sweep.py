@@ -13,23 +13,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ditjax import build, cli, costs, runs, status
+from ditjax import cli
 from ditjax.config import completed
 from ditjax.errors import FaultError, StoppedError, UserError
 from ditjax.evaluate import model_record, save
-from ditjax.evaluation import Evaluator
-from ditjax.io import lease, results, rundir
-from ditjax.io.checkpoint import is_primary
-from ditjax.io.log import Progress, last_metrics
-from ditjax.masking import masked, printable
+from ditjax.evaluation.evaluator import Evaluator
+from ditjax.files import atomic, lease
+from ditjax.files.masking import masked, printable
+from ditjax.machines import costs
+from ditjax.machines import topology as machines
+from ditjax.machines.cost_text import cost_text
+from ditjax.models.sizes import parse_size
 from ditjax.parallel import processes, stopping
-from ditjax.parallel import topology as machines
-from ditjax.provenance import cores, environment, typed
+from ditjax.parallel.processes import is_primary
 from ditjax.report import make_report
-from ditjax.reporting.cost import cost_text
-from ditjax.reporting.words import OF_A_METRIC
-from ditjax.sizes import parse_size
-from ditjax.studies import Cell, by_work, cells, check_result, check_same_study, chosen, record
+from ditjax.runs import opening, results, rundir
+from ditjax.runs.log import Progress, last_metrics
+from ditjax.runs.provenance import cores, environment, typed
+from ditjax.studies import status
+from ditjax.studies.cells import (
+    Cell,
+    by_work,
+    cells,
+    check_result,
+    check_same_study,
+    chosen,
+    record,
+)
+from ditjax.studies.words import OF_A_METRIC
+from ditjax.tasks import build
 from ditjax.train import train
 
 LEASE = ".sweep.lease"  # of the study: an array job's cells are each their own
@@ -50,7 +62,7 @@ def run_cell(
     folder = rundir.inside(workdir / rundir.RUNS, cell.name)
     if _is_done(cell, folder):
         return
-    runs.own(folder, waits=waits)
+    opening.own(folder, waits=waits)
     if _is_done(cell, folder):
         return
     if begin and is_primary():
@@ -78,7 +90,7 @@ def _noted(folder: Path) -> Iterator[None]:
 def _make(cell: Cell, folder: Path) -> None:
     c = cell.config
     mesh = build.mesh(c)
-    evaluator = Evaluator(c, mesh, runs.load_autoencoder(c, mesh))
+    evaluator = Evaluator(c, mesh, opening.load_autoencoder(c, mesh))
     trained = train(c, cell.recipe, folder, evaluator)
     model = model_record(folder, trained.step, trained.params)
     evaluated = evaluator.of_run(c, trained.params, folder, model)
@@ -120,7 +132,7 @@ def _make(cell: Cell, folder: Path) -> None:
         },
         "metrics": evaluated.metrics,
         "protocol": evaluated.protocol,
-        "protocol_hash": results.protocol_hash(evaluated.protocol),
+        "protocol_hash": atomic.protocol_hash(evaluated.protocol),
         "environment": environment(os.environ.get(_COMMAND) or _typed(sys.argv[1:])),
         "config": cell.recipe,
     }

@@ -13,18 +13,23 @@ from typing import Any, NamedTuple, Self
 import jax
 from clu import parameter_overview
 
-from ditjax import build, cli, programs, runs
+from ditjax import cli
 from ditjax.config import Config
+from ditjax.data import stream
+from ditjax.data.prefetch import ahead
 from ditjax.errors import StoppedError, UserError
-from ditjax.evaluation import Evaluator
-from ditjax.io import data, lease, rundir
-from ditjax.io.checkpoint import Checkpoints, Score, is_primary
-from ditjax.io.log import MetricsLog, Progress
-from ditjax.io.prefetch import ahead
-from ditjax.io.results import protocol_hash, save_grid, tile
-from ditjax.meter import Meter
+from ditjax.evaluation.evaluator import Evaluator
+from ditjax.files import lease
+from ditjax.files.atomic import protocol_hash
+from ditjax.parallel.processes import is_primary
 from ditjax.parallel.stopping import GOES_ON, Stopping
-from ditjax.pipeline import Drawer
+from ditjax.runs import opening, rundir
+from ditjax.runs.checkpoint import Checkpoints, Score
+from ditjax.runs.log import MetricsLog, Progress
+from ditjax.runs.results import save_grid, tile
+from ditjax.sampling.pipeline import Drawer
+from ditjax.tasks import build, programs
+from ditjax.training.meter import Meter
 from ditjax.training.step import TrainState
 
 IN_FLIGHT = 2  # steps that may wait for the devices; more would only hold batches
@@ -78,13 +83,13 @@ def _train(
             " name steps up to it, or more of config.train.steps."
         )
     mesh = build.mesh(c)
-    dataset = runs.check_data(c)
+    dataset = opening.check_data(c)
     draws = bool(c.train.sample_every_steps or c.train.evaluate_every_steps)
-    frozen = runs.load_autoencoder(c, mesh) if draws or needs_encoder(c) else None
+    frozen = opening.load_autoencoder(c, mesh) if draws or needs_encoder(c) else None
     drawer = Drawer(mesh, frozen)
     if c.train.evaluate_every_steps and evaluator is None:
         evaluator = Evaluator(c, mesh, frozen, drawer)
-    folder = runs.open_run(workdir, recipe)
+    folder = opening.open_run(workdir, recipe)
     if is_primary():
         rundir.tidy(folder)
     p = programs.training(c, mesh, frozen)
@@ -93,7 +98,7 @@ def _train(
     with Checkpoints(
         folder / rundir.CHECKPOINTS, c.train.keep_checkpoints, keep_every=c.train.keep_every_steps
     ) as checkpoints:
-        newest = runs.newest(checkpoints, p.abstract_state)
+        newest = opening.newest(checkpoints, p.abstract_state)
         saved: Mapping[str, Any] = {}
         if newest is None:
             state, start = p.init(), 0
@@ -106,9 +111,9 @@ def _train(
         _check_profile(profile, start)
         with (
             MetricsLog(folder, start, write=is_primary()) as log,
-            data.train_batches(
-                runs.data_spec(c), c.seed, c.train.batch_size, start_step=start,
-                rows=p.rows, tell=data.warn_and_note(folder / DAMAGED_FILE),
+            stream.train_batches(
+                opening.data_spec(c), c.seed, c.train.batch_size, start_step=start,
+                rows=p.rows, tell=stream.warn_and_note(folder / DAMAGED_FILE),
             ) as batches,
             _Profile(profile, folder / PROFILE) as profiled,
         ):  # fmt: skip
@@ -120,7 +125,7 @@ def _train(
             meter = Meter(
                 # A run that skips every step has trained nothing.
                 min(c.train.max_bad_steps, c.train.steps - 1),
-                lambda step: data.records_of_step(
+                lambda step: stream.records_of_step(
                     c.seed, step, c.train.batch_size, dataset.num_examples
                 ),
                 progress.say, in_flight=IN_FLIGHT, start=start, position=saved,
@@ -185,7 +190,7 @@ def _due(step: int, every: int) -> bool:
 
 def weights_of(c: Config, state: TrainState) -> Any:
     """What samples are drawn with, by config.sample.weights."""
-    return getattr(state, runs.WEIGHTS[c.sample.weights])
+    return getattr(state, opening.WEIGHTS[c.sample.weights])
 
 
 def _evaluate(c: Config, evaluator: Evaluator, params: Any) -> tuple[Score, dict[str, Any]]:

@@ -8,9 +8,10 @@ from typing import Any
 from ditjax import cli
 from ditjax.config import Config, completed, read
 from ditjax.errors import UserError
-from ditjax.io.results import Found, find_results, write_atomic, write_json
+from ditjax.files.atomic import write_atomic, write_json
+from ditjax.models.sizes import parse_size
 from ditjax.reporting.transfer import Run, curves, record, summary_of_seeds, table, transfer_png
-from ditjax.sizes import parse_size
+from ditjax.runs.results import Found, find_results
 
 LOSS = "final_loss"  # of the last logged interval of the training
 # In these keys the runs of one figure differ; in another they would be two studies.

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ditjax import build
 from ditjax.cli import load_recipe
 from ditjax.config import Config, read
 from ditjax.models.blocks import BLOCKS
 from ditjax.parallel.rules import path_of
+from ditjax.tasks import build
 
 WIDTHS = (32, 64, 128, 256, 512)
 BASE_WIDTH, HEADS = 32, 2

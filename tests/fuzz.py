@@ -33,12 +33,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
-from ditjax import build
 from ditjax.config import Config, completed, leaf_keys, read
+from ditjax.data.images import open_images
 from ditjax.errors import UserError
-from ditjax.io import npz, results, rundir, statistics, weights
-from ditjax.io.images import open_images
-from ditjax.io.torch_file import read_torch, write_torch
+from ditjax.evaluation import statistics
+from ditjax.files import npz
+from ditjax.runs import results, rundir
+from ditjax.tasks import build
+from ditjax.weights import tensors as weights
+from ditjax.weights.torch_file import read_torch, write_torch
 
 GOLDEN = Path(__file__).parent / "goldens" / "torch_file.npz"
 SECONDS = 30.0  # for one file on a busy machine; the longest takes a tenth

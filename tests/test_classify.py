@@ -9,9 +9,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 from ditjax import classify
-from ditjax import digits as at_work
 from ditjax.errors import UserError
-from ditjax.io.assets import SHIPPED, load_asset
+from ditjax.evaluation import digits as at_work
+from ditjax.files.assets import SHIPPED, load_asset
 from ditjax.metrics.frechet import batch_moments, frechet_distance
 from ditjax.models import classifier
 

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from ditjax import cli, host
+from ditjax import cli
 from ditjax.errors import FaultError, StoppedError, UserError
-from ditjax.io import compilations
+from ditjax.parallel import compilations, host
 
 
 @pytest.mark.parametrize(

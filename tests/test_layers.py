@@ -1,96 +1,59 @@
-"""Imports go downwards only: commands -> programs -> build -> islands -> plain data."""
+"""Imports go downwards only, by folder; the root holds commands and nothing else but five files."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "ditjax"
-ISLANDS = ("diffusion", "models", "metrics", "scaling", "training", "parallel", "io")
 
-# Higher floors may import lower ones. Commands may call one another (sweep trains and evaluates).
-FLOORS = {
-    **dict.fromkeys(("errors", "masking", "sizes", "host", "chips", "__init__"), 0),
-    **dict.fromkeys(ISLANDS, 1),
-    "config": 1,
-    "provenance": 1,
-    "meter": 2,
-    "build": 2,
-    "programs": 3,
-    "pretrained": 3,
-    "digits": 3,
-    "studies": 3,
-    "scenes": 4,
-    "runs": 4,
-    "features": 5,
-    "scoring": 5,
-    "evaluation": 6,
-    "status": 6,
-    "pipeline": 5,
-    "validation": 5,
-    "planning": 4,
-    "published": 2,
-    "costs": 4,
-    "cli": 5,
-    "reporting": 5,
-    "peer": 0,
-}
-COMMAND = 7
+# From the ground up. A file imports from lower floors and from its own folder; folders that share
+# a floor never import one another.
+FLOORS = (
+    ("errors",),
+    ("diffusion", "models", "metrics", "scaling", "files"),
+    ("config", "data"),
+    ("parallel",),
+    ("training",),
+    ("tasks",),
+    ("weights",),
+    ("runs",),
+    ("cli", "sampling", "studies"),
+    ("evaluation", "reporting", "machines"),
+    ("commands",),
+)
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 COMMANDS = (
     "train", "sample", "evaluate", "sweep", "report", "flops", "classify", "encode",
     "convert", "grid", "bench", "plan", "transfer",
 )  # fmt: skip
+ROOT_FILES = {"__init__", "cli", "config", "errors", *COMMANDS}
 
-# Third-party packages by floor; NumPy, JAX's typing aside, is what all of them share.
-STDLIB_FREE = {
+# Third-party packages of the folders that are pure.
+PURE = {
     "errors": set(),
-    "masking": set(),
-    "sizes": set(),
-    "host": set(),
-    "chips": set(),
     "config": set(),
-    "provenance": {"jax"},
     "diffusion": {"jax", "numpy"},
     "models": {"jax", "numpy", "flax"},
     "metrics": {"jax", "numpy"},
     "scaling": {"numpy", "scipy"},
-    "training": {"jax", "optax"},
+    "files": {"etils", "jax", "numpy", "ml_dtypes"},
+    "training": {"jax", "numpy", "optax"},
     "parallel": {"jax", "numpy"},
-    "io": {
-        "absl", "array_record", "clu", "etils", "grain", "jax", "ml_dtypes", "numpy", "orbax",
-        "PIL", "safetensors", "sklearn", "tensorboardX", "tensorflow_datasets",
-    },
-    "build": {"jax", "numpy", "optax"},
-    "meter": {"jax", "numpy"},
-    "programs": {"jax", "numpy"},
-    "pretrained": {"jax", "numpy"},
-    "digits": {"jax", "numpy"},
+    "tasks": {"jax", "numpy", "optax"},
     "studies": set(),
-    "status": set(),
-    "scenes": {"numpy"},
-    "runs": {"jax", "numpy"},
-    "features": {"jax", "numpy"},
-    "scoring": {"jax", "numpy"},
-    "pipeline": {"jax", "numpy", "PIL"},
-    "planning": {"jax", "numpy"},
-    "published": set(),
-    "costs": set(),
-    "evaluation": {"jax", "numpy"},
-    "validation": {"jax", "numpy"},
-    "cli": {"absl", "ml_collections"},
-    "reporting": {"jinja2", "matplotlib", "numpy", "PIL"},
-    "peer": {"diffusers", "torch"},
-}  # fmt: skip
+}
 
 
 def modules() -> list[Path]:
-    return sorted(path for path in ROOT.rglob("*.py"))
+    return sorted(ROOT.rglob("*.py"))
 
 
 def place(path: Path) -> str:
-    """The floor or island that a file belongs to."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return parts[0]
+    """The folder that a file belongs to, or its name in the root; "commands" for a command."""
+    top = path.relative_to(ROOT).with_suffix("").parts[0]
+    return "commands" if top in COMMANDS else top
 
 
 def imports(path: Path) -> set[str]:
@@ -107,57 +70,56 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def floor(name: str) -> int:
-    return FLOORS.get(name, COMMAND)
-
-
 def violations(where: str, imported: set[str]) -> list[str]:
     """What a file of `where` imports and must not."""
-    import sys
-
     bad = []
     for module in imported:
         top, _, rest = module.partition(".")
         if top == "ditjax":
             target = rest.partition(".")[0]
-            if not target or target == where or target not in {*FLOORS, *COMMANDS}:
-                continue
-            sideways = floor(target) == floor(where) == 1
-            if floor(target) > floor(where) or sideways:
+            target = "commands" if target in COMMANDS else target
+            if target in FLOOR and target != where and FLOOR[target] >= FLOOR[where]:
                 bad.append(module)
         elif top == "experiments" or (
-            top not in sys.stdlib_module_names and where in STDLIB_FREE
-            and top not in STDLIB_FREE[where]
-        ):  # fmt: skip
+            where in PURE and top not in sys.stdlib_module_names and top not in PURE[where]
+        ):
             bad.append(module)
     return sorted(bad)
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_root_holds_commands_and_five_files():
+    assert {path.stem for path in ROOT.glob("*.py")} == ROOT_FILES
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert folders == set(FLOOR) - {"errors", "config", "cli", "commands"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in modules() if path.name != "__init__.py"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_imports_go_downwards(path):
-    where = place(path)
-    assert where in {*FLOORS, *COMMANDS}, f"{path} has no floor: give it one here"
-    assert not violations(where, imports(path))
+    assert not violations(place(path), imports(path))
 
 
 def test_the_rule_can_fail():
     assert violations("diffusion", {"ditjax.models.dit"}) == ["ditjax.models.dit"]
-    assert violations("models", {"ditjax.build"}) == ["ditjax.build"]
+    assert violations("models", {"ditjax.tasks"}) == ["ditjax.tasks"]
     assert violations("diffusion", {"flax"}) == ["flax"]
-    assert violations("config", {"ditjax.diffusion"}) == ["ditjax.diffusion"]
+    assert violations("config", {"ditjax.parallel"}) == ["ditjax.parallel"]
     assert violations("reporting", {"ditjax.report"}) == ["ditjax.report"]
-    assert violations("build", {"experiments.base"}) == ["experiments.base"]
-    assert violations("training", {"jax.numpy", "ditjax.errors", "ditjax.sizes"}) == []
-    assert violations("sweep", {"ditjax.train", "matplotlib"}) == []
+    assert violations("tasks", {"experiments.base"}) == ["experiments.base"]
+    assert violations("training", {"jax.numpy", "ditjax.errors", "ditjax.models.cost"}) == []
+    assert violations("commands", {"ditjax.train", "matplotlib"}) == []
 
 
 def test_nothing_imports_pytorch():
     """The peer is a program of its own, so that ditjax is whole without PyTorch."""
     for path in modules():
-        if place(path) != "peer":
+        if path.stem != "peer":
             named = imports(path)
             tops = {name.partition(".")[0] for name in named}
-            assert not (named | tops) & {"torch", "diffusers", "ditjax.peer"}, path
+            assert not (named | tops) & {"torch", "diffusers", "ditjax.machines.peer"}, path
 
 
 def test_only_experiments_knows_recipes():

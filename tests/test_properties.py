@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from ditjax import plan, train
 from ditjax.cli import load_recipe
 from ditjax.config import Config, changed, completed, leaf_keys, read
+from ditjax.data.builders import prepare
+from ditjax.data.classes import parse_classes
+from ditjax.data.stream import dataset_info
 from ditjax.diffusion.schedule import space_timesteps
-from ditjax.errors import UserError, nearest, shown
-from ditjax.io import rundir
-from ditjax.io.builders import prepare
-from ditjax.io.classes import parse_classes
-from ditjax.io.data import dataset_info
-from ditjax.parallel import topology
+from ditjax.errors import UserError, divisors, nearest, shown
+from ditjax.machines import topology
+from ditjax.models.sizes import PAPER_SIZES, parse_size
 from ditjax.parallel.processes import place_of
-from ditjax.sizes import PAPER_SIZES, divisors, parse_size
+from ditjax.runs import rundir
 
 RECIPE = json.loads(json.dumps(load_recipe(["--config=experiments/digits.py"]).to_dict()))
 KEYS = leaf_keys(Config)

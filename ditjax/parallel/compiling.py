@@ -13,8 +13,8 @@ from typing import ParamSpec, TypeVar
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from ditjax import host
 from ditjax.errors import UserError
+from ditjax.parallel import host
 
 _REMATERIALIZATION = re.compile(
     rb"(?:[A-Z]\d{4} [^\]]*\] )?(?:\[\w+\] )?Involuntary full rematerialization"

@@ -9,8 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from ditjax.errors import UserError
-from ditjax.sizes import divisors
+from ditjax.errors import UserError, divisors
 
 # Outermost first: neighbours along the last axis have the fastest links. `tensor` speaks in the
 # middle of every product's pair, `context` once a layer, `fsdp` ahead of time, `data` once a step.

@@ -265,3 +265,8 @@ def global_rows(sharding: Sharding, count: int, rows: np.ndarray, value: np.ndar
 def from_whole(sharding: Sharding, value: np.ndarray) -> jax.Array:
     """The global array of a value that every process has whole."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def is_primary() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0

@@ -13,8 +13,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ditjax.errors import UserError
-from ditjax.sizes import divisors
+from ditjax.errors import UserError, divisors
 
 BATCH_AXES = ("data", "fsdp")
 

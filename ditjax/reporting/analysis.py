@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ditjax.errors import UserError
-from ditjax.io.results import Found
 from ditjax.reporting.curves import Curve, Logs
 from ditjax.reporting.study import (
     Group,
@@ -19,15 +18,7 @@ from ditjax.reporting.study import (
     training_gflops,
     usable,
 )
-from ditjax.reporting.words import (
-    interval_words,
-    law_words,
-    metric_name,
-    number,
-    percent,
-    plural,
-    short,
-)
+from ditjax.runs.results import Found
 from ditjax.scaling import claims
 from ditjax.scaling.claims import Claim
 from ditjax.scaling.extrapolate import Extrapolation, held_out
@@ -42,6 +33,15 @@ from ditjax.scaling.fit import (
 )
 from ditjax.scaling.isoflop import ComputeOptimal, Profile, compute_optimal, isoflop
 from ditjax.scaling.isoflop import Curve as ComputeCurve
+from ditjax.studies.words import (
+    interval_words,
+    law_words,
+    metric_name,
+    number,
+    percent,
+    plural,
+    short,
+)
 
 GFLOPS, PARAMS, TRAINING = "Gflops", "parameters", "training Gflops"
 VAL_LOSS, TRAIN_LOSS = "val_loss", "training loss"

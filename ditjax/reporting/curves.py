@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditjax.errors import UserError
-from ditjax.io.results import METRICS_FILE, Found, read_metrics
-from ditjax.reporting.words import short
-from ditjax.scaling.counts import training_gflops
+from ditjax.models.cost import training_gflops
+from ditjax.runs.results import METRICS_FILE, Found, read_metrics
+from ditjax.studies.words import short
 
 MAX_POINTS = 400  # of a curve: more are not seen
 EVALUATION = "eval/"

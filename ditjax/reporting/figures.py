@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ditjax.io.results import Found, tile
 from ditjax.reporting.analysis import Analysis, floor_of
 from ditjax.reporting.curves import Curve, thinned
 from ditjax.reporting.samples import Cells, row_name, row_names, several_blocks
@@ -21,8 +20,9 @@ from ditjax.reporting.style import (
     plain_ticks,
     png,
 )
-from ditjax.reporting.words import metric_name, number, plural, short
+from ditjax.runs.results import Found, tile
 from ditjax.scaling.fit import PowerLaw
+from ditjax.studies.words import metric_name, number, plural, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

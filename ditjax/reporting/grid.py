@@ -4,14 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ditjax.reporting.table import aligned, csv_of
-from ditjax.reporting.words import (
-    OF_A_METRIC,
-    duration,
-    metric_name,
-    number,
-    short,
-)
+from ditjax.reporting.table import csv_of
+from ditjax.studies.words import OF_A_METRIC, aligned, duration, metric_name, number, short
 
 BEST, FRONT = "*", "+"
 

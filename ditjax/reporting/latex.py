@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from ditjax.masking import visible
+from ditjax.files.masking import visible
 from ditjax.reporting.study import Absent, Family, Group, families, published_of, usable
-from ditjax.reporting.words import METRIC_NAMES, count, encodable, metric_name, number
+from ditjax.studies.words import METRIC_NAMES, count, encodable, metric_name, number
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",

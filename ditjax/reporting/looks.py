@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from ditjax.io.results import Found
 from ditjax.reporting.svg import MARKERS, Looks
-from ditjax.reporting.words import short
+from ditjax.runs.results import Found
+from ditjax.studies.words import short
 
 
 class Encoding:

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ditjax.io.results import Found
-from ditjax.masking import visible
+from ditjax.files.masking import visible
 from ditjax.reporting.analysis import Analysis, conclusion, further
 from ditjax.reporting.curves import Logs
 from ditjax.reporting.looks import Encoding
@@ -20,15 +19,9 @@ from ditjax.reporting.scored import Scored, shared
 from ditjax.reporting.study import Absent, Family, Plan, families, model_key
 from ditjax.reporting.svg import glyph
 from ditjax.reporting.table import Column, table_columns, verdict
-from ditjax.reporting.words import (
-    encodable,
-    interval_words,
-    metric_name,
-    number,
-    plural,
-    short,
-)
+from ditjax.runs.results import Found
 from ditjax.scaling.claims import Claim
+from ditjax.studies.words import encodable, interval_words, metric_name, number, plural, short
 
 MAX_GROUPS = 4  # protocols drawn; the table holds all
 

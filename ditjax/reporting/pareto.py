@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ditjax.reporting.grid import Outcome, conditions, front, shown, varying, what_varies
 from ditjax.reporting.style import COLOURS, LIGHT, MARKERS, Theme, left_title, plain_ticks, png
-from ditjax.reporting.words import metric_name, plural, short
+from ditjax.studies.words import metric_name, plural, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from ditjax.io.results import Found
 from ditjax.reporting.analysis import (
     GFLOPS,
     PARAMS,
@@ -32,20 +31,11 @@ from ditjax.reporting.study import (
     settings_words,
     usable,
 )
-from ditjax.reporting.svg import (
-    Axis,
-    Looks,
-    Plot,
-    Taken,
-    axis,
-    cross_glyph,
-    glyph,
-    label,
-    stroke,
-)
-from ditjax.reporting.words import interval_words, metric_name, number, short
+from ditjax.reporting.svg import Axis, Looks, Plot, Taken, axis, cross_glyph, glyph, label, stroke
+from ditjax.runs.results import Found
 from ditjax.scaling.fit import PowerLaw
 from ditjax.scaling.frontier import frontier
+from ditjax.studies.words import interval_words, metric_name, number, short
 
 MAX_NAMED = 24  # models whose names stand beside their spots
 MAX_CURVE = 120  # points of a curve in the page

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditjax.errors import UserError
-from ditjax.io.results import SAMPLES_FILE, Found, load_samples, tile
 from ditjax.reporting.study import Group
-from ditjax.reporting.words import metric_name, number, plural, short
+from ditjax.runs.results import SAMPLES_FILE, Found, load_samples, tile
+from ditjax.studies.words import metric_name, number, plural, short
 
 MAX_ROWS, MAX_COLUMNS = 8, 5
 MAX_IMAGES = 10  # read of a run

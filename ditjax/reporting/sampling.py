@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ditjax.errors import UserError
-from ditjax.io.results import Found, load_json
-from ditjax.io.rundir import RUNS
+from ditjax.files.atomic import load_json
+from ditjax.runs.results import Found
+from ditjax.runs.rundir import RUNS
 from ditjax.scaling.claims import Claim, sampling_does_not_make_up
 
 GRID_FILE = "grid.json"

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
-from ditjax.io.results import Published, Result, is_published
-from ditjax.pretrained.networks import RELEASE
-from ditjax.reporting.table import aligned, csv_of
-from ditjax.reporting.words import metric_name, number, plural, short
+from ditjax.reporting.table import csv_of
+from ditjax.runs.results import Published, Result, is_published
 from ditjax.scaling.published import REPEATS
 from ditjax.scaling.spread import Spread, noise_band, spread
+from ditjax.studies.words import aligned, metric_name, number, plural, short
+from ditjax.weights.networks import RELEASE
 
 NOT_STATED = "not stated"  # what a published protocol says of a field that no text gives
 AS_PUBLISHED = "the paper's"  # of the recipe: what has no field of its own is as in the paper

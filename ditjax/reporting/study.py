@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from ditjax.config import completed
-from ditjax.io import rundir
-from ditjax.io.results import METRICS_FILE, RESULT_FILE, Found, Result, load_json
-from ditjax.io.rundir import RUNS, STUDY_FILE
-from ditjax.reporting.words import metric_name, number, plural, short
-from ditjax.scaling import counts
+from ditjax.files.atomic import load_json
+from ditjax.models import cost
+from ditjax.runs import rundir
+from ditjax.runs.results import METRICS_FILE, RESULT_FILE, Found, Result
+from ditjax.runs.rundir import RUNS, STUDY_FILE
+from ditjax.studies.words import metric_name, number, plural, short
 
 NOT_RUN, UNFINISHED, UNREADABLE = "not run", "not finished", "unreadable"
 METRICS_BY_RANK = ("fid", "fd_digits")  # what a study is about, where nobody says
@@ -71,7 +72,7 @@ class Plan:
 
 def training_gflops(result: Result) -> float:
     """What the whole run has cost."""
-    return counts.training_gflops(result["gflops"], result["train"]["images"])
+    return cost.training_gflops(result["gflops"], result["train"]["images"])
 
 
 def chosen_metric(found: Sequence[Found]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ditjax.masking import visible
+from ditjax.files.masking import visible
 
 COLOURS = 6  # classes c0 to c5
 # Paths about (0, 0), told apart without colour; the radius is 4 to 5 units.

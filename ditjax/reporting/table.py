@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ditjax.io.results import Found
-from ditjax.masking import visible
+from ditjax.files.masking import visible
 from ditjax.reporting.analysis import Analysis, conclusion, further
 from ditjax.reporting.study import Absent, Group, Plan, published_of
-from ditjax.reporting.words import (
+from ditjax.runs.results import Found
+from ditjax.scaling.claims import Claim
+from ditjax.studies.words import (
     OF_A_METRIC,
+    aligned,
     count,
     duration,
     encodable,
@@ -20,7 +22,6 @@ from ditjax.reporting.words import (
     number,
     short,
 )
-from ditjax.scaling.claims import Claim
 
 
 def _nothing(cell: Absent) -> Any:
@@ -162,19 +163,6 @@ def csv_text(groups: Sequence[Group], absent: Sequence[Absent] = ()) -> str:
         row |= {"params": cell.params, "gflops": cell.gflops}
         rows.append(row | {f"published.{key}": value for key, value in cell.published.items()})
     return csv_of(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> list[str]:
-    """A line a row: numeric columns end where their titles do, the others begin there."""
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ditjax.reporting.style import COLOURS, LIGHT, MARKERS, Theme, left_title, plain_ticks, png
-from ditjax.reporting.words import metric_name, number, plural
 from ditjax.scaling.optimum import Optimum, drift, lowest
+from ditjax.studies.words import metric_name, number, plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,1 +1,1 @@
-"""Closed-form costs of a network, and the laws fitted to a study."""
+"""The laws fitted to a study."""

@@ -4,7 +4,7 @@
     python -m ditjax.sweep --config=$C --workdir=runs/small/scenes --jobs=2
 
 A scene holds one to three digits of one class with colour, size, place and count of their own
-(`ditjax/io/scenes.py`): 20,000 of them, so that no image is seen more than seven times.
+(`ditjax/data/scenes.py`): 20,000 of them, so that no image is seen more than seven times.
 Two cores: 30 minutes, estimated; not run whole by us yet.
 """
 

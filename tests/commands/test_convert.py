@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ditjax import cli, convert, programs, runs, sample
+from ditjax import cli, convert, sample
 from ditjax.config import read
 from ditjax.errors import UserError
-from ditjax.io import rundir, weights
-from ditjax.io.assets import flatten, unflatten
-from ditjax.io.checkpoint import Checkpoints
-from ditjax.io.torch_file import write_torch
+from ditjax.files.assets import flatten, unflatten
 from ditjax.parallel.mesh import make_mesh
-from ditjax.pipeline import Pipeline
-from ditjax.pretrained import networks, reading, writing
+from ditjax.runs import opening, rundir
+from ditjax.runs.checkpoint import Checkpoints
+from ditjax.sampling.pipeline import Pipeline
+from ditjax.tasks import programs
+from ditjax.weights import networks, reading, tensors, writing
+from ditjax.weights.torch_file import write_torch
 from tests.commands.conftest import TINY
 from tests.seeded import seeded_state
 from tests.weight_files import FOLDER_WEIGHTS, assert_same, diffusers_folder, release_state
@@ -43,7 +44,7 @@ def test_round_trip_of_a_release_checkpoint(tmp_path, capsys):
     assert "note" not in capsys.readouterr().out
     run(f"--weights={tmp_path}/c.safetensors", "--to=release", f"--out={tmp_path}/d.pt")
     assert "over 127 here, 128 there" in capsys.readouterr().out
-    assert_same(weights.read_tensors(tmp_path / "d.pt").tensors, state)
+    assert_same(tensors.read_tensors(tmp_path / "d.pt").tensors, state)
     run(
         f"--weights={tmp_path}/a.pt", "--to=diffusers", f"--out={tmp_path}/e", "--heads=3",
         "--numerics=diffusers",
@@ -59,7 +60,7 @@ def test_which(tmp_path):
         out = tmp_path / f"{which}.pt"
         words = ("--to=release", f"--out={out}", "--heads=3", f"--which={which}")
         run(f"--weights={tmp_path}/a.pt", *words)
-        assert_same(weights.read_tensors(out).tensors, expected)
+        assert_same(tensors.read_tensors(out).tensors, expected)
 
 
 def test_round_trip_of_an_autoencoder(tmp_path, capsys):
@@ -91,7 +92,7 @@ def test_a_pipeline(tmp_path, capsys):
     assert (tmp_path / "p" / "model_index.json").read_bytes() == (
         tmp_path / "q" / "model_index.json"
     ).read_bytes()
-    other = weights.read_tensors(tmp_path / "vae.ckpt").tensors
+    other = tensors.read_tensors(tmp_path / "vae.ckpt").tensors
     other["encoder.conv_in.bias"] = other["encoder.conv_in.bias"] + 1
     write_torch(tmp_path / "vae2.ckpt", {"state_dict": other, "norm_num_groups": 8})
     run(
@@ -125,7 +126,7 @@ def finished(tmp_path_factory):
     rundir.open_run(workdir, recipe)
     state = programs.training(c, mesh).init()
     shapes = {path: leaf.shape for path, leaf in flatten(state.ema["params"]).items()}
-    ema = runs.put({"params": unflatten(seeded_state(shapes, 3))}, mesh)
+    ema = opening.put({"params": unflatten(seeded_state(shapes, 3))}, mesh)
     with Checkpoints(workdir / rundir.CHECKPOINTS, keep=1) as checkpoints:
         checkpoints.save(20, state._replace(ema=ema), {})
     return workdir
@@ -136,8 +137,8 @@ def test_a_run(finished, tmp_path, capsys):
     out = tmp_path / "run.safetensors"
     run(f"--weights={finished}", "--to=ditjax", f"--out={out}")
     assert "(ditjax) ->" in capsys.readouterr().out
-    config = runs.recipe_of(finished)
-    params, step = runs.load_weights(config, finished, make_mesh(-1, 1))
+    config = opening.recipe_of(finished)
+    params, step = opening.load_weights(config, finished, make_mesh(-1, 1))
     assert step == 20
     network = networks.of_run(config, params)
     assert_same(reading.load(out).leaves, network.leaves)

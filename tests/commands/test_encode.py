@@ -9,13 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from ditjax import config, encode, programs, runs, train
+from ditjax import config, encode, train
 from ditjax.cli import load_recipe
+from ditjax.data import stream
 from ditjax.errors import UserError
-from ditjax.io import data
-from ditjax.io.assets import unflatten
+from ditjax.files.assets import unflatten
 from ditjax.parallel.mesh import make_mesh
-from ditjax.pretrained import networks, writing
+from ditjax.runs import opening
+from ditjax.tasks import programs
+from ditjax.weights import networks, writing
 from tests.commands.conftest import TINY
 from tests.seeded import seeded_state
 
@@ -69,20 +71,20 @@ def contents(folder):
 def read(monkeypatch):
     """The records whose images are read from now on, in order."""
     found = []
-    real = data._Decoded.batch
+    real = stream._Decoded.batch
 
     def batch(self, indices, mirrored):
         found.extend(indices.tolist())
         return real(self, indices, mirrored)
 
-    monkeypatch.setattr(data._Decoded, "batch", batch)
+    monkeypatch.setattr(stream._Decoded, "batch", batch)
     return found
 
 
 KILLED = """
 import os, signal, sys
 from ditjax import encode
-from ditjax.io.latents import LatentWriter
+from ditjax.data.latents import LatentWriter
 real, written = LatentWriter._example, []
 def example(self, record):
     written.append(1)
@@ -102,7 +104,7 @@ def test_a_killed_encoding_goes_on_where_it_was(vae, whole, tmp_path, read, caps
     assert len(left) == 2
     assert len(list(tmp_path.rglob(".*.tmp"))) == 1
     with pytest.raises(UserError, match="its encoding is not finished: the same command"):
-        data.dataset_info(f"latents:{tmp_path}", "test")
+        stream.dataset_info(f"latents:{tmp_path}", "test")
     with pytest.raises(UserError, match=r"image_size=32, this would be 16: give another --out"):
         encode.main([*command, "--config.data.image_size=16"])
     with pytest.raises(UserError, match=r"dtype='float32', this would be 'bfloat16'"):
@@ -155,7 +157,7 @@ def x0_of_steps(monkeypatch, command, start, stop):
         return lambda state, batch, key: (state._replace(step=state.step + 1), batch)
 
     monkeypatch.setattr(programs, "make_step", make_step)
-    frozen = runs.load_autoencoder(c, mesh) if train.needs_encoder(c) else None
+    frozen = opening.load_autoencoder(c, mesh) if train.needs_encoder(c) else None
     training = programs.training(c, mesh, frozen)
     state = jax.tree.map(
         lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
@@ -163,8 +165,8 @@ def x0_of_steps(monkeypatch, command, start, stop):
     )
     state = state._replace(step=state.step + start)
     found = []
-    spec = runs.data_spec(c)
-    with data.train_batches(spec, c.seed, c.train.batch_size, start_step=start) as batches:
+    spec = opening.data_spec(c)
+    with stream.train_batches(spec, c.seed, c.train.batch_size, start_step=start) as batches:
         for _ in range(start, stop):
             state, batch = training.step(state, training.put(next(batches)))
             found.append(jax.device_get(batch))
@@ -194,12 +196,12 @@ def test_training_on_latents_is_training_on_images(vae, whole):
     )  # fmt: skip
     c = config.read(load_recipe(command).to_dict())
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
-    training = programs.training(c, mesh, runs.load_autoencoder(c, mesh))
+    training = programs.training(c, mesh, opening.load_autoencoder(c, mesh))
     losses: dict[str, list[list[float]]] = {}
     for name in ("digits", f"latents:{whole}"):
-        spec = dataclasses.replace(runs.data_spec(c), name=name)
+        spec = dataclasses.replace(opening.data_spec(c), name=name)
         state, losses[name] = training.init(), []
-        with data.train_batches(spec, c.seed, c.train.batch_size) as batches:
+        with stream.train_batches(spec, c.seed, c.train.batch_size) as batches:
             for _ in range(12):
                 state, metrics = training.step(state, training.put(next(batches)))
                 losses[name].append([float(metrics[key]) for key in ("loss", "mse", "grad_norm")])

@@ -7,19 +7,19 @@ import pytest
 from PIL import Image
 
 from ditjax import evaluate
+from ditjax.data import stream
 from ditjax.errors import UserError
-from ditjax.features import digits_extractor
-from ditjax.io import data
-from ditjax.io.results import save_samples
-from ditjax.io.statistics import load_statistics, save_statistics
+from ditjax.evaluation.features import digits_extractor
+from ditjax.evaluation.statistics import load_statistics, save_statistics
 from ditjax.metrics import frechet, scores
+from ditjax.runs.results import save_samples
 
 
 @pytest.fixture(scope="module")
 def digits(data_dir):
     """u8[N,8,8,1] of both splits."""
     return {
-        split: data.load_arrays("digits", split, data_dir)["image"] for split in ("train", "test")
+        split: stream.load_arrays("digits", split, data_dir)["image"] for split in ("train", "test")
     }
 
 

@@ -13,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ditjax import build, grid, runs
+from ditjax import grid
 from ditjax.cli import load_recipe
 from ditjax.config import changed, read
 from ditjax.diffusion import samplers
 from ditjax.errors import UserError
-from ditjax.io.results import load_samples, protocol_hash, write_json
+from ditjax.files.atomic import protocol_hash, write_json
+from ditjax.models.cost import gflops
 from ditjax.parallel.mesh import make_mesh
-from ditjax.pipeline import Drawer
-from ditjax.scaling.counts import gflops
+from ditjax.runs import opening
+from ditjax.runs.results import load_samples
+from ditjax.sampling.pipeline import Drawer
+from ditjax.tasks import build
 from tests.commands.conftest import TINY
 
 AXES = ("--cfg_scale=1,3,4", "--cfg_channels=all,three", "--weights=ema,model")
@@ -85,7 +88,7 @@ def test_a_grid(made, finished):
     assert found["best"] == min(values, key=values.__getitem__)
     # After 20 steps the average is still its start, which hears neither label nor guidance.
     assert len(set(values.values())) == 4
-    forward = gflops(build.cost(runs.recipe_of(finished)))
+    forward = gflops(build.cost(opening.recipe_of(finished)))
     for cell in found["cells"]:
         # ddim3: three evaluations, twice where guided
         twice = 1 if cell["settings"]["cfg_scale"] == 1 else 2
@@ -175,9 +178,9 @@ def test_a_finished_cell_is_not_drawn_again(made, finished, monkeypatch):
 
 def test_cells_share_their_noise_and_labels(finished, monkeypatch):
     """Whatever sampler, steps and guidance: sample i starts from the same x_T."""
-    c = runs.recipe_of(finished)
+    c = opening.recipe_of(finished)
     mesh = make_mesh(-1, 1)
-    params, _ = runs.load_weights(c, finished, mesh)
+    params, _ = opening.load_weights(c, finished, mesh)
     for name in ("ddpm", "ddim"):
         monkeypatch.setattr(samplers, name, lambda denoise, process, x_T, *a, **k: x_T)
     drawer = Drawer(mesh)
@@ -394,7 +397,7 @@ def test_the_files_are_of_the_cells_on_disk(tmp_path):
 
 
 def test_names_tell_cells_apart_and_are_legal(finished):
-    run = grid.Run("a b:c", Path("x"), runs.recipe_of(finished))
+    run = grid.Run("a b:c", Path("x"), opening.recipe_of(finished))
     plan = grid.plan(
         [run],
         {"cfg_scale": (2.0, 2.0000001), "steps": ("10,15,20", ",".join(["3"] * 100)),

@@ -5,10 +5,10 @@ import json
 import jax
 import pytest
 
-from ditjax import plan, planning
+from ditjax import plan
 from ditjax.errors import UserError
-from ditjax.parallel import topology
-from ditjax.parallel.topology import CHIPS, GIB
+from ditjax.machines import planning, topology
+from ditjax.machines.topology import CHIPS, GIB
 
 TINY = (
     "--config=experiments/digits.py:2x32x2/2",

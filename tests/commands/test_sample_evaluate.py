@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax import build, encode, evaluate, evaluation, runs, sample, train
+from ditjax import encode, evaluate, sample, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
-from ditjax.digits import see_class
+from ditjax.data import stream
 from ditjax.errors import UserError
-from ditjax.features import digits_extractor
-from ditjax.io import data
-from ditjax.io.results import load_samples
+from ditjax.evaluation import evaluator
+from ditjax.evaluation.digits import see_class
+from ditjax.evaluation.features import digits_extractor
+from ditjax.evaluation.scoring import look, open_reference, score
 from ditjax.parallel.mesh import make_mesh
-from ditjax.scoring import look, open_reference, score
+from ditjax.runs import opening
+from ditjax.runs.results import load_samples
+from ditjax.tasks import build
 from tests.commands.conftest import TINY
 
 
@@ -63,7 +66,7 @@ def test_evaluate(finished, capsys):
 
 
 def test_real_digits_score_as_real(data_dir):
-    real = data.load_arrays("digits", "test", data_dir)
+    real = stream.load_arrays("digits", "test", data_dir)
     extractor = digits_extractor()
     reference = open_reference("digits/train", extractor, 8, str(data_dir))
 
@@ -71,13 +74,13 @@ def test_real_digits_score_as_real(data_dir):
         seen = look(extractor, [images], len(images))
         return score(seen, reference.statistics, None, inception=False)["fd_digits"]
 
-    floor = evaluation.floor("digits", "digits", "digits/train", str(data_dir))
+    floor = evaluator.floor("digits", "digits", "digits/train", str(data_dir))
     assert fd_digits(real["image"]) == pytest.approx(floor)
     assert np.mean(see_class(real["image"]) == real["label"]) > 0.98
     noise = np.random.default_rng(0).integers(0, 256, real["image"].shape, np.uint8)
     assert fd_digits(noise) > 10 * floor
     # Larger images are brought to 8x8, colour to grey: digits stay digits.
-    large = data.resize_images(real["image"], 32).repeat(3, axis=-1)
+    large = stream.resize_images(real["image"], 32).repeat(3, axis=-1)
     assert np.mean(see_class(large) == real["label"]) > 0.95
 
 
@@ -139,9 +142,9 @@ def decoded_means(c, params, x):
 def test_psnr_of_an_autoencoder(autoencoder):
     """Against the definition, image by image, on the held-out split."""
     assert evaluate.main([f"--workdir={autoencoder}"]) == 0
-    c = runs.recipe_of(autoencoder)
-    params, _ = runs.load_weights(c, autoencoder, make_mesh(-1, 1))
-    x = data.load_arrays("digits", "test", None, 16)["image"].astype(np.float32) / 127.5 - 1
+    c = opening.recipe_of(autoencoder)
+    params, _ = opening.load_weights(c, autoencoder, make_mesh(-1, 1))
+    x = stream.load_arrays("digits", "test", None, 16)["image"].astype(np.float32) / 127.5 - 1
     again = jax.jit(functools.partial(decoded_means, c))(params, x)
     errors = [((np.clip(a, -1, 1) - b) ** 2).mean() for a, b in zip(again, x, strict=True)]
     expected = np.mean([20 * np.log10(2 / error**0.5) for error in errors])
@@ -154,13 +157,13 @@ def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
     words = latent_words(autoencoder)
     c = read(load_recipe(words).to_dict())
     encode.main([*words, f"--out={tmp_path}"])
-    frozen = runs.load_autoencoder(c, make_mesh(-1, 1))
-    images = data.load_arrays("digits", "train", None, 16)
+    frozen = opening.load_autoencoder(c, make_mesh(-1, 1))
+    images = stream.load_arrays("digits", "train", None, 16)
     name = f"latents:{tmp_path}"
-    spec = data.DataSpec(name, "train", 16, 1, flip=True)
-    with data.train_batches(spec, 0, 24) as batches:
+    spec = stream.DataSpec(name, "train", 16, 1, flip=True)
+    with stream.train_batches(spec, 0, 24) as batches:
         batch = next(batches)
-    mirrored = data.flips(0, 0, 24)
+    mirrored = stream.flips(0, 0, 24)
     assert 0 < mirrored.sum() < 24
     x = images["image"][batch["index"]]
     x[mirrored] = x[mirrored, :, ::-1]
@@ -169,7 +172,7 @@ def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
     np.testing.assert_allclose(batch["mean"], moments.mean, atol=1e-4)
     np.testing.assert_allclose(batch["log_variance"], moments.log_variance, atol=1e-4)
     np.testing.assert_array_equal(batch["label"], images["label"][batch["index"]])
-    assert data.dataset_info(name, "train").num_examples == 1438
+    assert stream.dataset_info(name, "train").num_examples == 1438
     # The same again is left as it is; another encoding does not go over it.
     (info,) = tmp_path.rglob("dataset_info.json")
     written = info.stat().st_mtime_ns
@@ -177,8 +180,8 @@ def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
     assert info.stat().st_mtime_ns == written
     with pytest.raises(UserError, match="holds latents with split='train', this would be 'test'"):
         encode.main([*words, f"--out={tmp_path}", "--config.data.split=test"])
-    uncached = data.DataSpec(name, "train", 16, 1, flip=True, cache_mb=0)
-    with data.train_batches(uncached, 0, 24) as batches:
+    uncached = stream.DataSpec(name, "train", 16, 1, flip=True, cache_mb=0)
+    with stream.train_batches(uncached, 0, 24) as batches:
         np.testing.assert_array_equal(next(batches)["mean"], batch["mean"])
 
 

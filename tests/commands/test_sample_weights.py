@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax import convert, encode, runs, sample, train
+from ditjax import convert, encode, sample, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.errors import UserError
-from ditjax.io.assets import unflatten
-from ditjax.io.results import load_samples
-from ditjax.io.torch_file import write_torch
+from ditjax.files.assets import unflatten
 from ditjax.parallel.mesh import make_mesh
-from ditjax.pipeline import open_run
-from ditjax.pretrained import networks, reading, writing
+from ditjax.runs import opening
+from ditjax.runs.results import load_samples
+from ditjax.sampling.pipeline import open_run
+from ditjax.weights import networks, reading, writing
+from ditjax.weights.torch_file import write_torch
 from tests.commands.conftest import TINY
 from tests.seeded import seeded_state
 from tests.weight_files import FOLDER_WEIGHTS, release_state
@@ -199,16 +200,16 @@ def test_a_published_autoencoder_in_a_recipe(files, tmp_path):
     for target, name in (("ldm", "vae.ckpt"), ("ditjax", "vae.safetensors")):
         convert.convert(vae, target, str(tmp_path / name))
     frozen = [
-        runs.load_autoencoder(read(load_recipe(latent_words(path)).to_dict()), make_mesh(-1, 1))
+        opening.load_autoencoder(read(load_recipe(latent_words(path)).to_dict()), make_mesh(-1, 1))
         for path in (vae, tmp_path / "vae.ckpt", tmp_path / "vae.safetensors")
     ]
-    digests = {runs.digest(params) for params in frozen}
+    digests = {opening.digest(params) for params in frozen}
     assert len(digests) == 1
     workdir = tmp_path / "run"
     assert train.main([*latent_words(vae), f"--workdir={workdir}"]) == 0
     source = open_run(workdir)
     _, decoder = source.load(source.config, make_mesh(-1, 1))
-    assert runs.digest(decoder) in digests
+    assert opening.digest(decoder) in digests
     assert source.record == {"run": str(workdir), "step": 3, "autoencoder": vae}
 
 

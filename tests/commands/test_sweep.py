@@ -12,16 +12,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from ditjax import status, sweep, train
+from ditjax import sweep, train
 from ditjax.cli import load_recipe
 from ditjax.errors import StoppedError, UserError
-from ditjax.io.lease import Lease
-from ditjax.io.results import find_results, read_result, write_result
+from ditjax.files.lease import Lease
 from ditjax.parallel import stopping
-from ditjax.studies import by_work, cells
+from ditjax.runs.results import find_results, read_result, write_result
+from ditjax.studies import status
+from ditjax.studies.cells import by_work, cells
 from tests.commands.conftest import TINY
-from tests.io.test_results import a_result
-from tests.test_masking import SECRETS
+from tests.files.test_masking import SECRETS
+from tests.runs.test_results import a_result
 
 ONE = "--config.sweep.grid=(('model.patch',(4,)),)"
 GRID = "--config.sweep.grid=(('model.size',('1x32x2',)),('model.patch',(4,8)),('seed',(0,1)))"

@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ditjax import planning, studies, sweep
+from ditjax import sweep
 from ditjax.cli import load_recipe
 from ditjax.errors import UserError
-from ditjax.evaluation import Evaluated
-from ditjax.io.results import read_result, write_result
+from ditjax.evaluation.evaluator import Evaluated
+from ditjax.machines import planning
 from ditjax.reporting.scored import scored_rows
+from ditjax.runs.results import read_result, write_result
+from ditjax.studies import cells as studies
 from tests.commands.conftest import TINY
-from tests.io.test_results import a_result
+from tests.runs.test_results import a_result
 
 TABLE_4 = "--config=experiments/paper/table4.py"
 FIGURES = (

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax import runs, train
+from ditjax import train
 from ditjax.cli import load_recipe
 from ditjax.config import read
+from ditjax.data import prefetch, stream
 from ditjax.errors import StoppedError, UserError
-from ditjax.io import data, lease, prefetch
+from ditjax.files import lease
 from ditjax.parallel.mesh import make_mesh
+from ditjax.runs import opening
 from tests.commands.conftest import TINY
 
 
@@ -27,7 +29,7 @@ def lines(workdir: Path) -> list[dict]:
 
 def ema(workdir: Path):
     c = read(load_recipe(list(TINY)).to_dict())
-    params, step = runs.load_weights(c, workdir, make_mesh(-1, 1))
+    params, step = opening.load_weights(c, workdir, make_mesh(-1, 1))
     return jax.device_get(params), step
 
 
@@ -45,7 +47,7 @@ def test_what_a_run_leaves(finished):
 def test_the_same_command_resumes_exactly(finished, tmp_path, capsys):
     # A cosine schedule knows its end: a run is cut by leaving its loop, not by another recipe.
     cut = [*TINY, f"--workdir={tmp_path}"]
-    real = data.train_batches
+    real = stream.train_batches
 
     class CutError(Exception):
         pass
@@ -71,7 +73,7 @@ def test_the_same_command_resumes_exactly(finished, tmp_path, capsys):
         return Stopping()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "train_batches", until_13)
+        patch.setattr(stream, "train_batches", until_13)
         with pytest.raises(CutError):
             train.main(cut)
     assert [row["step"] for row in lines(tmp_path)] == [5, 10]
@@ -116,14 +118,14 @@ def test_told_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(finished, tmp_
 
 
 def test_told_to_stop_before_the_first_step_nothing_is_saved(tmp_path):
-    real = runs.open_run
+    real = opening.open_run
 
     def telling(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "open_run", telling)
+        patch.setattr(opening, "open_run", telling)
         with pytest.raises(StoppedError, match="stopped at step 0 by SIGTERM"):
             train.main([*TINY, f"--workdir={tmp_path}"])
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -132,17 +134,17 @@ def test_told_to_stop_before_the_first_step_nothing_is_saved(tmp_path):
 @lease.scope()
 def test_a_process_that_is_not_the_first_only_reads_the_directory(tmp_path, monkeypatch):
     recipe = load_recipe(list(TINY)).to_dict()
-    runs.open_run(tmp_path, recipe)
+    opening.open_run(tmp_path, recipe)
     path = tmp_path / "config.json"
     before = path.read_bytes(), path.stat().st_ino
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "is_primary", lambda: False)
+        patch.setattr(opening, "is_primary", lambda: False)
         recipe["train"]["steps"] += 1
-        runs.open_run(tmp_path, recipe)
+        opening.open_run(tmp_path, recipe)
         assert (path.read_bytes(), path.stat().st_ino) == before
         recipe["seed"] += 1
         with pytest.raises(UserError, match=r"holds a run with seed=0, this command says 1"):
-            runs.open_run(tmp_path, recipe)
+            opening.open_run(tmp_path, recipe)
 
 
 def test_neither_a_profile_nor_what_is_ahead_changes_a_run(finished, tmp_path):

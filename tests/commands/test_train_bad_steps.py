@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ditjax import train
+from ditjax.data import stream
 from ditjax.errors import UserError
-from ditjax.io import data
 from tests.commands.conftest import TINY
 from tests.commands.test_train import ema, lines
 
@@ -21,7 +21,7 @@ class CutError(Exception):
 @contextlib.contextmanager
 def spoilt(bad, cut=None) -> Iterator[dict[int, list[int]]]:
     """Batches of the steps `bad` have a NaN, that of `cut` never comes; yields their examples."""
-    real, seen = data.train_batches, {}
+    real, seen = stream.train_batches, {}
 
     def train_batches(*args, start_step=0, **kwargs):
         source = real(*args, start_step=start_step, **kwargs)
@@ -49,7 +49,7 @@ def spoilt(bad, cut=None) -> Iterator[dict[int, list[int]]]:
         return Spoilt()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "train_batches", train_batches)
+        patch.setattr(stream, "train_batches", train_batches)
         yield seen
 
 

@@ -11,18 +11,19 @@ import jax
 import numpy as np
 import pytest
 
-from ditjax import convert, evaluate, runs, sample, sweep, train
+from ditjax import convert, evaluate, sample, sweep, train
 from ditjax.cli import load_recipe
 from ditjax.config import changed
 from ditjax.errors import UserError
-from ditjax.evaluation import Evaluator
-from ditjax.io.checkpoint import Step
+from ditjax.evaluation.evaluator import Evaluator
 from ditjax.parallel.mesh import make_mesh
-from ditjax.pipeline import open_source
-from ditjax.pretrained import networks, reading
-from ditjax.studies import cells
+from ditjax.runs import opening
+from ditjax.runs.checkpoint import Step
+from ditjax.sampling.pipeline import open_source
+from ditjax.studies.cells import cells
+from ditjax.weights import networks, reading
 from tests.commands.conftest import TINY
-from tests.test_pipeline import traces
+from tests.sampling.test_pipeline import traces
 
 DISTANCES = (30.0, 10.0, math.nan, 20.0)  # at steps 5, 10, 15 and 20, in the place of the real
 SLOW_SECONDS = 2.0  # added to the second evaluation: what a loaded machine does not add by itself
@@ -53,7 +54,7 @@ def watched(data_dir, tmp_path_factory) -> Watched:
         found = real(self, c, params, num)
         compiled.append((before, len(compiles)))
         assert math.isfinite(found.metrics["fd_digits"])
-        seen.append(runs.digest(params))
+        seen.append(opening.digest(params))
         if len(seen) == 2:
             time.sleep(SLOW_SECONDS)
         clock.append((began, time.monotonic()))
@@ -124,12 +125,12 @@ def test_the_log(watched):
 
 def test_the_best_checkpoint_is_kept_beside_the_latest(watched):
     assert steps_of(watched.folder) == [10, 20]
-    config = runs.recipe_of(watched.folder)
+    config = opening.recipe_of(watched.folder)
     cases: tuple[tuple[Step, int], ...] = (("best", 10), ("latest", 20), (10, 10))
     for asked, step in cases:
-        params, found = runs.load_weights(config, watched.folder, make_mesh(-1, 1), asked)
+        params, found = opening.load_weights(config, watched.folder, make_mesh(-1, 1), asked)
         assert found == step
-        assert runs.digest(params) == watched.seen[step // 5 - 1]
+        assert opening.digest(params) == watched.seen[step // 5 - 1]
 
 
 def test_a_resume_keeps_the_best_and_the_clock(watched, tmp_path, monkeypatch):
@@ -138,7 +139,7 @@ def test_a_resume_keeps_the_best_and_the_clock(watched, tmp_path, monkeypatch):
     real = Evaluator.in_memory
 
     def in_memory(self, c, params, num):
-        seen.append(runs.digest(params))
+        seen.append(opening.digest(params))
         return real(self, c, params, num)
 
     monkeypatch.setattr(Evaluator, "in_memory", in_memory)
@@ -152,10 +153,10 @@ def test_a_resume_keeps_the_best_and_the_clock(watched, tmp_path, monkeypatch):
     # Another protocol: of the parameters themselves. The best of each is there.
     assert last["eval/protocol_hash"] != before["eval/protocol_hash"]
     assert steps_of(tmp_path) == [10, 23]
-    config = changed(runs.recipe_of(tmp_path), {"sample": {"weights": "model"}})
-    params, step = runs.load_weights(config, tmp_path, make_mesh(-1, 1), "best")
+    config = changed(opening.recipe_of(tmp_path), {"sample": {"weights": "model"}})
+    params, step = opening.load_weights(config, tmp_path, make_mesh(-1, 1), "best")
     assert step == 23
-    assert seen == [runs.digest(params)]
+    assert seen == [opening.digest(params)]
 
 
 def test_commands_take_a_step(watched, tmp_path):
@@ -168,8 +169,8 @@ def test_commands_take_a_step(watched, tmp_path):
     assert json.loads((run / "evaluation.json").read_text())["step"] == 10
     out = tmp_path / "best.safetensors"
     assert convert.main([f"--weights={run}", "--to=ditjax", f"--out={out}", "--step=best"]) == 0
-    config = runs.recipe_of(run)
-    params, _ = runs.load_weights(config, run, make_mesh(-1, 1), 10)
+    config = opening.recipe_of(run)
+    params, _ = opening.load_weights(config, run, make_mesh(-1, 1), 10)
     leaves, expected = reading.load(out).leaves, networks.of_run(config, params).leaves
     assert leaves.keys() == expected.keys()
     for name, value in expected.items():
@@ -177,7 +178,7 @@ def test_commands_take_a_step(watched, tmp_path):
     cases: tuple[tuple[Step, str], ...] = (("best", watched.seen[1]), ("latest", watched.seen[3]))
     for step, digest in cases:
         source = open_source(run, step=step)
-        assert runs.digest(source.load(source.config, make_mesh(-1, 1))[0]) == digest
+        assert opening.digest(source.load(source.config, make_mesh(-1, 1))[0]) == digest
 
 
 def test_steps_that_are_refused(watched, tmp_path):

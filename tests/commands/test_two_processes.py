@@ -15,7 +15,7 @@ import pytest
 
 from ditjax import cli, sample, train
 from ditjax.errors import UserError
-from ditjax.io.results import load_samples
+from ditjax.runs.results import load_samples
 from tests.commands.conftest import TINY
 from tests.commands.pair import DRAWN, TRAINED
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from ditjax import build, cli
+from ditjax import cli
 from ditjax.config import Config, read
 from ditjax.errors import UserError
-from ditjax.scaling.counts import gflops, trainable_parameters
+from ditjax.models.cost import gflops, trainable_parameters
+from ditjax.models.sizes import PAPER_PATCHES, PAPER_SIZES, parse_size
 from ditjax.scaling.published import MODELS
-from ditjax.sizes import PAPER_PATCHES, PAPER_SIZES, parse_size
+from ditjax.tasks import build
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TWELVE = [f"{size}/{patch}" for size in PAPER_SIZES for patch in PAPER_PATCHES]

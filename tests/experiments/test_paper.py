@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from ditjax import build, cli, costs
+from ditjax import cli
 from ditjax.config import Config, changed, read
 from ditjax.errors import UserError
-from ditjax.parallel import topology
-from ditjax.published import published_of
+from ditjax.machines import costs, topology
 from ditjax.reporting.scored import FIELDS
 from ditjax.scaling import published as of_scaling
-from ditjax.studies import cells
+from ditjax.studies.cells import cells
+from ditjax.studies.published import published_of
+from ditjax.tasks import build
 from experiments.paper import published as of_experiments
 
 ROOT = Path(__file__).parents[2]

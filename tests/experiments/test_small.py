@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from ditjax.cli import load_recipe
-from ditjax.studies import cells
+from ditjax.studies.cells import cells
 
 
 def of(name):

@@ -15,9 +15,13 @@ import jax.numpy as jnp
 import optax
 from PIL import Image
 
-from ditjax import config, programs, sweep
-from ditjax.io import checkpoint, data, digests, lease, log, weights
+from ditjax import config, sweep
+from ditjax.data import stream as data
+from ditjax.files import digests, lease
 from ditjax.parallel import rules, stopping, watch
+from ditjax.runs import checkpoint, log
+from ditjax.tasks import programs
+from ditjax.weights import tensors
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -127,7 +131,7 @@ def illegal_recipe() -> None:
 
 def other_weights() -> None:
     """Tensors are not compared with the network."""
-    _put(weights, "check_tensors", _nothing)
+    _put(tensors, "check_tensors", _nothing)
 
 
 def running_weights() -> None:
@@ -139,7 +143,7 @@ def running_weights() -> None:
                 return pickle.loads(archive.read("evil/data.pkl"))
         return pickle.loads(path.read_bytes())
 
-    _put(weights, "read_torch", read_torch)
+    _put(tensors, "read_torch", read_torch)
 
 
 def killed_sweep() -> None:

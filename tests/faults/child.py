@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from ditjax import cli, programs
+from ditjax import cli
+from ditjax.tasks import programs
 from tests.commands.pair import keep_what_every_process_compiles
 
 

@@ -345,7 +345,7 @@ def other_mesh(trial: Trial) -> Outcome:
 
 def torn_log(trial: Trial) -> Outcome:
     """Row 17: the last line of metrics.jsonl is cut anywhere, or one of later steps is begun."""
-    from ditjax.io.log import last_metrics
+    from ditjax.runs.log import last_metrics
 
     reference = trial.battery.unbroken()
     run = trial.battery.copy(trial.battery.cut(), "torn")

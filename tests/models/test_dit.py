@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from ditjax.errors import UserError
 from ditjax.models.blocks import BLOCKS, Conditioning, layer_norm
+from ditjax.models.cost import Shape, forward_macs, paper_shape, trainable_parameters
 from ditjax.models.dit import DiT
 from ditjax.models.embed import (
     drop_labels,
@@ -20,8 +21,7 @@ from ditjax.models.embed import (
     timestep_frequencies,
     unpatchify,
 )
-from ditjax.scaling.counts import Shape, forward_macs, paper_shape, trainable_parameters
-from ditjax.sizes import PAPER_PATCHES, PAPER_SIZES, Size
+from ditjax.models.sizes import PAPER_PATCHES, PAPER_SIZES, Size
 
 SMALL = Size(3, 32, 2)
 BLOCK_NAMES = tuple(BLOCKS)

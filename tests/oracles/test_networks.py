@@ -13,13 +13,13 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.pipelines.dit import pipeline_dit
 from safetensors.torch import load_file, save_file
 
-from ditjax import build, programs
 from ditjax.config import changed
+from ditjax.data.classes import class_names
 from ditjax.diffusion import samplers
-from ditjax.io.classes import class_names
-from ditjax.pipeline import Pipeline
-from ditjax.pretrained import reading, writing
-from ditjax.pretrained.networks import Network
+from ditjax.sampling.pipeline import Pipeline
+from ditjax.tasks import build, programs
+from ditjax.weights import reading, writing
+from ditjax.weights.networks import Network
 from tests.oracles import networks
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

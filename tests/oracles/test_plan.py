@@ -5,8 +5,8 @@ import json
 import pytest
 
 from ditjax import plan
-from ditjax.parallel import topology
-from ditjax.parallel.topology import GIB
+from ditjax.machines import topology
+from ditjax.machines.topology import GIB
 
 pytest.importorskip("libtpu")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ditjax.errors import UserError
-from ditjax.io.torch_file import read_torch, write_torch
+from ditjax.weights.torch_file import read_torch, write_torch
 from tests.oracles.torch_file import DTYPES, checkpoint, loaded, of_dtype, saved
 
 LEGACY = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

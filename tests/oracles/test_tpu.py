@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ditjax import build
 from ditjax.cli import load_recipe
 from ditjax.config import read
+from ditjax.machines import topology
 from ditjax.models.blocks import BLOCKS, Conditioning
-from ditjax.parallel import rules, topology
+from ditjax.parallel import rules
+from ditjax.tasks import build
 
 pytest.importorskip("libtpu")
 

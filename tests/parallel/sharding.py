@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh
 
-from ditjax import build
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import AXES
+from ditjax.tasks import build
 
 FILE = Path(__file__).parent.parent / "goldens" / "sharding.txt"
 # Recipe, and the sizes of its mesh in the order of AXES.

@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from ditjax import build
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.errors import UserError
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import AXES, make_mesh
+from ditjax.tasks import build
 from ditjax.training.step import init_state
 from tests.parallel import sharding
 

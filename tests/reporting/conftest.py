@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ditjax import report
-from ditjax.io.results import protocol_hash, save_samples, write_result
+from ditjax.files.atomic import protocol_hash
+from ditjax.runs.results import save_samples, write_result
 
 SIZES = ((2, 48, 2), (3, 72, 3), (4, 96, 3))
 PROTOCOL = {"features": "digits", "num": 100}

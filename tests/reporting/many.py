@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ditjax import report
-from ditjax.io.results import protocol_hash, save_samples
+from ditjax.files.atomic import protocol_hash
+from ditjax.runs.results import save_samples
 from tests.reporting.conftest import write_plan
 
 PATCHES = (8, 4, 2, 1)

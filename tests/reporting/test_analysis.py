@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from ditjax import report
-from ditjax.io.results import find_results
 from ditjax.reporting import sampling
 from ditjax.reporting.looks import Encoding
 from ditjax.reporting.samples import row_names
+from ditjax.runs.results import find_results
 from ditjax.scaling.fit import spearman
 
 

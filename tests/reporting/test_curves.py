@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from ditjax.io.results import find_results
 from ditjax.reporting.curves import Logs, smooth, thinned
+from ditjax.runs.results import find_results
 
 
 def test_smoothing_keeps_a_constant_and_averages_noise():

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from ditjax.io.results import protocol_hash
-from ditjax.pretrained.networks import RELEASE
+from ditjax.files.atomic import protocol_hash
 from ditjax.reporting import scored
 from ditjax.reporting.scored import scored_csv, scored_rows, scored_text
+from ditjax.weights.networks import RELEASE
 from experiments.paper import published
-from tests.io.test_results import a_result
+from tests.runs.test_results import a_result
 
 PROTOCOL = {
     "metric": "FID", "features": "FID's Inception (2015)", "reference_sha256": "ab",

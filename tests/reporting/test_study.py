@@ -6,8 +6,9 @@ import math
 import pytest
 
 from ditjax import report
-from ditjax.io.results import find_results, protocol_hash
+from ditjax.files.atomic import protocol_hash
 from ditjax.reporting.study import axes, differences, families, read_plan
+from ditjax.runs.results import find_results
 
 
 def test_the_planted_law_is_reported(nine, read_page):

@@ -1,0 +1,1 @@
+"""From a name to batches: sources, builders, latents, the seeded stream."""

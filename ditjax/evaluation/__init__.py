@@ -1,0 +1,1 @@
+"""What samples are worth: features, references, scores, validation loss."""

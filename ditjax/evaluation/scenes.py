@@ -1,0 +1,87 @@
+"""The shipped digit classifiers on digit scenes: in windows, on the ink and not its colour."""
+
+import numpy as np
+
+from ditjax.data.scenes import SIDE
+from ditjax.errors import UserError
+from ditjax.evaluation.digits import JUDGE, recognise, shipped
+from ditjax.models.classifier import NUM_CLASSES
+from ditjax.models.classifier import SIDE as WINDOW
+
+# The scene's side at which windows are cut: digits of 12 to 16 pixels are then of 7 to 9, about the
+# 8 that the classifiers were trained on.
+SCALE = 18
+# A window holds a whole digit where there is ink in it, and none on the rim around it.
+RIM_WEIGHT = 3.0
+WINDOWS_JUDGED = 6
+BATCH = 4096  # windows at a time
+COLOUR_WEIGHT = 8.0  # so that colours vary about as much as what is seen in windows
+FAINT = 0.3  # ink below it is not stretched to full: noise stays noise
+
+
+def ink(images: np.ndarray) -> np.ndarray:
+    """How far a pixel is from the background, by the channel that tells most -> f32[B,32,32].
+
+    images u8[B,32,32,3]. The background is each image's median colour; the most ink is 1. Raises
+    UserError for images of another shape.
+    """
+    if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
+        raise UserError(
+            f"images are {images.dtype}{list(images.shape)}: features 'scenes' take uint8"
+            f" [N,{SIDE},{SIDE},3]; set data.image_size and data.channels so, or other features."
+        )
+    x = images.astype(np.float32) / np.float32(255)
+    away = np.abs(x - np.median(x, axis=(1, 2), keepdims=True)).max(-1)
+    most = away.max(axis=(1, 2), keepdims=True)
+    return np.asarray(away / np.maximum(most, np.float32(FAINT)))
+
+
+def shrunk(x: np.ndarray, side: int) -> np.ndarray:
+    """Means over cells: f32[B,S,S] -> f32[B,side,side]."""
+    edges = np.linspace(0, x.shape[1], side + 1)
+    pixels = np.arange(x.shape[1])
+    share = np.clip(
+        np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels), 0, None
+    )
+    cell = (share / share.sum(1, keepdims=True)).astype(np.float32)
+    return cell @ x @ cell.T
+
+
+def windows(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """u8[B,32,32,3] -> each 8x8 window's ink u8[B,n,8,8,1], and how whole a digit it is f32[B,n].
+
+    That is its ink less three times what is on the rim around it.
+    """
+    # Beyond the canvas there is none: a digit at its edge has a window, too.
+    dark = np.pad(shrunk(ink(images), SCALE), ((0, 0), (2, 2), (2, 2)))
+    rimmed = np.lib.stride_tricks.sliding_window_view(dark, (WINDOW + 2,) * 2, axis=(1, 2))
+    rimmed = rimmed.reshape(len(images), -1, WINDOW + 2, WINDOW + 2)
+    cut = rimmed[:, :, 1:-1, 1:-1]
+    within = cut.sum((2, 3))
+    whole = within - RIM_WEIGHT * (rimmed.sum((2, 3)) - within)
+    stretched = cut / np.maximum(cut.max((2, 3), keepdims=True), np.float32(FAINT))
+    return np.rint(255 * stretched).astype(np.uint8)[..., None], whole
+
+
+def see_scene(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A shipped classifier on scenes u8[B,32,32,3] -> features f32[B,F], logits f32[B,10].
+
+    Features: over all windows the mean and the largest of each of the classifier's, and the mean
+    colour of each quarter of the canvas. Logits: the mean over the windows that hold a whole digit.
+    """
+    cut, whole = windows(images)
+    B, n = whole.shape
+    each, logits = recognise(*shipped(name), cut.reshape(B * n, WINDOW, WINDOW, 1), BATCH)
+    each, logits = each.reshape(B, n, -1), logits.reshape(B, n, NUM_CLASSES)
+    quarter = SIDE // 2
+    colours = (images.astype(np.float32) * np.float32(COLOUR_WEIGHT / 127.5)).reshape(
+        B, 2, quarter, 2, quarter, 3
+    ).mean((2, 4)).reshape(B, -1)  # fmt: skip
+    best = np.argsort(-whole, axis=1, kind="stable")[:, :WINDOWS_JUDGED, None]
+    chosen = np.take_along_axis(logits, best, axis=1).mean(1)
+    return np.concatenate([each.mean(1), each.max(1), colours], axis=1), chosen
+
+
+def see_scene_class(images: np.ndarray) -> np.ndarray:
+    """The digit that an independent classifier sees: u8[B,32,32,3] -> i[B]."""
+    return np.argmax(see_scene(JUDGE, images)[1], axis=1)

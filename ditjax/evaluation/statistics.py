@@ -1,0 +1,154 @@
+"""Reference statistics of features, in the npz files that ADM and pytorch-fid read and write.
+
+ADM: mu, sigma of pool_3, mu_s, sigma_s of the spatial features, and often arr_0, the reference
+images themselves. pytorch-fid: mu, sigma alone. Ours is ADM's, with `provenance`, a JSON text that
+says what the numbers are of, and, for precision and recall, `features` f32[n,d]; other readers
+look up names and see neither.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditjax.errors import UserError
+from ditjax.files import npz
+from ditjax.files.atomic import write_atomic
+from ditjax.files.npz import provenance_text, read_provenance
+
+Array = NDArray[np.float64]
+
+
+class Statistics(NamedTuple):
+    """mu f64[d], sigma f64[d,d]; mu_s, sigma_s of the spatial features or None.
+
+    `provenance` is {} for a file of others; `arrays` names what else lies in the file.
+    """
+
+    mu: Array
+    sigma: Array
+    mu_s: Array | None = None
+    sigma_s: Array | None = None
+    provenance: Mapping[str, Any] = {}
+    arrays: tuple[str, ...] = ()
+
+
+def save_statistics(
+    path: str | os.PathLike[str],
+    statistics: Statistics,
+    features: NDArray[np.floating[Any]] | None = None,
+) -> Path:
+    """Writes what `load_statistics` reads, in float64 and whole; `features` f[n,d] as float32.
+
+    Raises UserError for what could not be read again, or a provenance that is not plain JSON.
+    """
+    statistics = _checked(statistics, "statistics to save")
+    arrays: dict[str, NDArray[Any]] = {"mu": statistics.mu, "sigma": statistics.sigma}
+    if statistics.mu_s is not None and statistics.sigma_s is not None:
+        arrays |= {"mu_s": statistics.mu_s, "sigma_s": statistics.sigma_s}
+    if features is not None:
+        arrays["features"] = _checked_features(
+            features, len(statistics.mu), "features to save"
+        ).astype(np.float32)
+    arrays["provenance"] = provenance_text(statistics.provenance)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return write_atomic(path, buffer.getvalue())
+
+
+def load_statistics(path: str | os.PathLike[str]) -> Statistics:
+    """An npz of ADM, of pytorch-fid or of ours. Pickled arrays are refused.
+
+    Raises UserError naming the file, and the array that is missing, not of floats, of the wrong
+    shape, not finite, or no covariance.
+    """
+    with npz.reading(path) as archive:
+        names = npz.names(archive)
+        if "mu" not in names and "arr_0" in names:
+            raise UserError(
+                f"{path} holds samples (arr_0) and no statistics (mu, sigma): give a reference"
+                " file, or have statistics made of these images first."
+            )
+        found = {name: npz.read(archive, name) for name in ("mu", "sigma")}
+        spatial = [name for name in ("mu_s", "sigma_s") if name in names]
+        if len(spatial) == 1:
+            raise UserError(
+                f"{path} has {spatial[0]} alone: expected mu_s and sigma_s, or neither."
+            )
+        found |= {name: npz.read(archive, name) for name in spatial}
+        provenance = read_provenance(archive)
+    others = tuple(sorted(set(names) - {*found, "provenance"}))
+    return _checked(Statistics(**found, provenance=provenance, arrays=others), str(path))
+
+
+def load_features(path: str | os.PathLike[str]) -> NDArray[np.float32]:
+    """The `features` f32[n,d] beside the statistics in a file that `save_statistics` wrote.
+
+    Raises UserError where there are none, or they are no finite float array.
+    """
+    with npz.reading(path) as archive:
+        features = npz.read(archive, "features")
+    return _checked_features(features, None, str(path)).astype(np.float32)
+
+
+def statistics_hash(statistics: Statistics) -> str:
+    """First 12 hex digits of SHA-256 of the numbers alone: the same for the same reference.
+
+    Of the float64 little-endian bytes of mu, sigma and, where there are any, mu_s, sigma_s.
+    """
+    digest = hashlib.sha256()
+    for array in statistics[:4]:
+        if array is not None:
+            digest.update(np.ascontiguousarray(array, "<f8").tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _checked(statistics: Statistics, where: str) -> Statistics:
+    mu, sigma = _gaussian(statistics.mu, statistics.sigma, "mu", "sigma", where)
+    if (statistics.mu_s is None) != (statistics.sigma_s is None):
+        raise UserError(f"{where}: expected mu_s and sigma_s, or neither.")
+    if statistics.mu_s is None or statistics.sigma_s is None:
+        return statistics._replace(mu=mu, sigma=sigma)
+    mu_s, sigma_s = _gaussian(statistics.mu_s, statistics.sigma_s, "mu_s", "sigma_s", where)
+    return statistics._replace(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+
+
+def _gaussian(
+    mu: NDArray[Any], sigma: NDArray[Any], mu_name: str, sigma_name: str, where: str
+) -> tuple[Array, Array]:
+    for name, array in ((mu_name, mu), (sigma_name, sigma)):
+        if array.dtype not in (np.float32, np.float64):
+            raise UserError(f"{where}: {name} is {array.dtype}, expected float64 or float32.")
+    if mu.ndim != 1 or mu.size == 0 or sigma.shape != (mu.size, mu.size):
+        raise UserError(
+            f"{where}: {mu_name} is {list(mu.shape)} and {sigma_name} {list(sigma.shape)}, expected"
+            " [d] and [d, d]."
+        )
+    for name, array in ((mu_name, mu), (sigma_name, sigma)):
+        if not np.isfinite(array).all():
+            raise UserError(f"{where}: {name} is not finite: make the statistics again.")
+    sigma = sigma.astype(np.float64)
+    # Sums in another order leave a rounding of float32 between the halves.
+    if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
+        raise UserError(f"{where}: {sigma_name} is no covariance: expected a symmetric one, with no"
+                        " variance below 0.")  # fmt: skip
+    return mu.astype(np.float64), (sigma + sigma.T) / 2
+
+
+def _checked_features(
+    features: NDArray[Any], dimensions: int | None, where: str
+) -> NDArray[np.floating[Any]]:
+    shape = features.shape
+    if features.dtype.kind != "f" or len(shape) != 2 or shape[1] != (dimensions or shape[1]):
+        raise UserError(
+            f"{where}: features are {features.dtype}{list(shape)}, expected floats"
+            f" [n, {dimensions or 'd'}]."
+        )
+    if not np.isfinite(features).all():
+        raise UserError(f"{where}: features are not finite: make them again.")
+    return features

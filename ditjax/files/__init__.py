@@ -1,0 +1,1 @@
+"""Files that know nothing of learning: whole-or-nothing writes, npz, digests, leases, masking."""

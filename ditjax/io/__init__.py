@@ -1,1 +1,0 @@
-"""Files: data sets, checkpoints, logs, weights, results."""

@@ -1,0 +1,1 @@
+"""Hardware that is not here: topologies, HLO, roofline, plan, cost."""

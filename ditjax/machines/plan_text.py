@@ -1,0 +1,156 @@
+"""A plan in words and columns: what the machine needs, sends and costs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ditjax.studies.words import aligned, count, number, plural
+
+GIB = 2**30
+
+ASSUMPTIONS = (
+    "no step is faster than 'at best', where products, memory and links run at their peaks and at"
+    " once; 'nothing hidden' adds the links' time to the rest",
+    "products: model FLOPs are 6 a multiply-accumulate of a forward pass (MFU), and what remat"
+    " repeats on top (step time)",
+    "memory: state and temporaries are read and written once, the least possible",
+    "links: ring collectives over every link that a group spans, one after another, no latency",
+    "not counted: input, host, checkpoints, sampling, restarts",
+)
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """One plan, whole."""
+    chip_hbm = plan["memory"]["hbm_bytes"] / GIB
+    precision = f"{plan['dtype']}, remat {plan['remat']}"
+    if plan["microbatches"] > 1:
+        precision += f", {plan['microbatches']} microbatches"
+    slices = f"{plan['slices']} slices, " if plan["slices"] > 1 else ""
+    versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
+    lines = [
+        f"{plan['model']}: {count(plan['parameters'])} parameters, {plan['tokens']} tokens;"
+        f" batch {plan['batch_size']}, {precision}",
+        f"{plan['topology']}: {slices}{plural(plan['chips'], 'chip')}, {chip_hbm:.2f} GiB a device;"
+        f" mesh {mesh_words(plan['mesh'])}",
+        f"{plan['label']} ({plan['compile_seconds']:.0f} s): {versions}",
+        "",
+        memory_words(plan),
+    ]
+    if "roofline" not in plan:
+        return "\n".join(lines)
+    return "\n".join([*lines, "", *_collectives(plan), "", *_roofline(plan), "", *_cost(plan)])
+
+
+def mesh_words(mesh: Mapping[str, int]) -> str:
+    """'data=16 fsdp=16': the axes that split something."""
+    return " ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "of one device"
+
+
+def memory_words(plan: Mapping[str, Any]) -> str:
+    """'fits' with what is used, or by how much it does not."""
+    memory = plan["memory"]
+    peak, hbm, state = (memory[f"{key}_bytes"] / GIB for key in ("peak", "hbm", "state"))
+    if memory["state_only"]:
+        return (
+            f"does not fit: the state alone, parameters, average and moments, is {peak:.2f} GiB of"
+            f" {hbm:.2f} GiB a device, over by {peak - hbm:.2f} GiB"
+        )
+    if not memory["fits"]:
+        return (
+            f"does not fit: {peak:.2f} of {hbm:.2f} GiB a device, over by {peak - hbm:.2f} GiB"
+            f" (the state is {state:.2f})"
+        )
+    return (
+        f"fits: {peak:.2f} of {hbm:.2f} GiB a device ({peak / hbm:.0%}), of which the state is"
+        f" {state:.2f}"
+    )
+
+
+def _collectives(plan: Mapping[str, Any]) -> list[str]:
+    rows = [["collective", "over", "group", "calls", "MB sent", "ms"]]
+    rows += [
+        [
+            row["type"], "+".join(row["axes"]), str(row["group"]), str(row["calls"]),
+            f"{row['wire_bytes'] / 1e6:.1f}", f"{row['seconds'] * 1e3:.2f}",
+        ]
+        for row in plan["collectives"]
+        if row["wire_bytes"] >= 5e4
+    ]  # fmt: skip
+    fsdp = plan["mesh"]["fsdp"]
+    total = (
+        f"a device sends {plan['wire_bytes'] / 1e9:.2f} GB a step,"
+        f" {plan['wire_bytes_a_parameter']:.2f} bytes a parameter"
+    )
+    if fsdp > 1:
+        total += (
+            f"; ideal FSDP in {plan['dtype']}, {3 * (2 if plan['dtype'] == 'bfloat16' else 4)}"
+            f"(g-1)/g for g = {fsdp}, is {plan['ideal_fsdp_bytes_a_parameter']:.2f}"
+        )
+    lines = [*aligned(rows, [False, False, True, True, True, True]), total]
+    share = plan["gradients_by_reduce_scatter"]
+    if share is not None:
+        lines.append(f"gradients over fsdp: {share:.0%} by reduce-scatter, the rest by all-reduce")
+    return lines
+
+
+def _roofline(plan: Mapping[str, Any]) -> list[str]:
+    r = plan["roofline"]
+    peak = r["peak_flops_a_device"] / 1e12
+    lines = [
+        f"roofline, ms a step: products {r['compute_seconds'] * 1e3:.1f} (at {peak:.0f} TFLOP/s a"
+        f" device), memory {r['memory_seconds'] * 1e3:.1f}, links {r['wire_seconds'] * 1e3:.1f}"
+    ]
+    for name, words in (("overlapped", "at best"), ("sequential", "nothing hidden")):
+        lines.append(
+            f"{words:<15} {r['step_seconds'][name] * 1e3:.1f} ms a step"
+            f"  {number(r['images_a_second'][name])} images/s  MFU at most {r['mfu'][name]:.0%}"
+        )
+    return lines
+
+
+def _cost(plan: Mapping[str, Any]) -> list[str]:
+    hours, chip_hours = plan["cost"]["hours"], plan["cost"]["chip_hours"]
+    best, worst = "overlapped", "sequential"
+    lines = [
+        f"{plan['steps']:,} steps on {plural(plan['chips'], 'chip')}: {number(hours[best])} h at"
+        f" best, {number(hours[worst])} h with nothing hidden: {number(chip_hours[best])} to"
+        f" {number(chip_hours[worst])} chip-hours",
+        "assumed:",
+    ]
+    return lines + [f"  - {text}" for text in ASSUMPTIONS]
+
+
+def search_text(plans: Sequence[Mapping[str, Any]], skipped: Sequence[str]) -> str:
+    """Ranked plans, those that fit first, and why others were not compiled."""
+    rows = [
+        ["", "mesh", "remat", "batch", "GiB", "step ms", "to", "images/s", "MFU", "GB sent", ""]
+    ]
+    for place, plan in enumerate(plans, start=1):
+        fits = plan["memory"]["fits"]
+        cells = [
+            str(place), mesh_words(plan["mesh"]), plan["remat"], str(plan["batch_size"]),
+            f"{plan['memory']['peak_bytes'] / GIB:.2f}",
+        ]  # fmt: skip
+        if "roofline" in plan:
+            r = plan["roofline"]
+            cells += [
+                f"{r['step_seconds']['overlapped'] * 1e3:.1f}",
+                f"{r['step_seconds']['sequential'] * 1e3:.1f}",
+                number(r["images_a_second"]["sequential"]),
+                f"{r['mfu']['sequential']:.0%}",
+                f"{plan['wire_bytes'] / 1e9:.2f}",
+            ]
+        else:
+            cells += ["-"] * 5
+        rows.append([*cells, "" if fits else "does not fit"])
+    numeric = [True, False, False, True, True, True, True, True, True, True, False]
+    lines = aligned(rows, numeric)
+    if plans:
+        first = plans[0]
+        lines += [
+            "",
+            f"{first['label']}; {first['memory']['hbm_bytes'] / GIB:.2f} GiB a device. Ranked by"
+            " images/s with nothing hidden, as are images/s and MFU; step ms from at best to that.",
+        ]
+    if skipped:
+        lines += ["", f"not compiled ({len(skipped)}):", *(f"  - {why}" for why in skipped)]
+    return "\n".join(lines)

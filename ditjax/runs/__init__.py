@@ -1,0 +1,1 @@
+"""A run's directory: recipe, checkpoints, log, results, provenance."""

@@ -1,0 +1,460 @@
+"""Checkpoints: the training state by orbax, and beside it what a resume must agree on.
+
+DIRECTORY/STEP holds `state` (orbax), `position` (of the data), `metrics` where it was evaluated,
+and `digests`: of every leaf, and of the other two. A step appears under its number by a rename,
+when all of it is on the disk; until then it is STEP.orbax-checkpoint-tmp, which nothing reads.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import jax
+import orbax.checkpoint as ocp
+
+from ditjax.errors import FaultError, UserError, reason
+from ditjax.files import digests
+from ditjax.files.atomic import protocol_hash, sync_folder
+from ditjax.parallel.processes import is_primary
+
+Step = int | Literal["latest", "best"]
+
+
+class Score(NamedTuple):
+    """What a checkpoint is worth: a named distance, lower is better, and how it was measured."""
+
+    name: str
+    value: float
+    protocol: Mapping[str, Any]
+
+
+class DamagedError(UserError):
+    """A checkpoint does not hold what was saved. `what` names the leaf or the file.
+
+    `everywhere`: every process finds it so; otherwise perhaps this one alone.
+    """
+
+    def __init__(self, line: str, step: int, what: str, *, everywhere: bool) -> None:
+        super().__init__(line)
+        self.step, self.what, self.everywhere = step, what, everywhere
+
+
+_STATE, _POSITION, _METRICS, _DIGESTS = "state", "position", "metrics", "digests"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's, behind the number of a step that is written
+_DELETED = ".deleted"  # ours, behind the number of a step that is removed
+_ASIDE = "damaged-"  # before the number of a step that is not what was saved
+_FULL = re.compile("no space left on device|disk quota exceeded|file too large", re.IGNORECASE)
+
+
+def _best_of_each(scored: Mapping[int, Mapping[str, Any] | None]) -> dict[str, int]:
+    """Metrics by step -> the best step of each protocol; of equal ones the newest."""
+    best: dict[str, int] = {}
+    values: dict[str, float] = {}
+    for step in sorted(scored):
+        if metrics := scored[step]:
+            by = metrics["protocol_hash"]
+            if metrics["value"] <= values.get(by, math.inf):
+                best[by], values[by] = step, metrics["value"]
+    return best
+
+
+class Checkpoints:
+    """The checkpoints of one run directory: the newest `keep`, the best, and every so many steps.
+
+    `keep_every`: steps that it divides are kept, too; 0 is none. A context manager that waits for
+    writes: `save` returns before the bytes are durable; leaving the context, or `wait`, means that
+    they are. Whoever writes is alone in the directory: what a dead writer left unfinished goes.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep: int,
+        *,
+        keep_every: int = 0,
+        read_only: bool = False,
+    ) -> None:
+        # Orbax fails on relative paths, and only when it writes in the background.
+        self.directory = Path(directory).resolve()
+        try:
+            if not read_only:
+                self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {self.directory}: {error.strerror}.") from None
+        if not self.directory.is_dir():
+            raise UserError(f"{self.directory} does not exist: train first, or name another run.")
+        self._keep, self._keep_every = keep, keep_every
+        self._writing: int | None = None  # the step that is written in the background
+        self._saved: int | None = None  # the last that `save` was given
+        # Metrics of the steps that were looked at.
+        self._known: dict[int, Mapping[str, Any] | None] = {}
+        self._removers: list[threading.Thread] = []
+        # Not orbax's CheckpointManager: it lists a step before it is written, tells a failure only
+        # at the next save, and deletes old steps without waiting for the new one's bytes.
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(async_options=_options())
+            ),
+            async_options=_options(self._sync),
+        )
+        if not read_only and is_primary():
+            for path in self.directory.iterdir():
+                if _UNFINISHED in path.name or path.name.endswith(_DELETED):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def steps(self) -> list[int]:
+        """All complete checkpoints, ascending; writes in flight or cut off do not count."""
+        names = (path.name for path in self.directory.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint."""
+        return max(self.steps, default=None)
+
+    @property
+    def best_step(self) -> int | None:
+        """The best by the protocol that was in force last; None where none was evaluated."""
+        self.wait()
+        return max(_best_of_each(self._scores(self.steps)).values(), default=None)
+
+    @property
+    def damaged(self) -> list[str]:
+        """The names of what was set aside."""
+        return sorted(path.name for path in self.directory.glob(f"{_ASIDE}*"))
+
+    def save(
+        self, step: int, state: Any, position: dict[str, Any], score: Score | None = None
+    ) -> None:
+        """Saves the state and the data position of a step, in the background.
+
+        With a score it may become the best; one that is not finite is none. A step that was just
+        saved is not saved again. Raises FaultError, also for the save before.
+        """
+        self.wait()
+        if step == self._saved:
+            return
+        items = {_POSITION: _plain(position)}
+        if score and math.isfinite(score.value):
+            protocol = {"protocol_hash": protocol_hash(dict(score.protocol))}
+            items[_METRICS] = _plain({**score._asdict(), **protocol})
+        record = {
+            "state": digests.of(state),
+            "items": {name: _digest(item) for name, item in items.items()},
+        }
+        items[_DIGESTS] = {**record, "sha256": _digest(record)}
+        self._writing = self._saved = step
+        with self._told(step):
+            self._orbax.save(
+                self._folder(step),
+                args=ocp.args.Composite(
+                    **{_STATE: ocp.args.StandardSave(state)},
+                    **{name: ocp.args.JsonSave(item) for name, item in items.items()},
+                ),
+                force=True,
+            )
+
+    def check(self) -> None:
+        """Raises FaultError when the save in flight has failed. Does not wait for it."""
+        step = self._writing
+        if step is None:
+            return
+        with self._told(step):
+            self._orbax.check_for_errors()
+        if self._folder(step).exists():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when every save so far is durable; then what it makes superfluous goes.
+
+        Raises FaultError.
+        """
+        step = self._writing
+        if step is None:
+            return
+        with self._told(step):
+            self._orbax.wait_until_finished()
+            if is_primary():
+                _sync_files(self._folder(step))
+                sync_folder(self.directory)
+        self._writing = None
+        self._known.pop(step, None)
+        if is_primary():
+            self._remove_superseded()
+
+    def restore(self, abstract_state: Any, step: Step = "latest") -> tuple[Any, dict[str, Any]]:
+        """(state on the shardings of `abstract_state`, data position) of a step.
+
+        Raises UserError when there is none, or it is of another dtype or shape; DamagedError when
+        it does not hold what was saved.
+        """
+        step = self.find(step)
+        position, saved = self._record(step)
+        self._check_types(step, saved, abstract_state)
+        args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract_state)})
+        with self._read(step):
+            state = self._orbax.restore(self._folder(step), args=args)[_STATE]
+        self._check(step, saved, state)
+        if saved is None and is_primary():
+            print(
+                f"checkpoint {step} in {self.directory} has no digests: it was written before there"
+                " were any, and is taken as it is",
+                file=sys.stderr,
+            )
+        return state, position
+
+    def restore_part(self, part: str, abstract: Any, step: Step = "latest") -> tuple[Any, int]:
+        """(one field of the state, such as 'ema', on the shardings of `abstract`; step).
+
+        Raises as `restore`.
+        """
+        step = self.find(step)
+        _, saved = self._record(step)
+        target = {part: abstract}
+        self._check_types(step, saved, target, part)
+        with self._read(step), ocp.PyTreeCheckpointer() as reader:
+            restored = reader.restore(
+                self._folder(step) / _STATE,
+                args=ocp.args.PyTreeRestore(
+                    target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                ),
+            )
+        self._check(step, saved, {part: restored[part]})
+        return restored[part], step
+
+    def set_aside(self, error: DamagedError) -> None:
+        """The damaged step gets another name, so that nothing takes it for a checkpoint."""
+        name = f"{_ASIDE}{error.step}"
+        for k in range(1, 1000):
+            if not (self.directory / name).exists():
+                break
+            name = f"{_ASIDE}{error.step}-{k}"
+        self._known.pop(error.step, None)
+        # Of several processes another one may have been first.
+        with contextlib.suppress(FileNotFoundError):
+            self._folder(error.step).rename(self.directory / name)
+            sync_folder(self.directory)
+            print(
+                f"warning: checkpoint {error.step} in {self.directory} is damaged: {error.what}."
+                f" It is set aside as {name}, the one before it is used",
+                file=sys.stderr,
+            )
+
+    def find(self, step: Step) -> int:
+        """The number of a step that is there. Raises UserError."""
+        self.wait()
+        steps = self.steps
+        if not steps:
+            raise UserError(
+                f"{self.directory} holds no checkpoint: train first, with"
+                " python -m ditjax.train --config=... --workdir=..."
+            )
+        found: Step | None = step
+        if step == "latest":
+            found = steps[-1]
+        elif step == "best":
+            found = self.best_step
+        there = f"it has {', '.join(map(str, steps))}"
+        if found is None:
+            raise UserError(
+                f"{self.directory} holds no best checkpoint, for none was evaluated"
+                f" (config.train.evaluate_every_steps): {there}."
+            )
+        if found not in steps:
+            raise UserError(f"{self.directory} holds no checkpoint of step {step}: {there}.")
+        return found
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _sync(self) -> None:
+        """By orbax, in the background, when all of a step is written and it has not its name."""
+        for folder in self.directory.glob(f"{self._writing}{_UNFINISHED}*"):
+            for inner, _, _ in os.walk(folder):
+                _sync_files(Path(inner))
+
+    def _remove_superseded(self) -> None:
+        steps = self.steps
+        kept = {*steps[-self._keep :], *_best_of_each(self._scores(steps)).values()}
+        if self._keep_every:
+            kept |= {step for step in steps if step % self._keep_every == 0}
+        for step in steps:
+            if step not in kept:
+                # Its number goes first: half of a checkpoint has no number.
+                gone = self.directory / f"{step}{_DELETED}"
+                with contextlib.suppress(OSError):  # then it goes the next time
+                    self._folder(step).rename(gone)
+                remover = threading.Thread(target=shutil.rmtree, args=(gone, True))
+                remover.start()
+                self._removers.append(remover)
+
+    def _scores(self, steps: list[int]) -> dict[int, Mapping[str, Any] | None]:
+        """The metrics of each step; of one that cannot be read, or was changed, None."""
+        for step in steps:
+            if step in self._known:
+                continue
+            self._known[step] = None
+            if (self._folder(step) / _METRICS).exists():
+                with contextlib.suppress(DamagedError):
+                    metrics, saved = self._item(step, _METRICS), self._saved_digests(step)
+                    if saved is None or saved["items"].get(_METRICS) == _digest(metrics):
+                        self._known[step] = metrics
+        return {step: self._known[step] for step in steps}
+
+    def _item(self, step: int, item: str) -> Any:
+        """What JSON of a step says. Raises DamagedError."""
+        folder = self._folder(step) / item
+        # Orbax's CheckpointManager, which wrote the old ones, gave the file of metrics this name.
+        old = item == _METRICS and (folder / item).exists()
+        path = folder / (item if old else "metadata")
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except PermissionError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}.") from None
+        except FileNotFoundError:
+            what = "is missing"
+        except (OSError, ValueError) as error:
+            what = f"cannot be read ({_reason(error)})"
+        raise self._damage(step, f"{path.relative_to(self._folder(step))} {what}")
+
+    def _saved_digests(self, step: int) -> Any:
+        """The digests of a step, None of an old one. Raises DamagedError."""
+        if not (self._folder(step) / _DIGESTS).exists():
+            return None
+        record = self._item(step, _DIGESTS)
+        if isinstance(record, dict):
+            seal = record.pop("sha256", None)
+            if seal == _digest(record):
+                return record
+        raise self._damage(step, f"{_DIGESTS}/metadata is not what was written")
+
+    def _record(self, step: int) -> tuple[Any, dict[str, Any] | None]:
+        """(data position, digests of the state or None of an old one). Raises DamagedError."""
+        saved, position = self._saved_digests(step), self._item(step, _POSITION)
+        if saved is None:
+            return position, None
+        if saved["items"][_POSITION] != _digest(position):
+            raise self._damage(step, f"{_POSITION}/metadata is not what was written")
+        return position, saved["state"]
+
+    def _check_types(self, step: int, saved: Any, abstract: Any, part: str = "") -> None:
+        """Raises UserError for a state of other leaves, dtypes or shapes: orbax would cast."""
+        if saved is None:
+            with self._read(step):
+                saved = _types(self._folder(step) / _STATE)
+        prefix = part and f"{part}/"
+        saved = {path: leaf for path, leaf in saved.items() if path.startswith(prefix)}
+        if found := digests.differences(saved, digests.shapes(abstract)):
+            raise UserError(
+                f"checkpoint {step} in {self.directory} is of another network or optimizer:"
+                f" {'; '.join(found)}. Give the recipe that it was trained with."
+            )
+
+    def _check(self, step: int, saved: Any, found: Any) -> None:
+        """Raises DamagedError naming the leaves that are not as they were saved."""
+        if saved is not None and (bad := digests.changed(saved, found)):
+            what = f"{digests.some(bad)} {'is' if len(bad) == 1 else 'are'} not what was saved"
+            raise self._damage(step, what)
+
+    @contextlib.contextmanager
+    def _read(self, step: int) -> Iterator[None]:
+        """What orbax says of a damaged file as a DamagedError; memory and permissions stay."""
+        try:
+            yield
+        except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            raise self._damage(step, _reason(error), everywhere=False) from error
+
+    def _damage(self, step: int, what: str, *, everywhere: bool = True) -> DamagedError:
+        others = ", ".join(str(other) for other in self.steps if other != step)
+        return DamagedError(
+            f"checkpoint {step} in {self.directory} is damaged: {what}."
+            + (f" Name another --step: {others}." if others else " There is no other."),
+            step, what, everywhere=everywhere,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """What goes wrong with a save as a FaultError: where, which step, why, the remedy."""
+        try:
+            yield
+        except (FaultError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            self._writing = None
+            newest = self.latest_step
+            begin = f"from step {newest}" if newest is not None else "from the beginning"
+            full = _FULL.search(str(error))
+            remedy = "make room there" if full else "mend that"
+            raise FaultError(
+                f"checkpoint {step} was not saved in {self.directory}:"
+                f" {full[0] if full else _reason(error)}."
+                f" Older ones are kept; {remedy}, and the same command goes on {begin}."
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with contextlib.suppress(*() if kind is None else (Exception,)):
+                self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # a failed save has been told
+                self._orbax.close()
+            for thread in self._removers:
+                thread.join()
+
+
+def _options(when_written: Callable[[], None] | None = None) -> ocp.AsyncOptions:
+    """Folders are made before `save` returns: where that fails, the step does at once."""
+    return ocp.AsyncOptions(
+        post_finalization_callback=when_written, create_directories_asynchronously=False
+    )
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON."""
+    return dict(json.loads(json.dumps(value)))
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 of canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _types(folder: Path) -> dict[str, list[Any]]:
+    """Path of a leaf -> [dtype, shape], by orbax's own record."""
+    with ocp.PyTreeCheckpointer() as reader:
+        return digests.shapes(reader.metadata(folder).item_metadata.tree)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line, without a full stop; of a long one begin and end."""
+    line = reason(error)
+    if len(line) > 300:
+        line = f"{line[:150]} ... {line[-150:]}"
+    return line.rstrip(". ")
+
+
+def _sync_files(folder: Path) -> None:
+    """Makes the files of a folder durable, and their names."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)

@@ -1,0 +1,451 @@
+"""Images from trained weights: a run's directory, a weights file or a diffusers folder.
+
+from ditjax.sampling.pipeline import Pipeline
+
+pipeline = Pipeline.from_pretrained("DiT-XL-2-256x256.pt", autoencoder="sd-vae-ft-mse")
+pipeline(classes=[207, "golden_retriever"], cfg_scale=4.0).images[0].save("x.png")
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from ditjax import __version__
+from ditjax.config import Config, changed
+from ditjax.data.classes import class_names, parse_classes
+from ditjax.errors import UserError
+from ditjax.files import lease
+from ditjax.parallel import processes
+from ditjax.parallel.processes import is_primary
+from ditjax.runs import opening, rundir
+from ditjax.runs.checkpoint import Step
+from ditjax.runs.log import Progress
+from ditjax.sampling.samples import SampleWriter
+from ditjax.tasks import build, programs
+from ditjax.weights import networks, reading, tensors, vocabulary
+from ditjax.weights.networks import Network
+
+# Compute type, and what products of float32 are made of where the backend has a faster form.
+PRECISIONS = {
+    "float32": ("float32", "float32"),
+    "fast": ("float32", "default"),
+    "bfloat16": ("bfloat16", "default"),
+}
+DEFAULT_CFG_SCALE = 4.0  # of published weights, as the release's own sampling script
+
+ClassNames = Sequence[Sequence[str]]
+
+
+class Source(NamedTuple):
+    """Where networks come from: their recipe, and how to put them on a mesh.
+
+    `load(config, mesh)` -> (parameters of the DiT, of its autoencoder or None). `record` says what
+    the weights are.
+    """
+
+    config: Config
+    class_names: ClassNames | None
+    record: dict[str, Any]
+    load: Callable[[Config, Mesh], tuple[Any, Any]]
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    autoencoder: str | os.PathLike[str] = "",
+    *,
+    which: str = "ema",
+    heads: int = 0,
+    numerics: reading.Numerics = "auto",
+    step: Step = "latest",
+) -> Source:
+    """A run's directory, a DiT's weights with its autoencoder's, or a whole diffusers pipeline.
+
+    Raises UserError for what is none of them, and for networks that do not fit together.
+    """
+    if rundir.is_run(path):
+        if autoencoder:
+            raise UserError(
+                f"{path} is a run, whose recipe names its autoencoder: leave --autoencoder out, or"
+                " set --config.autoencoder.path."
+            )
+        return open_run(path, step)
+    opening.no_step(path, step)
+    names: ClassNames | None = None
+    decoder: Network | None = None
+    if os.path.exists(Path(path) / vocabulary.MODEL_INDEX):
+        folder = reading.load_pipeline(path, numerics=numerics)
+        dit, decoder, names = folder
+    else:
+        dit = reading.load(path, which=which, heads=heads, numerics=numerics)
+    if dit.kind != "dit":
+        raise UserError(f"{path} holds a {dit.name}: give it as --autoencoder, and a DiT here.")
+    if autoencoder:
+        decoder = reading.load(autoencoder, which=which)
+    if decoder is None and dit.config.latent:
+        raise UserError(
+            f"{path} is a {dit.name} on latents: give the autoencoder that decodes them with"
+            " --autoencoder=FILE (see README, Published weights)."
+        )
+    config = networks.joined(dit, decoder) if decoder else dit.config
+    if dit.layout != "ditjax" and config.model.label_dropout > 0:
+        sample = dataclasses.replace(config.sample, cfg_scale=DEFAULT_CFG_SCALE)
+        config = dataclasses.replace(config, sample=sample)
+    # The numbers of another program are met by exact products only; a TPU's own would round.
+    config = changed(config, {"model": precision_keys("float32")})
+    if names is None and config.data.num_classes == len(class_names()):
+        names = class_names()
+    record = {"weights": _file_record(dit, which)}
+    if decoder:
+        record["autoencoder"] = _file_record(decoder, which)
+
+    def load(c: Config, mesh: Mesh) -> tuple[Any, Any]:
+        on_mesh: list[Any] = []
+        for network in (dit, decoder):
+            if network is None:
+                on_mesh.append(None)
+                continue
+            if networks.shapes_of(networks.training(c, network.kind)) != network.shapes:
+                raise UserError(
+                    f"the recipe describes another {network.kind} than the weights at"
+                    f" {network.files[0]}, a {network.name}: leave the keys of its architecture as"
+                    " they are."
+                )
+            on_mesh.append(opening.put(networks.as_float32(network.params), mesh))
+        return on_mesh[0], on_mesh[1]
+
+    return Source(config, names, record, load)
+
+
+def _file_record(network: Network, which: str) -> dict[str, Any]:
+    return {
+        "which": which,
+        "files": [str(path) for path in network.files],
+        "sha256": tensors.sha256_of(network.files),
+        "network": network.name,
+        "layout": network.layout,
+        "parameters": network.num_parameters,
+    }
+
+
+def open_run(path: str | os.PathLike[str], step: Step = "latest") -> Source:
+    """A run of ours: the averaged weights of a checkpoint. Raises UserError."""
+    config = opening.recipe_of(path)
+    if config.train.network != "dit":
+        raise UserError(f"{path} is a run of a {config.train.network}: only a DiT draws samples.")
+    record: dict[str, Any] = {"run": str(path)}
+
+    def load(c: Config, mesh: Mesh) -> tuple[Any, Any]:
+        params, record["step"] = opening.load_weights(c, path, mesh, step)
+        if c.latent:
+            record["autoencoder"] = c.autoencoder.path
+        return params, opening.load_autoencoder(c, mesh)
+
+    return Source(config, None, record, load)
+
+
+class Drawn(NamedTuple):
+    """Samples start to start + B: images u8[B,H,W,C], label i32[B]."""
+
+    start: int
+    images: np.ndarray
+    label: np.ndarray
+
+
+class Drawer:
+    """Draws samples of recipes that share their network, mesh and autoencoder.
+
+    A sampler compiles once: seed, count, weights, labels and the guidance's scale and interval are
+    its arguments.
+    """
+
+    def __init__(self, mesh: Mesh, frozen: Any = None) -> None:
+        """`frozen` are a latent recipe's autoencoder parameters."""
+        self.mesh, self._frozen = mesh, frozen
+        self._programs: dict[Any, programs.Sampling] = {}
+
+    def __call__(
+        self,
+        c: Config,
+        params: Any,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        seed: int,
+        label_of: Sequence[int] | None = None,
+    ) -> Iterator[Drawn]:
+        """Samples of each range [start, stop), by config.sample.
+
+        Sample i depends on (seed, i) and its label alone: label_of[i % len], or a uniform one.
+        """
+        program = self.program(c)
+        guidance = build.guidance_of(c)
+        for first, last in ranges:
+            for start in range(first, last, program.batch_size):
+                wanted = None
+                if label_of is not None:
+                    indices = np.arange(start, start + program.batch_size)
+                    wanted = np.asarray(label_of, np.int32)[indices % len(label_of)]
+                images, label = program.draw(params, seed, start, wanted, guidance)
+                count = min(last - start, program.batch_size)
+                yield Drawn(start, images[:count], label[:count])
+
+    def whole(
+        self,
+        c: Config,
+        params: Any,
+        num: int,
+        *,
+        seed: int,
+        label_of: Sequence[int] | None = None,
+        title: str = "",
+    ) -> Drawn:
+        """Samples 0 to num - 1 in memory; with a title its progress is told."""
+        drawn = self(c, params, [(0, num)], seed=seed, label_of=label_of)
+        parts = list(told(drawn, num, title) if title else drawn)
+        images, label = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
+        return Drawn(0, images, label)
+
+    def program(self, c: Config) -> programs.Sampling:
+        """The sampler of a recipe. Raises UserError for a batch or steps that cannot be."""
+        sample = dataclasses.replace(c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema")
+        key = (c.model, c.diffusion, c.data, c.autoencoder, sample, build.guided(c))
+        if key not in self._programs:
+            self._programs[key] = programs.sampling(c, self.mesh, self._frozen)
+        return self._programs[key]
+
+
+def told(drawn: Iterable[Drawn], num: int, title: str = "sample") -> Iterator[Drawn]:
+    """The same, with a line of progress."""
+    progress = Progress(title, num, "images")
+    for part in drawn:
+        yield part
+        progress.report(part.start + len(part.label))
+
+
+def sampling_protocol(c: Config, *, seed: int, labels: str, decoder: str) -> dict[str, Any]:
+    """All that two sample sets must share for their scores to be compared, but for their number.
+
+    `labels`: 'uniform', 'balanced' or the classes asked for. `decoder`: the SHA-256 of the
+    autoencoder's parameters, or 'pixels'. What model it is, is not part of it.
+    """
+    s = c.sample
+    guided = s.cfg_scale != 1
+    return {
+        "labels": labels,
+        "seed": seed,
+        "sampler": s.sampler,
+        "steps": s.steps,
+        "eta": s.eta if s.sampler == "ddim" else None,
+        "cfg_scale": s.cfg_scale,
+        "cfg_channels": s.cfg_channels if guided else None,
+        "cfg_interval": list(s.cfg_interval) if guided else None,
+        "clip_x0": s.clip_x0,
+        "weights": s.weights,
+        "ema_decay": c.train.ema_decay if s.weights == "ema" else None,
+        "decoder": decoder,
+        "image_size": c.data.image_size,
+        "sampling_precision": [c.model.dtype, c.model.matmul],
+    }
+
+
+def draw_to(
+    path: str | os.PathLike[str],
+    drawer: Drawer,
+    c: Config,
+    params: Any,
+    provenance: Mapping[str, Any],
+    *,
+    seed: int,
+    label_of: Sequence[int] | None = None,
+    title: str = "sample",
+) -> float:
+    """config.sample.num samples to the npz at `path`, a batch on disk before the next is drawn.
+
+    Samples of the same provenance that are there already are not drawn again; others are replaced.
+    Returns the seconds that it took. Every process draws, the first one writes.
+    """
+    began, num = time.monotonic(), c.sample.num
+    shape = (c.data.image_size, c.data.image_size, c.data.channels)
+    drawer.program(c)  # what cannot be drawn leaves no trace on disk
+    writer, ranges = None, []
+    if is_primary():
+        writer = SampleWriter(path, num, shape, provenance, labelled=True, replace=True)
+        ranges = list(writer.missing(c.sample.batch_size))
+    ranges = processes.agreed(ranges)
+    for part in told(drawer(c, params, ranges, seed=seed, label_of=label_of), num, title):
+        if writer:
+            writer.write(part.start, part.images, part.label)
+    if writer:
+        writer.finish()
+    processes.meet()  # the others may read it
+    return time.monotonic() - began
+
+
+def decoder_of(frozen: Any) -> str:
+    """What a protocol says of the decoder."""
+    return "pixels" if frozen is None else opening.digest(frozen)
+
+
+class Output(NamedTuple):
+    """PIL images, the same as u8[N,H,W,C], labels i32[N], and all that made them."""
+
+    images: list[Image.Image]
+    array: np.ndarray
+    label: np.ndarray
+    record: dict[str, Any]
+
+
+class Pipeline:
+    """A DiT and its autoencoder on a mesh, ready to draw; compiled once a set of arguments."""
+
+    def __init__(self, source: Source, config: Config | None = None) -> None:
+        """Puts the networks on the devices of `config.mesh`; `config` changes the source's own."""
+        self.config = config or source.config
+        self.class_names = source.class_names
+        self._mesh = build.mesh(self.config)
+        self._params, self._frozen = source.load(self.config, self._mesh)
+        self._source = source
+        self._drawer = Drawer(self._mesh, self._frozen)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        autoencoder: str | os.PathLike[str] = "",
+        *,
+        precision: str = "float32",
+        which: str = "ema",
+        heads: int = 0,
+        numerics: reading.Numerics = "auto",
+        step: Step = "latest",
+    ) -> "Pipeline":
+        """From a run's directory, a weights file or a diffusers folder; see `open_source`.
+
+        `precision`: 'float32' (exact products on every backend), 'fast' (float32 with the
+        backend's own, rounded products) or 'bfloat16'. `step`: of a run, 'latest', 'best' or a
+        number. Raises UserError.
+        """
+        source = open_source(
+            path, autoencoder, which=which, heads=heads, numerics=numerics, step=step
+        )
+        return cls(source, changed(source.config, {"model": precision_keys(precision)}))
+
+    def __call__(
+        self,
+        classes: Sequence[int | str] | str | None = None,
+        *,
+        cfg_scale: float | None = None,
+        num: int | None = None,
+        seed: int | None = None,
+        steps: str | int | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
+        cfg_channels: str | None = None,
+        batch_size: int | None = None,
+        quiet: bool = False,
+    ) -> Output:
+        """Draws `num` images (one a class where not given); image i takes classes[i % len].
+
+        Classes are numbers, names or WordNet ids; None draws uniform ones. Image i depends on
+        (seed, i) and its class alone, not on the batch or the devices. What is not given is the
+        recipe's (`self.config.sample`). Raises UserError.
+        """
+        c, label_of = self._asked(
+            classes, num=num, seed=seed, cfg_scale=cfg_scale, sampler=sampler, eta=eta,
+            cfg_channels=cfg_channels, steps=None if steps is None else str(steps),
+            batch_size=batch_size,
+        )  # fmt: skip
+        began = time.monotonic()
+        drawn = self._drawer.whole(
+            c, self._params, c.sample.num, seed=c.seed, label_of=label_of,
+            title="" if quiet else "sample",
+        )  # fmt: skip
+        images = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in drawn.images]
+        record = self._record(c, label_of, time.monotonic() - began)
+        return Output(images, drawn.images, drawn.label, record)
+
+    @lease.scope()
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        classes: Sequence[int | str] | str | None = None,
+        *,
+        num: int | None = None,
+        batch_size: int | None = None,
+    ) -> dict[str, Any]:
+        """Draws to an npz (arr_0, label) as the images come, and returns what made them.
+
+        Cut off, the same call again draws what is missing. Another set at `path` is replaced.
+        Raises UserError, also while another process writes samples to the same folder.
+        """
+        c, label_of = self._asked(classes, num=num, batch_size=batch_size)
+        opening.own(Path(path).parent, opening.SAMPLES_LEASE)
+        record = self._record(c, label_of, 0.0)
+        labels = "uniform" if label_of is None else f"classes {label_of}"
+        provenance = {
+            "model": {**self._source.record, "params_sha256": opening.digest(self._params)},
+            "sampling": sampling_protocol(
+                c, seed=c.seed, labels=labels, decoder=decoder_of(self._frozen)
+            ),
+        }
+        seconds = draw_to(
+            path, self._drawer, c, self._params, provenance, seed=c.seed, label_of=label_of
+        )
+        return {**record, "protocol": provenance["sampling"], "seconds": round(seconds, 3)}
+
+    def _asked(
+        self, classes: Sequence[int | str] | str | None, *, num: int | None,
+        batch_size: int | None, seed: int | None = None, **sample: Any,
+    ) -> tuple[Config, list[int] | None]:  # fmt: skip
+        """The recipe and the labels of a call; None leaves a key as it is."""
+        label_of = self.labels(classes)
+        if num is None:
+            num = len(label_of) if label_of else self.config.sample.num
+        given = {key: value for key, value in sample.items() if value is not None}
+        seed = self.config.seed if seed is None else seed
+        c = changed(self.config, {"seed": seed, "sample": {**given, "num": num}})
+        if batch_size is None:
+            # No more than asked for, and a row for every device: a batch is computed whole.
+            devices = self._mesh.size
+            batch_size = -(-min(c.sample.batch_size, num) // devices) * devices
+        return changed(c, {"sample": {"batch_size": batch_size}}), label_of
+
+    def labels(self, classes: Sequence[int | str] | str | None) -> list[int] | None:
+        """Class numbers of numbers, names and WordNet ids. Raises UserError."""
+        if classes is None or (isinstance(classes, str) and not classes):
+            return None
+        text = classes if isinstance(classes, str) else ",".join(str(word) for word in classes)
+        return parse_classes(text, self.config.data.num_classes, self.class_names)
+
+    def _record(self, c: Config, label_of: list[int] | None, seconds: float) -> dict[str, Any]:
+        return {
+            **self._source.record,
+            "seed": c.seed,
+            "classes": label_of,
+            "sample": dataclasses.asdict(c.sample),
+            "model": dataclasses.asdict(c.model),
+            "diffusion": dataclasses.asdict(c.diffusion),
+            "autoencoder_scale": c.autoencoder.scale if c.latent else None,
+            "image_size": c.data.image_size,
+            "seconds": round(seconds, 3),
+            "environment": {
+                "ditjax": __version__,
+                "jax": version("jax"),
+                "devices": f"{self._mesh.size} x {self._mesh.devices.flat[0].device_kind}",
+            },
+        }
+
+
+def precision_keys(precision: str) -> dict[str, str]:
+    """The recipe's keys of a precision by name. Raises UserError for an unknown one."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}.")
+    dtype, matmul = PRECISIONS[precision]
+    return {"dtype": dtype, "matmul": matmul}

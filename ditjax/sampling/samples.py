@@ -1,0 +1,207 @@
+"""Samples to disk as they come, so that a killed run goes on where it was.
+
+Each batch is a part of its own, START-STOP.npz in FILE.parts, renamed into place when whole: what
+is there is there, and no order of writes to one big file has to survive a crash. As sample i
+depends on (seed, i) only, several processes may each write parts of one set, and a part that is
+lost is made again. In the end the parts are copied, one in memory at a time, to an npz as ADM's
+evaluator reads it, and removed; that takes twice the space for a moment.
+"""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditjax.errors import UserError
+from ditjax.files import npz
+from ditjax.files.atomic import atomic, write_atomic
+from ditjax.files.npz import provenance_text, read_provenance
+
+Images = NDArray[np.uint8]
+
+_PART = re.compile(r"(\d{9})-(\d{9})\.npz")
+
+
+class SampleWriter:
+    """Writes `count` images u8[H,W,C], with labels i32 if `labelled`, to the npz at `path`.
+
+    `provenance` is plain JSON of all that the samples depend on (weights, sampler, seed): a set
+    begun under another is not gone on with: with `replace` it gives way, else UserError. It ends
+    up in the npz.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        count: int,
+        shape: tuple[int, int, int],
+        provenance: Mapping[str, Any],
+        *,
+        labelled: bool,
+        replace: bool = False,
+    ) -> None:
+        if count < 1 or len(shape) != 3 or min(shape) < 1 or shape[2] not in (1, 3):
+            raise UserError(
+                f"{count} samples of {list(shape)}: expected at least one, of [H,W,C] with C = 1"
+                " or 3."
+            )
+        self.path, self.count, self.shape, self.labelled = Path(path), count, tuple(shape), labelled
+        self.parts = self.path.with_name(f"{self.path.name}.parts")
+        self._provenance = provenance_text(provenance)
+        self._record = json.dumps(
+            [count, list(shape), labelled, str(self._provenance)], sort_keys=True
+        )
+        self.finished = self._is_finished(replace)
+        if not self.finished:
+            self._begin(replace)
+
+    def missing(self, size: int) -> Iterator[tuple[int, int]]:
+        """Ranges [start, stop) of at most `size` samples that are not on disk, in order."""
+        if size < 1:
+            raise UserError(f"batches of {size} samples: expected at least 1.")
+        if self.finished:
+            return
+        end = 0
+        for start, stop in [*self._found(), (self.count, self.count)]:
+            for first in range(end, start, size):
+                yield first, min(first + size, start)
+            end = stop
+
+    def write(self, start: int, images: Images, label: NDArray[Any] | None = None) -> None:
+        """Samples start to start + B: images u8[B,H,W,C], label i[B] if labelled. On disk after.
+
+        Raises UserError for another type, shape or range.
+        """
+        images, stop = np.asarray(images), start + len(images)
+        if images.dtype != np.uint8 or images.shape[1:] != self.shape or len(images) == 0:
+            raise UserError(
+                f"samples are {images.dtype}{list(images.shape)}, expected"
+                f" u8[B,{','.join(map(str, self.shape))}]."
+            )
+        if not 0 <= start < stop <= self.count:
+            raise UserError(f"samples {start} to {stop}: expected a range of {self.count}.")
+        arrays: dict[str, NDArray[Any]] = {"arr_0": images}
+        if self.labelled != (label is not None):
+            raise UserError("labels must come with every batch of a labelled set, and no other.")
+        if label is not None:
+            label = np.asarray(label)
+            if label.shape != images.shape[:1] or label.dtype.kind not in "iu":
+                raise UserError(
+                    f"labels {label.dtype}{list(label.shape)} for {len(images)} images: expected"
+                    " one integer for each."
+                )
+            arrays["label"] = label.astype(np.int32)
+        with atomic(self._part(start, stop)) as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    def finish(self) -> Path:
+        """The npz of all samples, in order; its parts are gone. Raises UserError if any is missing.
+
+        Of several processes only one calls this, when all have written. Again does nothing.
+        """
+        if not self.finished:
+            gap = next(self.missing(self.count), None)
+            if gap is not None:
+                raise UserError(
+                    f"{self.path}: samples {gap[0]} to {gap[1]} of {self.count} are missing; the"
+                    " same command again draws them."
+                )
+            found = self._found()
+            with atomic(self.path) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+                self._join(archive, "arr_0", (self.count, *self.shape), np.dtype(np.uint8), found)
+                if self.labelled:
+                    self._join(archive, "label", (self.count,), np.dtype(np.int32), found)
+                with archive.open("provenance.npy", "w") as member:
+                    np.lib.format.write_array(member, self._provenance, allow_pickle=False)
+            self.finished = True
+        shutil.rmtree(self.parts, ignore_errors=True)
+        return self.path
+
+    def _join(
+        self,
+        archive: zipfile.ZipFile,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        found: list[tuple[int, int]],
+    ) -> None:
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+            header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for start, stop in found:
+                try:
+                    with npz.reading(self._part(start, stop)) as part:
+                        rows = npz.read(part, name)
+                except UserError as error:
+                    raise UserError(
+                        f"{error} Remove that part: the same command again draws it."
+                    ) from error
+                member.write(rows.tobytes())
+
+    def _part(self, start: int, stop: int) -> Path:
+        return self.parts / f"{start:09d}-{stop:09d}.npz"
+
+    def _found(self) -> list[tuple[int, int]]:
+        """Ranges of the parts that are whole, in order and without overlap."""
+        found: list[tuple[int, int]] = []
+        for name in sorted(os.listdir(self.parts)):
+            match = _PART.fullmatch(name)
+            if match is None:
+                continue
+            start, stop = int(match[1]), int(match[2])
+            # Two processes with other batch sizes may overlap: what the first has counts.
+            if (not found or start >= found[-1][1]) and self._whole(start, stop):
+                found.append((start, stop))
+        return found
+
+    def _whole(self, start: int, stop: int) -> bool:
+        try:
+            with npz.reading(self._part(start, stop)) as part:
+                if self.labelled and npz.shape_and_dtype(part, "label")[0] != (stop - start,):
+                    return False
+                return npz.shape_and_dtype(part, "arr_0")[0] == (stop - start, *self.shape)
+        except UserError:
+            return False  # a disk's fault: made again, and replaced
+
+    def _begin(self, replace: bool) -> None:
+        record = self.parts / "record.json"
+        same = record.exists() and record.read_bytes() == self._record.encode()
+        if record.exists() and not same and replace:
+            shutil.rmtree(self.parts)
+        if not record.exists():
+            write_atomic(record, self._record.encode())
+        elif not same:
+            raise UserError(
+                f"{self.parts} holds part of other samples (count, shape, seed, sampler or weights"
+                " differ): remove it, or choose another file."
+            )
+
+    def _is_finished(self, replace: bool) -> bool:
+        if not self.path.exists():
+            return False
+        try:
+            with npz.reading(self.path) as archive:
+                same = (
+                    npz.shape_and_dtype(archive, "arr_0")[0] == (self.count, *self.shape)
+                    and ("label" in npz.names(archive)) == self.labelled
+                    and read_provenance(archive) == json.loads(str(self._provenance))
+                )
+        except UserError:
+            if not replace:
+                raise
+            return False
+        if not same and replace:
+            return False
+        if not same:
+            raise UserError(
+                f"{self.path} holds other samples (count, shape, seed, sampler or weights differ):"
+                " remove it, or choose another file."
+            )
+        return True

@@ -1,0 +1,1 @@
+"""Cells of a study, their status, and published figures beside them."""

@@ -1,0 +1,306 @@
+"""The cells of a study: what a recipe's grid, lists, zips, seeds and budget make of it."""
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ditjax.config import Config, Override, Sweep, completed, read
+from ditjax.errors import UserError, nearest
+from ditjax.models.cost import forward_macs, gflops, trainable_parameters, training_gflops
+from ditjax.runs import rundir
+from ditjax.runs.results import Published
+from ditjax.studies.published import published_of
+from ditjax.tasks import build
+
+SCHEMA = 1
+_IN_EVERY_NAME = ("model.size", "model.patch", "seed")
+
+
+class Cell(NamedTuple):
+    """One run of a study: its name is its directory below WORKDIR/runs."""
+
+    number: int
+    name: str
+    recipe: dict[str, Any]
+    config: Config
+    overrides: tuple[Override, ...] = ()
+    published: Published | None = None  # what others have measured of such a run
+
+    @property
+    def model(self) -> str:
+        """As in the paper: 'DiT-XL/2'."""
+        return f"DiT-{self.config.model.size}/{self.config.model.patch}"
+
+    @property
+    def params(self) -> int:
+        """Trainable parameters."""
+        return trainable_parameters(build.cost(self.config))
+
+    @property
+    def gflops(self) -> float:
+        """The paper's: multiply-accumulates of one forward pass / 10⁹."""
+        return gflops(build.cost(self.config))
+
+    @property
+    def training_gflops(self) -> float:
+        """3 · forward Gflops · batch · steps: what schedules and estimates go by."""
+        c = self.config.train
+        return training_gflops(self.gflops, c.batch_size * c.steps)
+
+
+def cells(recipe: Mapping[str, Any]) -> list[Cell]:
+    """The runs of a recipe, all checked: in the order of grid, lists, zips and seeds, the last
+    varying fastest.
+
+    Raises UserError for a recipe that is one run, an illegal cell, or two that are the same.
+    """
+    whole = read(recipe)
+    study = whole.sweep
+    choices = _choices(study)
+    if not choices:
+        raise UserError(
+            "config.sweep is empty: it has no grid, lists, zips or seeds, and this recipe is one"
+            " run; use ditjax.train."
+        )
+    made: list[Cell] = []
+    words = _words(study)
+    for number, parts in enumerate(itertools.product(*choices)):
+        overrides = tuple(itertools.chain(*parts))
+        cell = copy.deepcopy(dict(recipe))
+        cell["sweep"] = {key: type(value)() for key, value in recipe["sweep"].items()}
+        for key, value in overrides:
+            _set(cell, key, value)
+        try:
+            if study.budget:
+                cell["train"]["steps"] = steps_within(study.budget, _read_for_cost(cell))
+            config = read(cell)
+            build.check(config)
+        except UserError as error:
+            raise UserError(f"cell {number} ({_said(overrides)}): {error}") from None
+        name = _name(overrides, words, study.budget, config)
+        made.append(Cell(number, name, cell, config, overrides, published_of(whole, config)))
+    return _named_apart(made)
+
+
+def _choices(study: Sweep) -> list[list[tuple[Override, ...]]]:
+    """Of each thing that varies by itself: the sets of overrides that it has to offer."""
+    choices: list[list[tuple[Override, ...]]] = []
+    choices += [[((key, value),) for value in values] for key, values in study.grid]
+    if study.lists:
+        choices.append(list(study.lists))
+    for together in study.zips:
+        keys = [key for key, _ in together]
+        rows = zip(*(values for _, values in together), strict=True)
+        choices.append([tuple(zip(keys, row, strict=True)) for row in rows])
+    if study.seeds:
+        choices.append([(("seed", seed),) for seed in study.seeds])
+    return choices
+
+
+def _set(recipe: dict[str, Any], key: str, value: Any) -> None:
+    *groups, leaf = key.split(".")
+    node = recipe
+    for group in groups:
+        node = node[group]
+    node[leaf] = value
+
+
+def _read_for_cost(cell: dict[str, Any]) -> Config:
+    """The cell with as many steps as it may have: those that the recipe has are not used, and may
+    be fewer than its warm-up."""
+    return read({**cell, "train": {**cell["train"], "steps": 2**31 - 1}})
+
+
+def steps_within(budget: tuple[str, float], c: Config) -> int:
+    """The training steps that a budget pays for, to the nearest whole one.
+
+    'images' are steps · batch; 'gflops' are training Gflops, 3 · forward Gflops · batch · steps.
+    Raises UserError for none.
+    """
+    unit, number = budget
+    cost = Fraction(1)
+    if unit != "steps":
+        cost *= c.train.batch_size
+    if unit == "gflops":
+        if c.train.network != "dit":
+            raise UserError(
+                f"config.sweep.budget is {budget!r} and config.train.network is"
+                f" {c.train.network!r}: Gflops are a DiT's; give a budget in steps or images."
+            )
+        cost *= Fraction(3 * forward_macs(build.cost(c)), 10**9)
+    steps = round(Fraction(number) / cost)
+    if steps < 1:
+        raise UserError(
+            f"config.sweep.budget is {budget!r}, and one step takes {float(cost):.4g} {unit}: raise"
+            " it, or leave this cell out."
+        )
+    return steps
+
+
+def _said(overrides: Iterable[Override]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in overrides) or "the recipe as it is"
+
+
+def _words(study: Sweep) -> dict[str, str]:
+    """What a varied key is called in names: its last part, but for two that share it.
+
+    Axes of a grid stand in one order, which tells them apart.
+    """
+    in_grid = {key for key, _ in study.grid}
+    varied = {key for choice in _choices(study) for part in choice for key, _ in part}
+    leaves = Counter(key.rpartition(".")[2] for key in varied)
+    last = {key: key.rpartition(".")[2] for key in varied}
+    return {k: leaf if k in in_grid or leaves[leaf] == 1 else k for k, leaf in last.items()}
+
+
+def _name(
+    overrides: Iterable[Override], words: Mapping[str, str], budget: tuple[Any, ...], c: Config
+) -> str:
+    """DiT-4x96x3-p1-seed0, the other overrides as key_value, and the budget: a legal name."""
+    name = f"DiT-{c.model.size}-p{c.model.patch}-seed{c.seed}"
+    for key, value in overrides:
+        if key not in _IN_EVERY_NAME:
+            name += f"-{words[key]}_{value}"
+    if budget:
+        name += f"-{budget[0]}_{_short(budget[1])}"
+    return rundir.legal_name(name)
+
+
+def _short(number: float) -> str:
+    """1e6 -> '1e6', 250 -> '250', 0.1234567 whole."""
+    text = f"{number:g}" if float(f"{number:g}") == number else repr(number)
+    return re.sub(r"e[+]?(-?)0*", r"e\1", text)
+
+
+def _named_apart(made: list[Cell]) -> list[Cell]:
+    """The cells, each with a name of its own. Raises UserError for two of one recipe."""
+    first: dict[Config, Cell] = {}
+    for cell in made:
+        same = first.setdefault(cell.config, cell)
+        if same is not cell:
+            raise UserError(
+                f"cells {same.number} ({_said(same.overrides)}) and {cell.number}"
+                f" ({_said(cell.overrides)}) are one and the same run: leave one out."
+            )
+    names = Counter(cell.name for cell in made)
+    return [
+        cell
+        if names[cell.name] == 1
+        else cell._replace(name=rundir.legal_name(f"{cell.name[:115]}-{_digest(cell.overrides)}"))
+        for cell in made
+    ]
+
+
+def _digest(overrides: Iterable[Override]) -> str:
+    text = json.dumps(list(overrides), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def chosen(
+    study: Sequence[Cell], models: str = "", numbers: str = "", shard: str = ""
+) -> list[Cell]:
+    """The cells of some models ('S/8,B/4'), with some numbers ('0,3-5'), or one share ('0/4').
+
+    What is not given chooses all; a shard is one of what the others choose. Raises UserError.
+    """
+    left = list(study)
+    if models:
+        wanted = {_model(name, study) for name in models.split(",")}
+        left = [cell for cell in left if cell.model in wanted]
+    if numbers:
+        wanted_numbers = _numbers(numbers, len(study))
+        left = [cell for cell in left if cell.number in wanted_numbers]
+    if models and numbers and not left:
+        raise UserError(f"--models={models} --cells={numbers}: no cell is both; leave one out.")
+    return _shard(left, shard) if shard else left
+
+
+def _model(name: str, study: Sequence[Cell]) -> str:
+    """'S/8' -> 'DiT-S/8', a model of the study."""
+    models = list(dict.fromkeys(cell.model.removeprefix("DiT-") for cell in study))
+    if (short := name.strip().removeprefix("DiT-")) in models:
+        return f"DiT-{short}"
+    more = ", ..." if len(models) > 24 else ""
+    raise UserError(
+        f"--models={name[:100]}: no cell of this study has that model.{nearest(short, models)} Its"
+        f" models: {', '.join(models[:24])}{more}."
+    )
+
+
+def _numbers(text: str, count: int) -> set[int]:
+    """'0,3-5' -> {0, 3, 4, 5}."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", part)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if low > high:
+            raise UserError(f"--cells={text[:100]}: expected numbers and ranges such as 0,3-5.")
+        if high >= count:
+            raise UserError(f"--cells={text[:100]}: the study has cells 0 to {count - 1}.")
+        found.update(range(low, high + 1))
+    return found
+
+
+def _shard(left: list[Cell], text: str) -> list[Cell]:
+    """Every N-th cell by falling work, the K-th first: shares of about the same work."""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    part, parts = (int(match[1]), int(match[2])) if match else (1, 0)
+    if part >= parts:
+        raise UserError(
+            f"--shard={text[:100]}: expected K/N, the share K of N, counted from 0: 0/4 to 3/4 are"
+            " four machines."
+        )
+    return sorted(by_work(left)[part::parts], key=lambda cell: cell.number)
+
+
+def by_work(study: Iterable[Cell]) -> list[Cell]:
+    """The dearest first, so that the last to finish is small."""
+    return sorted(study, key=lambda cell: (-cell.training_gflops, cell.number))
+
+
+def record(recipe: Mapping[str, Any], study: Sequence[Cell], command: str) -> dict[str, Any]:
+    """sweep.json: every cell of the study, whether it has been run or not."""
+    return {
+        "schema": SCHEMA,
+        "title": recipe["sweep"].get("title", ""),
+        "command": command,
+        "cells": [
+            {
+                "number": cell.number,
+                "name": cell.name,
+                "model": cell.model,
+                "overrides": dict(cell.overrides),
+                "params": cell.params,
+                "gflops": cell.gflops,
+                "training_gflops": cell.training_gflops,
+                "published": cell.published,
+            }
+            for cell in study
+        ],
+    }
+
+
+def check_result(cell: Cell, folder: Path, found: Mapping[str, Any]) -> None:
+    """Raises UserError for a result that is another recipe's."""
+    # A training may be gone on with for more steps; the cell of a study has its own.
+    rundir.check_same(folder, completed(found["config"]), cell.recipe, also=("train.steps",))
+
+
+def check_same_study(
+    workdir: Path, recorded: Mapping[str, Any], recipe: Mapping[str, Any], study: Sequence[Cell]
+) -> None:
+    """A directory's study may grow; what no name of its cells tells stays. Raises UserError."""
+    told = {key for cell in study for key, _ in cell.overrides}.union(_IN_EVERY_NAME)
+    for key, before, now in rundir.differences(recorded, recipe):
+        if key not in told:
+            raise UserError(
+                f"{workdir} holds a study with {key}={before!r}, this command says {now!r}: give"
+                " another --workdir, or the recipe it was started with."
+            )

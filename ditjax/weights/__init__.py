@@ -1,0 +1,1 @@
+"""Networks in and out of other programs' files."""

@@ -1,0 +1,65 @@
+"""FID's Inception out of the state dict that pytorch-fid and torch-fidelity read."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ditjax.errors import UserError
+from ditjax.files.assets import unflatten
+from ditjax.models.inception import SIDE, FIDInception
+from ditjax.weights import layouts
+from ditjax.weights import tensors as weights
+from ditjax.weights.networks import initial_shapes
+
+_KINDS = {4: "conv", 2: "linear", 1: "vector"}
+_LEAVES = {"kernel": "weight", "scale": "weight"}
+
+
+class Inception(NamedTuple):
+    """Variables of `FIDInception` f32, and the files that they came from."""
+
+    params: dict[str, Any]
+    files: tuple[Path, ...]
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Our leaves by path."""
+    x = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.float32)
+    return initial_shapes(FIDInception().init, x)
+
+
+def layout() -> layouts.Layout:
+    """The rule of `models/inception.py`, one tensor a leaf."""
+    rules = []
+    for path, shape in shapes().items():
+        *modules, leaf = path.split("/")
+        name = ".".join([*modules, _LEAVES.get(leaf, leaf)])
+        rules.append(layouts.Rule(path, (name,), _KINDS[len(shape)]))  # type: ignore[arg-type]
+    return rules
+
+
+def load_inception(path: str | os.PathLike[str]) -> Inception:
+    """`pt_inception-2015-12-05-6726825d.pth` or another file of its names, checked whole.
+
+    Raises UserError that lists every missing, extra, mis-shaped and differently typed tensor.
+    """
+    file = weights.read_tensors(path)
+    # A counter that training keeps and inference does not read.
+    tensors = {
+        name: tensor
+        for name, tensor in file.tensors.items()
+        if not re.fullmatch(r".*\.num_batches_tracked", name)
+    }
+    rules, ours = layout(), shapes()
+    expected = layouts.expected_shapes(rules, ours)
+    dtype = weights.check_tensors(file.path, "FID's Inception", tensors, expected)
+    if dtype != np.float32:
+        raise UserError(
+            f"{file.path} is of {dtype}: FID's Inception is of float32, and rounded weights give"
+            " another FID."
+        )
+    return Inception({"params": unflatten(layouts.to_ours(rules, tensors, ours))}, file.files)

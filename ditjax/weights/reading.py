@@ -1,0 +1,413 @@
+"""Networks out of files: the public release's, diffusers', latent diffusion's, ours.
+
+A file is read as named tensors (`weights/tensors.py`), its layout is told from the names, its
+architecture from the shapes, every tensor is checked against the architecture, and the rules of
+`weights/layouts.py` bring them into our tree.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from ditjax.config import Config, changed
+from ditjax.errors import UserError
+from ditjax.files.assets import unflatten
+from ditjax.models.embed import sincos_position_embedding
+from ditjax.models.sizes import PAPER_SIZES, Size
+from ditjax.weights import layouts, vocabulary
+from ditjax.weights import tensors as weights
+from ditjax.weights.networks import Network, check_fit, recipe, shapes_of
+
+Numerics = Literal["auto", "release", "diffusers"]
+
+_TABLE = {"release": "pos_embed", "diffusers": "pos_embed.pos_embed"}
+
+_MAX_TIMESTEPS = 1_000_000
+_MAX_SIDE = 2048  # of latents: far above any DiT, and no table is made for a hostile file's
+
+_DIT_LAYOUTS = {"release": layouts.DIT_RELEASE, "diffusers": layouts.DIT_DIFFUSERS}
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    which: str = "ema",
+    heads: int = 0,
+    numerics: Numerics = "auto",
+) -> Network:
+    """A DiT or a KL autoencoder from a weights file or a model folder of diffusers.
+
+    `which`: the averaged ('ema') or the raw ('model') state of a training checkpoint. `heads`: of a
+    size that is not the paper's, where the file does not say. `numerics`: 'auto' computes what the
+    file's own program computes (see `Model.frequency_shift`); 'release' or 'diffusers' overrides.
+    Raises UserError for what is no such network, with every fault listed.
+    """
+    if os.path.exists(Path(path) / vocabulary.MODEL_INDEX):
+        raise UserError(f"{path} is a whole pipeline: give its folder 'transformer' or 'vae' here.")
+    file = weights.read_tensors(path, which)
+    names = file.tensors.keys()
+    if vocabulary.METADATA in file.metadata:
+        return _load_ours(file)
+    if any(name.startswith(("x_embedder.", "t_embedder.", "blocks.0.attn.")) for name in names):
+        return _load_dit(file, "release", heads, numerics)
+    if any(name.startswith("transformer_blocks.0.") for name in names):
+        return _load_dit(file, "diffusers", heads, numerics)
+    if any(re.match(r"(first_stage_model\.)?(encoder|decoder)\.", name) for name in names):
+        return _load_autoencoder(file)
+    some = ", ".join(weights.collapse(names)[:4]) or "nothing"
+    raise UserError(
+        f"{path} holds no network that is known here: expected a DiT (of the public release or of"
+        f" diffusers) or a KL autoencoder (of diffusers or latent diffusion); it holds {some}."
+    )
+
+
+def _load_ours(file: weights.TensorFile) -> Network:
+    try:
+        kept = json.loads(file.metadata[vocabulary.METADATA])
+        kind, sections = kept["network"], kept["config"]
+        config = recipe({**sections, "train": {"network": kind}})
+        shapes = shapes_of(config)
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{file.path}: its metadata are not ditjax's: {error!r}.") from None
+    weights.check_tensors(file.path, f"{kind} of ditjax", file.tensors, shapes)
+    tree = unflatten({name: np.asarray(file.tensors[name]) for name in shapes})
+    return Network(kind, config, {"params": tree}, "ditjax", file.files)
+
+
+def _shape(file: weights.TensorFile, name: str, rank: int) -> tuple[int, ...]:
+    """The shape of a tensor that the architecture is told from."""
+    tensor = file.tensors.get(name)
+    if tensor is None or tensor.ndim != rank or 0 in tensor.shape:
+        found = "missing" if tensor is None else f"of shape {tensor.shape}"
+        raise UserError(
+            f"{file.path}: {name} is {found}; the architecture is told from it. The file is"
+            " incomplete, or of another network."
+        )
+    return tensor.shape
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """1 + the largest number that a pattern finds in the names; never more than there are names."""
+    names = list(names)
+    found = [int(m[1]) for name in names if (m := re.match(pattern, name))]
+    return min(1 + max(found, default=0), len(names))
+
+
+def _recipe(file: weights.TensorFile, changes: Mapping[str, Mapping[str, Any]]) -> Config:
+    """`recipe`, whose UserError names the file. A JSON integer may be too large for a float."""
+    try:
+        return recipe(changes)
+    except (UserError, OverflowError) as error:
+        raise UserError(f"{file.path}: {error}") from None
+
+
+def _load_dit(file: weights.TensorFile, layout: str, heads: int, numerics: Numerics) -> Network:
+    release = layout == "release"
+    prefix = "x_embedder" if release else "pos_embed"
+    D, C, p, _ = _shape(file, f"{prefix}.proj.weight", 4)
+    depth = _count(file.tensors, r"(?:transformer_)?blocks\.([0-9]{1,9})\.")
+    label = "y_embedder" if release else "transformer_blocks.0.norm1.emb.class_embedder"
+    rows, _ = _shape(file, f"{label}.embedding_table.weight", 2)
+    out, _ = _shape(file, "final_layer.linear.weight" if release else "proj_out_2.weight", 2)
+    hidden, _ = _shape(
+        file,
+        "blocks.0.mlp.fc1.weight" if release else "transformer_blocks.0.ff.net.0.proj.weight",
+        2,
+    )
+    if out not in (p * p * C, 2 * p * p * C):
+        raise UserError(
+            f"{file.path}: its last layer has {out} outputs: expected {p * p * C}, or"
+            f" {2 * p * p * C} with a learned variance, for {p}x{p} patches of {C} channels."
+        )
+    if not release:
+        _check_config(file, _DIT_CONFIG)
+    input_size = _input_size(file, layout, p)
+    size = Size(depth, D, _heads(file, depth, D, heads))
+    classes = rows - 1  # the last row is the null label
+    of_diffusers = (layout if numerics == "auto" else numerics) == "diffusers"
+    norm2_eps = file.config.get("norm_eps", 1e-5) if of_diffusers else 1e-6
+    latent = C not in (1, 3)
+    config = _recipe(
+        file,
+        {
+            "model": {
+                "size": _size_name(size), "patch": p, "mlp_ratio": _mlp_ratio(hidden, D),
+                "frequency_shift": int(of_diffusers), "norm2_eps": norm2_eps,
+            },
+            "diffusion": {
+                "variance": "learned_range" if out == 2 * p * p * C else "fixed_small",
+                "loss": "hybrid" if out == 2 * p * p * C else "simple",
+            },
+            "data": {
+                "image_size": input_size * (8 if latent else 1), "num_classes": classes,
+                "channels": 3 if latent else C,
+            },
+            "autoencoder": {"kind": "kl" if latent else "none", "latent_channels": C},
+            "sample": {
+                "cfg_channels": "three" if release and C >= 3 else "all", "clip_x0": not latent,
+            },
+        },
+    )  # fmt: skip
+    what = f"DiT of {depth} layers, width {D}, patch {p} in the layout of {_program(layout)}"
+    ours = shapes_of(config)
+    rules = _DIT_LAYOUTS[layout]
+    expected = dict(layouts.expected_shapes(rules, ours, patch=p, depth=depth))
+    table = _TABLE[layout]
+    if release or table in file.tensors:
+        expected[table] = (1, (input_size // p) ** 2, D)
+    weights.check_tensors(file.path, what, file.tensors, expected)
+    if table in expected:
+        _check_table(file.path, table, file.tensors[table], D, input_size // p)
+    return Network("dit", config, _params(file, rules, ours), layout, file.files)
+
+
+def _mlp_ratio(hidden: int, width: int) -> float:
+    """The ratio whose product with the width, cut to a whole number, is `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _program(layout: str) -> str:
+    return {
+        "release": "the public release", "diffusers": "diffusers",
+        "diffusers_old": "diffusers before 0.14", "ldm": "latent diffusion",
+    }[layout]  # fmt: skip
+
+
+def _params(
+    file: weights.TensorFile, rules: layouts.Layout, ours: layouts.Shapes
+) -> dict[str, Any]:
+    try:
+        return {"params": unflatten(layouts.to_ours(rules, file.tensors, ours))}
+    except ValueError as error:
+        raise UserError(
+            f"{file.path}: {error}: one network holds it once, so this file cannot be read here."
+        ) from None
+
+
+def _input_size(file: weights.TensorFile, layout: str, patch: int) -> int:
+    if layout == "diffusers":
+        side = file.config.get("sample_size")
+        if type(side) is not int or not 1 <= side <= _MAX_SIDE or side % patch:
+            raise UserError(
+                f"{file.path}: its {weights.CONFIG_FILE} says sample_size {side!r}: expected the"
+                f" side of the latents, at most {_MAX_SIDE} and a multiple of the patch size"
+                f" {patch}. A bare weights file of diffusers does not say it: give its folder."
+            )
+        return side
+    _, N, _ = _shape(file, "pos_embed", 3)
+    if math.isqrt(N) ** 2 != N:
+        raise UserError(f"{file.path}: pos_embed has {N} positions: expected a square number.")
+    return math.isqrt(N) * patch
+
+
+def _heads(file: weights.TensorFile, depth: int, width: int, given: int) -> int:
+    """Shapes do not tell the heads: the folder's config, the paper's table or the user does."""
+    said = file.config.get("num_attention_heads")
+    known = [s.heads for s in PAPER_SIZES.values() if (s.depth, s.width) == (depth, width)]
+    heads = given or said or (known[0] if known else 0)
+    if not heads:
+        raise UserError(
+            f"{file.path}: {depth} layers of width {width} are no size of the paper, and the file"
+            " does not tell the number of attention heads: give --heads=N."
+        )
+    if given and said and given != said:
+        raise UserError(f"{file.path} says {said!r} attention heads, --heads says {given}.")
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise UserError(
+            f"{file.path}: {heads!r} attention heads for a width of {width}: expected a number"
+            " that divides it."
+        )
+    each = file.config.get("attention_head_dim", width // heads)
+    if each != width // heads:
+        raise UserError(
+            f"{file.path}: its {weights.CONFIG_FILE} says {heads} attention heads of {each!r},"
+            f" and the width is {width}."
+        )
+    return heads
+
+
+def _size_name(size: Size) -> str:
+    named = [name for name, known in PAPER_SIZES.items() if known == size]
+    return named[0] if named else "x".join(map(str, size))
+
+
+def _check_table(path: Path, name: str, table: np.ndarray, width: int, side: int) -> None:
+    """A position table is frozen, and made here from its formula: another one cannot be kept."""
+    expected = sincos_position_embedding(width, side, side)
+    error = np.abs(table[0].astype(np.float32) - expected).max()
+    # Half a unit in the last place of a number below 1, and a libm's difference.
+    tolerance = {2: 1e-2, 4: 2e-6, 8: 2e-6}[table.dtype.itemsize]
+    if not error <= tolerance:
+        raise UserError(
+            f"{path}: {name} differs from the 2-D sin-cos table by {error:.2g}: a learned or"
+            " otherwise made table is not supported."
+        )
+
+
+def _load_autoencoder(file: weights.TensorFile) -> Network:
+    # In a whole Stable Diffusion checkpoint the other networks' tensors are not ours.
+    whole = any(name.startswith("first_stage_model.") for name in file.tensors)
+    prefix = "first_stage_model." if whole else ""
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in file.tensors.items()
+        # The autoencoder's own training leaves its discriminator and its average's counters.
+        if name.startswith(prefix) and not name.startswith(("loss.", "model_ema."), len(prefix))
+    }
+    file = file._replace(tensors=tensors)
+    if any(name.startswith(("encoder.down.", "decoder.up.")) for name in tensors):
+        layout: Literal["diffusers", "diffusers_old", "ldm"] = "ldm"
+        level, block = r"encoder\.down\.([0-9]{1,9})\.", "encoder.down.{i}.block"
+    else:
+        old = any(".attentions.0.query." in name for name in tensors)
+        layout = "diffusers_old" if old else "diffusers"
+        level = r"encoder\.down_blocks\.([0-9]{1,9})\."
+        block = "encoder.down_blocks.{i}.resnets"
+    _check_config(file, _AUTOENCODER_CONFIG)
+    levels = _count(tensors, level)
+    width, channels, _, _ = _shape(file, "encoder.conv_in.weight", 4)
+    widths = [_shape(file, f"{block.format(i=i)}.0.conv1.weight", 4)[0] for i in range(levels)]
+    # One digit: each is traced, and a hostile name shall not ask for a million.
+    res_blocks = _count(tensors, re.escape(block.format(i=0)) + r"\.([0-9])\.")
+    latent, _, _, _ = _shape(file, "post_quant_conv.weight", 4)
+    if any(w % width for w in widths):
+        raise UserError(f"{file.path}: level widths {widths} are no multiples of {width}.")
+    said = {**file.config, **file.extra}
+    config = _recipe(
+        file,
+        {
+            "train": {"network": "autoencoder"},
+            "data": {"channels": channels},
+            "autoencoder": {
+                "base_width": width, "multipliers": tuple(w // width for w in widths),
+                "res_blocks": res_blocks, "latent_channels": latent,
+                "groups": said.get("norm_num_groups", 32),
+                "scale": said.get("scaling_factor", 0.18215),
+            },
+        },
+    )  # fmt: skip
+    ours = shapes_of(config)
+    rules = layouts.autoencoder_layout(ours, layout)
+    # Before 0.14 the attention was of matrices or of 1x1 convolutions, as the file was made.
+    if layout == "diffusers_old":
+        file = file._replace(
+            tensors={
+                n: t.reshape(t.shape[:2]) if ".attentions." in n and t.ndim == 4 else t
+                for n, t in tensors.items()
+            }
+        )
+    what = f"KL autoencoder of widths {widths} in the layout of {_program(layout)}"
+    weights.check_tensors(file.path, what, file.tensors, layouts.expected_shapes(rules, ours))
+    return Network("autoencoder", config, _params(file, rules, ours), layout, file.files)
+
+
+# What diffusers' classes can be configured to that tensors do not tell, and what is computed here.
+_AUTOENCODER_CONFIG: Mapping[str, tuple[Any, ...]] = {
+    "_class_name": ("AutoencoderKL",), "act_fn": ("silu",), "shift_factor": (None,),
+    "latents_mean": (None,), "latents_std": (None,), "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,), "mid_block_add_attention": (True,),
+}  # fmt: skip
+_DIT_CONFIG: Mapping[str, tuple[Any, ...]] = {
+    # The published folders are older than the class.
+    "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
+    "activation_fn": ("gelu-approximate",), "norm_type": ("ada_norm_zero",),
+    "norm_elementwise_affine": (False,),
+}  # fmt: skip
+
+
+def _check_config(file: weights.TensorFile, supported: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, values in supported.items():
+        if file.config.get(key, values[0]) not in values:
+            raise UserError(
+                f"{file.path}: its {weights.CONFIG_FILE} says {key} {file.config[key]!r}: only"
+                f" {' or '.join(map(repr, values))} is supported."
+            )
+
+
+class PipelineFolder(NamedTuple):
+    """A DiTPipeline of diffusers: both networks, and the class names by index."""
+
+    dit: Network
+    autoencoder: Network
+    class_names: tuple[tuple[str, ...], ...]
+
+
+def load_pipeline(folder: str | os.PathLike[str], *, numerics: Numerics = "auto") -> PipelineFolder:
+    """A DiTPipeline folder, whole. Raises UserError for what is none."""
+    folder = Path(folder)
+    index = weights.read_json(folder / vocabulary.MODEL_INDEX)
+    if index.get("_class_name") != "DiTPipeline":
+        raise UserError(
+            f"{folder}/{vocabulary.MODEL_INDEX} is of a {index.get('_class_name')}: expected a"
+            " DiTPipeline."
+        )
+    dit = load(folder / "transformer", numerics=numerics)
+    autoencoder = load(folder / "vae")
+    check_fit(dit, autoencoder)
+    dit = dit._replace(config=_with_scheduler(dit.config, folder / "scheduler"))
+    return PipelineFolder(dit, autoencoder, _class_names(folder, index, dit.config))
+
+
+def _class_names(folder: Path, index: Mapping[str, Any], c: Config) -> tuple[tuple[str, ...], ...]:
+    id2label = index.get("id2label") or {}
+    if not isinstance(id2label, Mapping):
+        raise UserError(f"{folder}/{vocabulary.MODEL_INDEX}: id2label is no table.")
+    return tuple(
+        tuple(name.strip() for name in str(id2label.get(str(i), "")).split(",") if name.strip())
+        for i in range(c.data.num_classes)
+    )
+
+
+def _with_scheduler(c: Config, folder: Path) -> Config:
+    """The recipe with the process that a scheduler's config tells."""
+    said = weights.read_json(folder / "scheduler_config.json")
+    predictions = {theirs: ours for ours, theirs in vocabulary.PREDICTIONS.items()}
+    schedules = {theirs: ours for ours, theirs in vocabulary.SCHEDULES.items()}
+    # str: a hostile value need not be hashable.
+    schedule = schedules.get(str(said.get("beta_schedule", "linear")))
+    prediction = predictions.get(str(said.get("prediction_type", "epsilon")))
+    steps = said.get("num_train_timesteps", 1000)
+    if (
+        schedule is None or prediction is None
+        or type(steps) is not int or not 2 <= steps <= _MAX_TIMESTEPS
+    ):  # fmt: skip
+        raise UserError(
+            f"{folder}: beta_schedule {said.get('beta_schedule')!r}, prediction_type"
+            f" {said.get('prediction_type')!r}, num_train_timesteps {steps!r}: expected one of"
+            f" {', '.join(schedules)}; one of {', '.join(predictions)}; from 2 to"
+            f" {_MAX_TIMESTEPS}."
+        )
+    # A table of its own, or one made over: no schedule of ours.
+    odd = {key: said[key] for key in ("trained_betas", "rescale_betas_zero_snr") if said.get(key)}
+    if odd:
+        raise UserError(f"{folder}: {', '.join(odd)} is set: this schedule is not supported.")
+    ends = (said.get("beta_start", 1e-4), said.get("beta_end", 0.02))
+    if schedule == "linear" and not (
+        all(isinstance(end, float) for end in ends)
+        and np.allclose(np.multiply(ends, steps / 1000), (1e-4, 0.02), rtol=1e-6, atol=0)
+    ):
+        raise UserError(
+            f"{folder}: beta from {ends[0]!r} to {ends[1]!r}: only the linear schedule of the"
+            " paper, 0.0001 to 0.02 at 1000 steps, is supported."
+        )
+    return changed(
+        c,
+        {
+            "diffusion": {"schedule": schedule, "prediction": prediction, "timesteps": steps},
+            # diffusers' own default is to clip, in the schedulers that can.
+            "sample": {"clip_x0": bool(said.get("clip_sample", _clips(said)))},
+        },
+    )
+
+
+def _clips(said: Mapping[str, Any]) -> bool:
+    return said.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")

@@ -1,0 +1,214 @@
+"""Networks into files that other programs load, and into our own."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditjax import __version__
+from ditjax.config import Config, changed
+from ditjax.errors import UserError
+from ditjax.files.atomic import write_json
+from ditjax.models.embed import sincos_position_embedding
+from ditjax.tasks import build
+from ditjax.weights import layouts, vocabulary
+from ditjax.weights import tensors as weights
+from ditjax.weights.networks import Network, joined
+from ditjax.weights.torch_file import write_torch
+
+# What a weights file of ours keeps of its recipe: the function that it computes, and how it is
+# meant to be sampled.
+_KEPT = ("model", "diffusion", "autoencoder", "sample")
+
+_KEPT_DATA = ("image_size", "channels", "num_classes")
+
+_DIFFUSERS_VERSION = "0.42.1"  # whose folders ours were compared with
+
+
+def write_ditjax(path: str | os.PathLike[str], network: Network) -> Path:
+    """One safetensors file: our paths as names, the recipe's decisive keys as metadata."""
+    tree = dataclasses.asdict(network.config)
+    kept = {section: tree[section] for section in _KEPT}
+    kept["autoencoder"]["path"] = ""
+    kept["data"] = {key: tree["data"][key] for key in _KEPT_DATA}
+    metadata = {"network": network.kind, "config": kept, "version": __version__}
+    return weights.write_safetensors(
+        path, network.leaves, {vocabulary.METADATA: json.dumps(metadata)}
+    )
+
+
+def write_release(path: str | os.PathLike[str], network: Network) -> Path:
+    """A state dict in the public release's names: `torch.load` and its `load_state_dict` take it.
+
+    Raises UserError for a network that the release's code does not have.
+    """
+    m, network = _expressible(network, "the public release"), folded(network)
+    tensors = layouts.to_theirs(layouts.DIT_RELEASE, network.leaves, patch=m.patch)
+    side, width = network.config.input_size // m.patch, tensors["x_embedder.proj.bias"].size
+    table = sincos_position_embedding(width, side, side)[None].astype(network.dtype)
+    write_torch(path, {"pos_embed": table, **tensors})
+    return Path(path)
+
+
+def write_diffusers(folder: str | os.PathLike[str], network: Network) -> Path:
+    """A model folder of diffusers: config.json and diffusion_pytorch_model.safetensors."""
+    folder = Path(folder)
+    if network.kind == "dit":
+        m, network = _expressible(network, "diffusers"), folded(network)
+        depth = next(iter(network.params["params"]["blocks"]["attn"]["qkv"].values())).shape[0]
+        tensors = layouts.to_theirs(
+            layouts.DIT_DIFFUSERS, network.leaves, patch=m.patch, depth=depth
+        )
+        description = _transformer_config(network)
+    else:
+        rules = layouts.autoencoder_layout(network.shapes, "diffusers")
+        tensors = layouts.to_theirs(rules, network.leaves)
+        description = _vae_config(network)
+    weights.write_safetensors(
+        folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"}
+    )
+    write_json(folder / weights.CONFIG_FILE, description)
+    return folder
+
+
+def write_ldm(path: str | os.PathLike[str], network: Network) -> Path:
+    """An autoencoder's checkpoint in the names of latent diffusion, under 'state_dict'.
+
+    Beside it what shapes do not tell: the norms' groups and the latents' scale.
+    """
+    rules = layouts.autoencoder_layout(network.shapes, "ldm")
+    a = network.config.autoencoder
+    said = {"norm_num_groups": a.groups, "scaling_factor": a.scale}
+    write_torch(path, {"state_dict": layouts.to_theirs(rules, network.leaves), **said})
+    return Path(path)
+
+
+def folded(network: Network) -> Network:
+    """A DiT of the standard parametrization that computes the same: its queries need no scale.
+
+    Their weights and bias take it, each rounded once.
+    """
+    scale = build.query_scale(network.config)
+    if scale == 1:
+        return network
+    by = np.array([scale, 1.0, 1.0])[:, None, None]  # of [..., 3, H, d]
+    params = dict(network.params["params"])
+    attn = params["blocks"]["attn"]
+    qkv = {name: (leaf * by).astype(leaf.dtype) for name, leaf in attn["qkv"].items()}
+    params["blocks"] = {**params["blocks"], "attn": {**attn, "qkv": qkv}}
+    config = changed(network.config, {"model": {"parametrization": "standard"}})
+    return network._replace(config=config, params={"params": params})
+
+
+def _expressible(network: Network, program: str) -> Any:
+    """Raises UserError for what another program's DiT cannot be."""
+    m = network.config.model
+    for key, value, wanted in (
+        ("block", m.block, "adaln_zero"),
+        ("mlp_ratio", m.mlp_ratio, 4.0),
+        ("label_dropout", m.label_dropout > 0, True),
+    ):
+        if value != wanted:
+            raise UserError(
+                f"{program} has no such DiT: config.model.{key} is {getattr(m, key)!r}, and its"
+                f" code knows {'only a null label' if key == 'label_dropout' else repr(wanted)}."
+                " Convert to ditjax's own format."
+            )
+    return m
+
+
+def _transformer_config(network: Network) -> dict[str, Any]:
+    c = network.config
+    shape = build.cost(c)
+    size = shape.size
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        "_diffusers_version": _DIFFUSERS_VERSION,
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "attention_head_dim": size.width // size.heads,
+        "dropout": 0.0,
+        "in_channels": shape.in_channels,
+        "norm_elementwise_affine": False,
+        "norm_eps": c.model.norm2_eps,
+        "norm_num_groups": 32,
+        "norm_type": "ada_norm_zero",
+        "num_attention_heads": size.heads,
+        "num_embeds_ada_norm": shape.num_classes,
+        "num_layers": size.depth,
+        "out_channels": shape.out_channels,
+        "patch_size": c.model.patch,
+        "sample_size": c.input_size,
+        "upcast_attention": False,
+    }
+
+
+def _vae_config(network: Network) -> dict[str, Any]:
+    a = network.config.autoencoder
+    n = len(a.multipliers)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": _DIFFUSERS_VERSION,
+        "act_fn": "silu",
+        "block_out_channels": [a.base_width * m for m in a.multipliers],
+        "down_block_types": ["DownEncoderBlock2D"] * n,
+        "in_channels": network.config.data.channels,
+        "latent_channels": a.latent_channels,
+        "layers_per_block": a.res_blocks,
+        "norm_num_groups": a.groups,
+        "out_channels": network.config.data.channels,
+        "sample_size": network.config.data.image_size,
+        "scaling_factor": a.scale,
+        "up_block_types": ["UpDecoderBlock2D"] * n,
+    }
+
+
+def write_pipeline(
+    folder: str | os.PathLike[str],
+    dit: Network,
+    autoencoder: Network,
+    class_names: Sequence[Sequence[str]],
+) -> Path:
+    """A folder that `DiTPipeline.from_pretrained` loads.
+
+    Raises UserError for networks that do not fit together, or that the pipeline cannot run.
+    """
+    folder, c = Path(folder), dit.config
+    if c.data.num_classes != len(class_names):
+        raise UserError(f"{len(class_names)} class names for {c.data.num_classes} classes.")
+    config = joined(dit, autoencoder)  # before anything is written
+    write_diffusers(folder / "transformer", dit)
+    write_diffusers(folder / "vae", autoencoder._replace(config=config))
+    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(c))
+    index = {
+        "_class_name": "DiTPipeline",
+        "_diffusers_version": _DIFFUSERS_VERSION,
+        "id2label": {str(i): ", ".join(names) for i, names in enumerate(class_names)},
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / vocabulary.MODEL_INDEX, index)  # last: a folder without it is no pipeline
+    return folder
+
+
+def _scheduler_config(c: Config) -> dict[str, Any]:
+    return {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": _DIFFUSERS_VERSION,
+        "num_train_timesteps": c.diffusion.timesteps,
+        # The linear schedule of any T has the ends of T = 1000 scaled, as in the release.
+        "beta_start": 1e-4 * 1000 / c.diffusion.timesteps,
+        "beta_end": 0.02 * 1000 / c.diffusion.timesteps,
+        "beta_schedule": vocabulary.SCHEDULES[c.diffusion.schedule],
+        "prediction_type": vocabulary.PREDICTIONS[c.diffusion.prediction],
+        "clip_sample": c.sample.clip_x0,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+    }

@@ -1,0 +1,343 @@
+"""What is prepared is exactly what was given, once, and every mistake is told with its remedy."""
+
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from ditjax.data import builders
+from ditjax.data.builders import data_root, decode_image, list_folder, prepare
+from ditjax.errors import UserError
+
+
+def photograph(seed, width=12, height=9):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image, file_format="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Two classes, four formats, names in several cases; and what is to be left out."""
+    root = tmp_path / "photographs"
+    (root / "zebra" / "more").mkdir(parents=True)
+    (root / "ant").mkdir()
+    (root / ".hidden").mkdir()
+    photograph(0).save(root / "zebra" / "a.PNG")
+    photograph(1).save(root / "zebra" / "b.JpEg")
+    photograph(2).save(root / "zebra" / "more" / "c.webp")
+    photograph(3).save(root / "ant" / "d.bmp")
+    photograph(4).save(root / ".hidden" / "e.png")
+    (root / "ant" / "notes.txt").write_text("no image")
+    (root / "ant" / ".d.png").write_text("no image either")
+    return root
+
+
+def records(builder, split="train"):
+    raw = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    return [raw[i] for i in range(len(raw))]
+
+
+def test_digits_are_scikit_learns_split_by_the_rule(digits_dir):
+    digits = sklearn.datasets.load_digits()
+    builder = prepare("digits", digits_dir)
+    for split, rows in (
+        ("train", [i for i in range(1797) if i % 5 != 4]),
+        ("test", range(4, 1797, 5)),
+    ):
+        found = records(builder, split)
+        assert len(found) == len(rows)
+        for record, i in zip(found, rows, strict=True):
+            assert record["label"] == digits.target[i]
+            pixels = np.asarray(Image.open(io.BytesIO(record["image"])))
+            np.testing.assert_array_equal(pixels, np.floor(digits.images[i] * 15.9375 + 0.5))
+
+
+def test_digits_say_where_they_come_from(digits_dir):
+    info = prepare("digits", digits_dir).info
+    assert info.features["label"].names == list("0123456789")
+    assert info.features["image"].shape == (8, 8, 1)
+    assert info.file_format.value == "array_record"
+    assert "UCI" in info.description
+    assert "scikit-learn" in info.description
+    assert "10.24432/C50P49" in info.citation
+
+
+def test_prepared_once_then_only_opened(digits_dir, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("prepared a second time")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", never)
+    monkeypatch.setattr(builders, "_exclusive", never)
+    for name in ("digits", "digits:1.0.0"):
+        assert prepare(name, digits_dir).info.full_name == "digits/1.0.0"
+
+
+def test_two_at_once_prepare_once(tmp_path, monkeypatch):
+    calls, together = [], threading.Barrier(2, timeout=10)
+    load_digits = sklearn.datasets.load_digits
+    find = builders._find
+
+    def counted():
+        calls.append(1)
+        return load_digits()
+
+    def find_nothing_together(name, root):
+        found = find(name, root)
+        if found is None:
+            together.wait()
+        return found
+
+    monkeypatch.setattr(sklearn.datasets, "load_digits", counted)
+    monkeypatch.setattr(builders, "_find", find_nothing_together)
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(prepare, ["digits"] * 2, [tmp_path] * 2))
+    assert len(calls) == 2  # once for each of the two splits
+    assert [b.info.splits["test"].num_examples for b in both] == [359, 359]
+
+
+def test_what_a_killed_process_left_is_not_read_and_is_removed(tmp_path, digits_dir):
+    whole = digits_dir / "digits" / "1.0.0"
+    left = tmp_path / "digits" / "incomplete.ABCDEF_1.0.0"
+    shutil.copytree(whole, left)
+    builder = prepare("digits", tmp_path)
+    assert Path(builder.data_dir) == tmp_path / "digits" / "1.0.0"
+    assert not left.exists()
+
+
+def test_data_root(monkeypatch):
+    monkeypatch.setenv("DITJAX_DATA", "/somewhere")
+    assert data_root() == Path("/somewhere")
+    assert data_root("/given") == Path("/given")
+    monkeypatch.delenv("DITJAX_DATA")
+    assert data_root() == Path.home() / ".cache/ditjax/data"
+    with pytest.raises(UserError, match="gcsfuse"):
+        data_root("gs://bucket/data")
+
+
+def test_folder_keeps_the_files_own_bytes(photographs, tmp_path):
+    builder = prepare(f"folder:{photographs}", tmp_path / "data")
+    assert builder.info.features["label"].names == ["ant", "zebra"]
+    assert list(builder.info.splits) == ["train"]
+    found = {record["file_name"].decode(): record for record in records(builder)}
+    assert sorted(found) == ["ant/d.bmp", "zebra/a.PNG", "zebra/b.JpEg", "zebra/more/c.webp"]
+    for name, record in found.items():
+        assert record["image"] == (photographs / name).read_bytes()
+        assert record["label"] == (1 if name.startswith("zebra") else 0)
+
+
+def test_folder_records_are_mixed_so_that_slices_hold_every_class(tmp_path):
+    for label in "ab":
+        (tmp_path / "f" / label).mkdir(parents=True)
+        for i in range(20):
+            photograph(i, 2, 2).save(tmp_path / "f" / label / f"{i}.png")
+    labels = [r["label"] for r in records(prepare(f"folder:{tmp_path / 'f'}", tmp_path / "d"))]
+    assert sum(labels) == 20
+    assert 3 <= sum(labels[:20]) <= 17
+
+
+def test_folder_with_splits(tmp_path):
+    root = tmp_path / "f"
+    for split, label in (("train", "a"), ("train", "b"), ("val", "b"), ("other", "c")):
+        (root / split / label).mkdir(parents=True)
+        photograph(0).save(root / split / label / "0.png")
+    builder = prepare(f"folder:{root}", tmp_path / "data")
+    assert sorted(builder.info.splits) == ["train", "val"]
+    assert builder.info.features["label"].names == ["a", "b"]
+    assert [record["label"] for record in records(builder, "val")] == [1]
+    (root / "val" / "new").mkdir()
+    photograph(0).save(root / "val" / "new" / "0.png")
+    with pytest.raises(UserError, match=r"val/new is a class that .*train does not have"):
+        list_folder(root)
+
+
+def test_a_class_named_train_is_a_class(tmp_path):
+    for label in ("train", "plane"):
+        (tmp_path / label).mkdir()
+        photograph(0).save(tmp_path / label / "0.png")
+    listing = list_folder(tmp_path)
+    assert listing.class_names == ("plane", "train")
+    assert list(listing.files) == ["train"]
+
+
+def test_folders_of_one_name_never_mix(tmp_path):
+    for parent, count in (("x", 1), ("y", 2)):
+        (tmp_path / parent / "same" / "a").mkdir(parents=True)
+        for i in range(count):
+            photograph(i).save(tmp_path / parent / "same" / "a" / f"{i}.png")
+    found = [prepare(f"folder:{tmp_path / parent / 'same'}", tmp_path / "data") for parent in "xyx"]
+    assert [b.info.splits["train"].num_examples for b in found] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "touch"])
+def test_a_changed_folder_is_refused(photographs, tmp_path, change):
+    name = f"folder:{photographs}"
+    converted = prepare(name, tmp_path / "data").data_dir
+    prepare(name, tmp_path / "data")
+    if change == "add":
+        photograph(9).save(photographs / "ant" / "new.png")
+    elif change == "remove":
+        (photographs / "zebra" / "a.PNG").unlink()
+    else:
+        (photographs / "zebra" / "a.PNG").write_bytes(encoded(photograph(7)))
+    with pytest.raises(UserError, match="changed since") as told:
+        prepare(name, tmp_path / "data")
+    assert f"rm -r '{converted}'" in str(told.value)
+    shutil.rmtree(converted)  # the remedy
+    assert (
+        prepare(name, tmp_path / "data").info.splits["train"].num_examples
+        == 4 + ({"add": 1, "remove": -1, "touch": 0}[change])
+    )
+
+
+def test_a_conversion_outlives_its_folder(photographs, tmp_path):
+    name = f"folder:{photographs}"
+    prepare(name, tmp_path / "data")
+    shutil.rmtree(photographs)
+    assert prepare(name, tmp_path / "data").info.splits["train"].num_examples == 4
+    with pytest.raises(UserError, match="there is no folder"):
+        prepare(name, tmp_path / "elsewhere")
+
+
+def test_a_damaged_image_is_named_and_nothing_is_left(photographs, tmp_path):
+    bad = photographs / "zebra" / "b.JpEg"
+    whole = bad.read_bytes()
+    for damage in (b"", whole[: len(whole) // 2], b"not an image at all"):
+        bad.write_bytes(damage)
+        with pytest.raises(UserError, match=r"zebra/b\.JpEg is not a sound image"):
+            prepare(f"folder:{photographs}", tmp_path / "data")
+        assert not list((tmp_path / "data").rglob("*.json"))
+        assert not list((tmp_path / "data").rglob("*array_record*"))
+    bad.write_bytes(whole)
+    assert prepare(f"folder:{photographs}", tmp_path / "data").info.splits
+
+
+def test_too_many_pixels(monkeypatch):
+    picture = encoded(photograph(0, 12, 9))
+    monkeypatch.setattr(builders, "MAX_PIXELS", 108)
+    assert decode_image(picture).size == (12, 9)
+    monkeypatch.setattr(builders, "MAX_PIXELS", 107)
+    with pytest.raises(ValueError, match="12x9 is more than 107 pixels"):
+        decode_image(picture)
+
+
+def test_only_image_formats_are_opened():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n"
+    with pytest.raises(ValueError, match="cannot identify"):
+        decode_image(postscript)
+
+
+@pytest.mark.parametrize("content", ["nothing", "images at the top"])
+def test_a_folder_without_classes(tmp_path, content):
+    if content != "nothing":
+        photograph(0).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match="no class folders"):
+        prepare(f"folder:{tmp_path}", tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("digit", r"unknown.*Did you mean 'digits'\?"),
+        ("imagenet2021", r"Did you mean 'imagenet2012'\?"),
+        ("../digits", "is not a name"),
+        ("digits:1.0", "is not a name"),
+        ("digits:2.0.0", "expected 'digits'"),
+        ("folder:", "there is no folder"),
+    ],
+)
+def test_unknown_names(name, told, tmp_path):
+    with pytest.raises(UserError, match=told) as error:
+        prepare(name, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_unwritable_data_dir(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*DITJAX_DATA"):
+        prepare("digits", tmp_path / "file" / "data")
+
+
+def test_without_tensorflow_others_are_refused_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.raises(UserError, match=r"pip install 'ditjax\[prepare\]'"):
+        prepare("cifar10", tmp_path)
+
+
+def test_with_tensorflow_others_are_prepared_in_another_process(tmp_path, digits_dir, monkeypatch):
+    ran = []
+
+    def run(command, env, check):
+        ran.append(command)
+        assert env["CUDA_VISIBLE_DEVICES"] == ""
+        if len(ran) == 1:
+            return subprocess.CompletedProcess(command, 1)
+        shutil.copytree(digits_dir / "digits" / "1.0.0", tmp_path / "cifar10" / "1.0.0")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: object())
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(UserError, match="could not be downloaded"):
+        prepare("cifar10", tmp_path)
+    assert prepare("cifar10", tmp_path).info.splits["test"].num_examples == 359
+    assert ran[1][-2:] == ["cifar10", str(tmp_path)]
+    assert "array_record" in ran[1][2]
+
+
+def test_versions_and_configurations(digits_dir, tmp_path):
+    whole = digits_dir / "digits" / "1.0.0"
+    for version in ("2.0.0", "10.0.0"):
+        shutil.copytree(whole, tmp_path / "one" / version)
+    for config in ("a", "b"):
+        shutil.copytree(whole, tmp_path / "two" / config / "1.0.0")
+    shutil.copytree(whole, tmp_path / "three" / "only" / "1.0.0")
+
+    def where(name):
+        return str(Path(prepare(name, tmp_path).data_dir).relative_to(tmp_path))
+
+    assert where("one") == "one/10.0.0"
+    assert where("one:2.0.0") == "one/2.0.0"
+    assert where("two/b") == "two/b/1.0.0"
+    assert where("three") == "three/only/1.0.0"
+    with pytest.raises(UserError, match="name one of two/a, two/b"):
+        prepare("two", tmp_path)
+
+
+def test_another_file_format_or_a_broken_description(digits_dir, tmp_path):
+    copy = tmp_path / "digits" / "1.0.0"
+    shutil.copytree(digits_dir / "digits" / "1.0.0", copy)
+    described = json.loads((copy / "dataset_info.json").read_text())
+    described["fileFormat"] = "tfrecord"
+    (copy / "dataset_info.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"stored as tfrecord.*--file_format=array_record"):
+        prepare("digits", tmp_path)
+    (copy / "dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read") as error:
+        prepare("digits", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_folders_identity_is_its_resolved_path(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a").mkdir()
+    photograph(0).save(tmp_path / "real" / "a" / "0.png")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    by_link = prepare(f"folder:{tmp_path / 'link'}", tmp_path / "data").data_dir
+    by_path = prepare(f"folder:{tmp_path}/x/../real", tmp_path / "data").data_dir
+    assert by_link == by_path
+    assert hashlib.sha256(str(tmp_path / "real").encode()).hexdigest()[:16] in str(by_link)

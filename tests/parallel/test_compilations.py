@@ -1,0 +1,59 @@
+"""Where compiled programs are kept, who may say so, and that they stay few."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from ditjax.parallel import compilations
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """What `keep` would set, and nothing set in this process."""
+    found: dict[str, object] = {}
+    monkeypatch.setattr(jax.config, "update", found.__setitem__)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name, raising=False)
+    return found
+
+
+def test_programs_are_kept_by_kind_of_processor(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("DITJAX_CACHE", str(tmp_path))
+    compilations.keep()
+    folder = Path(settings["jax_compilation_cache_dir"])
+    assert folder.parent == tmp_path
+    assert folder.is_dir()
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "processor : 0\nflags : fpu sse\n")
+    compilations.keep()
+    other = Path(settings["jax_compilation_cache_dir"])
+    assert other.parent == tmp_path
+    assert other != folder
+
+
+def test_it_can_be_switched_off_and_jaxs_own_variable_wins(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("DITJAX_CACHE", "off")
+    compilations.keep()
+    monkeypatch.setenv("DITJAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    compilations.keep()
+    assert settings == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_none(settings, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DITJAX_CACHE", str(tmp_path / "file"))
+    compilations.keep()
+    assert settings == {}
+
+
+def test_the_oldest_go_first(tmp_path):
+    for age, name in enumerate(["new", "older", "oldest"]):
+        path = tmp_path / "host" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(100))
+        os.utime(path, (1e9 - age, 1e9 - age))
+    compilations._prune(tmp_path, 200)
+    assert sorted(path.name for path in (tmp_path / "host").iterdir()) == ["new", "older"]

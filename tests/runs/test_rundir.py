@@ -1,0 +1,154 @@
+"""A directory belongs to one recipe."""
+
+import json
+import os
+
+import pytest
+
+from ditjax.errors import UserError
+from ditjax.files import atomic
+from ditjax.runs import rundir
+
+RECIPE = {"seed": 0, "train": {"steps": 10, "batch_size": 4}, "multipliers": (1, 2)}
+
+
+def begun(folder):
+    """A run that has logged something."""
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    return folder
+
+
+def test_the_same_recipe_comes_in_again(tmp_path):
+    folder = begun(rundir.open_run(tmp_path / "a" / "run", RECIPE))
+    assert rundir.read_recipe(folder) == json.loads(json.dumps(RECIPE))
+    rundir.open_run(folder, RECIPE)
+    rundir.open_run(folder, {**RECIPE, "train": {"steps": 20, "batch_size": 4}})
+    assert rundir.read_recipe(folder)["train"]["steps"] == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed=0, this command says 1"),
+        ({"train": {"steps": 10, "batch_size": 8}}, r"train\.batch_size=4, this command says 8"),
+        ({"multipliers": (1, 4)}, r"multipliers=\[1, 2\], this command says \[1, 4\]"),
+        ({"new": 3}, "new=None, this command says 3"),
+    ],
+)
+def test_another_recipe_does_not(tmp_path, change, message):
+    begun(rundir.open_run(tmp_path, RECIPE))
+    with pytest.raises(UserError, match=message):
+        rundir.open_run(tmp_path, {**RECIPE, **change})
+
+
+@pytest.mark.parametrize("left", [(), ("checkpoints",), ("checkpoints", "log.txt", ".lease")])
+def test_one_that_was_refused_before_it_began_makes_room(tmp_path, left):
+    rundir.open_run(tmp_path, RECIPE)
+    for name in left:
+        (tmp_path / name).mkdir() if name == "checkpoints" else (tmp_path / name).touch()
+    rundir.open_run(tmp_path, {**RECIPE, "seed": 1})
+    assert rundir.read_recipe(tmp_path)["seed"] == 1
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(UserError, match="seed=1, this command says 2"):
+        rundir.open_run(tmp_path, {**RECIPE, "seed": 2})
+
+
+def test_a_run_of_before_a_key_comes_in_with_what_it_ran_with(tmp_path):
+    def completed(recorded):
+        return {"new": (0, 1), **recorded}
+
+    begun(rundir.open_run(tmp_path, RECIPE))
+    rundir.open_run(tmp_path, {**RECIPE, "new": (0, 1)}, completed)
+    with pytest.raises(UserError, match=r"new=\[0, 1\], this command says 3"):
+        rundir.open_run(tmp_path, {**RECIPE, "new": 3}, completed)
+
+
+def test_damage_is_named(tmp_path):
+    (begun(tmp_path) / "config.json").write_text('{"seed": ')
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        rundir.open_run(tmp_path, RECIPE)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="holds no recipe"):
+        rundir.read_recipe(tmp_path)
+    with pytest.raises(UserError, match="no run directory"):
+        rundir.read_recipe(tmp_path / "none")
+
+
+def test_a_study_is_not_a_run(tmp_path):
+    for _ in range(2):
+        rundir.open_study(tmp_path / "study", RECIPE, {"cells": [1]})
+    assert sorted(os.listdir(tmp_path / "study")) == ["config.json", "sweep.json"]
+    written = (tmp_path / "study" / "sweep.json").stat().st_ino
+    rundir.open_study(tmp_path / "study", {**RECIPE, "new": 1}, {"cells": [1]})
+    assert (tmp_path / "study" / "sweep.json").stat().st_ino == written, "it says the same"
+    assert rundir.read_recipe(tmp_path / "study")["new"] == 1
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="is a single run's"):
+        rundir.open_study(tmp_path / "run", RECIPE, {})
+
+
+def test_what_a_dead_writer_left_goes(tmp_path):
+    for name in (".config.json.0a1b2c3d.tmp", "samples/.0000020.png.0a1b2c3d.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{")
+    (tmp_path / "samples" / "0000010.png").write_text("kept")
+    rundir.tidy(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
+        "samples", "samples/0000010.png",
+    ]  # fmt: skip
+
+
+def test_names_of_runs():
+    assert rundir.legal_name("DiT-4x96x3-p1-seed0") == "DiT-4x96x3-p1-seed0"
+    assert rundir.legal_name("../a b/é") == "x.._a_b__"
+    assert rundir.legal_name("") == "x"
+    one, other = (rundir.legal_name("a" * 200 + end) for end in "xy")
+    assert len(one) == len(other) == 128
+    assert one[:115] == other[:115]
+    assert one != other
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".x", "-x", "a\n", "é", "a" * 129])
+def test_names_that_are_none(tmp_path, name):
+    with pytest.raises(UserError, match="expected 1 to 128 ASCII letters"):
+        rundir.inside(tmp_path, name)
+
+
+def test_a_link_out_of_the_root_is_refused(tmp_path):
+    root = tmp_path / "study"
+    (root / "there").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(root)
+    assert rundir.inside(root, "new") == root / "new"
+    assert rundir.inside(tmp_path / "link", "there") == tmp_path / "link" / "there"
+    (root / "out").symlink_to(tmp_path)
+    (root / "other").symlink_to(root / "there" / "deep")
+    for name in ("out", "other"):
+        with pytest.raises(UserError, match=f"{name} is a link to .*, out of .*: remove it"):
+            rundir.inside(root, name)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b'{"a":' * 150 + b"1" + b"}" * 150, "nests more than 100 deep"),
+        (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "nests too deep"),
+        (b"\xff", "utf-8"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
+    ],
+)
+def test_recipes_that_nest_too_deep_or_are_no_text(tmp_path, content, match):
+    (begun(tmp_path) / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"config\.json is damaged: .*{match}"):
+        rundir.open_run(tmp_path, RECIPE)
+
+
+def test_a_recipe_is_of_a_bounded_size(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_bytes(b'{"seed": 0}' + b" " * 100)
+    assert rundir.read_recipe(tmp_path) == {"seed": 0}
+    monkeypatch.setattr(atomic.load_json, "__defaults__", (50,))
+    with pytest.raises(UserError, match="it has more than 50 bytes"):
+        rundir.read_recipe(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="not a regular file"):
+        rundir.read_recipe(tmp_path)

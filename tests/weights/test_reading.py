@@ -1,0 +1,679 @@
+"""Networks out of files: against diffusers' own outputs, and everything that is not one."""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ditjax.config import read
+from ditjax.errors import UserError
+from ditjax.models.embed import sincos_position_embedding
+from ditjax.models.sizes import PAPER_PATCHES, PAPER_SIZES
+from ditjax.tasks import build
+from ditjax.weights import layouts, reading
+from ditjax.weights import tensors as weights
+from ditjax.weights.networks import RELEASE, recipe, shapes_of
+from ditjax.weights.torch_file import write_torch
+from tests.seeded import seeded_state
+from tests.weight_files import (
+    assert_same,
+    diffusers_folder,
+    diffusers_state,
+    golden,
+    position_table,
+    release_shapes,
+    release_state,
+    write_folder,
+)
+
+
+def relative(ours: Any, theirs: np.ndarray) -> float:
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    return x.transpose(0, 2, 3, 1)
+
+
+def refusal(path, **kwargs):
+    """The one line that loading a path ends in."""
+    with pytest.raises(UserError) as caught:
+        reading.load(path, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(path) in text
+    return text
+
+
+def release_file(path, state=None, **kwargs):
+    write_torch(path, release_state(**kwargs) if state is None else state)
+    return path
+
+
+# The golden file: what diffusers computed.
+
+
+def apply_dit(network, params=None):
+    model = build.dit(network.config)
+    args = nhwc(golden("dit_x")), golden("dit_t"), golden("dit_y")
+    return jax.jit(model.apply)(params or network.params, *map(jnp.asarray, args))
+
+
+def test_a_dit_of_diffusers(tmp_path):
+    network = reading.load(diffusers_folder(tmp_path, "dit"))
+    expected = nhwc(golden("dit_output"))
+    assert relative(apply_dit(network), expected) < 1e-4
+    c = network.config
+    assert (network.kind, network.layout) == ("dit", "diffusers")
+    assert (c.model.frequency_shift, c.model.norm2_eps) == (1, 1e-5)
+    assert (c.model.size, c.model.patch, c.data.num_classes) == ("2x48x3", 4, 10)
+    assert (c.input_size, c.input_channels, c.data.image_size) == (16, 4, 128)
+    assert c.sample.cfg_channels == "all"
+    assert not c.sample.clip_x0
+    # The release's embedding of the same t is another function.
+    release = reading.load(tmp_path, numerics="release")
+    assert (release.config.model.frequency_shift, release.config.model.norm2_eps) == (0, 1e-6)
+    assert relative(apply_dit(release), expected) > 0.05
+
+
+def test_an_autoencoder_of_diffusers(tmp_path):
+    network = reading.load(diffusers_folder(tmp_path, "autoencoder"))
+    c, x = network.config, nhwc(golden("autoencoder_x"))
+    moments = jax.jit(lambda p, x: build.encode(c, p, x))(network.params, x)
+    assert relative(moments.mean, nhwc(golden("autoencoder_mean"))) < 1e-4
+    assert relative(moments.log_variance, nhwc(golden("autoencoder_log_variance"))) < 1e-4
+    again = jax.jit(lambda p, x: build.reconstruct(c, p, x))(network.params, x)
+    assert relative(again, nhwc(golden("autoencoder_again"))) < 1e-4
+    a = c.autoencoder
+    assert (a.base_width, a.multipliers, a.res_blocks, a.groups) == (16, (1, 2), 2, 8)
+    assert (a.latent_channels, a.scale, c.data.channels) == (4, 0.18215, 3)
+
+
+# Architectures by their shapes.
+
+
+def fake(shapes, dtype=np.float32):
+    """Tensors of any size that take no memory."""
+    return {name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def architecture_of(monkeypatch):
+    """The network that `load` finds in fake tensors; nothing is copied, no table compared."""
+    monkeypatch.setattr(reading, "_params", lambda file, rules, ours: {"params": {}})
+    monkeypatch.setattr(reading, "_check_table", lambda *_: None)
+
+    def found(tensors, config=None, **kwargs):
+        file = weights.TensorFile(Path("fake"), tensors, (), config or {}, {}, {})
+        monkeypatch.setattr(weights, "read_tensors", lambda path, which: file)
+        return reading.load("fake", **kwargs)
+
+    return found
+
+
+@pytest.mark.parametrize("image_size", [256, 512])
+@pytest.mark.parametrize("patch", PAPER_PATCHES)
+@pytest.mark.parametrize("name", PAPER_SIZES)
+def test_the_papers_sizes_at_both_resolutions(name, patch, image_size, architecture_of):
+    depth, width, heads = PAPER_SIZES[name]
+    side = image_size // 8
+    shapes = release_shapes(depth, width, patch, side, classes=1000)
+    network = architecture_of(fake(shapes))
+    c = network.config
+    assert network.name == f"DiT-{name}/{patch}"
+    assert build.dit(c).heads == heads
+    assert (c.data.image_size, c.input_size, c.data.num_classes) == (image_size, side, 1000)
+    # All else is the paper's.
+    assert c.diffusion == build_of(RELEASE).diffusion
+    assert c.sample == build_of(RELEASE).sample
+    assert c.autoencoder == build_of(RELEASE).autoencoder
+
+
+def build_of(sections):
+    return read({"seed": 0, **sections})
+
+
+def test_other_architectures(architecture_of):
+    network = architecture_of(fake(release_shapes(3, 64, 2, 8, channels=1, learned=False)), heads=4)
+    c = network.config
+    assert network.name == "DiT-3x64x4/2"
+    assert (c.diffusion.variance, c.diffusion.loss) == ("fixed_small", "simple")
+    assert (c.latent, c.data.channels, c.data.image_size) == (False, 1, 8)
+    assert (c.sample.cfg_channels, c.sample.clip_x0) == ("all", True)
+    c = architecture_of(fake(release_shapes(2, 48, 4, 16, channels=16)), heads=3).config
+    assert (c.latent, c.autoencoder.latent_channels, c.data.channels) == (True, 16, 3)
+    assert c.sample.cfg_channels == "three"
+    c = architecture_of(fake(release_shapes(channels=3)), heads=3).config
+    assert (c.latent, c.data.channels, c.sample.cfg_channels) == (False, 3, "three")
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(52, 213), (60, 123), (48, 128), (76, 125)])
+def test_any_mlp(width, hidden, architecture_of):
+    """int(D * (hidden / D)) is one too small for these."""
+    shapes = release_shapes(2, width, hidden=hidden)
+    c = architecture_of(fake(shapes), heads=2).config
+    assert int(width * c.model.mlp_ratio) == hidden
+
+
+# The public release's files.
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_release_file(dtype, tmp_path):
+    state = release_state(dtype)
+    network = reading.load(release_file(tmp_path / "x.pt", state), heads=3)
+    assert network.layout == "release"
+    assert network.dtype == dtype
+    assert network.files == (tmp_path / "x.pt",)
+    c = network.config
+    assert (c.model.frequency_shift, c.model.norm2_eps) == (0, 1e-6)
+    np.testing.assert_array_equal(
+        network.leaves["blocks/mlp/in/kernel"][1], state["blocks.1.mlp.fc1.weight"].T
+    )
+
+
+def test_the_states_of_a_training_checkpoint(tmp_path):
+    ema, model = release_state(), release_state()
+    model["x_embedder.proj.bias"] = model["x_embedder.proj.bias"] + 1
+    saved = {
+        "model": {f"module.{name}": x for name, x in model.items()},
+        "ema": ema, "opt": {"state": {}}, "args": {"model": "DiT-S/8"},
+    }  # fmt: skip
+    path = release_file(tmp_path / "0400000.pt", saved)
+    for which, expected in (("ema", ema), ("model", model)):
+        bias = reading.load(path, heads=3, which=which).leaves["x_embedder/bias"]
+        np.testing.assert_array_equal(bias, expected["x_embedder.proj.bias"])
+    assert "no 'ema': choose with --which=model" in refusal(
+        release_file(tmp_path / "raw.pt", {"model": model}), heads=3
+    )
+
+
+def test_numerics_override_the_files(tmp_path):
+    path = release_file(tmp_path / "x.pt")
+    c = reading.load(path, heads=3, numerics="diffusers").config
+    assert (c.model.frequency_shift, c.model.norm2_eps) == (1, 1e-5)
+
+
+@pytest.mark.parametrize(("width", "side"), [(48, 4), (1152, 16), (384, 32), (1024, 8)])
+def test_the_position_table_is_the_releases_bit_for_bit(width, side):
+    np.testing.assert_array_equal(
+        sincos_position_embedding(width, side, side), position_table(width, side)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "refused"),
+    [
+        (np.float32, 1e-6, False), (np.float32, 1e-5, True), (np.float32, np.nan, True),
+        (np.float16, 4e-4, False), (np.float16, 0.03, True), (ml_dtypes.bfloat16, 0.03, True),
+    ],
+)  # fmt: skip
+def test_the_position_table_is_checked(dtype, error, refused, tmp_path):
+    state = release_state(dtype)
+    table = state["pos_embed"].astype(np.float32)
+    table[0, 5, 7] += error
+    state["pos_embed"] = table.astype(dtype)
+    path = release_file(tmp_path / "x.pt", state)
+    if refused:
+        assert "pos_embed differs from the 2-D sin-cos table by" in refusal(path, heads=3)
+    else:
+        reading.load(path, heads=3)
+
+
+def test_a_transposed_table_is_another(tmp_path):
+    """Row first, as a plausible port would have it."""
+    state = release_state()
+    state["pos_embed"] = state["pos_embed"].reshape(1, 4, 4, 48).swapaxes(1, 2).reshape(1, 16, 48)
+    assert "differs from the 2-D sin-cos" in refusal(
+        release_file(tmp_path / "x.pt", state), heads=3
+    )
+
+
+def test_diffusers_table_is_checked_where_it_is_saved(tmp_path):
+    state = diffusers_state("dit")
+    state["pos_embed.pos_embed"] = position_table(48, 4)
+    network = reading.load(write_folder(tmp_path, state, golden("dit_config")))
+    assert "pos_embed/pos_embed" not in network.leaves
+    state["pos_embed.pos_embed"] = position_table(48, 4)[:, ::-1]
+    assert "pos_embed.pos_embed differs" in refusal(
+        write_folder(tmp_path, state, golden("dit_config"))
+    )
+
+
+def test_heads(tmp_path):
+    path = release_file(tmp_path / "x.pt")
+    assert "no size of the paper, and the file does not tell the number" in refusal(path)
+    for heads in (5, -3):
+        assert f"{heads} attention heads for a width of 48" in refusal(path, heads=heads)
+    folder = diffusers_folder(tmp_path / "folder", "dit")
+    assert reading.load(folder, heads=3).config.model.size == "2x48x3"
+    assert "says 3 attention heads, --heads says 4" in refusal(folder, heads=4)
+
+
+def test_nan_weights_are_kept(tmp_path):
+    """They are someone's weights: a reader does not judge them."""
+    state = release_state()
+    state["blocks.1.mlp.fc1.weight"][3, 4] = np.nan
+    network = reading.load(release_file(tmp_path / "x.pt", state), heads=3)
+    assert np.argwhere(np.isnan(network.leaves["blocks/mlp/in/kernel"])).tolist() == [[1, 4, 3]]
+
+
+# What is no such network.
+
+
+def test_every_fault_at_once(tmp_path):
+    state = release_state()
+    del state["blocks.0.attn.qkv.bias"], state["blocks.1.attn.qkv.bias"]
+    state["blocks.0.norm1.weight"] = np.ones(48, np.float32)
+    state["t_embedder.mlp.0.bias"] = np.zeros(47, np.float32)
+    state["blocks.1.mlp.fc2.bias"] = state["blocks.1.mlp.fc2.bias"].astype(np.float64)
+    text = refusal(release_file(tmp_path / "x.pt", state), heads=3)
+    assert text == (
+        f"{tmp_path}/x.pt is no DiT of 2 layers, width 48, patch 4 in the layout of the public"
+        " release: 2 missing: blocks.{0-1}.attn.qkv.bias; 1 extra: blocks.0.norm1.weight;"
+        " 1 not float32: blocks.1.mlp.fc2.bias; 1 mis-shaped: t_embedder.mlp.0.bias is (47,), not"
+        " (48,)."
+    )
+
+
+def changed_state(**changes):
+    state = release_state()
+    for name, shape in changes.items():
+        if shape is None:
+            del state[name]
+        else:
+            state[name] = np.zeros(shape, np.float32)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x_embedder.proj.weight": None}, "x_embedder.proj.weight is missing; the architecture"),
+        ({"x_embedder.proj.weight": (48, 64)}, "x_embedder.proj.weight is of shape (48, 64)"),
+        ({"x_embedder.proj.weight": (48, 4, 4, 2)}, "mis-shaped: x_embedder.proj.weight"),
+        ({"x_embedder.proj.weight": (48, 4, 0, 4)}, "is of shape (48, 4, 0, 4)"),
+        ({"pos_embed": (1, 15, 48)}, "15 positions: expected a square number"),
+        ({"pos_embed": (2, 16, 48)}, "mis-shaped: pos_embed is (2, 16, 48)"),
+        ({"pos_embed": None}, "pos_embed is missing"),
+        ({"final_layer.linear.weight": (100, 48)}, "100 outputs: expected 64, or 128"),
+        ({"y_embedder.embedding_table.weight": (1, 48)}, "num_classes is 0"),
+        ({"blocks.7.mlp.fc1.weight": (192, 48)}, "missing: blocks.{2-7}.adaLN_modulation.1.bias"),
+        ({"blocks.999999999.x": (1,)}, "extra: blocks.999999999.x"),
+        ({f"blocks.{'9' * 5000}.x": (1,)}, "1 extra: blocks.999"),
+        ({"blocks.².x": (1,)}, "1 extra: blocks.².x"),
+    ],
+    ids=range(13),
+)
+def test_dits_that_are_none(changes, words, tmp_path):
+    path = release_file(tmp_path / "x.pt", changed_state(**changes))
+    assert words in refusal(path, heads=3)
+
+
+FOREIGN = {
+    "an Inception": {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "fc.bias": (1008,)},
+    "a UNet": {
+        "conv_in.weight": (320, 4, 3, 3),
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight": (320, 320),
+    },
+    "a ViT": {"cls_token": (1, 1, 48), "blocks.0.attn.qkv.weight": (144, 48)},
+    "a PixArt": {
+        "pos_embed.proj.weight": (48, 4, 2, 2), "transformer_blocks.0.attn1.to_q.weight": (48, 48),
+    },
+    "an encoder": {"encoder.layers.0.weight": (4, 4)},
+    "nothing": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_other_networks(name, tmp_path):
+    weights.write_safetensors(tmp_path / "x.safetensors", fake(FOREIGN[name]))
+    text = refusal(tmp_path / "x.safetensors")
+    assert ("no network that is known here" in text) == (
+        name in ("an Inception", "a UNet", "nothing")
+    )
+
+
+def config_with(**changes):
+    return {**golden("dit_config"), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sample_size": "16"}, "says sample_size '16'"),
+        ({"sample_size": None}, "says sample_size None"),
+        ({"sample_size": True}, "says sample_size True"),
+        ({"sample_size": 18}, "says sample_size 18"),
+        ({"sample_size": -16}, "says sample_size -16"),
+        ({"sample_size": 16.0}, "says sample_size 16.0"),
+        ({"sample_size": 10**400}, "at most 2048"),
+        ({"sample_size": 4096}, "at most 2048"),
+        ({"sample_size": [16, 16]}, "says sample_size [16, 16]"),
+        ({"num_attention_heads": 0.5}, "0.5 attention heads"),
+        ({"num_attention_heads": "3"}, "'3' attention heads"),
+        ({"num_attention_heads": True}, "True attention heads"),
+        ({"num_attention_heads": 4}, "says 4 attention heads of 16"),
+        ({"num_attention_heads": [3]}, "[3] attention heads"),
+        ({"norm_eps": float("nan")}, "norm2_eps is nan"),
+        ({"norm_eps": float("inf")}, "norm2_eps is inf"),
+        ({"norm_eps": 0}, "norm2_eps is 0.0"),
+        ({"norm_eps": "1e-5"}, "norm2_eps is '1e-5'"),
+        ({"norm_eps": 10**400}, "expected a finite number"),
+        ({"norm_eps": {"a": 1}}, "norm2_eps is {'a': 1}"),
+        ({"activation_fn": "gelu"}, "says activation_fn 'gelu'"),
+        ({"norm_elementwise_affine": True}, "says norm_elementwise_affine True"),
+        ({"norm_type": "ada_norm_single"}, "says norm_type"),
+        ({"_class_name": "UNet2DModel"}, "says _class_name"),
+        ({"_class_name": ["x"]}, "says _class_name"),
+    ],
+    ids=str,
+)
+def test_hostile_configs(changes, words, tmp_path):
+    folder = write_folder(tmp_path, diffusers_state("dit"), config_with(**changes))
+    assert words in refusal(folder)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=3,
+)
+
+
+@pytest.mark.parametrize("kind", ["dit", "autoencoder"])
+def test_any_config_is_read_or_refused(kind, tmp_path):
+    config = golden(f"{kind}_config")
+    folder = write_folder(tmp_path, diffusers_state(kind), config)
+
+    @given(st.dictionaries(st.sampled_from([*config, "latents_std", "x"]), JSON, max_size=3))
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    def check(changes):
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        with contextlib.suppress(UserError):
+            reading.load(folder)
+
+    check()
+
+
+def test_the_config_of_the_published_folders(tmp_path):
+    """Older than the class: Transformer2DModel, and keys of the other kinds of network."""
+    config = config_with(_class_name="Transformer2DModel", num_vector_embeds=None)
+    del config["norm_eps"]
+    assert reading.load(write_folder(tmp_path, diffusers_state("dit"), config)).kind == "dit"
+
+
+def test_a_bare_file_of_diffusers(tmp_path):
+    weights.write_safetensors(tmp_path / "x.safetensors", diffusers_state("dit"))
+    assert "give its folder" in refusal(tmp_path / "x.safetensors", heads=3)
+
+
+def test_a_block_that_differs_cannot_be_read(tmp_path):
+    state = diffusers_state("dit")
+    name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight"
+    state[name] = state[name] + 1
+    text = refusal(write_folder(tmp_path, state, golden("dit_config")))
+    assert name in text
+    assert "one network holds it once" in text
+
+
+# Autoencoders.
+
+
+def ldm_state(prefix="", **more):
+    network = {name: tuple(shape) for name, shape in golden("autoencoder_shapes").items()}
+    del network
+    ours = shapes_of(_autoencoder_recipe())
+    shapes = layouts.expected_shapes(layouts.autoencoder_layout(ours, "ldm"), ours)
+    return {f"{prefix}{k}": v for k, v in seeded_state(shapes, 2).items()} | more
+
+
+def _autoencoder_recipe():
+    sections = {"base_width": 32, "multipliers": (1, 2)}
+    return recipe({"train": {"network": "autoencoder"}, "autoencoder": sections})
+
+
+@pytest.mark.parametrize(
+    ("prefix", "more"),
+    [
+        ("", {}),
+        ("", {"loss.logvar": np.zeros((), np.float32), "model_ema.decay": np.zeros(1, np.float64)}),
+        ("first_stage_model.", {"model.diffusion_model.out.2.weight": np.zeros(3, np.float16)}),
+    ],
+)
+def test_checkpoints_of_latent_diffusion(prefix, more, tmp_path):
+    """The published ft-MSE file counts its average's updates; a whole checkpoint has a UNet."""
+    state = ldm_state(prefix, **more)
+    write_torch(tmp_path / "x.ckpt", {"state_dict": state, "global_step": 7})
+    network = reading.load(tmp_path / "x.ckpt")
+    assert (network.kind, network.layout) == ("autoencoder", "ldm")
+    assert network.config.autoencoder.multipliers == (1, 2)
+    assert network.config.autoencoder.groups == 32
+    kernel = network.leaves["decoder/up_blocks_0/resnets_0/conv1/kernel"]
+    theirs = state[f"{prefix}decoder.up.1.block.0.conv1.weight"]
+    np.testing.assert_array_equal(kernel, theirs.transpose(2, 3, 1, 0))
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_what_does_not_belong_to_an_autoencoder_is_told(prefix, tmp_path):
+    state = ldm_state(prefix) | {f"{prefix}quantize.embedding.weight": np.zeros((8, 4), np.float32)}
+    state["loss.logvar"] = np.zeros((), np.float32)
+    del state[f"{prefix}encoder.conv_out.bias"]
+    write_torch(tmp_path / "x.ckpt", {"state_dict": state})
+    text = refusal(tmp_path / "x.ckpt")
+    assert "1 missing: encoder.conv_out.bias; 1 extra: quantize.embedding.weight." in text
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_old_names_of_diffusers(convolutions, tmp_path):
+    state = diffusers_state("autoencoder")
+    expected = reading.load(diffusers_folder(tmp_path / "new", "autoencoder")).leaves
+    old = {}
+    for name, x in state.items():
+        if ".attentions.0.to_" in name and name.endswith("weight") and convolutions:
+            x = x[:, :, None, None]
+        for new, before in (("q", "query"), ("k", "key"), ("v", "value"), ("out.0", "proj_attn")):
+            name = name.replace(f".to_{new}.", f".{before}.")
+        old[name] = x
+    network = reading.load(write_folder(tmp_path / "old", old, golden("autoencoder_config")))
+    assert network.layout == "diffusers_old"
+    assert_same(network.leaves, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"norm_num_groups": 0}, "groups is 0"),
+        ({"norm_num_groups": -8}, "groups is -8"),
+        ({"norm_num_groups": 3}, "not divisible into 3 groups"),
+        ({"norm_num_groups": "8"}, "groups is '8'"),
+        ({"norm_num_groups": 2**80}, "groups is"),
+        ({"scaling_factor": float("nan")}, "scale is nan"),
+        ({"scaling_factor": None}, "scale is None"),
+        ({"scaling_factor": -1}, "scale is -1"),
+        ({"scaling_factor": [0.18215]}, "scale is [0.18215]"),
+        ({"_class_name": "AsymmetricAutoencoderKL"}, "says _class_name"),
+        ({"act_fn": "relu"}, "says act_fn 'relu'"),
+        ({"shift_factor": 0.1}, "says shift_factor 0.1"),
+        ({"latents_mean": [0.0]}, "says latents_mean"),
+        ({"latents_std": [1.0]}, "says latents_std"),
+        ({"use_quant_conv": False}, "says use_quant_conv False"),
+        ({"use_post_quant_conv": False}, "says use_post_quant_conv False"),
+        ({"mid_block_add_attention": False}, "says mid_block_add_attention False"),
+    ],
+    ids=str,
+)
+def test_hostile_autoencoder_configs(changes, words, tmp_path):
+    config = {**golden("autoencoder_config"), **changes}
+    assert words in refusal(write_folder(tmp_path, diffusers_state("autoencoder"), config))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("encoder.down_blocks.7.resnets.0.conv1.weight", (4, 4, 3, 3), "blocks.2.resnets.0.conv1"),
+        (
+            "encoder.down_blocks.0.resnets.999999999.x",
+            (1,),
+            "1 extra: encoder.down_blocks.0.resnets.999999999.x",
+        ),
+        ("encoder.conv_in.weight", (32, 3, 3, 3), "are no multiples of 32"),
+        ("encoder.conv_in.weight", (16, 2, 3, 3), "channels is 2"),
+        ("post_quant_conv.weight", (0, 4, 1, 1), "post_quant_conv.weight is of shape"),
+        ("post_quant_conv.weight", None, "post_quant_conv.weight is missing"),
+    ],
+)
+def test_autoencoders_that_are_none(name, shape, words, tmp_path):
+    state = diffusers_state("autoencoder")
+    if shape is None:
+        del state[name]
+    else:
+        state[name] = np.zeros(shape, np.float32)
+    assert words in refusal(write_folder(tmp_path, state, golden("autoencoder_config")))
+
+
+# Our own files.
+
+
+def our_metadata(**changes):
+    kept = {k: dict(RELEASE[k]) for k in ("model", "diffusion", "autoencoder", "sample")}
+    kept["model"] |= {"size": "1x16x2", "patch": 2}
+    kept["data"] = {"image_size": 64, "channels": 3, "num_classes": 10}
+    return {"network": "dit", "config": kept, **changes}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "its metadata are not ditjax's"),
+        ("[]", "its metadata are not ditjax's"),
+        ("{}", "its metadata are not ditjax's: KeyError('network')"),
+        ("[" * 100_000, "its metadata are not ditjax's"),
+        (json.dumps({"network": "dit", "config": None}), "its metadata are not"),
+        (json.dumps({"network": "dit", "config": {"model": 3}}), "its metadata are not"),
+        (json.dumps({"network": [], "config": {}}), "config.train.network is []"),
+        (json.dumps(our_metadata(network="gan")), "config.train.network is 'gan'"),
+        (json.dumps(our_metadata(config={"model": {"size": "7"}})), "model size '7' is unknown"),
+        (json.dumps(our_metadata(config={"model": {"colour": 7}})), "colour is no key"),
+        (json.dumps(our_metadata(config={"model": {"patch": 2**61}})), ""),
+        (json.dumps(our_metadata(config={"data": {"image_size": 2**60}})), "at most 16384"),
+        (json.dumps(our_metadata()), "missing: blocks/adaln/linear/bias"),
+    ],
+    ids=range(13),
+)
+def test_metadata_that_do_not_hold(text, words, tmp_path):
+    path = tmp_path / "x.safetensors"
+    weights.write_safetensors(path, {"x": np.zeros(1, np.float32)}, {"ditjax": text})
+    assert words in refusal(path)
+
+
+# Pipelines.
+
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.0001,
+    "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "epsilon",
+    "clip_sample": False, "trained_betas": None,
+}  # fmt: skip
+
+
+def pipeline_folder(folder, index=None, **scheduler):
+    diffusers_folder(folder / "transformer", "dit")
+    diffusers_folder(folder / "vae", "autoencoder")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({**SCHEDULER, **scheduler})
+    )
+    index = {"_class_name": "DiTPipeline", **(index or {})}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_a_pipeline(tmp_path):
+    labels = {"10": "beyond", "2": "Tinca tinca, tench", "0": " dog ,, cat"}
+    folder = pipeline_folder(tmp_path, {"id2label": labels}, prediction_type="v_prediction")
+    found = reading.load_pipeline(folder)
+    assert found.dit.config.diffusion.prediction == "v"
+    assert (found.dit.kind, found.autoencoder.kind) == ("dit", "autoencoder")
+    assert len(found.class_names) == 10
+    assert found.class_names[0] == ("dog", "cat")
+    assert found.class_names[2] == ("Tinca tinca", "tench")
+    assert found.class_names[1] == ()
+    assert "give its folder 'transformer' or 'vae'" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ({}, ("linear", "eps", 1000, False)),
+        ({"prediction_type": "sample", "clip_sample": True}, ("linear", "x0", 1000, True)),
+        ({"beta_schedule": "squaredcos_cap_v2"}, ("cosine", "eps", 1000, False)),
+        (
+            {"num_train_timesteps": 500, "beta_start": 2e-4, "beta_end": 0.04},
+            ("linear", "eps", 500, False),
+        ),
+    ],
+)
+def test_the_process_of_a_scheduler(scheduler, expected, tmp_path):
+    c = reading.load_pipeline(pipeline_folder(tmp_path, **scheduler)).dit.config
+    d = c.diffusion
+    assert (d.schedule, d.prediction, d.timesteps, c.sample.clip_x0) == expected
+
+
+@pytest.mark.parametrize(("name", "clips"), [("DDIMScheduler", True), ("DPMSolverX", False)])
+def test_clipping_where_the_scheduler_does_not_say(name, clips, tmp_path):
+    folder = pipeline_folder(tmp_path)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": name}))
+    assert reading.load_pipeline(folder).dit.config.sample.clip_x0 == clips
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        ({"beta_schedule": "scaled_linear"}, "beta_schedule 'scaled_linear'"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule ['linear']"),
+        ({"beta_schedule": None}, "beta_schedule None"),
+        ({"prediction_type": {}}, "prediction_type {}"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps '1000'"),
+        ({"num_train_timesteps": 1}, "num_train_timesteps 1"),
+        ({"num_train_timesteps": True}, "num_train_timesteps True"),
+        ({"num_train_timesteps": 10**400}, "from 2 to 1000000"),
+        ({"num_train_timesteps": 500}, "beta from 0.0001 to 0.02"),
+        ({"beta_start": "0.1"}, "beta from '0.1'"),
+        ({"beta_end": None}, "to None"),
+        ({"beta_end": 0.012}, "beta from 0.0001 to 0.012"),
+        ({"beta_start": 0.00085}, "beta from 0.00085"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas is set"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is set"),
+    ],
+    ids=str,
+)
+def test_schedulers_that_are_not_supported(scheduler, words, tmp_path):
+    with pytest.raises(UserError, match=re.escape(words)):
+        reading.load_pipeline(pipeline_folder(tmp_path, **scheduler))
+
+
+def test_pipelines_that_are_none(tmp_path):
+    folder = pipeline_folder(tmp_path, {"_class_name": "StableDiffusionPipeline"})
+    with pytest.raises(UserError, match="is of a StableDiffusionPipeline: expected a DiTPipeline"):
+        reading.load_pipeline(folder)
+    (folder / "model_index.json").write_text('{"_class_name": "DiTPipeline", "id2label": [1]}')
+    with pytest.raises(UserError, match="id2label is no table"):
+        reading.load_pipeline(folder)
+    diffusers_folder(folder / "vae", "dit")
+    with pytest.raises(UserError, match="expected an autoencoder"):
+        reading.load_pipeline(folder)
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    diffusers_folder(folder / "vae", "autoencoder")
+    with pytest.raises(UserError, match=r"cannot read .*scheduler_config"):
+        reading.load_pipeline(folder)
