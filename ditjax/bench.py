@@ -340,8 +340,10 @@ def peer_spec(c: Config, *, compiled: bool, sample: bool) -> dict[str, Any]:
             "batch_size": c.sample.batch_size,
             "steps": DDIM_STEPS,
             "cfg_scale": GUIDANCE,
-        } if sample else None,
-    }  # fmt: skip
+        }
+        if sample
+        else None,
+    }
 
 
 # ---- the whole
@@ -473,9 +475,12 @@ def _sampled(
 def changed_sampler(c: Config) -> Config:
     """The recipe with the sampler of --sample."""
     sample = {
-        "sampler": "ddim", "steps": f"ddim{DDIM_STEPS}", "eta": 0.0, "cfg_scale": GUIDANCE,
+        "sampler": "ddim",
+        "steps": f"ddim{DDIM_STEPS}",
+        "eta": 0.0,
+        "cfg_scale": GUIDANCE,
         "cfg_interval": (0.0, 1.0),
-    }  # fmt: skip
+    }
     return changed(c, {"sample": sample})
 
 
@@ -493,22 +498,34 @@ def text(found: Mapping[str, Any]) -> str:
         ("step", of(found["step_seconds"], " s")),
         ("images/s", of(found["images_per_second"])),
         ("attained", of(found["attained_flops_a_device"], " GFLOP/s a device", 1e-9)),
-        ("matmul ceiling", of(found["ceiling_flops"], " GFLOP/s a device", 1e-9)
-         + f", squares of {found['ceiling_side']}"),
+        (
+            "matmul ceiling",
+            of(found["ceiling_flops"], " GFLOP/s a device", 1e-9)
+            + f", squares of {found['ceiling_side']}",
+        ),
         ("of the ceiling", of(found["of_ceiling"], " %", 100)),
-        ("MFU", of(found["mfu"], " %", 100) + f" of {found['peak_flops'] / 1e12:.4g} TFLOP/s"
-         if found["mfu"] else "no peak is published for this device in this precision"),
-        ("compilation", f"{found['compile_seconds']:.2f} s, first step"
-         f" {found['first_step_seconds']:.2f} s"),
+        (
+            "MFU",
+            of(found["mfu"], " %", 100) + f" of {found['peak_flops'] / 1e12:.4g} TFLOP/s"
+            if found["mfu"]
+            else "no peak is published for this device in this precision",
+        ),
+        (
+            "compilation",
+            f"{found['compile_seconds']:.2f} s, first step {found['first_step_seconds']:.2f} s",
+        ),
         ("peak memory", f"{found['peak_bytes'] / gb:.2f} GiB of {found['peak_bytes_of']}"),
-    ]  # fmt: skip
+    ]
     for peer in found["peers"]:
         rows += [
-            (peer["name"], of(peer["step_seconds"], " s a step")
-             + f", {peer['peak_bytes'] / gb:.2f} GiB, PyTorch {peer['torch']},"
-             f" {peer['parameters']:,} parameters"),
+            (
+                peer["name"],
+                of(peer["step_seconds"], " s a step")
+                + f", {peer['peak_bytes'] / gb:.2f} GiB, PyTorch {peer['torch']},"
+                f" {peer['parameters']:,} parameters",
+            ),
             ("", f"ours is {of(peer['ratio'])} times as fast"),
-        ]  # fmt: skip
+        ]
     if isinstance(found["input"], str):
         rows.append(("input pipeline", f"not measured: {found['input']}"))
     else:
@@ -536,9 +553,11 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 PEERS = {
-    "none": (), "torch": ("torch-eager", "torch-compiled"), "torch-eager": ("torch-eager",),
+    "none": (),
+    "torch": ("torch-eager", "torch-compiled"),
+    "torch-eager": ("torch-eager",),
     "torch-compiled": ("torch-compiled",),
-}  # fmt: skip
+}
 
 
 def main(argv: list[str]) -> int:
@@ -549,17 +568,22 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each side (default 5)")
     parser.add_argument(
-        "--against", default="none", choices=sorted(PEERS),
+        "--against",
+        default="none",
+        choices=sorted(PEERS),
         help="torch: diffusers' DiT in turns with ours, eager and compiled; or one of the two",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--sample", action="store_true",
+        "--sample",
+        action="store_true",
         help=f"also draw config.sample.batch_size samples: {DDIM_STEPS} guided DDIM steps",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--torch_python", default=sys.executable, metavar="PATH",
+        "--torch_python",
+        default=sys.executable,
+        metavar="PATH",
         help="an interpreter that has PyTorch and diffusers (default: this one)",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", help="a JSON file for the figures")
     args, config = cli.parse(parser, argv)
     if args.steps < 0 or args.rounds < 1:
@@ -570,9 +594,13 @@ def main(argv: list[str]) -> int:
         # Two programs share the device: neither may take its memory in advance.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = bench(
-        config, steps=args.steps, rounds=args.rounds, against=PEERS[args.against],
-        sample=args.sample, torch_python=args.torch_python,
-    )  # fmt: skip
+        config,
+        steps=args.steps,
+        rounds=args.rounds,
+        against=PEERS[args.against],
+        sample=args.sample,
+        torch_python=args.torch_python,
+    )
     found["environment"] = {
         **environment(typed("bench", argv, drop=("--out", "--torch_python"))),
         "commit": commit(),

@@ -52,9 +52,11 @@ def add_workdir_of_a_run(parser: Parser) -> None:
 def add_step(parser: Parser) -> None:
     """--step of a run: which checkpoint."""
     parser.add_argument(
-        "--step", type=_step, default="latest",
+        "--step",
+        type=_step,
+        default="latest",
         help="of a run: latest (default), best (by the evaluation in training) or a step's number",
-    )  # fmt: skip
+    )
 
 
 def _step(text: str) -> Step:
@@ -72,10 +74,12 @@ def add_reading_of_weights(parser: Parser) -> None:
     )
     parser.add_argument("--heads", type=int, default=0, help="of --weights that do not say it")
     parser.add_argument(
-        "--numerics", default="auto", choices=("auto", "release", "diffusers"),
+        "--numerics",
+        default="auto",
+        choices=("auto", "release", "diffusers"),
         help="whose timestep embedding the weights were trained with (see README); auto: the file's"
         " own program's",
-    )  # fmt: skip
+    )
 
 
 def add_processes(parser: Parser) -> None:
@@ -84,9 +88,10 @@ def add_processes(parser: Parser) -> None:
         "several processes", "one on each host: the same command on all, but for --process"
     )
     group.add_argument(
-        "--distributed", action="store_true",
+        "--distributed",
+        action="store_true",
         help="the others are found by JAX: on TPU pods, Slurm, Open MPI, Kubernetes",
-    )  # fmt: skip
+    )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is met")
     group.add_argument("--processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
@@ -113,10 +118,11 @@ def start_processes(args: argparse.Namespace, bounds: Distributed) -> None:
     # As the others will have it from JSON.
     said = json.loads(json.dumps(said, default=str))
     processes.start(
-        place, said,
+        place,
+        said,
         initialization_seconds=bounds.initialization_seconds,
         heartbeat_seconds=bounds.heartbeat_seconds,
-    )  # fmt: skip
+    )
 
 
 def parse(

@@ -350,24 +350,41 @@ def changed(c: Config, changes: Mapping[str, Any]) -> Config:
 # Keys that recipes of finished runs may lack, with the value that they ran with.
 _ADDED: Mapping[str, Mapping[str, Any]] = {
     "model": {
-        "matmul": "default", "frequency_shift": 0, "norm2_eps": 1e-6, "attention": "auto",
-        "parametrization": "standard", "base_width": 384, "base_head_width": 64,
+        "matmul": "default",
+        "frequency_shift": 0,
+        "norm2_eps": 1e-6,
+        "attention": "auto",
+        "parametrization": "standard",
+        "base_width": 384,
+        "base_head_width": 64,
     },
     "data": {"max_damaged": 0},
     "sample": {"cfg_interval": (0.0, 1.0), "weights": "ema"},
     "evaluate": {"reference": "", "seed": 0, "val_loss_num": 0},
     "train": {
-        "evaluate_every_steps": 0, "evaluate_num": 1000, "microbatches": 1, "prefetch": 2,
-        "keep_every_steps": 0, "grace_seconds": 25, "max_bad_steps": 0,
+        "evaluate_every_steps": 0,
+        "evaluate_num": 1000,
+        "microbatches": 1,
+        "prefetch": 2,
+        "keep_every_steps": 0,
+        "grace_seconds": 25,
+        "max_bad_steps": 0,
     },
     "optim": {"spike_factor": 0.0},
     "mesh": {"tensor": 1, "context": 1, "slices": 1},
     "distributed": {"initialization_seconds": 300, "heartbeat_seconds": 25},
     "sweep": {
-        "lists": (), "zips": (), "seeds": (), "budget": (), "title": "", "topology": "",
-        "published": (), "published_protocol": (), "published_source": "",
+        "lists": (),
+        "zips": (),
+        "seeds": (),
+        "budget": (),
+        "title": "",
+        "topology": "",
+        "published": (),
+        "published_protocol": (),
+        "published_source": "",
     },
-}  # fmt: skip
+}
 
 
 def completed(recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -579,10 +596,14 @@ def _read_fields(value: Any) -> tuple[tuple[str, str], ...]:
 
 
 _SWEEP: Mapping[str, Callable[[Any], Any]] = {
-    "sweep.grid": _read_grid, "sweep.lists": _read_lists, "sweep.zips": _read_zips,
-    "sweep.seeds": _read_seeds, "sweep.budget": _read_budget, "sweep.published": _read_published,
+    "sweep.grid": _read_grid,
+    "sweep.lists": _read_lists,
+    "sweep.zips": _read_zips,
+    "sweep.seeds": _read_seeds,
+    "sweep.budget": _read_budget,
+    "sweep.published": _read_published,
     "sweep.published_protocol": _read_fields,
-}  # fmt: skip
+}
 
 
 def _parts(value: Any) -> list[Any]:

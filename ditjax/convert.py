@@ -25,9 +25,13 @@ FOLDERS = ("diffusers", "pipeline")
 
 
 def read_network(
-    path: str, *, which: str = "ema", heads: int = 0, numerics: reading.Numerics = "auto",
+    path: str,
+    *,
+    which: str = "ema",
+    heads: int = 0,
+    numerics: reading.Numerics = "auto",
     step: Step = "latest",
-) -> Network:  # fmt: skip
+) -> Network:
     """A network out of a run's directory (averaged weights), a weights file or a model folder."""
     if not rundir.is_run(path):
         return reading.load(path, which=which, heads=heads, numerics=numerics)
@@ -82,9 +86,11 @@ def convert(
         writing.write_pipeline(out, network, read_network(autoencoder, which=which), named)
     else:
         write = {
-            "ditjax": writing.write_ditjax, "release": writing.write_release,
-            "diffusers": writing.write_diffusers, "ldm": writing.write_ldm,
-        }[target]  # fmt: skip
+            "ditjax": writing.write_ditjax,
+            "release": writing.write_release,
+            "diffusers": writing.write_diffusers,
+            "ldm": writing.write_ldm,
+        }[target]
         write(out, network)
     return _line(source, out, network, target)
 
@@ -125,9 +131,11 @@ def main(argv: list[str]) -> int:
         "--weights", required=True, help="a weights file, a diffusers folder or a run's directory"
     )
     parser.add_argument(
-        "--to", required=True, choices=TARGETS,
+        "--to",
+        required=True,
+        choices=TARGETS,
         help="; ".join(f"{name}: {text}" for name, text in TARGETS.items()),
-    )  # fmt: skip
+    )
     parser.add_argument("--out", required=True, help="the file or folder to write")
     parser.add_argument("--autoencoder", default="", help="of a pipeline")
     cli.add_step(parser)
@@ -135,10 +143,16 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     print(
         convert(
-            args.weights, args.to, args.out, autoencoder=args.autoencoder, which=args.which,
-            heads=args.heads, numerics=args.numerics, step=args.step,
+            args.weights,
+            args.to,
+            args.out,
+            autoencoder=args.autoencoder,
+            which=args.which,
+            heads=args.heads,
+            numerics=args.numerics,
+            step=args.step,
         )
-    )  # fmt: skip
+    )
     return 0
 
 

@@ -121,9 +121,11 @@ def main(argv: list[str]) -> int:
     parser = cli.parser("encode", "Caches a data set's latents: moments of images and mirrors.")
     parser.add_argument("--out", required=True, help="where to write: read it as latents:OUT")
     parser.add_argument(
-        "--shard_mb", type=int, default=latents.SHARD_MB,
+        "--shard_mb",
+        type=int,
+        default=latents.SHARD_MB,
         help="MiB a file: what is lost at most when the encoding is killed",
-    )  # fmt: skip
+    )
     parser.add_argument("--index", type=int, default=0, help="in an array job: this job's number")
     parser.add_argument("--count", type=int, default=1, help="in an array job: how many there are")
     args, config = cli.parse(parser, argv)

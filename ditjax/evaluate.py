@@ -38,17 +38,23 @@ EVALUATION_FILE = "evaluation.json"
 
 
 def save(
-    folder: Path, step: int, metrics: Mapping[str, float], protocol: Mapping[str, Any],
+    folder: Path,
+    step: int,
+    metrics: Mapping[str, float],
+    protocol: Mapping[str, Any],
     reference: str = "",
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """evaluation.json, and NAME.png of each sample set, in a run's directory: the record.
 
     Written by the first process alone.
     """
     record = {
-        "step": step, "metrics": metrics, "reference": reference, "protocol": protocol,
+        "step": step,
+        "metrics": metrics,
+        "reference": reference,
+        "protocol": protocol,
         "protocol_hash": protocol_hash(protocol),
-    }  # fmt: skip
+    }
     if not is_primary():
         return record
     for name in (SAMPLES_FILE, GUIDED_FILE):
@@ -176,9 +182,10 @@ def _parser() -> cli.Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", default="", help="a run's directory")
     source.add_argument(
-        "--samples", default="",
+        "--samples",
+        default="",
         help="an npz with arr_0 u8[N,H,W,C], a folder of PNGs, or a run's directory",
-    )  # fmt: skip
+    )
     for flag, text in FLAGS.items():
         parser.add_argument(f"--{flag}", default="", help=text)
     cli.add_step(parser)
@@ -218,9 +225,13 @@ def _main_of_samples(args: argparse.Namespace) -> int:
         if not getattr(args, flag):
             raise UserError(f"--samples={args.samples} needs --{flag}: {FLAGS[flag]}.")
     evaluated = evaluate_samples(
-        args.samples, args.reference, args.features, batch_size=args.batch_size, seed=args.seed,
+        args.samples,
+        args.reference,
+        args.features,
+        batch_size=args.batch_size,
+        seed=args.seed,
         save_reference=args.save_reference,
-    )  # fmt: skip
+    )
     _tell(evaluated, args.out)
     return 0
 

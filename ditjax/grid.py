@@ -237,9 +237,10 @@ def run_grid(
             loaded = (cell.run.name, cell.config.sample.weights)
         folder = out / CELLS / cell.name
         stands = {
-            "protocol_hash": atomic.protocol_hash(protocol), "step": step,
+            "protocol_hash": atomic.protocol_hash(protocol),
+            "step": step,
             "params_sha256": digest,
-        }  # fmt: skip
+        }
         missing = is_primary() and not _is_done(folder, stands, protocol)
         if processes.agreed([(0, 1)] if missing else []):
             model = {"run": cell.run.name, "step": step, "params_sha256": digest}
@@ -247,11 +248,16 @@ def run_grid(
             if is_primary():
                 save_picture(folder / SAMPLES_FILE)
                 record = {
-                    "name": cell.name, "run": cell.run.name, **stands, "settings": cell.settings,
-                    "sampling_gflops": cell.gflops, "metrics": found.metrics,
-                    "reference": found.reference, "protocol": found.protocol,
+                    "name": cell.name,
+                    "run": cell.run.name,
+                    **stands,
+                    "settings": cell.settings,
+                    "sampling_gflops": cell.gflops,
+                    "metrics": found.metrics,
+                    "reference": found.reference,
+                    "protocol": found.protocol,
                     "seconds": round(found.seconds, 3),
-                }  # fmt: skip
+                }
                 atomic.write_json(folder / EVALUATION_FILE, record)
                 value = number(found.metrics.get(evaluator.distance))
                 _tell(f"[{k}/{len(cells)}] {cell.name}: {evaluator.distance} {value}")
@@ -285,10 +291,17 @@ def _brief(value: Any) -> str:
 
 
 _RECORD = {
-    "name": str, "run": str, "step": int, "params_sha256": str, "settings": dict,
-    "protocol": dict, "protocol_hash": str, "sampling_gflops": float, "metrics": dict,
+    "name": str,
+    "run": str,
+    "step": int,
+    "params_sha256": str,
+    "settings": dict,
+    "protocol": dict,
+    "protocol_hash": str,
+    "sampling_gflops": float,
+    "metrics": dict,
     "seconds": float,
-}  # fmt: skip
+}
 
 
 def read_cell(path: Path) -> dict[str, Any]:
@@ -317,10 +330,12 @@ def _report(
         return ""
     records = [read_cell(out / CELLS / cell.name / EVALUATION_FILE) for cell in cells]
     outcomes = [
-        Outcome(**{key: record[key] for key in Outcome._fields if key != "gflops"},
-                gflops=record["sampling_gflops"])
+        Outcome(
+            **{key: record[key] for key in Outcome._fields if key != "gflops"},
+            gflops=record["sampling_gflops"],
+        )
         for record in records
-    ]  # fmt: skip
+    ]
     text = terminal_text(outcomes, metric, shared, reference)
     rows = scored(cells, records, study, varying(outcomes)) if study else []
     if rows:
@@ -359,15 +374,20 @@ def scored(
             words = [f"{axis}={shown(cell.settings[axis])}" for axis in axes]
             found.append(
                 {
-                    "run": " ".join([cell.run.name, *words]), "metrics": record["metrics"],
-                    "protocol": record["protocol"], "protocol_hash": record["protocol_hash"],
-                    "config": dataclasses.asdict(c), "published": published,
+                    "run": " ".join([cell.run.name, *words]),
+                    "metrics": record["metrics"],
+                    "protocol": record["protocol"],
+                    "protocol_hash": record["protocol_hash"],
+                    "config": dataclasses.asdict(c),
+                    "published": published,
                     "train": {
-                        "steps": c.train.steps, "batch_size": c.train.batch_size, "seed": c.seed,
+                        "steps": c.train.steps,
+                        "batch_size": c.train.batch_size,
+                        "seed": c.seed,
                         "learning_rate": c.optim.learning_rate,
                     },
                 }
-            )  # fmt: skip
+            )
     return scored_rows(cast(list[results.Result], found))
 
 
@@ -462,15 +482,18 @@ def _parser() -> cli.Parser:
         parser.add_argument(f"--{flag}", default="", help=text)
     cli.add_step(parser)
     parser.add_argument(
-        "--published", default="", metavar="FILE[:ARG]",
+        "--published",
+        default="",
+        metavar="FILE[:ARG]",
         help="a recipe with published figures (experiments/paper): they stand beside the cells'",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", default="", help="where to write (default: RUN/grid)")
     parser.add_argument(
-        "--keep_samples", action="store_true",
+        "--keep_samples",
+        action="store_true",
         help="keep each cell's samples.npz (50,000 of 256x256 are 9.8 GB); without it a picture of"
         " the first ones stays",
-    )  # fmt: skip
+    )
     parser.add_argument("--dry_run", action="store_true", help="list the cells and their cost")
     cli.add_processes(parser)
     return parser

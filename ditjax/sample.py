@@ -54,9 +54,10 @@ def _parser() -> cli.Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", default="", help="a run's directory")
     source.add_argument(
-        "--weights", default="",
+        "--weights",
+        default="",
         help="a DiT's weights (.pt, .safetensors) or a diffusers folder, of a DiT or a DiTPipeline",
-    )  # fmt: skip
+    )
     parser.add_argument("--autoencoder", default="", help="the autoencoder of latent --weights")
     parser.add_argument("--out", default="", help="where to write (default: WORKDIR/drawn)")
     parser.add_argument(
@@ -65,10 +66,11 @@ def _parser() -> cli.Parser:
     for flag, (key, kind, text) in _FLAGS.items():
         parser.add_argument(f"--{flag}", type=kind, help=f"{text} (config.{key})")
     parser.add_argument(
-        "--precision", choices=PRECISIONS,
+        "--precision",
+        choices=PRECISIONS,
         help="float32 (exact: what --weights get unasked), fast (the backend's rounded products of"
         " float32) or bfloat16",
-    )  # fmt: skip
+    )
     cli.add_step(parser)
     cli.add_reading_of_weights(parser)
     cli.add_processes(parser)
@@ -97,10 +99,14 @@ def main(argv: list[str]) -> int:
         else:
             opened.append(
                 open_source(
-                    args.weights, args.autoencoder,
-                    which=args.which, heads=args.heads, numerics=args.numerics, step=args.step,
+                    args.weights,
+                    args.autoencoder,
+                    which=args.which,
+                    heads=args.heads,
+                    numerics=args.numerics,
+                    step=args.step,
                 )
-            )  # fmt: skip
+            )
         return dataclasses.asdict(opened[0].config)
 
     args, config = cli.parse(_parser(), argv, recorded)

@@ -319,26 +319,32 @@ def _parser() -> cli.Parser:
     parser.add_argument("--models", default="", help="only cells of these models: S/8,B/4")
     parser.add_argument("--cells", default="", help="only cells of these numbers: 0,3-5")
     parser.add_argument(
-        "--shard", default="", metavar="K/N",
+        "--shard",
+        default="",
+        metavar="K/N",
         help="only the share K of N, from 0, of about the same work: one for each machine",
-    )  # fmt: skip
+    )
     parser.add_argument("--failed", action="store_true", help="only cells that have failed")
     parser.add_argument("--dry_run", action="store_true", help="list the cells and their cost")
     parser.add_argument(
-        "--topology", default="",
+        "--topology",
+        default="",
         help="of --dry_run: CHIP:SHAPE to tell hours on, as v5e:4x4 (config.sweep.topology)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--plan", action="store_true", help="of --dry_run: compile each cell's train step for it"
     )
     parser.add_argument(
-        "--status", action="store_true",
+        "--status",
+        action="store_true",
         help="how each cell stands; touches nothing, and needs no --config",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--watch", type=float, metavar="SECONDS", help="of --status: again, so often, until all"
-        " are done",
-    )  # fmt: skip
+        "--watch",
+        type=float,
+        metavar="SECONDS",
+        help="of --status: again, so often, until all are done",
+    )
     cli.add_processes(parser)
     return parser
 

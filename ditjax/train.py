@@ -112,11 +112,15 @@ def _train(
         with (
             MetricsLog(folder, start, write=is_primary()) as log,
             stream.train_batches(
-                opening.data_spec(c), c.seed, c.train.batch_size, start_step=start,
-                rows=p.rows, tell=stream.warn_and_note(folder / DAMAGED_FILE),
+                opening.data_spec(c),
+                c.seed,
+                c.train.batch_size,
+                start_step=start,
+                rows=p.rows,
+                tell=stream.warn_and_note(folder / DAMAGED_FILE),
             ) as batches,
             _Profile(profile, folder / PROFILE) as profiled,
-        ):  # fmt: skip
+        ):
             # Times and loss go on from where the log stands.
             began = time.monotonic() - log.last.get("seconds", 0.0)
             evaluation_seconds = log.last.get(EVALUATION_SECONDS, 0.0)
@@ -128,8 +132,11 @@ def _train(
                 lambda step: stream.records_of_step(
                     c.seed, step, c.train.batch_size, dataset.num_examples
                 ),
-                progress.say, in_flight=IN_FLIGHT, start=start, position=saved,
-            )  # fmt: skip
+                progress.say,
+                in_flight=IN_FLIGHT,
+                start=start,
+                position=saved,
+            )
             if start == c.train.steps and meter.ended:
                 raise meter.error(start)
             grids = _Grids(c, drawer)
@@ -144,9 +151,8 @@ def _train(
                 evaluates = evaluator is not None and _due(step, c.train.evaluate_every_steps)
                 logs = last or evaluates or _due(step, c.train.log_every_steps)
                 saves = (
-                    last or evaluates or bool(signal)
-                    or _due(step, c.train.checkpoint_every_steps)
-                )  # fmt: skip
+                    last or evaluates or bool(signal) or _due(step, c.train.checkpoint_every_steps)
+                )
                 stops = meter.add(step, metrics, wait=logs or saves)
                 score = None
                 if logs or stops:
@@ -279,9 +285,12 @@ class _Grids:
         if self._c.train.network != "dit":
             return
         images = self._drawer.whole(
-            self._c, params, GRID_SIDE**2, seed=self._c.seed,
+            self._c,
+            params,
+            GRID_SIDE**2,
+            seed=self._c.seed,
             label_of=range(self._c.data.num_classes),
-        ).images  # fmt: skip
+        ).images
         if is_primary():
             upscale = max(1, 32 // images.shape[1])
             save_grid(images, folder / "samples" / f"{step:07}.png", GRID_SIDE, upscale=upscale)
@@ -300,9 +309,12 @@ def main(argv: list[str]) -> int:
     parser = cli.parser("train", "Trains one network; the same command again resumes.")
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument(
-        "--profile_steps", type=_steps, default=range(0), metavar="A:B",
+        "--profile_steps",
+        type=_steps,
+        default=range(0),
+        metavar="A:B",
         help=f"trace steps A to B, both included, into WORKDIR/{PROFILE} (TensorBoard, Perfetto)",
-    )  # fmt: skip
+    )
     cli.add_processes(parser)
     args, config = cli.parse(parser, argv)
     trained = train(config, args.recipe, args.workdir, profile=args.profile_steps)

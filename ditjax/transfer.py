@@ -42,8 +42,13 @@ def runs_of(found: Sequence[Found], metric: str) -> list[Run]:
                     f"{each.folder} has {key}={value!r} and {first[0]} {first[1][key]!r}: name"
                     f" runs that differ in {', '.join(_AXES)} alone."
                 )
-        run = Run(c.model.parametrization, result["model"]["width"], c.optim.learning_rate,
-                  c.seed, values[metric])  # fmt: skip
+        run = Run(
+            c.model.parametrization,
+            result["model"]["width"],
+            c.optim.learning_rate,
+            c.seed,
+            values[metric],
+        )
         cell = (run.parametrization, run.width, run.learning_rate, run.seed)
         if cell in made:
             raise UserError(f"{each.folder} is a second run of {cell}: name it once.")
@@ -84,8 +89,13 @@ def main(argv: list[str]) -> int:
     write_atomic(out / "transfer.txt", (text + "\n").encode())
     write_atomic(out / "transfer.png", transfer_png(made, args.metric, words))
     environment = found[0].result["environment"]
-    whole = {"schema": 1, "metric": args.metric, **record(made), "problems": problems,
-             "environment": environment}  # fmt: skip
+    whole = {
+        "schema": 1,
+        "metric": args.metric,
+        **record(made),
+        "problems": problems,
+        "environment": environment,
+    }
     write_json(out / "transfer.json", whole)
     print(f"{text}\n{out / 'transfer.png'}")
     return 0

@@ -35,9 +35,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # optimizations they compile in a quarter of the time. What is equal to the bit with them is so
 # without, and gradients are off by 3e-5.
 UNOPTIMIZED = (
-    "commands", "faults", "models", "test_attention.py", "test_evaluator.py", "test_mup.py",
-    "test_pipeline.py", "test_programs.py", "test_validation.py",
-)  # fmt: skip
+    "commands",
+    "faults",
+    "models",
+    "test_attention.py",
+    "test_evaluator.py",
+    "test_mup.py",
+    "test_pipeline.py",
+    "test_programs.py",
+    "test_validation.py",
+)
 _VARIABLE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 os.environ[_VARIABLE] = "0"
 

@@ -85,10 +85,27 @@ class Watch:
             return not str(args[0]).startswith("encodings.")
         if event == "compile":
             return args[1] != "<unknown>"  # ast.parse: NumPy reads a header as a literal
-        return event == "exec" or (event.startswith(
-            ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pickle.", "marshal.", "pty.",
-             "webbrowser.", "urllib.", "http.", "ftplib.", "smtplib.", "code.")
-        ) and event not in ("os.listdir", "os.scandir"))  # fmt: skip
+        return event == "exec" or (
+            event.startswith(
+                (
+                    "os.",
+                    "subprocess.",
+                    "socket.",
+                    "shutil.",
+                    "ctypes.",
+                    "pickle.",
+                    "marshal.",
+                    "pty.",
+                    "webbrowser.",
+                    "urllib.",
+                    "http.",
+                    "ftplib.",
+                    "smtplib.",
+                    "code.",
+                )
+            )
+            and event not in ("os.listdir", "os.scandir")
+        )
 
     def _may(self, path: str | bytes) -> bool:
         text = os.fsdecode(path)
@@ -189,9 +206,14 @@ class File(NamedTuple):
 
 
 SUFFIX = {
-    "zip": ".pt", "legacy": ".pt", "pickle": ".pt", "safetensors": ".safetensors", "npz": ".npz",
-    "json": ".json", "jsonl": ".jsonl",
-}  # fmt: skip
+    "zip": ".pt",
+    "legacy": ".pt",
+    "pickle": ".pt",
+    "safetensors": ".safetensors",
+    "npz": ".npz",
+    "json": ".json",
+    "jsonl": ".jsonl",
+}
 
 
 def _parts(content: bytes) -> dict[str, bytes]:
@@ -235,8 +257,13 @@ def real_files(folder: Path, canary: Path) -> list[File]:
         add("safetensors", save({k: np.ascontiguousarray(v) for k, v in tree.items()}))
     for save_npz in (np.savez, np.savez_compressed):
         stream = io.BytesIO()
-        save_npz(stream, mu=np.zeros(4), sigma=np.eye(4), features=rng.random((6, 4)),
-                 provenance=np.array('{"a": 1}'))  # fmt: skip
+        save_npz(
+            stream,
+            mu=np.zeros(4),
+            sigma=np.eye(4),
+            features=rng.random((6, 4)),
+            provenance=np.array('{"a": 1}'),
+        )
         add("npz", stream.getvalue())
         stream = io.BytesIO()
         images = rng.integers(0, 256, (5, 4, 4, 3), np.uint8)
@@ -254,38 +281,133 @@ def real_files(folder: Path, canary: Path) -> list[File]:
 def a_result() -> dict[str, Any]:
     """A result.json."""
     return {
-        "schema": 1, "run": "DiT-S-p2-seed0", "params": 5, "gflops": 0.5,
-        "model": {"name": "DiT-S/2", "size": "S", "depth": 12, "width": 384, "heads": 6,
-                  "patch": 2, "block": "adaln_zero", "tokens": 16},
-        "train": {"steps": 10, "batch_size": 4, "images": 40, "seconds": 1.5,
-                  "learning_rate": 1e-4, "final_loss": None, "seed": 0},
-        "sample": {"num": 4, "sampler": "ddim", "steps": 25, "eta": 0.0, "cfg_scale": 1.0,
-                   "cfg_channels": "all", "seed": 0, "seconds": 2},
-        "metrics": {"fd_digits": 3.5, "accuracy": None}, "protocol": {"a": [1, 2]},
-        "protocol_hash": "0123456789ab", "environment": {"jax": "0.10"}, "config": {"seed": 0},
-    }  # fmt: skip
+        "schema": 1,
+        "run": "DiT-S-p2-seed0",
+        "params": 5,
+        "gflops": 0.5,
+        "model": {
+            "name": "DiT-S/2",
+            "size": "S",
+            "depth": 12,
+            "width": 384,
+            "heads": 6,
+            "patch": 2,
+            "block": "adaln_zero",
+            "tokens": 16,
+        },
+        "train": {
+            "steps": 10,
+            "batch_size": 4,
+            "images": 40,
+            "seconds": 1.5,
+            "learning_rate": 1e-4,
+            "final_loss": None,
+            "seed": 0,
+        },
+        "sample": {
+            "num": 4,
+            "sampler": "ddim",
+            "steps": 25,
+            "eta": 0.0,
+            "cfg_scale": 1.0,
+            "cfg_channels": "all",
+            "seed": 0,
+            "seconds": 2,
+        },
+        "metrics": {"fd_digits": 3.5, "accuracy": None},
+        "protocol": {"a": [1, 2]},
+        "protocol_hash": "0123456789ab",
+        "environment": {"jax": "0.10"},
+        "config": {"seed": 0},
+    }
 
 
 # ---- mutation
 
 _OPCODES = (
-    b"cos\nsystem\n", b"cbuiltins\neval\n", b"cbuiltins\nopen\n", b"c__builtin__\nexec\n",
-    b"\x8c\x02os\x8c\x06system\x93", b"(S'true'\ntR", b"R", b"\x81", b"\x92", b"b", b"i", b"o",
-    b"cfuzz_canary\nx\n", b"(ifuzz_canary\nx\n", b"Pnone\n", b"Q", b"\x82\x01",
-    b"\x84\xff\xff\xff\x7f", b"\x97", b"\x98", b"(", b"t", b"]", b"}", b"u", b"s", b"a", b"e",
-    b"0", b"1", b"2", b")", b"\x85", b"\x87", b"h\x00", b"j\xff\xff\xff\xff",
-    b"r\xff\xff\xff\xff", b"q\x00", b"\x94",
-    b"X\xff\xff\xff\xff", b"\x8d" + b"\xff" * 8, b"\x8b\xff\xff\xff\x7f",
-    b"\x8a\xff" + b"\x7f" * 255, b"\x8b\x00\x10\x00\x00" + b"\x7f" * 4096, b"N",
-    b"\x88", b"K\x00", b"J\xff\xff\xff\xff",
-    b"G\x7f\xf0\x00\x00\x00\x00\x00\x00", b"\x8f", b"\x90", b"\x91", b"\x80\x05", b".", b"F1e999\n",
-    b"I1\n", b"L1L\n", b"V\\ud800\n", b"S'a'\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
-    b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n)R", b"cargparse\nNamespace\n)\x81",
-)  # fmt: skip
+    b"cos\nsystem\n",
+    b"cbuiltins\neval\n",
+    b"cbuiltins\nopen\n",
+    b"c__builtin__\nexec\n",
+    b"\x8c\x02os\x8c\x06system\x93",
+    b"(S'true'\ntR",
+    b"R",
+    b"\x81",
+    b"\x92",
+    b"b",
+    b"i",
+    b"o",
+    b"cfuzz_canary\nx\n",
+    b"(ifuzz_canary\nx\n",
+    b"Pnone\n",
+    b"Q",
+    b"\x82\x01",
+    b"\x84\xff\xff\xff\x7f",
+    b"\x97",
+    b"\x98",
+    b"(",
+    b"t",
+    b"]",
+    b"}",
+    b"u",
+    b"s",
+    b"a",
+    b"e",
+    b"0",
+    b"1",
+    b"2",
+    b")",
+    b"\x85",
+    b"\x87",
+    b"h\x00",
+    b"j\xff\xff\xff\xff",
+    b"r\xff\xff\xff\xff",
+    b"q\x00",
+    b"\x94",
+    b"X\xff\xff\xff\xff",
+    b"\x8d" + b"\xff" * 8,
+    b"\x8b\xff\xff\xff\x7f",
+    b"\x8a\xff" + b"\x7f" * 255,
+    b"\x8b\x00\x10\x00\x00" + b"\x7f" * 4096,
+    b"N",
+    b"\x88",
+    b"K\x00",
+    b"J\xff\xff\xff\xff",
+    b"G\x7f\xf0\x00\x00\x00\x00\x00\x00",
+    b"\x8f",
+    b"\x90",
+    b"\x91",
+    b"\x80\x05",
+    b".",
+    b"F1e999\n",
+    b"I1\n",
+    b"L1L\n",
+    b"V\\ud800\n",
+    b"S'a'\n",
+    b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ctorch\nFloatStorage\n",
+    b"ccollections\nOrderedDict\n)R",
+    b"cargparse\nNamespace\n)\x81",
+)
 _NUMBERS = (
-    0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**47, 2**62,
-    2**63 - 1, 2**63, 2**64 - 1,
-)  # fmt: skip
+    0,
+    1,
+    2,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0xFFFF,
+    2**24,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**47,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
 
 
 def mutated(rng: random.Random, content: bytes, other: bytes, pickles: bool) -> bytes:
@@ -341,16 +463,44 @@ def _zip_field(rng: random.Random, made: bytearray) -> None:
 
 
 _HEADERS = (
-    "(99999999999,)", "(-1,)", "(-2, -3)", "(0, -5)", "(True,)", "(1e9,)", "()", "(2**70,)",
-    f"({2**70}, 0)", f"({2**62}, 4)", "((" * 400, "-" * 5000 + "1", "[1]", "None", "'x'", "(" * 90,
-    "(4,) * 9", "__import__('fuzz_canary')",
-)  # fmt: skip
+    "(99999999999,)",
+    "(-1,)",
+    "(-2, -3)",
+    "(0, -5)",
+    "(True,)",
+    "(1e9,)",
+    "()",
+    "(2**70,)",
+    f"({2**70}, 0)",
+    f"({2**62}, 4)",
+    "((" * 400,
+    "-" * 5000 + "1",
+    "[1]",
+    "None",
+    "'x'",
+    "(" * 90,
+    "(4,) * 9",
+    "__import__('fuzz_canary')",
+)
 _TYPES = (
-    "'<f8'", "'|O'", "'<f4'", "'<U0'", "'|V0'", "'<U99999999'", "'>i8'", "'<M8[s]'",
-    "[('a', '<f8')]", "[('a', '|O')]", "[('a', '<f4', (9999, 9999))]", "('<f8', (2,))", "[]",
+    "'<f8'",
+    "'|O'",
+    "'<f4'",
+    "'<U0'",
+    "'|V0'",
+    "'<U99999999'",
+    "'>i8'",
+    "'<M8[s]'",
+    "[('a', '<f8')]",
+    "[('a', '|O')]",
+    "[('a', '<f4', (9999, 9999))]",
+    "('<f8', (2,))",
+    "[]",
     "[()]",
-    "3", "'x'", "''",
-)  # fmt: skip
+    "3",
+    "'x'",
+    "''",
+)
 
 
 def _npy(rng: random.Random, content: bytes, other: bytes) -> bytes:
@@ -381,11 +531,34 @@ def any_json(rng: random.Random, depth: int = 0) -> Any:
         return rng.choice((*floats, -float("inf"), rng.uniform(-2, 2)))
     if kind <= 8:
         words = (
-            "", "a", "S", "XL", "4x96x3", "9999x999996x9999", "digits", "train", "train[:10%]",
-            "\0", "\n", "a\nb", "\ud800", "\x1b[2J", "../../etc", "/", "latents:x", "folder:",
-            "inception:", "250", "ddim50", "1," * 2000, "9" * 5000, "x" * 100_000, "ddpm",
-            "float32", "١٢",
-        )  # fmt: skip
+            "",
+            "a",
+            "S",
+            "XL",
+            "4x96x3",
+            "9999x999996x9999",
+            "digits",
+            "train",
+            "train[:10%]",
+            "\0",
+            "\n",
+            "a\nb",
+            "\ud800",
+            "\x1b[2J",
+            "../../etc",
+            "/",
+            "latents:x",
+            "folder:",
+            "inception:",
+            "250",
+            "ddim50",
+            "1," * 2000,
+            "9" * 5000,
+            "x" * 100_000,
+            "ddpm",
+            "float32",
+            "١٢",
+        )
         return rng.choice(words)
     if kind == 9:
         return []
@@ -431,8 +604,9 @@ def _header(rng: random.Random, content: bytes) -> bytes:
 
 def a_file(rng: random.Random, files: list[File]) -> tuple[str, bytes]:
     """(kind, content) of one made from the real ones."""
-    kind = rng.choice(("zip", "zip", "zip", "legacy", "pickle", "safetensors", "npz", "npz", "json",
-                       "jsonl"))  # fmt: skip
+    kind = rng.choice(
+        ("zip", "zip", "zip", "legacy", "pickle", "safetensors", "npz", "npz", "json", "jsonl")
+    )
     attack = rng.random() < 0.3
     alike = [each for each in files if each.kind == kind]
     file = rng.choice([each for each in alike if each.attack == attack] or alike)
@@ -446,8 +620,11 @@ def a_file(rng: random.Random, files: list[File]) -> tuple[str, bytes]:
         else:
             name = next(each for each in parts if each.endswith("data.pkl"))
             parts[name] = mutated(rng, parts[name], other, pickles=True)
-        compressions = (zipfile.ZIP_STORED,) * 4 + (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2,
-                                                    zipfile.ZIP_LZMA)  # fmt: skip
+        compressions = (zipfile.ZIP_STORED,) * 4 + (
+            zipfile.ZIP_DEFLATED,
+            zipfile.ZIP_BZIP2,
+            zipfile.ZIP_LZMA,
+        )
         content = zipped(parts, rng.choice(compressions))
         return kind, content if rng.random() < 0.8 else mutated(rng, content, other, pickled)
     if kind == "safetensors" and rng.random() < 0.6:
@@ -595,8 +772,13 @@ def real_recipes() -> list[dict[str, Any]]:
     """Those of experiments/, as JSON has them."""
     from experiments import base, digits, digits_latent, imagenet256
 
-    configs = [base.get_config(), digits.get_config(), digits_latent.get_config(),
-               digits_latent.get_config("autoencoder"), imagenet256.get_config()]  # fmt: skip
+    configs = [
+        base.get_config(),
+        digits.get_config(),
+        digits_latent.get_config(),
+        digits_latent.get_config("autoencoder"),
+        imagenet256.get_config(),
+    ]
     return [json.loads(json.dumps(config.to_dict())) for config in configs]
 
 
@@ -648,8 +830,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     failed = 0
     for what, fuzz, count in (
-        ("files", fuzz_files, args.files), ("configs", fuzz_configs, args.configs),
-    ):  # fmt: skip
+        ("files", fuzz_files, args.files),
+        ("configs", fuzz_configs, args.configs),
+    ):
         began = time.monotonic()
         tally = fuzz(count, args.seed, _counter(what, count))
         print(f"{count} {what} of seed {args.seed} in {time.monotonic() - began:.0f} s")

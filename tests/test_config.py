@@ -139,8 +139,16 @@ BAD = [
     ({"mesh__fsdp": -1}, r"config\.mesh\.data and config\.mesh\.fsdp are -1: only one"),
     ({"sweep__grid": (("model.patch", ("x",)),)}, r"grid: config\.model\.patch is 'x', of type"),
     ({"sweep__grid": (("optim.learning_rate", (1, 1.0)),)}, "twice"),
-    ({"sweep__grid": (("seed", tuple(range(101))), ("model.patch", (1,)), ("train.steps",
-       tuple(range(1, 101))))}, "has 10100 cells: expected at most 10000"),
+    (
+        {
+            "sweep__grid": (
+                ("seed", tuple(range(101))),
+                ("model.patch", (1,)),
+                ("train.steps", tuple(range(1, 101))),
+            )
+        },
+        "has 10100 cells: expected at most 10000",
+    ),
     ({"sweep__seeds": tuple(range(1250))}, "has 11250 cells"),
     ({"sweep__lists": (("model.patch", 4),)}, r"holds \('model.patch', 4\): expected a run's"),
     ({"sweep__lists": ((("model.patches", 4),),)}, r"lists names .* Did you mean 'model.patch'"),
@@ -150,8 +158,10 @@ BAD = [
     ({"sweep__lists": ((("model.patch", 4),),)}, "lists sets model.patch, which config.sweep.grid"),
     ({"sweep__zips": (("seed", (1, 2)),)}, "zips holds 'seed': expected pairs"),
     ({"sweep__zips": ((),)}, "expected axes that are walked together"),
-    ({"sweep__zips": ((("optim.b1", (0.9,)), ("optim.b2", (0.9, 0.99))),)},
-     "walks 1 of optim.b1, 2 of optim.b2 together: expected the same number"),
+    (
+        {"sweep__zips": ((("optim.b1", (0.9,)), ("optim.b2", (0.9, 0.99))),)},
+        "walks 1 of optim.b1, 2 of optim.b2 together: expected the same number",
+    ),
     ({"sweep__zips": ((("seed", (1,)), ("seed", (2,))),)}, "zips sets seed, which config.sweep"),
     ({"sweep__seeds": 3}, r"seeds is 3: expected integers, such as \(0, 1\)"),
     ({"sweep__seeds": (1, -1)}, r"seeds: config\.seed is -1: expected at least 0"),
@@ -165,9 +175,11 @@ BAD = [
     ({"sweep__budget": ("gflops", True)}, "a number above 0"),
     ({"sweep__budget": ("steps",)}, "expected \\(UNIT, NUMBER\\)"),
     ({"sweep__budget": "steps"}, "expected \\(UNIT, NUMBER\\)"),
-    ({"sweep__budget": ("steps", 9), "sweep__grid": (("train.steps", (5,)),)},
-     "budget sets train.steps, which config.sweep.grid sets already"),
-]  # fmt: skip
+    (
+        {"sweep__budget": ("steps", 9), "sweep__grid": (("train.steps", (5,)),)},
+        "budget sets train.steps, which config.sweep.grid sets already",
+    ),
+]
 
 
 @pytest.mark.parametrize(("values", "message"), BAD, ids=[str(v)[1:50] for v, _ in BAD])
@@ -179,9 +191,14 @@ def test_illegal_values_are_refused(values, message):
 
 @pytest.mark.parametrize(
     ("steps", "match"),
-    [("0", "expected a number of steps"), ("ddim999", "no whole stride"), ("1001", "at most 1000"),
-     ("9" * 4000, "expected a number of steps"), ("", "expected a number of steps")],
-)  # fmt: skip
+    [
+        ("0", "expected a number of steps"),
+        ("ddim999", "no whole stride"),
+        ("1001", "at most 1000"),
+        ("9" * 4000, "expected a number of steps"),
+        ("", "expected a number of steps"),
+    ],
+)
 def test_sampling_steps_are_checked_with_the_recipe(steps, match):
     """And not at the first sample grid, hours later."""
     with pytest.raises(UserError, match=match):
@@ -211,9 +228,12 @@ def test_unknown_and_missing_keys():
 
 def test_a_study_from_the_command_line():
     words = (
-        "lists=((('model.patch',4),),())", "seeds=0,1", "budget='gflops',1e6", "grid=()",
+        "lists=((('model.patch',4),),())",
+        "seeds=0,1",
+        "budget='gflops',1e6",
+        "grid=()",
         "zips=((('optim.b1',(.8,.9)),('optim.b2',(.9,.99))),)",
-    )  # fmt: skip
+    )
     _, config = parse(parser("x", ""), [DIGITS, *(f"--config.sweep.{word}" for word in words)])
     assert config.sweep.lists == ((("model.patch", 4),), ())
     assert config.sweep.zips == ((("optim.b1", (0.8, 0.9)), ("optim.b2", (0.9, 0.99))),)
@@ -266,9 +286,13 @@ def test_a_recipe_that_fails_is_named_with_its_line(tmp_path):
 
 def command(*words: str, cwd: Path = EXPERIMENTS.parent) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", *words], cwd=cwd, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
         check=False,
-    )  # fmt: skip
+    )
 
 
 def test_a_mistake_is_one_line_and_status_2():
@@ -289,9 +313,12 @@ def test_importing_everything_imports_no_tensorflow_and_no_torch():
         "print([m for m in ('tensorflow', 'torch', 'sklearn', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=EXPERIMENTS.parent, capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        cwd=EXPERIMENTS.parent,
+        capture_output=True,
+        text=True,
         check=True,
-    )  # fmt: skip
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -301,7 +328,10 @@ def test_recipes_work_from_any_directory(tmp_path):
     (tmp_path / "lib" / "ditjax").symlink_to(EXPERIMENTS.parent / "ditjax")
     done = subprocess.run(
         [sys.executable, "-m", "ditjax.flops", f"--config={EXPERIMENTS / 'digits.py'}"],
-        cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "lib"), "PATH": ""}, check=True,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "lib"), "PATH": ""},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert "64 tokens" in done.stdout

@@ -13,8 +13,9 @@ def test_files_are_read_or_refused():
     tally = fuzz.fuzz_files(400, seed=int(time.time()))
     assert not tally.failures
     whole = {kind for kind in tally.read if kind.endswith("whole")}
-    assert whole == {f"{kind}, whole" for kind in ("zip", "legacy", "safetensors", "npz", "json",
-                                                   "jsonl")}  # fmt: skip
+    assert whole == {
+        f"{kind}, whole" for kind in ("zip", "legacy", "safetensors", "npz", "json", "jsonl")
+    }
     assert tally.read.total() > 60
     assert tally.refused.total() > 150
 

@@ -25,9 +25,20 @@ FLOORS = (
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 COMMANDS = (
-    "train", "sample", "evaluate", "sweep", "report", "flops", "classify", "encode",
-    "convert", "grid", "bench", "plan", "transfer",
-)  # fmt: skip
+    "train",
+    "sample",
+    "evaluate",
+    "sweep",
+    "report",
+    "flops",
+    "classify",
+    "encode",
+    "convert",
+    "grid",
+    "bench",
+    "plan",
+    "transfer",
+)
 ROOT_FILES = {"__init__", "cli", "config", "errors", *COMMANDS}
 
 # Third-party packages of the folders that are pure.

@@ -30,11 +30,16 @@ RECIPE = json.loads(json.dumps(load_recipe(["--config=experiments/digits.py"]).t
 KEYS = leaf_keys(Config)
 
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-(2**70), 2**70), st.floats(),
-    st.text(max_size=20), st.sampled_from([10**400, "x" * 10_000, "\0", "\ud800"]),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=20),
+    st.sampled_from([10**400, "x" * 10_000, "\0", "\ud800"]),
     st.just(5000).map(lambda digits: -(10**digits)),
     st.sampled_from(["S", "1x4x1", "none", "ddim", "250", "train", "float32", 1, 2, 0.5]),
-)  # fmt: skip
+)
 JSON = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),

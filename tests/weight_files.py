@@ -50,9 +50,16 @@ def diffusers_folder(folder: Path, kind: str, dtype: Any = np.float32) -> Path:
 
 
 def release_shapes(
-    depth: int = 2, width: int = 48, patch: int = 4, side: int = 16, *,
-    channels: int = 4, classes: int = 10, learned: bool = True, hidden: int | None = None,
-) -> Shapes:  # fmt: skip
+    depth: int = 2,
+    width: int = 48,
+    patch: int = 4,
+    side: int = 16,
+    *,
+    channels: int = 4,
+    classes: int = 10,
+    learned: bool = True,
+    hidden: int | None = None,
+) -> Shapes:
     """The state dict of facebookresearch/DiT's models.py, position table included."""
     D, p, M = width, patch, hidden or 4 * width
     shapes: Shapes = {
@@ -67,9 +74,12 @@ def release_shapes(
     }
     for i in range(depth):
         for name, out, into in (
-            ("attn.qkv", 3 * D, D), ("attn.proj", D, D), ("mlp.fc1", M, D), ("mlp.fc2", D, M),
+            ("attn.qkv", 3 * D, D),
+            ("attn.proj", D, D),
+            ("mlp.fc1", M, D),
+            ("mlp.fc2", D, M),
             ("adaLN_modulation.1", 6 * D, D),
-        ):  # fmt: skip
+        ):
             shapes[f"blocks.{i}.{name}.weight"] = (out, into)
             shapes[f"blocks.{i}.{name}.bias"] = (out,)
     out = p * p * channels * (2 if learned else 1)

@@ -157,13 +157,16 @@ class LatentWriter:
             )
         info = tfds.core.DatasetInfo(
             builder=tfds.core.DatasetIdentity(
-                name=_NAME, version=tfds.core.Version(_VERSION), data_dir=os.fspath(self._folder),
-                module_name=__name__, release_notes={_VERSION: "First release."},
+                name=_NAME,
+                version=tfds.core.Version(_VERSION),
+                data_dir=os.fspath(self._folder),
+                module_name=__name__,
+                release_notes={_VERSION: "First release."},
             ),
             description="Moments of a KL autoencoder: of each image, then of its mirror.",
             features=_features(self._shape, self._class_names),
             disable_shuffling=True,  # the record order is the images'
-        )  # fmt: skip
+        )
         info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
         split = tfds.core.SplitInfo(
             name=self._split,
@@ -181,9 +184,11 @@ class LatentWriter:
     @property
     def _template(self) -> tfds.core.ShardedFileTemplate:
         return tfds.core.ShardedFileTemplate(
-            data_dir=self._folder, dataset_name=_NAME, split=self._split,
+            data_dir=self._folder,
+            dataset_name=_NAME,
+            split=self._split,
             filetype_suffix="array_record",
-        )  # fmt: skip
+        )
 
     def _path(self, shard: range) -> Path:
         index = self._shards.index(shard)
@@ -203,10 +208,13 @@ class LatentWriter:
         }
         label = _message(3, _message(1, _varint(record["label"])))
         features = {"label": label, **floats}
-        return _message(1, b"".join(
-            _message(1, _message(1, name.encode()) + _message(2, feature))
-            for name, feature in features.items()
-        ))  # fmt: skip
+        return _message(
+            1,
+            b"".join(
+                _message(1, _message(1, name.encode()) + _message(2, feature))
+                for name, feature in features.items()
+            ),
+        )
 
 
 def _message(field: int, payload: bytes | np.ndarray) -> bytes:

@@ -108,8 +108,10 @@ def _layout(
         size = SIZES[0] + int(next(u) * (SIZES[1] - SIZES[0] + 1))
         colour = _rgb(next(u), 0.3 + 0.7 * next(u), 0.75 + 0.25 * next(u))
         ink = magnified(digits.ink[record], size)
-        places = [(int(next(u) * (SIDE - size + 1)), int(next(u) * (SIDE - size + 1)))
-                  for _ in range(_PLACES)]  # fmt: skip
+        places = [
+            (int(next(u) * (SIDE - size + 1)), int(next(u) * (SIDE - size + 1)))
+            for _ in range(_PLACES)
+        ]
         for row, column in places:
             there = taken[row : row + size, column : column + size]
             if np.minimum(there, ink).sum() <= _OVERLAP * ink.sum():
@@ -128,8 +130,11 @@ def magnified(ink: np.ndarray, size: int) -> np.ndarray:
 
 def _background(u: Iterator[float]) -> np.ndarray:
     dark, hue, saturation, value = next(u) < 0.5, next(u), next(u), next(u)
-    return _rgb(hue, 0, 0.08 * value) if dark else _rgb(hue, 0.4 + 0.5 * saturation,
-                                                        0.15 + 0.25 * value)  # fmt: skip
+    return (
+        _rgb(hue, 0, 0.08 * value)
+        if dark
+        else _rgb(hue, 0.4 + 0.5 * saturation, 0.15 + 0.25 * value)
+    )
 
 
 def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:

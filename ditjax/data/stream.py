@@ -277,10 +277,12 @@ class _Split:
         file = record.get("file_name", "")
         file = file.decode(errors="replace") if isinstance(file, bytes) else str(file)
         return Damaged(
-            {index: f"{self._title}: record {index}{f' ({file})' if file else ''} is damaged"
-                    f" ({reason})"},
+            {
+                index: f"{self._title}: record {index}{f' ({file})' if file else ''} is damaged"
+                f" ({reason})"
+            },
             f"delete {self._folder} and prepare the data set again.",
-        )  # fmt: skip
+        )
 
 
 def _check_files(builder: Any, split: str, title: str) -> None:

@@ -138,17 +138,26 @@ class Evaluator:
     ) -> float:
         c = dataclasses.replace(c, sample=dataclasses.replace(c.sample, num=num, cfg_scale=scale))
         return draw_to(
-            path, self._drawer, c, params, {"model": model, "sampling": self._sampling(c)},
-            seed=c.evaluate.seed, label_of=_label_of(c),
-        )  # fmt: skip
+            path,
+            self._drawer,
+            c,
+            params,
+            {"model": model, "sampling": self._sampling(c)},
+            seed=c.evaluate.seed,
+            label_of=_label_of(c),
+        )
 
     def _scored(
         self, c: Config, seen: Seen, label: np.ndarray, *, brief: bool = False
     ) -> dict[str, float]:
         found = score(
-            seen, self.reference.statistics, self.reference.pool,
-            inception=self._inception, seed=c.evaluate.seed, brief=brief,
-        )  # fmt: skip
+            seen,
+            self.reference.statistics,
+            self.reference.pool,
+            inception=self._inception,
+            seed=c.evaluate.seed,
+            brief=brief,
+        )
         if seen.judged is not None:
             found["accuracy"] = float(np.mean(seen.judged == label))
         return found

@@ -74,9 +74,12 @@ def see_scene(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     each, logits = recognise(*shipped(name), cut.reshape(B * n, WINDOW, WINDOW, 1), BATCH)
     each, logits = each.reshape(B, n, -1), logits.reshape(B, n, NUM_CLASSES)
     quarter = SIDE // 2
-    colours = (images.astype(np.float32) * np.float32(COLOUR_WEIGHT / 127.5)).reshape(
-        B, 2, quarter, 2, quarter, 3
-    ).mean((2, 4)).reshape(B, -1)  # fmt: skip
+    colours = (
+        (images.astype(np.float32) * np.float32(COLOUR_WEIGHT / 127.5))
+        .reshape(B, 2, quarter, 2, quarter, 3)
+        .mean((2, 4))
+        .reshape(B, -1)
+    )
     best = np.argsort(-whole, axis=1, kind="stable")[:, :WINDOWS_JUDGED, None]
     chosen = np.take_along_axis(logits, best, axis=1).mean(1)
     return np.concatenate([each.mean(1), each.max(1), colours], axis=1), chosen

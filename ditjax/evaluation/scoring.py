@@ -212,9 +212,15 @@ def _of_data_set(text: str, extractor: Extractor, side: int, data_dir: str) -> R
     if "/" in text and not text.startswith("folder:"):
         name, _, split = text.rpartition("/")
     spec = stream.DataSpec(
-        name=name, split=split, image_size=side, channels=1 if name == "digits" else 3, flip=False,
-        data_dir=data_dir or None, cache_mb=0, threads=4,
-    )  # fmt: skip
+        name=name,
+        split=split,
+        image_size=side,
+        channels=1 if name == "digits" else 3,
+        flip=False,
+        data_dir=data_dir or None,
+        cache_mb=0,
+        threads=4,
+    )
     info = stream.dataset_info(name, split, spec.data_dir)
     title = f"{info.full_name}-{split}-{side}"
     words = f"{title} {info.num_examples} {sorted(extractor.record.items())}"

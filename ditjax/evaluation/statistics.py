@@ -135,8 +135,10 @@ def _gaussian(
     sigma = sigma.astype(np.float64)
     # Sums in another order leave a rounding of float32 between the halves.
     if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
-        raise UserError(f"{where}: {sigma_name} is no covariance: expected a symmetric one, with no"
-                        " variance below 0.")  # fmt: skip
+        raise UserError(
+            f"{where}: {sigma_name} is no covariance: expected a symmetric one, with no"
+            " variance below 0."
+        )
     return mu.astype(np.float64), (sigma + sigma.T) / 2
 
 

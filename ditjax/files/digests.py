@@ -66,10 +66,11 @@ def shapes(tree: Any) -> dict[str, list[Any]]:
     """Path of a leaf -> [dtype, shape], in the order of the leaves."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): [
-            np.dtype(leaf.dtype).name, list(leaf.shape),
+            np.dtype(leaf.dtype).name,
+            list(leaf.shape),
         ]
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }  # fmt: skip
+    }
 
 
 def differences(saved: Mapping[str, list[Any]], asked: Mapping[str, list[Any]]) -> list[str]:

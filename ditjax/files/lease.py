@@ -66,9 +66,13 @@ class Lease:
     """
 
     def __init__(
-        self, file: str | os.PathLike[str], what: str, *, waits: bool = False,
+        self,
+        file: str | os.PathLike[str],
+        what: str,
+        *,
+        waits: bool = False,
         lost: Callable[[str], object] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.file, self._what = Path(os.path.abspath(file)), what
         self._waits, self._lost = waits, lost or end
         self._made: list[Path] = []  # the directories that were not there, the innermost first
@@ -76,9 +80,13 @@ class Lease:
         self._changing = threading.Lock()
         self._stop = threading.Event()
         self._me = Holder(
-            socket.gethostname(), _machine(), os.getpid(), _began(os.getpid()) or "",
-            time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), secrets.token_hex(8),
-        )  # fmt: skip
+            socket.gethostname(),
+            _machine(),
+            os.getpid(),
+            _began(os.getpid()) or "",
+            time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            secrets.token_hex(8),
+        )
         try:
             self._acquire()
         except OSError as error:
@@ -152,9 +160,11 @@ class Lease:
                 )
             if not told:
                 told = True
-                bound = "" if holder and holder.machine == self._me.machine else (
-                    f", or {SILENCE_SECONDS:g} s without a sign of it"
-                )  # fmt: skip
+                bound = (
+                    ""
+                    if holder and holder.machine == self._me.machine
+                    else (f", or {SILENCE_SECONDS:g} s without a sign of it")
+                )
                 line = f"waiting for the end of {who}, which has {self._what}{bound}"
                 print(line, file=sys.stderr, flush=True)
             time.sleep(POLL_SECONDS)
@@ -287,9 +297,12 @@ _leases: dict[Path, Lease] = {}
 
 
 def own(
-    file: str | os.PathLike[str], what: str, *, waits: bool = False,
+    file: str | os.PathLike[str],
+    what: str,
+    *,
+    waits: bool = False,
     lost: Callable[[str], object] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Has the lease, until the `scope` around this ends; nothing where we have it already.
 
     Raises UserError: see `Lease`.
@@ -393,8 +406,11 @@ def _began(pid: int) -> str | None:
         else:
             told = subprocess.run(
                 ["ps", "-o", "stat=", "-o", "lstart=", "-p", str(pid)],
-                capture_output=True, text=True, check=True, timeout=10,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            )
             state, _, began = told.stdout.strip().partition(" ")
     except (OSError, subprocess.SubprocessError, IndexError):
         return ""

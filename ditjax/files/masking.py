@@ -18,8 +18,18 @@ _TOKENS = re.compile(
     re.DOTALL,
 )
 _PARTS = (
-    "hf_", "AKIA", "ASIA", "gh", "glpat-", "xox", "sk-", "AIza", "ya29.", "eyJ", "-----BEGIN ",
-)  # fmt: skip
+    "hf_",
+    "AKIA",
+    "ASIA",
+    "gh",
+    "glpat-",
+    "xox",
+    "sk-",
+    "AIza",
+    "ya29.",
+    "eyJ",
+    "-----BEGIN ",
+)
 _USER_OF_A_URL = re.compile(r"(?<=://)[^/?#\s'\"]*(?=@)")
 _NAME = (
     r"(?:passw(?:or)?d|secret|token|credentials?|signature|(?:access|account|api|private)[_-]?key)"

@@ -26,10 +26,20 @@ _DEFLATE = 1100  # bytes at most that one compressed byte stands for: 1032, and 
 
 # What zipfile, its decompressors and NumPy's header raise on bytes that are no npz.
 _DAMAGE = (
-    zipfile.BadZipFile, zlib.error, struct.error, ValueError, ArithmeticError, EOFError,
-    RuntimeError, SyntaxError, tokenize.TokenError, TypeError, LookupError, AttributeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ValueError,
+    ArithmeticError,
+    EOFError,
+    RuntimeError,
+    SyntaxError,
+    tokenize.TokenError,
+    TypeError,
+    LookupError,
+    AttributeError,
     MemoryError,
-)  # fmt: skip
+)
 
 
 @contextlib.contextmanager

@@ -51,9 +51,13 @@ def estimate(c: Config, topology: Topology) -> Cost:
     """In closed form. Raises UserError for a mesh that is none on the topology."""
     chip, m = topology.chip, c.mesh
     sizes = axis_sizes(
-        topology.chips * chip.cores, data=m.data, fsdp=m.fsdp, tensor=m.tensor, context=m.context,
+        topology.chips * chip.cores,
+        data=m.data,
+        fsdp=m.fsdp,
+        tensor=m.tensor,
+        context=m.context,
         slices=m.slices,
-    )  # fmt: skip
+    )
     count = topology.chips * chip.cores * m.slices
     copies = sizes["data"] * m.slices
     shape = build.cost(c)

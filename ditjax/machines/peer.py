@@ -38,9 +38,13 @@ def training(spec: dict[str, Any], device: torch.device) -> tuple[Callable[[int]
     params = list(dit.parameters())
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(
-        params, spec["learning_rate"], betas=(spec["b1"], spec["b2"]), eps=spec["eps"],
-        weight_decay=spec["weight_decay"], fused=True,
-    )  # fmt: skip
+        params,
+        spec["learning_rate"],
+        betas=(spec["b1"], spec["b2"]),
+        eps=spec["eps"],
+        weight_decay=spec["weight_decay"],
+        fused=True,
+    )
     forward = torch.compile(dit) if spec["compile"] else dit
     B, C, side = spec["batch_size"], spec["dit"]["in_channels"], spec["dit"]["sample_size"]
     x0 = torch.randn(B, C, side, side, device=device)
@@ -121,10 +125,12 @@ def main() -> None:
     steps, parameters = training(spec, device)
     sample = sampling(spec, device) if spec.get("sample") else None
     answer(
-        torch=torch.__version__, diffusers=diffusers.__version__, parameters=parameters,
+        torch=torch.__version__,
+        diffusers=diffusers.__version__,
+        parameters=parameters,
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    )  # fmt: skip
+    )
     for line in sys.stdin:
         request = json.loads(line)
         began = time.perf_counter()

@@ -69,12 +69,16 @@ def _collectives(plan: Mapping[str, Any]) -> list[str]:
     rows = [["collective", "over", "group", "calls", "MB sent", "ms"]]
     rows += [
         [
-            row["type"], "+".join(row["axes"]), str(row["group"]), str(row["calls"]),
-            f"{row['wire_bytes'] / 1e6:.1f}", f"{row['seconds'] * 1e3:.2f}",
+            row["type"],
+            "+".join(row["axes"]),
+            str(row["group"]),
+            str(row["calls"]),
+            f"{row['wire_bytes'] / 1e6:.1f}",
+            f"{row['seconds'] * 1e3:.2f}",
         ]
         for row in plan["collectives"]
         if row["wire_bytes"] >= 5e4
-    ]  # fmt: skip
+    ]
     fsdp = plan["mesh"]["fsdp"]
     total = (
         f"a device sends {plan['wire_bytes'] / 1e9:.2f} GB a step,"
@@ -127,9 +131,12 @@ def search_text(plans: Sequence[Mapping[str, Any]], skipped: Sequence[str]) -> s
     for place, plan in enumerate(plans, start=1):
         fits = plan["memory"]["fits"]
         cells = [
-            str(place), mesh_words(plan["mesh"]), plan["remat"], str(plan["batch_size"]),
+            str(place),
+            mesh_words(plan["mesh"]),
+            plan["remat"],
+            str(plan["batch_size"]),
             f"{plan['memory']['peak_bytes'] / GIB:.2f}",
-        ]  # fmt: skip
+        ]
         if "roofline" in plan:
             r = plan["roofline"]
             cells += [

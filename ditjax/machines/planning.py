@@ -177,9 +177,11 @@ def _read(executable: Any, mesh: Mesh, topology: Topology, state: Any) -> dict[s
         elif "fsdp" in axes and each.kind == "all-reduce":
             reduced += each.times * sum(n for n in each.operands if n in gradients)
     peak = memory.peak_memory_in_bytes or (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    )  # fmt: skip
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
     return {
         "peak_bytes": float(peak),
         "temporary_bytes": float(memory.temp_size_in_bytes),

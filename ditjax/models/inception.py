@@ -141,9 +141,11 @@ def _without_padding(
     XLA's CPU backend runs the 149x149 one four times faster once a row of zeros is below it.
     """
     convolve = functools.partial(
-        jax.lax.conv_general_dilated, window_strides=(stride, stride),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision,
-    )  # fmt: skip
+        jax.lax.conv_general_dilated,
+        window_strides=(stride, stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return convolve(x, kernel, padding="VALID")
@@ -174,9 +176,13 @@ class Conv(nn.Module):
         if not self.same:
             return _without_padding(x, kernel, self.stride, self.precision)
         return jax.lax.conv_general_dilated(
-            x, kernel, (self.stride, self.stride), padding=[(k // 2, k // 2) for k in self.kernel],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=self.precision,
-        )  # fmt: skip
+            x,
+            kernel,
+            (self.stride, self.stride),
+            padding=[(k // 2, k // 2) for k in self.kernel],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=self.precision,
+        )
 
 
 class ConvNormRelu(nn.Module):

@@ -81,9 +81,12 @@ _watch: watch.Watch | None = None
 
 
 def start(
-    place: Place, said: Mapping[str, Any], *, initialization_seconds: float,
+    place: Place,
+    said: Mapping[str, Any],
+    *,
+    initialization_seconds: float,
     heartbeat_seconds: float,
-) -> None:  # fmt: skip
+) -> None:
     """Meets the other processes, before any computation: from here on all end together.
 
     `said` is what all must say alike: the command and its recipe. Raises UserError.
@@ -96,23 +99,36 @@ def start(
     _wait_at_abort()
     if place.index == 0:
         _watch = watch.first(
-            place.port, place.count, said, initialization_seconds, heartbeat_seconds,
-            {"port": _free_port(local)}, bind=local,
-        )  # fmt: skip
+            place.port,
+            place.count,
+            said,
+            initialization_seconds,
+            heartbeat_seconds,
+            {"port": _free_port(local)},
+            bind=local,
+        )
     else:
         _watch = watch.another(
-            place.host, place.port, place.index, place.count, said, initialization_seconds,
+            place.host,
+            place.port,
+            place.index,
+            place.count,
+            said,
+            initialization_seconds,
             heartbeat_seconds,
-        )  # fmt: skip
+        )
     # JAX would catch SIGTERM and leave it to the program to ask for it.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        f"{bracketed(place.host)}:{_watch.go['port']}", place.count, place.index,
-        place.device_ids, cluster_detection_method="deactivate",
+        f"{bracketed(place.host)}:{_watch.go['port']}",
+        place.count,
+        place.index,
+        place.device_ids,
+        cluster_detection_method="deactivate",
         initialization_timeout=max(1, int(initialization_seconds)),
         coordinator_bind_address=f"{bracketed(local)}:{_watch.go['port']}" if local else None,
         heartbeat_timeout_seconds=int(heartbeat_seconds) + _LATER_SECONDS,
-    )  # fmt: skip
+    )
     try:
         count = jax.process_count()
     except RuntimeError as error:

@@ -123,14 +123,22 @@ class Watch:
     """
 
     def __init__(
-        self, index: int, count: int, silence_seconds: float, links: list[Link],
-        go: Mapping[str, Any], listener: socket.socket | None = None,
+        self,
+        index: int,
+        count: int,
+        silence_seconds: float,
+        links: list[Link],
+        go: Mapping[str, Any],
+        listener: socket.socket | None = None,
         stop: Callable[[int], None] = os._exit,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.index, self.count, self.go = index, count, go
         self._silence, self._links, self._listener, self._stop = (
-            silence_seconds, links, listener, stop,
-        )  # fmt: skip
+            silence_seconds,
+            links,
+            listener,
+            stop,
+        )
         self.stop = Stop()
         self._wish = ""  # of this process: to be said by the watch's thread, which alone sends
         self._why = ""  # of process 0: what it has told all to halt for
@@ -266,9 +274,15 @@ class Watch:
 
 
 def first(
-    port: int, count: int, said: Mapping[str, Any], seconds: float, silence_seconds: float,
-    give: Mapping[str, Any], stop: Callable[[int], None] = os._exit, bind: str = "",
-) -> Watch:  # fmt: skip
+    port: int,
+    count: int,
+    said: Mapping[str, Any],
+    seconds: float,
+    silence_seconds: float,
+    give: Mapping[str, Any],
+    stop: Callable[[int], None] = os._exit,
+    bind: str = "",
+) -> Watch:
     """Process 0 of `count`: waits until all others have come and say the same; then all go.
 
     It listens at the address `bind`; '' is every one of this host. `give` goes to all as Watch.go,
@@ -307,9 +321,12 @@ def _listen(bind: str, port: int) -> socket.socket:
 
 
 def _gather(
-    listener: socket.socket, links: dict[int, Link], count: int, said: Mapping[str, Any],
+    listener: socket.socket,
+    links: dict[int, Link],
+    count: int,
+    said: Mapping[str, Any],
     seconds: float,
-) -> None:  # fmt: skip
+) -> None:
     """Fills `links` with all others. Raises UserError."""
     began, told = time.monotonic(), False
     while len(links) < count - 1:
@@ -359,9 +376,15 @@ def _gather(
 
 
 def another(
-    host: str, port: int, index: int, count: int, said: Mapping[str, Any], seconds: float,
-    silence_seconds: float, stop: Callable[[int], None] = os._exit,
-) -> Watch:  # fmt: skip
+    host: str,
+    port: int,
+    index: int,
+    count: int,
+    said: Mapping[str, Any],
+    seconds: float,
+    silence_seconds: float,
+    stop: Callable[[int], None] = os._exit,
+) -> Watch:
     """Process `index` of `count`: comes to process 0 at host:port and waits for its go.
 
     Raises UserError when nobody answers there within `seconds`, and what process 0 refuses.

@@ -187,8 +187,9 @@ def _budgets(curves: Sequence[Curve]) -> list[float]:
         size, (low, high) = curve.run.result["gflops"], (curve.gflops[0], curve.gflops[-1])
         old = ends.get(size, (low, high))
         ends[size] = (min(old[0], low), max(old[1], high))
-    tried = np.geomspace(min(low for low, _ in ends.values()),
-                         max(high for _, high in ends.values()), 60)  # fmt: skip
+    tried = np.geomspace(
+        min(low for low, _ in ends.values()), max(high for _, high in ends.values()), 60
+    )
     reached = [sum(low <= budget <= high for low, high in ends.values()) for budget in tried]
     least = max(3, max(reached) / 2)
     kept = [float(budget) for budget, n in zip(tried, reached, strict=True) if n >= least]
@@ -231,8 +232,11 @@ def _of_blocks(every: Sequence[Found], metric: str) -> Claim:
     models = []
     for each in every:
         model = each.result["model"]
-        rest = {key: value for key, value in settings(each, axes(every)).items()
-                if key not in ("model.block", "model.name")}  # fmt: skip
+        rest = {
+            key: value
+            for key, value in settings(each, axes(every)).items()
+            if key not in ("model.block", "model.name")
+        }
         models.append((model["size"], model["patch"], *map(str, rest.values())))
     blocks = [short(each.result["model"]["block"], 18) for each in every]
     return claims.adaln_zero_is_best(blocks, models, _values(every, metric))

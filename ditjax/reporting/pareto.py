@@ -87,8 +87,9 @@ def _draw(
     ax.set_xlabel("Gflops of sampling one image (multiply-accumulates / 10⁹ of all evaluations)")
     ax.set_ylabel(f"{name} (lower is better)")
     ax.grid(True, which="major", lw=0.7)
-    figure.suptitle(f"{name} against sampling compute", x=0.01, ha="left", fontsize=13,
-                    fontweight="bold")  # fmt: skip
+    figure.suptitle(
+        f"{name} against sampling compute", x=0.01, ha="left", fontsize=13, fontweight="bold"
+    )
     if not drawn:
         ax.text(0.5, 0.5, f"no cell has {name}", transform=ax.transAxes, ha="center")
         return figure
@@ -127,8 +128,7 @@ def _draw(
         handles=entries, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=8.5
     )
     left_title(legend)
-    words = [conditions(outcomes, protocol, reference),
-             what_varies(outcomes, varying(outcomes))]  # fmt: skip
+    words = [conditions(outcomes, protocol, reference), what_varies(outcomes, varying(outcomes))]
     if looks.labels:
         some = " of the front" if len(drawn) > MAX_LABELLED else ""
         words.append(f"Labels{some}: {', '.join(looks.labels)}.")
@@ -187,9 +187,13 @@ def _lines(ax: "Axes", drawn: Sequence[Outcome], metric: str, colour_of: Any) ->
     for cells in series.values():
         cells.sort(key=lambda each: each.gflops)
         ax.plot(
-            [each.gflops for each in cells], [each.metrics[metric] for each in cells],
-            color=colour_of(cells[0]), lw=1.1, alpha=0.6, zorder=3,
-        )  # fmt: skip
+            [each.gflops for each in cells],
+            [each.metrics[metric] for each in cells],
+            color=colour_of(cells[0]),
+            lw=1.1,
+            alpha=0.6,
+            zorder=3,
+        )
 
 
 def _staircase(ax: "Axes", on_front: Sequence[Outcome], metric: str, theme: Theme) -> None:
@@ -222,8 +226,10 @@ def _label(
     figure.draw_without_rendering()  # type: ignore[union-attr]
     points = figure.dpi / 72
     at = {each.name: ax.transData.transform((each.gflops, each.metrics[metric])) for each in drawn}
-    taken = [Bbox.from_extents(x - 4 * points, y - 4 * points, x + 4 * points, y + 4 * points)
-             for x, y in at.values()]  # fmt: skip
+    taken = [
+        Bbox.from_extents(x - 4 * points, y - 4 * points, x + 4 * points, y + 4 * points)
+        for x, y in at.values()
+    ]
     inside, hidden = ax.get_window_extent(), 0
     order = list(reversed(on_front))
     if len(drawn) <= MAX_LABELLED:
@@ -235,13 +241,21 @@ def _label(
         words = " · ".join(value for axis in looks.labels if (value := _of(each, axis)) != "-")
         for dx, dy, ha, va in [columns[each.name]] if each.name in columns else places:
             text = ax.annotate(
-                words, (each.gflops, each.metrics[metric]), (dx, dy), textcoords="offset points",
-                ha=ha, va=va, fontsize=8, color=theme.ink, zorder=6,
+                words,
+                (each.gflops, each.metrics[metric]),
+                (dx, dy),
+                textcoords="offset points",
+                ha=ha,
+                va=va,
+                fontsize=8,
+                color=theme.ink,
+                zorder=6,
                 fontweight="bold" if each is best else None,
                 path_effects=[withStroke(linewidth=2, foreground=theme.background)],
                 arrowprops={"arrowstyle": "-", "color": theme.faint, "lw": 0.5}
-                if abs(dx) > 8 else None,
-            )  # fmt: skip
+                if abs(dx) > 8
+                else None,
+            )
             text.set_in_layout(False)
             text.get_window_extent()  # puts it in its place
             box = Text.get_window_extent(text)  # without the line to its marker
@@ -300,10 +314,15 @@ def _mean(values: Sequence[float]) -> float:
 
 # Offsets in points, and how the label is aligned there.
 _BESIDE: tuple[_Place, ...] = (
-    (5, 4, "left", "bottom"), (6, 0, "left", "center"), (5, -4, "left", "top"),
-    (0, 6, "center", "bottom"), (0, -6, "center", "top"), (-6, 0, "right", "center"),
-    (-5, 5, "right", "bottom"), (-5, -5, "right", "top"),
-)  # fmt: skip
+    (5, 4, "left", "bottom"),
+    (6, 0, "left", "center"),
+    (5, -4, "left", "top"),
+    (0, 6, "center", "bottom"),
+    (0, -6, "center", "top"),
+    (-6, 0, "right", "center"),
+    (-5, 5, "right", "bottom"),
+    (-5, -5, "right", "top"),
+)
 _LEVELS = (0, 10, -10, 20, -20, 30, -30, 40, -40)
 _APART: tuple[_Place, ...] = tuple(
     place

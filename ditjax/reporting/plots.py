@@ -350,9 +350,12 @@ class _Drawing:
         for first, second in pairwise(sampled):
             if first.run is second.run:
                 plot.line(
-                    [first.gflops, second.gflops], [first.value, second.value], "curve",
-                    self.row(first.run), self.looks.of(first.run).colour,
-                )  # fmt: skip
+                    [first.gflops, second.gflops],
+                    [first.value, second.value],
+                    "curve",
+                    self.row(first.run),
+                    self.looks.of(first.run).colour,
+                )
         for one in sampled:
             plot.spot(one.gflops, one.value, self.looks.of(one.run), self.row(one.run), "small")
         return Panel(

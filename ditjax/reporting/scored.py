@@ -134,8 +134,16 @@ def _precision(result: Result) -> str | None:
 
 # Keys that say what a model is, that have fields of their own, or that change nothing learned.
 _APART = (
-    "size", "patch", "block", "dtype", "matmul", "learning_rate", "remat", "unroll", "attention",
-)  # fmt: skip
+    "size",
+    "patch",
+    "block",
+    "dtype",
+    "matmul",
+    "learning_rate",
+    "remat",
+    "unroll",
+    "attention",
+)
 
 
 def _recipe(result: Result) -> str | None:
@@ -158,9 +166,7 @@ FIELDS: Mapping[str, Field] = {
     "metric": Field(_protocol("metric")),
     "features": Field(_protocol("features")),
     "reference": Field(_reference),
-    "reference_features": Field(
-        _protocol("reference_features"), metrics=("precision", "recall")
-    ),
+    "reference_features": Field(_protocol("reference_features"), metrics=("precision", "recall")),
     "data": Field(_data),
     "image_size": Field(_config("data", "image_size")),
     "num_classes": Field(_config("data", "num_classes")),
@@ -180,7 +186,7 @@ FIELDS: Mapping[str, Field] = {
     "labels": Field(_protocol("labels"), decisive=False),
     "precision": Field(_precision, decisive=False),
     "seed": Field(_train("seed"), decisive=False),
-}  # fmt: skip
+}
 # Fields that have no effect in some results: nothing on record is then no difference.
 _WITHOUT_EFFECT = ("cfg_channels",)
 
@@ -376,14 +382,16 @@ def scored_text(rows: Sequence[Scored]) -> str:
     table = [["cell", "metric", "published", "measured", "difference", "by seeds alone", ""]]
     table += [
         [
-            short(row.cell), metric_name(row.metric), f"{row.published:g}",
+            short(row.cell),
+            metric_name(row.metric),
+            f"{row.published:g}",
             "-" if row.measured is None else number(row.measured, 4),
             "-" if row.difference is None else f"{row.difference:+.3g}",
             "-" if row.low is None else f"{number(row.low)} to {number(row.high)}",
             row.verdict if row.runs < 2 else f"{row.verdict}, {row.runs} seeds",
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     sources = ", ".join(dict.fromkeys(short(row.source, 120) for row in rows))
     lines = [
         f"published: figures of others ({sources}); measured: ours.",
@@ -415,11 +423,19 @@ def scored_csv(rows: Sequence[Scored]) -> str:
     return csv_of(
         [
             {
-                "cell": row.cell, "metric": row.metric, "published": row.published,
-                "measured": row.measured, "difference": row.difference, "runs": row.runs,
-                "low": row.low, "high": row.high, "noise": row.noise, "verdict": row.verdict,
-                "differences": "; ".join(row.differences), "source": row.source,
+                "cell": row.cell,
+                "metric": row.metric,
+                "published": row.published,
+                "measured": row.measured,
+                "difference": row.difference,
+                "runs": row.runs,
+                "low": row.low,
+                "high": row.high,
+                "noise": row.noise,
+                "verdict": row.verdict,
+                "differences": "; ".join(row.differences),
+                "source": row.source,
             }
             for row in rows
         ]
-    )  # fmt: skip
+    )

@@ -53,8 +53,9 @@ class Curve:
 def curves(runs: Sequence[Run]) -> list[Curve]:
     """By parametrization, then width; 'standard' comes first."""
     found = []
-    for key in sorted({(run.parametrization != "standard", run.parametrization, run.width)
-                       for run in runs}):  # fmt: skip
+    for key in sorted(
+        {(run.parametrization != "standard", run.parametrization, run.width) for run in runs}
+    ):
         mine = [run for run in runs if (run.parametrization, run.width) == key[1:]]
         rates = sorted({run.learning_rate for run in mine})
         seeds = sorted({run.seed for run in mine})
@@ -79,8 +80,11 @@ def conclusions(found: Sequence[Curve]) -> list[str]:
             lines.append(f"{name}: one width, nothing to compare.")
             continue
         bests = [curve.best for curve in mine]
-        edge = "; some at an edge of what was tried: it may lie beyond" if any(
-            curve.at_edge for curve in mine) else ""  # fmt: skip
+        edge = (
+            "; some at an edge of what was tried: it may lie beyond"
+            if any(curve.at_edge for curve in mine)
+            else ""
+        )
         lines.append(
             f"{name}: the best learning rate goes as width^{exponent:.2f}, from {number(bests[0])}"
             f" at {mine[0].width} to {number(bests[-1])} at {mine[-1].width}{edge}."
@@ -102,9 +106,10 @@ def table(found: Sequence[Curve], metric: str) -> str:
             cells.append(number(float(row.mean())) if len(row) else "-")
         ends = [number(o.x) + ("*" if o.edge else "") for o in curve.optima]
         lines.append(
-            f"{curve.parametrization:<9} {curve.width:>6}" + "".join(f"{c:>9}" for c in cells)
+            f"{curve.parametrization:<9} {curve.width:>6}"
+            + "".join(f"{c:>9}" for c in cells)
             + f"   {', '.join(ends) or '-'}"
-        )  # fmt: skip
+        )
     if any(curve.at_edge for curve in found):
         lines.append("* at an edge of what was tried: it may be better beyond.")
     return "\n".join([*lines, *conclusions(found)])
@@ -141,9 +146,14 @@ def _draw(found: Sequence[Curve], metric: str, caption: str, theme: Theme) -> "F
     widths = sorted({curve.width for curve in found})
     looks = {w: (COLOURS[i % 6], MARKERS[i % len(MARKERS)]) for i, w in enumerate(widths)}
     figure, panels = plt.subplots(
-        1, len(names), sharex=True, sharey=True, squeeze=False, layout="constrained",
+        1,
+        len(names),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
         figsize=(4.6 * len(names) + 1, 4.6),
-    )  # fmt: skip
+    )
     finite = np.concatenate([c.values[np.isfinite(c.values)] for c in found])
     low = finite.min() if len(finite) else 1.0
     high = min(finite.max() if len(finite) else 2.0, HIGHEST * low)
@@ -159,23 +169,30 @@ def _draw(found: Sequence[Curve], metric: str, caption: str, theme: Theme) -> "F
             # What diverged or left the frame shows as a line that leaves it.
             values = np.where(np.isfinite(curve.values), curve.values, 10 * high)
             mean = np.exp(np.log(values).mean(1))
-            ax.fill_between(curve.rates, values.min(1), values.max(1), color=colour, alpha=0.18,
-                            lw=0)  # fmt: skip
-            ax.plot(curve.rates, mean, marker=marker, ms=5, color=colour, lw=1.4,
-                    label=str(curve.width))  # fmt: skip
+            ax.fill_between(
+                curve.rates, values.min(1), values.max(1), color=colour, alpha=0.18, lw=0
+            )
+            ax.plot(
+                curve.rates, mean, marker=marker, ms=5, color=colour, lw=1.4, label=str(curve.width)
+            )
             for optimum in curve.optima:
                 ax.axvline(optimum.x, 0, 0.05, color=colour, lw=1.6)
         plain_ticks(ax)
     panels[0][0].set_ylabel(f"{metric_name(metric)} (lower is better)")
-    legend = panels[0][-1].legend(title="width", loc="upper left", bbox_to_anchor=(1.01, 1),
-                                  borderaxespad=0, fontsize=9)  # fmt: skip
+    legend = panels[0][-1].legend(
+        title="width", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=9
+    )
     left_title(legend)
-    figure.suptitle("Best learning rate by width", x=0.01, ha="left", fontsize=13,
-                    fontweight="bold")  # fmt: skip
+    figure.suptitle(
+        "Best learning rate by width", x=0.01, ha="left", fontsize=13, fontweight="bold"
+    )
     figure.supxlabel(
         f"{caption} Bands: the range of the seeds. Ticks at the foot: each seed's best rate.",
-        x=0.01, ha="left", fontsize=8.5, color=theme.faint,
-    )  # fmt: skip
+        x=0.01,
+        ha="left",
+        fontsize=8.5,
+        color=theme.faint,
+    )
     return figure
 
 

@@ -383,8 +383,10 @@ class Checkpoints:
         return DamagedError(
             f"checkpoint {step} in {self.directory} is damaged: {what}."
             + (f" Name another --step: {others}." if others else " There is no other."),
-            step, what, everywhere=everywhere,
-        )  # fmt: skip
+            step,
+            what,
+            everywhere=everywhere,
+        )
 
     @contextlib.contextmanager
     def _told(self, step: int) -> Iterator[None]:

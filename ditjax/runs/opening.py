@@ -31,10 +31,16 @@ def data_spec(c: Config) -> stream.DataSpec:
     """The data set of a recipe, as the readers take it."""
     d = c.data
     return stream.DataSpec(
-        name=d.name, split=d.split, image_size=d.image_size, channels=d.channels, flip=d.flip,
-        data_dir=d.data_dir or None, cache_mb=d.cache_mb, threads=d.threads,
+        name=d.name,
+        split=d.split,
+        image_size=d.image_size,
+        channels=d.channels,
+        flip=d.flip,
+        data_dir=d.data_dir or None,
+        cache_mb=d.cache_mb,
+        threads=d.threads,
         max_damaged=d.max_damaged,
-    )  # fmt: skip
+    )
 
 
 def check_data(c: Config) -> stream.DatasetInfo:

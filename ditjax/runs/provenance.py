@@ -70,7 +70,9 @@ def commit() -> str:
     try:
         return subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -22,13 +22,31 @@ ENDED_FILE = "ended.json"  # how it ended, where it has no result
 
 # What may differ on resuming: where and how often, never what is learned.
 FREE_KEYS = (
-    "mesh.", "distributed.", "sample.", "evaluate.", "sweep.", "model.unroll", "model.remat",
-    "model.attention", "train.microbatches", "train.prefetch", "data.threads",
-    "data.cache_mb", "data.data_dir", "data.max_damaged", "train.steps", "train.log_every_steps",
-    "train.checkpoint_every_steps", "train.keep_checkpoints", "train.keep_every_steps",
-    "train.grace_seconds", "train.sample_every_steps",
-    "train.evaluate_every_steps", "train.evaluate_num", "train.max_bad_steps",
-)  # fmt: skip
+    "mesh.",
+    "distributed.",
+    "sample.",
+    "evaluate.",
+    "sweep.",
+    "model.unroll",
+    "model.remat",
+    "model.attention",
+    "train.microbatches",
+    "train.prefetch",
+    "data.threads",
+    "data.cache_mb",
+    "data.data_dir",
+    "data.max_damaged",
+    "train.steps",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.keep_every_steps",
+    "train.grace_seconds",
+    "train.sample_every_steps",
+    "train.evaluate_every_steps",
+    "train.evaluate_num",
+    "train.max_bad_steps",
+)
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -358,15 +358,25 @@ class Pipeline:
         recipe's (`self.config.sample`). Raises UserError.
         """
         c, label_of = self._asked(
-            classes, num=num, seed=seed, cfg_scale=cfg_scale, sampler=sampler, eta=eta,
-            cfg_channels=cfg_channels, steps=None if steps is None else str(steps),
+            classes,
+            num=num,
+            seed=seed,
+            cfg_scale=cfg_scale,
+            sampler=sampler,
+            eta=eta,
+            cfg_channels=cfg_channels,
+            steps=None if steps is None else str(steps),
             batch_size=batch_size,
-        )  # fmt: skip
+        )
         began = time.monotonic()
         drawn = self._drawer.whole(
-            c, self._params, c.sample.num, seed=c.seed, label_of=label_of,
+            c,
+            self._params,
+            c.sample.num,
+            seed=c.seed,
+            label_of=label_of,
             title="" if quiet else "sample",
-        )  # fmt: skip
+        )
         images = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in drawn.images]
         record = self._record(c, label_of, time.monotonic() - began)
         return Output(images, drawn.images, drawn.label, record)
@@ -401,9 +411,14 @@ class Pipeline:
         return {**record, "protocol": provenance["sampling"], "seconds": round(seconds, 3)}
 
     def _asked(
-        self, classes: Sequence[int | str] | str | None, *, num: int | None,
-        batch_size: int | None, seed: int | None = None, **sample: Any,
-    ) -> tuple[Config, list[int] | None]:  # fmt: skip
+        self,
+        classes: Sequence[int | str] | str | None,
+        *,
+        num: int | None,
+        batch_size: int | None,
+        seed: int | None = None,
+        **sample: Any,
+    ) -> tuple[Config, list[int] | None]:
         """The recipe and the labels of a call; None leaves a key as it is."""
         label_of = self.labels(classes)
         if num is None:

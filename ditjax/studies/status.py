@@ -205,8 +205,10 @@ def plan_text(states: Sequence[State]) -> str:
     left = [each for each in states if each.stage != DONE]
     lines = aligned(rows, [True, False, False, True, True, True, False])
     work = [sum(each.cell.training_gflops for each in some) for some in (states, left)]
-    return "\n".join([
-        *lines,
-        f"{len(states)} cells, {len(left)} to run: {work[1]:.4g} of {work[0]:.4g} training Gflops"
-        " (multiply-accumulates; each image takes 3 forward passes)",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            f"{len(states)} cells, {len(left)} to run: {work[1]:.4g} of {work[0]:.4g} training"
+            " Gflops (multiply-accumulates; each image takes 3 forward passes)",
+        ]
+    )

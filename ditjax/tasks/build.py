@@ -170,10 +170,15 @@ def optimizer(c: Config) -> optax.GradientTransformation:
     o, relative = c.optim, base(c) if c.train.network == "dit" else None
     rate = learning_rate_schedule(o.learning_rate, o.schedule, o.warmup_steps, c.train.steps)
     return make_optimizer(
-        rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+        rate,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
         spike_factor=o.spike_factor,
         scale=None if relative is None else _scale(parse_size(c.model.size).width / relative.width),
-    )  # fmt: skip
+    )
 
 
 def _scale(ratio: float) -> Callable[[Any], Any]:
@@ -315,18 +320,26 @@ def pair_losses(c: Config, mesh: Mesh | None = None) -> PairLosses:
     loss = losses.hybrid_loss if c.diffusion.variance == "learned_range" else losses.simple_loss
 
     def measure(
-        params: Any, frozen: Any, keys: jax.Array, images: jax.Array, labels: jax.Array,
+        params: Any,
+        frozen: Any,
+        keys: jax.Array,
+        images: jax.Array,
+        labels: jax.Array,
         t: jax.Array,
-    ) -> dict[str, jax.Array]:  # fmt: skip
+    ) -> dict[str, jax.Array]:
         x0 = images
         if c.latent:
             noise = samplers.per_sample_noise(keys, shape)(jnp.int32(0))
             x0 = sample_posterior(encode(c, frozen, images), noise) * c.autoencoder.scale
         found = loss(
-            lambda x_t, t: apply(params, x_t, t, labels), process, x0, t,
+            lambda x_t, t: apply(params, x_t, t, labels),
+            process,
+            x0,
+            t,
             samplers.initial_noise(keys, shape),
-            prediction=c.diffusion.prediction, variance=c.diffusion.variance,
-        )  # fmt: skip
+            prediction=c.diffusion.prediction,
+            variance=c.diffusion.variance,
+        )
         return {name: found[name] for name in ("mse", "vlb") if name in found}
 
     return measure
@@ -417,12 +430,22 @@ def sampler(
         noise = samplers.per_sample_noise(keys, shape)
         if c.sample.sampler == "ddpm":
             return samplers.ddpm(
-                denoise, process, x_T, noise,
-                prediction=prediction, variance=variance, clip_x0=c.sample.clip_x0,
-            )  # fmt: skip
+                denoise,
+                process,
+                x_T,
+                noise,
+                prediction=prediction,
+                variance=variance,
+                clip_x0=c.sample.clip_x0,
+            )
         return samplers.ddim(
-            denoise, process, x_T, noise,
-            eta=c.sample.eta, prediction=prediction, clip_x0=c.sample.clip_x0,
-        )  # fmt: skip
+            denoise,
+            process,
+            x_T,
+            noise,
+            eta=c.sample.eta,
+            prediction=prediction,
+            clip_x0=c.sample.clip_x0,
+        )
 
     return sample

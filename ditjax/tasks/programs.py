@@ -185,9 +185,13 @@ def sampling(c: Config, mesh: Mesh, frozen: Any = None) -> Sampling:
         key = stream(seed, _SAMPLE)
         with precise(c):
             drawn = settled_images(
-                params, frozen, key, processes.from_whole(batch_sharding, indices),
-                processes.from_whole(batch_sharding, labels), guidance,
-            )  # fmt: skip
+                params,
+                frozen,
+                key,
+                processes.from_whole(batch_sharding, indices),
+                processes.from_whole(batch_sharding, labels),
+                guidance,
+            )
         return np.asarray(drawn), np.asarray(labels, np.int32)
 
     return Sampling(draw, c.sample.batch_size)

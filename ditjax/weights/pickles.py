@@ -23,8 +23,13 @@ MAX_LEAVES = 10_000_000
 
 # What odd opcodes and odd arguments of constructors end in; anything else is a bug of ours.
 DAMAGE = (
-    ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error,
-)  # fmt: skip
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 _SCALARS = (str, int, float, complex, bytes, type(None))
 

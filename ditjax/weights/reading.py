@@ -139,23 +139,28 @@ def _load_dit(file: weights.TensorFile, layout: str, heads: int, numerics: Numer
         file,
         {
             "model": {
-                "size": _size_name(size), "patch": p, "mlp_ratio": _mlp_ratio(hidden, D),
-                "frequency_shift": int(of_diffusers), "norm2_eps": norm2_eps,
+                "size": _size_name(size),
+                "patch": p,
+                "mlp_ratio": _mlp_ratio(hidden, D),
+                "frequency_shift": int(of_diffusers),
+                "norm2_eps": norm2_eps,
             },
             "diffusion": {
                 "variance": "learned_range" if out == 2 * p * p * C else "fixed_small",
                 "loss": "hybrid" if out == 2 * p * p * C else "simple",
             },
             "data": {
-                "image_size": input_size * (8 if latent else 1), "num_classes": classes,
+                "image_size": input_size * (8 if latent else 1),
+                "num_classes": classes,
                 "channels": 3 if latent else C,
             },
             "autoencoder": {"kind": "kl" if latent else "none", "latent_channels": C},
             "sample": {
-                "cfg_channels": "three" if release and C >= 3 else "all", "clip_x0": not latent,
+                "cfg_channels": "three" if release and C >= 3 else "all",
+                "clip_x0": not latent,
             },
         },
-    )  # fmt: skip
+    )
     what = f"DiT of {depth} layers, width {D}, patch {p} in the layout of {_program(layout)}"
     ours = shapes_of(config)
     rules = _DIT_LAYOUTS[layout]
@@ -177,9 +182,11 @@ def _mlp_ratio(hidden: int, width: int) -> float:
 
 def _program(layout: str) -> str:
     return {
-        "release": "the public release", "diffusers": "diffusers",
-        "diffusers_old": "diffusers before 0.14", "ldm": "latent diffusion",
-    }[layout]  # fmt: skip
+        "release": "the public release",
+        "diffusers": "diffusers",
+        "diffusers_old": "diffusers before 0.14",
+        "ldm": "latent diffusion",
+    }[layout]
 
 
 def _params(
@@ -288,13 +295,15 @@ def _load_autoencoder(file: weights.TensorFile) -> Network:
             "train": {"network": "autoencoder"},
             "data": {"channels": channels},
             "autoencoder": {
-                "base_width": width, "multipliers": tuple(w // width for w in widths),
-                "res_blocks": res_blocks, "latent_channels": latent,
+                "base_width": width,
+                "multipliers": tuple(w // width for w in widths),
+                "res_blocks": res_blocks,
+                "latent_channels": latent,
                 "groups": said.get("norm_num_groups", 32),
                 "scale": said.get("scaling_factor", 0.18215),
             },
         },
-    )  # fmt: skip
+    )
     ours = shapes_of(config)
     rules = layouts.autoencoder_layout(ours, layout)
     # Before 0.14 the attention was of matrices or of 1x1 convolutions, as the file was made.
@@ -312,16 +321,22 @@ def _load_autoencoder(file: weights.TensorFile) -> Network:
 
 # What diffusers' classes can be configured to that tensors do not tell, and what is computed here.
 _AUTOENCODER_CONFIG: Mapping[str, tuple[Any, ...]] = {
-    "_class_name": ("AutoencoderKL",), "act_fn": ("silu",), "shift_factor": (None,),
-    "latents_mean": (None,), "latents_std": (None,), "use_quant_conv": (True,),
-    "use_post_quant_conv": (True,), "mid_block_add_attention": (True,),
-}  # fmt: skip
+    "_class_name": ("AutoencoderKL",),
+    "act_fn": ("silu",),
+    "shift_factor": (None,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+}
 _DIT_CONFIG: Mapping[str, tuple[Any, ...]] = {
     # The published folders are older than the class.
     "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
-    "activation_fn": ("gelu-approximate",), "norm_type": ("ada_norm_zero",),
+    "activation_fn": ("gelu-approximate",),
+    "norm_type": ("ada_norm_zero",),
     "norm_elementwise_affine": (False,),
-}  # fmt: skip
+}
 
 
 def _check_config(file: weights.TensorFile, supported: Mapping[str, tuple[Any, ...]]) -> None:
@@ -377,9 +392,11 @@ def _with_scheduler(c: Config, folder: Path) -> Config:
     prediction = predictions.get(str(said.get("prediction_type", "epsilon")))
     steps = said.get("num_train_timesteps", 1000)
     if (
-        schedule is None or prediction is None
-        or type(steps) is not int or not 2 <= steps <= _MAX_TIMESTEPS
-    ):  # fmt: skip
+        schedule is None
+        or prediction is None
+        or type(steps) is not int
+        or not 2 <= steps <= _MAX_TIMESTEPS
+    ):
         raise UserError(
             f"{folder}: beta_schedule {said.get('beta_schedule')!r}, prediction_type"
             f" {said.get('prediction_type')!r}, num_train_timesteps {steps!r}: expected one of"

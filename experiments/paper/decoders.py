@@ -36,8 +36,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sweep.title = f"DiT table 5: the {name} decoder"
     config.sweep.published = published.figures(
         published.scores(published.DECODERS[name]),
-        model__size="XL", model__patch=2, train__steps=imagenet256.STEPS, sample__cfg_scale=1.5,
-    )  # fmt: skip
+        model__size="XL",
+        model__patch=2,
+        train__steps=imagenet256.STEPS,
+        sample__cfg_scale=1.5,
+    )
     config.sweep.published_protocol = published.protocol(decoder=name, leave=("steps", "cfg_scale"))
     config.sweep.published_source = f"{published.PAPER}, table 5"
     return config

@@ -37,8 +37,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.sweep.published += published.figures(
         {"fid": published.TABLES[256][1.25][0]},
-        **keys, sample__cfg_channels="three", sample__cfg_scale=1.25,
-    )  # fmt: skip
+        **keys,
+        sample__cfg_channels="three",
+        sample__cfg_scale=1.25,
+    )
     config.sweep.published_protocol = published.protocol(
         decoder="ft-EMA", leave=("steps", "cfg_scale", "cfg_channels")
     )

@@ -32,13 +32,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sweep.published = sum(
         (
             published.figures(
-                published.scores(row), model__size="XL", model__patch=2, train__steps=STEPS,
+                published.scores(row),
+                model__size="XL",
+                model__patch=2,
+                train__steps=STEPS,
                 sample__cfg_scale=scale,
             )
             for scale, row in published.TABLES[512].items()
         ),
         (),
-    )  # fmt: skip
+    )
     config.sweep.published_protocol = published.protocol(
         512, decoder="ft-EMA", leave=("steps", "cfg_scale")
     )

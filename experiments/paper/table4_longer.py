@@ -41,12 +41,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sweep.published = sum(
         (
             published.figures(
-                {"fid": fid}, model__size="XL", model__patch=2, train__steps=steps,
+                {"fid": fid},
+                model__size="XL",
+                model__patch=2,
+                train__steps=steps,
                 sample__cfg_scale=1.0,
             )
             for steps, fid in longer.items()
         ),
         (),
-    )  # fmt: skip
+    )
     config.sweep.published_protocol = published.protocol(int(size), leave=("steps",))
     return config

@@ -46,9 +46,12 @@ def test_round_trip_of_a_release_checkpoint(tmp_path, capsys):
     assert "over 127 here, 128 there" in capsys.readouterr().out
     assert_same(tensors.read_tensors(tmp_path / "d.pt").tensors, state)
     run(
-        f"--weights={tmp_path}/a.pt", "--to=diffusers", f"--out={tmp_path}/e", "--heads=3",
+        f"--weights={tmp_path}/a.pt",
+        "--to=diffusers",
+        f"--out={tmp_path}/e",
+        "--heads=3",
         "--numerics=diffusers",
-    )  # fmt: skip
+    )
     assert "note" not in capsys.readouterr().out
 
 
@@ -96,9 +99,11 @@ def test_a_pipeline(tmp_path, capsys):
     other["encoder.conv_in.bias"] = other["encoder.conv_in.bias"] + 1
     write_torch(tmp_path / "vae2.ckpt", {"state_dict": other, "norm_num_groups": 8})
     run(
-        f"--weights={tmp_path}/p", "--to=pipeline", f"--out={tmp_path}/r",
+        f"--weights={tmp_path}/p",
+        "--to=pipeline",
+        f"--out={tmp_path}/r",
         f"--autoencoder={tmp_path}/vae2.ckpt",
-    )  # fmt: skip
+    )
     state = load_file(tmp_path / "r" / "vae" / FOLDER_WEIGHTS)
     np.testing.assert_array_equal(state["encoder.conv_in.bias"], other["encoder.conv_in.bias"])
 
@@ -107,9 +112,12 @@ def test_imagenet_pipelines_are_named(tmp_path, capsys):
     write_torch(tmp_path / "a.pt", release_state(classes=1000))
     vae = diffusers_folder(tmp_path / "vae", "autoencoder")
     run(
-        f"--weights={tmp_path}/a.pt", "--to=pipeline", f"--out={tmp_path}/p", "--heads=3",
+        f"--weights={tmp_path}/a.pt",
+        "--to=pipeline",
+        f"--out={tmp_path}/p",
+        "--heads=3",
         f"--autoencoder={vae}",
-    )  # fmt: skip
+    )
     assert "null label" not in capsys.readouterr().out
     labels = json.loads((tmp_path / "p" / "model_index.json").read_text())["id2label"]
     assert labels["207"] == "golden retriever"
@@ -250,8 +258,10 @@ def test_as_a_process(command, source, files):
     words += ["--to=ditjax"] if command == "convert" else []
     done = subprocess.run(
         [sys.executable, "-m", f"ditjax.{command}", *words],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")

@@ -44,12 +44,19 @@ def words(vae, *more):
     return [
         "--config=experiments/digits_latent.py",
         *[word for word in TINY if "batch" not in word and not word.startswith("--config=")],
-        "--config.autoencoder.base_width=4", "--config.autoencoder.multipliers=(1,2)",
-        "--config.autoencoder.groups=2", "--config.autoencoder.res_blocks=1",
-        "--config.data.channels=3", "--config.data.image_size=32", "--config.data.split=test",
-        "--config.model.size=1x32x2", "--config.model.patch=4", "--config.train.batch_size=24",
-        f"--config.autoencoder.path={vae}", *more,
-    ]  # fmt: skip
+        "--config.autoencoder.base_width=4",
+        "--config.autoencoder.multipliers=(1,2)",
+        "--config.autoencoder.groups=2",
+        "--config.autoencoder.res_blocks=1",
+        "--config.data.channels=3",
+        "--config.data.image_size=32",
+        "--config.data.split=test",
+        "--config.model.size=1x32x2",
+        "--config.model.patch=4",
+        "--config.train.batch_size=24",
+        f"--config.autoencoder.path={vae}",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +198,12 @@ def test_latents_are_the_same_x0_as_images_encoded_on_the_way(vae, whole, monkey
 def test_training_on_latents_is_training_on_images(vae, whole):
     """The same losses step by step; without mirroring they would differ by 2 %."""
     command = words(
-        vae, "--config.data.flip=True", "--config.optim.warmup_steps=0",
-        "--config.optim.learning_rate=2e-2", "--config.train.batch_size=16",
-    )  # fmt: skip
+        vae,
+        "--config.data.flip=True",
+        "--config.optim.warmup_steps=0",
+        "--config.optim.learning_rate=2e-2",
+        "--config.train.batch_size=16",
+    )
     c = config.read(load_recipe(command).to_dict())
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
     training = programs.training(c, mesh, opening.load_autoencoder(c, mesh))
@@ -212,8 +222,11 @@ def test_training_on_latents_is_training_on_images(vae, whole):
 def test_latents_of_another_shape_are_refused_before_a_compilation(vae, whole, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(UserError, match=r"latents of \[16, 16, 4\], and the recipe's are \[32, 32"):
-        train.main([
-            *words(vae, "--config.data.image_size=64"), f"--config.data.name=latents:{whole}",
-            f"--workdir={run}",
-        ])  # fmt: skip
+        train.main(
+            [
+                *words(vae, "--config.data.image_size=64"),
+                f"--config.data.name=latents:{whole}",
+                f"--workdir={run}",
+            ]
+        )
     assert not run.exists()

@@ -32,9 +32,12 @@ def sample_file(digits, tmp_path):
 
 def run(samples, reference, out, *more):
     words = [
-        f"--samples={samples}", f"--reference={reference}", "--features=digits", f"--out={out}",
+        f"--samples={samples}",
+        f"--reference={reference}",
+        "--features=digits",
+        f"--out={out}",
         *more,
-    ]  # fmt: skip
+    ]
     assert evaluate.main(words) == 0
     return json.loads(out.read_text())
 

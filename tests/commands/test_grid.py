@@ -102,8 +102,12 @@ def test_a_grid(made, finished):
     rows = list(csv.DictReader((out / "grid.csv").open()))
     assert [float(row["metrics.fd_digits"]) for row in rows] == list(values.values())
     assert {p.name for p in out.iterdir()} == {
-        "cells", "grid.csv", "grid.json", "grid.txt", "pareto.png",
-    }  # fmt: skip
+        "cells",
+        "grid.csv",
+        "grid.json",
+        "grid.txt",
+        "pareto.png",
+    }
     assert not (finished / "grid").exists()
 
 
@@ -137,8 +141,11 @@ def test_published_figures_stand_beside_their_cells(made, finished, tmp_path, ca
     free, guided = json.loads((out / "grid.json").read_text())["scored"]
     assert (guided["metric"], guided["published"]) == ("fd_digits", 30.0)
     assert guided["cell"].endswith("weights=ema cfg_scale=3")
-    (cell,) = [c for c in cells(out) if c["settings"]["weights"] == "ema"
-               and c["settings"]["cfg_scale"] == 3]  # fmt: skip
+    (cell,) = [
+        c
+        for c in cells(out)
+        if c["settings"]["weights"] == "ema" and c["settings"]["cfg_scale"] == 3
+    ]
     assert guided["measured"] == cell["metrics"]["fd_digits"]
     assert guided["verdict"] == "not comparable", "all channels and not three"
     assert (free["metric"], free["verdict"]) == ("accuracy", "noise unknown")
@@ -223,8 +230,10 @@ def test_guidance_on_the_whole_interval_is_guidance(made, finished, tmp_path):
     assert (part != plain).any()
     assert (part != unguided).any()
     assert [cell["sampling_gflops"] / ours["sampling_gflops"] for cell in cells(tmp_path)] == [
-        pytest.approx(1), pytest.approx(1), pytest.approx(4 / 6),
-    ]  # fmt: skip
+        pytest.approx(1),
+        pytest.approx(1),
+        pytest.approx(4 / 6),
+    ]
 
 
 def test_a_stale_or_damaged_cell_is_done_again_and_others_are_not(made, finished, tmp_path, capsys):
@@ -266,8 +275,10 @@ def test_killed_in_a_cell_it_goes_on_to_the_same_table(finished, tmp_path):
     out = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-m", "ditjax.grid", *words, f"--out={out}"],
-        stdout=subprocess.DEVNULL, stderr=(log := tmp_path / "log").open("wb"), env=os.environ,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=(log := tmp_path / "log").open("wb"),
+        env=os.environ,
+    )
     deadline = time.monotonic() + 120
     while len(parts := list(out.glob("cells/*cfg_scale_4*/samples.npz.parts/0*.npz"))) < 2:
         assert process.poll() is None, log.read_text()
@@ -378,10 +389,17 @@ def test_the_files_are_of_the_cells_on_disk(tmp_path):
     cells, _ = grid.plan([run], {"steps": ("ddim5", "ddim10", "ddim25", "ddim50")})
     for cell, value in zip(cells, (30.0, 20.0, None, 25.0), strict=True):
         record = {
-            "name": cell.name, "run": "r", "step": 1, "params_sha256": "0", "protocol_hash": "0",
-            "settings": cell.settings, "protocol": {}, "sampling_gflops": cell.gflops,
-            "seconds": 1.0, "metrics": {"fd_digits": value},
-        }  # fmt: skip
+            "name": cell.name,
+            "run": "r",
+            "step": 1,
+            "params_sha256": "0",
+            "protocol_hash": "0",
+            "settings": cell.settings,
+            "protocol": {},
+            "sampling_gflops": cell.gflops,
+            "seconds": 1.0,
+            "metrics": {"fd_digits": value},
+        }
         write_json(tmp_path / "cells" / cell.name / "evaluation.json", record)
     shared = {"metric": "FD-digits", "num_samples": 40, "labels": "uniform", "seed": 0}
     text = grid._report(cells, tmp_path, shared, "fd_digits", "digits/train")
@@ -400,9 +418,12 @@ def test_names_tell_cells_apart_and_are_legal(finished):
     run = grid.Run("a b:c", Path("x"), opening.recipe_of(finished))
     plan = grid.plan(
         [run],
-        {"cfg_scale": (2.0, 2.0000001), "steps": ("10,15,20", ",".join(["3"] * 100)),
-         "cfg_interval": ((0.0, 0.5), (0.0, 0.51))},
-    )  # fmt: skip
+        {
+            "cfg_scale": (2.0, 2.0000001),
+            "steps": ("10,15,20", ",".join(["3"] * 100)),
+            "cfg_interval": ((0.0, 0.5), (0.0, 0.51)),
+        },
+    )
     names = [cell.name for cell in plan.cells]
     assert len(set(names)) == 8
     for name in names:

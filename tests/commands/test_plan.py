@@ -64,9 +64,12 @@ def told(peak_bytes, seconds):
     """What a compiler says, for tests of what is made of it."""
     row = {"type": "all-gather", "axes": ["fsdp"], "group": 2, "calls": 1, "wire_bytes": 1e9}
     return {
-        "peak_bytes": peak_bytes, "temporary_bytes": 0.0, "seconds": 0.0, "scattered": 0.75,
+        "peak_bytes": peak_bytes,
+        "temporary_bytes": 0.0,
+        "seconds": 0.0,
+        "scattered": 0.75,
         "collectives": [{**row, "seconds": seconds}],
-    }  # fmt: skip
+    }
 
 
 def test_too_large_says_by_how_much_and_what_is_large_enough(tmp_path, capsys, monkeypatch):

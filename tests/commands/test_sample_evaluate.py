@@ -55,9 +55,17 @@ def test_evaluate(finished, capsys):
     record = json.loads((finished / "evaluation.json").read_text())
     metrics = record["metrics"]
     assert metrics.keys() == {
-        "fd_digits", "fd_digits_low", "fd_digits_high", "precision_digits", "recall_digits",
-        "kd_digits", "kd_digits_subset_deviation", "accuracy", "fd_digits_floor", "accuracy_guided",
-    }  # fmt: skip
+        "fd_digits",
+        "fd_digits_low",
+        "fd_digits_high",
+        "precision_digits",
+        "recall_digits",
+        "kd_digits",
+        "kd_digits_subset_deviation",
+        "accuracy",
+        "fd_digits_floor",
+        "accuracy_guided",
+    }
     assert metrics["fd_digits"] > 3 * metrics["fd_digits_floor"], "20 steps make no digits"
     assert record["protocol"]["num_samples"] == 40
     for name in ("samples", "guided"):
@@ -97,10 +105,12 @@ SMALL_AUTOENCODER = (
 def autoencoder(data_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("autoencoder")
     words = [
-        "--config=experiments/digits_latent.py:autoencoder", *SMALL_AUTOENCODER,
-        "--config.train.steps=12", "--config.optim.warmup_steps=2",
+        "--config=experiments/digits_latent.py:autoencoder",
+        *SMALL_AUTOENCODER,
+        "--config.train.steps=12",
+        "--config.optim.warmup_steps=2",
         "--config.train.log_every_steps=4",
-    ]  # fmt: skip
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITJAX_DATA", str(data_dir))
         assert train.main([*words, f"--workdir={workdir}"]) == 0
@@ -109,11 +119,14 @@ def autoencoder(data_dir, tmp_path_factory):
 
 def latent_words(autoencoder):
     return [
-        "--config=experiments/digits_latent.py", *SMALL_AUTOENCODER,
+        "--config=experiments/digits_latent.py",
+        *SMALL_AUTOENCODER,
         *[word for word in TINY if "batch" not in word and not word.startswith("--config=")],
-        "--config.model.size=1x32x2", "--config.model.patch=4", "--config.sample.batch_size=40",
+        "--config.model.size=1x32x2",
+        "--config.model.patch=4",
+        "--config.sample.batch_size=40",
         f"--config.autoencoder.path={autoencoder}",
-    ]  # fmt: skip
+    ]
 
 
 def test_the_latent_path(autoencoder, tmp_path):

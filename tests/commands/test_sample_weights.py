@@ -40,9 +40,14 @@ def files(tmp_path_factory):
 
 def words(files, out, *more):
     return [
-        f"--weights={files / 'dit'}", f"--autoencoder={files / 'vae'}", f"--out={out}",
-        "--steps=ddim2", "--sampler=ddim", "--num=8", *more,
-    ]  # fmt: skip
+        f"--weights={files / 'dit'}",
+        f"--autoencoder={files / 'vae'}",
+        f"--out={out}",
+        "--steps=ddim2",
+        "--sampler=ddim",
+        "--num=8",
+        *more,
+    ]
 
 
 def record_of(folder):
@@ -65,18 +70,26 @@ def test_sample_from_weights(files, tmp_path, capsys):
     assert record["autoencoder"]["files"] == [str(files / "vae" / FOLDER_WEIGHTS)]
     assert (record["seed"], record["classes"]) == (5, [7, 3])
     expected = {
-        "num": 8, "cfg_scale": 1.5, "cfg_channels": "all", "steps": "ddim2", "sampler": "ddim",
+        "num": 8,
+        "cfg_scale": 1.5,
+        "cfg_channels": "all",
+        "steps": "ddim2",
+        "sampler": "ddim",
         "eta": 0.5,
-    }  # fmt: skip
+    }
     assert {key: record["sample"][key] for key in expected} == expected
     assert (record["model"]["dtype"], record["model"]["matmul"]) == ("float32", "float32")
     assert record["seconds"] > 0
 
     # The recipe's keys say the same as the flags, and what the record holds makes it again.
     again = [
-        "--config.seed=5", "--config.sample.cfg_scale=1.5", "--config.sample.eta=0.5",
-        "--config.model.matmul=float32", "--classes=7,3", "--batch_size=8",
-    ]  # fmt: skip
+        "--config.seed=5",
+        "--config.sample.cfg_scale=1.5",
+        "--config.sample.eta=0.5",
+        "--config.model.matmul=float32",
+        "--classes=7,3",
+        "--batch_size=8",
+    ]
     assert sample.main(words(files, tmp_path / "b", *again)) == 0
     np.testing.assert_array_equal(load_samples(tmp_path / "b" / "samples.npz")[0], images)
     same = {**record_of(tmp_path / "b"), "seconds": record["seconds"]}
@@ -86,12 +99,16 @@ def test_sample_from_weights(files, tmp_path, capsys):
 def test_a_whole_recipe_beside_weights(files, tmp_path):
     """--config=FILE is the recipe then: it must be of the weights' architecture."""
     recipe = (
-        "--config=experiments/base.py:1x16x2", "--config.model.patch=2",
-        "--config.data.num_classes=10", "--config.data.image_size=8",
-        "--config.autoencoder.base_width=4", "--config.autoencoder.multipliers=(1,2)",
-        "--config.autoencoder.res_blocks=1", "--config.autoencoder.groups=2",
+        "--config=experiments/base.py:1x16x2",
+        "--config.model.patch=2",
+        "--config.data.num_classes=10",
+        "--config.data.image_size=8",
+        "--config.autoencoder.base_width=4",
+        "--config.autoencoder.multipliers=(1,2)",
+        "--config.autoencoder.res_blocks=1",
+        "--config.autoencoder.groups=2",
         "--config.sample.batch_size=8",
-    )  # fmt: skip
+    )
     assert sample.main(words(files, tmp_path, *recipe, "--config.sample.cfg_scale=2.0")) == 0
     record = record_of(tmp_path)
     assert record["sample"]["cfg_scale"] == 2.0
@@ -102,9 +119,16 @@ def test_a_whole_recipe_beside_weights(files, tmp_path):
 
 def pixel_words(path, out, *more):
     return [
-        f"--weights={path}", f"--out={out}", "--heads=2", "--steps=ddim2", "--sampler=ddim",
-        "--num=8", "--cfg_scale=1", "--classes=1", *more,
-    ]  # fmt: skip
+        f"--weights={path}",
+        f"--out={out}",
+        "--heads=2",
+        "--steps=ddim2",
+        "--sampler=ddim",
+        "--num=8",
+        "--cfg_scale=1",
+        "--classes=1",
+        *more,
+    ]
 
 
 TINY_RELEASE = {"depth": 1, "width": 16, "side": 8, "channels": 1}
@@ -184,14 +208,21 @@ def test_sources(files, tmp_path):
 
 def latent_words(path):
     return [
-        "--config=experiments/digits_latent.py", "--config.autoencoder.base_width=4",
-        "--config.autoencoder.multipliers=(1,2)", "--config.autoencoder.groups=2",
-        "--config.autoencoder.res_blocks=1", "--config.data.channels=3",
-        "--config.data.image_size=16", "--config.train.batch_size=8",
+        "--config=experiments/digits_latent.py",
+        "--config.autoencoder.base_width=4",
+        "--config.autoencoder.multipliers=(1,2)",
+        "--config.autoencoder.groups=2",
+        "--config.autoencoder.res_blocks=1",
+        "--config.data.channels=3",
+        "--config.data.image_size=16",
+        "--config.train.batch_size=8",
         *[word for word in TINY if "batch" not in word and not word.startswith("--config=")],
-        "--config.model.size=1x16x2", "--config.model.patch=4", "--config.sample.batch_size=8",
-        "--config.train.steps=3", f"--config.autoencoder.path={path}",
-    ]  # fmt: skip
+        "--config.model.size=1x16x2",
+        "--config.model.patch=4",
+        "--config.sample.batch_size=8",
+        "--config.train.steps=3",
+        f"--config.autoencoder.path={path}",
+    ]
 
 
 def test_a_published_autoencoder_in_a_recipe(files, tmp_path):

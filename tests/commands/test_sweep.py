@@ -272,9 +272,13 @@ time.sleep(60)
 
 def test_a_cell_ends_with_the_sweep_that_started_it():
     process = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN], cwd=Path(__file__).parent.parent.parent, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", ORPHAN],
+        cwd=Path(__file__).parent.parent.parent,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         assert process.stdout
         assert process.stdout.readline() == "here\n"

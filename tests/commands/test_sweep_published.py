@@ -76,9 +76,10 @@ def test_a_plan_is_made_of_each_cell(tmp_path, capsys, monkeypatch):
     def plan(c, topology, steps, cache):
         made.append((c.model.size, c.model.patch, topology.name, steps))
         return {
-            "chips": 16, "memory": {"peak_bytes": 1.0, "hbm_bytes": 2.0},
+            "chips": 16,
+            "memory": {"peak_bytes": 1.0, "hbm_bytes": 2.0},
             "cost": {"hours": {"overlapped": 1.0, "sequential": 2.0}},
-        }  # fmt: skip
+        }
 
     monkeypatch.setattr(planning, "make_plan", plan)
     grid = "--config.sweep.grid=(('model.patch',(8,4)),)"

@@ -229,16 +229,20 @@ def test_a_damaged_image_is_named(tmp_path):
     one_damaged_of(3, tmp_path)
     refused(
         [f"--config.data.name=folder:{tmp_path / 'images'}", "--config.data.num_classes=2"],
-        tmp_path, r"dog/1\.png is not a sound image",
-    )  # fmt: skip
+        tmp_path,
+        r"dog/1\.png is not a sound image",
+    )
 
 
 def test_damaged_images_are_skipped_up_to_the_cap(tmp_path, capsys):
     one_damaged_of(4, tmp_path)
     words = [
-        *TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.name=folder:{tmp_path / 'images'}",
-        "--config.data.num_classes=2", "--config.train.steps=4",
-    ]  # fmt: skip
+        *TINY,
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.name=folder:{tmp_path / 'images'}",
+        "--config.data.num_classes=2",
+        "--config.train.steps=4",
+    ]
     assert train.main([*words, "--config.data.max_damaged=1"]) == 0
     (line,) = (tmp_path / "run" / "damaged.txt").read_text().splitlines()
     assert "(dog/1.png) is damaged" in line
@@ -256,9 +260,12 @@ def test_a_folder_of_images_trains(tmp_path):
             pixels = rng.integers(0, 256, (11, 9, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
     words = [
-        f"--config.data.name=folder:{tmp_path / 'images'}", "--config.data.num_classes=2",
-        "--config.data.channels=3", "--config.data.flip=True", "--config.train.steps=4",
-    ]  # fmt: skip
+        f"--config.data.name=folder:{tmp_path / 'images'}",
+        "--config.data.num_classes=2",
+        "--config.data.channels=3",
+        "--config.data.flip=True",
+        "--config.train.steps=4",
+    ]
     assert train.main([*TINY, f"--workdir={tmp_path / 'run'}", *words]) == 0
     assert lines(tmp_path / "run")[-1]["step"] == 4
 
@@ -267,7 +274,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     said = r"steps 2 to \d+, \d in a row, were skipped: .* loss (nan|inf), .*, lower config\.optim"
     with pytest.raises(UserError, match=said):
         train.main(
-            [*TINY, f"--workdir={tmp_path}", "--config.optim.learning_rate=1e30",
-             "--config.optim.warmup_steps=0"]
-        )  # fmt: skip
+            [
+                *TINY,
+                f"--workdir={tmp_path}",
+                "--config.optim.learning_rate=1e30",
+                "--config.optim.warmup_steps=0",
+            ]
+        )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ema(tmp_path)[0]))

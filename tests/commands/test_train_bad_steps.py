@@ -84,8 +84,12 @@ def test_skipped_steps_are_told_and_a_resume_among_them_is_exact(tmp_path, capsy
     out, err = capsys.readouterr()
     rows = lines(tmp_path / "whole")
     assert [(r["step"], r.get("skipped")) for r in rows] == [
-        (4, None), (8, 1), (12, 4), (16, None), (20, None),
-    ]  # fmt: skip
+        (4, None),
+        (8, 1),
+        (12, 4),
+        (16, None),
+        (20, None),
+    ]
     told = [each for row in rows for each in row.get("skipped_steps", [])]
     assert [(each["step"], each["index"]) for each in told] == [(k, seen[k]) for k in bad]
     assert {each["loss"] for each in told} == {"nan"}
@@ -135,8 +139,12 @@ def test_the_last_good_state_is_kept_and_no_older_one_is_lost(tmp_path):
     assert checkpoints(tmp_path / "six") == [6]
     assert lines(tmp_path / "six")[-1]["skipped"] == 2
     # Without a checkpoint of step 6 one is made: to the bit the same.
-    said = run(tmp_path / "seven", bad, "--config.train.checkpoint_every_steps=20",
-               "--config.train.log_every_steps=6")  # fmt: skip
+    said = run(
+        tmp_path / "seven",
+        bad,
+        "--config.train.checkpoint_every_steps=20",
+        "--config.train.log_every_steps=6",
+    )
     assert said.endswith("checkpoint 12 has the last good state.")
     assert same(tmp_path / "six", tmp_path / "seven") == (6, 12)
 

@@ -28,9 +28,12 @@ from tests.sampling.test_pipeline import traces
 DISTANCES = (30.0, 10.0, math.nan, 20.0)  # at steps 5, 10, 15 and 20, in the place of the real
 SLOW_SECONDS = 2.0  # added to the second evaluation: what a loaded machine does not add by itself
 SMALL = (
-    *TINY, "--config.evaluate.guided_scale=0.0", "--config.train.keep_checkpoints=1",
-    "--config.train.evaluate_num=24", "--config.evaluate.val_loss_num=30",
-)  # fmt: skip
+    *TINY,
+    "--config.evaluate.guided_scale=0.0",
+    "--config.train.keep_checkpoints=1",
+    "--config.train.evaluate_num=24",
+    "--config.evaluate.val_loss_num=30",
+)
 
 
 class Watched(NamedTuple):

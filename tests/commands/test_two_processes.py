@@ -54,9 +54,14 @@ class Pair:
         processes = []
         for i, output in enumerate(outputs):
             command = [
-                sys.executable, "-m", "tests.commands.pair", str(self.workdir),
-                f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={i}",
-            ]  # fmt: skip
+                sys.executable,
+                "-m",
+                "tests.commands.pair",
+                str(self.workdir),
+                f"--coordinator=127.0.0.1:{port}",
+                "--processes=2",
+                f"--process={i}",
+            ]
             env = {**os.environ, "XLA_FLAGS": flags, "DITJAX_DATA": str(data_dir)}
             with output.open("wb") as file:
                 processes.append(
@@ -109,8 +114,12 @@ def test_the_first_process_writes_what_is_written_once(pair):
     events = [name for name in names if name.startswith("events.")]
     assert len(events) == 1
     assert [name for name in names if name not in events] == [
-        "checkpoints", "config.json", "drawn", "metrics.jsonl", "parameters.txt",
-    ]  # fmt: skip
+        "checkpoints",
+        "config.json",
+        "drawn",
+        "metrics.jsonl",
+        "parameters.txt",
+    ]
     assert [line["step"] for line in scalars(pair.workdir).values()] == [1, 2, 3, 4, 5, 6]
     assert len((pair.workdir / "metrics.jsonl").read_text().splitlines()) == 6
     first, second = pair.said
@@ -179,9 +188,12 @@ def test_what_a_scheduler_tells_jax_is_taken(monkeypatch):
     from ditjax.parallel import processes
 
     slurm = {
-        "SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "node[007-009]", "SLURM_NTASKS": "3",
-        "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
-    }  # fmt: skip
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_NODELIST": "node[007-009]",
+        "SLURM_NTASKS": "3",
+        "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "0",
+    }
     for key, value in slurm.items():
         monkeypatch.setenv(key, value)
     place = processes.detected(10)

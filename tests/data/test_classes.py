@@ -11,12 +11,26 @@ from ditjax.errors import UserError
 
 # Every name that two of the classes have, as case and '-' are not told apart.
 SHARED = {
-    "cardigan": (264, 474), "catamount": (286, 287), "crane": (134, 517), "crawfish": (123, 124),
-    "crayfish": (123, 124), "gong": (494, 577), "grass snake": (55, 57), "harp": (593, 594),
-    "horn": (513, 566), "maillot": (638, 639), "missile": (657, 744), "panda": (387, 388),
-    "panther": (286, 290), "partridge": (82, 86), "polecat": (358, 361), "sand viper": (54, 66),
-    "sus scrofa": (341, 342), "tub": (435, 876), "wagon": (436, 734),
-}  # fmt: skip
+    "cardigan": (264, 474),
+    "catamount": (286, 287),
+    "crane": (134, 517),
+    "crawfish": (123, 124),
+    "crayfish": (123, 124),
+    "gong": (494, 577),
+    "grass snake": (55, 57),
+    "harp": (593, 594),
+    "horn": (513, 566),
+    "maillot": (638, 639),
+    "missile": (657, 744),
+    "panda": (387, 388),
+    "panther": (286, 290),
+    "partridge": (82, 86),
+    "polecat": (358, 361),
+    "sand viper": (54, 66),
+    "sus scrofa": (341, 342),
+    "tub": (435, 876),
+    "wagon": (436, 734),
+}
 
 
 def test_the_order_is_that_of_imagenet2012_elsewhere():
@@ -50,8 +64,13 @@ def test_numbers_names_and_wordnet_ids():
     words = "207,360,golden_retriever"
     assert parse_classes(words, 1000) == [207, 360, 207]
     assert parse_classes(" 0 ,tinca-TINCA,  Toilet  Paper ,n02099601,007,N02099601", 1000) == [
-        0, 0, 999, 207, 7, 207,
-    ]  # fmt: skip
+        0,
+        0,
+        999,
+        207,
+        7,
+        207,
+    ]
     assert parse_classes("black footed ferret,black-footed_ferret", 1000) == [359, 359]
 
 

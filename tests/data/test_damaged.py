@@ -45,10 +45,13 @@ def joined(batches, key):
 def skipping(order, bad):
     """Each bad record's place taken by the next in the order, cyclic, that is sound."""
     return [
-        next(order[(i + k) % len(order)] for k in range(len(order))
-             if order[(i + k) % len(order)] not in bad)
+        next(
+            order[(i + k) % len(order)]
+            for k in range(len(order))
+            if order[(i + k) % len(order)] not in bad
+        )
         for i in range(len(order))
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -98,10 +101,13 @@ def test_neither_batches_nor_processes_nor_a_resume_change_it(broken, cache_mb):
     np.testing.assert_array_equal(joined(whole, "index"), joined(large, "index"))
 
 
-@pytest.mark.parametrize(("allowed", "match"), [
-    (0, r"is damaged \(.*prepare the data set again, or let such be skipped by config\.data"),
-    (2, r"is damaged \(.*more than config\.data\.max_damaged=2 records are: delete"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("allowed", "match"),
+    [
+        (0, r"is damaged \(.*prepare the data set again, or let such be skipped by config\.data"),
+        (2, r"is damaged \(.*more than config\.data\.max_damaged=2 records are: delete"),
+    ],
+)
 def test_past_the_cap_it_ends(broken, allowed, match):
     spec, _ = broken
     spec = DataSpec(**{**vars(spec), "max_damaged": allowed})
@@ -147,9 +153,15 @@ def test_a_record_that_array_record_cannot_read_leaves_the_others(digits_dir, tm
     damage(file, file.read_bytes().find(b"\x89PNG") + 40)  # of record 0, the first in the file
     for cache_mb in (0, 256):
         spec = DataSpec(
-            "digits", "test", 8, 1, flip=False, data_dir=tmp_path / "data", cache_mb=cache_mb,
+            "digits",
+            "test",
+            8,
+            1,
+            flip=False,
+            data_dir=tmp_path / "data",
+            cache_mb=cache_mb,
             max_damaged=1,
-        )  # fmt: skip
+        )
         told: list[str] = []
         found = joined(take(spec, 12, batch_size=32, tell=told.append), "index")[:359]
         np.testing.assert_array_equal(found, skipping(epoch_order(SEED, 0, 359), {0}))
@@ -167,11 +179,13 @@ def encoded(tmp_path):
     """Latents of 9 records, and their file."""
     writer = LatentWriter(tmp_path / "l", "train", (4, 4, 2), ("a",), 9, {"images": "x/1"})
     for shard in writer.missing():
-        writer.write(shard, [
-            {"mean": mean(i), "label": 0,
-             "log_variance": np.zeros((2, 4, 4, 2), np.float32)}
-            for i in shard
-        ])  # fmt: skip
+        writer.write(
+            shard,
+            [
+                {"mean": mean(i), "label": 0, "log_variance": np.zeros((2, 4, 4, 2), np.float32)}
+                for i in shard
+            ],
+        )
     writer.finish()
     (file,) = (tmp_path / "l").rglob("*.array_record*")
     return tmp_path / "l", file

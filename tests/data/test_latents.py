@@ -69,10 +69,13 @@ def test_records_come_back_in_order_from_shards_of_their_ranges(finished):
     assert sorted(contents(finished)) == [
         f"latents/1.0.0/{name}"
         for name in (
-            "dataset_info.json", "features.json", "label.labels.txt",
-            *(f"latents-train.array_record-0000{i}-of-00003" for i in range(3)), "metadata.json",
+            "dataset_info.json",
+            "features.json",
+            "label.labels.txt",
+            *(f"latents-train.array_record-0000{i}-of-00003" for i in range(3)),
+            "metadata.json",
         )
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("label", [0, 7, 127, 128, 999])
@@ -166,8 +169,9 @@ def test_an_encoding_goes_on_at_the_first_missing_shard(finished, tmp_path):
 def test_jobs_write_their_own_shards_and_any_finishes(finished, tmp_path):
     jobs = [writer(tmp_path) for _ in range(2)]
     assert [job.missing(i, 2) for i, job in enumerate(jobs)] == [
-        [range(64), range(128, 150)], [range(64, 128)],
-    ]  # fmt: skip
+        [range(64), range(128, 150)],
+        [range(64, 128)],
+    ]
     for i in (1, 0):
         for shard in jobs[i].missing(i, 2):
             jobs[i].write(shard, records(shard))

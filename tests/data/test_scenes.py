@@ -75,8 +75,10 @@ def test_all_digits_of_a_scene_are_of_its_class_and_show_their_ink():
 
 def test_digits_keep_clear_of_one_another(train, many):
     for i, each in enumerate(many[:100]):
-        assert all(0 <= row <= SIDE - size and 0 <= column <= SIDE - size
-                   for row, column, size in each.boxes), i  # fmt: skip
+        assert all(
+            0 <= row <= SIDE - size and 0 <= column <= SIDE - size
+            for row, column, size in each.boxes
+        ), i
     # Solid squares must not overlap but for a twentieth of their ink.
     solid = Digits(np.ones((1, 8, 8)), tuple(np.zeros(1, int) for _ in range(10)))
     for i in range(60):

@@ -29,12 +29,15 @@ NUM = 100  # no multiple of a batch
 @functools.cache
 def recipe():
     words = (
-        "--config=experiments/digits.py:1x32x2/4", "--config.model.unroll=1",
+        "--config=experiments/digits.py:1x32x2/4",
+        "--config.model.unroll=1",
         "--config.train.evaluate_every_steps=0",
-        "--config.sample.steps=ddim3", "--config.sample.batch_size=24",
-        f"--config.evaluate.num_samples={NUM}", "--config.evaluate.guided_num=30",
+        "--config.sample.steps=ddim3",
+        "--config.sample.batch_size=24",
+        f"--config.evaluate.num_samples={NUM}",
+        "--config.evaluate.guided_num=30",
         "--config.evaluate.val_loss_num=0",
-    )  # fmt: skip
+    )
     return changed(read(load_recipe(words).to_dict()), {"sample": {"num": NUM}})
 
 
@@ -218,11 +221,14 @@ def test_scenes_are_seen_in_windows(tmp_path):
             "model": {"patch": 16},
             "sample": {"batch_size": 16, "steps": "ddim2"},
             "evaluate": {
-                "features": "scenes", "num_samples": 16, "guided_scale": 0.0, "val_loss_num": 16,
+                "features": "scenes",
+                "num_samples": 16,
+                "guided_scale": 0.0,
+                "val_loss_num": 16,
                 "reference": "digit_scenes/60/train[:40]",
             },
         },
-    )  # fmt: skip
+    )
     evaluator = Evaluator(c, make_mesh(-1, 1))
     trained = programs.training(c, make_mesh(1, 1, jax.devices()[:1])).init().params
     weights = jax.tree.map(np.asarray, trained)

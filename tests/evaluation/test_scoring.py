@@ -123,9 +123,13 @@ def test_statistics_of_others_come_with_images_or_without(tmp_path, reference):
     bare, full = tmp_path / "bare.npz", tmp_path / "full.npz"
     np.savez(bare, mu=statistics.mu, sigma=statistics.sigma)
     np.savez(
-        full, mu=statistics.mu, sigma=statistics.sigma, mu_s=statistics.mu_s,
-        sigma_s=statistics.sigma_s, arr_0=images(30, 1),
-    )  # fmt: skip
+        full,
+        mu=statistics.mu,
+        sigma=statistics.sigma,
+        mu_s=statistics.mu_s,
+        sigma_s=statistics.sigma_s,
+        arr_0=images(30, 1),
+    )
     found = {path.stem: open_reference(str(path), EXTRACTOR, 4) for path in (bare, full)}
     assert found["bare"].pool is None
     np.testing.assert_array_equal(found["full"].pool, extract(images(30, 1)).pool)

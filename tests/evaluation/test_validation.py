@@ -25,10 +25,13 @@ NUM, HELD_OUT = 37, 20  # no multiple of a batch, and more pairs than images
 @functools.cache
 def recipe(file="digits.py:1x32x2/4"):
     words = (
-        f"--config=experiments/{file}", "--config.model.unroll=1",
-        "--config.sample.batch_size=16", "--config.sample.steps=ddim3",
-        f"--config.evaluate.split=test[:{HELD_OUT}]", f"--config.evaluate.val_loss_num={NUM}",
-    )  # fmt: skip
+        f"--config=experiments/{file}",
+        "--config.model.unroll=1",
+        "--config.sample.batch_size=16",
+        "--config.sample.steps=ddim3",
+        f"--config.evaluate.split=test[:{HELD_OUT}]",
+        f"--config.evaluate.val_loss_num={NUM}",
+    )
     return read(load_recipe(words).to_dict())
 
 
@@ -155,9 +158,11 @@ def test_the_protocol_says_what_it_is_of_and_only_where_it_is():
         "val_loss_target": "eps, linear, 1000 steps",
     }
     for changes in (
-        {"evaluate": {"val_loss_num": 38}}, {"evaluate": {"split": "test"}},
-        {"diffusion": {"prediction": "v"}}, {"diffusion": {"schedule": "cosine"}},
-    ):  # fmt: skip
+        {"evaluate": {"val_loss_num": 38}},
+        {"evaluate": {"split": "test"}},
+        {"diffusion": {"prediction": "v"}},
+        {"diffusion": {"schedule": "cosine"}},
+    ):
         assert validator.protocol(changed(c, changes)) != own, changes
     off = changed(c, {"evaluate": {"val_loss_num": 0}})
     assert (validator.protocol(off), validator(off, None)) == ({}, {})

@@ -53,8 +53,10 @@ def test_training_is_the_papers(name, latent, steps):
     assert (c.optim.b1, c.optim.b2) == (0.9, 0.999)
     assert (c.data.num_classes, c.data.flip, c.model.label_dropout) == (1000, True, 0.1)
     assert (c.model.block, c.diffusion.loss, c.diffusion.schedule) == (
-        "adaln_zero", "hybrid", "linear",
-    )  # fmt: skip
+        "adaln_zero",
+        "hybrid",
+        "linear",
+    )
     assert c.autoencoder.scale == 0.18215
 
 

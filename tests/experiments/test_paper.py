@@ -27,13 +27,20 @@ PAPER = sorted(
     if path.stem not in ("__init__", "published")
 )
 ARGUMENTS = [
-    *PAPER, "table4_longer:512", "decoders:ft-mse", "decoders:original", "fig5_blocks:S/8",
-]  # fmt: skip
+    *PAPER,
+    "table4_longer:512",
+    "decoders:ft-mse",
+    "decoders:original",
+    "fig5_blocks:S/8",
+]
 GOLDEN = json.loads((ROOT / "tests" / "goldens" / "published.json").read_text(encoding="utf-8"))
 METRICS = {
-    "fid": "fid", "sfid": "sfid", "is": "inception_score", "precision": "precision",
+    "fid": "fid",
+    "sfid": "sfid",
+    "is": "inception_score",
+    "precision": "precision",
     "recall": "recall",
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -74,8 +81,12 @@ def test_a_recipe_says_what_its_figures_are(name):
     assert fields.keys() <= FIELDS.keys()
     # Every field of a protocol is said, or is one that the figures' own keys tell.
     of_keys = {key for keys, _, _ in c.sweep.published for key, _ in keys}
-    names = {"steps": "train.steps", "cfg_scale": "sample.cfg_scale",
-             "cfg_channels": "sample.cfg_channels", "sampling_steps": "sample.steps"}  # fmt: skip
+    names = {
+        "steps": "train.steps",
+        "cfg_scale": "sample.cfg_scale",
+        "cfg_channels": "sample.cfg_channels",
+        "sampling_steps": "sample.steps",
+    }
     assert {names[field] for field in FIELDS.keys() - fields.keys()} <= of_keys
     assert fields["precision"] == fields["seed"] == "not stated"
     assert c.evaluate.features.startswith("inception:")
@@ -110,8 +121,12 @@ def test_figure_5():
         assert (cell.config.model.size, cell.config.model.patch) == ("XL", 2)
         found[cell.config.model.block] = cell.published["values"]["fid"]
     golden = {row["block"]: row["fid50k"] for row in GOLDEN["block_ablation_XL2_400k"]}
-    names = {"in_context": "in-context", "cross_attention": "cross-attention",
-             "adaln": "adaLN", "adaln_zero": "adaLN-Zero"}  # fmt: skip
+    names = {
+        "in_context": "in-context",
+        "cross_attention": "cross-attention",
+        "adaln": "adaLN",
+        "adaln_zero": "adaLN-Zero",
+    }
     assert {names[block]: fid for block, fid in found.items()} == golden
     assert all(cell.published is None for cell in cells(raw("fig5_blocks:S/8")))
 

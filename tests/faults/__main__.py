@@ -70,9 +70,11 @@ def main(argv: list[str]) -> int:
         table.clean(root, failed)
         if args.json:
             told: dict[str, Any] = {
-                "seed": args.seed, "jobs": args.jobs, "rows": [tally.told() for tally in tallies],
+                "seed": args.seed,
+                "jobs": args.jobs,
+                "rows": [tally.told() for tally in tallies],
                 "seconds": round(time.monotonic() - began, 1),
-            }  # fmt: skip
+            }
             args.json.write_text(json.dumps(told, indent=1) + "\n")
     return 1 if failed else 0
 

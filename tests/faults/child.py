@@ -83,9 +83,12 @@ def watch(oracle: Oracle, pace: float, hold: dict[int, float], bad: set[int]) ->
             new, metrics = p.step(state, *rest)
             weights = digest((new.params, new.ema, new.opt_state))
             oracle.write(
-                step=int(new.step), loss=float(metrics["loss"]).hex(), state=digest(new),
-                weights=weights, ids=ahead.popleft(),
-            )  # fmt: skip
+                step=int(new.step),
+                loss=float(metrics["loss"]).hex(),
+                state=digest(new),
+                weights=weights,
+                ids=ahead.popleft(),
+            )
             return new, metrics
 
         return p._replace(put=put, step=step)

@@ -44,18 +44,22 @@ MESHES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "1": (1, 1, TRAIN),
     "8": (8, 1, TRAIN),
     "2x2x2": (
-        8, 1,
+        8,
+        1,
         (*TRAIN, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
     ),
     # Two processes of one device each: collectives of more are slow on a few cores.
     "pair": (
-        1, 2,
+        1,
+        2,
         (
-            *TRAINED, *TRAIN[len(TINY):], "--config.mesh.fsdp=2",
+            *TRAINED,
+            *TRAIN[len(TINY) :],
+            "--config.mesh.fsdp=2",
             "--config.distributed.heartbeat_seconds=5",
         ),
     ),
-}  # fmt: skip
+}
 _STRAY = re.compile(r"tmp|temp|partial|\.deleted$|\.part$|~$")
 
 
@@ -151,9 +155,13 @@ class Zygote:
     def __init__(self, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.zygote"],
-            cwd=ROOT, env={**os.environ, **environment, "OPENBLAS_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            env={**os.environ, **environment, "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         assert self._process.stdout
         ready = self._process.stdout.readline()
         if not ready:
@@ -165,9 +173,13 @@ class Zygote:
         threading.Thread(target=self._read, daemon=True).start()
 
     def start(
-        self, words: Sequence[str], out: Path, oracle: Path, env: Mapping[str, str],
+        self,
+        words: Sequence[str],
+        out: Path,
+        oracle: Path,
+        env: Mapping[str, str],
         namespace: int = 0,
-    ) -> Child:  # fmt: skip
+    ) -> Child:
         """A watched command: words are its name and flags."""
         assert self._process.stdin
         child = Child(out, oracle)
@@ -175,9 +187,12 @@ class Zygote:
             number = next(self._ids)
             self._children[number] = child
             request = {
-                "id": number, "words": list(words), "out": str(out), "namespace": namespace,
+                "id": number,
+                "words": list(words),
+                "out": str(out),
+                "namespace": namespace,
                 "env": {"FAULTS_ORACLE": str(oracle), **env},
-            }  # fmt: skip
+            }
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         with child.changed:
@@ -230,8 +245,11 @@ class SmallDisk:
         command = f"mount -t tmpfs -o size={mebibytes}m faults {mount} && echo ready && exec cat"
         self._holder = subprocess.Popen(
             ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", command],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         assert self._holder.stdout
         self.ready = self._holder.stdout.readline() == "ready\n"
         self.namespace = self._holder.pid
@@ -274,9 +292,14 @@ class Run:
         return self.workdir / "checkpoints"
 
     def start(
-        self, *more: str, mesh: str = "", pace: float = 0.005, namespace: int = 0,
-        workdir: Path | None = None, env: Mapping[str, str] = NOTHING,
-    ) -> list[Child]:  # fmt: skip
+        self,
+        *more: str,
+        mesh: str = "",
+        pace: float = 0.005,
+        namespace: int = 0,
+        workdir: Path | None = None,
+        env: Mapping[str, str] = NOTHING,
+    ) -> list[Child]:
         """The same command again, on this mesh or another."""
         devices, count, flags = MESHES[mesh or self.mesh]
         number = len(self.starts)
@@ -296,7 +319,7 @@ class Run:
                     {"XLA_FLAGS": xla_flags(devices), "FAULTS_PACE": str(pace), **env},
                     namespace,
                 )
-            )  # fmt: skip
+            )
         return self.starts[-1]
 
     def finish(self, *more: str, **kwargs: Any) -> list[Child]:
@@ -393,14 +416,20 @@ class Battery:
         """Any command, which ends by itself."""
         number = next(self._numbers)
         return self.start(
-            words, folder / f"said-{number}.txt", folder / f"oracle-{number}.jsonl",
+            words,
+            folder / f"said-{number}.txt",
+            folder / f"oracle-{number}.jsonl",
             {"XLA_FLAGS": xla_flags(devices)},
-        )  # fmt: skip
+        )
 
     def start(
-        self, words: Sequence[str], out: Path, oracle: Path, env: Mapping[str, str],
+        self,
+        words: Sequence[str],
+        out: Path,
+        oracle: Path,
+        env: Mapping[str, str],
         namespace: int = 0,
-    ) -> Child:  # fmt: skip
+    ) -> Child:
         """As the zygote's, of a product that may be broken."""
         if self.breaks and not getattr(self._making, "now", False):
             env = {**env, "FAULTS_BREAK": self.breaks}

@@ -76,9 +76,10 @@ def _damaged_image(trial: Trial, folder: Path) -> Outcome:
     (folder / "data").mkdir()
     data = {"DITJAX_DATA": str(folder / "data")}
     words = (
-        f"--config.data.name=folder:{images}", "--config.data.num_classes=2",
+        f"--config.data.name=folder:{images}",
+        "--config.data.num_classes=2",
         "--config.data.split=train",
-    )  # fmt: skip
+    )
     victim = images / trial.rng.choice(("cat", "dog")) / f"{trial.rng.randrange(20)}.png"
     damage(victim, "halved", trial)
     run = trial.battery.run("images")
@@ -173,8 +174,9 @@ def _weights(battery: Battery) -> Path:
         folder = battery.folder("weights")
         out = folder / "ours.safetensors"
         workdir = battery.unbroken().workdir
-        child = battery.command(folder, "convert", f"--weights={workdir}", "--to=ditjax",
-                                f"--out={out}")  # fmt: skip
+        child = battery.command(
+            folder, "convert", f"--weights={workdir}", "--to=ditjax", f"--out={out}"
+        )
         check(child.wait() == 0, child.said()[-300:])
         return out
 
@@ -229,11 +231,15 @@ def running_weights(trial: Trial) -> Outcome:
     code = f"open({str(canary)!r}, 'w').close()"
     evil = trial.rng.choice(
         (
-            _Call(os.system, f"touch {canary}"), _Call(eval, code), _Call(exec, code),
-            _Call(open, str(canary), "w"), _Call(subprocess.check_call, ["touch", str(canary)]),
-            _Call(os.mkdir, str(canary)), _Call(Path.touch, canary),
+            _Call(os.system, f"touch {canary}"),
+            _Call(eval, code),
+            _Call(exec, code),
+            _Call(open, str(canary), "w"),
+            _Call(subprocess.check_call, ["touch", str(canary)]),
+            _Call(os.mkdir, str(canary)),
+            _Call(Path.touch, canary),
         )
-    )  # fmt: skip
+    )
     inside = {"ema": {"w": evil}, "args": evil} if trial.number % 2 else evil
     data = pickle.dumps(inside, protocol=trial.rng.randint(0, 5))
     path = folder / "evil.pt"

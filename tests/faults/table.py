@@ -66,11 +66,16 @@ class Tally:
     def told(self) -> dict[str, object]:
         """As JSON has it."""
         return {
-            "row": self.row.number, "fault": self.row.fault, "trials": self.trials,
-            "survived": self.survived, "steps_lost": self.steps_lost, "lost": self.lost,
-            "notes": self.notes, "seconds": round(self.seconds, 1),
+            "row": self.row.number,
+            "fault": self.row.fault,
+            "trials": self.trials,
+            "survived": self.survived,
+            "steps_lost": self.steps_lost,
+            "lost": self.lost,
+            "notes": self.notes,
+            "seconds": round(self.seconds, 1),
             "cpu_seconds": round(self.cpu_seconds, 1),
-        }  # fmt: skip
+        }
 
 
 def attempt(battery: Battery, row: Row, number: int, seed: int) -> Outcome:
@@ -79,9 +84,13 @@ def attempt(battery: Battery, row: Row, number: int, seed: int) -> Outcome:
 
 
 def run(
-    battery: Battery, rows: Iterable[Row], trials: int, seed: int, jobs: int,
+    battery: Battery,
+    rows: Iterable[Row],
+    trials: int,
+    seed: int,
+    jobs: int,
     tell: Callable[[Tally], None],
-) -> list[Tally]:  # fmt: skip
+) -> list[Tally]:
     """All trials of all rows, row after row, `jobs` at once; `tell` hears of each row."""
     tallies = []
     with ThreadPoolExecutor(jobs) as pool:

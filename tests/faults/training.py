@@ -282,9 +282,10 @@ def poisoned(trial: Trial) -> Outcome:
     # Steps 2 to 5 are bad, and one more than may be: it stops, with its last good state kept.
     dead = trial.battery.run("dead")
     (child,) = dead.start(
-        "--config.train.max_bad_steps=3", pace=0.0,
+        "--config.train.max_bad_steps=3",
+        pace=0.0,
         env={"FAULTS_NAN": ",".join(str(i) for step in range(2, 6) for i in clean[step]["ids"])},
-    )  # fmt: skip
+    )
     status = child.wait()
     check(status in (1, 2), f"status {status} after bad steps in a row: {child.said()[-300:]!r}")
     child.error()

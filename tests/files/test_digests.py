@@ -111,9 +111,10 @@ def test_all_differences_are_named():
     saved: digests.Digests = {"a": ["float32", [2]], "b": ["float32", [3, 1]], "c": ["int32", []]}
     asked: digests.Digests = {"a": ["int32", [2]], "b": ["float32", [3, 1]], "d": ["int32", []]}
     assert digests.differences(saved, asked) == [
-        "a is float32[2], asked for int32[2]", "c is in the checkpoint only",
+        "a is float32[2], asked for int32[2]",
+        "c is in the checkpoint only",
         "d is not in the checkpoint",
-    ]  # fmt: skip
+    ]
     assert digests.some("abcde") == "a, b, c and 2 more"
 
 

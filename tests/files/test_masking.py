@@ -41,11 +41,18 @@ def test_what_looks_like_a_secret(text, shown):
 @pytest.mark.parametrize(
     "text",
     [
-        "sha256 " + "0123456789abcdef" * 4, "16 tokens: N = 16", "tokens=16", "token: expected one",
-        "https://host:80/a@b", "/home/me/runs/DiT-4x96x3-p1-seed0", "latents:/data/hf_cache",
-        "gs://bucket/run@2", "me@host", "",
+        "sha256 " + "0123456789abcdef" * 4,
+        "16 tokens: N = 16",
+        "tokens=16",
+        "token: expected one",
+        "https://host:80/a@b",
+        "/home/me/runs/DiT-4x96x3-p1-seed0",
+        "latents:/data/hf_cache",
+        "gs://bucket/run@2",
+        "me@host",
+        "",
     ],
-)  # fmt: skip
+)
 def test_what_does_not(text):
     assert masked(text) == text
 
@@ -55,9 +62,11 @@ def test_values_of_secret_variables(monkeypatch, tmp_path):
     monkeypatch.setenv("LONGER_SECRET", SECRETS[2] + "more1")
     assert masked(f"a {SECRETS[2]}more1 b {SECRETS[2]}") == "a *** b ***"
     for name, value in (
-        ("PUBLIC_THING", SECRETS[2]), ("A_KEY", "training"), ("B_KEY", "1"),
+        ("PUBLIC_THING", SECRETS[2]),
+        ("A_KEY", "training"),
+        ("B_KEY", "1"),
         ("C_CREDENTIALS", str(tmp_path)),
-    ):  # fmt: skip
+    ):
         monkeypatch.delenv("SOME_SERVICE_TOKEN", raising=False)
         monkeypatch.delenv("LONGER_SECRET", raising=False)
         monkeypatch.setenv(name, value)

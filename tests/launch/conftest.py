@@ -59,10 +59,16 @@ PYTHON = 'status=$(next "$STATUSES"); exit "${status:-0}"'
 def stamps() -> bytes:
     """What launch/venv.sh notes of the sets of requirements that it installed."""
     return subprocess.run(
-        ["bash", "-c", "cksum <requirements.txt; for f in launch/requirements/*.txt;"
-         " do cat requirements.txt $f | cksum; done"],
-        cwd=ROOT, check=True, capture_output=True,
-    ).stdout  # fmt: skip
+        [
+            "bash",
+            "-c",
+            "cksum <requirements.txt; for f in launch/requirements/*.txt;"
+            " do cat requirements.txt $f | cksum; done",
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    ).stdout
 
 
 def environment(folder: Path) -> None:
@@ -98,16 +104,30 @@ class Machine:
     def run(self, command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """In an environment that has nothing of ours but `variables`."""
         env = {
-            "PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.root), "PAUSE": "0.1",
-            "RECORD": str(self._record), "WORKER": str(self.worker), "TMPDIR": str(self.root),
-            "STATES": str(self.states), "STATUSES": str(self.statuses),
-            "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a",
-            "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a", **variables,
-        }  # fmt: skip
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "HOME": str(self.root),
+            "PAUSE": "0.1",
+            "RECORD": str(self._record),
+            "WORKER": str(self.worker),
+            "TMPDIR": str(self.root),
+            "STATES": str(self.states),
+            "STATUSES": str(self.statuses),
+            "GIT_CONFIG_GLOBAL": "/dev/null",
+            "GIT_AUTHOR_NAME": "a",
+            "GIT_AUTHOR_EMAIL": "a",
+            "GIT_COMMITTER_NAME": "a",
+            "GIT_COMMITTER_EMAIL": "a",
+            **variables,
+        }
         return subprocess.run(
-            ["bash", "-c", command], cwd=self.root, env=env, capture_output=True, text=True,
-            timeout=120, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            ["bash", "-c", command],
+            cwd=self.root,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            stdin=subprocess.DEVNULL,
+        )
 
     def commit(self) -> None:
         """Makes the checkout a git repository of one commit."""
@@ -128,8 +148,10 @@ class Machine:
         """A printed command as the words that a shell reads in it."""
         words = subprocess.run(
             ["bash", "-c", 'eval "words=($1)"; printf "%s\\0" "${words[@]}"', "", line],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
         return words.split("\0")[:-1]
 
 

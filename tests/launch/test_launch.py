@@ -152,7 +152,7 @@ SKY = {
         (f"slurm.sh {TRAIN}", {"SLURM_NTASKS_PER_NODE": "8"}, "expected --ntasks-per-node=1"),
         (f"slurm.sh {TRAIN}", {"SLURM_SUBMIT_DIR": "/"}, "run sbatch from there"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line_and_status_2(machine, command, variables, line):
     done = machine.run(f"bash launch/{command}", **variables)
     assert (done.returncode, done.stdout) == (2, "")
@@ -282,8 +282,10 @@ def test_what_is_told_to_end_saves_and_counts_as_stopped(machine, script, saved,
     variables = saving(machine, machine.root / ".venv/bin/python")
     done = machine.run(
         f'setsid bash {script} & until [ -e "$UP" ]; do sleep 0.02; done; kill -TERM -- {whom}\n'
-        "wait $!", SAVED=saved, **variables,
-    )  # fmt: skip
+        "wait $!",
+        SAVED=saved,
+        **variables,
+    )
     assert done.returncode == end, done.stderr
     assert (machine.root / "told").read_text() == "told\n"
     assert machine.words() == [["python", "-m", "ditjax.train", *TRAIN.split()[1:]]]
@@ -314,7 +316,7 @@ def test_a_machine_with_an_old_python_gets_a_newer_one(machine):
         ("v5p:4x4x8", ["--type=v5p", "--topology=4x4x8"], "v5p-256", "tpu-v5p-slice", 32),
         ("v6e:4x8", ["--accelerator-type=v6e-32"], "v6e-32", "tpu-v6e-slice", 8),
     ],
-)  # fmt: skip
+)
 def test_what_the_tools_call_a_slice(machine, tpu, gcloud, xpk, label, hosts):
     machine.run("bash launch/tpu_pod.sh create", **POD | {"TPU": tpu})
     (words,) = machine.words("gcloud")
@@ -334,8 +336,9 @@ def test_a_pod_gets_the_commit_and_every_worker_its_command(machine, monkeypatch
     machine.commit()
     done = machine.run(
         f"bash launch/tpu_pod.sh run {TRAIN} '--config.sample.cfg_interval=(0.0, 0.7)'",
-        SETUP="sudo mount 'a b'", **POD,
-    )  # fmt: skip
+        SETUP="sudo mount 'a b'",
+        **POD,
+    )
     assert done.returncode == 0, done.stderr
     assert wait_for(machine.worker / "ditjax.status").strip() == "0"
     sends, starts = machine.words("gcloud")
@@ -344,9 +347,13 @@ def test_a_pod_gets_the_commit_and_every_worker_its_command(machine, monkeypatch
     assert machine.words("sudo") == [["mount", "a b"]]
     (words,) = machine.words("python")
     assert words == [
-        "-m", "ditjax.train", RECIPE, "--workdir=/share/run",
-        "--config.sample.cfg_interval=(0.0, 0.7)", "--distributed",
-    ]  # fmt: skip
+        "-m",
+        "ditjax.train",
+        RECIPE,
+        "--workdir=/share/run",
+        "--config.sample.cfg_interval=(0.0, 0.7)",
+        "--distributed",
+    ]
     read_by_ditjax(words, monkeypatch)
 
 
@@ -441,8 +448,14 @@ def test_the_jobset_is_what_kubernetes_takes(machine, variables, monkeypatch):
     assert chips == int(variables.get("CHIPS", 4))
     assert jobs["template"]["spec"]["parallelism"] * chips == 16
     assert container["command"] + container["args"] == [
-        "bash", "launch/task.sh", "python", "-m", "ditjax.train", *words, "--distributed",
-    ]  # fmt: skip
+        "bash",
+        "launch/task.sh",
+        "python",
+        "-m",
+        "ditjax.train",
+        *words,
+        "--distributed",
+    ]
     read_by_ditjax(container["command"][3:] + container["args"], monkeypatch)
     # Every volume that is mounted is there, and a claim of that name.
     mounted = [mount["name"] for mount in container.get("volumeMounts", ())]
@@ -465,7 +478,7 @@ def test_the_jobset_is_what_kubernetes_takes(machine, variables, monkeypatch):
         (("spec", "failurePolicy", "rules", 0, "action"), "Fail", "action is 'Fail'"),
         (("kind",), "Job", "kind is 'Job'"),
     ],
-)  # fmt: skip
+)
 def test_the_schema_finds_faults(machine, path, value, fault):
     machine.run(f"bash launch/gke.sh run {TRAIN}", **GKE)
     jobset = yaml.safe_load(machine.manifest())
@@ -481,10 +494,26 @@ def test_the_schema_finds_faults(machine, path, value, fault):
 
 # Options of sbatch in 22.05, of those that a job of ours may have.
 SBATCH = {
-    "account", "array", "constraint", "cpus-per-task", "error", "exclusive", "gpus-per-node",
-    "gres", "job-name", "mem", "nodes", "ntasks-per-node", "open-mode", "output", "partition",
-    "qos", "requeue", "signal", "time",
-}  # fmt: skip
+    "account",
+    "array",
+    "constraint",
+    "cpus-per-task",
+    "error",
+    "exclusive",
+    "gpus-per-node",
+    "gres",
+    "job-name",
+    "mem",
+    "nodes",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "partition",
+    "qos",
+    "requeue",
+    "signal",
+    "time",
+}
 
 
 def test_the_options_of_slurm_are_known_and_stand_before_any_command():
@@ -576,10 +605,7 @@ def test_the_task_is_what_skypilot_takes():
     assert faults(task, SKY) == []
     # null: `sky` refuses to start without a value.
     assert [name for name, value in task["envs"].items() if value is None] == ["COMMAND", "BUCKET"]
-    assert (
-        set(re.findall(r"\$\{(\w+)\}", json.dumps(task["file_mounts"])))
-        <= set(task["envs"])
-    )  # fmt: skip
+    assert set(re.findall(r"\$\{(\w+)\}", json.dumps(task["file_mounts"]))) <= set(task["envs"])
     assert task["envs"]["DITJAX_DATA"].startswith(next(iter(task["file_mounts"])))
 
 
@@ -587,10 +613,13 @@ def test_the_task_is_what_skypilot_takes():
 def test_skypilots_nodes_are_processes(machine, nodes, monkeypatch):
     for rank in range(nodes):
         done = machine.run(
-            sky()["setup"] + "\n" + sky()["run"], COMMAND=TRAIN, ACCELERATOR="cuda12",
-            SKYPILOT_NODE_IPS="10.0.0.5\n10.0.0.6", SKYPILOT_NUM_NODES=str(nodes),
+            sky()["setup"] + "\n" + sky()["run"],
+            COMMAND=TRAIN,
+            ACCELERATOR="cuda12",
+            SKYPILOT_NODE_IPS="10.0.0.5\n10.0.0.6",
+            SKYPILOT_NUM_NODES=str(nodes),
             SKYPILOT_NODE_RANK=str(rank),
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
     several = ["--coordinator=10.0.0.5:8476", "--processes=2"]
     assert machine.words("python") == [
@@ -609,9 +638,9 @@ def test_the_readmes_commands_start_what_they_say(machine, monkeypatch):
     machine.commit()
     machine.states.write_text("NONE\n")
     (machine.bin / "sky").write_text(
-        "#!/usr/bin/env bash\nwhile [ $# -gt 1 ]; do [ $1 = --env ] && export \"$2\"; shift; done\n"
+        '#!/usr/bin/env bash\nwhile [ $# -gt 1 ]; do [ $1 = --env ] && export "$2"; shift; done\n'
         f"export SKYPILOT_NUM_NODES=1\n{sky()['run']}"
-    )  # fmt: skip
+    )
     (machine.bin / "sky").chmod(0o755)
     section = README.partition("## From one machine to a pod\n")[2].partition("\n## ")[0]
     plan, commands = re.findall(r"```bash\n(.*?)```", section, re.S)

@@ -168,8 +168,17 @@ def test_the_table():
     text = cost_text("v5e:4x4", ["DiT-S-p8", "DiT-XL-p2"], [one, one._replace(needed=20 * GIB)])
     lines = text.splitlines()
     assert lines[0] == "on v5e:4x4, 16 chips (estimated):"
-    assert lines[2].split() == ["DiT-S-p8", "1.00", "1.50", "0.250", "20.0", "28.0", "8.00", "of",
-                                "15.75"]  # fmt: skip
+    assert lines[2].split() == [
+        "DiT-S-p8",
+        "1.00",
+        "1.50",
+        "0.250",
+        "20.0",
+        "28.0",
+        "8.00",
+        "of",
+        "15.75",
+    ]
     assert "does not fit" in lines[3]
     assert lines[4].split() == ["2", "cells", "2.00", "3.00", "0.500", "40.0", "56.0"]
     assert "not counted" in text

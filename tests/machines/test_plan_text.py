@@ -23,17 +23,29 @@ def plan(**changes):
         "steps": 3600,
         "compile_seconds": 12.3,
         "memory": {
-            "fits": True, "state_only": False, "peak_bytes": 4 * GIB, "hbm_bytes": 16 * GIB,
-            "over_bytes": 0.0, "state_bytes": GIB,
+            "fits": True,
+            "state_only": False,
+            "peak_bytes": 4 * GIB,
+            "hbm_bytes": 16 * GIB,
+            "over_bytes": 0.0,
+            "state_bytes": GIB,
         },
         "collectives": [
             {
-                "type": "all-gather", "axes": ["fsdp"], "group": 16, "calls": 7,
-                "wire_bytes": 2.5e9, "seconds": 0.25,
+                "type": "all-gather",
+                "axes": ["fsdp"],
+                "group": 16,
+                "calls": 7,
+                "wire_bytes": 2.5e9,
+                "seconds": 0.25,
             },
             {
-                "type": "all-reduce", "axes": ["data", "fsdp"], "group": 16, "calls": 1,
-                "wire_bytes": 4.0, "seconds": 1e-9,
+                "type": "all-reduce",
+                "axes": ["data", "fsdp"],
+                "group": 16,
+                "calls": 1,
+                "wire_bytes": 4.0,
+                "seconds": 1e-9,
             },
         ],
         "wire_bytes": 2.5e9,
@@ -53,7 +65,7 @@ def plan(**changes):
             "hours": {"overlapped": 0.5, "sequential": 0.75},
             "chip_hours": {"overlapped": 8.0, "sequential": 12.0},
         },
-    }  # fmt: skip
+    }
     return made | changes
 
 
@@ -93,6 +105,15 @@ def test_what_is_too_large():
 def test_a_search(skipped):
     text = search_text([plan()], skipped)
     assert text.splitlines()[1].split() == [
-        "1", "fsdp=16", "none", "64", "4.00", "500.0", "750.0", "85.3", "60%", "2.50",
-    ]  # fmt: skip
+        "1",
+        "fsdp=16",
+        "none",
+        "64",
+        "4.00",
+        "500.0",
+        "750.0",
+        "85.3",
+        "60%",
+        "2.50",
+    ]
     assert ("not compiled (1):" in text) == bool(skipped)

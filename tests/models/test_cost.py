@@ -9,11 +9,19 @@ from ditjax.scaling.published import MODELS
 
 # Recomputed from the public release's model, position table excluded.
 PARAMETERS = {
-    "DiT-S/8": 33142016, "DiT-S/4": 32920448, "DiT-S/2": 32865056,
-    "DiT-B/8": 130869248, "DiT-B/4": 130426496, "DiT-B/2": 130315808,
-    "DiT-L/8": 458578432, "DiT-L/4": 457988224, "DiT-L/2": 457840672,
-    "DiT-XL/8": 675664640, "DiT-XL/4": 675000704, "DiT-XL/2": 674834720,
-}  # fmt: skip
+    "DiT-S/8": 33142016,
+    "DiT-S/4": 32920448,
+    "DiT-S/2": 32865056,
+    "DiT-B/8": 130869248,
+    "DiT-B/4": 130426496,
+    "DiT-B/2": 130315808,
+    "DiT-L/8": 458578432,
+    "DiT-L/4": 457988224,
+    "DiT-L/2": 457840672,
+    "DiT-XL/8": 675664640,
+    "DiT-XL/4": 675000704,
+    "DiT-XL/2": 674834720,
+}
 
 
 def models():

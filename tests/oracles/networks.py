@@ -13,24 +13,40 @@ PACKAGES = ("torch", "diffusers", "numpy")
 SEED = 0
 
 SMALL_DIT = {
-    "num_attention_heads": 3, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8,
-    "num_layers": 2, "sample_size": 16, "patch_size": 4, "num_embeds_ada_norm": 10,
-}  # fmt: skip
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 16,
+    "patch_size": 4,
+    "num_embeds_ada_norm": 10,
+}
 S2_DIT = {
-    "num_attention_heads": 6, "attention_head_dim": 64, "in_channels": 4, "out_channels": 8,
-    "num_layers": 12, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000,
-}  # fmt: skip
+    "num_attention_heads": 6,
+    "attention_head_dim": 64,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 12,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
 
 
 def autoencoder_config(base_width: int, levels: int, groups: int) -> dict[str, Any]:
     """Stable Diffusion's layout at any width."""
     multipliers = (1, 2, 4, 4)[:levels]
     return {
-        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2,
         "block_out_channels": tuple(base_width * m for m in multipliers),
         "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels, "norm_num_groups": groups,
-    }  # fmt: skip
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "norm_num_groups": groups,
+    }
 
 
 def seeded_network(network: torch.nn.Module) -> torch.nn.Module:
@@ -99,7 +115,9 @@ def goldens() -> dict[str, np.ndarray]:
     x = image(16, 24)
     mean, log_variance, again = autoencoder_output(networks["autoencoder"], x)
     found |= {
-        "autoencoder_x": x, "autoencoder_mean": mean, "autoencoder_log_variance": log_variance,
+        "autoencoder_x": x,
+        "autoencoder_mean": mean,
+        "autoencoder_log_variance": log_variance,
         "autoencoder_again": again,
-    }  # fmt: skip
+    }
     return found

@@ -63,9 +63,13 @@ def trajectory(
             out = out[:, : SHAPE[-1]]  # diffusers splits channels for a learned variance only
         if isinstance(made, DDIMScheduler):
             new = made.step(
-                out, t, x[-1], eta=case.eta, use_clipped_model_output=rederive_eps,
+                out,
+                t,
+                x[-1],
+                eta=case.eta,
+                use_clipped_model_output=rederive_eps,
                 variance_noise=z[i] if case.eta else None,
-            ).prev_sample  # fmt: skip
+            ).prev_sample
         else:
             with mock.patch.object(scheduling_ddpm, "randn_tensor", _given(z[i])):
                 new = made.step(out, t, x[-1]).prev_sample

@@ -38,9 +38,16 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int, size: int) -> tuple[float, f
     """Mean and deviation over subsets."""
     module = _module("torch_fidelity.metric_kid")
     scores = module.kid_features_to_metric(
-        torch.from_numpy(x), torch.from_numpy(y), kid_subsets=subsets, kid_subset_size=size,
-        kid_degree=3, kid_gamma=None, kid_coef0=1, rng_seed=SEED, verbose=False,
-    )  # fmt: skip
+        torch.from_numpy(x),
+        torch.from_numpy(y),
+        kid_subsets=subsets,
+        kid_subset_size=size,
+        kid_degree=3,
+        kid_gamma=None,
+        kid_coef0=1,
+        rng_seed=SEED,
+        verbose=False,
+    )
     return scores[module.KEY_METRIC_KID_MEAN], scores[module.KEY_METRIC_KID_STD]
 
 

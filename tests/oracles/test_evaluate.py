@@ -45,22 +45,32 @@ def test_folders_of_images(weights, tmp_path):
         for i, image in enumerate(images):
             Image.fromarray(image).save(tmp_path / name / f"{i:03}.png")
     words = [
-        f"--samples={tmp_path / 'samples'}", f"--reference={tmp_path / 'reference'}",
-        f"--features=inception:{weights}", f"--out={tmp_path / 'out.json'}",
+        f"--samples={tmp_path / 'samples'}",
+        f"--reference={tmp_path / 'reference'}",
+        f"--features=inception:{weights}",
+        f"--out={tmp_path / 'out.json'}",
         "--batch_size=8",
-    ]  # fmt: skip
+    ]
     assert evaluate.main(words) == 0
     ours = json.loads((tmp_path / "out.json").read_text())["metrics"]
     with torchvision_to_import():
         import torch_fidelity
 
         theirs = torch_fidelity.calculate_metrics(
-            input1=Images(sets["samples"]), input2=Images(sets["reference"]), cuda=False,
-            isc=True, isc_splits=1, fid=True, prc=True,
-            feature_extractor="inception-v3-compat", feature_layer_prc="2048",
-            feature_extractor_weights_path=str(weights), cache=False, verbose=False,
+            input1=Images(sets["samples"]),
+            input2=Images(sets["reference"]),
+            cuda=False,
+            isc=True,
+            isc_splits=1,
+            fid=True,
+            prc=True,
+            feature_extractor="inception-v3-compat",
+            feature_layer_prc="2048",
+            feature_extractor_weights_path=str(weights),
+            cache=False,
+            verbose=False,
             save_cpu_ram=True,
-        )  # fmt: skip
+        )
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     assert ours["precision"] == pytest.approx(theirs["precision"])

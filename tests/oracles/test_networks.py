@@ -152,9 +152,11 @@ def test_pipeline_folder(cfg_scale, tmp_path):
     networks.dit(narrow).save_pretrained(tmp_path / "dit")
     networks.autoencoder(networks.autoencoder_config(32, 4, 32)).save_pretrained(tmp_path / "vae")
     writing.write_pipeline(
-        tmp_path / "pipeline", reading.load(tmp_path / "dit"), reading.load(tmp_path / "vae"),
+        tmp_path / "pipeline",
+        reading.load(tmp_path / "dit"),
+        reading.load(tmp_path / "vae"),
         class_names(),
-    )  # fmt: skip
+    )
     ours = Pipeline.from_pretrained(tmp_path / "pipeline")
     labels = [207, 360]
     drawn = ours(

@@ -11,9 +11,12 @@ from ditjax.machines.topology import GIB
 pytest.importorskip("libtpu")
 
 TINY = (
-    "--config=experiments/base.py", "--config.model.size=2x64x2", "--config.model.dtype=bfloat16",
-    "--config.train.batch_size=8", "--topology=v5e:2x2",
-)  # fmt: skip
+    "--config=experiments/base.py",
+    "--config.model.size=2x64x2",
+    "--config.model.dtype=bfloat16",
+    "--config.train.batch_size=8",
+    "--topology=v5e:2x2",
+)
 
 
 def test_fsdp_on_four_chips(tmp_path):

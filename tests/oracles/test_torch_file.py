@@ -92,9 +92,11 @@ def test_reads_modules_and_optimizers(tmp_path, legacy, kind):
     optimizer.step(closure)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5])
     theirs = {
-        "model": model.state_dict(), "parameters": list(model.parameters()),
-        "opt": optimizer.state_dict(), "version": str(torch.__version__),
-    }  # fmt: skip
+        "model": model.state_dict(),
+        "parameters": list(model.parameters()),
+        "opt": optimizer.state_dict(),
+        "version": str(torch.__version__),
+    }
     agree(read(tmp_path, saved(theirs, legacy)), theirs)
     state = {key: value for key, value in schedule.state_dict().items() if key[0] != "_"}
     found = read(tmp_path, saved({"s": state, "v": torch.__version__}, legacy))
@@ -149,10 +151,13 @@ def test_torch_loads_what_we_write(tmp_path):
     tree: dict[str, Any] = {
         "arrays": arrays,
         "turned": [array.T for array in arrays.values()],
-        "scalar": np.array(2.5, np.float32), "empty": np.zeros((0, 3), np.float16),
+        "scalar": np.array(2.5, np.float32),
+        "empty": np.zeros((0, 3), np.float16),
         "plain": [1, -1, 255, 256, 65536, 2**31, -(2**31), -(2**40), 2**1000, True, None, "é\n"],
-        "floats": (0.1, -0.0, float("inf")), "nested": {"a": {1: ({},), 2: []}}, "none": (),
-    }  # fmt: skip
+        "floats": (0.1, -0.0, float("inf")),
+        "nested": {"a": {1: ({},), 2: []}},
+        "none": (),
+    }
     write_torch(path, tree)
     theirs = loaded(path.read_bytes())
     for name, array in arrays.items():

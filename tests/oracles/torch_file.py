@@ -16,10 +16,27 @@ PACKAGES = ("torch", "numpy")
 
 SHAPES = {"0.weight": (4, 3, 2, 2), "0.bias": (4,), "1.weight": (4,), "1.bias": (4,)}
 DTYPES = (
-    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2",
-    "float8_e5m2fnuz", "float8_e8m0fnu", "complex128", "complex64", "int64", "int32", "int16",
-    "int8", "uint64", "uint32", "uint16", "uint8", "bool",
-)  # fmt: skip
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+    "complex128",
+    "complex64",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint64",
+    "uint32",
+    "uint16",
+    "uint8",
+    "bool",
+)
 
 
 def checkpoint() -> dict[str, Any]:
@@ -44,11 +61,17 @@ def checkpoint() -> dict[str, Any]:
         "dtypes": {name: of_dtype(name) for name in DTYPES},
         "numpy": [np.float32(0.5), np.arange(6.0).reshape(2, 3), np.asfortranarray(np.eye(2, 3))],
         "other": {
-            "size": base.shape, "device": torch.device("cuda", 1), "dtype": torch.bfloat16,
-            "set": {1, 2}, "bytes": b"\x00\xff", "complex": 1 - 2j, "big": -(2**70),
-            "": (True, None), "default": collections.defaultdict(list, {0: [1.5]}),
+            "size": base.shape,
+            "device": torch.device("cuda", 1),
+            "dtype": torch.bfloat16,
+            "set": {1, 2},
+            "bytes": b"\x00\xff",
+            "complex": 1 - 2j,
+            "big": -(2**70),
+            "": (True, None),
+            "default": collections.defaultdict(list, {0: [1.5]}),
         },
-    }  # fmt: skip
+    }
 
 
 def of_dtype(name: str) -> torch.Tensor:

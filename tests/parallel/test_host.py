@@ -113,8 +113,11 @@ def test_another_malloc_is_left_alone(tmp_path):
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "m.c"], check=True)
     done = subprocess.run(
         [sys.executable, "-c", "from ditjax import host; print(host.keep_freed_memory())"],
-        capture_output=True, text=True, check=True, env={**os.environ, "LD_PRELOAD": str(library)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LD_PRELOAD": str(library)},
+    )
     assert done.stdout.split() == ["False"]
 
 

@@ -49,9 +49,13 @@ def test_neighbours_speak_most():
 
 def fake(index, process, slice_index, platform):
     return SimpleNamespace(
-        id=index, process_index=process, slice_index=slice_index, platform=platform,
-        device_kind=platform, coords=None,
-    )  # fmt: skip
+        id=index,
+        process_index=process,
+        slice_index=slice_index,
+        platform=platform,
+        device_kind=platform,
+        coords=None,
+    )
 
 
 def test_only_data_crosses_slices(monkeypatch):

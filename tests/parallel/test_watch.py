@@ -259,10 +259,12 @@ def test_a_peer_that_dies_or_stands_still_ends_the_others(victim, with_signal, h
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(index), "3", str(port)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for index in range(3)
-    ]  # fmt: skip
+    ]
     try:
         for process in processes:
             assert process.stdout

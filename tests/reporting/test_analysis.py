@@ -57,8 +57,13 @@ def test_profiles_are_of_evaluations_along_training(study, tmp_path):
 def test_runs_of_one_model_that_differ_in_more_than_seeds_are_not_averaged(study, tmp_path):
     study.write(tmp_path, seeds=(0, 1))
     for patch in (4, 2, 1):
-        study.write_run(tmp_path / "slow", *study.sizes[0], patch, fd=500.0,
-                        config={"optim": {"learning_rate": 0.5}})  # fmt: skip
+        study.write_run(
+            tmp_path / "slow",
+            *study.sizes[0],
+            patch,
+            fd=500.0,
+            config={"optim": {"learning_rate": 0.5}},
+        )
     summary = report.make_report([tmp_path / "slow", tmp_path], tmp_path / "report")
     (said,) = (each for each in summary.problems if "differ in optim.learning_rate" in each)
     assert "not averaged" in said

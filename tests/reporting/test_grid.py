@@ -28,9 +28,10 @@ def test_the_front_is_what_no_cell_beats():
     cells = [cell(gflops, fid) for gflops, fid in points]
     assert [points[i] for i in front(cells, "fid")] == [(1, 30.0), (2, 19.0), (4, 9.0)]
     dominated = {
-        i for i, (g, f) in enumerate(points) if not math.isfinite(f)
-        or any((a <= g and b < f) or (a < g and b <= f) for a, b in points)
-    }  # fmt: skip
+        i
+        for i, (g, f) in enumerate(points)
+        if not math.isfinite(f) or any((a <= g and b < f) or (a < g and b <= f) for a, b in points)
+    }
     assert set(range(len(points))) - dominated == set(front(cells, "fid"))
 
 
@@ -77,8 +78,11 @@ def test_the_csv_holds_every_number_at_full_precision():
 
 def test_shown_tells_values_apart():
     assert [shown(value) for value in (1.0, 1.0000001, None, (0.0, 1.0))] == [
-        "1", "1.0000001", "-", "0:1",
-    ]  # fmt: skip
+        "1",
+        "1.0000001",
+        "-",
+        "0:1",
+    ]
 
 
 @pytest.mark.parametrize("fids", [[9.0, 5.0, 4.0], [500.0, 5.0, math.nan], [math.nan] * 3])

@@ -88,9 +88,16 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))
 def seen_by_a_browser(page, profile):
     """The page's HTML after its scripts have run."""
     flags = (
-        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "dump-dom",
-        "disable-background-networking", "disable-component-update", "disable-sync",
-    )  # fmt: skip
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "dump-dom",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+    )
     command = [CHROMIUM, *(f"--{flag}" for flag in flags), f"--user-data-dir={profile}"]
     done = subprocess.run(
         [*command, page.resolve().as_uri()], capture_output=True, check=True, timeout=120
@@ -193,8 +200,12 @@ def test_sorting_searching_and_keys_in_a_browser(study, tmp_path):
     study.write_curves(study.write(tmp_path, seeds=(0, 1)))
     summary = report.make_report([tmp_path], tmp_path / "report")
     touched = tmp_path / "touched.html"
-    text, policies = re.subn('<meta http-equiv="Content-Security-Policy".*?>', "",
-                             summary.page.read_text(), flags=re.DOTALL)  # fmt: skip
+    text, policies = re.subn(
+        '<meta http-equiv="Content-Security-Policy".*?>',
+        "",
+        summary.page.read_text(),
+        flags=re.DOTALL,
+    )
     assert policies == 1  # else the script of this test could not run
     touched.write_text(text + TOUCH)
     (pre,) = re.findall("<pre>(.*)</pre>", seen_by_a_browser(touched, tmp_path / "profile"))
@@ -222,8 +233,13 @@ def test_every_mark_of_a_run_is_linked_to_its_row(study, tmp_path, read_page):
     linked = {attributes["data-r"] for attributes in marks if "data-r" in attributes}
     assert linked == set(numbers)
     titles = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
-    for words in ("FD-digits against Gflops of one", "against parameters", "against Gflops of trai",
-                  "training loss against training steps", "of each model at"):  # fmt: skip
+    for words in (
+        "FD-digits against Gflops of one",
+        "against parameters",
+        "against Gflops of trai",
+        "training loss against training steps",
+        "of each model at",
+    ):
         assert any(words in title for title in titles if title), words
     cells = [attributes for _, attributes in page.tags if attributes.get("class") == "cell"]
     assert len(cells) == 9

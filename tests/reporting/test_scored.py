@@ -15,12 +15,25 @@ from experiments.paper import published
 from tests.runs.test_results import a_result
 
 PROTOCOL = {
-    "metric": "FID", "features": "FID's Inception (2015)", "reference_sha256": "ab",
-    "reference_features": 10_000, "num_samples": 50_000, "labels": "uniform", "seed": 0,
-    "sampler": "ddpm", "steps": "250", "eta": None, "cfg_scale": 1.0, "cfg_channels": None,
-    "clip_x0": False, "weights": "ema", "ema_decay": 0.9999, "decoder": "c0ffee" * 8,
-    "image_size": 256, "sampling_precision": ["bfloat16", "default"],
-}  # fmt: skip
+    "metric": "FID",
+    "features": "FID's Inception (2015)",
+    "reference_sha256": "ab",
+    "reference_features": 10_000,
+    "num_samples": 50_000,
+    "labels": "uniform",
+    "seed": 0,
+    "sampler": "ddpm",
+    "steps": "250",
+    "eta": None,
+    "cfg_scale": 1.0,
+    "cfg_channels": None,
+    "clip_x0": False,
+    "weights": "ema",
+    "ema_decay": 0.9999,
+    "decoder": "c0ffee" * 8,
+    "image_size": 256,
+    "sampling_precision": ["bfloat16", "default"],
+}
 CONFIG: dict[str, Any] = {
     "seed": 0,
     "model": RELEASE["model"] | {"size": "B", "patch": 4, "dtype": "bfloat16"},
@@ -41,9 +54,12 @@ ALWAYS = {"precision: ours bfloat16, published not stated", "seed: ours 0, publi
 def run(fid=68.0, seed=0, name="DiT-B-p4", told=PUBLISHED, **changes):
     """A result of the paper's protocol; changes as section__key."""
     result = a_result(
-        run=f"{name}-seed{seed}", metrics={"fid": fid}, protocol=copy.deepcopy(PROTOCOL),
-        config=copy.deepcopy(CONFIG) | {"seed": seed}, published=told,
-    )  # fmt: skip
+        run=f"{name}-seed{seed}",
+        metrics={"fid": fid},
+        protocol=copy.deepcopy(PROTOCOL),
+        config=copy.deepcopy(CONFIG) | {"seed": seed},
+        published=told,
+    )
     result["train"] |= {"steps": 400_000, "batch_size": 256, "learning_rate": 1e-4, "seed": seed}
     for key, value in changes.items():
         section, _, leaf = key.partition("__")
@@ -58,12 +74,14 @@ def study(*seeds, name="DiT-B-p4", told=PUBLISHED):
         "schema": 1,
         "cells": [
             {
-                "number": i, "name": f"{name}-seed{seed}", "published": told,
+                "number": i,
+                "name": f"{name}-seed{seed}",
+                "published": told,
                 "overrides": {"model.size": "B", "model.patch": 4, "seed": seed},
             }
             for i, seed in enumerate(seeds)
         ],
-    }  # fmt: skip
+    }
 
 
 def one(*results, of=None):
@@ -84,8 +102,9 @@ def test_two_protocols_of_one_cell_are_rows_of_their_own():
     short, long = run(), run(metrics__fid=60.0, protocol__num_samples=10_000)
     rows = scored_rows([short, long], study(0))
     assert [(row.measured, row.runs, row.verdict) for row in rows] == [
-        (68.0, 1, "inside"), (60.0, 1, "not comparable"),
-    ]  # fmt: skip
+        (68.0, 1, "inside"),
+        (60.0, 1, "not comparable"),
+    ]
     assert [row.cell for row in rows] == [
         f"DiT-B-p4 ({each['protocol_hash']})" for each in (short, long)
     ]

@@ -80,10 +80,12 @@ def test_directories_of_one_study_join(study, tmp_path):
     assert {each.result["train"]["seed"] for each in group.runs} == {0, ord("a"), ord("b")}
     said = [problem for problem in summary.problems if "twice" in problem]
     for words in (
-        "a/DiT-2x48x2-p4-seed0 is used", "holds the same result and",
-        "holds another result of the same recipe and", "recipe (optim.learning_rate 2.0, not 1.0)",
+        "a/DiT-2x48x2-p4-seed0 is used",
+        "holds the same result and",
+        "holds another result of the same recipe and",
+        "recipe (optim.learning_rate 2.0, not 1.0)",
         "another recipe (train.steps 8, not 9) and is left out",
-    ):  # fmt: skip
+    ):
         assert any(words in problem for problem in said), words
     assert len(said) == 4
 
@@ -166,8 +168,14 @@ def test_cells_of_several_studies_join_and_a_broken_list_is_named(study, tmp_pat
 def test_seeds_are_gathered_and_nothing_else(study, tmp_path):
     for seed, fd in ((0, 10.0), (1, 12.0), (2, math.nan), (3, math.inf)):
         study.write_run(tmp_path, *study.sizes[0], 4, seed=seed, fd=fd, config={"seed": seed})
-    study.write_run(tmp_path / "other", *study.sizes[0], 4, seed=9, fd=99.0,
-                    config={"optim": {"learning_rate": 7}})  # fmt: skip
+    study.write_run(
+        tmp_path / "other",
+        *study.sizes[0],
+        4,
+        seed=9,
+        fd=99.0,
+        config={"optim": {"learning_rate": 7}},
+    )
     study.write_run(tmp_path, *study.sizes[1], 4, fd=7.0)
     found, _ = find_results([tmp_path])
     means = {family.mean: family for family in families(found, "fd_digits")}

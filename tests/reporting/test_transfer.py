@@ -22,8 +22,11 @@ def recipe():
 def planted(recipe, study, root, parametrization, width, rate, seed, **changes):
     """A run whose loss has its minimum where it is planted."""
     config = dict(recipe)
-    config["model"] = {**recipe["model"], "parametrization": parametrization,
-                       "size": f"2x{width}x2"}  # fmt: skip
+    config["model"] = {
+        **recipe["model"],
+        "parametrization": parametrization,
+        "size": f"2x{width}x2",
+    }
     config["optim"] = {**recipe["optim"], "learning_rate": rate}
     config |= {"seed": seed, "sweep": {"grid": ()}}
     loss = 0.3 * math.exp(0.1 * math.log(rate / BEST[parametrization](width)) ** 2)

@@ -59,9 +59,11 @@ def test_the_newest_are_kept_and_come_back_on_any_mesh(tmp_path):
         assert int(older.step) == 2
         assert isinstance(restored, TrainState)
         for ours, theirs, target in zip(
-            jax.tree.leaves(state(3.0)), jax.tree.leaves(restored),
-            jax.tree.leaves(abstract(mesh)), strict=True,
-        ):  # fmt: skip
+            jax.tree.leaves(state(3.0)),
+            jax.tree.leaves(restored),
+            jax.tree.leaves(abstract(mesh)),
+            strict=True,
+        ):
             np.testing.assert_array_equal(ours, theirs)
             assert theirs.sharding == target.sharding
 

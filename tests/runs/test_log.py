@@ -45,8 +45,11 @@ def test_words_are_in_the_lines_alone(tmp_path):
     with MetricsLog(tmp_path, 0) as log:
         log.scalars(10, {"number": 0.25, "word": "abcdef", "list": [{"step": 9}]})
     assert last_metrics(tmp_path) == {
-        "step": 10, "number": 0.25, "word": "abcdef", "list": [{"step": 9}],
-    }  # fmt: skip
+        "step": 10,
+        "number": 0.25,
+        "word": "abcdef",
+        "list": [{"step": 9}],
+    }
     (events,) = tmp_path.glob("events.out.tfevents.*")
     assert b"number" in events.read_bytes()
     assert b"word" not in events.read_bytes()
@@ -89,9 +92,13 @@ def test_no_pytorch_is_imported_where_there_is_one(tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('a broken one')")
     program = "import ditjax.runs.log, sys; print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=ROOT,
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=ROOT,
+    )
     assert done.stdout.split() == ["False"]
 
 

@@ -94,8 +94,9 @@ def test_what_a_dead_writer_left_goes(tmp_path):
     (tmp_path / "samples" / "0000010.png").write_text("kept")
     rundir.tidy(tmp_path)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
-        "samples", "samples/0000010.png",
-    ]  # fmt: skip
+        "samples",
+        "samples/0000010.png",
+    ]
 
 
 def test_names_of_runs():

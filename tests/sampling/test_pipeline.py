@@ -109,9 +109,11 @@ def test_guidance_and_steps_are_heard(pixels):
     drawn = [
         pixels([1], **{**FAST, **more}).array.tobytes()
         for more in (
-            {}, {"cfg_scale": 4.0}, {"steps": 3, "sampler": "ddpm"},
+            {},
+            {"cfg_scale": 4.0},
+            {"steps": 3, "sampler": "ddpm"},
         )
-    ]  # fmt: skip
+    ]
     assert len(set(drawn)) == len(drawn)
 
 
@@ -305,12 +307,15 @@ def test_pixels_have_no_autoencoder(folders, tmp_path):
 @pytest.mark.parametrize(
     "sections",
     [
-        {"model": {"size": "3x48x3"}}, {"model": {"patch": 2}}, {"data": {"num_classes": 9}},
-        {"autoencoder": {"res_blocks": 1}}, {"model": {"label_dropout": 0.0}},
+        {"model": {"size": "3x48x3"}},
+        {"model": {"patch": 2}},
+        {"data": {"num_classes": 9}},
+        {"autoencoder": {"res_blocks": 1}},
+        {"model": {"label_dropout": 0.0}},
         {"model": {"block": "adaln"}},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_recipe_of_another_network_is_refused(sections, folders):
     source = open_source(folders / "dit", folders / "vae")
     plain = dataclasses.replace(source.config.sample, cfg_scale=1.0)

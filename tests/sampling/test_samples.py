@@ -159,10 +159,13 @@ def test_without_labels_and_in_grey(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"record": RECORD | {"seed": 1}}, {"record": {}}, {"count": 24}, {"shape": (4, 3, 1)},
+        {"record": RECORD | {"seed": 1}},
+        {"record": {}},
+        {"count": 24},
+        {"shape": (4, 3, 1)},
         {"labelled": False},
     ],
-)  # fmt: skip
+)
 def test_other_samples_are_not_gone_on_with(tmp_path, change):
     to = writer(tmp_path / "a.npz")
     fill(to, 10, 1)

@@ -89,8 +89,10 @@ def main() -> None:
     args = parser.parse_args()
     chosen = {int(row) for row in args.rows.split(",") if row}
     rows: list[tuple[str, dict[str, Any]]] = kinds()
-    rows += [(f"IsoFLOP, {m} models, {s} seeds", {"models": m, "seeds": s, "sigma": 0.01})
-             for m, s in product((6, 12), (1, 2))]  # fmt: skip
+    rows += [
+        (f"IsoFLOP, {m} models, {s} seeds", {"models": m, "seeds": s, "sigma": 0.01})
+        for m, s in product((6, 12), (1, 2))
+    ]
     print(f"{'':>2} {'study':<56} exponent prediction  width  error  seconds")
     for number, (words, kind) in enumerate(rows, 1):
         if chosen and number not in chosen:

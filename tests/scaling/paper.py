@@ -72,9 +72,11 @@ def overtakings() -> list[Overtaking]:
 
     def met(of_4: Callable, of_2: Callable) -> float | None:
         return crossing(
-            training_gflops("DiT-XL/4", steps), of_4(steps),
-            training_gflops("DiT-XL/2", steps), of_2(steps),
-        )  # fmt: skip
+            training_gflops("DiT-XL/4", steps),
+            of_4(steps),
+            training_gflops("DiT-XL/2", steps),
+            of_2(steps),
+        )
 
     def xl2(steps: np.ndarray) -> np.ndarray:
         return c + a * (steps / 400_000) ** -b

@@ -72,26 +72,37 @@ def test_lists_and_zips_and_seeds():
     assert [cell.config.seed for cell in study[:4]] == [3, 5, 3, 5]
     assert study[4].name == ("DiT-1x32x2-p4-seed3-block_adaln-prediction_v-learning_rate_0.002")
     assert {(c.config.model.size, c.config.optim.learning_rate) for c in study} == {
-        ("1x32x2", 2e-3), ("2x32x2", 1e-3),
-    }  # fmt: skip
+        ("1x32x2", 2e-3),
+        ("2x32x2", 1e-3),
+    }
     assert study[4].overrides == (
-        ("model.patch", 4), ("model.block", "adaln"), ("diffusion.prediction", "v"),
-        ("model.size", "1x32x2"), ("optim.learning_rate", 2e-3), ("seed", 3),
-    )  # fmt: skip
+        ("model.patch", 4),
+        ("model.block", "adaln"),
+        ("diffusion.prediction", "v"),
+        ("model.size", "1x32x2"),
+        ("optim.learning_rate", 2e-3),
+        ("seed", 3),
+    )
 
 
 FREE = {
-    "model.patch": (8, 4, 2, 1), "model.mlp_ratio": (1.0, 2.0, 4.0), "optim.b1": (0.8, 0.9),
-    "diffusion.prediction": ("eps", "v", "x0"), "train.batch_size": (8, 16), "sample.eta": (0, 1),
-}  # fmt: skip
+    "model.patch": (8, 4, 2, 1),
+    "model.mlp_ratio": (1.0, 2.0, 4.0),
+    "optim.b1": (0.8, 0.9),
+    "diffusion.prediction": ("eps", "v", "x0"),
+    "train.batch_size": (8, 16),
+    "sample.eta": (0, 1),
+}
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_study_is_the_product_of_its_parts_in_their_order(data):
     keys = data.draw(st.permutations(list(FREE)))
-    values = {key: data.draw(st.lists(st.sampled_from(FREE[key]), min_size=1, unique=True))
-              for key in keys}  # fmt: skip
+    values = {
+        key: data.draw(st.lists(st.sampled_from(FREE[key]), min_size=1, unique=True))
+        for key in keys
+    }
     grid = [(key, tuple(values[key])) for key in keys[:2]]
     length = min(len(values[key]) for key in keys[2:4])
     together = tuple((key, tuple(values[key][:length])) for key in keys[2:4])
@@ -99,13 +110,19 @@ def test_a_study_is_the_product_of_its_parts_in_their_order(data):
     seeds = data.draw(st.lists(st.integers(0, 9), max_size=2, unique=True))
     study = of(grid=tuple(grid), lists=tuple(runs), zips=(together,), seeds=tuple(seeds))
     expected = [
-        dict([*zip([key for key, _ in grid], point, strict=True), *run,
-              *((key, of_key[i]) for key, of_key in together), ("seed", seed)])
+        dict(
+            [
+                *zip([key for key, _ in grid], point, strict=True),
+                *run,
+                *((key, of_key[i]) for key, of_key in together),
+                ("seed", seed),
+            ]
+        )
         for point in itertools.product(*(axis for _, axis in grid))
         for run in runs
         for i in range(length)
         for seed in seeds or [0]
-    ]  # fmt: skip
+    ]
     assert [{"seed": 0, **dict(cell.overrides)} for cell in study] == expected
     for cell, overrides in zip(study, expected, strict=True):
         for key, value in overrides.items():
@@ -119,13 +136,18 @@ def test_a_study_is_the_product_of_its_parts_in_their_order(data):
 
 def test_names_are_apart():
     # Two keys of one last part, in runs that are told one by one.
-    runs = ((("optim.schedule", "cosine"),), (("diffusion.schedule", "cosine"),),
-            (("optim.schedule", "constant"),))  # fmt: skip
+    runs = (
+        (("optim.schedule", "cosine"),),
+        (("diffusion.schedule", "cosine"),),
+        (("optim.schedule", "constant"),),
+    )
     with pytest.raises(UserError, match=r"cells 0 .* and 1 \(optim.schedule=.cosine.\) are"):
         of(lists=((), *runs))  # the recipe's own is cosine
     assert [cell.name.partition("seed0-")[2] for cell in of(lists=runs)] == [
-        "optim.schedule_cosine", "diffusion.schedule_cosine", "optim.schedule_constant",
-    ]  # fmt: skip
+        "optim.schedule_cosine",
+        "diffusion.schedule_cosine",
+        "optim.schedule_constant",
+    ]
     # The same in a grid are told apart by their order, as they always were.
     grid = (("optim.schedule", ("cosine",)), ("diffusion.schedule", ("linear",)))
     assert of(grid=grid)[0].name == "DiT-1x32x2-p4-seed0-schedule_cosine-schedule_linear"
@@ -233,10 +255,15 @@ def test_the_record_of_a_study():
     said = json.loads(json.dumps(record(DIGITS, study, "a command")))
     assert (said["schema"], said["title"], said["command"]) == (1, "", "a command")
     assert said["cells"][1] == {
-        "number": 1, "name": "DiT-1x32x2-p2-seed0-steps_500", "model": "DiT-1x32x2/2",
-        "overrides": {"model.size": "1x32x2", "model.patch": 2}, "params": study[1].params,
-        "gflops": study[1].gflops, "training_gflops": study[1].training_gflops, "published": None,
-    }  # fmt: skip
+        "number": 1,
+        "name": "DiT-1x32x2-p2-seed0-steps_500",
+        "model": "DiT-1x32x2/2",
+        "overrides": {"model.size": "1x32x2", "model.patch": 2},
+        "params": study[1].params,
+        "gflops": study[1].gflops,
+        "training_gflops": study[1].training_gflops,
+        "published": None,
+    }
     assert study[1].training_gflops == pytest.approx(3 * study[1].gflops * 16 * 500)
 
 
@@ -248,8 +275,10 @@ def test_a_study_may_grow_and_not_change(tmp_path):
         check_same_study(tmp_path, recorded, recipe, of(recipe, **sweep))
 
     check(DIGITS, grid=(*NINE, ("optim.learning_rate", (1e-3,))))
-    check({**DIGITS, "optim": {**DIGITS["optim"], "learning_rate": 1.0}},
-          grid=(("optim.learning_rate", (1e-3,)),))  # fmt: skip
+    check(
+        {**DIGITS, "optim": {**DIGITS["optim"], "learning_rate": 1.0}},
+        grid=(("optim.learning_rate", (1e-3,)),),
+    )
     check({**DIGITS, "seed": 3}, grid=NINE)
     check(with_train(steps=9000), grid=NINE)
     with pytest.raises(UserError, match=r"holds a study with train.batch_size=16, .* says 32"):

@@ -18,8 +18,10 @@ B = ((("model.patch", 2),), "fd_digits", 7.5)
 def with_figures(*figures, protocol=OF_DIGITS, source="a book"):
     recipe = copy.deepcopy(RECIPE)
     recipe["sweep"] |= {
-        "published": figures, "published_protocol": protocol, "published_source": source,
-    }  # fmt: skip
+        "published": figures,
+        "published_protocol": protocol,
+        "published_source": source,
+    }
     return recipe
 
 

@@ -68,8 +68,10 @@ def test_each_device_computes_its_own_rows_heads_and_queries(sizes):
     found = output_and_gradients(rules.by_heads(local, mesh))(*values)
     assert_close(found, output_and_gradients(attend)(*values))
     rows, tensor, context = (
-        sizes["data"] * sizes["fsdp"], sizes.get("tensor", 1), sizes.get("context", 1),
-    )  # fmt: skip
+        sizes["data"] * sizes["fsdp"],
+        sizes.get("tensor", 1),
+        sizes.get("context", 1),
+    )
     B, H = 8 // rows, 4 // tensor
     assert seen == [((B, H, 16 // context, 8), (B, H, 16, 8))]
 

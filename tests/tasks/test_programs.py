@@ -154,16 +154,21 @@ def with_nan(rows):
 
 
 AUTOENCODER = (
-    "--config.train.network=autoencoder", "--config.autoencoder.kind=kl",
+    "--config.train.network=autoencoder",
+    "--config.autoencoder.kind=kl",
     "--config.train.evaluate_every_steps=0",
-    "--config.autoencoder.base_width=8", "--config.autoencoder.multipliers=(1,2)",
-    "--config.autoencoder.groups=4", "--config.autoencoder.res_blocks=1", "--config.model.patch=1",
-)  # fmt: skip
+    "--config.autoencoder.base_width=8",
+    "--config.autoencoder.multipliers=(1,2)",
+    "--config.autoencoder.groups=4",
+    "--config.autoencoder.res_blocks=1",
+    "--config.model.patch=1",
+)
 QUICK = (
-    "--config.model.size=1x32x2", "--config.diffusion.loss=simple",  # compile faster
+    "--config.model.size=1x32x2",
+    "--config.diffusion.loss=simple",  # compile faster
     "--config.diffusion.variance=fixed_small",
     "--config.optim.warmup_steps=0",  # else the first update is of rate 0
-)  # fmt: skip
+)
 ONE: dict[str, Any] = {"data": 1, "fsdp": 1, "devices": jax.devices()[:1]}
 
 
@@ -236,9 +241,10 @@ def test_a_sample_is_a_function_of_seed_and_index(sampler, axes):
     assert images.shape == (8, 8, 8, 1)
     assert images.dtype == np.uint8
     again = recipe(
-        f"--config.sample.sampler={sampler}", "--config.sample.steps=5",
+        f"--config.sample.sampler={sampler}",
+        "--config.sample.steps=5",
         "--config.sample.batch_size=4",
-    )  # fmt: skip
+    )
     one = make_mesh(1, 1, jax.devices()[:1])
     second, second_labels = draw(again, one, 4)
     np.testing.assert_array_equal(second_labels, labels[4:])

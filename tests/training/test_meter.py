@@ -24,8 +24,12 @@ def records(step):
 
 
 def meter(most=5, said=None, **kwargs):
-    return Meter(most, records, (lambda _: None) if said is None else said.append,
-                 **{"in_flight": 2, **kwargs})  # fmt: skip
+    return Meter(
+        most,
+        records,
+        (lambda _: None) if said is None else said.append,
+        **{"in_flight": 2, **kwargs},
+    )
 
 
 def counts(m):

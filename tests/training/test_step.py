@@ -218,7 +218,10 @@ def test_a_spike_is_skipped_and_not_averaged(monkeypatch):
 def test_without_a_spike_factor_the_state_has_nothing_more():
     params = {"w": jnp.array([1.0])}
     state = init_state(params, adam())
-    assert not [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == () and
-                leaf.dtype == jnp.float32]  # fmt: skip
+    assert not [
+        leaf
+        for leaf in jax.tree.leaves(state.opt_state)
+        if leaf.shape == () and leaf.dtype == jnp.float32
+    ]
     more = init_state(params, adam(spike_factor=2.0)).opt_state
     assert len(jax.tree.leaves(more)) == len(jax.tree.leaves(state.opt_state)) + 2

@@ -20,18 +20,28 @@ def dit_leaves(depth=2, width=48, heads=3, patch=4, classes=10, channels=4, mlp_
     L, D, H, p = depth, width, heads, patch
     d, M, out = D // H, int(D * mlp_ratio), p * p * 2 * channels
     return {
-        "x_embedder/kernel": (p * p * channels, D), "x_embedder/bias": (D,),
-        "t_embedder/in/kernel": (256, D), "t_embedder/in/bias": (D,),
-        "t_embedder/out/kernel": (D, D), "t_embedder/out/bias": (D,),
+        "x_embedder/kernel": (p * p * channels, D),
+        "x_embedder/bias": (D,),
+        "t_embedder/in/kernel": (256, D),
+        "t_embedder/in/bias": (D,),
+        "t_embedder/out/kernel": (D, D),
+        "t_embedder/out/bias": (D,),
         "y_embedder/table": (classes + 1, D),
-        "blocks/attn/qkv/kernel": (L, D, 3, H, d), "blocks/attn/qkv/bias": (L, 3, H, d),
-        "blocks/attn/out/kernel": (L, D, D), "blocks/attn/out/bias": (L, D),
-        "blocks/mlp/in/kernel": (L, D, M), "blocks/mlp/in/bias": (L, M),
-        "blocks/mlp/out/kernel": (L, M, D), "blocks/mlp/out/bias": (L, D),
-        "blocks/adaln/linear/kernel": (L, D, 6, D), "blocks/adaln/linear/bias": (L, 6, D),
-        "final_layer/adaln/linear/kernel": (D, 2, D), "final_layer/adaln/linear/bias": (2, D),
-        "final_layer/linear/kernel": (D, out), "final_layer/linear/bias": (out,),
-    }  # fmt: skip
+        "blocks/attn/qkv/kernel": (L, D, 3, H, d),
+        "blocks/attn/qkv/bias": (L, 3, H, d),
+        "blocks/attn/out/kernel": (L, D, D),
+        "blocks/attn/out/bias": (L, D),
+        "blocks/mlp/in/kernel": (L, D, M),
+        "blocks/mlp/in/bias": (L, M),
+        "blocks/mlp/out/kernel": (L, M, D),
+        "blocks/mlp/out/bias": (L, D),
+        "blocks/adaln/linear/kernel": (L, D, 6, D),
+        "blocks/adaln/linear/bias": (L, 6, D),
+        "final_layer/adaln/linear/kernel": (D, 2, D),
+        "final_layer/adaln/linear/bias": (2, D),
+        "final_layer/linear/kernel": (D, out),
+        "final_layer/linear/bias": (out,),
+    }
 
 
 def autoencoder_leaves(width=32, multipliers=(1, 2, 4, 4), blocks=2, groups=32):
@@ -40,12 +50,14 @@ def autoencoder_leaves(width=32, multipliers=(1, 2, 4, 4), blocks=2, groups=32):
             {
                 "train": {"network": "autoencoder"},
                 "autoencoder": {
-                    "base_width": width, "multipliers": multipliers, "res_blocks": blocks,
+                    "base_width": width,
+                    "multipliers": multipliers,
+                    "res_blocks": blocks,
                     "groups": groups,
                 },
             }
         )
-    )  # fmt: skip
+    )
 
 
 def test_the_leaves_are_the_networks():
@@ -98,10 +110,13 @@ LDM_SHAPES = {
     "decoder.conv_out.weight": (3, 128, 3, 3),
 }
 LDM_ABSENT = (
-    "encoder.down.0.block.0.nin_shortcut.weight", "encoder.down.3.downsample.conv.weight",
-    "decoder.up.0.upsample.conv.weight", "decoder.up.2.block.0.nin_shortcut.weight",
-    "decoder.up.4.block.0.conv1.weight", "encoder.down.0.block.2.conv1.weight",
-)  # fmt: skip
+    "encoder.down.0.block.0.nin_shortcut.weight",
+    "encoder.down.3.downsample.conv.weight",
+    "decoder.up.0.upsample.conv.weight",
+    "decoder.up.2.block.0.nin_shortcut.weight",
+    "decoder.up.4.block.0.conv1.weight",
+    "encoder.down.0.block.2.conv1.weight",
+)
 
 
 def test_names_of_latent_diffusion():
@@ -226,10 +241,16 @@ DTYPES = st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16])
 
 
 @given(
-    depth=st.integers(1, 3), heads=st.integers(1, 3), head=st.sampled_from([4, 8]),
-    patch=st.integers(1, 4), classes=st.integers(1, 5), channels=st.integers(1, 5),
-    ratio=st.sampled_from([1.0, 2.5, 4.0]), dtype=DTYPES, diffusers=st.booleans(),
-)  # fmt: skip
+    depth=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    head=st.sampled_from([4, 8]),
+    patch=st.integers(1, 4),
+    classes=st.integers(1, 5),
+    channels=st.integers(1, 5),
+    ratio=st.sampled_from([1.0, 2.5, 4.0]),
+    dtype=DTYPES,
+    diffusers=st.booleans(),
+)
 @settings(max_examples=40, deadline=None)
 def test_any_dit_there_and_back(
     depth, heads, head, patch, classes, channels, ratio, dtype, diffusers

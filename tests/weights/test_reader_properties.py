@@ -34,10 +34,15 @@ TAILS = st.binary(max_size=40) | st.sampled_from(
 
 
 @QUICK
-@given(array=hnp.arrays(
-    st.sampled_from([np.uint8, np.int32, np.float32, np.float64, np.bool_, np.complex64]),
-    hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
-), compressed=st.booleans(), fortran=st.booleans(), limit=st.integers(0, 5))  # fmt: skip
+@given(
+    array=hnp.arrays(
+        st.sampled_from([np.uint8, np.int32, np.float32, np.float64, np.bool_, np.complex64]),
+        hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+    ),
+    compressed=st.booleans(),
+    fortran=st.booleans(),
+    limit=st.integers(0, 5),
+)
 def test_arrays(tmp_path, array, compressed, fortran, limit):
     given_array = np.asfortranarray(array) if fortran and array.ndim else array
     (np.savez_compressed if compressed else np.savez)(tmp_path / "a.npz", x=given_array)
@@ -63,9 +68,12 @@ def or_line(reader, path):
 
 @QUICK
 @given(
-    d=st.integers(1, 4), seed=st.integers(0, 2**32 - 1), spatial=st.booleans(), n=st.integers(0, 3),
+    d=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+    spatial=st.booleans(),
+    n=st.integers(0, 3),
     said=st.dictionaries(st.text(max_size=5), st.text(max_size=5) | NUMBERS, max_size=3),
-)  # fmt: skip
+)
 def test_statistics(tmp_path, d, seed, spatial, n, said):
     rng = np.random.default_rng(seed)
     mu, root = rng.standard_normal(d), rng.standard_normal((d, d))
@@ -82,11 +90,14 @@ def test_statistics(tmp_path, d, seed, spatial, n, said):
 
 @QUICK
 @given(
-    metrics=st.dictionaries(NAMES, st.floats(), max_size=4), run=st.text(min_size=1, max_size=30),
-    config=st.recursive(st.none() | st.booleans() | NUMBERS | st.text(max_size=9),
-                        lambda inner: st.dictionaries(st.text(max_size=4), inner, max_size=3),
-                        max_leaves=5),
-)  # fmt: skip
+    metrics=st.dictionaries(NAMES, st.floats(), max_size=4),
+    run=st.text(min_size=1, max_size=30),
+    config=st.recursive(
+        st.none() | st.booleans() | NUMBERS | st.text(max_size=9),
+        lambda inner: st.dictionaries(st.text(max_size=4), inner, max_size=3),
+        max_leaves=5,
+    ),
+)
 def test_results(tmp_path, metrics, run, config):
     made = {**a_result(), "metrics": metrics, "run": run, "config": {"a": config}}
     results.write_result(tmp_path, made)  # type: ignore[arg-type]

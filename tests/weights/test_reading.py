@@ -186,8 +186,10 @@ def test_the_states_of_a_training_checkpoint(tmp_path):
     model["x_embedder.proj.bias"] = model["x_embedder.proj.bias"] + 1
     saved = {
         "model": {f"module.{name}": x for name, x in model.items()},
-        "ema": ema, "opt": {"state": {}}, "args": {"model": "DiT-S/8"},
-    }  # fmt: skip
+        "ema": ema,
+        "opt": {"state": {}},
+        "args": {"model": "DiT-S/8"},
+    }
     path = release_file(tmp_path / "0400000.pt", saved)
     for which, expected in (("ema", ema), ("model", model)):
         bias = reading.load(path, heads=3, which=which).leaves["x_embedder/bias"]
@@ -213,10 +215,14 @@ def test_the_position_table_is_the_releases_bit_for_bit(width, side):
 @pytest.mark.parametrize(
     ("dtype", "error", "refused"),
     [
-        (np.float32, 1e-6, False), (np.float32, 1e-5, True), (np.float32, np.nan, True),
-        (np.float16, 4e-4, False), (np.float16, 0.03, True), (ml_dtypes.bfloat16, 0.03, True),
+        (np.float32, 1e-6, False),
+        (np.float32, 1e-5, True),
+        (np.float32, np.nan, True),
+        (np.float16, 4e-4, False),
+        (np.float16, 0.03, True),
+        (ml_dtypes.bfloat16, 0.03, True),
     ],
-)  # fmt: skip
+)
 def test_the_position_table_is_checked(dtype, error, refused, tmp_path):
     state = release_state(dtype)
     table = state["pos_embed"].astype(np.float32)
@@ -327,11 +333,12 @@ FOREIGN = {
     },
     "a ViT": {"cls_token": (1, 1, 48), "blocks.0.attn.qkv.weight": (144, 48)},
     "a PixArt": {
-        "pos_embed.proj.weight": (48, 4, 2, 2), "transformer_blocks.0.attn1.to_q.weight": (48, 48),
+        "pos_embed.proj.weight": (48, 4, 2, 2),
+        "transformer_blocks.0.attn1.to_q.weight": (48, 48),
     },
     "an encoder": {"encoder.layers.0.weight": (4, 4)},
     "nothing": {},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -580,10 +587,15 @@ def test_metadata_that_do_not_hold(text, words, tmp_path):
 
 
 SCHEDULER = {
-    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.0001,
-    "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "epsilon",
-    "clip_sample": False, "trained_betas": None,
-}  # fmt: skip
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "trained_betas": None,
+}
 
 
 def pipeline_folder(folder, index=None, **scheduler):

@@ -19,9 +19,17 @@ from ditjax.weights.torch_file import write_torch
 from tests.weight_files import FOLDER_WEIGHTS, assert_same
 
 DTYPES = (
-    np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.int16, np.int8,
-    np.uint8, np.bool_,
-)  # fmt: skip
+    np.float64,
+    np.float32,
+    np.float16,
+    ml_dtypes.bfloat16,
+    np.int64,
+    np.int32,
+    np.int16,
+    np.int8,
+    np.uint8,
+    np.bool_,
+)
 TENSORS = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(3, np.float32)}
 
 
@@ -173,9 +181,11 @@ def folder(path, *names, config="{}"):
 
 def test_a_folders_file_is_the_one_that_diffusers_takes(tmp_path):
     names = (
-        "diffusion_pytorch_model.fp16.bin", "diffusion_pytorch_model.bin",
-        "diffusion_pytorch_model.fp16.safetensors", FOLDER_WEIGHTS,
-    )  # fmt: skip
+        "diffusion_pytorch_model.fp16.bin",
+        "diffusion_pytorch_model.bin",
+        "diffusion_pytorch_model.fp16.safetensors",
+        FOLDER_WEIGHTS,
+    )
     for name in names:  # each goes before those that are there
         read = weights.read_tensors(folder(tmp_path, name, config='{"k": [1]}'))
         assert read.tensors["name"].tobytes().decode() == name
@@ -230,11 +240,15 @@ def test_folders_that_are_none(tmp_path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (b"", "is not JSON"), (b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"),
-        (b"[" * 100_000, "is not JSON"), (b'{"a": 1' + b"0" * 5000 + b"}", "is not JSON"),
-        (b"[1]", "holds a list"), (b"null", "holds a NoneType"),
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "is not JSON"),
+        (b"[1]", "holds a list"),
+        (b"null", "holds a NoneType"),
     ],
-)  # fmt: skip
+)
 def test_damaged_configs(config, words, tmp_path):
     folder(tmp_path, FOLDER_WEIGHTS, config=None)
     (tmp_path / "config.json").write_bytes(config)

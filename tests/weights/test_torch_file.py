@@ -83,12 +83,19 @@ def tensor(count, offset, shape, strides, kind="FloatStorage", key="0", view=Non
     return b"".join(
         (
             b"ctorch._utils\n_rebuild_tensor_v2\n((",
-            text("storage"), f"ctorch\n{kind}\n".encode(), text(key), text("cpu"),
-            integers([count])[1:-1], view or b"", b"tQ",
-            integers([offset])[1:-1], integers(shape), integers(strides),
+            text("storage"),
+            f"ctorch\n{kind}\n".encode(),
+            text(key),
+            text("cpu"),
+            integers([count])[1:-1],
+            view or b"",
+            b"tQ",
+            integers([offset])[1:-1],
+            integers(shape),
+            integers(strides),
             b"\x89ccollections\nOrderedDict\n)RtR",
         )
-    )  # fmt: skip
+    )
 
 
 def whole(opcodes: bytes, protocol: int = 2) -> bytes:
@@ -154,8 +161,16 @@ def golden(request, tmp_path_factory):
 
 def test_reads_weights_of_torch(golden):
     assert list(golden) == [
-        "model", "ema", "opt", "args", "views", "parameter", "dtypes", "numpy", "other"
-    ]  # fmt: skip
+        "model",
+        "ema",
+        "opt",
+        "args",
+        "views",
+        "parameter",
+        "dtypes",
+        "numpy",
+        "other",
+    ]
     state = seeded_state(SHAPES, seed=3)
     same(golden["ema"], state)
     assert type(golden["model"]) is dict
@@ -200,10 +215,16 @@ def test_reads_everything_else_of_torch(golden):
     numbers = [np.float32(0.5), np.arange(6.0).reshape(2, 3), np.eye(2, 3)]
     same(golden["numpy"], numbers)
     other = {
-        "size": (3, 4), "device": "cuda:1", "dtype": "torch.bfloat16", "set": {1, 2},
-        "bytes": b"\x00\xff", "complex": 1 - 2j, "big": -(2**70), "": (True, None),
+        "size": (3, 4),
+        "device": "cuda:1",
+        "dtype": "torch.bfloat16",
+        "set": {1, 2},
+        "bytes": b"\x00\xff",
+        "complex": 1 - 2j,
+        "big": -(2**70),
+        "": (True, None),
         "default": {0: [1.5]},
-    }  # fmt: skip
+    }
     same(golden["other"], other)
 
 
@@ -215,9 +236,17 @@ ARRAYS = hnp.arrays(st.sampled_from([d for d in DTYPES.values() if d.isbuiltin =
 BFLOATS = hnp.arrays(np.uint16, SIDES).map(lambda bits: bits.view(ml_dtypes.bfloat16))
 FLOAT8S = hnp.arrays(np.uint8, SIDES).map(lambda bits: bits.view(ml_dtypes.float8_e4m3fn))
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-(2**600), 2**600), st.floats(),
-    st.text(max_size=8), ARRAYS, ARRAYS.map(np.transpose), BFLOATS, FLOAT8S,
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-(2**600), 2**600),
+    st.floats(),
+    st.text(max_size=8),
+    ARRAYS,
+    ARRAYS.map(np.transpose),
+    BFLOATS,
+    FLOAT8S,
+)
 TREES = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
@@ -394,9 +423,13 @@ def test_a_view_is_its_elements_or_refused(tmp_path, count, offset, axes, legacy
 
 def test_absurd_tensors_are_refused(read):
     for shape, strides in (
-        ((1 << 62,), (0,)), ((1 << 40,), (0,)), ((1 << 30, 1 << 30), (0, 0)),
-        ((1,) * 33, (1,) * 33), ((2, 2), (1,)), ((0, 1 << 47, 1 << 47), (1, 1, 1)),
-    ):  # fmt: skip
+        ((1 << 62,), (0,)),
+        ((1 << 40,), (0,)),
+        ((1 << 30, 1 << 30), (0, 0)),
+        ((1,) * 33, (1,) * 33),
+        ((2, 2), (1,)),
+        ((0, 1 << 47, 1 << 47), (1, 1, 1)),
+    ):
         content = whole(tensor(1, 0, shape, strides))
         refused(read, zip_bytes(content, {"0": bytes(4)}))
 
@@ -525,7 +558,7 @@ def test_the_attacks_are_real(tmp_path):
         (b"(X\x07\x00\x00\x00storagecos\nsystem\nK\x00NK\x01tQ", "os.system"),
         (b"(X\x07\x00\x00\x00storagectorch\nQInt8Storage\nX\x01\x00\x00\x000NK\x01tQ", "QInt8"),
     ],
-)  # fmt: skip
+)
 def test_odd_opcodes_are_refused(tmp_path, monkeypatch, read, opcodes, words):
     sentinel = tmp_path / "imported"
     evil = tmp_path / "evil_module_of_test.py"
@@ -559,8 +592,10 @@ BOMBS = {
     "itself by a dict": (b"}q\x00K\x01h\x00s", "contains itself"),
     "doubling": (b"]q\x000" + b"](h\x00h\x00eq\x000" * 60 + b"h\x00", "unfolds to"),
     "copies": (
-        text("x" * (1 << 16)) + b"q\x000"
-        + (b"c_codecs\nencode\nh\x00" + text("latin1") + b"\x86R0") * 100 + b"N",
+        text("x" * (1 << 16))
+        + b"q\x000"
+        + (b"c_codecs\nencode\nh\x00" + text("latin1") + b"\x86R0") * 100
+        + b"N",
         "copies more",
     ),
     "sets": (
@@ -568,13 +603,16 @@ BOMBS = {
         "copies more",
     ),
     "states": (
-        b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(15_000)) + b"uq\x000"
-        + b"cargparse\nNamespace\n)\x81h\x00b0" * 100 + b"N",
+        b"}("
+        + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(15_000))
+        + b"uq\x000"
+        + b"cargparse\nNamespace\n)\x81h\x00b0" * 100
+        + b"N",
         "copies more",
     ),
     "steps": (b"N0" * 60_000 + b"N", "more than 100000 steps"),
     "marks": (b"(" * 200_000, "more than 100000 steps"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BOMBS)
