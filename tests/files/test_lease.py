@@ -339,7 +339,7 @@ def test_of_many_processes_one_has_it(file):
 
 SUSPENDED = """
 import sys, time
-from ditjax.io import lease
+from ditjax.files import lease
 lease.RENEW_SECONDS = 0.05
 lease._machine = lambda: "elsewhere"
 lease.Lease(sys.argv[1], "the run")

@@ -15,7 +15,7 @@ from ditjax.parallel import host
 # temporaries are. Prints the pages that the kernel had to find in the last three rounds of five.
 BLOCKS = """
 import ctypes, resource, sys
-from ditjax import host
+from ditjax.parallel import host
 if sys.argv[1] == "keep":
     assert host.keep_freed_memory()
 libc = ctypes.CDLL(None)
@@ -50,7 +50,7 @@ def test_freed_memory_is_kept():
 HOLES = """
 import ctypes, sys
 from pathlib import Path
-from ditjax import host
+from ditjax.parallel import host
 if sys.argv[1] == "keep":
     assert host.keep_freed_memory()
 libc = host._libc()
@@ -83,7 +83,7 @@ def test_the_holes_that_a_compilation_leaves_are_not_looked_at_again(how, looked
 
 HUGE = """
 from pathlib import Path
-from ditjax import host
+from ditjax.parallel import host
 assert host.keep_freed_memory()
 lines = Path("/proc/self/smaps").read_text().splitlines()
 print(*[line for line in lines if line.startswith("VmFlags")])
@@ -112,7 +112,7 @@ def test_another_malloc_is_left_alone(tmp_path):
     library = tmp_path / "m.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "m.c"], check=True)
     done = subprocess.run(
-        [sys.executable, "-c", "from ditjax import host; print(host.keep_freed_memory())"],
+        [sys.executable, "-c", "from ditjax.parallel import host; print(host.keep_freed_memory())"],
         capture_output=True,
         text=True,
         check=True,
