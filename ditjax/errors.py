@@ -1,4 +1,4 @@
-"""How a command ends early: a user's mistake, a fault of the world, or told to. For every floor."""
+"""The ways a command ends early, and how errors put values and texts on one line."""
 
 import difflib
 import math
@@ -13,23 +13,23 @@ _REPR.maxlevel = 4
 
 
 class UserError(ValueError):
-    """A user's mistake, told in one line: what came, what was expected, the remedy.
+    """A user's mistake, in one line: what came, what was expected, the remedy.
 
     Commands print it without a traceback and exit with status 2 (`ditjax.cli`).
     """
 
 
 class FaultError(RuntimeError):
-    """A fault of the world, a full disk or a damaged file, told in one line with the remedy.
+    """A fault outside the program, such as a full disk, in one line with the remedy.
 
     Commands print it without a traceback and exit with status 1.
     """
 
 
 class StoppedError(Exception):
-    """A command was told to stop, and did so in good order: the same command goes on.
+    """Raised when a command shut down cleanly on request; running it again resumes.
 
-    `status` is what it exits with.
+    `status` is the command's exit status.
     """
 
     def __init__(self, line: str, status: int = 0) -> None:
@@ -38,7 +38,7 @@ class StoppedError(Exception):
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """' Did you mean X?' for the word closest to what was typed, or '' when none is close."""
+    """' Did you mean X?' for the word closest to what was typed, or '' if none is close."""
     if len(word) > _LONGEST:
         return ""
     found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
@@ -46,19 +46,47 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """repr of any value, hostile ones too, on one line and cut where it is long."""
+    """The repr of any value, even a hostile one, on one line and cut to a bounded length."""
     try:
         return _REPR.repr(value)
-    except Exception:  # an integer of 5,000 digits, an object whose repr fails
+    except Exception:  # an integer of 5,000 digits, or an object whose repr fails
         return f"a {type(value).__name__}"
 
 
-def reason(error: BaseException) -> str:
-    """What an error says, on one line; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+def reason(error: BaseException, longest: int = 300) -> str:
+    """An error's message on one line without its full stop, or its type if it has none.
+
+    The middle of a message longer than `longest` characters is left out.
+    """
+    line = " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+    if len(line) > longest:
+        half = longest // 2
+        line = f"{line[:half]} ... {line[-half:]}"
+    return line
+
+
+def first_few(names: Iterable[str], most: int = 3) -> str:
+    """'a, b, c and 5 more'."""
+    listed = list(names)
+    more = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def one_line(text: object) -> str:
+    """The text on one line, with control and bidirectional characters escaped ('\\x1b')."""
+    line = " ".join(str(text).split())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+def printable(text: object, keep: str = "") -> str:
+    """The text with '?' for control and bidirectional characters, except those in `keep`."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in keep else "?" for char in text)
 
 
 def divisors(number: int) -> list[int]:
-    """1, 2, 4 of 4: the sizes that a mesh axis, a patch or a number of parts may have."""
+    """All divisors in ascending order: 1, 2, 4 for 4."""
     low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return low + [number // n for n in reversed(low) if n * n != number]

@@ -1,7 +1,7 @@
-"""ImageNet's class names, and classes as users write them: numbers, names or WordNet ids.
+"""Classes as users write them, numbers, names or WordNet ids, and the names of ImageNet's classes.
 
-ILSVRC-2012's classes are synsets of WordNet 3.0 in the order of their ids. The lemmas, their source
-and WordNet's notice are in assets/imagenet_classes.txt.
+The classes of ILSVRC-2012 are synsets of WordNet 3.0 in the order of their ids. The lemmas, their
+source and WordNet's notice are in assets/imagenet_classes.txt.
 """
 
 import functools
@@ -30,9 +30,9 @@ def _imagenet() -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 
 def class_names() -> tuple[tuple[str, ...], ...]:
-    """WordNet 3.0's lemmas of ImageNet's 1,000 classes: [207] is ('golden retriever',).
+    """The WordNet 3.0 lemmas of ImageNet's 1,000 classes: [207] is ('golden retriever',).
 
-    Joined by ', ' a class's lemmas are the text of diffusers' id2label: 'tench, Tinca tinca'.
+    The lemmas of a class joined by ', ' are its text in diffusers' id2label: 'tench, Tinca tinca'.
     """
     return tuple(lemmas for _, lemmas in _imagenet())
 
@@ -45,21 +45,20 @@ def wordnet_ids() -> tuple[str, ...]:
 def parse_classes(
     text: str, num_classes: int, names: Sequence[Sequence[str]] | None = None
 ) -> list[int]:
-    """'207, Golden_Retriever,n02099601' -> [207, 207, 207]: what --classes means.
+    """The class numbers that --classes names: '207, Golden_Retriever,n02099601' -> [207, 207, 207].
 
-    A word of digits is a class's number, never a name. A name is any of names[k], where case does
-    not count and '_', '-' and spaces are the same. names None: ImageNet's if there are 1,000
-    classes, or else none. WordNet ids go with ImageNet's names.
+    A word of digits is always a class number. A name is any of names[k]; case is ignored, and '_',
+    '-' and spaces are equal. The default names are ImageNet's for 1,000 classes, and none
+    otherwise. WordNet ids are accepted along with ImageNet's names.
 
-    Raises UserError for a word that is no class, a name that several classes have, and names that
-    are not one entry a class.
+    Raises UserError for an unknown word, a name of several classes, or a wrong number of names.
     """
     if names is None:
         names = class_names() if num_classes == len(class_names()) else [()] * num_classes
     if len(names) != num_classes:
         raise UserError(
             f"names of {len(names)} classes came with a network of {num_classes}: expected one"
-            " entry a class; give the names that it was trained with."
+            " entry per class; give the names that it was trained with."
         )
     numbers: dict[str, list[int]] = {}
     for k, aliases in enumerate(names):
@@ -72,7 +71,7 @@ def parse_classes(
         expected = f"class numbers from 0 to {num_classes - 1}, ImageNet's names or WordNet ids"
 
     def number(word: str) -> int:
-        # Nine digits at most: past some thousands int() raises.
+        # At most nine digits, because int() raises beyond some thousands.
         if re.fullmatch("[0-9]{1,9}", word) and int(word) < num_classes:
             return int(word)
         name = _normal(word)

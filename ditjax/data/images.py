@@ -1,12 +1,10 @@
-"""Sample sets as batches: an npz as ADM's evaluator reads it, or a folder of PNG and JPEG files."""
+"""Sets of samples in batches: an npz as ADM's evaluator reads it, or a folder of PNG and JPEGs."""
 
 import dataclasses
 import os
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +17,14 @@ if TYPE_CHECKING:
 
 Images = NDArray[np.uint8]
 
-# PIL's own limit against decompression bombs: twice what 256 MiB holds at 3 bytes a pixel.
+# PIL's own limit against decompression bombs: twice the pixels of 256 MiB at 3 bytes a pixel.
 MAX_PIXELS = 178_956_970
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """`count` images of height x width in an npz (`files` empty) or in `files`, unread as yet."""
+    """`count` unread images of height x width, in an npz (`files` is empty) or in `files`."""
 
     path: Path
     count: int
@@ -35,9 +33,9 @@ class ImageSet:
     files: tuple[Path, ...] = ()
 
     def batches(self, size: int) -> Iterator[Images]:
-        """u8[B,H,W,3] in order, B = size but for the last; grey ones thrice. One batch in memory.
+        """Batches u8[B,H,W,3] in order, B = size except for the last; grey is repeated to RGB.
 
-        Raises UserError naming the file that is damaged.
+        One batch is in memory at a time. Raises a UserError that names a damaged file.
         """
         if size < 1:
             raise UserError(f"batches of {size} images: expected at least 1.")
@@ -51,7 +49,8 @@ class ImageSet:
 
     def _file(self, path: Path) -> Images:
         try:
-            with _opened(path) as opened:
+            with open_picture(path, ("PNG", "JPEG")) as opened:
+                opened.load()
                 transparent = "A" in opened.getbands() or "transparency" in opened.info
                 image = opened.convert("RGBA") if transparent else opened
                 if transparent and image.getchannel("A").getextrema() != (255, 255):
@@ -61,54 +60,34 @@ class ImageSet:
                 pixels = np.asarray(image.convert("RGB"))
         except UserError:
             raise
-        except _DAMAGED as error:
+        except Exception as error:  # Pillow raises a dozen types for damaged files
             raise UserError(f"{path} is damaged: {error}.") from error
         if pixels.shape != (self.height, self.width, 3):
             raise UserError(_differs(path, pixels.shape[:2], self))
         return pixels
 
 
-# What Pillow raises on bytes that are no picture, by format and place.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
+def open_picture(source: Path | IO[bytes], formats: tuple[str, ...]) -> "Image.Image":
+    """An encoded image with its pixels unread.
 
-
-def _opened(path: Path) -> "Image.Image":
-    """A PNG or JPEG file, pixels unread. Raises what _DAMAGED names.
-
-    Other formats are not looked at, whatever the file's name: some start outside programs.
+    Only the decoders of `formats` see the bytes, because some others start outside programs. Raises
+    ValueError for more than MAX_PIXELS pixels, and whatever Pillow raises for damaged files.
     """
     from PIL import Image
 
-    try:
-        image = Image.open(path, formats=("PNG", "JPEG"))
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from None
+    image = Image.open(source, formats=formats)
     if image.width * image.height > MAX_PIXELS:
         image.close()
-        raise ValueError(
-            f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels: make it smaller"
-        )
+        raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
     return image
 
 
 def open_images(path: str | os.PathLike[str]) -> ImageSet:
     """An npz with arr_0 u8[N,H,W,C], C = 1 or 3, or a folder of images of one size.
 
-    A folder's images are those in it and below it with a suffix of SUFFIXES, in order of their
-    path; sizes are read now, pixels in `batches`. Raises UserError for an empty set, another type
-    or shape, or naming the first image that is damaged or of another size than the first of all.
+    The images of a folder are the files below it with one of SUFFIXES, in the order of their paths.
+    Sizes are read now, pixels in `batches`. Raises UserError for an empty set, another type or
+    shape, or the first image that is damaged or differs in size from the first.
     """
     path = Path(path)
     return _open_folder(path) if path.is_dir() else _open_npz(path)
@@ -140,9 +119,9 @@ def _open_folder(path: Path) -> ImageSet:
     found: ImageSet | None = None
     for file in files:
         try:
-            with _opened(file) as image:
+            with open_picture(file, ("PNG", "JPEG")) as image:
                 width, height = image.size
-        except _DAMAGED as error:
+        except Exception as error:
             raise UserError(f"{file} is damaged: {error}.") from error
         found = found or ImageSet(path, len(files), height, width, files)
         if (height, width) != (found.height, found.width):

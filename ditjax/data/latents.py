@@ -1,16 +1,16 @@
 """Encoded data sets: the autoencoder's moments of every image and of its mirror, as array_record.
 
-Moments and not samples: the posterior is still drawn anew at every training step, as the paper
-does. They lie in a directory of their own in tensorflow-datasets' layout, named `latents:PATH`.
+The moments are stored and not samples, because the paper draws the posterior anew at every training
+step. A recipe names such a data set `latents:PATH`; the directory has the layout of
+tensorflow-datasets.
 
-Each shard holds a fixed range of the records and is renamed into place when whole;
-dataset_info.json comes last, and until then there is no data set. So a killed encoding goes on at
-the first shard that is missing, several processes may each write shards of one set, and the
-finished files are the same bytes however often it was cut off.
+Each shard holds a fixed range of the records and is renamed into place when it is whole;
+dataset_info.json is written last, and until then there is no data set. So a killed encoding resumes
+at the first missing shard, several processes may share the shards of one set, and the finished
+files have the same bytes however often the encoding was interrupted.
 """
 
 import contextlib
-import json
 import math
 import os
 import tempfile
@@ -23,13 +23,19 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from ditjax.data.builders import count_records, of_home
+from ditjax.data.builders import count_records, expand_home
+from ditjax.data.names import LATENTS
 from ditjax.errors import UserError, reason
-from ditjax.files.atomic import atomic_path, load_json, unfinished, write_atomic
-from ditjax.files.masking import masked_tree
+from ditjax.files.atomic import (
+    atomic_path,
+    load_json,
+    recordable,
+    unfinished,
+    write_atomic,
+    write_json,
+)
 
-PREFIX = "latents:"
-# ImageNet's 84 GB in 626 files of 2,048 records: seconds of work on an accelerator.
+# ImageNet's 84 GB are 626 files of 2,048 records, each seconds of work on an accelerator.
 SHARD_MB = 128
 
 _NAME = "latents"
@@ -38,8 +44,8 @@ _METADATA = "metadata.json"
 _INFO = "dataset_info.json"
 
 
-class Record(TypedDict):
-    """One image: mean, log_variance f32[2,h,w,c], of the image and then of its mirror."""
+class LatentRecord(TypedDict):
+    """One image: mean and log_variance f32[2,h,w,c], of the image and then of its mirror."""
 
     mean: np.ndarray
     log_variance: np.ndarray
@@ -47,11 +53,11 @@ class Record(TypedDict):
 
 
 class LatentWriter:
-    """Writes `num_examples` records of `shape` (h, w, c), in record order, below `directory`.
+    """Write `num_examples` records of `shape` (h, w, c), in record order, below `directory`.
 
-    `metadata` is plain JSON of all that they depend on (images, split, autoencoder): a set begun
-    under another is not gone on with. Raises UserError where the directory holds latents of
-    something else, or cannot be written.
+    `metadata` is plain JSON of all that the records depend on: images, split, autoencoder. A set
+    that was begun with other metadata is not resumed. Raises UserError if the directory holds such
+    a set, or cannot be written.
     """
 
     def __init__(
@@ -71,7 +77,7 @@ class LatentWriter:
             )
         if shard_mb < 1:
             raise UserError(f"shards of {shard_mb} MiB: expected at least 1.")
-        self._folder, metadata = _prepared(Path(directory)), masked_tree(metadata)
+        self._folder, metadata = _prepared(Path(directory)), recordable(metadata)
         self._split, self._shape, self._class_names = split, shape, class_names
         size = 2 * 2 * 4 * math.prod(shape)
         per_shard = min(num_examples, max(1, shard_mb * 2**20 // size))
@@ -81,18 +87,18 @@ class LatentWriter:
         ]
         self.finished = (self._folder / _INFO).is_file()
         if self.finished:
-            # Sets from before said less: what they do not say is not compared.
-            there = self._read()
+            # Older sets recorded fewer keys; the others are not compared.
+            there = self._read_metadata()
             self._check({key: value for key, value in metadata.items() if key in there})
             return
-        # tensorflow-datasets' own metadata file: while shards are written, it says what they are.
+        # The metadata file of tensorflow-datasets describes the shards while they are written.
         record = {**metadata, "num_examples": num_examples, "records_per_shard": per_shard}
         if (self._folder / _METADATA).exists():
             self._check(record)
         else:
-            write_atomic(self._folder / _METADATA, json.dumps(record).encode())
+            write_json(self._folder / _METADATA, record)
 
-    def _read(self) -> dict[str, Any]:
+    def _read_metadata(self) -> dict[str, Any]:
         path = self._folder / _METADATA
         try:
             there = load_json(path)
@@ -103,12 +109,12 @@ class LatentWriter:
         return there
 
     def _check(self, ours: Mapping[str, Any]) -> None:
-        there = self._read()
+        there = self._read_metadata()
         for key, value in ours.items():
             if there.get(key) != value:
                 raise UserError(
-                    f"{self._folder} holds latents with {key}={there.get(key)!r}, this would be"
-                    f" {value!r}: give another --out, or remove it."
+                    f"{self._folder} holds latents with {key}={there.get(key)!r}, and this command"
+                    f" has {value!r}: give another --out, or remove that folder."
                 )
 
     def shards(self, index: int = 0, count: int = 1) -> list[range]:
@@ -116,7 +122,7 @@ class LatentWriter:
         return self._shards[index::count]
 
     def missing(self, index: int = 0, count: int = 1) -> list[range]:
-        """Those of them that are not on disk; one that is damaged counts as missing."""
+        """The shards of that process that are not on disk, or damaged there."""
         if self.finished:
             return []
         shards = self.shards(index, count)
@@ -124,14 +130,14 @@ class LatentWriter:
             found = list(pool.map(count_records, map(self._path, shards)))
         return [shard for shard, n in zip(shards, found, strict=True) if n != len(shard)]
 
-    def write(self, shard: range, records: Iterable[Record]) -> None:
-        """One of `missing`, with its records: on disk after."""
+    def write(self, shard: range, records: Iterable[LatentRecord]) -> None:
+        """Write one of the `missing` shards; it is on disk when this returns."""
         path, written = self._path(shard), 0
         for left in unfinished(path):
             left.unlink(missing_ok=True)
         with atomic_path(path) as temporary:
             with _disk_errors():
-                # One record a group, as tensorflow-datasets writes it: it is read at random.
+                # One record a group, as tensorflow-datasets writes it, for reading at random.
                 writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
             for record in records:
                 example = self._example(record)
@@ -144,16 +150,17 @@ class LatentWriter:
                 raise ValueError(f"shard {shard} got {written} records")
 
     def finish(self) -> None:
-        """The data set is there. Raises UserError if any shard is missing. Again does nothing.
+        """Complete the data set. A second call does nothing.
 
-        Of several processes any number may call this, when all have written.
+        Any number of processes may call this once all have written. Raises UserError if a shard is
+        missing.
         """
         if self.finished:
             return
         if gap := self.missing():
             raise UserError(
-                f"{self._folder}: {len(gap)} of {len(self._shards)} shards are missing; the same"
-                " command again writes them."
+                f"{self._folder}: {len(gap)} of {len(self._shards)} shards are missing; run the"
+                " same command again to write them."
             )
         info = tfds.core.DatasetInfo(
             builder=tfds.core.DatasetIdentity(
@@ -165,7 +172,7 @@ class LatentWriter:
             ),
             description="Moments of a KL autoencoder: of each image, then of its mirror.",
             features=_features(self._shape, self._class_names),
-            disable_shuffling=True,  # the record order is the images'
+            disable_shuffling=True,  # the records are in the order of the images
         )
         info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
         split = tfds.core.SplitInfo(
@@ -196,11 +203,11 @@ class LatentWriter:
             self._template.sharded_filepath(shard_index=index, num_shards=len(self._shards))
         )
 
-    def _example(self, record: Record) -> bytes:
-        """A record as tensorflow-datasets' own serializer makes it, but for two things.
+    def _example(self, record: LatentRecord) -> bytes:
+        """A record as a tf.train.Example in the order label, log_variance, mean.
 
-        That one writes the features in an order that changes from process to process, and takes
-        3 ms for a record of ImageNet's latents, more than 20 times as long.
+        The serializer of tensorflow-datasets writes the features in an order that changes from
+        process to process. It takes 3 ms for a record of ImageNet's latents, over 20 times as long.
         """
         floats = {
             name: _message(2, _message(1, record[name].astype("<f4").reshape(2, *self._shape)))
@@ -218,17 +225,17 @@ class LatentWriter:
 
 
 def _message(field: int, payload: bytes | np.ndarray) -> bytes:
-    """Protocol Buffers' wire format of one length-delimited field.
+    """One length-delimited field in the wire format of Protocol Buffers.
 
-    tf.train.Example is features = 1, a map (key = 1, value = 2) of features that hold, under 2, a
-    list of floats or, under 3, of integers, each a packed field 1.
+    A tf.train.Example is field 1, a map (key 1, value 2) of features. A feature holds a list of
+    floats in field 2 or of integers in field 3; either is a packed field 1.
     """
     data = payload if isinstance(payload, bytes) else payload.tobytes()
     return bytes([field << 3 | 2]) + _varint(len(data)) + data
 
 
 def _varint(value: int) -> bytes:
-    """Base 128, the low digits first; all but the last byte have their high bit set."""
+    """Base 128, low digits first; all bytes but the last have their high bit set."""
     digits = []
     while value >= 128:
         digits.append(value & 127 | 128)
@@ -238,7 +245,7 @@ def _varint(value: int) -> bytes:
 
 @contextlib.contextmanager
 def _disk_errors() -> Iterator[None]:
-    """array_record tells of a full disk by a RuntimeError."""
+    """Raise OSError for the RuntimeError by which array_record reports a full disk."""
     try:
         yield
     except RuntimeError as error:
@@ -259,50 +266,34 @@ def _features(
 
 
 def _prepared(folder: Path) -> Path:
-    return Path(of_home(os.fspath(folder))) / _NAME / _VERSION
+    return Path(expand_home(os.fspath(folder))) / _NAME / _VERSION
 
 
-def images_of(name: str) -> str:
-    """'latents:PATH' -> DATASET/SPLIT that was encoded. Raises UserError."""
-    said = open_latents(name).info.metadata or {}
-    if not {"images", "split"} <= said.keys():
-        raise UserError(
-            f"data set {name!r}: its {_METADATA} does not say of which images it is: encode again."
-        )
-    return f"{str(said['images']).rpartition('/')[0]}/{said['split']}"
-
-
-def shape_of(name: str) -> tuple[int, ...]:
-    """'latents:PATH' -> (h, w, c) of one latent. Raises UserError."""
-    return tuple(open_latents(name).info.features["mean"].shape[1:])
-
-
-def open_latents(name: str) -> tfds.core.DatasetBuilder:
-    """'latents:PATH' -> its builder. Raises UserError when nothing complete is there."""
-    folder = Path(name.removeprefix(PREFIX))
+def open_latents(path: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
+    """The builder of the encoded data set at `path`. Raises UserError if none is complete there."""
+    folder, title = Path(path), f"data set {LATENTS + os.fspath(path)!r}"
     found = _prepared(folder)
-    # Not Path.exists, which raises for a name that is too long.
-    if os.path.exists(found / _METADATA) and not (found / _INFO).exists():
+    # Path.exists raises for a name that is too long.
+    if os.path.exists(found / _METADATA) and not os.path.exists(found / _INFO):
         raise UserError(
-            f"data set {name!r}: its encoding is not finished: the same command of"
-            f" python -m ditjax.encode, with --out={folder}, goes on with it."
+            f"{title}: its encoding is not finished; resume it with the same command of"
+            f" python -m ditjax.encode and --out={folder}."
         )
     if not os.path.exists(found / _INFO):
         raise UserError(
-            f"data set {name!r}: no encoded latents at {folder}: make them with"
+            f"{title}: no encoded latents at {folder}: make them with"
             f" python -m ditjax.encode --config=... --out={folder}"
         )
     try:
         builder = tfds.builder_from_directory(os.fspath(found.resolve()))
-        moments = [builder.info.features[key].shape for key in ("mean", "log_variance")]
-        whole = (
-            moments[0] == moments[1] and len(moments[0]) == 4 and "label" in builder.info.features
-        )
-    except Exception as error:  # a cut or edited JSON file fails in as many ways as it has keys
+        features = builder.info.features
+        shape = features["mean"].shape
+        whole = shape == features["log_variance"].shape and len(shape) == 4 and "label" in features
+    except Exception as error:  # a damaged JSON file fails in as many ways as it has keys
         raise UserError(
-            f"data set {name!r}: the description in {found} cannot be read ({reason(error):.200}):"
-            " remove the latents and encode again."
+            f"{title}: the description in {found} cannot be read ({reason(error)}): remove the"
+            " latents and encode again."
         ) from error
     if not whole:
-        raise UserError(f"data set {name!r}: what lies in {found} are no latents: encode again.")
+        raise UserError(f"{title}: {found} does not hold latents: encode again.")
     return builder

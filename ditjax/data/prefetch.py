@@ -1,4 +1,4 @@
-"""Batches that are on the devices ahead of their step."""
+"""Prefetching: batches are put on the devices ahead of their step."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,11 +11,10 @@ Put = TypeVar("Put")
 def ahead(
     batches: Iterator[Rows], put: Callable[[Rows], Put], depth: int, count: int
 ) -> Iterator[Put]:
-    """`put` of each of the next `count` batches, begun `depth` batches before it is asked for.
+    """`put` of each of the next `count` batches, started `depth` batches before it is asked for.
 
-    A transfer is dispatched and not waited for: there is no thread to end. It reads no batch beyond
-    `count`. What goes wrong with a batch is raised when that batch is asked for, after all before
-    it, however early it was read.
+    A transfer is dispatched without waiting, so there is no thread to end. No batch beyond `count`
+    is read. An error in reading a batch is raised in that batch's turn, however early it was read.
     """
     waiting: deque[Put | Exception] = deque()
     taken = 0

@@ -1,7 +1,7 @@
 """Weight files that ship with the package: NAME.npz beside a manifest that fixes their SHA-256.
 
-A file holds arrays only, never pickles, named by the path in the parameter tree with '/' between
-keys. The manifest says of each file what it is, how it was made and what it scored:
+A file holds arrays only, never pickles. An array's name is its path in the parameter tree, with '/'
+between keys. The manifest records what each file is, how it was made and what it scored:
 
     {"schema": 1, "assets": {NAME: {"sha256": hex, "network": {...}, "test_accuracy": float, ...}}}
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ditjax.errors import UserError, nearest
-from ditjax.files.atomic import load_json, write_atomic
+from ditjax.files.atomic import read_json, write_atomic
 
 SHIPPED = Path(__file__).parent.parent / "assets"
 MANIFEST = "manifest.json"
@@ -26,7 +26,7 @@ _REMEDY = "reinstall ditjax, or make the files again with python -m ditjax.class
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """{'a': {'b': x}} -> {'a/b': x}, in sorted order so that equal trees make equal files."""
+    """{'a': {'b': x}} -> {'a/b': x}, sorted so that equal trees make equal files."""
     flat: dict[str, np.ndarray] = {}
     for key in sorted(tree):
         if not key or "/" in key:
@@ -55,10 +55,10 @@ def save_assets(
     directory: str | os.PathLike[str],
     assets: Mapping[str, tuple[Mapping[str, Any], dict[str, Any]]],
 ) -> None:
-    """Writes {name: (params, record)} as NAME.npz files, then the manifest with their SHA-256.
+    """Write {name: (params, record)} as NAME.npz files, then the manifest with their SHA-256.
 
-    The same arrays give the same bytes. Other assets already in the folder's manifest stay.
-    Raises UserError when the folder cannot be written.
+    The same arrays give the same bytes. Other assets in the folder's manifest are kept. Raises
+    UserError if the folder cannot be written.
     """
     folder = Path(directory)
     try:
@@ -70,7 +70,7 @@ def save_assets(
             write_atomic(folder / f"{name}.npz", buffer.getvalue())
             records[name] = {**record, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
         text = json.dumps({"schema": 1, "assets": records}, indent=2, sort_keys=True) + "\n"
-        # Last: a run that dies before this leaves a mismatch that reading refuses.
+        # The manifest is last: a run that dies before leaves a mismatch, which reading refuses.
         write_atomic(folder / MANIFEST, text.encode())
     except OSError as error:
         raise UserError(f"cannot write assets to {folder}: {error.strerror}.") from error
@@ -79,10 +79,10 @@ def save_assets(
 def load_asset(
     name: str, directory: str | os.PathLike[str] = SHIPPED
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameter tree of NumPy arrays and the manifest's record of one asset.
+    """The parameters of an asset, a tree of NumPy arrays, and its record in the manifest.
 
-    Raises UserError for an unknown name, a missing or unreadable file, or bytes whose SHA-256 is
-    not the manifest's.
+    Raises UserError for an unknown name, a missing or unreadable file, or a SHA-256 that differs
+    from the manifest's.
     """
     folder = Path(directory)
     records = _read_manifest(folder)
@@ -102,7 +102,7 @@ def load_asset(
             f"{path} has SHA-256 {digest[:12]}, the manifest says {expected[:12]}: the file is"
             f" damaged or not the one that was measured; {_REMEDY}."
         )
-    # Parsed from the bytes that were hashed: the file may change in between.
+    # Parsed from the bytes that were hashed, because the file may change in between.
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             return unflatten({path: file[path] for path in file.files}), records[name]
@@ -112,13 +112,8 @@ def load_asset(
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
-    try:
-        manifest = load_json(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {_REMEDY}.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}; {_REMEDY}.") from error
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    manifest = read_json(path, _REMEDY)
+    schema = manifest.get("schema")
     if schema != 1:
         raise UserError(f"{path} has schema {schema!r}, this version reads 1; {_REMEDY}.")
     records = manifest.get("assets")

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all, and JSON of a bounded size.
+"""Files that appear whole or not at all, and JSON of bounded size.
 
-A reader never meets half of a file, and a crash keeps the old one.
+A reader never sees half a file, and a crash leaves the previous version in place. Text and JSON are
+masked here (`files/masking.py`), so that no file of a run holds a secret.
 """
 
 import contextlib
@@ -19,11 +20,11 @@ from typing import IO, Any
 import numpy as np
 
 from ditjax.errors import FaultError, UserError
-from ditjax.files.masking import masked_tree
+from ditjax.files.masking import masked, masked_tree
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that takes no more
-MAX_JSON = 1 << 26  # bytes, and levels of nesting, of a JSON file
-MAX_DEPTH = 100
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk that takes no more data
+MAX_JSON = 1 << 26  # bytes
+MAX_JSON_DEPTH = 100  # levels of nesting
 
 
 def protocol_hash(protocol: Mapping[str, Any]) -> str:
@@ -34,14 +35,14 @@ def protocol_hash(protocol: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """The name of a file to make beside `path`, synced and renamed over `path` in the end.
+    """A temporary path beside `path`, synced and renamed to `path` when the block ends.
 
-    Makes the folder. On an exception `path` is as it was; a killed process leaves the file behind,
-    named as `unfinished` finds it. Raises UserError where the folder cannot be made or written, and
-    FaultError for a full disk.
+    Makes the folder. An exception leaves `path` as it was; a killed process leaves the temporary
+    file, which `unfinished` finds. Raises UserError if the folder cannot be made or written, and
+    FaultError if the disk is full.
     """
     path = Path(path)
-    # Unlike tempfile's, this name gives a file the umask's mode: others read a shared folder.
+    # A file of tempfile's has mode 600; this one follows the umask, for readers of a shared folder.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,53 +54,85 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         if error.errno in FULL:
             raise FaultError(full_disk(path, error)) from error
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written."
-        ) from error
+        raise UserError(unwritable(path, error)) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
+def unwritable(path: str | os.PathLike[str], error: OSError) -> str:
+    """The error message for a file that cannot be written."""
+    return f"cannot write {path}: {error.strerror or error}; choose a writable folder."
+
+
 def full_disk(path: str | os.PathLike[str], error: OSError) -> str:
-    """The line for a disk that takes no more."""
-    return f"cannot write {path}: {error.strerror}. Make room there: the same command goes on."
+    """The error message for a full disk."""
+    return (
+        f"cannot write {path}: {error.strerror}. Free some space, then run the same command again"
+        " to resume."
+    )
 
 
 def unfinished(path: str | os.PathLike[str]) -> list[Path]:
-    """What processes that were killed while writing `path` left beside it."""
+    """Temporary files that killed processes left while writing `path`."""
     path = Path(path)
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
 
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A new file that becomes `path` in the end: see `atomic_path`."""
+    """A new binary file that becomes `path` when the block ends. Raises as `atomic_path`."""
     with atomic_path(path) as temporary, open(temporary, "xb") as file:
         yield file
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
-    """`data` under `path`, whole or not at all: see `atomic`."""
+    """Write bytes to `path`, whole or not at all. Raises as `atomic_path`."""
     with atomic(path) as file:
         file.write(data)
     return Path(path)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Strict JSON, written whole: NaN and infinities become null, unknown objects their text.
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write text as UTF-8, with secrets masked. Raises as `atomic_path`."""
+    return write_atomic(path, masked(text).encode())
 
-    What looks like a secret is masked.
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write `json_text`. Raises as `atomic_path`."""
+    return write_atomic(path, json_text(value).encode())
+
+
+def json_text(value: Any) -> str:
+    """The text of a JSON file: strict, indented by 1, of the `recordable` value."""
+    return json.dumps(recordable(value), indent=1, allow_nan=False) + "\n"
+
+
+def recordable(value: Any) -> Any:
+    """The value as it comes back from a JSON file.
+
+    NaN and infinities are None, unknown objects their str(), and secrets are masked.
     """
-    text = json.dumps(plain(value), indent=1, allow_nan=False)
-    return write_atomic(path, (text + "\n").encode())
+    plain = json.dumps(finite_or_null(value), allow_nan=False, default=str)
+    return masked_tree(json.loads(plain))
+
+
+def finite_or_null(value: Any) -> Any:
+    """The value with None for NaN and infinities, which JSON lacks, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def load_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
-    """A JSON file's value, of a bounded size and depth.
+    """The value of a JSON file of at most `limit` bytes and MAX_JSON_DEPTH levels.
 
-    Raises OSError where it cannot be opened, and ValueError for everything else: not UTF-8, not
-    JSON, too long, too deep.
+    Raises OSError if the file cannot be opened, and ValueError if it is not UTF-8, not JSON, too
+    long or nested too deep.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
@@ -112,7 +145,7 @@ def load_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
     except RecursionError:
         raise ValueError("it nests too deep") from None
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(MAX_JSON_DEPTH):
         level = [
             child
             for node in level
@@ -121,31 +154,28 @@ def load_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
         ]
         if not level:
             return value
-    raise ValueError(f"it nests more than {MAX_DEPTH} deep")
+    raise ValueError(f"it nests more than {MAX_JSON_DEPTH} deep")
 
 
-def plain(value: Any) -> Any:
-    """What JSON can hold, and nothing secret."""
-    plain = json.loads(json.dumps(finite_or_null(value), allow_nan=False, default=str))
-    return masked_tree(plain)
+def read_json(path: str | os.PathLike[str], remedy: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError, with the remedy, for anything else."""
+    remedy = f"; {remedy}" if remedy else ""
+    try:
+        value = load_json(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}{remedy}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}{remedy}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected an object{remedy}.")
+    return value
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable; some network file systems refuse, which loses nothing."""
+    """Make renames in a folder durable. Some network file systems refuse, which does no harm."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def finite_or_null(value: Any) -> Any:
-    """JSON has no NaN: null stands for it, at any depth."""
-    if isinstance(value, Mapping):
-        return {str(key): finite_or_null(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_or_null(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value

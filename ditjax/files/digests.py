@@ -1,20 +1,20 @@
-"""Digests of arrays: what a checkpoint is checked against when it is read back.
+"""Digests of arrays, against which a checkpoint is checked when it is read back.
 
-`sha256` is of the bytes of the whole array, in C order. `sum64` is for arrays that are not in this
-process's memory, on other devices or in other processes: of an array whose element i has the bits
-u(i) it is the two sums, mod 2**32,
+`sha256` covers the bytes of the whole array in C order. `sum64` is for arrays that are not in this
+process's memory, but on other devices or in other processes. For an array whose element i has the
+bits u(i) it is the two sums, mod 2**32,
 
     sum of h(i)  and  sum of h(i) (2 w(i) + 1),   h(i) = mix(u(i) xor w(i)),
-                                                  w(i) = sum over axes of mix(salt + place on it).
+                                                  w(i) = sum over axes of mix(salt + index on it).
 
-A sum has no order: it is the same on every mesh, is computed where the shards are, and no process
-needs the whole array. `mix` is a bijection, so that one changed element always changes it; other
-damage goes unseen once in 2**64. Both find accidents: who writes a checkpoint with intent writes
-its digests, too.
+A sum has no order: it is the same on every mesh, it is computed where the shards are, and no
+process needs the whole array. `mix` is a bijection, so one changed element always changes the sum;
+other damage is missed once in 2**64. Both detect accidents, not forgery: whoever forges a
+checkpoint can write its digests too.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -25,17 +25,18 @@ from jax.experimental import multihost_utils
 from ditjax.errors import UserError
 
 Scheme = Literal["sha256", "sum64"]
-# path of a leaf -> [dtype, shape, "SCHEME:HEX"], all of it JSON
+# Path of a leaf -> [dtype, shape, "SCHEME:HEX"], as it is stored in JSON.
 Digests = dict[str, list[Any]]
 
-_SALT, _AXIS = 0x9E3779B9, 0xC2B2AE35  # the second sets the axes apart
+_SALT, _AXIS = 0x9E3779B9, 0xC2B2AE35  # the second distinguishes the axes
 
 
-def of(tree: Any, scheme: Scheme | None = None) -> Digests:
-    """{'params/in/kernel': ['float32', [2, 8], 'sha256:0123...']} of a tree of arrays.
+def tree_digests(tree: Any, scheme: Scheme | None = None) -> Digests:
+    """The digests of a tree of arrays: {'params/in/kernel': ['float32', [2, 8], 'sha256:0123...']}.
 
-    Without a scheme the one that costs less: hashing takes a copy from the devices and no
-    compilation. Every process calls it; it waits for the devices.
+    The default scheme is sha256 for arrays in this process's memory, which needs no compilation,
+    and sum64 otherwise, which needs no copy. Every process must call this. It waits for the
+    devices.
     """
     leaves = jax.tree.leaves(tree)
     if scheme is None:
@@ -47,22 +48,22 @@ def of(tree: Any, scheme: Scheme | None = None) -> Digests:
         found = ["".join(f"{int(word):08x}" for word in row) for row in sums]
     return {
         path: [*described, f"{scheme}:{digest}"]
-        for (path, described), digest in zip(shapes(tree).items(), found, strict=True)
+        for (path, described), digest in zip(leaf_types(tree).items(), found, strict=True)
     }
 
 
-def changed(saved: Mapping[str, list[Any]], tree: Any) -> list[str]:
-    """The leaves of a tree that have another digest than they were saved with."""
+def changed_leaves(saved: Mapping[str, list[Any]], tree: Any) -> list[str]:
+    """The paths of leaves whose digests differ from the saved ones."""
     schemes = {leaf[2].partition(":")[0] for leaf in saved.values()}
     if unknown := schemes - {"sha256", "sum64"}:
         raise UserError(f"digests of the kind {unknown.pop()!r} are of a newer ditjax: use that.")
     found: Digests = {}
     for scheme in sorted(schemes):
-        found = of(tree, scheme)
+        found = tree_digests(tree, scheme)
     return [path for path, leaf in found.items() if saved.get(path) != leaf]
 
 
-def shapes(tree: Any) -> dict[str, list[Any]]:
+def leaf_types(tree: Any) -> dict[str, list[Any]]:
     """Path of a leaf -> [dtype, shape], in the order of the leaves."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): [
@@ -73,8 +74,8 @@ def shapes(tree: Any) -> dict[str, list[Any]]:
     }
 
 
-def differences(saved: Mapping[str, list[Any]], asked: Mapping[str, list[Any]]) -> list[str]:
-    """What a checkpoint has otherwise than it is asked for: leaves, dtypes, shapes."""
+def type_differences(saved: Mapping[str, list[Any]], asked: Mapping[str, list[Any]]) -> list[str]:
+    """How the `leaf_types` of a checkpoint differ from those asked for, in words."""
     found = []
     for path in sorted(saved.keys() | asked.keys()):
         if path not in asked:
@@ -86,19 +87,12 @@ def differences(saved: Mapping[str, list[Any]], asked: Mapping[str, list[Any]]) 
     return found
 
 
-def some(names: Iterable[str], most: int = 3) -> str:
-    """'a, b, c and 5 more'."""
-    listed = list(names)
-    more = len(listed) - most
-    return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")
-
-
 def _type(leaf: list[Any]) -> str:
     return f"{leaf[0]}[{','.join(map(str, leaf[1]))}]"
 
 
 def _in_memory(leaf: jax.Array) -> bool:
-    """Whether all of an array is where this process can read it without a transfer."""
+    """Whether this process can read the whole array without a transfer."""
     device: Any = next(iter(leaf.sharding.device_set))
     return device.platform == "cpu" and leaf.is_fully_addressable
 
@@ -129,7 +123,7 @@ def _sum(x: jax.Array) -> jax.Array:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """The elements' bits as u32; of 8 bytes a last axis has the halves."""
+    """The elements' bits as u32; 8-byte elements get a last axis with their halves."""
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
     size = x.dtype.itemsize

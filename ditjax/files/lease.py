@@ -1,18 +1,18 @@
-"""Who may write to a directory: one process, on network file systems too.
+"""Leases: only one process writes to a directory, on network file systems too.
 
-A lease is a small file that names its holder (host, process, since when) and has a counter, which a
-thread moves every few seconds. No lock of the file system is used: on network file systems those
-do not work everywhere, or outlive their holders.
+A lease is a small file with its holder (host, process, start time) and a counter that a thread of
+the holder advances every few seconds. Locks of the file system are not used: on network file
+systems they do not work everywhere, or outlive their holders.
 
-- It comes into being whole, or not at all: link(2) of a file that was written before, or O_EXCL
-  where a file system has no links.
-- A holder on this machine is looked up by its number and the moment that it began: when it is gone
-  the next one follows at once. A holder on another machine counts as gone when its lease has not
-  moved for SILENCE_SECONDS of the waiting process's own clock: no two clocks are compared.
-- A lease is taken away by a rename to a name of one's own. Of several that try one gets it; who
-  finds that it holds another lease than the one that it judged puts it back.
-- A holder that stood still until another took its place finds that name in the file, at its next
-  turn or before it saves (`check`), and ends.
+- The file appears whole or not at all: by link(2) of a file written before, or by O_EXCL on a file
+  system without links.
+- A holder on this machine is looked up by its process number and start time, so that the next
+  process follows at once when it is gone. A holder on another machine counts as gone if its lease
+  has not changed for SILENCE_SECONDS of the waiting process's clock; clocks are never compared.
+- A lease is removed by renaming it to a unique name. Of several processes that try, one succeeds;
+  it puts the file back if it is not the lease that it had judged.
+- A holder that was suspended until another process took its place finds that process in the file,
+  at its next turn or before it saves (`check_held`), and ends.
 """
 
 import contextlib
@@ -29,22 +29,22 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from ditjax.errors import UserError
-from ditjax.files.masking import printable
+from ditjax.errors import UserError, one_line
+from ditjax.files.atomic import unwritable
 
-FILE = ".lease"  # of a directory as a whole
+FILE = ".lease"  # the lease of a whole directory
 RENEW_SECONDS = 5.0
 SILENCE_SECONDS = 30.0
 POLL_SECONDS = 1.0
-PATIENCE_SECONDS = 15.0  # for a lease to move, of one that only looks
-SETTLE_SECONDS = 0.05  # for another who has just taken our lease aside to put it back
+PATIENCE_SECONDS = 15.0  # how long `holders` waits for a lease to change
+SETTLE_SECONDS = 0.05  # time for a process that has just renamed our lease to put it back
 
-# What link(2) says where there are no links.
+# The errors of link(2) on a file system without links.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
 
 
 class Holder(NamedTuple):
-    """What a lease says. `machine` tells boots and process namespaces apart, `began` processes."""
+    """The content of a lease. `machine` identifies a boot and a process namespace."""
 
     host: str
     machine: str
@@ -54,15 +54,15 @@ class Holder(NamedTuple):
     token: str
 
     def __str__(self) -> str:
-        return printable(f"process {self.pid} on {self.host}, since {self.since}")
+        return one_line(f"process {self.pid} on {self.host}, since {self.since}")
 
 
 class Lease:
-    """A lease that this process has from here to `release`.
+    """A lease that this process holds from here until `release`.
 
-    Waits to see whether a holder on another machine is alive; with `waits` until any holder has
-    ended. Raises UserError that names the holder, or where the file cannot be written. `lost` is
-    called with a line, in whatever thread, when another process has taken it.
+    Waits to see whether a holder on another machine is alive; with `waits`, until any holder has
+    ended. `lost` is called with a line, in any thread, if another process takes the lease. Raises
+    UserError with the name of the holder, or if the file cannot be written.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Lease:
         lost: Callable[[str], object] | None = None,
     ) -> None:
         self.file, self._what = Path(os.path.abspath(file)), what
-        self._waits, self._lost = waits, lost or end
-        self._made: list[Path] = []  # the directories that were not there, the innermost first
+        self._waits, self._lost = waits, lost or end_process
+        self._made: list[Path] = []  # directories made for the lease, the innermost first
         self._turn = 0
         self._changing = threading.Lock()
         self._stop = threading.Event()
@@ -89,58 +89,49 @@ class Lease:
         )
         try:
             self._acquire()
-        except OSError as error:
-            self._remove_what_was_made()
-            raise UserError(
-                f"cannot write {self.file}: {error.strerror or error}; choose a folder that can be"
-                " written."
-            ) from error
-        except BaseException:
-            self._remove_what_was_made()
+        except BaseException as error:
+            self._remove_made()
+            if isinstance(error, OSError):
+                raise UserError(unwritable(self.file, error)) from error
             raise
         self._held = True
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def check(self) -> None:
-        """Asks the file whether the lease is still ours: if not, `lost`."""
+        """Call `lost` if the file is no longer this lease."""
         with self._changing:
-            taker = self._taker() if self._held else None
-            if taker is None:
+            fate = self._fate() if self._held else None
+            if fate is None:
                 return
             self._held = False
         self._stop.set()
         self._lost(
-            f"{self._what} is no longer this process's: {taker}. The same command goes on when"
-            " nobody has it."
+            f"{self._what} is no longer this process's: {fate}. Run the same command again when"
+            " nobody uses it."
         )
 
     def release(self) -> None:
-        """The next may have it. Directories that were made for it and are empty go too."""
+        """Give the lease up, and remove the directories that were made for it and are empty."""
         self._stop.set()
         with self._changing:
-            # A forked child has a copy of this, and no right to it.
+            # A forked child has a copy of this object, but not the lease.
             if not self._held or os.getpid() != self._me.pid:
                 return
             self._held = False
             with contextlib.suppress(OSError):
-                self._take_away(lambda found: _token_of(found) == self._me.token)
-            self._remove_what_was_made()
+                self._take_away(self._is_mine)
+            self._remove_made()
 
     def _acquire(self) -> None:
-        succeeds = told = False
-        seen: tuple[bytes, float] | None = None  # the lease from another machine, and since when
-        while True:
-            if self._create():
-                if not succeeds:
-                    break
-                time.sleep(SETTLE_SECONDS)
-                if _token_of(_read(self.file)) == self._me.token:
-                    break
+        succeeds = reported = False
+        seen: tuple[bytes, float] | None = None  # a lease from another machine, and since when
+        while not (self._create() and (not succeeds or self._is_settled())):
             found = _read(self.file)
             if found is None:
                 continue
             holder = _holder_of(found)
-            if holder and holder.machine == self._me.machine:
+            here = holder is not None and holder.machine == self._me.machine
+            if holder and here:
                 alive = _is_alive(holder)
                 gone = not alive
             else:
@@ -148,33 +139,38 @@ class Lease:
                 if seen is None or alive:
                     seen = found, time.monotonic()
                 gone = time.monotonic() - seen[1] > SILENCE_SECONDS
-            who = str(holder or f"a process that {self.file} does not name")
             if gone:
                 self._take_away(lambda now, judged=found: now == judged)  # type: ignore[misc]
                 succeeds = True
                 continue
+            who = str(holder or f"a process that {self.file} does not name")
             if alive and not self._waits:
                 raise UserError(
-                    f"{self._what} is in use by {who}: end that one first, or give another"
+                    f"{self._what} is in use by {who}: end that process first, or give another"
                     f" directory (its lease is {self.file})."
                 )
-            if not told:
-                told = True
-                bound = (
-                    ""
-                    if holder and holder.machine == self._me.machine
-                    else (f", or {SILENCE_SECONDS:g} s without a sign of it")
-                )
-                line = f"waiting for the end of {who}, which has {self._what}{bound}"
+            if not reported:
+                reported = True
+                bound = "" if here else f", or for {SILENCE_SECONDS:g} s without a sign of it"
+                line = f"waiting for the end of {who}, which uses {self._what}{bound}"
                 print(line, file=sys.stderr, flush=True)
             time.sleep(POLL_SECONDS)
-        # What processes that were killed just then have left.
+        # Processes that were killed while they took part have left files.
         for path in self.file.parent.glob(f"{self.file.name}.*"):
             with contextlib.suppress(OSError):
                 path.unlink()
 
+    def _is_settled(self) -> bool:
+        """Whether the lease is still ours after the others have had time to put theirs back."""
+        time.sleep(SETTLE_SECONDS)
+        return self._is_mine(_read(self.file))
+
+    def _is_mine(self, data: bytes | None) -> bool:
+        holder = _holder_of(data)
+        return holder is not None and holder.token == self._me.token
+
     def _create(self) -> bool:
-        """Whether the lease is ours now; makes its directory."""
+        """Make the lease, and its directory. Returns whether it is ours now."""
         folder = self.file.parent
         if not folder.is_dir():
             if folder.exists():
@@ -184,25 +180,25 @@ class Lease:
                 missing.append(missing[-1].parent)
             self._made = missing
             folder.mkdir(parents=True, exist_ok=True)
-        # A network file system may have made the link, and lost its own answer.
-        return self._publish(self._text()) or _token_of(_read(self.file)) == self._me.token
+        # A network file system may have made the link and lost its own answer.
+        return self._publish(self._text()) or self._is_mine(_read(self.file))
 
     def _publish(self, data: bytes) -> bool:
-        """Puts the file there, unless there is one."""
-        draft = self._name_of_our_own()
+        """Make the file with this content. Returns False if there is one already."""
+        draft = self._unique_name()
         try:
             _write_new(draft, data)
             _link(draft, self.file, data)
         except (FileExistsError, FileNotFoundError):
-            return False  # not found: the folder has just gone, or the holder has tidied up
+            return False  # not found: the folder has just been removed, or the holder has tidied up
         finally:
             with contextlib.suppress(OSError):
                 draft.unlink()
         return True
 
     def _take_away(self, is_meant: Callable[[bytes], bool]) -> None:
-        """Removes the lease, if it is the one that is meant."""
-        aside = self._name_of_our_own()
+        """Remove the lease if its content is the one that is meant."""
+        aside = self._unique_name()
         try:
             os.rename(self.file, aside)
         except FileNotFoundError:
@@ -214,20 +210,22 @@ class Lease:
         with contextlib.suppress(OSError):
             aside.unlink()
 
-    def _taker(self) -> str | None:
-        """What has become of the lease; None while it is ours."""
+    def _fate(self) -> str | None:
+        """How the lease was lost; None while it is ours."""
         try:
-            # Not there: taken aside by one who will find that it is not the one that it meant.
+            # A missing file was taken aside by a process that will find that it is not the lease
+            # that it had judged.
             if (found := _read(self.file)) is None and self._publish(self._text()):
                 return None
             found = _read(self.file)
         except OSError:
-            return None  # what cannot be asked now cannot be written to either
-        if _token_of(found) == self._me.token:
+            return None  # a file that cannot be read now cannot be written by others either
+        if self._is_mine(found):
             return None
         if found is None:
             return "its directory has been removed"
-        return f"it stood still, and its place was taken by {_holder_of(found) or 'another one'}"
+        taker = _holder_of(found) or "another one"
+        return f"it was suspended, and its place was taken by {taker}"
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_SECONDS):
@@ -237,33 +235,33 @@ class Lease:
                     self._move()
 
     def _move(self) -> None:
-        """The counter, in the file itself: a lease that was taken aside meanwhile moves there."""
+        """Advance the counter in the file itself, even if the lease was just renamed."""
         self._turn += 1
         handle = os.open(self.file, os.O_RDWR)
         try:
-            if _token_of(os.read(handle, 4096)) == self._me.token:
+            if self._is_mine(os.read(handle, 4096)):
                 os.pwrite(handle, self._text(), 0)
         finally:
             os.close(handle)
 
     def _text(self) -> bytes:
-        """Of one length, whatever the counter."""
+        """The content of the lease, of the same length for every turn."""
         return json.dumps({**self._me._asdict(), "turn": f"{self._turn:012}"}).encode() + b"\n"
 
-    def _name_of_our_own(self) -> Path:
+    def _unique_name(self) -> Path:
         return self.file.with_name(f"{self.file.name}.{secrets.token_hex(8)}")
 
-    def _remove_what_was_made(self) -> None:
+    def _remove_made(self) -> None:
         with contextlib.suppress(OSError):
             for folder in self._made:
                 folder.rmdir()
 
 
 def holders(files: Iterable[Path], patience: float) -> dict[Path, Holder]:
-    """The leases that are held, and by whom; nothing is touched, nothing waits to have one.
+    """The holders of those leases that are held. Nothing is changed.
 
-    Of a holder on another machine it is told by its lease's moving: `patience` seconds are waited
-    for that. With 0 each is believed.
+    A holder on another machine counts as alive if its lease changes within `patience` seconds; with
+    0 it always does.
     """
     here = _machine()
     found: dict[Path, Holder] = {}
@@ -273,12 +271,9 @@ def holders(files: Iterable[Path], patience: float) -> dict[Path, Holder]:
             data = _read(file)
             if data is None or (holder := _holder_of(data)) is None:
                 continue
-            if holder.machine == here:
-                if _is_alive(holder):
-                    found[file] = holder
-            elif patience > 0:
+            if holder.machine != here and patience > 0:
                 silent[file] = data
-            else:
+            elif holder.machine != here or _is_alive(holder):
                 found[file] = holder
     until = time.monotonic() + patience
     while silent and time.monotonic() < until:
@@ -292,35 +287,35 @@ def holders(files: Iterable[Path], patience: float) -> dict[Path, Holder]:
     return found
 
 
-# As a lock of the operating system: a process has it or not, whichever function took it.
+# Leases belong to the process, as a lock of the operating system does, whichever function asked.
 _leases: dict[Path, Lease] = {}
 
 
-def own(
+def acquire(
     file: str | os.PathLike[str],
     what: str,
     *,
     waits: bool = False,
     lost: Callable[[str], object] | None = None,
 ) -> None:
-    """Has the lease, until the `scope` around this ends; nothing where we have it already.
+    """Hold a lease until the surrounding `scope` ends. Does nothing if it is held already.
 
-    Raises UserError: see `Lease`.
+    Raises UserError as `Lease`.
     """
     path = Path(os.path.realpath(file))
     if path not in _leases:
         _leases[path] = Lease(path, what, waits=waits, lost=lost)
 
 
-def check() -> None:
-    """Before what must not be written by two: every lease of this process is still ours."""
+def check_held() -> None:
+    """Check every lease of this process, before writing what two processes must not write."""
     for lease in list(_leases.values()):
         lease.check()
 
 
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
-    """What is taken within is given back at its end, however it ends; a decorator, too."""
+    """Release at the end what was acquired within. Also a decorator."""
     before = set(_leases)
     try:
         yield
@@ -329,16 +324,16 @@ def scope() -> Iterator[None]:
             _leases.pop(path).release()
 
 
-def end(line: str) -> NoReturn:
-    """The process ends with a line and status 1; no thread of it writes anything more."""
-    # In one piece: others may write there at the same moment.
-    sys.stderr.write(f"error: {printable(line)}\n")
+def end_process(line: str) -> NoReturn:
+    """Print an error and exit with status 1 at once, so that no thread writes anything more."""
+    # One write, because others may write to stderr at the same moment.
+    sys.stderr.write(f"error: {one_line(line)}\n")
     sys.stderr.flush()
     os._exit(1)
 
 
 def _link(source: Path, target: Path, data: bytes) -> None:
-    """`source`, which holds `data`, under a second name. Raises FileExistsError."""
+    """Give `source`, which holds `data`, a second name. Raises FileExistsError."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -353,7 +348,7 @@ def _write_new(path: Path, data: bytes) -> None:
 
 
 def _read(path: Path) -> bytes | None:
-    """None where it is not there."""
+    """The content of a lease; None if it does not exist."""
     try:
         with open(path, "rb") as file:
             return file.read(4096)
@@ -364,10 +359,10 @@ def _read(path: Path) -> bytes | None:
 
 
 def _holder_of(data: bytes | None) -> Holder | None:
-    """None for what is no whole lease."""
+    """The holder that a lease names; None for a damaged one."""
     try:
-        said = json.loads(data or b"")
-        holder = Holder(**{key: said[key] for key in Holder._fields})
+        fields = json.loads(data or b"")
+        holder = Holder(**{key: fields[key] for key in Holder._fields})
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     texts = [value for value in holder if isinstance(value, str)]
@@ -376,13 +371,8 @@ def _holder_of(data: bytes | None) -> Holder | None:
     return holder if sound else None
 
 
-def _token_of(data: bytes | None) -> str | None:
-    holder = _holder_of(data)
-    return holder.token if holder else None
-
-
 def _is_alive(holder: Holder) -> bool:
-    """Of a holder on this machine."""
+    """Whether a holder on this machine still runs."""
     try:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
@@ -394,9 +384,9 @@ def _is_alive(holder: Holder) -> bool:
 
 
 def _began(pid: int) -> str | None:
-    """When a process that is there began, by the system's own count; '' where that is hidden.
+    """The start time of a process in the system's own units; '' if it is hidden.
 
-    None for one that has ended and waits for its parent to notice.
+    None for a process that has ended and waits for its parent to notice.
     """
     try:
         if sys.platform == "linux":
@@ -404,21 +394,21 @@ def _began(pid: int) -> str | None:
             fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2]
             state, began = fields.split()[0], fields.split()[19]
         else:
-            told = subprocess.run(
+            listed = subprocess.run(
                 ["ps", "-o", "stat=", "-o", "lstart=", "-p", str(pid)],
                 capture_output=True,
                 text=True,
                 check=True,
                 timeout=10,
             )
-            state, _, began = told.stdout.strip().partition(" ")
+            state, _, began = listed.stdout.strip().partition(" ")
     except (OSError, subprocess.SubprocessError, IndexError):
         return ""
     return None if state[:1] in ("Z", "X") else began.strip()
 
 
 def _machine() -> str:
-    """Where a process number means what it means here: this boot, and this namespace of them."""
+    """The place where a process number is unique: host, boot and process namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         space = os.readlink("/proc/self/ns/pid")

@@ -1,50 +1,30 @@
-"""Arrays in npz files, row by row: never a pickle, never more in memory than asked for."""
+"""Arrays in npz files, read by rows: never a pickle, and never more memory than asked for."""
 
 import contextlib
 import json
 import math
 import os
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditjax.errors import UserError, nearest, reason, shown
+from ditjax.errors import UserError, first_few, nearest, one_line, reason, shown
 from ditjax.files.masking import masked_tree
 
-# A compressed file of some MB can claim, and unpack to, any size: what is read at once is bounded.
+# A compressed file of some MB can unpack to any size, so what is read at once is bounded.
 MAX_GIB_VARIABLE = "DITJAX_MAX_ARRAY_GIB"
 MAX_GIB = 16.0
 MAX_MEMBERS = 10_000
 _MAX_HEADER = 1 << 16
-_DEFLATE = 1100  # bytes at most that one compressed byte stands for: 1032, and the ends
-
-# What zipfile, its decompressors and NumPy's header raise on bytes that are no npz.
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    ValueError,
-    ArithmeticError,
-    EOFError,
-    RuntimeError,
-    SyntaxError,
-    tokenize.TokenError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    MemoryError,
-)
+_DEFLATE = 1100  # the most bytes that one compressed byte can unpack to: 1032, and the ends
 
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """The npz at `path`; whatever is wrong with the file is a UserError that names it."""
+    """The npz at `path`. Raises a UserError that names the file for anything wrong with it."""
     try:
         with _archive(path) as archive:
             yield archive
@@ -52,77 +32,74 @@ def reading(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
     except UserError:
         raise
-    except ValueError as error:  # what the functions below tell of damage by
+    except ValueError as error:  # how the functions below report damage
         raise UserError(f"{path} is not a whole npz file ({reason(error)}).") from error
 
 
 def _archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
-    with _damage():
-        archive = zipfile.ZipFile(path)
-        whole = os.stat(path).st_size
-        if any(entry.compress_size > whole for entry in archive.infolist()):
-            archive.close()
+    with contextlib.ExitStack() as stack, _damage():
+        archive = stack.enter_context(zipfile.ZipFile(path))
+        entries, length = archive.infolist(), os.stat(path).st_size
+        if any(entry.compress_size > length for entry in entries):
             raise ValueError("it claims more than its own length")
-    if len(archive.infolist()) > MAX_MEMBERS:
-        archive.close()
-        raise UserError(
-            f"{path} holds {len(archive.infolist())} files: an npz of at most {MAX_MEMBERS} arrays"
-            " was expected; write it as several."
-        )
+        if len(entries) > MAX_MEMBERS:
+            raise UserError(
+                f"{path} holds {len(entries)} files: an npz of at most {MAX_MEMBERS} arrays was"
+                " expected; write it as several."
+            )
+        stack.pop_all()  # keep it open
     return archive
 
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    """Whatever reading bad bytes raises, as ValueError."""
+    """Raise ValueError for whatever zipfile, its decompressors and NumPy raise on damaged bytes."""
     try:
         yield
-    except UserError:
+    except (UserError, OSError):
         raise
-    except _DAMAGE as error:
+    except Exception as error:
         raise ValueError(reason(error)) from error
 
 
 def names(archive: zipfile.ZipFile) -> list[str]:
-    """The arrays of an npz, without '.npy'."""
+    """The names of the arrays, without '.npy'."""
     return [name[:-4] for name in archive.namelist() if name.endswith(".npy")]
 
 
 def shape_and_dtype(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """What an array is, from its header. Raises as `read` does."""
+    """The shape and dtype of an array, from its header. Raises as `read_array`."""
     with _open(archive, name) as (_, shape, _, dtype):
         return shape, dtype
 
 
-def read(archive: zipfile.ZipFile, name: str, limit: int | None = None) -> NDArray[Any]:
-    """One array, or its first `limit` rows without reading those after them.
+def read_array(archive: zipfile.ZipFile, name: str, limit: int | None = None) -> NDArray[Any]:
+    """One array, or its first `limit` rows without reading the rest.
 
-    Raises UserError where there is none of that name, ValueError for a pickled or torn one.
+    Raises UserError for an unknown name, and ValueError for a pickled or damaged array.
     """
     with _open(archive, name) as (file, shape, fortran_order, dtype):
         if limit is not None:
             _check_rows(name, shape, fortran_order)
             shape = (min(limit, shape[0]), *shape[1:])
         _check_size(archive, name, shape, dtype)
-        if fortran_order and limit is None:
+        if fortran_order:
             return _take(file, name, shape[::-1], dtype).T
         return _take(file, name, shape, dtype)
 
 
-def read_array(path: str | os.PathLike[str], name: str) -> NDArray[Any]:
-    """One array of the npz at `path`, whole. Raises UserError."""
+def load_array(path: str | os.PathLike[str], name: str) -> NDArray[Any]:
+    """One whole array of the npz at `path`. Raises UserError."""
     with reading(path) as archive:
-        return read(archive, name)
+        return read_array(archive, name)
 
 
-def rows(archive: zipfile.ZipFile, name: str, size: int, start: int = 0) -> Iterator[NDArray[Any]]:
-    """An array `size` rows at a time, in order, from row `start`. Raises as `read` does."""
+def rows(archive: zipfile.ZipFile, name: str, size: int) -> Iterator[NDArray[Any]]:
+    """An array `size` rows at a time, in order. Raises as `read_array`."""
     with _open(archive, name) as (file, shape, fortran_order, dtype):
         _check_rows(name, shape, fortran_order)
         _check_size(archive, name, (min(size, shape[0]), *shape[1:]), dtype)
-        with _damage():
-            file.seek(start * math.prod(shape[1:]) * dtype.itemsize, os.SEEK_CUR)
-        for first in range(start, shape[0], size):
+        for first in range(0, shape[0], size):
             yield _take(file, name, (min(size, shape[0] - first), *shape[1:]), dtype)
 
 
@@ -130,14 +107,12 @@ def rows(archive: zipfile.ZipFile, name: str, size: int, start: int = 0) -> Iter
 def _open(
     archive: zipfile.ZipFile, name: str
 ) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]]:
-    """An array's file after its header, shape, whether in Fortran order, and dtype."""
-    there = names(archive)
-    if name not in there:
-        some = ", ".join(each if each.isprintable() else shown(each) for each in there[:12])
-        more = f" and {len(there) - 12} more" if len(there) > 12 else ""
+    """An array's file, positioned after the header; shape, Fortran order, and dtype."""
+    available = names(archive)
+    if name not in available:
         raise UserError(
-            f"{archive.filename} has no array {name!r}, only {some or 'none'}{more}."
-            f"{nearest(name, there)}"
+            f"{archive.filename} has no array {name!r}, only"
+            f" {first_few(map(one_line, available), 12) or 'none'}.{nearest(name, available)}"
         )
     with contextlib.ExitStack() as stack:
         with _damage():
@@ -161,14 +136,13 @@ def _open(
                 )
             if not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
                 raise ValueError(f"{name} has the shape {shown(shape)}")
-            length = entry.file_size
-            if length != file.tell() + math.prod(shape) * dtype.itemsize:
+            if entry.file_size != file.tell() + math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} ends early or late")
         yield file, shape, fortran_order, dtype
 
 
 def _check_entry(entry: zipfile.ZipInfo, name: str) -> None:
-    """A member as NumPy writes it, of a length that its bytes can unpack to."""
+    """Check that NumPy could have written an entry, and that its bytes can unpack to its length."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in a way that NumPy never writes")
     if entry.file_size > _DEFLATE * (entry.compress_size + 1):
@@ -183,7 +157,7 @@ def _check_rows(name: str, shape: tuple[int, ...], fortran_order: bool) -> None:
 def _take(file: IO[bytes], name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     size = math.prod(shape) * dtype.itemsize
     with _damage():
-        data = np.empty(size, np.uint8)  # its memory is taken as it is written
+        data = np.empty(size, np.uint8)  # the system provides the memory as it is written
         view, done = data.data, 0
         while done < size:
             part = file.read(min(size - done, 1 << 24))
@@ -197,7 +171,7 @@ def _take(file: IO[bytes], name: str, shape: tuple[int, ...], dtype: np.dtype[An
 def _check_size(
     archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> None:
-    """Raises UserError for more than is read at once."""
+    """Raise UserError for more than may be read at once."""
     text = os.environ.get(MAX_GIB_VARIABLE, str(MAX_GIB))
     try:
         limit = float(text)
@@ -213,9 +187,9 @@ def _check_size(
 
 
 def provenance_text(provenance: Mapping[str, Any]) -> NDArray[np.str_]:
-    """Plain JSON of a mapping, keys sorted, secrets masked, as a U array of rank 0.
+    """A mapping as plain JSON, keys sorted and secrets masked, in a U array of rank 0.
 
-    Raises UserError for what JSON does not have.
+    Raises UserError for values that JSON lacks.
     """
     try:
         text = json.dumps(masked_tree(provenance), sort_keys=True, allow_nan=False)
@@ -224,14 +198,14 @@ def provenance_text(provenance: Mapping[str, Any]) -> NDArray[np.str_]:
     return np.array(text)
 
 
-def read_provenance(archive: Any) -> dict[str, Any]:
-    """The mapping that `provenance_text` wrote, {} where there is none."""
+def read_provenance(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """The mapping that `provenance_text` wrote, or {} if there is none."""
     if "provenance" not in names(archive):
         return {}
-    value = read(archive, "provenance")
+    value = read_array(archive, "provenance")
     if value.dtype.kind != "U" or value.ndim != 0:
         raise ValueError(f"provenance is {value.dtype}{list(value.shape)}, not a text")
     provenance = json.loads(str(value))
     if not isinstance(provenance, dict):
-        raise ValueError("provenance is no JSON object")
+        raise ValueError("provenance is not a JSON object")
     return provenance

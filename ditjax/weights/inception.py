@@ -1,4 +1,4 @@
-"""FID's Inception out of the state dict that pytorch-fid and torch-fidelity read."""
+"""FID's Inception, from the state dict that pytorch-fid and torch-fidelity read."""
 
 import os
 import re
@@ -20,41 +20,41 @@ _LEAVES = {"kernel": "weight", "scale": "weight"}
 
 
 class Inception(NamedTuple):
-    """Variables of `FIDInception` f32, and the files that they came from."""
+    """The variables of `FIDInception` f32, and the files that hold them."""
 
     params: dict[str, Any]
     files: tuple[Path, ...]
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    """Our leaves by path."""
+def inception_shapes() -> dict[str, tuple[int, ...]]:
+    """The shapes of our leaves, by path."""
     x = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.float32)
     return initial_shapes(FIDInception().init, x)
 
 
-def layout() -> layouts.Layout:
-    """The rule of `models/inception.py`, one tensor a leaf."""
+def inception_layout() -> layouts.Layout:
+    """The layout of `models/inception.py`, with one tensor per leaf."""
     rules = []
-    for path, shape in shapes().items():
+    for path, shape in inception_shapes().items():
         *modules, leaf = path.split("/")
         name = ".".join([*modules, _LEAVES.get(leaf, leaf)])
-        rules.append(layouts.Rule(path, (name,), _KINDS[len(shape)]))  # type: ignore[arg-type]
+        rules.append(layouts.LeafRule(path, (name,), _KINDS[len(shape)]))  # type: ignore[arg-type]
     return rules
 
 
 def load_inception(path: str | os.PathLike[str]) -> Inception:
-    """`pt_inception-2015-12-05-6726825d.pth` or another file of its names, checked whole.
+    """Read and check `pt_inception-2015-12-05-6726825d.pth`, or another file with its names.
 
-    Raises UserError that lists every missing, extra, mis-shaped and differently typed tensor.
+    Raises a UserError that lists every missing, extra, mis-shaped and differently typed tensor.
     """
     file = weights.read_tensors(path)
-    # A counter that training keeps and inference does not read.
+    # A counter that only training reads.
     tensors = {
         name: tensor
         for name, tensor in file.tensors.items()
         if not re.fullmatch(r".*\.num_batches_tracked", name)
     }
-    rules, ours = layout(), shapes()
+    rules, ours = inception_layout(), inception_shapes()
     expected = layouts.expected_shapes(rules, ours)
     dtype = weights.check_tensors(file.path, "FID's Inception", tensors, expected)
     if dtype != np.float32:

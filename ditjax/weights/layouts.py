@@ -1,13 +1,13 @@
-"""Names and layouts of the same weights elsewhere, as tables: ours <-> theirs.
+"""Names and layouts of the same weights in other programs, as tables: ours <-> theirs.
 
-A layout is a list of rules. Each rule joins one of our leaves to the tensors that hold it in
-another program, and is read in both directions, so that what is read can be written back:
+A layout is a list of rules. Each rule connects one of our leaves to the tensors that hold it in
+another program, and works in both directions, so that what is read can be written back:
 
     ours    blocks/attn/qkv/kernel  [L, D, 3, H, d]     (the L blocks are stacked)
     theirs  blocks.{i}.attn.qkv.weight  [3D, D]         {i} counts the blocks
 
-`to_ours` copies; `to_theirs` gives views of our arrays, so that writing a file costs no second
-set of weights.
+`to_ours` copies. `to_theirs` returns views of our arrays, so that writing a file needs no second
+copy of the weights.
 """
 
 import re
@@ -17,15 +17,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 Shapes = Mapping[str, tuple[int, ...]]
-Arrays = dict[str, np.ndarray]
 
 
-class Rule(NamedTuple):
-    """One of our leaves and theirs.
+class LeafRule(NamedTuple):
+    """One of our leaves and the tensors that hold it elsewhere.
 
-    Several names are parts of one tensor along its first axis (to_q, to_k, to_v), and every layer
-    has them where a name holds '{i}'. `copies`: the leaf stands once here and, the same, in each
-    of their layers.
+    Several names are parts of one tensor along its first axis (to_q, to_k, to_v). A name with '{i}'
+    exists once per layer. With `copies`, our one leaf is repeated in each of their layers.
     """
 
     ours: str
@@ -35,11 +33,11 @@ class Rule(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """Whether our leaf has the layers as its first axis."""
+        """Whether the first axis of our leaf counts the layers."""
         return "{i}" in self.theirs[0] and not self.copies
 
 
-Layout = list[Rule]
+Layout = list[LeafRule]
 
 
 def _their_shape(kind: str, ours: tuple[int, ...], patch: int) -> tuple[int, ...]:
@@ -71,7 +69,7 @@ def _their_view(kind: str, leaf: np.ndarray, patch: int) -> np.ndarray:
         case "conv":
             return leaf.transpose(3, 2, 0, 1)
         case _:
-            # A token's values are ordered (row, column, channel), a strided kernel's (C, row, col).
+            # A token's values are ordered (row, column, channel), a kernel's (C, row, column).
             return leaf.reshape(patch, patch, -1, leaf.shape[1]).transpose(3, 2, 0, 1)
 
 
@@ -84,14 +82,14 @@ def _our_leaf(kind: str, theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
     return theirs.reshape(shape)
 
 
-def _layers(rule: Rule, shape: tuple[int, ...], depth: int) -> list[int]:
+def _layers(rule: LeafRule, shape: tuple[int, ...], depth: int) -> list[int]:
     if "{i}" not in rule.theirs[0]:
         return [0]
     return list(range(depth if rule.copies else shape[0]))
 
 
 def expected_shapes(layout: Layout, ours: Shapes, *, patch: int = 1, depth: int = 0) -> Shapes:
-    """The names and shapes of the file that holds our leaves of shapes `ours`."""
+    """The names and shapes of the tensors that hold our leaves of shapes `ours`."""
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in layout:
         shape = ours[rule.ours]
@@ -103,12 +101,14 @@ def expected_shapes(layout: Layout, ours: Shapes, *, patch: int = 1, depth: int 
     return shapes
 
 
-def to_ours(layout: Layout, theirs: Mapping[str, np.ndarray], ours: Shapes) -> Arrays:
-    """Their tensors -> our leaves. The names and shapes are those of `expected_shapes`.
+def to_ours(
+    layout: Layout, theirs: Mapping[str, np.ndarray], ours: Shapes
+) -> dict[str, np.ndarray]:
+    """Their tensors -> our leaves. Names and shapes must be those of `expected_shapes`.
 
-    Raises ValueError, naming the tensors, when copies of one leaf are not equal.
+    Raises a ValueError that names the tensors if copies of one leaf differ.
     """
-    leaves: Arrays = {}
+    leaves: dict[str, np.ndarray] = {}
     for rule in layout:
         shape = ours[rule.ours]
         if not rule.stacked:
@@ -125,14 +125,14 @@ def to_ours(layout: Layout, theirs: Mapping[str, np.ndarray], ours: Shapes) -> A
 
 
 def _join(
-    rule: Rule, theirs: Mapping[str, np.ndarray], layer: int, shape: tuple[int, ...]
+    rule: LeafRule, theirs: Mapping[str, np.ndarray], layer: int, shape: tuple[int, ...]
 ) -> np.ndarray:
     parts = [theirs[name.format(i=layer)] for name in rule.theirs]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return _our_leaf(rule.kind, whole, shape)
 
 
-def _check_copies(rule: Rule, theirs: Mapping[str, np.ndarray]) -> None:
+def _check_copies(rule: LeafRule, theirs: Mapping[str, np.ndarray]) -> None:
     (template,) = rule.theirs
     pattern = re.compile(re.escape(template).replace(r"\{i\}", r"\d+"))
     names = [name for name in theirs if pattern.fullmatch(name)]
@@ -143,9 +143,9 @@ def _check_copies(rule: Rule, theirs: Mapping[str, np.ndarray]) -> None:
 
 def to_theirs(
     layout: Layout, leaves: Mapping[str, np.ndarray], *, patch: int = 1, depth: int = 0
-) -> Arrays:
+) -> dict[str, np.ndarray]:
     """Our leaves -> their tensors, as views."""
-    tensors: Arrays = {}
+    tensors: dict[str, np.ndarray] = {}
     for rule in layout:
         leaf = leaves[rule.ours]
         for i in _layers(rule, leaf.shape, depth):
@@ -156,22 +156,22 @@ def to_theirs(
     return tensors
 
 
-def _linear(ours: str, *theirs: str, copies: bool = False) -> list[Rule]:
+def _linear(ours: str, *theirs: str, copies: bool = False) -> list[LeafRule]:
     """The kernel and bias of one Linear."""
     return [
-        Rule(f"{ours}/kernel", tuple(f"{name}.weight" for name in theirs), "linear", copies),
-        Rule(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs), "vector", copies),
+        LeafRule(f"{ours}/kernel", tuple(f"{name}.weight" for name in theirs), "linear", copies),
+        LeafRule(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs), "vector", copies),
     ]
 
 
 # The public PyTorch release (facebookresearch/DiT, models.py). Its frozen position table,
-# `pos_embed`, is no parameter here: `ditjax.pretrained` checks it and writes it.
+# `pos_embed`, is not a parameter here: `weights/reading.py` checks it, `writing.py` writes it.
 DIT_RELEASE: Layout = [
-    Rule("x_embedder/kernel", ("x_embedder.proj.weight",), "patch"),
-    Rule("x_embedder/bias", ("x_embedder.proj.bias",), "vector"),
+    LeafRule("x_embedder/kernel", ("x_embedder.proj.weight",), "patch"),
+    LeafRule("x_embedder/bias", ("x_embedder.proj.bias",), "vector"),
     *_linear("t_embedder/in", "t_embedder.mlp.0"),
     *_linear("t_embedder/out", "t_embedder.mlp.2"),
-    Rule("y_embedder/table", ("y_embedder.embedding_table.weight",), "table"),
+    LeafRule("y_embedder/table", ("y_embedder.embedding_table.weight",), "table"),
     *_linear("blocks/attn/qkv", "blocks.{i}.attn.qkv"),
     *_linear("blocks/attn/out", "blocks.{i}.attn.proj"),
     *_linear("blocks/mlp/in", "blocks.{i}.mlp.fc1"),
@@ -185,11 +185,11 @@ _D = "transformer_blocks.{i}"
 
 # diffusers' DiTTransformer2DModel, which repeats the timestep and label embedders in every block.
 DIT_DIFFUSERS: Layout = [
-    Rule("x_embedder/kernel", ("pos_embed.proj.weight",), "patch"),
-    Rule("x_embedder/bias", ("pos_embed.proj.bias",), "vector"),
+    LeafRule("x_embedder/kernel", ("pos_embed.proj.weight",), "patch"),
+    LeafRule("x_embedder/bias", ("pos_embed.proj.bias",), "vector"),
     *_linear("t_embedder/in", f"{_D}.norm1.emb.timestep_embedder.linear_1", copies=True),
     *_linear("t_embedder/out", f"{_D}.norm1.emb.timestep_embedder.linear_2", copies=True),
-    Rule(
+    LeafRule(
         "y_embedder/table",
         (f"{_D}.norm1.emb.class_embedder.embedding_table.weight",),
         "table",
@@ -208,11 +208,11 @@ DIT_DIFFUSERS: Layout = [
 def autoencoder_layout(
     leaves: Shapes, names: Literal["diffusers", "diffusers_old", "ldm"]
 ) -> Layout:
-    """The rules of an autoencoder of any width, from its own leaves.
+    """The rules of an autoencoder of any width, made from its leaves.
 
-    'diffusers': AutoencoderKL since 0.14. 'diffusers_old': before, when the attention's products
-    were query, key, value and proj_attn. 'ldm': the `first_stage_model` of the original latent
-    diffusion and Stable Diffusion checkpoints, whose attention is of 1x1 convolutions.
+    'diffusers': AutoencoderKL since 0.14. 'diffusers_old': before, when the projections of the
+    attention were named query, key, value and proj_attn. 'ldm': the `first_stage_model` of the
+    original latent diffusion and Stable Diffusion checkpoints, which project by 1x1 convolutions.
     """
     levels = 1 + max(
         int(n) for path in leaves for n in re.findall(r"^decoder/up_blocks_(\d+)", path)
@@ -227,11 +227,11 @@ def autoencoder_layout(
         parent, _, kind_of_leaf = path.rpartition("/")
         name = rename(parent) + (".bias" if kind_of_leaf == "bias" else ".weight")
         if len(shape) == 4:
-            layout.append(Rule(path, (name,), "conv"))
+            layout.append(LeafRule(path, (name,), "conv"))
         elif len(shape) == 2:
-            layout.append(Rule(path, (name,), "linear_as_conv" if names == "ldm" else "linear"))
+            layout.append(LeafRule(path, (name,), "linear_as_conv" if names == "ldm" else "linear"))
         else:
-            layout.append(Rule(path, (name,), "vector"))
+            layout.append(LeafRule(path, (name,), "vector"))
     return layout
 
 
@@ -263,7 +263,7 @@ def _ldm_name(path: str, levels: int) -> str:
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
     name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
-    # The decoder's levels are numbered by their resolution there, in order of use in diffusers.
+    # There the decoder's levels are numbered by resolution; in diffusers, in order of use.
     name = re.sub(
         r"up_blocks\.(\d+)\.(resnets|upsamplers\.0)",
         lambda m: f"up.{levels - 1 - int(m[1])}." + ("block" if m[2] == "resnets" else "upsample"),

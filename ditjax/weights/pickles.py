@@ -1,82 +1,72 @@
 """Pickles read as data: an interpreter of pickle opcodes that can neither import nor call.
 
-Why not `pickle.Unpickler` with a `find_class` of ours: Python's own machine still runs the
+`pickle.Unpickler` with a `find_class` of our own would not be safe: Python's machine still runs the
 `__setstate__`, `__new__`, `extend` and `append` of whatever the file names, resolves extension
-codes, makes a memo table as long as the largest index that a file mentions (one opcode asks for
-64 GB), and leaves memory and recursion to the file. Here a global is a name and stays one: REDUCE,
-NEWOBJ and BUILD reach only the constructors that the caller lists, each of which makes an inert
-record, and every opcode, copied byte and level of nesting is counted. What torch.save of Python 3
-cannot write (protocols 0 and 1, INST, OBJ, EXT, PERSID, out-of-band buffers) is not understood.
+codes, allocates a memo table for the largest index in the file (one opcode can ask for 64 GB), and
+lets the file decide about memory and recursion. Here a global remains a name: REDUCE, NEWOBJ and
+BUILD reach only the constructors that the caller lists, each of which makes an inert record, and
+every opcode, copied byte and level of nesting is counted. Opcodes that torch.save of Python 3
+cannot write (protocols 0 and 1, INST, OBJ, EXT, PERSID, out-of-band buffers) are refused.
 """
 
-import re
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from mmap import mmap
 from typing import Any, ClassVar
 
-# A file of 60,000 tensors stays below; so a hostile one ends within seconds and half a gigabyte.
+from ditjax.errors import shown
+
+# A file of 60,000 tensors stays below these limits. A hostile file ends within seconds and half a
+# gigabyte.
 MAX_STEPS = 2_000_000
 MAX_COPIED = 1 << 26
-MAX_DEPTH = 100
+MAX_NESTING = 100
 MAX_LEAVES = 10_000_000
 
-# What odd opcodes and odd arguments of constructors end in; anything else is a bug of ours.
-DAMAGE = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+# What odd opcodes and odd arguments of constructors raise. Anything else is a bug here.
+DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 
 _SCALARS = (str, int, float, complex, bytes, type(None))
 
 
 class Refusal(Exception):  # noqa: N818
-    """What a pickle holds and may not: the reader adds the file's name and raises UserError."""
+    """Why a file is refused, without its name: the reader adds that and raises UserError."""
 
 
+@dataclass(frozen=True, slots=True)
 class Global:
-    """A module and a name that a pickle mentions; never looked up."""
+    """A 'module.name' that a pickle mentions. It is never looked up."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: str
 
 
 class Node:
-    """What a constructor makes of a REDUCE; `plain` asks it for its value when all is read."""
+    """The record that a constructor makes; `resolve` replaces it by its value."""
 
     def build(self, state: Any) -> None:
-        """BUILD's state; most take none."""
+        """Set the state of a BUILD opcode. Most nodes have none."""
         raise Refusal(f"gives a state to {type(self).__name__}, which has none")
 
     def value(self) -> Any:
-        """The plain value that takes this node's place."""
+        """The plain value that replaces this node."""
         raise NotImplementedError
 
 
 class Attributes(dict[Any, Any]):
-    """A record of attributes (argparse.Namespace): its state becomes its items."""
+    """An object with attributes, such as an argparse.Namespace: its state becomes its items."""
 
 
 class Ordered(dict[Any, Any]):
-    """A dict of another class (OrderedDict): its attributes, such as `_metadata`, are dropped."""
-
-
-def shown(name: object) -> str:
-    """A name from a hostile file, safe to print on one line."""
-    text = name if isinstance(name, str) else type(name).__name__
-    return text if re.fullmatch(r"[\w./\- ]{1,120}", text) else ascii(text[:120])
+    """An OrderedDict or its like: its attributes, such as `_metadata`, are dropped."""
 
 
 class Machine:
-    """One pickle of `data` from byte `start` on; `run` gives its object, `position` its end.
+    """The pickle in `data` from byte `start` on: `run` returns its object, `position` is its end.
 
-    `calls` holds, by module.name, the constructor that stands for each global that may be called;
-    `names` tells of any other global whether it may be mentioned; `persistent` takes the argument
-    of BINPERSID. Raises Refusal.
+    `calls` maps the 'module.name' of each global that may be called to its constructor; `names`
+    decides whether any other global may be mentioned; `persistent` takes the argument of BINPERSID.
+    Raises Refusal.
     """
 
     def __init__(
@@ -97,11 +87,10 @@ class Machine:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.globals: dict[str, Global] = {}
         self.copied = 0
 
     def run(self) -> Any:
-        """The object of the pickle, with Nodes and Globals in it: see `plain`."""
+        """The object of the pickle, with Nodes and Globals in it. `resolve` makes it plain."""
         try:
             for _ in range(MAX_STEPS):
                 opcode = self.take(1)
@@ -122,7 +111,7 @@ class Machine:
         raise Refusal(f"holds a pickle of more than {MAX_STEPS} steps")
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes, which must be there before memory is."""
+        """The next `count` bytes. Their presence is checked before memory is allocated."""
         start = self.position
         if count > self.end - start:
             raise Refusal(f"is cut short: its pickle ends inside an opcode at byte {start}")
@@ -133,7 +122,7 @@ class Machine:
         return int.from_bytes(self.take(width), "little")
 
     def spend(self, size: int) -> None:
-        """Counts what an opcode copies, since one memoised argument can be copied many times."""
+        """Count the bytes that an opcode copies: one memoised argument can be copied many times."""
         self.copied += size
         if self.copied > MAX_COPIED:
             raise Refusal(f"copies more than {MAX_COPIED >> 20} MB of its pickle about")
@@ -210,7 +199,7 @@ class Machine:
     def get(self, index: int) -> None:
         self.push(self.memo[index])
 
-    # Globals, and what is done with them.
+    # Globals and calls.
 
     def line(self) -> str:
         newline = self.data.find(b"\n", self.position, min(self.end, self.position + 512))
@@ -226,11 +215,10 @@ class Machine:
         full = f"{module}.{name}"
         if full not in self.calls and not self.names(full):
             raise Refusal(
-                f"asks for {shown(full)}, which is not among the plain data that ditjax reads:"
-                " nothing of it was run. If you trust the file, save its tensors alone in PyTorch:"
-                " torch.save(model.state_dict(), path)"
+                f"asks for {shown(full)}, which is not plain data and was not run. If you trust"
+                " the file, save its tensors alone in PyTorch: torch.save(model.state_dict(), path)"
             )
-        self.push(self.globals.setdefault(full, Global(full)))
+        self.push(Global(full))
 
     def global_line(self) -> None:
         module = self.line()
@@ -272,9 +260,9 @@ class Machine:
             raise Refusal("refers to tensors outside its pickle")
         self.push(self.persistent(self.stack.pop()))
 
-    OPCODES: ClassVar[dict[bytes, Callable[["Machine"], None]]] = {
+    OPCODES: ClassVar[dict[bytes, Callable[["Machine"], object]]] = {
         b"\x80": lambda m: check_protocol(m.number(1)),
-        b"\x95": lambda m: void(m.take(8)),  # FRAME: a hint for streams
+        b"\x95": lambda m: m.take(8),  # FRAME: a hint for streams
         b"N": lambda m: m.push(None),
         b"\x88": lambda m: m.push(True),
         b"\x89": lambda m: m.push(False),
@@ -295,7 +283,7 @@ class Machine:
         b"\x8d": lambda m: m.text(8),
         b"(": mark,
         b"0": pop,
-        b"1": lambda m: void(m.since_mark()),
+        b"1": lambda m: m.since_mark(),
         b")": lambda m: m.push(()),
         b"\x85": lambda m: m.tuple_of(1),
         b"\x86": lambda m: m.tuple_of(2),
@@ -329,19 +317,15 @@ class Machine:
         self.push(make(items))
 
 
-def void(_: object) -> None:
-    """An opcode whose operand means nothing here."""
-
-
 def check_protocol(protocol: int) -> None:
     if not 2 <= protocol <= 5:
         raise Refusal(f"holds a pickle of protocol {protocol}; torch.save writes 2 to 5")
 
 
 def hashable(key: Any) -> Any:
-    """A key of a dict or set: scalars, and flat tuples of them.
+    """Check a key of a dict or set: a scalar, or a flat tuple of scalars.
 
-    Hashing a tuple within a tuple within ... recurses in C without a limit.
+    Deeper tuples are refused, because hashing them recurses in C without a limit.
     """
     if isinstance(key, _SCALARS) or type(key) is Global:
         return key
@@ -354,11 +338,11 @@ def frozenset_of(items: Any) -> frozenset[Any]:
     return frozenset(map(hashable, items))
 
 
-def plain(root: Any) -> Any:
+def resolve(root: Any) -> Any:
     """The tree with every Node and Global replaced by its value; dicts of any kind become dict.
 
-    Raises Refusal for a container that holds itself, and where sharing or nesting would blow up
-    in the hands of whoever walks the tree.
+    Raises Refusal for a container that holds itself, and for sharing or nesting that would blow up
+    when the tree is walked.
     """
     done: dict[int, tuple[Any, int]] = {}
     within: set[int] = set()
@@ -372,8 +356,8 @@ def plain(root: Any) -> Any:
             return done[id(item)]
         if id(item) in within:
             raise Refusal("holds a container that contains itself")
-        if depth > MAX_DEPTH:
-            raise Refusal(f"nests its containers more than {MAX_DEPTH} deep")
+        if depth > MAX_NESTING:
+            raise Refusal(f"nests its containers more than {MAX_NESTING} deep")
         within.add(id(item))
         leaves = 1
         value: Any

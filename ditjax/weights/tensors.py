@@ -1,6 +1,6 @@
-"""Files of named tensors: safetensors, PyTorch's, diffusers' folders. Nothing in them is run.
+"""Files of named tensors: safetensors, PyTorch's, and diffusers' folders. Nothing in them is run.
 
-`read_tensors` maps a file: arrays point into it and cost memory only where they are touched.
+`read_tensors` maps a file: the arrays point into it, and use memory only where they are read.
 """
 
 import hashlib
@@ -16,15 +16,14 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ditjax.errors import UserError
-from ditjax.files.atomic import atomic, load_json
+from ditjax.errors import UserError, first_few, reason, shown
+from ditjax.files.atomic import atomic, read_json
 from ditjax.weights.layouts import Shapes
-from ditjax.weights.pickles import shown
 from ditjax.weights.torch_file import read_torch
 
-Arrays = Mapping[str, np.ndarray]
+Tensors = Mapping[str, np.ndarray]
 
-# What a diffusers folder may call its weights, in the order in which diffusers looks for them.
+# Names of the weights in a diffusers folder, in the order in which diffusers searches for them.
 _FOLDER_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.fp16.safetensors",
@@ -48,16 +47,16 @@ _SAFETENSORS_TYPES = {
 }
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_TYPES.items()}
 
-_MAX_HEADER = 100_000_000  # bytes, of the safetensors library
+_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 FLOATS = {np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)}
 
 
 class TensorFile(NamedTuple):
-    """The tensors of one network, and what lay beside them.
+    """The tensors of one network and what came with them.
 
-    `files` hold the tensors; `config` is the folder's config.json; `metadata` a safetensors file's
-    own; `extra` the rest of a PyTorch checkpoint, such as a training script's arguments.
+    `files` hold the tensors. `config` is the folder's config.json, `metadata` that of a safetensors
+    file, and `extra` the rest of a PyTorch checkpoint, such as a training script's arguments.
     """
 
     path: Path
@@ -71,8 +70,8 @@ class TensorFile(NamedTuple):
 def read_tensors(path: str | os.PathLike[str], which: str = "ema") -> TensorFile:
     """The named tensors of a file or of a diffusers folder.
 
-    `which` chooses among the states of a training checkpoint: 'ema' (averaged) or 'model'.
-    Raises UserError for a path that is missing, unreadable, or no weights at all.
+    `which` selects the state of a training checkpoint: 'ema' (averaged) or 'model'. Raises
+    UserError for a path that is missing, unreadable, or does not hold weights.
     """
     path = Path(path)
     return _read_folder(path, which) if os.path.isdir(path) else _read_file(path, which)
@@ -89,19 +88,6 @@ def _read_file(path: Path, which: str) -> TensorFile:
         return TensorFile(path, tensors, (path,), {}, metadata, {})
     tensors, extra = _unwrap(path, read_torch(path), which)
     return TensorFile(path, tensors, (path,), {}, {}, extra)
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object. Raises UserError for anything else."""
-    try:
-        value = load_json(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}: expected a JSON object.")
-    return value
 
 
 def _read_folder(folder: Path, which: str) -> TensorFile:
@@ -137,12 +123,12 @@ def _looks_like_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    # The library checks the header: offsets in order, without gaps, and to the file's end.
+    # The library checks that the offsets are in order, without gaps, and reach the end of the file.
     try:
         with safe_open(path, framework="numpy") as checked:
             metadata = dict(checked.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no sound safetensors file: {error!s:.300}.") from None
+        raise UserError(f"{path} is not a sound safetensors file: {reason(error)}.") from None
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -156,11 +142,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
                 f" {', '.join(_SAFETENSORS_TYPES)}."
             )
         begin, end = entry["data_offsets"]
-        # An offset need not be aligned to the type; NumPy reads such a view all the same.
+        # An offset need not be aligned to the type: NumPy reads an unaligned view too.
         flat = np.frombuffer(data[begin:end], _SAFETENSORS_TYPES[entry["dtype"]])
         try:
             tensors[name] = flat.reshape(entry["shape"])
-        except ValueError as error:  # more axes, or a longer one, than NumPy has
+        except ValueError as error:  # more or longer axes than NumPy has
             raise UserError(f"{path}: {shown(name)} has an impossible shape: {error}.") from None
     return tensors, metadata
 
@@ -180,7 +166,7 @@ def _unwrap(path: Path, saved: Any, which: str) -> tuple[dict[str, np.ndarray], 
     if not _is_state(saved):
         wrappers = [key for key in ("ema", "model", "state_dict") if _is_state(saved.get(key))]
         if not wrappers:
-            keys = ", ".join(map(shown, list(saved)[:8])) or "nothing"
+            keys = first_few(map(shown, saved), 8) or "nothing"
             raise UserError(
                 f"{path} holds no tensors by name: its keys are {keys}; expected a state dict, or"
                 " one under 'ema', 'model' or 'state_dict'."
@@ -199,16 +185,16 @@ def _unwrap(path: Path, saved: Any, which: str) -> tuple[dict[str, np.ndarray], 
         if not (isinstance(value, np.ndarray) and isinstance(key, str))
     ]
     if odd:
-        raise UserError(f"{path}: {', '.join(odd[:8])} are no tensors: expected tensors by name.")
-    # What DistributedDataParallel adds.
+        raise UserError(f"{path}: {first_few(odd, 8)} are not tensors: expected tensors by name.")
+    # DistributedDataParallel adds this prefix.
     prefix = "module." if all(name.startswith("module.") for name in state) else ""
     return {name.removeprefix(prefix): value for name, value in state.items()}, extra
 
 
 def check_tensors(
-    path: str | os.PathLike[str], what: str, tensors: Arrays, expected: Shapes
+    path: str | os.PathLike[str], what: str, tensors: Tensors, expected: Shapes
 ) -> np.dtype:
-    """Returns the one floating type of all tensors.
+    """Check names, shapes and types of tensors. Returns their one floating type.
 
     Raises one UserError that lists every missing, extra, mis-shaped and differently typed tensor.
     """
@@ -236,13 +222,13 @@ def check_tensors(
 
 
 def _numbers_in_order(name: str) -> list[tuple[int, str]]:
-    # Nine digits at most: past some thousands int() raises.
+    # At most nine digits, because int() raises beyond some thousands.
     parts = [part for part in re.split("([0-9]{1,9})", name) if part]
     return [(int(p), "") if re.fullmatch("[0-9]+", p) else (-1, p) for p in parts]
 
 
 def collapse(names: Iterable[str]) -> list[str]:
-    """Names that differ in their first number only are told once: blocks.{0-11}.attn.qkv.bias."""
+    """Names that differ only in their first number, joined: blocks.{0-11}.attn.qkv.bias."""
     groups: dict[str, list[int]] = {}
     for name in sorted(names, key=_numbers_in_order):
         match = re.search(r"(?<=\.)[0-9]{1,9}(?=\.)", name)
@@ -263,11 +249,11 @@ def collapse(names: Iterable[str]) -> list[str]:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], tensors: Arrays, metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str], tensors: Tensors, metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Writes tensors in the order given, one at a time: views are made contiguous only then.
+    """Write tensors in the order given. Views are made contiguous one at a time.
 
-    Raises UserError where the file cannot be written; nothing half-written stays.
+    The file is written whole or not at all. Raises UserError if it cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -280,7 +266,7 @@ def write_safetensors(
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin on 8 bytes
+    text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
     with atomic(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
@@ -290,7 +276,7 @@ def write_safetensors(
 
 
 def sha256_of(files: Iterable[Path]) -> str:
-    """One SHA-256 over the bytes of the files, in order: what a sample's record names."""
+    """One SHA-256 over the bytes of the files, in order, for the record of a sample."""
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:

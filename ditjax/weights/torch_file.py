@@ -1,12 +1,13 @@
-"""PyTorch's files without PyTorch: what torch.save wrote, as plain Python and mapped NumPy arrays.
+"""Files of torch.save read without PyTorch, as plain Python and mapped NumPy arrays.
 
 Two formats are read. Since torch 1.6 a file is an uncompressed zip: FOLDER/data.pkl, a pickle whose
-tensors name their storages, and FOLDER/data/KEY, the raw bytes of each. Before, and in FID's
-published Inception still, it is five pickles (magic number, version, system, object, storage keys)
-and then, for each storage, its count as int64 and its raw bytes. `write_torch` writes the first.
+tensors name their storages, and FOLDER/data/KEY, the raw bytes of each storage. Before that, and
+still in FID's published Inception, it is five pickles (magic number, version, system, object,
+storage keys), then the count (int64) and the raw bytes of each storage. `write_torch` writes the
+zip.
 
-Nothing in a file is imported or called: `ditjax.weights.pickles` says how,
-`ditjax.weights.torch_objects` what is known.
+Nothing in a file is imported or called: see `ditjax.weights.pickles` for how, and
+`ditjax.weights.torch_objects` for the objects that are known.
 """
 
 import mmap
@@ -21,11 +22,19 @@ from typing import IO, Any, Final, NamedTuple
 
 import numpy as np
 
-from ditjax.errors import UserError
+from ditjax.errors import UserError, shown
 from ditjax.files.atomic import atomic
 from ditjax.weights import pickles
-from ditjax.weights.pickles import Machine, Refusal, shown
-from ditjax.weights.torch_objects import CALLS, DTYPES, STORAGES, Storage, is_size, may_name, stored
+from ditjax.weights.pickles import Machine, Refusal
+from ditjax.weights.torch_objects import (
+    CALLS,
+    STORAGES,
+    TORCH_DTYPES,
+    Storage,
+    is_size,
+    may_name,
+    stored,
+)
 
 _MAGIC: Final = 0x1950A86A20F9469CFC6C
 _PROTOCOL: Final = 1001
@@ -36,15 +45,15 @@ _CHUNK: Final = 1 << 22
 
 
 def read_torch(path: str | os.PathLike[str]) -> Any:
-    """What torch.save(..., path) wrote: dict, list, tuple, set, str, numbers, bytes, None, arrays.
+    """Read a file of torch.save: dict, list, tuple, set, str, numbers, bytes, None and arrays.
 
-    Tensors and Parameters are read-only arrays mapped from the file: nothing is copied, views of
-    one storage share its bytes, and the file must stay as it is while they are used. Storages of a
-    zip are checked against its checksums. OrderedDict, defaultdict and argparse.Namespace come as
-    dict, torch.Size as tuple, torch.device, torch.dtype and paths as str.
+    Tensors and Parameters become read-only arrays mapped from the file: nothing is copied, views of
+    one storage share its bytes, and the file must not change while they are used. The storages of a
+    zip are checked against its checksums. OrderedDict, defaultdict and argparse.Namespace become
+    dict, torch.Size tuple, and torch.device, torch.dtype and paths str.
 
-    Raises UserError for a file that cannot be read, is something else, is damaged, or asks for
-    anything but plain data; nothing that it names is imported or called.
+    Raises UserError for a file that cannot be read, is not of this format, is damaged, or asks for
+    anything but plain data.
     """
     path = Path(path)
     try:
@@ -53,7 +62,7 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 raise Refusal("is empty: download or save it again")
-            # An array's base keeps the map; closing the file does not end it.
+            # The arrays keep the map alive; closing the file does not end it.
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             return _read(file, data)
     except OSError as error:
@@ -69,7 +78,7 @@ def _read(file: IO[bytes], data: mmap.mmap) -> Any:
     if _MAGIC.to_bytes(10, "little") in head[:40]:
         return _read_legacy(data)
     if head[:1] == b"\x80":
-        # Read it all the same, so that one that would run something is named as such.
+        # Read anyway, so that the error names a global that would have been run.
         Machine(data, end=min(len(data), _MAX_PICKLE), calls=CALLS, names=may_name).run()
         raise Refusal("is a bare pickle, not a file of torch.save: save it with torch.save")
     raise Refusal(_guess(head, len(data)))
@@ -103,8 +112,8 @@ def _guess(head: bytes, size: int) -> str:
 # Format 1: zip.
 
 
-class Record(NamedTuple):
-    """Where an entry's bytes lie in the file."""
+class ZipEntry(NamedTuple):
+    """The place and checksum of an entry's bytes in the file."""
 
     start: int
     size: int
@@ -150,18 +159,18 @@ def _read_zip(file: IO[bytes], data: mmap.mmap) -> Any:
         return storage
 
     end = pickle.start + pickle.size
-    tree = pickles.plain(Machine(data, pickle.start, end, CALLS, may_name, persistent).run())
+    tree = pickles.resolve(Machine(data, pickle.start, end, CALLS, may_name, persistent).run())
     for name in storages:
         _verify(file, records[name], name)
     return tree
 
 
-def _records(file: IO[bytes], data: mmap.mmap) -> dict[str, Record]:
-    """Name -> place, of every stored entry. The directory is read, nothing is unpacked."""
+def _records(file: IO[bytes], data: mmap.mmap) -> dict[str, ZipEntry]:
+    """The entries by name, from the directory. Nothing is unpacked."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-    # What zipfile is known to raise for damaged directories.
+    # What zipfile raises for damaged directories.
     except (zipfile.BadZipFile, *pickles.DAMAGE, NotImplementedError, OSError, EOFError):
         raise Refusal(
             "is a zip without a readable directory, as after an interrupted download: download or"
@@ -169,7 +178,7 @@ def _records(file: IO[bytes], data: mmap.mmap) -> dict[str, Record]:
         ) from None
     if len(entries) > _MAX_ENTRIES:
         raise Refusal(f"holds {len(entries)} entries; {_MAX_ENTRIES} are read")
-    # Before compression is refused: both of these may be compressed.
+    # Before the check of compression, because both of these may be compressed.
     names = {entry.filename.partition("/")[2] for entry in entries}
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
         raise Refusal(
@@ -178,7 +187,7 @@ def _records(file: IO[bytes], data: mmap.mmap) -> dict[str, Record]:
         )
     if any(entry.filename.endswith(".npy") for entry in entries):
         raise Refusal("is an .npz file of NumPy, not a file of torch.save")
-    records: dict[str, Record] = {}
+    records: dict[str, ZipEntry] = {}
     for entry in entries:
         name, offset = entry.filename, entry.header_offset
         if name in records:
@@ -194,15 +203,15 @@ def _records(file: IO[bytes], data: mmap.mmap) -> dict[str, Record]:
         start = offset + 30 + sum(struct.unpack_from("<HH", header, 26))
         if start + entry.file_size > len(data):
             raise Refusal(f"ends within its entry {shown(name)}: download or save it again")
-        records[name] = Record(start, entry.file_size, entry.CRC)
-    # Each is compared with its checksum, which must not take longer than reading the file once.
+        records[name] = ZipEntry(start, entry.file_size, entry.CRC)
+    # Verifying the checksums must not take longer than reading the file once.
     if sum(record.size for record in records.values()) > len(data):
         raise Refusal("holds entries that overlap: download or save it again")
     return records
 
 
-def _verify(file: IO[bytes], record: Record, name: str) -> None:
-    """Compares a record with its checksum, through a buffer: a map's pages would stay resident."""
+def _verify(file: IO[bytes], record: ZipEntry, name: str) -> None:
+    """Check an entry's checksum, read through a buffer: the pages of a map would stay resident."""
     # torch.serialization.set_crc32_options(False) writes zeros.
     if not record.crc:
         return
@@ -272,21 +281,20 @@ def _read_legacy(data: mmap.mmap) -> Any:
             raise Refusal(f"ends within its storage {shown(key)}: download or save it again")
     for view, root, offset in views:
         view.start = root.start + offset * root.dtype.itemsize
-    return pickles.plain(tree)
+    return pickles.resolve(tree)
 
 
 # Writing.
 
 
 def write_torch(path: str | os.PathLike[str], tree: Any) -> None:
-    """Writes a tree of dict, list, tuple, str, numbers, None and arrays as torch.save would.
+    """Write a tree of dict, list, tuple, str, numbers, None and arrays as torch.save would.
 
-    torch.load(path, weights_only=True) reads it.
-    Arrays (NumPy's, or whatever has a dtype, a shape and __array__) become contiguous tensors of
-    their own, one held in memory at a time; numbers of NumPy become Python's. Equal trees give
-    equal bytes. The file appears under its name only when complete.
+    torch.load(path, weights_only=True) reads it. Arrays (NumPy's, or anything with dtype, shape and
+    __array__) become separate contiguous tensors, one in memory at a time; numbers of NumPy become
+    Python's. Equal trees give equal bytes. The file is written whole or not at all.
 
-    Raises UserError for a value that such a file cannot hold, and where it cannot be written.
+    Raises UserError for a value that such a file cannot hold, or if it cannot be written.
     """
     arrays: list[Any] = []
     pickle = b"\x80\x02" + b"".join(_pickled(tree, "", 0, arrays)) + b"."
@@ -304,7 +312,7 @@ def _add(archive: zipfile.ZipFile, file: IO[bytes], name: str, content: bytes | 
     entry = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
     entry.create_system = 0  # the same bytes on every system
     large = len(content) >= zipfile.ZIP64_LIMIT
-    # Local header, name, zip64's field where needed, and the four bytes that head the padding.
+    # Local header, name, zip64's field if needed, and the four bytes before the padding.
     start = file.tell() + 30 + len(entry.filename) + (20 if large else 0) + 4
     entry.extra = struct.pack("<2sH", b"FB", -start % _ALIGNMENT) + b"Z" * (-start % _ALIGNMENT)
     entry.file_size = len(content)
@@ -314,8 +322,8 @@ def _add(archive: zipfile.ZipFile, file: IO[bytes], name: str, content: bytes | 
 
 
 def _content(array: Any) -> memoryview:
-    """An array's bytes in C order, its own where they lie so already."""
-    whole = np.ascontiguousarray(np.asarray(array), DTYPES[_dtype_name(array)])
+    """An array's bytes in C order, without a copy if it has that order."""
+    whole = np.ascontiguousarray(np.asarray(array), TORCH_DTYPES[_dtype_name(array)])
     return whole.reshape(-1).view(np.uint8).data
 
 
@@ -324,9 +332,9 @@ def _dtype_name(array: Any) -> str:
 
 
 def _pickled(node: Any, where: str, depth: int, arrays: list[Any]) -> Iterator[bytes]:
-    """Opcodes of protocol 2 that leave `node` on the stack; tensors are numbered in `arrays`."""
-    if depth > pickles.MAX_DEPTH:
-        raise UserError(f"{where[:80]!r} nests deeper than {pickles.MAX_DEPTH}, or holds itself.")
+    """Opcodes of protocol 2 that push `node`; arrays are appended to `arrays`."""
+    if depth > pickles.MAX_NESTING:
+        raise UserError(f"{where[:80]!r} nests deeper than {pickles.MAX_NESTING}, or holds itself.")
     if isinstance(node, (np.bool, np.integer, np.floating)):
         node = node.item()
     if node is None or isinstance(node, bool):
@@ -357,8 +365,8 @@ def _pickled(node: Any, where: str, depth: int, arrays: list[Any]) -> Iterator[b
         arrays.append(node)
     else:
         raise UserError(
-            f"a {type(node).__name__} cannot stand in a .pt file ({where!r}): give dicts, lists,"
-            " strings, numbers and arrays."
+            f"a {type(node).__name__} cannot be stored in a .pt file ({where!r}): give dicts,"
+            " lists, strings, numbers and arrays."
         )
 
 
@@ -377,9 +385,9 @@ def _text(text: str) -> bytes:
 
 
 def _array(array: Any, where: str, index: int) -> bytes:
-    """REDUCE of _rebuild_tensor_v2, or _v3 for the dtypes that came without a storage class."""
+    """REDUCE of _rebuild_tensor_v2, or of _v3 for dtypes that have no storage class."""
     name = _dtype_name(array)
-    if name not in DTYPES:
+    if name not in TORCH_DTYPES:
         raise UserError(f"{where!r} is an array of {name}, which PyTorch does not have.")
     shape = tuple(int(size) for size in array.shape)
     strides, step = [], 1
@@ -389,7 +397,7 @@ def _array(array: Any, where: str, index: int) -> bytes:
     storage = {dtype: kind for kind, dtype in STORAGES.items()}.get(name)
     count = int(np.prod(shape, dtype=object))
     if storage is None:
-        count *= DTYPES[name].itemsize
+        count *= TORCH_DTYPES[name].itemsize
     return b"".join(
         (
             f"ctorch._utils\n_rebuild_tensor_v{2 if storage else 3}\n((".encode(),

@@ -1,7 +1,7 @@
-"""What a PyTorch file may hold: stand-ins for the classes and functions that its pickle names.
+"""Constructors for the classes and functions that the pickle of a PyTorch file may name.
 
 Each makes an inert record of checked arguments. A name that is not in `CALLS` is never called, and
-one that `may_name` does not know ends the reading.
+a name that `may_name` does not know is refused.
 """
 
 import mmap
@@ -13,31 +13,15 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
+from ditjax.errors import shown
 from ditjax.weights import pickles
-from ditjax.weights.pickles import Attributes, Global, Node, Ordered, Refusal, shown
+from ditjax.weights.pickles import Attributes, Global, Node, Ordered, Refusal
 
-DTYPES: Final[dict[str, np.dtype[Any]]] = {
-    "float64": np.dtype("<f8"),
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "complex128": np.dtype("<c16"),
-    "complex64": np.dtype("<c8"),
-    "int64": np.dtype("<i8"),
-    "int32": np.dtype("<i4"),
-    "int16": np.dtype("<i2"),
-    "int8": np.dtype("i1"),
-    "uint64": np.dtype("<u8"),
-    "uint32": np.dtype("<u4"),
-    "uint16": np.dtype("<u2"),
-    "uint8": np.dtype("u1"),
-    "bool": np.dtype("?"),
-}
+_NAMES: Final = (
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz"
+    " float8_e8m0fnu complex128 complex64 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool"
+)
+TORCH_DTYPES: Final = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in _NAMES.split()}
 STORAGES: Final = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -53,12 +37,12 @@ STORAGES: Final = {
     "BoolStorage": "bool",
 }
 UNTYPED = ("torch.storage.UntypedStorage", "torch.UntypedStorage")
-# A stride of 0 repeats an element: a file of a kilobyte could claim any shape.
+# A stride of 0 repeats an element, so that a file of a kilobyte could claim any shape.
 _MAX_REPEATED: Final = 1 << 24
 
 
 class Storage(Node):
-    """Raw bytes of the file that tensors view; `start` is known late in the legacy format."""
+    """Raw bytes of the file that tensors view. The legacy format sets `start` late."""
 
     def __init__(self, data: mmap.mmap, dtype: np.dtype[Any], count: int, typed: bool) -> None:
         self.data = data
@@ -132,24 +116,33 @@ def stored(data: mmap.mmap, kind: object, count: object) -> Storage:
     if not isinstance(kind, Global) or type(count) is not int or not is_size(count):
         raise TypeError("not a storage")
     if kind.name in UNTYPED:
-        return Storage(data, DTYPES["uint8"], count, typed=False)
+        return Storage(data, TORCH_DTYPES["uint8"], count, typed=False)
     name = STORAGES.get(kind.name.removeprefix("torch."))
     if name is None:
         raise Refusal(f"keeps tensors in {shown(kind.name)}, which has no NumPy equal")
-    return Storage(data, DTYPES[name], count, typed=True)
+    return Storage(data, TORCH_DTYPES[name], count, typed=True)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
-    if not storage.typed:
-        raise TypeError("untyped")
-    return Tensor(storage, storage.dtype, offset, tuple(shape), tuple(strides))
+def _tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = None, metadata: Any = None
+) -> Tensor:
+    if metadata:  # the bytes are still to be conjugated or negated
+        raise Refusal("holds a lazily conjugated or negated tensor: save tensor.resolve_conj()")
+    if dtype is None:
+        if not storage.typed:
+            raise TypeError("untyped")
+        dtype = storage.dtype
+    return Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
+
+
+def _tensor_v1(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
+    return _tensor(storage, offset, shape, strides)
 
 
 def _tensor_v2(
     storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, metadata: Any = None
 ) -> Tensor:
-    _refuse_lazy(metadata)
-    return _tensor(storage, offset, shape, strides)
+    return _tensor(storage, offset, shape, strides, None, metadata)
 
 
 def _tensor_v3(
@@ -162,17 +155,10 @@ def _tensor_v3(
     dtype: Any,
     metadata: Any = None,
 ) -> Tensor:
-    _refuse_lazy(metadata)
     name = dtype.name.removeprefix("torch.")
-    if name not in DTYPES:
+    if name not in TORCH_DTYPES:
         raise Refusal(f"holds a tensor of {shown(dtype.name)}, which NumPy does not have")
-    return Tensor(storage, DTYPES[name], offset, tuple(shape), tuple(strides))
-
-
-def _refuse_lazy(metadata: Any) -> None:
-    """Metadata says that a tensor's bytes are still to be conjugated or negated."""
-    if metadata:
-        raise Refusal("holds a lazily conjugated or negated tensor: save tensor.resolve_conj()")
+    return _tensor(storage, offset, shape, strides, TORCH_DTYPES[name], metadata)
 
 
 def _parameter(tensor: Any, grad: Any, hooks: Any, state: Any = None) -> Tensor:
@@ -181,7 +167,7 @@ def _parameter(tensor: Any, grad: Any, hooks: Any, state: Any = None) -> Tensor:
     return tensor
 
 
-# NumPy's own scalars and arrays, as an optimizer's or a script's arguments may hold them.
+# NumPy's scalars and arrays, which an optimizer's state or a script's arguments may hold.
 
 
 class NumpyDtype(Node):
@@ -239,7 +225,7 @@ def _numpy_frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> NumpyArra
     return NumpyArray().fill(raw, dtype, shape, order)
 
 
-# What Python's own classes come as.
+# Python's own classes.
 
 
 def _ordered(pairs: Any = ()) -> Ordered:
@@ -304,7 +290,7 @@ def _windows(*parts: Any) -> str:
 
 
 _NOW: Final[dict[str, Callable[..., Any]]] = {
-    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor": _tensor_v1,
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
@@ -334,13 +320,13 @@ _NOW: Final[dict[str, Callable[..., Any]]] = {
     "numpy._core.multiarray._reconstruct": _numpy_reconstruct,
     "numpy._core.numeric._frombuffer": _numpy_frombuffer,
 }
-# The same modules by the names that other versions of Python and NumPy give them.
+# Other names of the same modules, by version of Python and NumPy.
 _ALSO: Final = (
     ("builtins.", "__builtin__."),
     ("numpy._core.", "numpy.core."),
     ("pathlib.", "pathlib._local."),
 )
-# What a file may call: our stand-ins, by the names of what they stand in for.
+# The globals that a file may call, and their constructors here.
 CALLS: Final = _NOW | {
     also + name.removeprefix(now): make
     for now, also in _ALSO
@@ -348,8 +334,8 @@ CALLS: Final = _NOW | {
     if name.startswith(now)
 }
 
-# A defaultdict's factory, an array's class, a tensor's type; and classes that training scripts
-# leave in checkpoints as keys or values, never as objects.
+# Globals that a file may mention but not call: a defaultdict's factory, an array's class, a
+# tensor's type, and classes that training scripts leave in checkpoints as keys or values.
 _WORDS: Final = {
     *UNTYPED,
     "numpy.ndarray",
@@ -365,8 +351,8 @@ _WORDS: Final = {
 
 
 def may_name(name: str) -> bool:
-    """Whether a global is a word that may stand in a file, though nothing may call it.
+    """Whether a file may mention a global that it may not call.
 
-    Every storage and number type is, also those that are refused later and more plainly.
+    This includes every storage and number type; an unknown one is refused later, more plainly.
     """
     return name in _WORDS or bool(re.fullmatch(r"torch\.(\w+Storage|[a-z]+\d+\w*)", name))

@@ -1,4 +1,4 @@
-"""The words of other programs' files that reading and writing share."""
+"""Words in the files of other programs, shared by reading and writing."""
 
 METADATA = "ditjax"
 

@@ -1,6 +1,6 @@
 import pytest
 
-from ditjax.data.builders import prepare
+from ditjax.data.source import prepare
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ditjax.data import builders
-from ditjax.data.builders import data_root, decode_image, list_folder, prepare
+from ditjax.data import images, source
+from ditjax.data.builders import decode_image, is_complete, list_folder
+from ditjax.data.source import data_root, prepare
 from ditjax.errors import UserError
 
 
@@ -83,7 +84,7 @@ def test_prepared_once_then_only_opened(digits_dir, monkeypatch):
         raise AssertionError("prepared a second time")
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", never)
-    monkeypatch.setattr(builders, "_exclusive", never)
+    monkeypatch.setattr(source, "_exclusive", never)
     for name in ("digits", "digits:1.0.0"):
         assert prepare(name, digits_dir).info.full_name == "digits/1.0.0"
 
@@ -91,20 +92,19 @@ def test_prepared_once_then_only_opened(digits_dir, monkeypatch):
 def test_two_at_once_prepare_once(tmp_path, monkeypatch):
     calls, together = [], threading.Barrier(2, timeout=10)
     load_digits = sklearn.datasets.load_digits
-    find = builders._find
 
     def counted():
         calls.append(1)
         return load_digits()
 
-    def find_nothing_together(name, root):
-        found = find(name, root)
-        if found is None:
+    def find_nothing_together(folder):
+        found = is_complete(folder)
+        if not found:
             together.wait()
         return found
 
     monkeypatch.setattr(sklearn.datasets, "load_digits", counted)
-    monkeypatch.setattr(builders, "_find", find_nothing_together)
+    monkeypatch.setattr(source, "is_complete", find_nothing_together)
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(prepare, ["digits"] * 2, [tmp_path] * 2))
     assert len(calls) == 2  # once for each of the two splits
@@ -229,9 +229,9 @@ def test_a_damaged_image_is_named_and_nothing_is_left(photographs, tmp_path):
 
 def test_too_many_pixels(monkeypatch):
     picture = encoded(photograph(0, 12, 9))
-    monkeypatch.setattr(builders, "MAX_PIXELS", 108)
+    monkeypatch.setattr(images, "MAX_PIXELS", 108)
     assert decode_image(picture).size == (12, 9)
-    monkeypatch.setattr(builders, "MAX_PIXELS", 107)
+    monkeypatch.setattr(images, "MAX_PIXELS", 107)
     with pytest.raises(ValueError, match="12x9 is more than 107 pixels"):
         decode_image(picture)
 

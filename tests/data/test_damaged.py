@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax.data import stream
-from ditjax.data.builders import prepare
+from ditjax.data import crop, stream
 from ditjax.data.latents import LatentWriter
-from ditjax.data.stream import DataSpec, dataset_info, epoch_order, flips, in_order, train_batches
+from ditjax.data.source import DataSpec, dataset_info, prepare
+from ditjax.data.stream import epoch_order, flips, in_order, train_batches
 from ditjax.errors import UserError
 
 N, SEED = 11, 3
@@ -70,7 +70,7 @@ def broken(tmp_path):
 def test_the_next_of_the_epochs_order_takes_the_place(broken):
     spec, bad = broken
     told: list[str] = []
-    batches = take(spec, 9, tell=told.append)
+    batches = take(spec, 9, warn=told.append)
     expected = np.concatenate([skipping(epoch_order(SEED, e, N), bad) for e in range(4)])[:36]
     np.testing.assert_array_equal(joined(batches, "index"), expected)
     assert bad & set(np.concatenate([epoch_order(SEED, e, N) for e in range(3)]))
@@ -89,7 +89,7 @@ def test_the_next_of_the_epochs_order_takes_the_place(broken):
 def test_neither_batches_nor_processes_nor_a_resume_change_it(broken, cache_mb):
     spec, _ = broken
     spec = DataSpec(**{**vars(spec), "cache_mb": cache_mb})
-    silent = {"tell": lambda line: None}
+    silent = {"warn": lambda line: None}
     whole = take(spec, 12, **silent)
     for batch, part in zip(whole[5:], take(spec, 7, start_step=5, **silent), strict=True):
         np.testing.assert_array_equal(batch["image"], part["image"])
@@ -104,7 +104,7 @@ def test_neither_batches_nor_processes_nor_a_resume_change_it(broken, cache_mb):
 @pytest.mark.parametrize(
     ("allowed", "match"),
     [
-        (0, r"is damaged \(.*prepare the data set again, or let such be skipped by config\.data"),
+        (0, r"is damaged \(.*prepare the data set again, or set config\.data"),
         (2, r"is damaged \(.*more than config\.data\.max_damaged=2 records are: delete"),
     ],
 )
@@ -113,7 +113,7 @@ def test_past_the_cap_it_ends(broken, allowed, match):
     spec = DataSpec(**{**vars(spec), "max_damaged": allowed})
     told: list[str] = []
     with pytest.raises(UserError, match=match) as error:
-        take(spec, 9, tell=told.append)
+        take(spec, 9, warn=told.append)
     assert "\n" not in str(error.value)
     assert len(told) == allowed
 
@@ -121,13 +121,13 @@ def test_past_the_cap_it_ends(broken, allowed, match):
 def test_a_set_without_a_sound_record(tmp_path):
     spec = spec_of(images(tmp_path / "i", range(N)), tmp_path / "d", max_damaged=N)
     with pytest.raises(UserError, match="every record of the data set is damaged"):
-        take(spec, 9, tell=lambda line: None)
+        take(spec, 9, warn=lambda line: None)
 
 
 def test_a_folder_with_more_than_the_cap_is_not_converted(tmp_path):
     folder = images(tmp_path / "images", BAD)
     for allowed in (0, 2):
-        with pytest.raises(UserError, match=r"a/\d\.png is not a sound image .*or let such be"):
+        with pytest.raises(UserError, match=r"a/\d\.png is not a sound image .*or set config"):
             dataset_info(f"folder:{folder}", "train", tmp_path / "data", allowed)
     assert dataset_info(f"folder:{folder}", "train", tmp_path / "data", 3).num_examples == N
 
@@ -163,7 +163,7 @@ def test_a_record_that_array_record_cannot_read_leaves_the_others(digits_dir, tm
             max_damaged=1,
         )
         told: list[str] = []
-        found = joined(take(spec, 12, batch_size=32, tell=told.append), "index")[:359]
+        found = joined(take(spec, 12, batch_size=32, warn=told.append), "index")[:359]
         np.testing.assert_array_equal(found, skipping(epoch_order(SEED, 0, 359), {0}))
         assert len(told) == 1
         assert "'digits', split 'test': record 0 is damaged" in told[0]
@@ -201,7 +201,7 @@ def test_latents(encoded, cache_mb):
         f"latents:{folder}", "train", 8, 1, flip=False, cache_mb=cache_mb, max_damaged=1
     )
     told: list[str] = []
-    batches = take(spec, 4, batch_size=5, tell=told.append)
+    batches = take(spec, 4, batch_size=5, warn=told.append)
     expected = np.concatenate([skipping(epoch_order(SEED, e, 9), {4}) for e in range(3)])[:20]
     np.testing.assert_array_equal(joined(batches, "index"), expected)
     np.testing.assert_array_equal(joined(batches, "mean"), [mean(i)[0] for i in expected])
@@ -231,14 +231,14 @@ def test_latents_of_a_damaged_description(encoded, name, text):
 
 def test_what_is_told_stands_once_in_the_file(tmp_path, capsys):
     for _ in range(2):
-        tell = stream.warn_and_note(tmp_path / "damaged.txt")
-        tell("record 1")
-        tell("record 2")
+        warn = stream.record_warnings(tmp_path / "damaged.txt")
+        warn("record 1")
+        warn("record 2")
     assert (tmp_path / "damaged.txt").read_text() == "record 1\nrecord 2\n"
     assert capsys.readouterr().err.count("warning: record 1\n") == 2
 
 
 def test_an_image_too_long_to_be_scaled():
     with pytest.raises(UserError, match="1x9000 is too long to be scaled to 256"):
-        stream.center_crop(Image.new("L", (1, 9000)), 256)
-    assert stream.center_crop(Image.new("L", (4, 9000)), 4).size == (4, 4)
+        crop.center_crop(Image.new("L", (1, 9000)), 256)
+    assert crop.center_crop(Image.new("L", (4, 9000)), 4).size == (4, 4)

@@ -10,7 +10,8 @@ import tensorflow_datasets as tfds
 
 from ditjax.data import latents
 from ditjax.data.latents import LatentWriter, open_latents
-from ditjax.data.stream import DataSpec, dataset_info, train_batches
+from ditjax.data.source import DataSpec, dataset_info
+from ditjax.data.stream import train_batches
 from ditjax.errors import UserError
 
 # 16 KiB a record: 64 of them are a MiB.
@@ -48,7 +49,7 @@ def contents(folder):
 
 
 def check_records(folder, count=N):
-    source = open_latents(f"latents:{folder}").as_data_source("train")
+    source = open_latents(folder).as_data_source("train")
     assert len(source) == count
     for i in range(count):
         expected = record(i)
@@ -63,7 +64,7 @@ def finished(tmp_path_factory):
 
 def test_records_come_back_in_order_from_shards_of_their_ranges(finished):
     check_records(finished)
-    (split,) = open_latents(f"latents:{finished}").info.splits.values()
+    (split,) = open_latents(finished).info.splits.values()
     assert split.shard_lengths == [PER_SHARD, PER_SHARD, N - 2 * PER_SHARD]
     assert dataset_info(f"latents:{finished}", "train").class_names == CLASSES
     assert sorted(contents(finished)) == [
@@ -151,9 +152,9 @@ def test_an_encoding_goes_on_at_the_first_missing_shard(finished, tmp_path):
     # What a killed process would leave.
     path = first._path(shards[1])
     path.with_name(f".{path.name}.0123abcd.tmp").write_bytes(b"half")
-    with pytest.raises(UserError, match="2 of 3 shards are missing; the same command"):
+    with pytest.raises(UserError, match="2 of 3 shards are missing; run the"):
         first.finish()
-    with pytest.raises(UserError, match="its encoding is not finished: the same command"):
+    with pytest.raises(UserError, match="its encoding is not finished; resume it"):
         dataset_info(f"latents:{tmp_path}", "train")
 
     second = writer(tmp_path)
@@ -200,11 +201,17 @@ def test_a_shard_of_too_few_records_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"metadata": {**METADATA, "autoencoder_sha256": "cd"}}, "sha256='ab', this would be 'cd'"),
-        ({"metadata": {**METADATA, "images": "mnist/3.0.1"}}, "images='digits/1.0.0', this would"),
-        ({"metadata": {**METADATA, "split": "test"}}, "split='train', this would be 'test'"),
-        ({"count": 151}, "num_examples=150, this would be 151"),
-        ({"shard_mb": 2}, "records_per_shard=64, this would be 128"),
+        (
+            {"metadata": {**METADATA, "autoencoder_sha256": "cd"}},
+            "sha256='ab', and this command has 'cd'",
+        ),
+        (
+            {"metadata": {**METADATA, "images": "mnist/3.0.1"}},
+            "images='digits/1.0.0', and this command",
+        ),
+        ({"metadata": {**METADATA, "split": "test"}}, "split='train', and this command has 'test'"),
+        ({"count": 151}, "num_examples=150, and this command has 151"),
+        ({"shard_mb": 2}, "records_per_shard=64, and this command has 128"),
     ],
 )
 def test_shards_of_something_else_are_refused(tmp_path, change, match):
@@ -221,7 +228,7 @@ def test_a_finished_set_is_not_tied_to_its_shards(finished):
     other = writer(finished, shard_mb=2)
     assert other.finished
     assert other.missing() == []
-    with pytest.raises(UserError, match="sha256='ab', this would be 'cd'"):
+    with pytest.raises(UserError, match="sha256='ab', and this command has 'cd'"):
         writer(finished, metadata={**METADATA, "autoencoder_sha256": "cd"})
 
 

@@ -6,15 +6,22 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ditjax.data import scenes, stream
-from ditjax.data.builders import prepare
-from ditjax.data.scenes import SIDE, Digits, load, magnified, parse_size, scene
+from ditjax.data import records, scenes
+from ditjax.data.scenes import (
+    SCENE_SIDE,
+    Handwriting,
+    load_handwriting,
+    magnified,
+    parse_scene_set,
+    scene,
+)
+from ditjax.data.source import prepare
 from ditjax.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def train():
-    return load("train")
+    return load_handwriting("train")
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +52,16 @@ def test_classes_and_counts_are_even_and_places_are_everywhere(many):
     assert (sizes.min(), sizes.max()) == scenes.SIZES
     for start in (rows, columns):
         assert start.min() == 0
-        assert (start + sizes).max() == SIDE
+        assert (start + sizes).max() == SCENE_SIDE
 
 
 def marked():
-    """Digits whose class can be read off the ink: a bar in a row of its own, or a column."""
+    """Handwriting whose class can be read off the ink: a bar in a row of its own, or a column."""
     ink = np.zeros((10, 8, 8))
     for label in range(8):
         ink[label, label] = 1.0
     ink[8, :, 2] = ink[9, :, 5] = 1.0
-    return Digits(ink, tuple(np.array([label]) for label in range(10)))
+    return Handwriting(ink, tuple(np.array([label]) for label in range(10)))
 
 
 def test_all_digits_of_a_scene_are_of_its_class_and_show_their_ink():
@@ -64,7 +71,7 @@ def test_all_digits_of_a_scene_are_of_its_class_and_show_their_ink():
         x = made.image / 255
         background = np.median(x.reshape(-1, 3), axis=0)
         away = np.abs(x - background).max(-1)
-        drawn = np.zeros((SIDE, SIDE))
+        drawn = np.zeros((SCENE_SIDE, SCENE_SIDE))
         for row, column, size in made.boxes:
             there = drawn[row : row + size, column : column + size]
             np.maximum(there, magnified(digits.ink[made.label], size), out=there)
@@ -76,13 +83,13 @@ def test_all_digits_of_a_scene_are_of_its_class_and_show_their_ink():
 def test_digits_keep_clear_of_one_another(train, many):
     for i, each in enumerate(many[:100]):
         assert all(
-            0 <= row <= SIDE - size and 0 <= column <= SIDE - size
+            0 <= row <= SCENE_SIDE - size and 0 <= column <= SCENE_SIDE - size
             for row, column, size in each.boxes
         ), i
     # Solid squares must not overlap but for a twentieth of their ink.
-    solid = Digits(np.ones((1, 8, 8)), tuple(np.zeros(1, int) for _ in range(10)))
+    solid = Handwriting(np.ones((1, 8, 8)), tuple(np.zeros(1, int) for _ in range(10)))
     for i in range(60):
-        area, cover = 0.0, np.zeros((SIDE, SIDE))
+        area, cover = 0.0, np.zeros((SCENE_SIDE, SCENE_SIDE))
         for row, column, size in scene(solid, 0, "train", i).boxes:
             ink = magnified(solid.ink[0], size)
             there = cover[row : row + size, column : column + size]
@@ -93,7 +100,7 @@ def test_digits_keep_clear_of_one_another(train, many):
 
 
 def test_no_hand_is_in_both_splits(train):
-    test = load("test")
+    test = load_handwriting("test")
     assert (len(train.ink), len(test.ink)) == (1438, 359)
     seen = {each.tobytes() for each in train.ink}
     assert not seen & {each.tobytes() for each in test.ink}
@@ -118,18 +125,18 @@ def test_the_data_set_is_the_first_scenes_in_the_same_bytes_each_time(train, man
     builder = prepare("digit_scenes/30", tmp_path / "a")
     assert builder.info.full_name == "digit_scenes/30/1.0.0"
     assert builder.info.splits["test"].num_examples == 3
-    found = stream.load_arrays("digit_scenes/30", "train", tmp_path / "a")
+    found = records.load_arrays("digit_scenes/30", "train", tmp_path / "a")
     np.testing.assert_array_equal(found["image"], [each.image for each in many[:30]])
     np.testing.assert_array_equal(found["label"], [each.label for each in many[:30]])
-    held_out = stream.load_arrays("digit_scenes/30", "test", tmp_path / "a")
-    test = load("test")
+    held_out = records.load_arrays("digit_scenes/30", "test", tmp_path / "a")
+    test = load_handwriting("test")
     expected = [scene(test, 0, "test", i).image for i in range(3)]
     np.testing.assert_array_equal(held_out["image"], expected)
     prepare("digit_scenes/30:1.0.0", tmp_path / "b")
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
     # Another size beside it, and another seed: each by its own name.
     prepare("digit_scenes/20-seed5", tmp_path / "a")
-    other = stream.load_arrays("digit_scenes/20-seed5", "train", tmp_path / "a")
+    other = records.load_arrays("digit_scenes/20-seed5", "train", tmp_path / "a")
     np.testing.assert_array_equal(other["image"][0], scene(train, 5, "train", 0).image)
     assert prepare("digit_scenes/30", tmp_path / "a").info.full_name == "digit_scenes/30/1.0.0"
 
@@ -153,5 +160,5 @@ def test_names_that_are_none(name, match, tmp_path):
     with pytest.raises(UserError, match=match) as error:
         prepare(name, tmp_path)
     assert "\n" not in str(error.value)
-    assert parse_size("20000-seed3").name == "20000-seed3"
-    assert parse_size("20000-seed0").name == "20000"
+    assert parse_scene_set("20000-seed3").name == "20000-seed3"
+    assert parse_scene_set("20000-seed0").name == "20000"

@@ -14,18 +14,10 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ditjax.data import stream as data
-from ditjax.data.stream import (
-    DataSpec,
-    center_crop,
-    dataset_info,
-    epoch_order,
-    flips,
-    load_arrays,
-    records_of_step,
-    resize_images,
-    train_batches,
-)
+from ditjax.data.crop import center_crop, resize_images
+from ditjax.data.records import ImageRecords, load_arrays
+from ditjax.data.source import DataSpec, dataset_info
+from ditjax.data.stream import epoch_order, flips, records_of_step, train_batches
 from ditjax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -375,13 +367,13 @@ def test_cached_and_uncached_are_the_same(spec):
 
 
 def test_a_cached_record_is_decoded_once_and_an_uncached_one_each_time(spec, monkeypatch):
-    read, seen = data._Split.read, []
+    read, seen = ImageRecords.read, []
 
     def counted(self, index):
         seen.append(index)
         return read(self, index)
 
-    monkeypatch.setattr(data._Split, "read", counted)
+    monkeypatch.setattr(ImageRecords, "read", counted)
     # Batches ahead are decoded two at a time: a record at a seam may be met by both threads.
     take(spec, 36)
     assert 359 <= len(seen) <= 359 + 2 * 32
@@ -446,7 +438,10 @@ def test_tensorflow_is_never_imported(tmp_path):
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text("raise SystemExit('TensorFlow was imported')")
     program = (
-        "import sys; from ditjax.data.stream import *\n"
+        "import sys, numpy as np\n"
+        "from ditjax.data import latents\n"
+        "from ditjax.data.source import DataSpec, dataset_info\n"
+        "from ditjax.data.stream import train_batches\n"
         "spec = DataSpec('digits', 'train', 8, 1, True)\n"
         "with train_batches(spec, 0, 64) as batches: next(batches)\n"
         "assert dataset_info('digits', 'test').num_examples == 359\n"

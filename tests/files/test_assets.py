@@ -83,7 +83,7 @@ def test_names_and_files_that_are_missing_are_named(folder):
     ("text", "message"),
     [
         ('{"schema": 1', "not JSON"),
-        ("[]", "schema None"),
+        ("[]", "expected an object"),
         ('{"schema": 2, "assets": {}}', "schema 2"),
         ('{"schema": 1, "assets": {"digits": {}}}', "sha256"),
     ],

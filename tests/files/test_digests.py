@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ditjax.errors import UserError
+from ditjax.errors import UserError, first_few
 from ditjax.files import digests
+from ditjax.models.dit import RULES
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 
@@ -34,7 +35,7 @@ def by_hand(words: np.ndarray) -> str:
 
 
 def digest(x, scheme="sum64") -> str:
-    kind, _, text = digests.of({"x": jnp.asarray(x)}, scheme)["x"][2].partition(":")
+    kind, _, text = digests.tree_digests({"x": jnp.asarray(x)}, scheme)["x"][2].partition(":")
     assert kind == scheme
     return text
 
@@ -90,7 +91,7 @@ def test_the_mesh_is_not_seen(scheme):
         "blocks": {"mlp": {"in": {"kernel": random((2, 8, 32)), "bias": random((2, 32))}}},
         "count": np.int32(7),
     }
-    expected = digests.of(jax.tree.map(jnp.asarray, tree), scheme)
+    expected = digests.tree_digests(jax.tree.map(jnp.asarray, tree), scheme)
     assert expected["blocks/mlp/in/kernel"][:2] == ["float32", [2, 8, 32]]
     assert list(expected) == ["blocks/mlp/in/bias", "blocks/mlp/in/kernel", "count"]
     placed = set()
@@ -100,32 +101,32 @@ def test_the_mesh_is_not_seen(scheme):
         make_mesh(1, 8),
         make_mesh(1, 1, jax.devices()[:1]),
     ):
-        there = jax.device_put(tree, rules.state_shardings(tree, mesh))
+        there = jax.device_put(tree, rules.state_shardings(tree, mesh, RULES))
         placed.add(str(there["blocks"]["mlp"]["in"]["kernel"].sharding))
-        assert digests.of(there, scheme) == expected
-        assert digests.changed(expected, there) == []
+        assert digests.tree_digests(there, scheme) == expected
+        assert digests.changed_leaves(expected, there) == []
     assert len(placed) == 4
 
 
 def test_all_differences_are_named():
     saved: digests.Digests = {"a": ["float32", [2]], "b": ["float32", [3, 1]], "c": ["int32", []]}
     asked: digests.Digests = {"a": ["int32", [2]], "b": ["float32", [3, 1]], "d": ["int32", []]}
-    assert digests.differences(saved, asked) == [
+    assert digests.type_differences(saved, asked) == [
         "a is float32[2], asked for int32[2]",
         "c is in the checkpoint only",
         "d is not in the checkpoint",
     ]
-    assert digests.some("abcde") == "a, b, c and 2 more"
+    assert first_few("abcde") == "a, b, c and 2 more"
 
 
 def test_what_was_changed_is_named_by_the_scheme_it_was_saved_with():
     tree = {"a": jnp.arange(3), "b": jnp.arange(4.0)}
     for scheme in ("sha256", "sum64"):
-        saved = digests.of(tree, scheme)
-        assert digests.changed(saved, tree) == []
-        assert digests.changed(saved, {**tree, "b": tree["b"].at[2].set(-0.0)}) == ["b"]
-        assert digests.changed(saved, {"a": tree["a"][::-1]}) == ["a"]
+        saved = digests.tree_digests(tree, scheme)
+        assert digests.changed_leaves(saved, tree) == []
+        assert digests.changed_leaves(saved, {**tree, "b": tree["b"].at[2].set(-0.0)}) == ["b"]
+        assert digests.changed_leaves(saved, {"a": tree["a"][::-1]}) == ["a"]
     # In this process's memory nothing is compiled.
-    assert digests.of(tree) == digests.of(tree, "sha256")
+    assert digests.tree_digests(tree) == digests.tree_digests(tree, "sha256")
     with pytest.raises(UserError, match="of the kind 'crc' are of a newer ditjax"):
-        digests.changed({"a": ["int32", [3], "crc:0"]}, tree)
+        digests.changed_leaves({"a": ["int32", [3], "crc:0"]}, tree)

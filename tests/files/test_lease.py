@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 def _quick(monkeypatch):
     monkeypatch.setattr(lease, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(lease, "SILENCE_SECONDS", 0.3)
-    monkeypatch.setattr(lease, "end", lambda line: None)  # a test that fails ends by itself
+    monkeypatch.setattr(lease, "end_process", lambda line: None)  # a test that fails ends by itself
 
 
 @pytest.fixture
@@ -83,10 +83,10 @@ def test_what_others_wrote_meanwhile_stays(file):
 def test_a_process_has_it_until_the_scope_ends(file):
     def work(error=None):
         with lease.scope():
-            lease.own(file, "the run")
+            lease.acquire(file, "the run")
             token = said(file)["token"]
             with lease.scope():
-                lease.own(file.parent / "." / ".lease", "the run")  # again: it has it already
+                lease.acquire(file.parent / "." / ".lease", "the run")  # again: it has it already
             assert said(file)["token"] == token
             if error:
                 raise error
@@ -125,8 +125,8 @@ def test_a_silent_holder_elsewhere_is_followed_after_the_bound(file, when, capsy
     Lease(file, "the run").release()
     assert time.monotonic() - began >= 0.3
     assert capsys.readouterr().err == (
-        f"waiting for the end of process {os.getpid()} on here, since 1970-01-01, which has the"
-        " run, or 0.3 s without a sign of it\n"
+        f"waiting for the end of process {os.getpid()} on here, since 1970-01-01, which uses the"
+        " run, or for 0.3 s without a sign of it\n"
     )
 
 
@@ -223,8 +223,8 @@ def test_a_holder_that_was_followed_notices_and_leaves_the_other_alone(file):
     theirs = left_by(file, host="there", pid=7)
     held.check()
     assert lines == [
-        "the run is no longer this process's: it stood still, and its place was taken by process 7"
-        " on there, since 1970-01-01. The same command goes on when nobody has it."
+        "the run is no longer this process's: it was suspended, and its place was taken by process"
+        " 7 on there, since 1970-01-01. Run the same command again when nobody uses it."
     ]
     held.check()
     held.release()
@@ -361,7 +361,7 @@ def test_a_process_that_stood_still_ends_when_it_goes_on(file):
     finally:
         process.kill()
     assert (process.returncode, out) == (1, "")
-    assert err.startswith("error: the run is no longer this process's: it stood still, and its")
+    assert err.startswith("error: the run is no longer this process's: it was suspended, and its")
     assert err.count("\n") == 1
     ours.check()
     ours.release()

@@ -7,9 +7,9 @@ import pytest
 
 from ditjax import cli
 from ditjax.cli import load_recipe
-from ditjax.errors import UserError
-from ditjax.files.atomic import write_json
-from ditjax.files.masking import masked, masked_tree, printable, visible
+from ditjax.errors import UserError, one_line, printable
+from ditjax.files.atomic import write_json, write_text
+from ditjax.files.masking import masked, masked_tree
 from ditjax.files.npz import provenance_text
 from ditjax.runs import rundir
 from ditjax.runs.log import MetricsLog
@@ -80,7 +80,7 @@ def test_nested_data_keep_their_shape():
 
 @pytest.mark.parametrize("name", ["digits", "digits_latent", "imagenet256", "dit_7b"])
 def test_recipes_are_written_as_they_are(name):
-    recipe = load_recipe([f"--config=experiments/{name}.py"]).to_dict()
+    recipe = load_recipe([f"--config=experiments/{name}.py"])
     assert masked_tree(recipe) == recipe
 
 
@@ -102,12 +102,14 @@ def test_files_hold_none(tmp_path):
     with MetricsLog(tmp_path, 0) as log:
         log.scalars(1, {"loss": 0.5, "words": SECRETS[1]})
     assert '"words": "***"' in (tmp_path / "metrics.jsonl").read_text()
+    write_text(tmp_path / "a.txt", f"--x={SECRETS[1]}")
+    assert (tmp_path / "a.txt").read_text() == "--x=***"
     assert SECRETS[1] not in str(provenance_text({"run": SECRETS[1]}))
 
 
 def test_how_a_command_ends_tells_none(monkeypatch, capsys):
     monkeypatch.setattr("ditjax.parallel.host.keep_freed_memory", lambda: None)
-    monkeypatch.setattr("ditjax.parallel.compilations.keep", lambda: None)
+    monkeypatch.setattr("ditjax.parallel.compilations.enable_cache", lambda: None)
     level = logging.getLogger("absl").level
 
     def main(_):
@@ -134,5 +136,5 @@ def test_how_a_command_ends_tells_none(monkeypatch, capsys):
 
 
 def test_text_for_a_terminal():
-    assert printable(" a\n\tb \x1b[2J \u202ecod\x00 ü∞ ") == "a b ?[2J ?cod? ü∞"
-    assert visible("a\nb\x07", keep="\n") == "a\nb?"
+    assert one_line(" a\n\tb \x1b[2J \u202ecod\x00 ü∞ ") == r"a b \x1b[2J \u202ecod\x00 ü∞"
+    assert printable("a\nb\x07", keep="\n") == "a\nb?"

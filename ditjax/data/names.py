@@ -1,0 +1,59 @@
+"""Names of data sets, as recipes and flags give them."""
+
+import re
+from typing import Literal, NamedTuple
+
+from ditjax.errors import UserError
+
+LATENTS = "latents:"
+_FOLDER = "folder:"
+VERSION = r"\d{1,9}\.\d{1,9}\.\d{1,9}"
+_NAME = re.compile(
+    rf"(?P<name>\w{{1,100}})(?:/(?P<config>[\w.+-]{{1,200}}))?(?::(?P<version>{VERSION}))?"
+)
+
+
+class DatasetName(NamedTuple):
+    """The parts of a data set's name `text`.
+
+    'latents:PATH' and 'folder:PATH' have a path; 'NAME[/CONFIG][:VERSION]' has the other three;
+    'package.module.Builder' is the dotted name of a class, and has none of them.
+    """
+
+    text: str
+    kind: Literal["latents", "folder", "builder", "prepared"]
+    path: str = ""
+    base: str = ""
+    config: str | None = None
+    version: str | None = None
+
+
+def parse_name(text: str) -> DatasetName:
+    """Any of the forms of `DatasetName`. Raises UserError for another."""
+    if is_latents(text):
+        return DatasetName(text, "latents", text.removeprefix(LATENTS))
+    if text.startswith(_FOLDER):
+        return DatasetName(text, "folder", text.removeprefix(_FOLDER))
+    if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", text):
+        return DatasetName(text, "builder")
+    match = _NAME.fullmatch(text)
+    if match is None:
+        raise UserError(
+            f"data set {text!r} is not a name: expected 'digits', 'digit_scenes', 'folder:/path',"
+            " a name of tensorflow-datasets such as 'cifar10', 'mnist:3.0.1' or"
+            " 'imagenet_resized/64x64', or the dotted name of a builder of yours."
+        )
+    return DatasetName(text, "prepared", "", match["name"], match["config"], match["version"])
+
+
+def is_latents(name: str) -> bool:
+    """Whether a name is that of encoded latents, 'latents:PATH'."""
+    return name.startswith(LATENTS)
+
+
+def split_of(text: str) -> tuple[str, str]:
+    """'NAME/SPLIT' -> (name, split); a name alone, or a folder, means its split 'train'."""
+    if "/" not in text or text.startswith(_FOLDER):
+        return text, "train"
+    name, _, split = text.rpartition("/")
+    return name, split

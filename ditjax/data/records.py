@@ -1,0 +1,250 @@
+"""Records of one split, read by index: images at one size, or encoded latents.
+
+Records are array_record, read by the data source of tensorflow-datasets. An error names the record.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from ditjax.data.builders import decode_image
+from ditjax.data.crop import check_pixels, crop_pixels, mirror, normalize
+from ditjax.data.source import DataDir, DataSpec, OpenSplit, open_split
+from ditjax.errors import UserError, reason
+
+HostBatch = dict[str, np.ndarray]
+
+_MOMENTS = ("mean", "log_variance")
+
+
+class DamagedRecordsError(UserError):
+    """Records that cannot be read: index in the split -> a description of the damage."""
+
+    def __init__(self, records: dict[int, str], remedy: str) -> None:
+        super().__init__(f"{next(iter(records.values()))}; {remedy}")
+        self.records, self.remedy = records, remedy
+
+
+class _Source:
+    """The stored records of a split. A damaged record does not affect the reading of others."""
+
+    def __init__(self, open_source: Callable[[], Any]) -> None:
+        self._open, self._source = open_source, open_source()
+
+    def read(self, index: int) -> Any:
+        """One record. Raises whatever array_record and the parser raise on bad bytes."""
+        return self._read(lambda source: source[index])
+
+    def read_many(self, indices: list[int]) -> list[Any]:
+        """Several records at once, from all files. Raises as `read`."""
+        return list(self._read(lambda source: source.__getitems__(indices)))
+
+    def _read(self, take: Callable[[Any], Any]) -> Any:
+        try:
+            return take(self._source)
+        except Exception:
+            # After a failure, a reader may refuse sound records too, also to other threads.
+            try:
+                return take(self._open())
+            finally:
+                self._source = self._open()
+
+
+class ImageRecords:
+    """The images of a split: record index -> (PIL image, label)."""
+
+    def __init__(self, opened: OpenSplit) -> None:
+        if not opened.image:
+            raise UserError(f"{opened.title}: it holds encoded latents; name a data set of images.")
+        self.info, self._opened = opened.info, opened
+        # The bytes are decoded here and not by tensorflow-datasets, so that errors name the record.
+        skip = {opened.image: tfds.decode.SkipDecoding()}
+        self._source = _Source(lambda: opened.builder.as_data_source(opened.split, decoders=skip))
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Record index in the split -> (decoded PIL image, label). Raises DamagedRecordsError."""
+        record: Any = {}
+        try:
+            record = self._source.read(index)
+            image = decode_image(record[self._opened.image])
+        except Exception as error:  # bad bytes fail in several ways
+            raise self.damaged(index, error, record) from error
+        label = int(record[self._opened.label]) if self._opened.label else 0
+        if not 0 <= label < self.info.num_classes:
+            raise UserError(
+                f"{self._opened.title}: record {index} has label {label}, outside"
+                f" 0..{self.info.num_classes - 1} (some test splits hide their labels):"
+                " use a labelled split."
+            )
+        return image, label
+
+    def damaged(self, index: int, error: Exception, record: Any = None) -> DamagedRecordsError:
+        """The error for one record; `record` is what could be read of it."""
+        file = (record or {}).get("file_name", "")
+        file = file.decode(errors="replace") if isinstance(file, bytes) else str(file)
+        which = f"{self._opened.title}: record {index}{f' ({file})' if file else ''}"
+        return DamagedRecordsError(
+            {index: f"{which} is damaged ({reason(error)})"},
+            f"delete {self._opened.builder.data_dir} and prepare the data set again.",
+        )
+
+
+class ImageReader:
+    """Images at one size: indices -> batch. A small split is kept in memory."""
+
+    def __init__(
+        self, images: ImageRecords, size: int, channels: int, *, cache_mb: int, threads: int
+    ) -> None:
+        self._split, self.num_examples = images, images.info.num_examples
+        self._shape = (size, size, channels)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ditjax-decode")
+        self._cached: np.ndarray | None = None  # which records are in memory
+        if self.num_examples * size * size * channels <= cache_mb * 2**20:
+            self._images = np.empty((self.num_examples, *self._shape), np.uint8)
+            self._labels = np.empty(self.num_examples, np.int32)
+            self._cached = np.zeros(self.num_examples, bool)
+
+    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """indices i64[n] -> new arrays u8[n,H,W,C], i32[n]."""
+        if self._cached is None:
+            return self._decode(indices)
+        fresh = indices[~self._cached[indices]]
+        if len(fresh):
+            # If two threads decode the same record, they write the same bytes and mark it after.
+            self._images[fresh], self._labels[fresh] = self._decode(fresh)
+            self._cached[fresh] = True
+        return self._images[indices], self._labels[indices]
+
+    def batch(self, indices: np.ndarray, mirrored: np.ndarray) -> HostBatch:
+        """indices i64[n], mirrored bool[n] -> image f32[n,H,W,C] in [-1,1], label i32[n]."""
+        images, labels = self.gather(indices)
+        mirror(images, mirrored)
+        return {"image": normalize(images), "label": labels}
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images = np.empty((len(indices), *self._shape), np.uint8)
+        labels = np.empty(len(indices), np.int32)
+        damaged: dict[int, str] = {}
+        remedy = ""
+        for row, found in enumerate(self._pool.map(self._decode_one, indices.tolist())):
+            if isinstance(found, DamagedRecordsError):
+                damaged, remedy = damaged | found.records, found.remedy
+            else:
+                images[row], labels[row] = found
+        if damaged:
+            raise DamagedRecordsError(damaged, remedy)
+        return images, labels
+
+    def _decode_one(self, index: int) -> tuple[np.ndarray, int] | DamagedRecordsError:
+        size, _, channels = self._shape
+        try:
+            image, label = self._split.read(index)
+        except DamagedRecordsError as error:
+            return error
+        try:
+            return crop_pixels(image, size, channels), label
+        except (UserError, OSError) as error:
+            return self._split.damaged(index, error)
+
+
+class LatentReader:
+    """Encoded latents: indices -> moments of the images or of their mirrors."""
+
+    def __init__(self, opened: OpenSplit, cache_mb: int) -> None:
+        self._title, self.num_examples = opened.title, opened.info.num_examples
+        self._source = _Source(lambda: opened.builder.as_data_source(opened.split))
+        size = 2 * 2 * 4 * int(np.prod(opened.builder.info.features["mean"].shape[1:]))
+        self._damaged: dict[int, str] = {}
+        self._cached: list[Any] | None = None
+        if self.num_examples * size <= cache_mb * 2**20:
+            self._cached = self._read(list(range(self.num_examples)))
+
+    def batch(self, indices: np.ndarray, mirrored: np.ndarray) -> HostBatch:
+        """indices i64[n], mirrored bool[n] -> mean and log_variance f32[n,h,w,c], label i32[n]."""
+        if self._cached is None:
+            records = self._read(indices.tolist())
+        else:
+            records = [self._cached[index] for index in indices]
+        pairs = list(zip(indices.tolist(), records, strict=True))
+        damaged = {index: self._damaged[index] for index, record in pairs if record is None}
+        if damaged:
+            raise DamagedRecordsError(damaged, "remove the latents and encode the data set again.")
+        sides = list(zip(records, mirrored.astype(int), strict=True))
+        return {
+            **{name: np.stack([r[name][side] for r, side in sides]) for name in _MOMENTS},
+            "label": np.array([r["label"] for r in records], np.int32),
+        }
+
+    def close(self) -> None:
+        """Do nothing: no thread runs in the background."""
+
+    def _read(self, indices: list[int]) -> list[Any]:
+        """The records, with None for a damaged one."""
+        try:
+            return self._source.read_many(indices)
+        except Exception:  # one of them is damaged: find out which
+            return [self._read_one(index) for index in indices]
+
+    def _read_one(self, index: int) -> Any:
+        try:
+            return self._source.read(index)
+        except Exception as error:
+            self._damaged[index] = f"{self._title}: record {index} is damaged ({reason(error)})"
+            return None
+
+
+def open_image_reader(spec: DataSpec, cache_mb: int) -> ImageReader:
+    """A reader of a split's images at the size of `spec`. Raises UserError as `open_split`."""
+    opened = open_split(spec.name, spec.split, spec.data_dir, spec.max_damaged)
+    return ImageReader(
+        ImageRecords(opened),
+        spec.image_size,
+        spec.channels,
+        cache_mb=cache_mb,
+        threads=spec.threads,
+    )
+
+
+def load_arrays(
+    name: str,
+    split: str,
+    data_dir: DataDir = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> HostBatch:
+    """A whole small split in record order, never flipped: 'image' u8[N,H,W,C], 'label' i32[N].
+
+    image_size and channels default to those of the records, which must then all be square and of
+    one size. Raises UserError otherwise.
+    """
+    split_images = ImageRecords(open_split(name, split, data_dir))
+    info = split_images.info
+    first, _ = split_images.read(0)
+    if image_size is None:
+        image_size = first.width
+        for index in range(info.num_examples):
+            image, _ = split_images.read(index)
+            if image.size != (image_size, image_size):
+                raise UserError(
+                    f"data set {name!r}, split {split!r}: record {index} is"
+                    f" {image.width}x{image.height}, not {image_size}x{image_size}: give"
+                    " image_size for images that are not square and of one size."
+                )
+    if channels is None:
+        channels = info.channels or (1 if first.mode in ("1", "L") else 3)
+    check_pixels(image_size, channels)
+    threads = os.cpu_count() or 1
+    reader = ImageReader(split_images, image_size, channels, cache_mb=0, threads=threads)
+    try:
+        images, labels = reader.gather(np.arange(info.num_examples))
+    finally:
+        reader.close()
+    return {"image": images, "label": labels}

@@ -1,0 +1,405 @@
+"""Data sets by name: how they are prepared, opened and checked.
+
+A data set is prepared once, as array_record, under DATA_DIR/NAME[/CONFIG]/VERSION in the layout of
+tensorflow-datasets, and is then read without TensorFlow. The builders of our own
+(`data/builders.py`, `data/scenes.py`) need no TensorFlow to prepare either.
+"""
+
+import contextlib
+import errno
+import fcntl
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tensorflow_datasets as tfds
+
+from ditjax.config import imported
+from ditjax.data import latents, scenes
+from ditjax.data.builders import (
+    Digits,
+    ImageFolder,
+    count_records,
+    expand_home,
+    folder_identity,
+    is_complete,
+    list_folder,
+    write_whole,
+)
+from ditjax.data.crop import check_pixels
+from ditjax.data.names import VERSION, DatasetName, is_latents, parse_name
+from ditjax.data.scenes import DigitScenes
+from ditjax.errors import UserError, nearest, reason
+
+DataDir = str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which images to read, and the size that they are brought to.
+
+    name, split, data_dir: as `open_split` takes them; a split may be a slice, 'train[:10%]'.
+    image_size, channels: H = W and C of the batches; C is 1 (grey) or 3 (RGB), converted at need.
+    flip: mirror each element left-right with probability 1/2.
+    cache_mb: keep decoded images in memory if the whole split takes at most this many MiB.
+    threads: how many images are read and decoded at once.
+    max_damaged: how many unreadable records to skip. Each is reported and replaced by the next
+    readable one.
+    """
+
+    name: str
+    split: str
+    image_size: int
+    channels: int
+    flip: bool
+    data_dir: DataDir = None
+    cache_mb: int = 256
+    threads: int = 16
+    max_damaged: int = 0
+
+    def __post_init__(self) -> None:
+        check_pixels(self.image_size, self.channels)
+        if self.cache_mb < 0:
+            raise UserError(f"cache_mb is {self.cache_mb}: expected 0 (no cache) or more MiB.")
+        if self.threads < 1:
+            raise UserError(f"threads is {self.threads}: expected at least 1.")
+        if self.max_damaged < 0:
+            raise UserError(f"max_damaged is {self.max_damaged}: expected 0 (none) or more.")
+
+
+class DatasetInfo(NamedTuple):
+    """What one split holds. `channels` is None if the data set leaves it open."""
+
+    full_name: str  # name[/config]/version, for the record of a result
+    num_examples: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    channels: int | None
+
+
+class OpenSplit(NamedTuple):
+    """A split that is prepared and checked. `image` and `label` name features, '' for none."""
+
+    title: str  # for error messages
+    split: str
+    builder: tfds.core.DatasetBuilder
+    info: DatasetInfo
+    image: str
+    label: str
+
+
+def open_split(name: str, split: str, data_dir: DataDir = None, max_damaged: int = 0) -> OpenSplit:
+    """Prepare a data set if need be, and check one split of it without reading its records.
+
+    The records of every file are counted. Raises UserError as `prepare` does, and for a split that
+    does not exist, features without an image, or a file with another number of records.
+    """
+    title = f"data set {name!r}, split {split!r}"
+    builder = prepare(name, data_dir, max_damaged)
+    try:
+        # This also settles the file format of a data set that is stored in several.
+        builder.as_data_source(split)
+        num_examples = builder.info.splits[split].num_examples
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{title}: there is no such split, or it is empty; there are"
+            f" {', '.join(sorted(builder.info.splits))}, and slices such as 'train[:10%]'."
+        ) from error
+    features, image = builder.info.features, ""
+    if not is_latents(name):
+        image = _pick(features, tfds.features.Image, "image", title)
+        if not image:
+            raise UserError(
+                f"{title}: there is no image among its features ({', '.join(features)})."
+            )
+    label = _pick(features, tfds.features.ClassLabel, "label", title)
+    # A data set without classes has one.
+    class_names = tuple(features[label].names if label else ["unlabelled"])
+    channels = features[image].shape[-1] if image else None
+    full_name = builder.info.full_name
+    info = DatasetInfo(full_name, num_examples, len(class_names), class_names, channels)
+    _check_files(builder, split, title)
+    return OpenSplit(title, split, builder, info, image, label)
+
+
+def dataset_info(
+    name: str, split: str, data_dir: DataDir = None, max_damaged: int = 0
+) -> DatasetInfo:
+    """What a split holds. Prepares the data set and raises as `open_split`."""
+    return open_split(name, split, data_dir, max_damaged).info
+
+
+def _pick(features: Any, kind: type, usual: str, title: str) -> str:
+    """The feature of this kind: the one with the usual name, or the only one, or ''."""
+    found = [key for key, feature in features.items() if type(feature) is kind]
+    if usual in found or len(found) == 1:
+        return usual if usual in found else found[0]
+    if found and kind is tfds.features.Image:
+        raise UserError(
+            f"{title}: it has several images ({', '.join(found)}) and none named 'image'."
+        )
+    return ""
+
+
+def _check_files(builder: Any, split: str, title: str) -> None:
+    """Count the records of each file: a truncated array_record file silently reads as empty."""
+    instructions = builder.info.splits[split].file_instructions
+    paths = [os.fspath(instruction.filename) for instruction in instructions]
+    with ThreadPoolExecutor(16) as pool:
+        counts = list(pool.map(count_records, paths))
+    for path, found, instruction in zip(paths, counts, instructions, strict=True):
+        if found != instruction.examples_in_shard:
+            raise UserError(
+                f"{title}: {path} should hold {instruction.examples_in_shard} records and holds"
+                f" {found}: it is damaged or missing; delete {builder.data_dir} and prepare the"
+                " data set again."
+            )
+
+
+def images_of_latents(name: str) -> str:
+    """'latents:PATH' -> 'NAME/SPLIT' of the images that were encoded. Raises UserError."""
+    metadata = latents.open_latents(parse_name(name).path).info.metadata or {}
+    if not {"images", "split"} <= metadata.keys():
+        raise UserError(
+            f"data set {name!r}: its metadata.json does not name the images that it was made of:"
+            " encode them again."
+        )
+    return f"{str(metadata['images']).rpartition('/')[0]}/{metadata['split']}"
+
+
+def latent_shape(name: str) -> tuple[int, ...]:
+    """'latents:PATH' -> (h, w, c) of one latent. Raises UserError."""
+    return tuple(latents.open_latents(parse_name(name).path).info.features["mean"].shape[1:])
+
+
+# ---- preparation
+
+
+def data_root(data_dir: DataDir = None) -> Path:
+    """The folder of prepared data sets: data_dir, else $DITJAX_DATA, else ~/.cache/ditjax/data.
+
+    Raises UserError for a URL: array_record files are read from file systems only.
+    """
+    chosen = os.fspath(data_dir or os.environ.get("DITJAX_DATA") or "~/.cache/ditjax/data")
+    if "://" in chosen:
+        raise UserError(
+            f"data_dir {chosen!r} is a URL: array_record is read from a file system only;"
+            " mount the bucket (gcsfuse, s3fs) and give the path of the mount."
+        )
+    return Path(expand_home(chosen)).absolute()
+
+
+def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.core.DatasetBuilder:
+    """The builder of a data set under `data_root`, which is prepared now if it is missing.
+
+    A name is 'digits'; 'digit_scenes', or 'digit_scenes/N' for another number of scenes;
+    'folder:PATH' for a folder of class folders; 'latents:PATH' for encoded latents; the dotted name
+    of a builder class of yours, 'package.module.Birds'; or any tensorflow-datasets name with an
+    optional configuration and version: 'imagenet2012', 'mnist:3.0.1', 'imagenet_resized/64x64'. A
+    prepared data set is opened without TensorFlow, and its folder may be read-only. To prepare a
+    data set of tensorflow-datasets, a separate process is started, so that TensorFlow never shares
+    this one's devices.
+
+    Up to `max_damaged` damaged images of a folder are stored as they are, for the reader to skip.
+    Raises UserError for an unknown name, a folder that changed since it was converted, more damaged
+    images, a file format other than array_record, an unwritable data_dir, or a missing TensorFlow.
+    """
+    parsed = parse_name(name)
+    if parsed.kind == "latents":
+        return latents.open_latents(parsed.path)
+    root = data_root(data_dir)
+    if parsed.kind == "folder":
+        return _prepare_folder(parsed, root, max_damaged)
+    if parsed.kind == "builder":
+        return _prepare_builder(parsed, root)
+    if parsed.base == DigitScenes.name:
+        return _prepare_scenes(parsed, root)
+    if parsed.base == Digits.name:
+        if name not in (Digits.name, f"{Digits.name}:{Digits.VERSION}"):
+            raise UserError(f"data set {name!r}: expected 'digits' or 'digits:{Digits.VERSION}'.")
+        folder = root / Digits.name / str(Digits.VERSION)
+        return _own(name, root, folder, lambda: Digits(data_dir=root, file_format="array_record"))
+    found = _find(parsed, root)
+    if found is None:
+        known = [*tfds.list_builders(with_community_datasets=False), DigitScenes.name]
+        if parsed.base not in known:
+            raise UserError(
+                f"data set {name!r} is unknown: not among the {len(known)} of tensorflow-datasets,"
+                f" not prepared under {root}, and not 'folder:/path'.{nearest(parsed.base, known)}"
+            )
+        _prepare_with_tensorflow(parsed, root)
+        found = _find(parsed, root)
+    if found is None:
+        raise UserError(
+            f"data set {name!r} was prepared, but not at that configuration and version:"
+            f" look under {root / parsed.base} and name what is there."
+        )
+    return _open(name, found)
+
+
+def _own(
+    name: str, root: Path, folder: Path, make: Callable[[], tfds.core.DatasetBuilder]
+) -> tfds.core.DatasetBuilder:
+    """A data set of one of our builders in `folder`, prepared if it is missing."""
+    if not is_complete(folder):
+        with _exclusive(name, root):
+            write_whole(make())
+    return _open(name, folder)
+
+
+def _prepare_scenes(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilder:
+    size = scenes.parse_scene_set(parsed.config or str(scenes.DEFAULT_EXAMPLES))
+    version = str(DigitScenes.VERSION)
+    if parsed.version not in (None, version):
+        raise UserError(f"data set {parsed.text!r}: expected version {version}.")
+    # In full: 'digit_scenes' means the default size, whatever other sizes are prepared there.
+    folder = root / DigitScenes.name / size.name / version
+    return _own(parsed.text, root, folder, lambda: DigitScenes(root, size))
+
+
+def _prepare_builder(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilder:
+    """A data set of the user's own: a builder class of tensorflow-datasets, by its dotted name."""
+    cls: Any = imported(parsed.text)
+    if not (isinstance(cls, type) and issubclass(cls, tfds.core.GeneratorBasedBuilder)):
+        raise UserError(
+            f"data set {parsed.text!r}: expected a subclass of"
+            " tfds.core.GeneratorBasedBuilder, with an image and a label in its features."
+        )
+    builder: Any = cls
+    folder = root / builder.name / str(builder.VERSION)
+    if not is_complete(folder):
+        with _exclusive(parsed.text, root):
+            write_whole(builder(data_dir=root, file_format="array_record"))
+    return _open(parsed.text, folder)
+
+
+def _prepare_folder(parsed: DatasetName, root: Path, max_damaged: int) -> tfds.core.DatasetBuilder:
+    name, given = parsed.text, parsed.path
+    try:
+        folder = Path(expand_home(given)).resolve()
+    except (RuntimeError, OSError, ValueError) as error:  # a loop of links, a name too long
+        raise UserError(f"data set {name!r}: {error}; give the folder's own path.") from None
+    converted = root / ImageFolder.name / folder_identity(folder) / str(ImageFolder.VERSION)
+    # The identity depends on the path alone, so a conversion outlives its folder: the originals may
+    # be deleted or left on another machine.
+    if not given or not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
+        if given and is_complete(converted):
+            return _open(name, converted)
+        raise UserError(
+            f"data set {name!r}: there is no folder '{folder if given else ''}';"
+            " expected 'folder:/path/to/class/folders'."
+        )
+    listing = list_folder(folder)
+    builder = _own(name, root, converted, lambda: ImageFolder(listing, root, max_damaged))
+    if (builder.info.metadata or {}).get("digest") != listing.digest:
+        raise UserError(
+            f"data set {name!r}: files were added, removed or changed since {folder} was converted;"
+            f" undo that, or convert it anew after: rm -r '{converted}'"
+        )
+    return builder
+
+
+# The command line of tensorflow-datasets needs Apache Beam too; its library does not.
+_BUILD = (
+    "import sys, tensorflow_datasets as tfds; name, data_dir = sys.argv[1:];"
+    " tfds.builder(name, data_dir=data_dir, file_format='array_record').download_and_prepare()"
+)
+
+
+def _prepare_with_tensorflow(parsed: DatasetName, root: Path) -> None:
+    name = parsed.text
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"data set {name!r} is not prepared under {root}, and preparing it needs TensorFlow"
+            " (reading it does not): pip install 'ditjax[prepare]', then run the command again."
+        )
+    with _exclusive(name, root):
+        if _find(parsed, root):
+            return
+        # TensorFlow would take all the memory of a GPU.
+        done = subprocess.run(
+            [sys.executable, "-c", _BUILD, name, os.fspath(root)],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"},
+            check=False,
+        )
+    if done.returncode:
+        raise UserError(
+            f"data set {name!r} could not be downloaded and prepared: the message of"
+            " tensorflow-datasets is above. Put data that need a licence by hand into"
+            f" {root / 'downloads' / 'manual'}."
+        )
+
+
+@contextlib.contextmanager
+def _exclusive(name: str, root: Path) -> Iterator[None]:
+    """Hold the lock of a data_dir: one process prepares, the others wait and find the work done.
+
+    The kernel releases the lock when its holder dies.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / ".prepare.lock", "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logging.getLogger(__name__).warning("waiting: another process prepares in %s", root)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        remedy = (
+            "free some space, or set data_dir to another disk"
+            if error.errno == errno.ENOSPC
+            else "set data_dir (or $DITJAX_DATA) to a folder you can write"
+        )
+        raise UserError(
+            f"data set {name!r} cannot be written under {root}:"
+            f" {error.strerror or error}; {remedy}."
+        ) from error
+
+
+def _find(parsed: DatasetName, root: Path) -> Path | None:
+    """The prepared folder of a data set, in its newest version if none is named, or None."""
+    base, config = parsed.base, parsed.config
+    versions = _versions(root / base / (config or ""))
+    if not versions and not config and (root / base).is_dir():
+        configs = sorted(child.name for child in (root / base).iterdir() if _versions(child))
+        if len(configs) > 1:
+            raise UserError(
+                f"data set {parsed.text!r} is prepared in several configurations under {root}:"
+                f" name one of {', '.join(f'{base}/{c}' for c in configs)}."
+            )
+        versions = _versions(root / base / configs[0]) if configs else []
+    return next((path for path in reversed(versions) if parsed.version in (None, path.name)), None)
+
+
+def _versions(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    complete = (p for p in folder.iterdir() if re.fullmatch(VERSION, p.name) and is_complete(p))
+    return sorted(complete, key=lambda path: tuple(int(part) for part in path.name.split(".")))
+
+
+def _open(name: str, folder: Path) -> tfds.core.DatasetBuilder:
+    try:
+        builder = tfds.builder_from_directory(folder)
+        formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    except Exception as error:  # A damaged JSON file fails in as many ways as it has keys.
+        raise UserError(
+            f"data set {name!r}: the description in {folder} cannot be read ({reason(error)});"
+            f" delete that folder and prepare the data set again."
+        ) from error
+    if "array_record" not in formats:
+        raise UserError(
+            f"data set {name!r} in {folder} is stored as {', '.join(sorted(formats))}, and only"
+            " array_record can be read at random: prepare it again into another data_dir"
+            f" (tfds build {name} --file_format=array_record --data_dir=OTHER)."
+        )
+    return builder

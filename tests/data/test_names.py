@@ -1,0 +1,41 @@
+"""Names of data sets and their parts."""
+
+import pytest
+
+from ditjax.data.names import DatasetName, is_latents, parse_name, split_of
+from ditjax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("digits", ("prepared", "", "digits", None, None)),
+        ("mnist:3.0.1", ("prepared", "", "mnist", None, "3.0.1")),
+        ("imagenet_resized/64x64", ("prepared", "", "imagenet_resized", "64x64", None)),
+        ("a/b:1.2.3", ("prepared", "", "a", "b", "1.2.3")),
+        ("folder:/data/a b", ("folder", "/data/a b", "", None, None)),
+        ("latents:~/latents", ("latents", "~/latents", "", None, None)),
+    ],
+)
+def test_parts(text, parts):
+    assert parse_name(text) == DatasetName(text, *parts)
+    assert is_latents(text) == (parts[0] == "latents")
+
+
+@pytest.mark.parametrize("text", ["", "../x", "a/b/c", "mnist:3", "folders:/x", "a b"])
+def test_others_are_refused(text):
+    with pytest.raises(UserError, match="is not a name"):
+        parse_name(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("digits", ("digits", "train")),
+        ("digits/test", ("digits", "test")),
+        ("imagenet_resized/64x64/validation", ("imagenet_resized/64x64", "validation")),
+        ("folder:/data/photos", ("folder:/data/photos", "train")),
+    ],
+)
+def test_names_with_a_split(text, expected):
+    assert split_of(text) == expected
