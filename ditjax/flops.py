@@ -1,14 +1,19 @@
 """python -m ditjax.flops: parameters and Gflops of the paper's 12 models, or of a recipe."""
 
 from ditjax import cli
-from ditjax.models.cost import forward_macs, gflops, paper_shape, trainable_parameters
-from ditjax.models.sizes import PAPER_PATCHES, PAPER_SIZES
-from ditjax.scaling.published import MODELS
-from ditjax.tasks import build
+from ditjax.models.dit import (
+    PAPER_PATCHES,
+    PAPER_SIZES,
+    gflops,
+    paper_shape,
+    trainable_parameters,
+)
+from ditjax.scaling.published import TABLE4_GFLOPS
+from ditjax.tasks import cost_of, make_task
 
 
 def paper_table() -> str:
-    """The 12 models of DiT Table 1 at 256x256, computed beside published."""
+    """The 12 models of DiT Table 1 at 256x256: computed figures beside the published ones."""
     lines = [
         "Gflops are multiply-accumulates of one forward pass / 1e9, as in the paper (256x256 px).",
         f"{'model':<10} {'layers':>6} {'width':>6} {'heads':>6} {'tokens':>6} {'parameters':>12}"
@@ -17,11 +22,10 @@ def paper_table() -> str:
     for name, size in PAPER_SIZES.items():
         for patch in PAPER_PATCHES:
             shape = paper_shape(size, patch)
-            published = MODELS[f"DiT-{name}/{patch}"]
             lines.append(
                 f"{f'DiT-{name}/{patch}':<10} {size.depth:>6} {size.width:>6} {size.heads:>6}"
                 f" {shape.tokens:>6} {trainable_parameters(shape):>12,} {gflops(shape):>9.3f}"
-                f" {published.gflops:>10.2f}"
+                f" {TABLE4_GFLOPS[f'DiT-{name}/{patch}']:>10.2f}"
             )
     lines.append(
         "parameters: trainable, the frozen position table excluded. published: Peebles & Xie 2023."
@@ -30,21 +34,22 @@ def paper_table() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
-    parser = cli.parser("flops", "Parameters and Gflops of the paper's 12 models, or of --config.")
+    """Run the command."""
+    parser = cli.parser(
+        "flops", "Print parameters and Gflops of the paper's 12 models, or of --config."
+    )
     if not any(word.startswith("--config") for word in argv):
         rest = parser.parse_known_args(argv)[1]
         if rest:
-            cli.parse(parser, argv)  # says what is wrong with them
+            cli.parse(parser, argv)  # raises the error
         print(paper_table())
         return 0
     _, config = cli.parse(parser, argv)
-    shape = build.cost(config)
+    cost, one = cost_of(config), make_task(config).inputs["x0"].shape
     print(
-        f"DiT-{config.model.size}/{config.model.patch}, {shape.tokens} tokens of a"
-        f" {shape.input_size}x{shape.input_size}x{shape.in_channels} input:"
-        f" {trainable_parameters(shape):,} parameters, {forward_macs(shape) / 1e6:.4g} M"
-        f" multiply-accumulates = {gflops(shape):.4g} Gflops a forward pass"
+        f"{cost.name}, {cost.tokens} tokens of a {'x'.join(map(str, one))} input:"
+        f" {cost.parameters:,} parameters, {cost.macs / 1e6:.4g} M multiply-accumulates ="
+        f" {cost.gflops:.4g} Gflops a forward pass"
     )
     return 0
 

@@ -1,4 +1,4 @@
-"""python -m ditjax.plan: what a recipe needs on a machine that is not here, and what it costs."""
+"""python -m ditjax.plan: the memory, speed and cost of a recipe on a machine that is not here."""
 
 import itertools
 import json
@@ -12,36 +12,41 @@ from ditjax.errors import UserError, divisors
 from ditjax.files.atomic import write_json
 from ditjax.machines import planning, roofline
 from ditjax.machines import topology as machines
-from ditjax.machines.plan_text import memory_words, mesh_words, plan_text, search_text
+from ditjax.machines.plan_text import format_plan, format_search, memory_words, mesh_words
 from ditjax.machines.topology import Topology
-from ditjax.models.cost import trainable_parameters
+from ditjax.parallel.mesh import mesh_of
 from ditjax.runs.provenance import commit, typed
-from ditjax.tasks import build, programs
+from ditjax.tasks import cost_of, make_task
+from ditjax.training.program import training
 
 PLAN_FILE = "plan.json"
 REMATS = ("none", "dots", "full")
 
 
 def main(argv: list[str]) -> int:
-    """The command: 0 when it fits, 1 when it does not."""
+    """Run the command: return 0 if the recipe fits, 1 if it does not."""
     parser = cli.parser(
         "plan",
-        "Compiles the real train step for TPUs or GPUs that are not here: memory, collectives, time"
-        " and cost. Status 0 when it fits, 1 when it does not.",
+        "Compile the real train step for TPUs or GPUs that are not here, and print memory,"
+        " collectives, time and cost. The exit status is 0 if it fits, 1 if it does not.",
     )
     parser.add_argument(
-        "--topology", required=True, help="CHIP:SHAPE of a slice, such as v5e:16x16 or h100:8"
+        "--topology", required=True, help="CHIP:SHAPE of one slice, such as v5e:16x16 or h100:8"
     )
-    parser.add_argument("--mesh", default="", help="data=16,fsdp=16: short for --config.mesh.*")
-    parser.add_argument("--steps", type=int, default=0, help="of the cost; 0: the recipe's")
-    parser.add_argument("--out", default="", help=f"folder for {PLAN_FILE}, and of what compiled")
+    parser.add_argument(
+        "--mesh", default="", help="such as data=16,fsdp=16, short for --config.mesh.*"
+    )
+    parser.add_argument("--steps", type=int, default=0, help="steps to cost; 0: the recipe's")
+    parser.add_argument("--out", default="", help=f"folder for {PLAN_FILE} and compiled results")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument(
-        "--search", action="store_true", help="try meshes, remat and batches, and rank them"
+        "--search", action="store_true", help="try and rank meshes, remat and batch sizes"
     )
-    parser.add_argument("--limit", type=int, default=12, help="of --search: compilations")
+    parser.add_argument("--limit", type=int, default=12, help="compilations of --search")
     parser.add_argument(
-        "--batches", default="", help="of --search: 512,1024; default the recipe's, 2x and 4x"
+        "--batches",
+        default="",
+        help="batch sizes of --search, such as 512,1024; default: the recipe's, 2x and 4x",
     )
     args, c = cli.parse(parser, [*argv, *_mesh_flags(parser.parse_known_args(argv)[0].mesh)])
     if args.steps < 0 or args.limit < 1:
@@ -49,7 +54,7 @@ def main(argv: list[str]) -> int:
             f"--steps={args.steps} --limit={args.limit}: expected steps of 0 or more and a limit of"
             " at least 1."
         )
-    topology = machines.parse(args.topology)
+    topology = machines.parse_topology(args.topology)
     steps = args.steps or c.train.steps
     out = Path(args.out) if args.out else None
     cache = out / "compiled" if out else None
@@ -58,7 +63,7 @@ def main(argv: list[str]) -> int:
         return _search(c, topology, steps, args, cache, out, command)
     plan = {"command": command, "commit": commit(), **planning.make_plan(c, topology, steps, cache)}
     if not args.json:
-        print(plan_text(plan), flush=True)
+        print(format_plan(plan), flush=True)
     if not plan["memory"]["fits"]:
         plan["smallest"] = smallest_that_fits(c, topology, steps, cache)
         if not args.json:
@@ -75,7 +80,7 @@ def _mesh_flags(text: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     for word in words:
         if "=" not in word:
-            raise UserError(f"--mesh={text}: {word!r} is no AXIS=SIZE, such as data=16,fsdp=16.")
+            raise UserError(f"--mesh={text}: {word!r}: expected AXIS=SIZE, such as data=16.")
     return [f"--config.mesh.{word}" for word in words]
 
 
@@ -84,15 +89,15 @@ def smallest_that_fits(
 ) -> dict[str, Any] | None:
     """The plan on the smallest slice, from this one on, that the recipe's batch fits, if any.
 
-    On each slice the mesh that splits the state most is tried: fsdp as large as the network and
-    the batch allow, data the rest; the other axes and remat are the recipe's.
+    On each slice the mesh that splits the state most is tried: fsdp as large as the network and the
+    batch allow, and data the rest. The other axes and remat are the recipe's.
     """
-    tried = build.mesh(c, machines.devices(topology, c.mesh.slices)).shape
+    tried = mesh_of(c, machines.devices(topology, c.mesh.slices)).shape
     for larger in [topology, *topology.larger()]:
         candidate = most_sharded(c, larger)
         if candidate is None:
             continue
-        if build.mesh(candidate, machines.devices(larger, c.mesh.slices)).shape == tried:
+        if mesh_of(candidate, machines.devices(larger, c.mesh.slices)).shape == tried:
             continue
         plan = planning.make_plan(candidate, larger, steps, cache, hopeless=False)
         if plan["memory"]["fits"]:
@@ -112,10 +117,10 @@ def most_sharded(c: Config, topology: Topology) -> Config | None:
 
 
 def why_illegal(c: Config, topology: Topology) -> str:
-    """What the rules say against a recipe's mesh on a topology, or ''."""
+    """The reason why a recipe's mesh is illegal on a topology, or ''."""
     try:
-        mesh = build.mesh(c, machines.devices(topology, c.mesh.slices))
-        programs.training(c, mesh)
+        mesh = mesh_of(c, machines.devices(topology, c.mesh.slices))
+        training(c, make_task(c, mesh), mesh)
     except UserError as error:
         return str(error)
     return ""
@@ -124,36 +129,39 @@ def why_illegal(c: Config, topology: Topology) -> str:
 def _smallest_words(plan: dict[str, Any] | None, topology: Topology) -> str:
     if plan is None:
         return (
-            f"no shape of {topology.chip.name} from this one on fits it as it is: try"
+            f"no shape of {topology.chip.name} from this one on fits the recipe: try"
             " --config.model.remat=full, more microbatches or a smaller batch, or --search"
         )
     return (
-        f"smallest {topology.chip.name} that does: {plan['topology']},"
+        f"smallest {topology.chip.name} that fits: {plan['topology']},"
         f" {plan['chips']} chips, mesh {mesh_words(plan['mesh'])}: {memory_words(plan)}"
     )
 
 
 def candidates(c: Config, topology: Topology, batches: Sequence[int]) -> Iterator[Config]:
-    """Every mesh of powers of two over data, fsdp and tensor, remat and batch, likely ones first.
+    """Yield every mesh over data, fsdp and tensor with each remat and batch, best ones first.
 
-    The order is by a closed form: products as remat repeats them, and what ideal FSDP and the
-    gradients' all-reduce over data send.
+    They are sorted by a closed form of the time per image: the products including what remat
+    repeats, and the bytes of ideal FSDP and of the gradients' all-reduce over data.
     """
     count = topology.chips * topology.chip.cores
-    shape = build.cost(c)
+    costs = {remat: cost_of(changed(c, {"model": {"remat": remat}})) for remat in REMATS}
+    cost = costs[REMATS[0]]
+    # Activations of width D cross `tensor` twice a block in either direction.
+    width, depth = cost.description["width"], cost.description["depth"]
+    crossing_an_image = 8 * 2 * cost.tokens * width * depth / count
     chip = topology.chip
     found = []
     for tensor, fsdp in itertools.product((1, 2, 4), divisors(count)):
         if count % (tensor * fsdp * c.mesh.context):
             continue
         data = count // (tensor * fsdp * c.mesh.context)
-        parameters = trainable_parameters(shape) / tensor
+        parameters = cost.parameters / tensor
         wire = roofline.fsdp_bytes(parameters, fsdp)
         wire += 4 * parameters / fsdp * (data - 1) / data
         for remat, batch in itertools.product(REMATS, batches):
-            # Activations of width D cross `tensor` twice a block in either direction.
-            crossing = 8 * 2 * shape.tokens * shape.size.width * shape.size.depth * batch / count
-            seconds = roofline.hardware_flops(shape, batch, remat) / (
+            crossing = crossing_an_image * batch
+            seconds = roofline.hardware_flops(costs[remat], batch) / (
                 count * chip.rates.device_flops(c.model.dtype, c.model.matmul)
             ) + (wire + crossing * tensor * (tensor - 1) / tensor) / (2e9 * chip.link_gb_s)
             changes = {
@@ -212,16 +220,16 @@ def _search(
     if args.json:
         print(json.dumps(found, indent=1))
     else:
-        print(search_text(ranked, list(skipped)))
+        print(format_search(ranked, list(skipped)))
     return 0 if ranked and ranked[0]["memory"]["fits"] else 1
 
 
 def _hopeless(c: Config, plans: Sequence[Mapping[str, Any]]) -> str:
-    """Why a candidate needs no compilation, after those that did not fit; '' where it does.
+    """The reason why a candidate cannot fit, given the plans that did not, or ''.
 
-    What is alive of the activations is the same on any mesh with its `tensor`, and not less with
-    weaker remat or a larger batch. It is what a plan needed beyond its state, the gradient and
-    gathered parameters being left out: 8 bytes a parameter.
+    The live activations are the same on any mesh with the same `tensor`, and not smaller with
+    weaker remat or a larger batch. They are what a plan needs beyond the state, and beyond the
+    gradient and the gathered parameters, which are 8 bytes per parameter.
     """
     for plan in plans:
         memory, tensor = plan["memory"], plan["mesh"]["tensor"]
@@ -234,13 +242,13 @@ def _hopeless(c: Config, plans: Sequence[Mapping[str, Any]]) -> str:
         ):
             return (
                 f"remat {c.model.remat} with batch {c.train.batch_size}: the activations alone do"
-                f" not fit, as remat {plan['remat']} with batch {plan['batch_size']} has shown"
+                f" not fit, as with remat {plan['remat']} and batch {plan['batch_size']}"
             )
     return ""
 
 
 def _rank(plan: dict[str, Any]) -> tuple[bool, float]:
-    """Those that fit first, by seconds an image with nothing hidden."""
+    """Sort key: plans that fit first, then by images per second with nothing hidden."""
     if "roofline" not in plan:
         return True, plan["memory"]["peak_bytes"]
     rate = plan["roofline"]["images_a_second"]["sequential"]

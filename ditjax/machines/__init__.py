@@ -1,1 +1,1 @@
-"""Hardware that is not here: topologies, HLO, roofline, plan, cost."""
+"""Machines that are not here: chips, topologies, compiled programs, and what a run would cost."""

@@ -1,28 +1,30 @@
-"""Published rates of accelerators: dense products, 10^12 floating-point operations a second a chip.
+"""Published peak rates of accelerators: dense matrix products, in TFLOP/s per chip.
 
 TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. GPUs: NVIDIA's data sheets, not sparse.
 """
 
 from typing import NamedTuple
 
+GB, GIB = 1e9, 2**30
+
 
 class Rates(NamedTuple):
-    """Of one chip; JAX's device is one of its `cores`."""
+    """The peak rates of one chip. A JAX device is one of its `cores`."""
 
-    kinds: tuple[str, ...]  # what JAX calls the devices
+    kinds: tuple[str, ...]  # device_kind in JAX
     bfloat16: float
-    float32: float  # as the backend does it by default: one pass of bfloat16, or TF32
-    exact: float  # float32 without such rounding
+    float32: float  # the default precision of the backend: one pass of bfloat16, or TF32
+    exact: float  # float32 without rounding to a shorter type
     cores: int = 1
 
     def device_flops(self, dtype: str, matmul: str) -> float:
-        """Peak FLOP/s of one device's products, as a recipe's model.dtype and .matmul ask."""
+        """Peak FLOP/s of one device with the model.dtype and model.matmul of a recipe."""
         float32 = self.exact if matmul == "float32" else self.float32
         return 1e12 * (self.bfloat16 if dtype == "bfloat16" else float32) / self.cores
 
 
 def _tpu(kind: str, rate: float, cores: int = 1) -> Rates:
-    """A TPU's float32 products are one pass of bfloat16 by default, and six when exact."""
+    """On TPUs a float32 product is one pass of bfloat16 by default, and six passes if exact."""
     return Rates((kind,), rate, rate, rate / 6, cores)
 
 
@@ -41,7 +43,7 @@ RATES = {
 
 
 def peak_flops(device_kind: str, dtype: str, matmul: str = "default") -> float | None:
-    """Of one device by JAX's device_kind; None where no rate is on record for it."""
+    """Peak FLOP/s of one device by its device_kind; None if no rate is on record."""
     for rates in RATES.values():
         if device_kind in rates.kinds:
             return rates.device_flops(dtype, matmul)

@@ -1,13 +1,13 @@
-"""What the cells of a study would cost, in columns."""
+"""The costs of the cells of a study, as a table."""
 
 import math
 from collections.abc import Sequence
 
+from ditjax.machines.chips import GIB
 from ditjax.machines.costs import Cost
 from ditjax.studies.words import aligned, number, plural, short
 
-GIB = 2**30
-ASSUMPTIONS = (
+COST_ASSUMPTIONS = (
     "training: products, memory and links at their peaks, all at once at best, the links after the"
     " rest with nothing hidden; sampling: the DiT's products at their peak. No run is faster",
     "not counted: memory and traffic of activations (--plan compiles the step and counts them), the"
@@ -16,7 +16,7 @@ ASSUMPTIONS = (
 
 
 def cost_text(topology: str, names: Sequence[str], costs: Sequence[Cost]) -> str:
-    """A row a cell, their sum, and what was assumed."""
+    """One row per cell, their sum, and the assumptions."""
     rows = [["cell", "training h", "to", "sampling h", "chip-hours", "to", "GiB a device", ""]]
     for name, each in zip(names, costs, strict=True):
         rows.append([short(name), *_figures([each]), _gib(each), _note(each)])
@@ -28,13 +28,13 @@ def cost_text(topology: str, names: Sequence[str], costs: Sequence[Cost]) -> str
         [
             f"on {topology}, {plural(chips, 'chip')} ({labels}):",
             *aligned(rows, [False, True, True, True, True, True, True, False]),
-            *(f"  - {text}" for text in ASSUMPTIONS),
+            *(f"  - {text}" for text in COST_ASSUMPTIONS),
         ]
     )
 
 
 def _figures(costs: Sequence[Cost]) -> list[str]:
-    """Hours of training, from best to worst, and of sampling; chip-hours from best to worst."""
+    """Hours of training at best and at worst, of sampling, and chip-hours at best and at worst."""
     each = [(cost.best, cost.worst, cost.sampling, *cost.chip_hours) for cost in costs]
     totals = map(sum, zip(*each, strict=True))
     return ["-" if math.isnan(total) else number(total) for total in totals]

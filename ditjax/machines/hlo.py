@@ -1,13 +1,13 @@
-"""What a compiled program sends: its HLO text -> the collectives of one call.
+"""The collectives of a compiled program, read from its HLO text.
 
-Read from the text because the compiler's own cost analysis counts a loop's body once. Facts of the
-text, as the XLA of JAX 0.10 prints it for TPUs and GPUs:
-- a scanned stack is a `while`; its trip count is in the backend's config (GPUs, CPUs) or the
-  constant that its condition compares with (TPUs);
-- a TPU's reduce-scatter is an all-reduce in a computation named all-reduce-scatter;
-- an asynchronous collective of a TPU is a chain of fusions, each of which repeats it under one
-  chain_id; a GPU's is a `-start` and a `-done`;
-- groups of devices are a list, an iota `[g,n]<=[..]T(..)`, or axes of a `mesh[..]`.
+The compiler's own cost analysis counts the body of a loop only once, hence the text. This is how
+the XLA of JAX 0.10 prints it for TPUs and GPUs:
+- A scanned stack is a `while`. Its trip count is in the backend config (GPUs, CPUs), or is the
+  constant that its condition compares with (TPUs).
+- A reduce-scatter on TPUs is an all-reduce in a computation named all-reduce-scatter.
+- An asynchronous collective on TPUs is a chain of fusions, each of which repeats it under one
+  chain_id; on GPUs it is a `-start` and a `-done`.
+- Groups of devices are a list, an iota `[g,n]<=[..]T(..)`, or axes of a `mesh[..]`.
 """
 
 import math
@@ -17,7 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+COLLECTIVE_KINDS = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+)
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "token": 0}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -28,19 +34,24 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
 class Collective(NamedTuple):
-    """One collective of a step. `payload` counts the bytes of one call on one device: the result
-    of a gather, the operand of the others."""
+    """One collective of a step.
+
+    `payload`, in bytes of one call on one device, is the result of a gather, else the operand.
+    """
 
     kind: str
     payload: float
     group: tuple[int, ...]  # the devices of the first group, as positions in the mesh
-    times: int  # calls a step: the trip counts of the loops around it
-    operands: tuple[int, ...] = ()  # their numbers of elements
+    times: int  # calls per step: the product of the trip counts of the enclosing loops
+    operands: tuple[int, ...] = ()  # number of elements of each
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends a step, by the ring algorithms: (g-1)/g of what is gathered,
-        scattered or exchanged, twice that for an all-reduce, all of a permute."""
+        """Bytes that a device sends per step with ring algorithms.
+
+        (g-1)/g of what is gathered, scattered or exchanged, twice that for an all-reduce, and all
+        of a permute.
+        """
         g = len(self.group)
         share = {"collective-permute": 1.0, "all-reduce": 2 * (g - 1) / g}
         return self.times * self.payload * share.get(self.kind, (g - 1) / g)
@@ -52,7 +63,7 @@ class Instruction(NamedTuple):
     name: str
     shape: str
     opcode: str
-    arguments: str  # of the call, with its parentheses
+    arguments: str  # with their parentheses
     attributes: str
 
     @property
@@ -61,18 +72,18 @@ class Instruction(NamedTuple):
 
 
 class Computation(NamedTuple):
-    """A block of HLO."""
+    """A named computation of an HLO module."""
 
     name: str
     instructions: Mapping[str, Instruction]
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """The collectives of a compiled module on `devices`, in the order of the text's calls.
+    """The collectives of a compiled module on `devices`, in the order of the calls.
 
-    Raises ValueError for a loop whose length the text does not give.
+    Raises ValueError for a loop whose trip count cannot be read.
     """
-    computations, entry = parse(text)
+    computations, entry = parse_hlo(text)
     seen: set[tuple[str, str, str]] = set()
     return list(_of(computations, entry, 1, entry, devices, seen))
 
@@ -85,11 +96,11 @@ def _of(
     devices: int,
     seen: set[tuple[str, str, str]],
 ) -> Iterator[Collective]:
-    """Those of a computation and of all that it calls; `loop` is the loop's body around it."""
+    """Yield those of a computation and all that it calls; `loop` is the enclosing loop's body."""
     computation = computations[name]
     for each in computation.instructions.values():
         kind = each.opcode.removesuffix("-start")
-        if kind in KINDS:
+        if kind in COLLECTIVE_KINDS:
             channel, chain = (_attribute(each, key) for key in ("channel_id", "chain_id"))
             if chain and (loop, channel, chain) in seen:
                 continue
@@ -116,8 +127,8 @@ def _of(
                     )
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """HLO text -> its computations by name, and the name of the entry."""
+def parse_hlo(text: str) -> tuple[dict[str, Computation], str]:
+    """Parse HLO text into its computations by name, and the name of the entry."""
     found: dict[str, Computation] = {}
     entry = name = ""
     inside: dict[str, Instruction] = {}
@@ -131,12 +142,12 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             instruction = _instruction(match[2], line[match.end() :])
             inside[instruction.name] = instruction
     if not entry:
-        raise ValueError("the text holds no ENTRY computation: it is no compiled HLO module")
+        raise ValueError("the text has no ENTRY computation: it is not a compiled HLO module")
     return found, entry
 
 
 def _instruction(name: str, rest: str) -> Instruction:
-    """What follows `%name = `: a shape, tuples and layouts with their parentheses, and the call."""
+    """Parse what follows `%name = `: a shape, maybe with parentheses, and a call."""
     end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     shape, call = rest[:end], rest[end:].lstrip()
     opening = call.index("(")
@@ -145,17 +156,17 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """One past the parenthesis that closes the one at `start`."""
+    """The position after the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)
         if depth == 0:
             return i + 1
-    raise ValueError(f"an unclosed parenthesis in HLO: {text[:80]!r}")
+    raise ValueError(f"unclosed parenthesis in HLO: {text[:80]!r}")
 
 
 def shape_bytes(shape: str) -> float:
-    """'bf16[1,64]{1,0:T(8,128)}' -> 128.0; a tuple's arrays are summed."""
+    """'bf16[1,64]{1,0:T(8,128)}' -> 128.0; the arrays of a tuple are summed."""
     total = 0.0
     for dtype, sizes in _ARRAY.findall(shape):
         digits = re.search(r"\d+", dtype)
@@ -165,7 +176,7 @@ def shape_bytes(shape: str) -> float:
 
 
 def shape_elements(shape: str) -> int:
-    """'bf16[1,64]{1,0}' -> 64; a tuple's arrays are summed."""
+    """'bf16[1,64]{1,0}' -> 64; the arrays of a tuple are summed."""
     return sum(_product(sizes) for _, sizes in _ARRAY.findall(shape))
 
 
@@ -174,7 +185,7 @@ def _product(sizes: str) -> int:
 
 
 def trip_count(loop: Instruction, computations: Mapping[str, Computation]) -> int:
-    """How often a `while` runs its body: as the backend knows it, or `i < constant` from 0."""
+    """How often a `while` runs its body: from the backend config, or `i < constant` from 0."""
     if known := re.search(r'known_trip_count"?:\{"n":"(\d+)"\}', loop.attributes):
         return int(known[1])
     condition = computations[_attribute(loop, "condition").lstrip("%")]
@@ -184,7 +195,7 @@ def trip_count(loop: Instruction, computations: Mapping[str, Computation]) -> in
         if each.opcode == "constant" and each.shape.startswith(("s32[]", "u32[]", "s64[]"))
     }
     if len(constants) != 1:
-        raise ValueError(f"the length of loop {loop.name} cannot be read from {condition.name}")
+        raise ValueError(f"cannot read the trip count of {loop.name} from {condition.name}")
     return constants.pop()
 
 
@@ -195,7 +206,7 @@ def _attribute(instruction: Instruction, key: str) -> str:
 
 
 def _group(instruction: Instruction, devices: int) -> tuple[int, ...]:
-    """The first group of devices that speak with one another."""
+    """The first group of devices that communicate with one another."""
     text = instruction.attributes
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
         return int(pairs[1]), int(pairs[2])
@@ -220,13 +231,13 @@ def _ints(text: str) -> tuple[int, ...]:
 
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:
-    """[a,b]T(1,0): 0, 1, 2, … in the shape (a, b), its axes then put in another order."""
+    """[a,b]T(1,0): 0, 1, 2, … in the shape (a, b), transposed."""
     ids = np.arange(math.prod(_ints(sizes))).reshape(_ints(sizes))
     return ids.transpose(_ints(order)) if order else ids
 
 
 def _along(ids: np.ndarray, axes: list[str], named: str) -> tuple[int, ...]:
-    """The first group along the named axes; 'a':(m)n is the part of a, n long, after one of m."""
+    """The first group along the named axes; 'a':(m)n is the sub-axis of a of size n after m."""
     index: list[int | slice] = [0] * len(axes)
     shape = list(ids.shape)
     for axis, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named):

@@ -1,13 +1,14 @@
-"""python -m ditjax.peer: diffusers' DiT in PyTorch, in turns with which ditjax.bench times ours.
+"""diffusers' DiT in PyTorch: the process that `ditjax.bench --against=torch` times against ours.
 
-Started by `ditjax.bench --against=torch`, in a process and, at need, an environment of its own. A
-line of JSON each way: the specification first, then {"run": "train", "steps": n} or {"run":
-"sample"}, each answered by its seconds; the end of the input ends it.
+bench starts it as `python -m ditjax.machines.peer`, in another environment if need be, and the two
+exchange lines of JSON. The first line specifies the network. Each later one is {"run": "train",
+"steps": n} or {"run": "sample"}, and the answer is the seconds that it took. The process ends with
+its input. PyTorch and diffusers are imported inside functions, so that the module imports without.
 
-A training step is q_sample at random t and eps, the forward pass with dropped labels, the mean
-squared error of eps, the backward pass, AdamW (fused) and the average of the weights (foreach). The
-embedders that diffusers keeps a copy of in every block are one here, as in the paper. It is less
-work than our step, which also has L_vlb and the gradient's norm.
+A training step consists of q_sample at random t and eps, the forward pass with dropped labels, the
+mean squared error of eps, the backward pass, AdamW (fused) and the parameters' average (foreach).
+diffusers keeps a copy of the embedders in every block; here they are shared, as in the paper. This
+is less work than our step, which also computes L_vlb and the norm of the gradient.
 """
 
 import json
@@ -18,13 +19,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import diffusers
-import torch
-import torch.nn.functional as F
+Spec = dict[str, Any]  # what `bench.peer_spec` returns
+Device = Any  # torch.device
 
 
-def network(spec: dict[str, Any], device: torch.device) -> Any:
-    """The DiT of spec["dit"], the embedders of all blocks shared."""
+def torch_network(spec: Spec, device: Device) -> Any:
+    """Build the DiT of spec["dit"], with the embedders of all blocks shared."""
+    import diffusers
+    import torch
+
     torch.manual_seed(0)
     dit = diffusers.DiTTransformer2DModel(**spec["dit"]).to(device)
     for block in dit.transformer_blocks:
@@ -32,9 +35,12 @@ def network(spec: dict[str, Any], device: torch.device) -> Any:
     return dit
 
 
-def training(spec: dict[str, Any], device: torch.device) -> tuple[Callable[[int], None], int]:
-    """(runs n steps, number of parameters)."""
-    dit = network(spec, device).train()
+def torch_training(spec: Spec, device: Device) -> tuple[Callable[[int], None], int]:
+    """Return a function that trains for n steps, and the number of parameters."""
+    import torch
+    from torch.nn.functional import mse_loss
+
+    dit = torch_network(spec, device).train()
     params = list(dit.parameters())
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(
@@ -60,7 +66,7 @@ def training(spec: dict[str, Any], device: torch.device) -> tuple[Callable[[int]
             x_t = signal[t][:, None, None, None] * x0 + noise[t][:, None, None, None] * eps
             with computing_in(spec["dtype"], device):
                 out = forward(x_t, timestep=t, class_labels=y).sample
-            F.mse_loss(out[:, :C].float(), eps).backward()
+            mse_loss(out[:, :C].float(), eps).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
@@ -69,16 +75,18 @@ def training(spec: dict[str, Any], device: torch.device) -> tuple[Callable[[int]
     return run, sum(p.numel() for p in params)
 
 
-def sampling(spec: dict[str, Any], device: torch.device) -> Callable[[], None]:
-    """diffusers' DiTPipeline by DDIM with guidance; an autoencoder of next to nothing decodes."""
-    dit = network(spec, device).eval()
+def torch_sampling(spec: Spec, device: Device) -> Callable[[], None]:
+    """Return a function that draws a batch: DiTPipeline, DDIM with guidance, a trivial decoder."""
+    import diffusers
+
+    dit = torch_network(spec, device).eval()
     decoder = diffusers.AutoencoderKL(
         block_out_channels=(4,), norm_num_groups=1, latent_channels=spec["dit"]["in_channels"]
     ).to(device)
     pipeline = diffusers.DiTPipeline(dit, decoder, diffusers.DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     if spec["compile"]:
-        # The pipeline reads the module's own attributes: compiled in place.
+        # Compile in place: the pipeline reads the module's own attributes.
         dit.compile()
 
     def run() -> None:
@@ -93,13 +101,17 @@ def sampling(spec: dict[str, Any], device: torch.device) -> Callable[[], None]:
     return run
 
 
-def computing_in(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Parameters stay float32, as ours."""
+def computing_in(dtype: str, device: Device) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 or not; parameters stay float32, as ours do."""
+    import torch
+
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Of the GPU's memory, or of this process's."""
+def peak_bytes(device: Device) -> int:
+    """Peak memory of the GPU, or of this process."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # macOS counts bytes, Linux KiB.
@@ -109,9 +121,12 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def main() -> None:
-    """The loop of requests."""
+    """Answer requests until the input ends."""
+    import diffusers
+    import torch
+
     answers = sys.stdout
-    sys.stdout = sys.stderr  # what libraries print is no answer
+    sys.stdout = sys.stderr  # keep what libraries print out of the answers
 
     def answer(**values: Any) -> None:
         answers.write(json.dumps(values) + "\n")
@@ -122,8 +137,8 @@ def main() -> None:
     if spec["threads"]:
         torch.set_num_threads(spec["threads"])
     torch.set_float32_matmul_precision(spec["matmul"])
-    steps, parameters = training(spec, device)
-    sample = sampling(spec, device) if spec.get("sample") else None
+    train, parameters = torch_training(spec, device)
+    sample = torch_sampling(spec, device) if spec.get("sample") else None
     answer(
         torch=torch.__version__,
         diffusers=diffusers.__version__,
@@ -135,7 +150,7 @@ def main() -> None:
         request = json.loads(line)
         began = time.perf_counter()
         if request["run"] == "train":
-            steps(request["steps"])
+            train(request["steps"])
         elif sample:
             sample()
         if device.type == "cuda":

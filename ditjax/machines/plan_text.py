@@ -1,13 +1,12 @@
-"""A plan in words and columns: what the machine needs, sends and costs."""
+"""Plans as text: memory, collectives, roofline and cost."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ditjax.machines.chips import GIB
 from ditjax.studies.words import aligned, count, number, plural
 
-GIB = 2**30
-
-ASSUMPTIONS = (
+PLAN_ASSUMPTIONS = (
     "no step is faster than 'at best', where products, memory and links run at their peaks and at"
     " once; 'nothing hidden' adds the links' time to the rest",
     "products: model FLOPs are 6 a multiply-accumulate of a forward pass (MFU), and what remat"
@@ -18,8 +17,8 @@ ASSUMPTIONS = (
 )
 
 
-def plan_text(plan: Mapping[str, Any]) -> str:
-    """One plan, whole."""
+def format_plan(plan: Mapping[str, Any]) -> str:
+    """The full text of one plan."""
     chip_hbm = plan["memory"]["hbm_bytes"] / GIB
     precision = f"{plan['dtype']}, remat {plan['remat']}"
     if plan["microbatches"] > 1:
@@ -41,12 +40,12 @@ def plan_text(plan: Mapping[str, Any]) -> str:
 
 
 def mesh_words(mesh: Mapping[str, int]) -> str:
-    """'data=16 fsdp=16': the axes that split something."""
+    """'data=16 fsdp=16': the axes longer than 1."""
     return " ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "of one device"
 
 
 def memory_words(plan: Mapping[str, Any]) -> str:
-    """'fits' with what is used, or by how much it does not."""
+    """Whether a plan fits the memory, and by how much."""
     memory = plan["memory"]
     peak, hbm, state = (memory[f"{key}_bytes"] / GIB for key in ("peak", "hbm", "state"))
     if memory["state_only"]:
@@ -120,11 +119,11 @@ def _cost(plan: Mapping[str, Any]) -> list[str]:
         f" {number(chip_hours[worst])} chip-hours",
         "assumed:",
     ]
-    return lines + [f"  - {text}" for text in ASSUMPTIONS]
+    return lines + [f"  - {text}" for text in PLAN_ASSUMPTIONS]
 
 
-def search_text(plans: Sequence[Mapping[str, Any]], skipped: Sequence[str]) -> str:
-    """Ranked plans, those that fit first, and why others were not compiled."""
+def format_search(plans: Sequence[Mapping[str, Any]], skipped: Sequence[str]) -> str:
+    """A table of ranked plans, and the reasons why others were not compiled."""
     rows = [
         ["", "mesh", "remat", "batch", "GiB", "step ms", "to", "images/s", "MFU", "GB sent", ""]
     ]

@@ -1,6 +1,6 @@
-"""A recipe's real train step, compiled for a machine that is not here: what it needs and costs.
+"""Compile a recipe's real train step for a machine that is not here, and report needs and costs.
 
-What comes out is a plan: plain data, as plan.json holds it. `LABEL` goes with every figure of it.
+The result is a plan: plain data, the content of plan.json. Its figures are printed with `LABEL`.
 """
 
 import contextlib
@@ -24,17 +24,18 @@ from jax.sharding import Mesh
 
 import ditjax
 from ditjax.config import Config
-from ditjax.errors import UserError
 from ditjax.files.atomic import write_json
 from ditjax.machines import hlo, roofline
 from ditjax.machines.topology import Topology, devices, wire_seconds
-from ditjax.models.cost import trainable_parameters, training_flops
+from ditjax.models.network import training_flops
 from ditjax.parallel import compiling
+from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.rules import path_of
-from ditjax.tasks import build, programs
+from ditjax.tasks import cost_of, make_task
+from ditjax.training.program import Training, training
 
 LABEL = "compiled, not run"
-SCHEMA = 1
+PLAN_SCHEMA = 1
 PROGRESS_SECONDS = 20.0
 
 _MEASURES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -49,20 +50,17 @@ def make_plan(
 ) -> dict[str, Any]:
     """The plan of a recipe on a topology, for a training of `steps`.
 
-    With a folder `cache`, a program that was compiled before is not compiled again; without
-    `hopeless`, one whose state alone is larger than the memory is not compiled at all. Raises
-    UserError for a mesh that does not suit the topology, the network or the batch.
+    Results are cached in the folder `cache`, if given. Without `hopeless`, a step whose state alone
+    exceeds the memory is not compiled. Raises UserError for a mesh that does not suit the topology,
+    the network or the batch.
     """
-    if c.train.network != "dit":
-        raise UserError(
-            f"config.train.network is {c.train.network!r}: plan knows the cost of a DiT only."
-        )
-    mesh = build.mesh(c, devices(topology, c.mesh.slices))
-    training = programs.training(c, mesh)
-    state = training.abstract_state
+    cost = cost_of(c)
+    mesh = mesh_of(c, devices(topology, c.mesh.slices))
+    programs = training(c, make_task(c, mesh), mesh)
+    state = programs.abstract_state
     needed = _shard_bytes(state)
     plan: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": PLAN_SCHEMA,
         "label": LABEL,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(topology),
@@ -71,20 +69,20 @@ def make_plan(
         "chips": topology.chips * c.mesh.slices,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
-        "model": f"DiT-{c.model.size}/{c.model.patch}",
-        "parameters": trainable_parameters(build.cost(c)),
-        "tokens": build.cost(c).tokens,
+        "model": cost.name,
+        "parameters": cost.parameters,
+        "tokens": cost.tokens,
         "batch_size": c.train.batch_size,
         "microbatches": c.train.microbatches,
         "dtype": c.model.dtype,
-        "remat": c.model.remat,
+        "remat": getattr(c.model, "remat", "none"),
         "steps": steps,
     }
     hbm = topology.chip.device_hbm_bytes
     if needed > hbm and not hopeless:
         compiled: dict[str, Any] = {"seconds": 0.0, "peak_bytes": needed, "state_only": True}
     else:
-        compiled = _compiled(c, topology, mesh, training, cache)
+        compiled = _compiled(c, topology, mesh, programs, cache)
     peak = compiled["peak_bytes"]
     plan["memory"] = {
         "fits": peak <= hbm,
@@ -102,7 +100,7 @@ def make_plan(
 
 
 def versions(topology: Topology) -> dict[str, str]:
-    """Of the packages that a plan depends on."""
+    """Versions of the packages that a plan depends on."""
     compilers = ("libtpu",) if topology.chip.torus else ("jax-cuda12-plugin", "jax-cuda13-plugin")
     found = {"ditjax": ditjax.__version__}
     for package in ("jax", "jaxlib", *compilers):
@@ -111,18 +109,19 @@ def versions(topology: Topology) -> dict[str, str]:
     return found
 
 
-def words_of(c: Config, mesh: Mesh, topology: Topology) -> str:
-    """One candidate in a line of progress."""
+def describe(c: Config, mesh: Mesh, topology: Topology) -> str:
+    """A candidate in one line, for progress."""
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    return f"{topology.name} {axes}, batch {c.train.batch_size}, remat {c.model.remat}"
+    remat = getattr(c.model, "remat", "none")
+    return f"{topology.name} {axes}, batch {c.train.batch_size}, remat {remat}"
 
 
 def _compiled(
-    c: Config, topology: Topology, mesh: Mesh, training: programs.Training, cache: Path | None
+    c: Config, topology: Topology, mesh: Mesh, programs: Training, cache: Path | None
 ) -> dict[str, Any]:
-    """What the compiler says of the step, or said: a cache's key is the program itself."""
-    lowered = training.lower()
-    identity = json.dumps([SCHEMA, topology.name, c.mesh.slices, versions(topology)])
+    """The compiler's report on the step, from the cache if the same program is in it."""
+    lowered = programs.lower()
+    identity = json.dumps([PLAN_SCHEMA, topology.name, c.mesh.slices, versions(topology)])
     key = hashlib.sha256(f"{identity}\n{lowered.as_text()}".encode()).hexdigest()[:16]
     file = cache / f"{key}.json" if cache else None
     if file and file.is_file():
@@ -130,25 +129,25 @@ def _compiled(
         return recorded
     start = time.monotonic()
     with (
-        progress(f"compiling {words_of(c, mesh, topology)}"),
+        progress(f"compiling {describe(c, mesh, topology)}"),
         compiling.no_rematerialization(mesh),
     ):
         try:
             executable = lowered.compile(compiler_options=topology.compiler_options)
         except jax.errors.JaxRuntimeError as error:
-            said = {"peak_bytes": bytes_needed(str(error))}
-            if said["peak_bytes"] is None:
+            report = {"peak_bytes": bytes_needed(str(error))}
+            if report["peak_bytes"] is None:
                 raise
         else:
-            said = _read(executable, mesh, topology, training.abstract_state)
-    said["seconds"] = round(time.monotonic() - start, 1)
+            report = _read(executable, mesh, topology, programs.abstract_state)
+    report["seconds"] = round(time.monotonic() - start, 1)
     if file:
-        write_json(file, said)
-    return said
+        write_json(file, report)
+    return report
 
 
 def bytes_needed(message: str) -> float | None:
-    """What a program needs of a device's memory, by the compiler's error that it has less."""
+    """Bytes of device memory that a program needs, from the compiler's out-of-memory error."""
     if not message.startswith("RESOURCE_EXHAUSTED"):
         return None
     for pattern in _TOO_LARGE:
@@ -196,7 +195,7 @@ def _read(executable: Any, mesh: Mesh, topology: Topology, state: Any) -> dict[s
 
 
 def axes_of(group: Sequence[int], mesh: Mesh) -> tuple[str, ...]:
-    """The axes of the mesh along which a group of its devices lies."""
+    """The axes of the mesh that a group of its devices extends along."""
     places = np.unravel_index(np.asarray(group), mesh.devices.shape)
     return tuple(
         axis for axis, place in zip(mesh.axis_names, places, strict=True) if len(set(place)) > 1
@@ -204,7 +203,7 @@ def axes_of(group: Sequence[int], mesh: Mesh) -> tuple[str, ...]:
 
 
 def gradient_sizes(state: Any, mesh: Mesh) -> set[int]:
-    """Numbers of elements of whole gradients, one a layer, of the leaves that fsdp splits."""
+    """Element counts of the whole gradients, per layer, of the leaves that fsdp splits."""
     sizes = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         if "fsdp" in jax.tree.leaves(tuple(leaf.sharding.spec)):
@@ -215,7 +214,7 @@ def gradient_sizes(state: Any, mesh: Mesh) -> set[int]:
 
 
 def _shard_bytes(state: Any) -> float:
-    """The training state's bytes on one device."""
+    """Bytes of the training state on one device."""
     return float(
         sum(
             np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -227,14 +226,14 @@ def _shard_bytes(state: Any) -> float:
 def _speed(
     c: Config, topology: Topology, plan: dict[str, Any], compiled: dict[str, Any]
 ) -> dict[str, Any]:
-    """Collectives, roofline and cost of a step that was compiled."""
-    shape, count, images = build.cost(c), plan["devices"], c.train.batch_size
+    """Collectives, roofline and cost of a compiled step."""
+    cost, count, images = cost_of(c), plan["devices"], c.train.batch_size
     peak = topology.chip.rates.device_flops(c.model.dtype, c.model.matmul)
-    flops = training_flops(shape, images)
+    flops = training_flops(cost.macs, images)
     wire = sum(row["wire_bytes"] for row in compiled["collectives"])
     traffic = roofline.memory_traffic(plan["memory"]["state_bytes"], compiled["temporary_bytes"])
-    step = roofline.Step(
-        compute=roofline.hardware_flops(shape, images, c.model.remat) / (count * peak),
+    step = roofline.StepTime(
+        compute=roofline.hardware_flops(cost, images) / (count * peak),
         memory=traffic / (topology.chip.hbm_gb_s * 1e9 / topology.chip.cores),
         wires=sum(row["seconds"] for row in compiled["collectives"]),
     )
@@ -267,16 +266,16 @@ def _speed(
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Says on stderr what takes so long, and every so often for how long it has."""
+    """Print on stderr what is running, and every PROGRESS_SECONDS for how long."""
     done = threading.Event()
     start = time.monotonic()
 
-    def tell() -> None:
+    def report() -> None:
         print(f"{what} ...", file=sys.stderr, flush=True)
         while not done.wait(PROGRESS_SECONDS):
             print(f"{what}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
         yield

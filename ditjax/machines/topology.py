@@ -1,10 +1,10 @@
-"""Machines that are not here: a name such as 'v5e:16x16' -> devices to compile for, their speed.
+"""Topologies of TPUs and GPUs by name, such as 'v5e:16x16': devices to compile for, and rates.
 
-Figures of TPUs are Google's, cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; usable HBM is what
-libtpu's compiler allows. A link's speed one way is the documented bidirectional interconnect
-bandwidth of a chip / 2 / its links (4 on a 2-D torus, 6 on a 3-D one); v4's, 50 GB/s, is Jouppi et
-al. 2023. Figures of the H100 are NVIDIA's data sheet of the SXM5 module, dense, with one 400 Gb/s
-port of network a GPU as in a DGX H100.
+Figures of TPUs are from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; usable HBM is what the
+compiler of libtpu allows. The one-way rate of a link is the documented bidirectional interconnect
+bandwidth of a chip / 2 / its links (4 in a 2-D torus, 6 in a 3-D one), and for v4 the 50 GB/s of
+Jouppi et al. 2023. Figures of the H100 are from NVIDIA's data sheet of the SXM5 module, dense, with
+one 400 Gb/s network port per GPU as in a DGX H100.
 """
 
 import importlib.util
@@ -18,21 +18,19 @@ import jax
 from jax.experimental import topologies
 
 from ditjax.errors import UserError, nearest
-from ditjax.machines.chips import RATES, Rates
+from ditjax.machines.chips import GB, GIB, RATES, Rates
 from ditjax.machines.hlo import Collective
-
-GB, GIB = 1e9, 2**30
 
 
 class Chip(NamedTuple):
-    """A generation. All figures are of one chip; a device is one of its `rates.cores`."""
+    """A generation of accelerators. Figures are per chip; a device is one of its `rates.cores`."""
 
     name: str
-    hbm_gib: float  # what a program may use
+    hbm_gib: float  # usable by a program
     hbm_gb_s: float
-    link_gb_s: float  # one way: of one link of a torus, or of all of a GPU's NVLinks
+    link_gb_s: float  # one way: one link of a torus, or all NVLinks of a GPU
     network_gb_s: float  # between slices, or between the nodes of GPUs
-    torus: int  # its dimensions; 0 is a node of GPUs, each linked with each
+    torus: int  # its dimensions; 0: GPUs in nodes, all connected with one another
 
     @property
     def rates(self) -> Rates:
@@ -40,12 +38,12 @@ class Chip(NamedTuple):
 
     @property
     def cores(self) -> int:
-        """Devices that a chip shows."""
+        """Devices per chip."""
         return self.rates.cores
 
     @property
     def device_hbm_bytes(self) -> float:
-        """What a program may use of one device's memory."""
+        """Bytes of one device's memory that a program can use."""
         return self.hbm_gib * GIB / self.cores
 
 
@@ -57,7 +55,7 @@ CHIPS = {
         Chip("v5p", 95.74, 2765, 100, 6.25, torus=3),
         Chip("v6e", 31.25, 1640, 100, 12.5, torus=2),
         Chip("tpu7x", 189.5, 7380, 100, 12.5, torus=3),
-        # 80 GB, less what the driver keeps.
+        # 80 GB, minus what the driver reserves.
         Chip("h100", 79.1, 3350, 450, 50, torus=0),
     )
 }
@@ -87,7 +85,7 @@ SHAPES = {
     "h100": _GPUS,
 }
 
-# What XLA compiles for; there is no GPU to ask. NVIDIA's H100 tuning guide and data sheet.
+# The target that XLA compiles for without a GPU, from NVIDIA's H100 tuning guide and data sheet.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -116,14 +114,14 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Topology(NamedTuple):
-    """A chip and how many of them: `shape` is a slice's torus, or (GPUs,)."""
+    """A chip and the `shape` of one slice: its torus, or (GPUs,)."""
 
     chip: Chip
     shape: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """As it is written on the command line."""
+        """The name on the command line."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -132,37 +130,39 @@ class Topology(NamedTuple):
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Which axes of the torus close into rings: v5e's and v6e's at 16, those of a 3-D slice
-        that is built of whole cubes of 4x4x4."""
+        """Which axes of the torus are rings.
+
+        Those of length 16 on v5e and v6e, and all of a 3-D slice that consists of 4x4x4 cubes.
+        """
         if self.chip.torus == 2:
             return tuple(n == 16 for n in self.shape)
         return (all(n % 4 == 0 for n in self.shape),) * self.chip.torus
 
     @property
     def compiler_options(self) -> dict[str, str | bool]:
-        """What compiling without the device needs: a GPU's kernels cannot be timed here."""
+        """Options to compile without the device: GPU kernels cannot be timed."""
         if self.chip.torus:
             return {}
         return {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
 
     def larger(self) -> list["Topology"]:
-        """The same generation's larger shapes, in order."""
-        every = (parse(f"{self.chip.name}:{shape}") for shape in SHAPES[self.chip.name])
+        """Larger topologies of the same chip, in order."""
+        every = (parse_topology(f"{self.chip.name}:{shape}") for shape in SHAPES[self.chip.name])
         return [each for each in every if each.chips > self.chips]
 
 
-def parse(name: str) -> Topology:
-    """'v5e:16x16' or 'h100:128' -> Topology. Raises UserError with the known names."""
+def parse_topology(name: str) -> Topology:
+    """Parse 'v5e:16x16' or 'h100:128'. Raises UserError with the known names."""
     generation, _, shape = name.partition(":")
     if generation not in CHIPS:
         raise UserError(
-            f"topology {name!r}: {generation!r} is no known chip.{nearest(generation, CHIPS)}"
+            f"topology {name!r}: unknown chip {generation!r}.{nearest(generation, CHIPS)}"
             f" Expected CHIP:SHAPE such as 'v5e:16x16' or 'h100:8', with a chip of"
             f" {', '.join(CHIPS)}."
         )
     if shape not in SHAPES[generation]:
         raise UserError(
-            f"topology {name!r}: {shape!r} is no shape of {generation}."
+            f"topology {name!r}: {generation} has no shape {shape!r}."
             f"{nearest(shape, SHAPES[generation])} Known:"
             f" {', '.join(f'{generation}:{each}' for each in SHAPES[generation])}."
         )
@@ -170,9 +170,9 @@ def parse(name: str) -> Topology:
 
 
 def devices(topology: Topology, slices: int = 1) -> list[jax.Device]:
-    """Devices that programs can be compiled for, and nothing run on; the CPU stays JAX's own.
+    """Return devices to compile for, on which nothing can run; the CPU stays JAX's backend.
 
-    Raises UserError where the compiler for them is not installed.
+    Raises UserError if the compiler for them is not installed.
     """
     jax.config.update("jax_platforms", "cpu")
     if not topology.chip.torus:
@@ -182,8 +182,8 @@ def devices(topology: Topology, slices: int = 1) -> list[jax.Device]:
             f"topology {topology.name!r} is compiled by libtpu, which is not installed (no TPU is"
             f" needed): pip install 'jax[tpu]=={jax.__version__}'"
         )
-    # libtpu reads them when it is loaded, which is here: without them it asks Google Cloud what
-    # machine this is, and refuses a second process.
+    # libtpu is loaded below and reads these variables. Without them it asks Google Cloud what
+    # machine this is, and refuses to start in a second process.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
@@ -195,7 +195,7 @@ def devices(topology: Topology, slices: int = 1) -> list[jax.Device]:
         "num_slices": slices,
     }
     if topology.chip.name in ("v4", "v5p"):
-        options["chip_config_name"] = "megacore"  # a chip's two cores as one device
+        options["chip_config_name"] = "megacore"  # the two cores of a chip as one device
     return list(topologies.get_topology_desc(topology.name, "tpu", **options).devices)
 
 
@@ -214,12 +214,12 @@ def _gpus(topology: Topology, slices: int) -> list[jax.Device]:
 
 
 def wire_seconds(collective: Collective, placed: Sequence[Any], topology: Topology) -> float:
-    """The time that a collective's bytes need on the wires of its slowest hop.
+    """Seconds that the bytes of a collective take on the slowest of its hops, without latency.
 
-    placed: the mesh's devices, flat. Inside a slice, or a node of GPUs, all links that the group
-    spans work at once: two directions of every axis of the torus that closes into a ring, one of
-    an axis that does not; groups with a stride share their links. Between slices or nodes each
-    device sends its share by the network. Latency is not counted.
+    placed: the devices of the mesh, flat. Within a slice, or a node of GPUs, all links that the
+    group spans work at the same time: both directions of each axis of the torus that is a ring, one
+    direction of other axes. Groups with a stride share their links. Between slices or nodes each
+    device sends its share over the network.
     """
     members = [placed[i] for i in collective.group]
     gpus = not topology.chip.torus
@@ -238,7 +238,7 @@ def wire_seconds(collective: Collective, placed: Sequence[Any], topology: Topolo
 
 
 def _links(members: Sequence[Any], topology: Topology) -> float:
-    """How many links, one way each, a group of devices keeps busy."""
+    """The number of one-way links that a group of devices keeps busy."""
     links = 0.0
     for axis, (size, wraps) in enumerate(zip(topology.shape, topology.wraps, strict=True)):
         places = sorted({each.coords[axis] for each in members})

@@ -1,1 +1,1 @@
-"""Numbers from features."""
+"""Scores of samples, computed from features in NumPy."""

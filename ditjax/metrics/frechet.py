@@ -1,10 +1,10 @@
 """The Fréchet distance between the Gaussians of two feature sets, and their streaming moments.
 
-It is FID (Heusel et al. 2017, Eq. 6) only where the features are the pool_3 activations of the 2015
-Inception graph. On any other features it takes their name, such as FD-digits.
+It is FID (Heusel et al. 2017, Eq. 6) only if the features are the pool_3 activations of the 2015
+Inception graph. With other features it is named after them, for example FD-digits.
 
-All of it is float64 NumPy on the host: thousands of near-dependent features leave eigenvalues far
-below float32's rounding of the largest, and JAX's float64 is float32 unless x64 is on.
+Everything is float64 NumPy on the host: thousands of nearly dependent features have eigenvalues far
+below the float32 rounding error of the largest, and float64 in JAX is float32 unless x64 is on.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from ditjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Moments:
+class FeatureMoments:
     """Count n, mean f64[d] and centred second moment m2 = sum (x - mean)(x - mean)^T, f64[d,d]."""
 
     count: int
@@ -24,13 +24,13 @@ class Moments:
     m2: NDArray[np.float64]
 
 
-def no_moments(dimensions: int) -> Moments:
+def no_moments(dimensions: int) -> FeatureMoments:
     """The moments of no sample: the neutral element of `merge`."""
-    return Moments(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
+    return FeatureMoments(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
 
 
-def batch_moments(features: ArrayLike) -> Moments:
-    """Two-pass moments of one batch: features f[n,d] -> Moments.
+def batch_moments(features: ArrayLike) -> FeatureMoments:
+    """Two-pass moments of one batch of features f[n,d].
 
     Raises UserError unless features are a finite [n,d] array.
     """
@@ -41,20 +41,20 @@ def batch_moments(features: ArrayLike) -> Moments:
     if bad.size:
         raise UserError(
             f"{bad.size} of {len(x)} feature rows are not finite (first: row {bad[0]}): the images"
-            " or the network diverged; look at those samples before scoring."
+            " or the network diverged; inspect those samples before scoring."
         )
     if len(x) == 0:
         return no_moments(x.shape[1])
     mean = x.mean(axis=0)
     centred = x - mean[None, :]
-    return Moments(len(x), mean, centred.T @ centred)
+    return FeatureMoments(len(x), mean, centred.T @ centred)
 
 
-def merge(a: Moments, b: Moments) -> Moments:
+def merge(a: FeatureMoments, b: FeatureMoments) -> FeatureMoments:
     """Chan, Golub & LeVeque 1979: m2 = m2_a + m2_b + (n_a n_b / n) delta delta^T.
 
-    Equal to one pass over both sets, in any order and grouping, to rounding. Raises UserError
-    when the dimensions differ.
+    Up to rounding this equals one pass over both sets, in any order and grouping. Raises UserError
+    if the dimensions differ.
     """
     _check_dimensions(a.mean, b.mean)
     count = a.count + b.count
@@ -63,29 +63,29 @@ def merge(a: Moments, b: Moments) -> Moments:
     delta = b.mean - a.mean
     mean = a.mean + delta * (b.count / count)
     m2 = a.m2 + b.m2 + np.outer(delta, delta) * (a.count * b.count / count)
-    return Moments(count, mean, m2)
+    return FeatureMoments(count, mean, m2)
 
 
-def update(moments: Moments, features: ArrayLike) -> Moments:
-    """Moments of what was seen and one more batch: features f[n,d], n may be 0."""
+def update(moments: FeatureMoments, features: ArrayLike) -> FeatureMoments:
+    """Add a batch of features f[n,d] to moments; n may be 0."""
     return merge(moments, batch_moments(features))
 
 
-def covariance(moments: Moments) -> NDArray[np.float64]:
+def covariance(moments: FeatureMoments) -> NDArray[np.float64]:
     """Unbiased covariance m2 / (n - 1), f64[d,d]. Raises UserError for fewer than 2 samples."""
     if moments.count < 2:
         raise UserError(
             f"{moments.count} samples have no covariance: a Fréchet distance needs at least 2 in"
-            " each set, and thousands to mean something."
+            " each set, and thousands to be meaningful."
         )
     return moments.m2 / (moments.count - 1)
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     """Dowson & Landau 1982: `gaussian_frechet_distance` of the Gaussians fitted to two sets.
 
-    The expectation is above the distance of the distributions by O(1/n): compare equal counts only.
-    Raises UserError for fewer than 2 samples in a set or different dimensions.
+    Its expectation exceeds the distance of the distributions by O(1/n), so only compare distances
+    of equal counts. Raises UserError for fewer than 2 samples in a set, or different dimensions.
     """
     return gaussian_frechet_distance(a.mean, covariance(a), b.mean, covariance(b))
 
@@ -95,10 +95,11 @@ def gaussian_frechet_distance(
 ) -> float:
     """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2): means f[d], covariances f[d,d].
 
-    With symmetric S1 = U diag(l) U^T and S2 = V diag(m) V^T the last trace is the sum of singular
-    values of diag(l)^1/2 U^T V diag(m)^1/2. That never squares and roots a rounding error, so it
-    holds for singular covariances, where the usual sqrtm(S1 S2) does not.
-    Raises UserError for wrong shapes, values that are not finite, or what is not a covariance.
+    With S1 = U diag(l) U^T and S2 = V diag(m) V^T, the trace of the square root is the sum of the
+    singular values of diag(l)^1/2 U^T V diag(m)^1/2. No squared rounding error is under a root, so
+    this is accurate for singular covariances, where the usual sqrtm(S1 S2) is not.
+    Raises UserError for wrong shapes, values that are not finite, and matrices that are not
+    covariances.
     """
     mean1, root1, trace1 = gaussian_root(mu1, sigma1)
     mean2, root2, trace2 = gaussian_root(mu2, sigma2)
@@ -107,36 +108,36 @@ def gaussian_frechet_distance(
         np.linalg.svd(root1.T @ root2, compute_uv=False).sum() if root1.size and root2.size else 0.0
     )
     distance = np.sum((mean1 - mean2) ** 2) + trace1 + trace2 - 2.0 * cross
-    # Rounding alone can take equal Gaussians below the distance's bound.
+    # Rounding can make the distance of equal Gaussians negative.
     return max(0.0, float(distance))
 
 
 def gaussian_root(
     mu: ArrayLike, sigma: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Mean f64[d], R f64[d,rank] with R R^T = sigma, and Tr sigma, of mu f[d] and sigma f[d,d].
+    """Factor a Gaussian: mu f[d], sigma f[d,d] -> mean f64[d], R f64[d,rank], Tr sigma.
 
-    Eigenvalues below rounding are zero. Raises UserError for wrong shapes, values that are not
-    finite, or what is not a covariance.
+    R R^T = sigma; eigenvalues below rounding are dropped. Raises UserError for wrong shapes, values
+    that are not finite, and matrices that are not covariances.
     """
     mean, cov = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
     if mean.ndim != 1 or mean.size == 0 or cov.shape != (mean.size, mean.size):
         raise UserError(
-            f"Gaussian with mean of shape {mean.shape} and covariance of shape {cov.shape}:"
+            f"a Gaussian with a mean of shape {mean.shape} and a covariance of shape {cov.shape}:"
             " expected [d] and [d, d]."
         )
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise UserError("a Gaussian's mean or covariance is not finite: recompute its features.")
     scale = np.abs(cov).max()
     if not np.allclose(cov, cov.T, rtol=0.0, atol=1e-8 * scale):
-        raise UserError("a covariance is not symmetric: is the file's sigma really a covariance?")
+        raise UserError("a covariance is not symmetric: check the sigma of the file.")
     values, vectors = np.linalg.eigh(0.5 * (cov + cov.T))
-    # eigh is backward stable: what is below d * eps * |largest| is rounding of a zero.
+    # eigh is backward stable: below d * eps * |largest| an eigenvalue is a rounded zero.
     noise = mean.size * np.finfo(np.float64).eps * np.abs(values).max()
-    # Files written in float32 carry its rounding, hence the far wider bound on a negative value.
+    # Files written in float32 have its rounding errors, hence the wider bound on negative values.
     if values[0] < -1e-5 * np.abs(values).max():
         raise UserError(
-            f"a covariance has the eigenvalue {values[0]:.3g}: a covariance has none below zero."
+            f"a covariance has the eigenvalue {values[0]:.3g}: expected none below zero."
         )
     kept = values > noise
     root = vectors[:, kept] * np.sqrt(values[kept])[None, :]

@@ -1,8 +1,9 @@
 """Scores of a sample set from its features: Inception Score, KID, precision and recall.
 
-All of it is float64 NumPy on the host. A kernel or a squared distance is a small difference of
-large sums: in float32 KID loses what separates good models, and copies of one image get a
-distance. Features stay in the type they came in; only a block at a time is float64.
+Everything is computed in float64 NumPy on the host. A kernel or a squared distance is a small
+difference of large sums: in float32 KID could not tell good models apart, and copies of one image
+would lie at a distance from each other. Features keep their type, and one block at a time is
+converted to float64.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,12 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from ditjax.errors import UserError
 
-Features = NDArray[np.floating[Any]]
+FeatureArray = NDArray[np.floating[Any]]
 Indices = NDArray[np.int64]
 
 
 class ScoreSums(NamedTuple):
-    """What the Inception Score keeps of each of S splits of samples.
+    """The sums over each of S splits of samples that the Inception Score is computed from.
 
     `samples` i64[S]; `marginal` f64[S,C], the sum of p(y|x); `negentropy` f64[S], the sum of
     sum_y p(y|x) log p(y|x).
@@ -30,7 +31,7 @@ class ScoreSums(NamedTuple):
 
 
 def log_softmax(logits: ArrayLike) -> NDArray[np.float64]:
-    """log p(y|x) of logits f[n,C] -> f64[n,C], rows summing to 1 in p, whatever their offset.
+    """log p(y|x) of logits f[n,C] -> f64[n,C], whatever the offset of the logits.
 
     Raises UserError unless logits are a finite [n,C] array.
     """
@@ -39,63 +40,27 @@ def log_softmax(logits: ArrayLike) -> NDArray[np.float64]:
     return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
 
 
-def log_probabilities(probabilities: ArrayLike) -> NDArray[np.float64]:
-    """log p(y|x) of probabilities f[n,C] -> f64[n,C]; a zero's logarithm is -inf.
-
-    Raises UserError where one is negative or a row's sum is not 1 to 1e-3: logits, perhaps.
-    """
-    p = _checked(probabilities, "probabilities").astype(np.float64)
-    if p.size and (p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 1e-3):
-        raise UserError(
-            "probabilities must be at least 0 and sum to 1 in each row: these do not;"
-            " logits go through log_softmax."
-        )
-    with np.errstate(divide="ignore"):
-        return np.log(p)
-
-
 def adm_splits(count: int, size: int = 5000) -> Indices:
-    """The split of each sample i64[count] in ADM's evaluator: consecutive ones of `size`.
+    """The split of each sample in ADM's evaluator, i64[count]: consecutive splits of `size`.
 
-    The last is smaller where size does not divide count, and weighs as much as the others.
+    If size does not divide count, the last split is smaller and has the same weight as the others.
     """
     if size < 1:
         raise UserError(f"splits of {size} samples: expected at least 1.")
     return np.arange(count) // size
 
 
-def even_splits(count: int, splits: int = 10, order: ArrayLike | None = None) -> Indices:
-    """The split of each sample i64[count] in torch-fidelity: borders at i count // splits.
-
-    `order` i[count] shuffles first, as its `samples_shuffle` does: sample order[j] takes place j.
-    """
-    if not 1 <= splits <= count:
-        raise UserError(
-            f"{splits} splits of {count} samples: expected 1 to {max(count, 1)} of them."
-        )
-    borders = np.arange(1, splits) * count // splits
-    place = np.searchsorted(borders, np.arange(count), side="right")
-    if order is None:
-        return place
-    order = np.asarray(order)
-    if order.shape != (count,) or not np.array_equal(np.sort(order), np.arange(count)):
-        raise UserError(f"order of splits: expected a permutation of 0 to {count - 1}.")
-    split = np.empty(count, np.int64)
-    split[order] = place
-    return split
-
-
 def no_scores(splits: int, classes: int) -> ScoreSums:
-    """The sums of no sample: where `update_scores` starts."""
+    """The sums of no samples, to start `update_scores` with."""
     return ScoreSums(
         np.zeros(splits, np.int64), np.zeros((splits, classes)), np.zeros(splits, np.float64)
     )
 
 
 def update_scores(sums: ScoreSums, log_p: NDArray[np.float64], split: ArrayLike) -> ScoreSums:
-    """Sums of what was seen and one more batch: log_p f64[n,C] in splits i[n], n may be 0.
+    """Add a batch to the sums: log_p f64[n,C] in splits i[n], n may be 0.
 
-    Raises UserError for another class count or a split that is not there.
+    Raises UserError for another number of classes, or a split out of range.
     """
     split = np.asarray(split)
     splits, classes = sums.marginal.shape
@@ -117,11 +82,11 @@ def update_scores(sums: ScoreSums, log_p: NDArray[np.float64], split: ArrayLike)
 def inception_score(sums: ScoreSums) -> tuple[float, float]:
     """Salimans et al. 2016: exp E_x KL(p(y|x) || p(y)), its mean over splits and their deviation.
 
-    By splits because p(y) is a split's own mean: few samples make it too peaked and the score too
-    low, so compare equal splits only. E KL = mean of sum p log p - sum of p(y) log p(y), hence
-    ScoreSums. ADM prints the mean alone and rounds in float32, and an exact zero in p makes it NaN
-    there; the deviation is torch-fidelity's, over splits, not an error of the mean.
-    Raises UserError where a split is empty.
+    p(y) is the mean of a split. Few samples make p(y) too peaked and the score too low, so compare
+    scores of equal splits only. E KL = mean of sum p log p - sum of p(y) log p(y), hence ScoreSums.
+    ADM prints the mean only, computes in float32, and returns NaN for an exact zero in p. The
+    deviation is torch-fidelity's: that of the splits, not the standard error of the mean.
+    Raises UserError if a split is empty.
     """
     scores = split_scores(sums)
     return float(scores.mean()), float(scores.std())
@@ -138,14 +103,14 @@ def split_scores(sums: ScoreSums) -> NDArray[np.float64]:
 
 
 def _p_log_p(p: NDArray[np.float64], log_p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Row sums of p log p, where 0 log 0 = 0."""
+    """Row sums of p log p, with 0 log 0 = 0."""
     return (p * np.where(p > 0, log_p, 0.0)).sum(axis=-1)
 
 
 def random_subsets(
     count_x: int, count_y: int, subsets: int, size: int, seed: int
 ) -> Iterator[tuple[Indices, Indices]]:
-    """Pairs of i64[size] without repeats, for `kid`; pair i depends on (seed, i) alone."""
+    """Pairs of indices i64[size] without repeats, for `kid`; pair i depends on (seed, i) alone."""
     for i in range(subsets):
         rng = np.random.default_rng([seed, i])
         yield (
@@ -155,13 +120,13 @@ def random_subsets(
 
 
 def kid(
-    x: Features, y: Features, subsets: Iterable[tuple[ArrayLike, ArrayLike]]
+    x: FeatureArray, y: FeatureArray, subsets: Iterable[tuple[ArrayLike, ArrayLike]]
 ) -> tuple[float, float]:
     """Bińkowski et al. 2018: mean and deviation of `polynomial_mmd2` over pairs of subsets.
 
-    x f[n,d], y f[m,d]; the field takes 100 pairs of 1,000: random_subsets(n, m, 100, 1000, seed).
-    The deviation is that of one pair, not of the mean. Raises UserError for features of different
-    dimensions or not finite, an index out of range, no pair, or a pair of fewer than 2.
+    x f[n,d], y f[m,d]. 100 pairs of 1,000 are customary: random_subsets(n, m, 100, 1000, seed).
+    The deviation is that of one pair, not of the mean. Raises UserError for features that differ in
+    dimensions or are not finite, an index out of range, no pairs, or a pair of fewer than 2.
     """
     x, y = _pair(x, y)
     values = []
@@ -175,11 +140,11 @@ def kid(
     return float(np.mean(values)), float(np.std(values))
 
 
-def polynomial_mmd2(x: Features, y: Features) -> float:
+def polynomial_mmd2(x: FeatureArray, y: FeatureArray) -> float:
     """Gretton et al. 2012, Eq. 3: unbiased MMD^2 of x f[n,d] and y f[m,d], k = (x.y / d + 1)^3.
 
-    mean over i != j of k(x_i, x_j) and of k(y_i, y_j), less twice the mean of k(x_i, y_j). Its
-    expectation is 0 for equal distributions, so that it may be negative.
+    It is the mean over i != j of k(x_i, x_j), plus that of k(y_i, y_j), minus twice the mean of
+    k(x_i, y_j). Its expectation is 0 for equal distributions, so it may be negative.
     Raises UserError for fewer than 2 rows in either.
     """
     x, y = _pair(x, y)
@@ -201,7 +166,7 @@ def _off_diagonal_mean(x: NDArray[np.float64]) -> float:
 
 
 class PrecisionRecall(NamedTuple):
-    """Each in [0,1]. `in_reference` b[M] and `in_samples` b[N] are what they are the means of."""
+    """Precision and recall in [0,1], the means of `in_reference` b[M] and `in_samples` b[N]."""
 
     precision: float
     recall: float
@@ -210,17 +175,17 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    reference: Features, samples: Features, k: int = 3, block: int = 2000
+    reference: FeatureArray, samples: FeatureArray, k: int = 3, block: int = 2000
 ) -> PrecisionRecall:
     """Kynkäänniemi et al. 2019, Eq. 2: the share of samples in the reference's manifold, and back.
 
-    reference f[N,d], samples f[M,d]. A manifold is the union of balls about its points, each
-    as far as the k-th nearest other point. ADM: k=3, all samples, a reference of 10,000.
-    Memory: block^2 float64 numbers, a few times, whatever N and M are.
+    reference f[N,d], samples f[M,d]. A manifold is the union of the balls around its points, each
+    with a radius of the distance to the k-th nearest other point. ADM uses k=3, all samples and a
+    reference of 10,000. Memory: a few times block^2 float64 numbers, whatever N and M are.
 
-    ADM rounds distances to float16, which puts points near a ball's edge in or out of it: numbers
-    change by 5e-4 or so. torch-fidelity rounds to float32, which shows no difference.
-    Raises UserError for features of different dimensions or not finite, or k points or fewer.
+    ADM rounds distances to float16, which moves points across the edge of a ball and changes the
+    numbers by about 5e-4. torch-fidelity rounds to float32, which makes no difference.
+    Raises UserError for features that differ in dimensions or are not finite, or k points or fewer.
     """
     reference, samples = _pair(reference, samples)
     for name, features in (("the reference", reference), ("the sample set", samples)):
@@ -238,23 +203,23 @@ def precision_recall(
     )
 
 
-def manifold_radii2(features: Features, k: int, block: int = 2000) -> NDArray[np.float64]:
-    """Squared distance of each of f[N,d] to its k-th nearest other, f64[N]."""
+def manifold_radii2(features: FeatureArray, k: int, block: int = 2000) -> NDArray[np.float64]:
+    """Squared distance of each of features f[N,d] to its k-th nearest other, f64[N]."""
     radii2 = []
     for rows in _blocks(features, block):
         nearest = np.full((len(rows), k + 1), np.inf)
         for columns in _blocks(features, block):
             both = np.concatenate([nearest, _distances2(rows, columns)], axis=1)
             nearest = np.partition(both, k, axis=1)[:, : k + 1]
-        # A point is its own nearest, at 0: the k-th other is the (k+1)-th.
+        # A point is its own nearest, at distance 0: the k-th other is the (k+1)-th.
         radii2.append(nearest.max(axis=1))
     return np.concatenate(radii2)
 
 
 def in_manifold(
-    points: Features, manifold: Features, radii2: NDArray[np.float64], block: int = 2000
+    points: FeatureArray, manifold: FeatureArray, radii2: NDArray[np.float64], block: int = 2000
 ) -> NDArray[np.bool_]:
-    """Whether each of points f[M,d] lies in a ball about one of manifold f[N,d]: b[M]."""
+    """Whether each of points f[M,d] lies in a ball around one of manifold f[N,d]: b[M]."""
     inside = []
     for rows in _blocks(points, block):
         found = np.zeros(len(rows), np.bool_)
@@ -266,16 +231,16 @@ def in_manifold(
     return np.concatenate(inside)
 
 
-def _blocks(features: Features, block: int) -> Iterator[NDArray[np.float64]]:
+def _blocks(features: FeatureArray, block: int) -> Iterator[NDArray[np.float64]]:
     for start in range(0, len(features), block):
         yield features[start : start + block].astype(np.float64)
 
 
 def _distances2(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """|x|^2 - 2 x.y + |y|^2, f64[n,m]; what is below the sum's rounding is zero.
+    """|x|^2 - 2 x.y + |y|^2, f64[n,m]; a sum below its rounding error becomes zero.
 
-    Copies of an image are then at 0 from each other, not at a rounding error that a ball of
-    radius 0 would leave out.
+    Copies of an image are then at distance 0 from each other. A rounding error would put them
+    outside a ball of radius 0.
     """
     scale = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None, :]
     distances2 = scale - 2 * (x @ y.T)
@@ -283,7 +248,7 @@ def _distances2(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.fl
     return np.where(distances2 <= noise * scale, 0.0, distances2)
 
 
-def _pair(x: Features, y: Features) -> tuple[Features, Features]:
+def _pair(x: FeatureArray, y: FeatureArray) -> tuple[FeatureArray, FeatureArray]:
     x, y = _checked(x, "features"), _checked(y, "features")
     if x.shape[1] != y.shape[1]:
         raise UserError(
@@ -293,7 +258,7 @@ def _pair(x: Features, y: Features) -> tuple[Features, Features]:
     return x, y
 
 
-def _checked(values: ArrayLike, name: str) -> Features:
+def _checked(values: ArrayLike, name: str) -> FeatureArray:
     array = np.asarray(values)
     if array.ndim != 2 or array.shape[1] == 0:
         raise UserError(f"{name} of shape {array.shape}: expected [samples, dimensions].")
@@ -303,6 +268,6 @@ def _checked(values: ArrayLike, name: str) -> Features:
     if bad.size:
         raise UserError(
             f"{bad.size} of {len(array)} rows of {name} are not finite (first: row {bad[0]}): the"
-            " images or the network diverged; look at those samples before scoring."
+            " images or the network diverged; inspect those samples before scoring."
         )
     return array

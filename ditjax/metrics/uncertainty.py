@@ -1,10 +1,10 @@
-"""How sure a score is: bootstrap intervals, and the Fréchet distance of infinitely many samples.
+"""Uncertainty of scores: bootstrap intervals, and the Fréchet distance at infinitely many samples.
 
-A bootstrap of n samples takes each w_i times, w multinomial. To first order a score of them is
-value + mean of (w_i - 1) psi_i, where psi is the score's influence function (Hampel 1974), so one
-pass gives psi and each resample costs n additions: no eigendecomposition. Resampling the Fréchet
-distance itself would be wrong as well as slow: a resample holds fewer different samples, so its
-distance has about twice the bias of O(1/n), and the interval lies above the value that it is for.
+A bootstrap resample takes sample i of n w_i times, with w multinomial. To first order its score is
+value + mean of (w_i - 1) psi_i, where psi is the influence function of the score (Hampel 1974). One
+pass computes psi, and each resample then costs n additions and no eigendecomposition. Resampling
+the Fréchet distance itself would be wrong as well as slow: a resample has fewer distinct samples,
+its distance has about twice the O(1/n) bias, and the interval would lie above the value.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ditjax.errors import UserError
 from ditjax.metrics.frechet import (
-    Moments,
+    FeatureMoments,
     batch_moments,
     covariance,
     gaussian_root,
@@ -23,13 +23,12 @@ from ditjax.metrics.frechet import (
     no_moments,
     update,
 )
-from ditjax.metrics.scores import ScoreSums, split_scores
 
 BLOCK = 4096
 
 
-class Interval(NamedTuple):
-    """A value, the standard error of it over sample sets of the same count, and its interval."""
+class ScoreInterval(NamedTuple):
+    """A score, its standard error over sample sets of the same count, and its interval."""
 
     value: float
     standard_error: float
@@ -44,12 +43,12 @@ def bootstrap_interval(
     *,
     resamples: int = 1000,
     level: float = 0.95,
-) -> Interval:
-    """Efron 1979: the percentiles of value + mean of (w_i - 1) psi_i over `resamples` draws of w.
+) -> ScoreInterval:
+    """Efron 1979: percentiles of value + mean of (w_i - 1) psi_i over `resamples` draws of w.
 
-    influence f[n] of any score: of a precision or recall it is the indicator that it is the mean
-    of. The interval is for scores of n samples: their bias of O(1/n) is left in it.
-    Raises UserError for fewer than 2 samples, an influence not finite, or a level outside (0, 1).
+    influence f[n] may be that of any score; for precision and recall it is the indicator whose mean
+    they are. The interval is for the score of n samples, including its O(1/n) bias.
+    Raises UserError for fewer than 2 samples, a non-finite influence, or a level outside (0, 1).
     """
     psi = np.asarray(influence, np.float64)
     if psi.ndim != 1 or psi.size < 2 or not np.isfinite(psi).all():
@@ -67,7 +66,7 @@ def bootstrap_interval(
     shifts = np.array([psi[rng.integers(psi.size, size=psi.size)].mean() for _ in range(resamples)])
     tail = (1 - level) / 2
     low, high = np.quantile(shifts, [tail, 1 - tail])
-    return Interval(
+    return ScoreInterval(
         value, float(psi.std() / np.sqrt(psi.size)), value + float(low), value + float(high)
     )
 
@@ -75,9 +74,9 @@ def bootstrap_interval(
 def systematic_error(values: ArrayLike, place: ArrayLike) -> float:
     """Wolter 1985, Sec. 8.2: sqrt(sum of (l_k+1 - l_k)² / (2 n (n-1))), in the order of `place`.
 
-    The standard error of the mean of values f[n] at evenly spread places f[n]. Of losses and their
-    timesteps: how the loss depends on the timestep is no error, as every part of the timesteps is
-    there, and the deviation over sqrt(n) would count it as one.
+    The standard error of the mean of values f[n] at evenly spread places f[n], such as losses at
+    timesteps. The trend of the loss over timesteps is not an error, because every part of the range
+    is covered; the deviation over sqrt(n) would count it as one.
     Raises UserError for fewer than 2 values, or another number of places.
     """
     values, place = np.asarray(values, np.float64), np.asarray(place)
@@ -91,35 +90,16 @@ def systematic_error(values: ArrayLike, place: ArrayLike) -> float:
     return float(np.sqrt(np.square(steps).sum() / (2 * n * (n - 1))))
 
 
-def inception_influence(
-    sums: ScoreSums, log_p: NDArray[np.float64], split: ArrayLike
-) -> NDArray[np.float64]:
-    """Influence of each sample on `inception_score`, for log_p f64[m,C] in splits i[m] -> f64[m].
-
-    In split s of n_s samples of n, of score IS_s: n / (S n_s) IS_s (sum_y p log p - log p(y) p,
-    less its mean). `sums` are those of all n samples, of which these m may be a batch.
-    """
-    split = np.asarray(split)
-    score = split_scores(sums)
-    marginal = sums.marginal / sums.samples[:, None]
-    # Where a split's p(y) is 0 so is every p(y|x) of it: the term is 0 log 0.
-    log_marginal = np.log(np.where(marginal > 0, marginal, 1.0))
-    p = np.exp(log_p)
-    divergence = (p * (np.where(p > 0, log_p, 0.0) - log_marginal[split])).sum(axis=1)
-    weight = sums.samples.sum() / (len(sums.samples) * sums.samples[split])
-    return weight * score[split] * (divergence - np.log(score[split]))
-
-
 def frechet_influence(
     features: ArrayLike, mu: ArrayLike, sigma: ArrayLike
 ) -> tuple[float, NDArray[np.float64]]:
     """Fréchet distance of features f[n,d] to N(mu f[d], sigma f[d,d]), and its influence f64[n].
 
     With R R^T = sigma, c = x - mean and K = R^T S R, Tr (S^1/2 sigma S^1/2)^1/2 = Tr K^1/2, whose
-    gradient by S is R K^-1/2 R^T / 2, so psi = 2 (mean - mu).c + n / (n - 1) (|c|^2 -
-    |K^-1/4 R^T c|^2), less its mean. The reference is taken as known: its own finite count is in
-    no interval. Holds below d samples too (K^-1/2 on K's range). Cost: two eigendecompositions
-    and 2 n d rank multiply-adds. Raises UserError as `frechet_distance` does.
+    gradient by S is R K^-1/2 R^T / 2. So psi = 2 (mean - mu).c + n / (n - 1) (|c|^2 -
+    |K^-1/4 R^T c|^2), minus its mean. With fewer than d samples K^-1/2 is taken on the range of K.
+    The reference counts as exact: no interval includes the error of its own finite count. Cost: two
+    eigendecompositions and 2 n d rank multiply-adds. Raises UserError as `frechet_distance` does.
     """
     x = np.asarray(features)
     reference = _Reference(mu, sigma)
@@ -139,11 +119,11 @@ def frechet_influence(
     return reference.distance(moments, values), psi - psi.mean()
 
 
-class Extrapolation(NamedTuple):
-    """A Fréchet distance at infinitely many samples, and the line that it is the end of.
+class FrechetLimit(NamedTuple):
+    """A Fréchet distance extrapolated to infinitely many samples.
 
-    `distances` f64[levels] are means over disjoint blocks of `sizes` f64[levels] samples;
-    the line is value + slope / size. `standard_error` is that of `value`.
+    The fitted line is value + slope / size. `distances` f64[levels] are means over disjoint blocks
+    of `sizes` f64[levels] samples. `standard_error` is that of `value`.
     """
 
     value: float
@@ -159,15 +139,15 @@ def frechet_infinite(
     sigma: ArrayLike,
     seed: int,
     levels: Sequence[int] = (1, 2, 3, 4),
-) -> Extrapolation:
-    """Chong & Forsyth 2020: the intercept of a line through the distance at several N, over 1/N.
+) -> FrechetLimit:
+    """Chong & Forsyth 2020: the intercept of a line through distances at several N, over 1/N.
 
-    features f[n,d], shuffled by seed. They draw a subset for each N; here a level m is the mean
-    over m disjoint blocks of n / m, so every sample counts once at every level and what the levels
-    share cancels from the slope. The error is the root of two squares: the sampling error of n
-    samples, and how far a parabola's intercept is from the line's, which is the larger where
-    blocks are not many times d: the bias is then no line in 1/N.
-    The limit is the distance to N(mu, sigma) as given, whose own finite count still biases it.
+    features f[n,d] are shuffled by seed. The paper draws a subset for each N. Here level m is the
+    mean over m disjoint blocks of n / m samples, so every sample counts once at every level and
+    the error that levels share cancels from the slope. The standard error combines the sampling
+    error of n samples and the difference between the intercepts of a parabola and of the line. The
+    latter dominates where blocks are not many times d, because the bias is not linear in 1/N there.
+    The limit is the distance to N(mu, sigma) as given, which the reference's finite count biases.
     Cost: sum(levels) eigendecompositions. Raises UserError for fewer than three levels, or a block
     of d samples or fewer.
     """
@@ -178,7 +158,7 @@ def frechet_infinite(
     smallest, dimensions = len(x) // max(levels), reference.mean.size
     if smallest <= dimensions:
         raise UserError(
-            f"{len(x)} samples in {max(levels)} blocks are {smallest} each: to extrapolate a"
+            f"{len(x)} samples in {max(levels)} blocks are {smallest} each: extrapolating a"
             f" distance of {dimensions} dimensions needs more than {max(levels) * dimensions}"
             " samples."
         )
@@ -188,28 +168,26 @@ def frechet_infinite(
         blocks = np.array_split(order, level)
         distances.append(np.mean([reference.distance_of(x, block) for block in blocks]))
     sizes, y = len(x) / np.array(levels, np.float64), np.array(distances)
-    # Powers of n / N, so that both fits are of numbers near 1.
+    # Fit powers of n / N, which are near 1.
     powers = np.array(levels, np.float64)[:, None] ** np.arange(3)[None, :]
     line, *_ = np.linalg.lstsq(powers[:, :2], y, rcond=None)
     parabola, *_ = np.linalg.lstsq(powers, y, rcond=None)
     variance = frechet_influence(x, mu, sigma)[1].var() / len(x) + (parabola[0] - line[0]) ** 2
-    return Extrapolation(
-        float(line[0]), float(np.sqrt(variance)), float(line[1]) * len(x), sizes, y
-    )
+    return FrechetLimit(float(line[0]), float(np.sqrt(variance)), float(line[1]) * len(x), sizes, y)
 
 
 class _Reference:
-    """A Gaussian to which many distances are taken: one eigendecomposition each.
+    """A Gaussian to measure many distances to, with one eigendecomposition each.
 
-    K's eigenvalues are squares of what `gaussian_frechet_distance` sums, so that the small ones
-    are known to 1e-8 of the largest and not to 1e-16: enough beside a sampling error.
+    The eigenvalues of K are the squares of what `gaussian_frechet_distance` sums, so small ones are
+    accurate to 1e-8 of the largest instead of 1e-16. The sampling error is far larger.
     """
 
     def __init__(self, mu: ArrayLike, sigma: ArrayLike) -> None:
         self.mean, self.root, self.trace = gaussian_root(mu, sigma)
 
-    def spectrum(self, moments: Moments) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Eigenvalues of K = R^T S R above rounding, and their vectors."""
+    def spectrum(self, moments: FeatureMoments) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Eigenvalues of K = R^T S R above rounding, and their eigenvectors."""
         if moments.mean.shape != self.mean.shape:
             raise UserError(
                 f"features of {moments.mean.size} and {self.mean.size} dimensions: both sets must"
@@ -219,7 +197,7 @@ class _Reference:
         kept = values > values.size * np.finfo(np.float64).eps * np.abs(values).max(initial=0.0)
         return values[kept], vectors[:, kept]
 
-    def distance(self, moments: Moments, values: NDArray[np.float64]) -> float:
+    def distance(self, moments: FeatureMoments, values: NDArray[np.float64]) -> float:
         spread = np.trace(covariance(moments)) + self.trace - 2 * np.sqrt(values).sum()
         return max(0.0, float(((moments.mean - self.mean) ** 2).sum() + spread))
 

@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk: what was compiled once starts at once."""
+"""JAX's persistent compilation cache: a program that was compiled once starts at once."""
 
 import contextlib
 import hashlib
@@ -10,19 +10,19 @@ import jax
 
 OFF = "off"
 MAX_BYTES = 4 * 2**30
-SECONDS = 0.1  # what compiles faster is not kept; jax's own threshold, 1 s, leaves out a third
+SECONDS = 0.1  # the shortest compilation to cache; JAX's own threshold, 1 s, leaves out a third
 
 
-def keep() -> None:
-    """Sets JAX's persistent compilation cache: $DITJAX_CACHE, else ~/.cache/ditjax/xla.
+def enable_cache() -> None:
+    """Enable the persistent compilation cache in $DITJAX_CACHE, by default ~/.cache/ditjax/xla.
 
-    DITJAX_CACHE=off keeps nothing. Where JAX_COMPILATION_CACHE_DIR is set, that is used, as JAX's
-    own variables say. A place that cannot be written is none: nothing is kept, and no word lost.
+    DITJAX_CACHE=off disables it. JAX's own variable JAX_COMPILATION_CACHE_DIR takes precedence. A
+    folder that cannot be written is ignored silently: nothing is cached.
     """
     chosen = os.environ.get("DITJAX_CACHE") or "~/.cache/ditjax/xla"
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or chosen == OFF:
         return
-    folder = Path(chosen).expanduser().absolute() / host()
+    folder = Path(chosen).expanduser().absolute() / processor_kind()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _prune(folder.parent)
@@ -35,11 +35,11 @@ def keep() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", SECONDS)
 
 
-def host() -> str:
-    """This kind of processor: 'x86_64-1f2e3d4c'.
+def processor_kind() -> str:
+    """A name for this kind of processor, such as 'x86_64-1f2e3d4c'.
 
-    What XLA compiled for one CPU may be illegal instructions on another, and its key does not tell
-    them apart where machines share a home directory.
+    What XLA compiled for one CPU may contain instructions that are illegal on another. JAX's cache
+    key does not distinguish them, and machines may share a home directory.
     """
     flags = platform.processor()
     with contextlib.suppress(OSError, StopIteration):
@@ -49,9 +49,9 @@ def host() -> str:
 
 
 def _prune(folder: Path, max_bytes: int = MAX_BYTES) -> None:
-    """Removes the files written first until the rest take at most `max_bytes`.
+    """Remove the oldest files until the rest take at most `max_bytes`.
 
-    JAX's own bound wants a package more. One that reads a file meanwhile compiles instead.
+    JAX's own limit needs another package. A process that misses a removed file compiles instead.
     """
     found = []
     for path in folder.rglob("*"):

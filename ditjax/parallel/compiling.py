@@ -1,14 +1,12 @@
-"""What the compiler says while it compiles, only on stderr, and what it leaves on the heap."""
+"""Compilation: XLA's warnings of rematerialization as errors, and the heap that it leaves."""
 
 import contextlib
-import functools
 import os
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import ParamSpec, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -23,21 +21,18 @@ _REMATERIALIZATION = re.compile(
     rb"(?:.*?op_name=\"(?P<name>[^\"]*)\")?"
 )
 
-# One redirection of the process's file descriptor 2 at a time; compilations in other threads wait.
+# The process's file descriptor 2 is redirected by one thread at a time; others wait.
 _redirecting = threading.RLock()
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @contextlib.contextmanager
 def no_rematerialization(mesh: Mesh | AbstractMesh) -> Iterator[None]:
-    """Compile inside: raises UserError if XLA must gather an array whole to split it otherwise.
+    """Raise UserError if a compilation inside must gather a whole array to reshard it.
 
-    XLA calls that an "involuntary full rematerialization", compiles, and logs a warning in C++:
-    so the process's stderr is read meanwhile, and all else in it passed on. A program that comes
-    from JAX's compilation cache says nothing, and so what is refused is taken out of it again.
-    Nothing is seen where TF_CPP_MIN_LOG_LEVEL is 2 or more.
+    XLA calls this an "involuntary full rematerialization", logs a warning in C++, and compiles. So
+    the process's stderr is read meanwhile, and everything else is passed on. A program from JAX's
+    compilation cache logs nothing, so a program that is refused is removed from the cache. Nothing
+    is detected if TF_CPP_MIN_LOG_LEVEL is 2 or more.
     """
     cached = _cache_entries()
     with _stderr_without(_REMATERIALIZATION) as found:
@@ -60,35 +55,34 @@ def no_rematerialization(mesh: Mesh | AbstractMesh) -> Iterator[None]:
     )
 
 
-def watched(program: Callable[P, R], mesh: Mesh) -> Callable[P, R]:
-    """The same program, `settled`; the call that compiles it is inside `no_rematerialization`."""
-    if mesh.size == 1:
-        return settled(program)
-    return settled(program, functools.partial(no_rematerialization, mesh))
+@contextlib.contextmanager
+def watching(mesh: Mesh | AbstractMesh) -> Iterator[None]:
+    """Around the call that compiles a program: `no_rematerialization`, then no holes in the heap.
+
+    See `host.discard_free_blocks`. On one device nothing is watched.
+    """
+    with contextlib.nullcontext() if mesh.size == 1 else no_rematerialization(mesh):
+        yield
+    host.discard_free_blocks()
 
 
-def settled(
-    program: Callable[P, R],
-    around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-) -> Callable[P, R]:
-    """The same program; its first call, which compiles it, leaves no holes in the host's heap."""
+def once() -> Callable[[], AbstractContextManager[None]]:
+    """Around every call of a program on one host: after the first, no holes are in the heap."""
     compiled = False
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    @contextlib.contextmanager
+    def compiling() -> Iterator[None]:
         nonlocal compiled
-        if compiled:
-            return program(*args, **kwargs)
-        with around():
-            out = program(*args, **kwargs)
-        host.leave_holes()
-        compiled = True
-        return out
+        yield
+        if not compiled:
+            host.discard_free_blocks()
+            compiled = True
 
-    return call
+    return compiling
 
 
 def _cache_entries() -> set[str]:
-    """The files of JAX's compilation cache, where it is a local folder."""
+    """The files of JAX's compilation cache, if it is a local folder."""
     folder = getattr(jax.config, "jax_compilation_cache_dir", None)
     if not folder or not os.path.isdir(folder):
         return set()
@@ -97,9 +91,9 @@ def _cache_entries() -> set[str]:
 
 @contextlib.contextmanager
 def _stderr_without(pattern: re.Pattern[bytes]) -> Iterator[list[re.Match[bytes]]]:
-    """Takes the lines with `pattern` out of file descriptor 2; all others go where they went.
+    """Remove the lines that match `pattern` from file descriptor 2, and pass on all others.
 
-    Yields the list of what was found, complete once the context has ended.
+    Yields the list of matches, which is complete once the context has ended.
     """
     found: list[re.Match[bytes]] = []
     with _redirecting:
@@ -114,7 +108,7 @@ def _stderr_without(pattern: re.Pattern[bytes]) -> Iterator[list[re.Match[bytes]
 
         def pass_on() -> None:
             rest = b""
-            # Not only until `end`: a child started meanwhile keeps the pipe as its stderr.
+            # Continue after `end`: a child process started meanwhile has the pipe as its stderr.
             while chunk := os.read(read, 65536):
                 *lines, rest = re.split(rb"(?<=[\r\n])", rest + chunk)
                 if ended.is_set():

@@ -1,4 +1,4 @@
-"""The host process: what is set before XLA starts its threads."""
+"""Memory of the host process: settings of malloc that make training on CPUs faster."""
 
 import ctypes
 import importlib.util
@@ -6,24 +6,24 @@ import os
 import sys
 from pathlib import Path
 
-# Of glibc's malloc.h, and of Linux's mman.h.
+# Constants of glibc's malloc.h and Linux's mman.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _MADV_DONTNEED, _MADV_HUGEPAGE = 4, 14
 _HUGE_PAGE = 2**21
-# Holes between these sizes are left; a block above all of them lies at the end of the heap.
+# Free blocks between these sizes are discarded; a block larger than all ends the heap.
 _SMALLEST_HOLE, _LARGEST_HOLE, _ABOVE_ALL = 2**11, 2**30, 2**32
-ACCELERATORS = ("libtpu", "jax_plugins")  # what the extras tpu, cuda12 and cuda13 install
+ACCELERATORS = ("libtpu", "jax_plugins")  # installed by the extras tpu, cuda12 and cuda13
 
-_keeps = False  # what `keep_freed_memory` did to this process's malloc
+_keeps = False  # whether `keep_freed_memory` has changed this process's malloc
 
 
 def keep_freed_memory() -> bool:
-    """On a machine that computes with its CPU, memory that was freed stays with the process.
+    """Make glibc's malloc keep freed memory in the process, on machines without an accelerator.
 
-    XLA's CPU client takes a step's temporaries (1.6 GB for S/2 at batch 8) from malloc and gives
-    them back after it; glibc returns such blocks to the kernel, which must find and clear every
-    page again: a fifth of the step. Threads keep the allocator they began with, so this comes
-    before JAX makes its own. Returns whether it was done; where malloc is not glibc's, nothing is.
+    XLA's CPU client allocates the temporaries of each step (1.6 GB for S/2 at batch 8) with malloc
+    and frees them after it. glibc returns such blocks to the kernel, which must find and clear the
+    pages again: a fifth of the step. Threads keep the arena that they start with, so call this
+    before JAX starts its threads. Returns whether it was done, which needs glibc's malloc.
     """
     cpu_only = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(
         importlib.util.find_spec(name) for name in ACCELERATORS
@@ -33,17 +33,17 @@ def keep_freed_memory() -> bool:
     if not _malloc_is_of_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # One heap, never a mapping of its own, never trimmed.
+    # A single heap that is never trimmed, and no blocks mapped outside of it.
     settings = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
     global _keeps
     _keeps = all(mallopt(name, value) == 1 for name, value in settings.items())
     if _keeps:
-        _ask_for_huge_pages()
+        _request_huge_pages()
     return _keeps
 
 
 def _malloc_is_of_glibc() -> bool:
-    """False where another one is preloaded (jemalloc): glibc's mallopt is there even then."""
+    """False if another malloc such as jemalloc is preloaded; glibc's mallopt exists even then."""
     try:
         glibc = ctypes.CDLL("libc.so.6")
         found = [ctypes.cast(lib.malloc, ctypes.c_void_p) for lib in (ctypes.CDLL(None), glibc)]
@@ -52,11 +52,11 @@ def _malloc_is_of_glibc() -> bool:
     return found[0].value == found[1].value and hasattr(glibc, "mallopt")
 
 
-def _ask_for_huge_pages() -> None:
-    """The heap grows to half of the free memory, as addresses only, which may be of huge pages.
+def _request_huge_pages() -> None:
+    """Grow the heap's address space to half of the free memory, and allow huge pages in it.
 
-    A step's blocks are cleared 512 pages at a time, and fewer addresses are to be translated. Where
-    the kernel counts addresses as memory (vm.overcommit_memory = 2), or refuses, nothing is done.
+    The kernel then clears 512 pages at a time, and fewer addresses need translation. Does nothing
+    if the kernel counts addresses as memory (vm.overcommit_memory = 2), or refuses.
     """
     try:
         if Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2":
@@ -72,13 +72,14 @@ def _ask_for_huge_pages() -> None:
         libc.free(block)
 
 
-def leave_holes() -> None:
-    """After a compilation: the free blocks that it left in the heap are not looked at again.
+def discard_free_blocks() -> None:
+    """Take the free blocks that a compilation left in the heap out of use.
 
-    LLVM leaves tens of thousands (28,000 for S/2, half a gigabyte). XLA's products take scratch
-    buffers from malloc at every step, and find them among these, under the one heap's lock, cold in
-    the caches: 7 % of the step. They are taken here for good and their pages given back; what is
-    asked for later comes from the end of the heap. Without `keep_freed_memory` nothing is done.
+    LLVM leaves tens of thousands of them (28,000 for S/2, half a gigabyte). XLA's products allocate
+    scratch buffers in every step, and malloc finds them among these blocks, under the lock of the
+    single heap and cold in the caches: 7 % of the step. This allocates the blocks for good and
+    returns their pages; later allocations come from the end of the heap. Does nothing without
+    `keep_freed_memory`.
     """
     if not _keeps:
         return
@@ -96,7 +97,7 @@ def leave_holes() -> None:
 
 
 def _advise(libc: ctypes.CDLL, block: int, size: int, advice: int, page: int) -> None:
-    """Of the whole pages in a block; what the kernel refuses is left as it was."""
+    """Call madvise on the whole pages of a block; a refusal by the kernel is ignored."""
     first = -(-block // page) * page
     if first < (last := (block + size) // page * page):
         libc.madvise(first, last - first, advice)

@@ -1,4 +1,4 @@
-"""The processes of one run: how they start and end, and what they agree on."""
+"""The processes of one run: how they start and end, and how they exchange values."""
 
 import ctypes
 import dataclasses
@@ -19,16 +19,16 @@ from jax.sharding import Sharding
 from ditjax.errors import UserError
 from ditjax.parallel import watch
 
-# JAX's own heartbeat is the second line: the watch speaks first, and says who it was.
+# JAX's own heartbeat is the second line of defence: the watch reacts first, and names the process.
 _LATER_SECONDS = 10
-_HEARD_SECONDS = 1.0  # for the watch to hear of a closed connection, after a collective failed
+_NOTICE_SECONDS = 1.0  # for the watch to notice a closed connection after a collective failed
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Which one of how many processes this is, and where number 0 is met.
+    """The index of this process, the number of processes, and the address of process 0.
 
-    `device_ids`: the local devices that are its own; None is all.
+    `device_ids` are the local devices of this process; None means all.
     """
 
     host: str
@@ -38,8 +38,8 @@ class Place:
     device_ids: tuple[int, ...] | None = None
 
 
-def place_of(coordinator: str, count: int, index: int) -> Place:
-    """'HOST:PORT' of process 0, as it was given. Raises UserError."""
+def parse_place(coordinator: str, count: int, index: int) -> Place:
+    """Parse the 'HOST:PORT' of process 0, and check the numbers. Raises UserError."""
     host, colon, port = coordinator.rpartition(":")
     legal = re.fullmatch("[0-9]{1,5}", port) is not None and 0 < int(port) < 2**16
     if not colon or not host or not legal:
@@ -53,71 +53,58 @@ def place_of(coordinator: str, count: int, index: int) -> Place:
     return Place(host.strip("[]"), int(port), count, index)
 
 
-def detected(seconds: int) -> Place:
-    """What JAX finds of Slurm, Open MPI, Kubernetes or a TPU pod. Raises UserError for none."""
-    # jax.distributed.initialize finds the same, but does not tell before it has met the others.
+def detect_place(seconds: int) -> Place:
+    """What JAX detects of Slurm, Open MPI, Kubernetes or a TPU pod. Raises UserError for none."""
+    # jax.distributed.initialize detects the same, but connects to the others before it returns it.
     from jax._src.clusters import ClusterEnv
 
     try:
         address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
             os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, seconds
         )
-    except Exception as error:  # of metadata servers, Kubernetes' client, variables not set
+    except Exception as error:  # metadata servers, the client of Kubernetes, unset variables
         raise UserError(
-            f"JAX could not find out about the other processes ({type(error).__name__}: {error}):"
+            f"JAX could not detect the other processes ({type(error).__name__}: {error}):"
             " give --coordinator, --processes and --process."
         ) from None
     if address is None or count is None or index is None:
         raise UserError(
-            "--distributed: nothing here tells JAX of other processes (no Slurm, Open MPI,"
-            " Kubernetes or TPU pod): give --coordinator, --processes and --process."
+            "--distributed: JAX detected no other processes (no Slurm, Open MPI, Kubernetes or TPU"
+            " pod): give --coordinator, --processes and --process."
         )
-    place = place_of(address, count, index)
+    place = parse_place(address, count, index)
     return dataclasses.replace(place, device_ids=tuple(devices) if devices else None)
 
 
-# As jax.distributed itself: a process is part of one run, from its start to its end.
+# Global, as jax.distributed is: a process belongs to one run for its lifetime.
 _watch: watch.Watch | None = None
 
 
 def start(
     place: Place,
-    said: Mapping[str, Any],
+    shared: Mapping[str, Any],
     *,
     initialization_seconds: float,
     heartbeat_seconds: float,
 ) -> None:
-    """Meets the other processes, before any computation: from here on all end together.
+    """Meet the other processes and initialise JAX, before any computation; then all end together.
 
-    `said` is what all must say alike: the command and its recipe. Raises UserError.
+    `shared` are the settings that must be the same in all: the command and its recipe. Raises
+    UserError.
     """
     global _watch
     if place.count == 1 or _watch:
         return
-    said = {**said, "jax": jax.__version__}
+    shared = {**shared, "jax": jax.__version__}
     local = loopback(place.host)
     _wait_at_abort()
+    bounds = initialization_seconds, heartbeat_seconds
     if place.index == 0:
-        _watch = watch.first(
-            place.port,
-            place.count,
-            said,
-            initialization_seconds,
-            heartbeat_seconds,
-            {"port": _free_port(local)},
-            bind=local,
-        )
+        port = {"port": _free_port(local)}
+        _watch = watch.lead(place.port, place.count, shared, *bounds, port, bind=local)
     else:
-        _watch = watch.another(
-            place.host,
-            place.port,
-            place.index,
-            place.count,
-            said,
-            initialization_seconds,
-            heartbeat_seconds,
-        )
-    # JAX would catch SIGTERM and leave it to the program to ask for it.
+        _watch = watch.join(place.host, place.port, place.index, place.count, shared, *bounds)
+    # Otherwise JAX would catch SIGTERM, and expect the program to poll for it.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         f"{bracketed(place.host)}:{_watch.go['port']}",
@@ -138,13 +125,13 @@ def start(
         ) from None
     if count != place.count:
         raise UserError(
-            f"{place.count} processes were started, and their devices make {count}: expected one"
-            " process for each host of the slice."
+            f"{place.count} processes were started, but their devices belong to {count}: expected"
+            " one process for each host of the slice."
         )
 
 
 def loopback(host: str) -> str:
-    """The address of a host that is this machine to itself, where no other can come; else ''."""
+    """The address of `host` if it is a loopback one, which no other machine can reach; or ''."""
     try:
         address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
     except OSError:
@@ -153,7 +140,7 @@ def loopback(host: str) -> str:
 
 
 def bracketed(host: str) -> str:
-    """As an address with a port after it has it."""
+    """`host` as it is written before a port: IPv6 addresses are in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -164,29 +151,30 @@ def _free_port(bind: str) -> int:
 
 
 def _wait_at_abort() -> None:
-    """JAX's C++ aborts as soon as process 0 is gone: it sleeps first, so that the watch speaks.
+    """Delay the abort of JAX's C++ when process 0 is gone, so that the watch acts first.
 
-    sleep(SIGABRT) is sleep(6): C's own, called where the signal is handled. No Python runs there.
+    The signal handler is C's own sleep, called as sleep(SIGABRT) = sleep(6): Python cannot run
+    there.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
-def leave(line: str, status: int) -> None:
-    """Of several processes: all end, this one with `line`. Of one: returns."""
+def abort(line: str, status: int) -> None:
+    """End all processes, this one with `line`. Returns if there is only one process."""
     if _watch:
-        _watch.leave(line, status)
+        _watch.abort(line, status)
 
 
-def hear_first() -> None:
-    """Of several processes: what failed here may be another's end. Then the watch ends this one."""
+def wait_for_abort() -> None:
+    """After an error: if the cause is that another process ended, the watch ends this one here."""
     if _watch:
-        time.sleep(_HEARD_SECONDS)
+        time.sleep(_NOTICE_SECONDS)
 
 
 def finish() -> None:
-    """Of several processes: waits until all have done their work."""
+    """Wait until all processes have done their work."""
     global _watch
     if _watch:
         jax.distributed.shutdown()
@@ -194,32 +182,32 @@ def finish() -> None:
         _watch = None
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this process is one of several of a run."""
     return _watch is not None
 
 
-def wish_to_stop(why: str) -> None:
-    """Of several processes: all shall stop after the same step; `stops_at` says when."""
+def request_stop(why: str) -> None:
+    """Ask all processes to stop after the same step, which `stop_reason` then reports."""
     if _watch:
-        _watch.wish(why)
+        _watch.request_stop(why)
 
 
-def stops_at(step: int) -> str:
-    """Of several processes: why all stop after this step, '' while they do not.
+def stop_reason(step: int) -> str:
+    """The reason if all processes stop after this step, or ''.
 
-    Every process asks after each step, and before the first.
+    Every process must call it after each step, and before the first.
     """
     return _watch.stop.why if _watch and _watch.stop.passed(step) else ""
 
 
 def name() -> str:
-    """'process 1 of 2 (HOST)'; 'this process' where there is one."""
+    """'process 1 of 2 (HOST)', or 'this process' if there is only one."""
     return _watch.name(_watch.index) if _watch else "this process"
 
 
-def agreed(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The first process's [start, stop) ranges, on every process: only it looks at the disk."""
+def broadcast_ranges(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return process 0's [start, stop) ranges in every process: it alone reads the disk."""
     if jax.process_count() == 1:
         return list(ranges)
     count = multihost_utils.broadcast_one_to_all(np.int32(len(ranges)))
@@ -229,37 +217,37 @@ def agreed(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in multihost_utils.broadcast_one_to_all(mine)]
 
 
-def agreed_step(step: int | None) -> int | None:
-    """The first process's step of a checkpoint, on every process."""
-    found = agreed([] if step is None else [(step, 0)])
+def broadcast_step(step: int | None) -> int | None:
+    """Return the checkpoint's step of process 0 in every process."""
+    found = broadcast_ranges([] if step is None else [(step, 0)])
     return found[0][0] if found else None
 
 
 def everywhere(condition: bool) -> bool:
-    """Whether it holds on every process; all call it."""
+    """Whether the condition is true in every process; all must call it."""
     if jax.process_count() == 1:
         return condition
     return bool(multihost_utils.process_allgather(np.bool_(condition)).all())
 
 
-def gathered(leaf: jax.Array | np.ndarray) -> np.ndarray:
-    """A leaf whole in this process's memory, wherever its shards are; every process calls it."""
+def gather(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    """Copy a whole array to this process's memory, wherever its shards are; all must call it."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)
 
 
-def meet() -> None:
-    """Returns when every process has called it: what the others read may then be removed."""
+def barrier() -> None:
+    """Return when every process has called it, such as before removing what others read."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("ditjax")
 
 
 def local_rows(sharding: Sharding, count: int) -> np.ndarray:
-    """Which rows of a global [count, ...] array this process's devices hold: i[n], ascending.
+    """The rows of a global [count, ...] array that this process's devices hold: i[n], ascending.
 
-    In no way a block by the process's number: a mesh orders the devices, and axes that do not split
-    the rows repeat them, on other processes too.
+    They need not be the block of this process's index: the mesh orders the devices, and axes that
+    do not split the rows repeat them, in other processes too.
     """
     held = sharding.addressable_devices_indices_map((count,))
     parts = {index[0].indices(count)[:2] for index in held.values() if index is not None}
@@ -267,7 +255,7 @@ def local_rows(sharding: Sharding, count: int) -> np.ndarray:
 
 
 def global_rows(sharding: Sharding, count: int, rows: np.ndarray, value: np.ndarray) -> jax.Array:
-    """The global array [count, ...] of which this process has its `local_rows`, value[n, ...]."""
+    """Make a global array [count, ...] from `value` [n, ...], the `local_rows` of this process."""
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
@@ -279,10 +267,15 @@ def global_rows(sharding: Sharding, count: int, rows: np.ndarray, value: np.ndar
 
 
 def from_whole(sharding: Sharding, value: np.ndarray) -> jax.Array:
-    """The global array of a value that every process has whole."""
+    """Make a global array from a value that every process has as a whole."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
+def padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """A batch [B, ...] filled with zero rows to [size, ...], so that one shape is compiled."""
+    return np.pad(rows, ((0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)))
+
+
 def is_primary() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this is process 0, which writes the files of a run."""
     return jax.process_index() == 0

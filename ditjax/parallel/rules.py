@@ -1,7 +1,8 @@
-"""Where every array lives: path pattern -> PartitionSpec. The only PartitionSpecs there are.
+"""Where every array lives on a mesh. The only PartitionSpecs there are.
 
-One table serves parameters, their average and both Adam moments: an optimizer's leaf carries the
-path of its parameter as a suffix. A second one serves the activations that the networks name.
+A network's file has the table of its parameters (`models.network.Rules`). It serves their average
+and both Adam moments, too: an optimizer's leaf carries the path of its parameter as a suffix. The
+table here is of the activations that networks name.
 """
 
 import math
@@ -14,40 +15,17 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditjax.errors import UserError, divisors
+from ditjax.models.network import Rules
 
 BATCH_AXES = ("data", "fsdp")
-
-# First match wins; specs are over the leaf's last axes (a scanned stack adds a leading one).
-# `fsdp` splits an axis that every product contracts or gathers whole. `tensor` is Megatron's
-# (Shoeybi et al. 2019, Sec. 3): the first product of a pair by columns, whole heads in attention,
-# with its bias; the second by rows, so that one sum over `tensor` ends the pair. adaLN's kernel is
-# never gathered: conditioning is B rows, not B·N, so they are what moves, split by `fsdp` as the
-# kernel's input is, summed over it, and gathered over `tensor`. Its "6" and qkv's "3" are unsplit
-# axes of their own: no split crosses them. Other biases, D numbers each, stay whole.
-RULES: tuple[tuple[str, P], ...] = (
-    (r"x_embedder/kernel", P(None, "fsdp")),
-    (r"final_layer/linear/kernel", P("fsdp", None)),
-    (r"qkv/kernel", P("fsdp", None, "tensor", None)),
-    (r"qkv/bias", P(None, "tensor", None)),
-    (r"q/kernel", P("fsdp", "tensor", None)),
-    (r"q/bias", P("tensor", None)),
-    (r"kv/kernel", P("fsdp", None, "tensor", None)),
-    (r"kv/bias", P(None, "tensor", None)),
-    (r"adaln/linear/kernel", P("fsdp", None, "tensor")),
-    (r"adaln/linear/bias", P(None, "tensor")),
-    (r"(mlp|t_embedder)/in/kernel", P("fsdp", "tensor")),
-    (r"(mlp|t_embedder)/in/bias", P("tensor")),
-    (r"(attn|cross|mlp|t_embedder)/out/kernel", P("tensor", "fsdp")),
-    (r"y_embedder/table", P(None, "fsdp")),
-)
 
 # Name of an activation -> where it lives. Keys and values are whole along `context`: a query sees
 # every token.
 ACTIVATIONS: dict[str, P] = {
     "conditioning": P("data", "fsdp"),  # [B, D]
-    "row": P(BATCH_AXES, None),  # [B, D], on its way into the context
+    "row": P(BATCH_AXES, None),  # [B, D], before it becomes a context token
     "context": P(BATCH_AXES, None, None),  # [B, 2, D]
-    "columns": P(BATCH_AXES, None, "tensor"),  # [B, 6, D] as its product makes it
+    "columns": P(BATCH_AXES, None, "tensor"),  # [B, 6, D] as the product returns it
     "modulation": P(BATCH_AXES, None, None),  # [B, 6, D]
     "tokens": P(BATCH_AXES, "context", None),  # [B, N, D]
     "hidden": P(BATCH_AXES, "context", "tensor"),  # [B, N, 4D]
@@ -55,8 +33,8 @@ ACTIVATIONS: dict[str, P] = {
     "keys": P(BATCH_AXES, "tensor", None, None),  # [B, H, M, d]; values too
 }
 
-# What may be left whole on every device of an fsdp or tensor axis. Networks below a million
-# parameters may leave more: their biases alone are more, and there is no memory to save.
+# The share of the parameters that may be replicated along an fsdp or tensor axis. Networks below a
+# million parameters may exceed it: their biases alone do, and there is no memory to save.
 MOST_WHOLE, SMALL = 0.02, 1_000_000
 
 
@@ -65,9 +43,9 @@ def path_of(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules) -> P:
     """The first rule that matches `path`, right-aligned to `shape`; replicated when none does."""
-    rule = next((spec for pattern, spec in RULES if re.search(rf"(^|/)(?:{pattern})$", path)), None)
+    rule = next((axes for pattern, axes in rules if re.search(rf"(^|/)(?:{pattern})$", path)), None)
     if rule is None:
         return P()
     spec = P(*(None,) * (len(shape) - len(rule)), *rule)
@@ -80,9 +58,9 @@ def _check_divides(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, w
         names = (axes,) if isinstance(axes, str) else axes or ()
         parts = math.prod(mesh.shape[name] for name in names)
         if dim % parts:
-            said = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
+            sizes = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
             raise UserError(
-                f"mesh axis {said} does not divide {what} {shape} along {dim}:"
+                f"mesh axis {sizes} does not divide {what} {shape} along {dim}:"
                 f" sizes that do: {_legal(dim)}."
             )
 
@@ -91,23 +69,23 @@ def _legal(number: int) -> str:
     return ", ".join(map(str, divisors(number)))
 
 
-def state_shardings(state: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Shardings for a tree of arrays or ShapeDtypeStructs, by the rules."""
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
+    """Shardings for a tree of arrays or ShapeDtypeStructs, by a network's rules."""
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, spec_of(path_of(path), leaf.shape, mesh))
+        return NamedSharding(mesh, spec_of(path_of(path), leaf.shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def check_split(params: Any, mesh: Mesh | AbstractMesh) -> None:
+def check_split(params: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
     """Raises UserError when `fsdp` and `tensor` leave more than 2 % of the parameters whole.
 
     `params` are arrays or ShapeDtypeStructs.
     """
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return
-    shardings = state_shardings(params, mesh)
+    shardings = state_shardings(params, mesh, rules)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     total, whole = 0, []
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
@@ -122,14 +100,14 @@ def check_split(params: Any, mesh: Mesh | AbstractMesh) -> None:
         f"mesh fsdp={mesh.shape['fsdp']}, tensor={mesh.shape['tensor']} leaves"
         f" {left / total:.1%} of {total:,} parameters whole on every device, at most"
         f" {MOST_WHOLE:.0%} may be; the largest: {largest}. Legal without a rule for them in"
-        " ditjax/parallel/rules.py: fsdp=1, tensor=1."
+        " their network's file: fsdp=1, tensor=1."
     )
 
 
-def placement(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
-    """(name, activation) -> the same activation, where the table says that it lives.
+def activation_placement(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
+    """Return place(name, activation), which constrains the activation's sharding by the table.
 
-    Raises UserError, while a program is traced, for an axis that does not divide.
+    While a program is traced, place raises UserError for an axis that does not divide.
     """
 
     def place(name: str, x: jax.Array) -> jax.Array:
@@ -141,9 +119,9 @@ def placement(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
 
 
 def check_tokens(tokens: int, extra: int, heads: int, mesh: Mesh) -> None:
-    """Raises UserError when `context` does not split a network's tokens or `tensor` its heads.
+    """Raise UserError if `context` does not divide a network's tokens, or `tensor` its heads.
 
-    `extra` conditioning tokens join the others in the blocks and leave them after.
+    `extra` conditioning tokens are added to the others within the blocks.
     """
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
     if tokens % context or (tokens + extra) % context:
@@ -161,7 +139,7 @@ def check_tokens(tokens: int, extra: int, heads: int, mesh: Mesh) -> None:
 
 
 def check_data_only(mesh: Mesh, what: str) -> None:
-    """Raises UserError for a mesh with another axis than `data`."""
+    """Raise UserError for a mesh with another axis than `data`."""
     for axis, size in mesh.shape.items():
         if axis != "data" and size > 1:
             raise UserError(
@@ -170,25 +148,25 @@ def check_data_only(mesh: Mesh, what: str) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds all of it."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis is split over `data` and `fsdp`."""
+    """The sharding of an array whose leading axis is split over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """How many parts a batch is split into."""
+    """The number of parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def by_heads(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
-    """`attend(q, k, v)` on each device's rows, heads and queries, with the keys of all tokens.
+    """Run `attend(q, k, v)` on each device's rows, heads and queries, with the keys of all tokens.
 
-    No device needs another's: attention mixes none of these. For a kernel that it cannot partition
-    XLA would gather whole operands.
+    Attention mixes none of these, so no device needs those of another. XLA would gather whole
+    operands for a kernel that it cannot partition.
     """
     queries, keys = ACTIVATIONS["queries"], ACTIVATIONS["keys"]
     return jax.shard_map(
@@ -197,7 +175,7 @@ def by_heads(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.
 
 
 def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:
-    """Raises UserError when the mesh does not divide a batch."""
+    """Raise UserError if the mesh does not divide a batch."""
     parts = batch_parts(mesh)
     if batch_size % parts:
         raise UserError(

@@ -1,17 +1,18 @@
-"""Keeps the processes of one run together: they meet, find that they agree, and end together.
+"""Keeps the processes of a run together: they meet, compare settings, and end together.
 
-Process 0 listens where all others come; each of them holds that one connection for as long as it
-lives. The kernel closes it when its process dies, whatever the devices are doing at that moment;
-a process that stands still stops sending. Either way every other one ends within the same second,
-with a line that says which process on which host it was. JAX by itself ends them after its
-heartbeat's timeout, with a C++ abort, and waits for one that ended with an error of its own.
+Process 0 listens. Every other process connects to it and holds that connection for its lifetime.
+The kernel closes the connection when a process dies, whatever its devices are doing, and a process
+that hangs stops sending. In either case all others end within a second, with a line that names the
+process and its host. JAX alone ends them after its heartbeat timeout, with an abort in C++, and
+hangs if one process ended with an error of its own.
 
-Lines of JSON: {"index", "count", "host", "said"} from who comes, {"go": {...}} to all once all
-have come, {} every second, {"end": text, "status": n} for the run's end, {"bye": true} when done.
+Messages are lines of JSON: {"index", "count", "host", "shared"} from each process that connects,
+{"go": {...}} to all once they have met, {} as a heartbeat every second, {"end": text, "status": n}
+to end the run, {"bye": true} when a process is done.
 
-A process that is told to stop says {"wish": why} to process 0. That says {"halt": true} to all: no
-one begins another step; each answers {"reached": step}, and {"stop": step, "why": why} lets all go
-on to one step more than the furthest, where they stop together.
+A process that is asked to stop sends {"request": why} to process 0, which sends {"halt": true} to
+all. No process starts another step then; each answers {"reached": step}. {"stop": step, "why": why}
+lets all continue to one step after the furthest, where they stop together.
 """
 
 import contextlib
@@ -28,26 +29,26 @@ from typing import Any
 
 from ditjax.errors import UserError
 
-LINGER_SECONDS = 10.0  # before a line says who is waited for
-FAREWELL_SECONDS = 0.3  # from telling the others to the end
+REPORT_AFTER_SECONDS = 10.0  # until a line names the processes that are waited for
+FAREWELL_SECONDS = 0.3  # from the last message to the exit
 
 
 class Link:
-    """The connection to one other process: lines of JSON both ways."""
+    """The connection to another process, which carries lines of JSON both ways."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket, self.heard = connection, time.monotonic()
-        self.index, self.host = -1, ""  # of who is at the other end
+        self.socket, self.last_received = connection, time.monotonic()
+        self.index, self.host = -1, ""  # of the other process
         self._rest = b""
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Tries to: who is gone is told by `receive`."""
+        """Send a message. Errors are ignored: `receive` reports a closed connection."""
         with contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """What has come: at least a part of a line is waited for. None: the other end is gone."""
+        """Wait for data and return the complete messages; None if the connection is closed."""
         try:
             data = self.socket.recv(1 << 16)
         except TimeoutError:
@@ -56,7 +57,7 @@ class Link:
             return None
         if not data:
             return None
-        self.heard = time.monotonic()
+        self.last_received = time.monotonic()
         *lines, self._rest = (self._rest + data).split(b"\n")
         try:
             found = [json.loads(line) for line in lines]
@@ -64,8 +65,8 @@ class Link:
             return None
         return found if all(isinstance(message, dict) for message in found) else None
 
-    def line(self, seconds: float) -> dict[str, Any] | None:
-        """The next line, waited for; None: nothing came, or the other end is gone."""
+    def receive_first(self, seconds: float) -> dict[str, Any] | None:
+        """Wait for a message; None if none came, or if the connection is closed."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self.socket.settimeout(left)
@@ -74,8 +75,8 @@ class Link:
                 return messages[0] if messages else None
         return None
 
-    def is_gone(self) -> bool:
-        """Whether the other end has closed."""
+    def is_closed(self) -> bool:
+        """Whether the other process has closed the connection."""
         readable = select.select([self.socket], [], [], 0)[0]
         try:
             return bool(readable) and not self.socket.recv(1, socket.MSG_PEEK)
@@ -93,9 +94,9 @@ class Stop:
         self.why = ""
 
     def passed(self, step: int) -> bool:
-        """By the training after each step, and before the first: whether it is to stop here.
+        """Whether to stop after this step; the training calls it after each, and before the first.
 
-        Waits while the processes agree.
+        Blocks while the processes agree on a step.
         """
         with self._changed:
             while self._halted:
@@ -104,22 +105,22 @@ class Stop:
             return self.at is not None and step >= self.at
 
     def halt(self) -> int:
-        """From here on `passed` waits; the last step that it was told."""
+        """Make `passed` block from now on, and return the last step that it was called with."""
         with self._changed:
             self._halted = True
             return self._reached
 
     def settle(self, at: int, why: str) -> None:
-        """It is agreed: `passed` goes on."""
+        """Set the step that was agreed on, and let `passed` continue."""
         with self._changed:
             self.at, self.why, self._halted = at, why, False
             self._changed.notify_all()
 
 
 class Watch:
-    """One process's part in the watch, by a thread of its own until `close`.
+    """One process's part in the watch, run by a thread of its own until `close`.
 
-    `go` is what process 0 gave to all when they had met.
+    `go` is what process 0 sent to all when they had met. `end_process` exits with a status.
     """
 
     def __init__(
@@ -130,25 +131,21 @@ class Watch:
         links: list[Link],
         go: Mapping[str, Any],
         listener: socket.socket | None = None,
-        stop: Callable[[int], None] = os._exit,
+        end_process: Callable[[int], None] = os._exit,
     ) -> None:
         self.index, self.count, self.go = index, count, go
-        self._silence, self._links, self._listener, self._stop = (
-            silence_seconds,
-            links,
-            listener,
-            stop,
-        )
+        self._silence, self._links, self._listener = silence_seconds, links, listener
+        self._end_process = end_process
         self.stop = Stop()
-        self._wish = ""  # of this process: to be said by the watch's thread, which alone sends
-        self._why = ""  # of process 0: what it has told all to halt for
+        self._request = ""  # of this process; only the watch's thread sends it
+        self._why = ""  # in process 0: the reason for which it has halted all
         self._reached: dict[int, int] = {}
-        self._ending = threading.Lock()  # the first reason is the one that is told
+        self._ending = threading.Lock()  # the first reason is the one that is reported
         self._closed = False
         self._selector = selectors.DefaultSelector()
         for link in links:
             link.socket.settimeout(5.0)
-            link.heard = time.monotonic()
+            link.last_received = time.monotonic()
             self._selector.register(link.socket, selectors.EVENT_READ, link)
         if listener:
             self._selector.register(listener, selectors.EVENT_READ, None)
@@ -159,31 +156,31 @@ class Watch:
         """'process 1 of 2 (HOST)'."""
         return f"process {index} of {self.count} ({self.go['hosts'][index]})"
 
-    def wish(self, why: str) -> None:
-        """All processes shall stop after the same step: `stop` says when. Returns at once."""
-        self._wish = why
+    def request_stop(self, why: str) -> None:
+        """Ask all processes to stop after the same step, and return at once; see `stop`."""
+        self._request = why
 
-    def leave(self, line: str, status: int) -> None:
-        """This process ends with an error of its own, told in `line`: so do all others."""
+    def abort(self, line: str, status: int) -> None:
+        """End this process with an error, and all others with it."""
         self._end(line, f"{self.name(self.index)} ended: {line}", status)
 
-    def _end(self, line: str, told: str, status: int) -> None:
+    def _end(self, line: str, to_others: str, status: int) -> None:
         with self._ending:
             if self._closed:
                 return
             self._closed = True
             for link in self._links:
-                link.send({"end": told, "status": status})
+                link.send({"end": to_others, "status": status})
             sys.stdout.flush()
-            # In one piece: others may write there at the same moment.
+            # In one write: other threads may print at the same moment.
             sys.stderr.write(f"error: {line}\n")
             sys.stderr.flush()
-            # A socket closed while something lies unread in it takes back what it has just sent.
+            # Closing a socket with unread data would discard what was just sent.
             time.sleep(FAREWELL_SECONDS)
-            self._stop(status)
+            self._end_process(status)
 
     def close(self) -> None:
-        """The run is done: from now on any process may go."""
+        """End the watch after the run is done: from now on any process may exit."""
         self._closed = True
         for link in self._links:
             link.send({"bye": True})
@@ -195,31 +192,31 @@ class Watch:
 
     def _run(self) -> None:
         period = min(1.0, self._silence / 4)
-        beaten = 0.0
+        last_sent = 0.0
         while not self._closed:
             for key, _ in self._selector.select(min(period, 0.2)):
                 if key.data is None:
                     self._refuse_late()
                 else:
-                    self._hear(key.data)
+                    self._receive(key.data)
             self._agree()
             now = time.monotonic()
-            if now - beaten >= period:
-                beaten = now
+            if now - last_sent >= period:
+                last_sent = now
                 for link in self._links:
                     link.send({})
             for link in self._links:
-                if now - link.heard > self._silence and not self._closed:
-                    self._lost(link, f"was not heard of for {self._silence:g} s")
+                if now - link.last_received > self._silence and not self._closed:
+                    self._lost(link, f"did not respond for {self._silence:g} s")
 
     def _agree(self) -> None:
-        """What the wish to stop asks for next."""
-        if self._wish and self.index > 0:
+        """Take the next step of the agreement to stop."""
+        if self._request and self.index > 0:
             for link in self._links:
-                link.send({"wish": self._wish})
-            self._wish = ""
-        if self._wish and self.index == 0 and not self._why:
-            self._why = self._wish
+                link.send({"request": self._request})
+            self._request = ""
+        if self._request and self.index == 0 and not self._why:
+            self._why = self._request
             self._reached = {0: self.stop.halt()}
             for link in self._links:
                 link.send({"halt": True})
@@ -229,15 +226,15 @@ class Watch:
                 link.send({"stop": at, "why": self._why})
             self.stop.settle(at, self._why)
 
-    def _hear(self, link: Link) -> None:
+    def _receive(self, link: Link) -> None:
         messages = link.receive()
         for message in messages or ():
             if "end" in message:
                 self._drop(link)
                 text = str(message["end"])
                 self._end(text, text, int(message["status"]))
-            if "wish" in message:
-                self._wish = self._wish or str(message["wish"])
+            if "request" in message:
+                self._request = self._request or str(message["request"])
             if "halt" in message:
                 link.send({"reached": self.stop.halt()})
             if "reached" in message:
@@ -252,8 +249,8 @@ class Watch:
     def _lost(self, link: Link, how: str) -> None:
         self._drop(link)
         text = (
-            f"{self.name(link.index)} {how}, so this run ends: find out why there; the same command"
-            " on all goes on from the newest checkpoint"
+            f"{self.name(link.index)} {how}, so this run ends: find the cause there, then run the"
+            " same command on all again to resume from the newest checkpoint"
         )
         self._end(text, text, 1)
 
@@ -267,27 +264,27 @@ class Watch:
             connection, _ = self._listener.accept()
         except OSError:
             return
-        text = f"the {self.count} processes of this run have met already: is one started twice?"
+        text = f"the {self.count} processes of this run have met already: was one started twice?"
         with connection:
             connection.settimeout(1.0)
             Link(connection).send({"end": text, "status": 2})
 
 
-def first(
+def lead(
     port: int,
     count: int,
-    said: Mapping[str, Any],
+    shared: Mapping[str, Any],
     seconds: float,
     silence_seconds: float,
     give: Mapping[str, Any],
-    stop: Callable[[int], None] = os._exit,
+    end_process: Callable[[int], None] = os._exit,
     bind: str = "",
 ) -> Watch:
-    """Process 0 of `count`: waits until all others have come and say the same; then all go.
+    """Start process 0 of `count`: wait until all others have connected with the same `shared`.
 
-    It listens at the address `bind`; '' is every one of this host. `give` goes to all as Watch.go,
-    with "hosts". Raises UserError, which all that have come get too: for one that does not come
-    within `seconds`, comes twice, or says another thing.
+    It listens at the address `bind`, by default at all of this host. `give`, with "hosts" added, is
+    sent to all as Watch.go. Raises UserError, in all processes that have connected, if one does not
+    connect within `seconds`, connects twice, or has another value of `shared`.
     """
     try:
         listener = _listen(bind, port)
@@ -298,7 +295,7 @@ def first(
         ) from None
     links: dict[int, Link] = {}
     try:
-        _gather(listener, links, count, said, seconds)
+        _gather(listener, links, count, shared, seconds)
     except UserError as error:
         for link in links.values():
             link.send({"end": str(error), "status": 2})
@@ -308,7 +305,7 @@ def first(
     go = {**give, "hosts": hosts}
     for link in links.values():
         link.send({"go": go})
-    return Watch(0, count, silence_seconds, list(links.values()), go, listener, stop)
+    return Watch(0, count, silence_seconds, list(links.values()), go, listener, end_process)
 
 
 def _listen(bind: str, port: int) -> socket.socket:
@@ -324,22 +321,22 @@ def _gather(
     listener: socket.socket,
     links: dict[int, Link],
     count: int,
-    said: Mapping[str, Any],
+    shared: Mapping[str, Any],
     seconds: float,
 ) -> None:
-    """Fills `links` with all others. Raises UserError."""
-    began, told = time.monotonic(), False
+    """Fill `links` with all other processes. Raises UserError."""
+    began, reported = time.monotonic(), False
     while len(links) < count - 1:
         waited = time.monotonic() - began
         missing = ", ".join(str(i) for i in range(1, count) if i not in links)
         if waited > seconds:
             raise UserError(
-                f"of the {count} processes, {missing} did not come within {seconds:g} s"
-                " (config.distributed.initialization_seconds): see that it runs, and reaches this"
-                " host."
+                f"of the {count} processes, {missing} did not connect within {seconds:g} s"
+                " (config.distributed.initialization_seconds): check that it runs, and that it can"
+                " reach this host."
             )
-        if waited > LINGER_SECONDS and not told:
-            told = True
+        if waited > REPORT_AFTER_SECONDS and not reported:
+            reported = True
             print(f"waiting for process {missing} of {count}", file=sys.stderr, flush=True)
         listener.settimeout(min(1.0, max(0.01, seconds - waited)))
         try:
@@ -347,70 +344,83 @@ def _gather(
         except TimeoutError:
             continue
         link = Link(connection)
-        hello = link.line(5.0)
+        hello = link.receive_first(5.0)
         try:
-            index, there = int(hello["index"]), int(hello["count"])  # type: ignore[index]
-            link.index, link.host, theirs = index, str(hello["host"]), dict(hello["said"])  # type: ignore[index]
+            link.index, link.host = int(hello["index"]), str(hello["host"])  # type: ignore[index]
+            its_count, its_shared = int(hello["count"]), dict(hello["shared"])  # type: ignore[index]
         except (KeyError, TypeError, ValueError):
-            connection.close()  # not one of ours
+            connection.close()  # not a process of ditjax
             continue
-        old = links.get(index)
-        links[index] = link
-        if there != count:
-            raise UserError(
-                f"process {index} ({link.host}) was told of {there} processes, process 0 of"
-                f" {count}: give all the same number."
-            )
-        if not 0 < index < count or (old and not old.is_gone()):
-            if old:
-                old.send({"end": f"process {index} of {count} was started twice", "status": 2})
-            raise UserError(
-                f"two processes say that they are number {index} of {count}: give each its own."
-            )
-        for key in (*said, *theirs):
-            if said.get(key) != theirs.get(key):
-                raise UserError(
-                    f"process {index} of {count} ({link.host}) has {key}={theirs.get(key)!r},"
-                    f" process 0 has {said.get(key)!r}: give all the same command."
-                )
+        old = links.get(link.index)
+        links[link.index] = link
+        _check_hello(link, old, its_count, its_shared, count, shared)
 
 
-def another(
+def _check_hello(
+    link: Link,
+    old: Link | None,
+    its_count: int,
+    its_shared: Mapping[str, Any],
+    count: int,
+    shared: Mapping[str, Any],
+) -> None:
+    """Raise UserError for a process that does not fit; `old` is an earlier one of its index."""
+    index, host = link.index, link.host
+    if its_count != count:
+        raise UserError(
+            f"process {index} ({host}) was started as one of {its_count} processes, process 0 of"
+            f" {count}: give all the same number."
+        )
+    if not 0 < index < count or (old and not old.is_closed()):
+        if old:
+            old.send({"end": f"process {index} of {count} was started twice", "status": 2})
+        raise UserError(
+            f"two processes were started as number {index} of {count}: give each its own."
+        )
+    for key in (*shared, *its_shared):
+        if shared.get(key) != its_shared.get(key):
+            raise UserError(
+                f"process {index} of {count} ({host}) has {key}={its_shared.get(key)!r},"
+                f" process 0 has {shared.get(key)!r}: give all the same command."
+            )
+
+
+def join(
     host: str,
     port: int,
     index: int,
     count: int,
-    said: Mapping[str, Any],
+    shared: Mapping[str, Any],
     seconds: float,
     silence_seconds: float,
-    stop: Callable[[int], None] = os._exit,
+    end_process: Callable[[int], None] = os._exit,
 ) -> Watch:
-    """Process `index` of `count`: comes to process 0 at host:port and waits for its go.
+    """Start process `index` of `count`: connect to process 0 at host:port and wait for its go.
 
-    Raises UserError when nobody answers there within `seconds`, and what process 0 refuses.
+    Raises UserError if process 0 does not answer within `seconds`, or refuses this process.
     """
     link = Link(_connect(host, port, index, count, seconds))
     link.index = 0
-    link.send({"index": index, "count": count, "host": socket.gethostname(), "said": said})
-    # Process 0 gives up first, and says for whom it waited.
-    answer = link.line(seconds + 10.0)
+    link.send({"index": index, "count": count, "host": socket.gethostname(), "shared": shared})
+    # Process 0 gives up first, and reports which process it waited for.
+    answer = link.receive_first(seconds + 10.0)
     if answer and "end" in answer:
         raise UserError(str(answer["end"]))
     if not answer or "go" not in answer:
         raise UserError(
-            f"process 0 of {count} at {host}:{port} is gone before all have met: see its output."
+            f"process 0 of {count} at {host}:{port} ended before all had met: see its output."
         )
-    return Watch(index, count, silence_seconds, [link], answer["go"], None, stop)
+    return Watch(index, count, silence_seconds, [link], answer["go"], None, end_process)
 
 
 def _connect(host: str, port: int, index: int, count: int, seconds: float) -> socket.socket:
-    began, told = time.monotonic(), False
+    began, reported = time.monotonic(), False
     while True:
         waited = time.monotonic() - began
         try:
             left = max(0.1, min(5.0, seconds - waited))
             connection = socket.create_connection((host, port), timeout=left)
-            # Where nobody listens a port may be met by itself, on one machine.
+            # On one machine a socket may connect to itself if nobody listens at the port.
             if connection.getsockname() != connection.getpeername():
                 return connection
             connection.close()
@@ -420,10 +430,10 @@ def _connect(host: str, port: int, index: int, count: int, seconds: float) -> so
         where = f"process 0 of {count} does not answer at {host}:{port} ({why})"
         if waited > seconds:
             raise UserError(
-                f"{where} for {seconds:g} s (config.distributed.initialization_seconds): see that"
-                f" it runs, and that the address that process {index} got is its own."
+                f"{where} for {seconds:g} s (config.distributed.initialization_seconds): check that"
+                f" it runs, and that process {index} was given its address."
             )
-        if waited > LINGER_SECONDS and not told:
-            told = True
+        if waited > REPORT_AFTER_SECONDS and not reported:
+            reported = True
             print(f"waiting: {where}", file=sys.stderr, flush=True)
         time.sleep(0.2)

@@ -1,15 +1,15 @@
-"""What the DiT paper concludes, as tests on the points of a study (Peebles & Xie 2023, Sec. 5).
+"""The conclusions of the DiT paper, tested on the points of a study (Peebles & Xie 2023, Sec. 5).
 
-y is a metric of which less is better (FID, FD, a loss), positive. Runs of one model are its seeds:
-a model counts with the geometric mean of them, and their pooled spread of log y says which
-differences between models are more than the seeds' noise (Student's t, 95 %, two-sided). A claim
-holds where the differences beyond that noise all go its way and are most of all; it fails where
-one goes the other way; otherwise there are not enough runs to tell. Of one seed each the noise is
-unknown: then it takes most pairs against a claim to fail it.
+y is a positive metric of which lower is better (FID, FD, a loss). Runs of one model are its seeds.
+A model counts with their geometric mean, and the pooled spread of log y determines which
+differences between models exceed the noise of seeds (Student's t, 95 %, two-sided). A claim holds
+if all differences beyond that noise support it and they are the majority of all. It fails if one
+contradicts it. Otherwise there are not enough runs to decide. With one seed each the noise is
+unknown, and a claim fails only if most pairs contradict it.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from scipy import stats
 from ditjax.errors import UserError
 from ditjax.scaling.fit import pearson, pearson_interval, spearman
 from ditjax.scaling.frontier import crossing, interpolate
-from ditjax.scaling.isoflop import Curve
+from ditjax.scaling.isoflop import TrainingCurve
 from ditjax.scaling.points import Vector, positive_points
 from ditjax.scaling.spread import Spread, spread
 
@@ -31,7 +31,7 @@ Names = Sequence[Any] | NDArray[Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper's, whether it holds here (None: not enough runs), and the figures."""
+    """A statement of the paper, whether it holds here (None: not enough runs), and the evidence."""
 
     text: str
     holds: bool | None
@@ -39,14 +39,14 @@ class Claim:
 
 
 class _Mean(NamedTuple):
-    """Of a model's runs: the mean of log y, and how many they are."""
+    """The mean of log y over the runs of a model, and their number."""
 
     log_y: float
     runs: int
 
 
 def _needed(noise: Spread, first: _Mean, second: _Mean) -> float:
-    """By how much the means of two models must differ to be told apart; 0: nothing is known."""
+    """The smallest significant difference between two models; 0 if the noise is unknown."""
     if not noise.freedom:
         return 0.0
     t = stats.t.ppf(0.5 + LEVEL / 2, noise.freedom)
@@ -71,32 +71,22 @@ class _Pair(NamedTuple):
 def bigger_is_better(parameters: ArrayLike, patch: Names, y: ArrayLike) -> Claim:
     """DiT Fig. 6, top: at one patch size, more parameters give a lower y.
 
-    parameters, y f64[n] > 0, patch [n]; a model is a pair of patch and parameters.
+    parameters, y f64[n] > 0, patch [n]. A model is a pair of patch and parameters.
     """
     parameters, y = positive_points(parameters, y, at_least=0)
-    keys = list(zip(_named(patch, len(y)), parameters.tolist(), strict=True))
-    means, noise = _means(keys, y)
-    pairs = []
-    for models in _by(means, 0).values():
-        for first, second in combinations(sorted(models, key=lambda key: key[1]), 2):
-            names = [f"{key[1]:.3g} parameters, patch {key[0]}" for key in (first, second)]
-            pairs.append(_pair(names, means[first], means[second], noise))
+    means, noise = _means(zip(_named(patch, len(y)), parameters.tolist(), strict=True), y)
+    pairs = _ordered(means, noise, 1, lambda key: f"{key[1]:.3g} parameters, patch {key[0]}")
     return _claim("Bigger models are better at the same patch size.", pairs, noise)
 
 
 def smaller_patch_is_better(size: Names, patch: ArrayLike, y: ArrayLike) -> Claim:
     """DiT Fig. 6, bottom: at one size (layers, width, heads), smaller patches give a lower y.
 
-    size [n] names, patch, y f64[n] > 0; a model is a pair of size and patch.
+    size [n] are names, patch, y f64[n] > 0. A model is a pair of size and patch.
     """
     patch, y = positive_points(patch, y, at_least=0)
-    keys = list(zip(_named(size, len(y)), patch.tolist(), strict=True))
-    means, noise = _means(keys, y)
-    pairs = []
-    for models in _by(means, 0).values():
-        for first, second in combinations(sorted(models, key=lambda key: -key[1]), 2):
-            names = [f"{key[0]}/{key[1]:g}" for key in (first, second)]
-            pairs.append(_pair(names, means[first], means[second], noise))
+    means, noise = _means(zip(_named(size, len(y)), patch.tolist(), strict=True), y)
+    pairs = _ordered(means, noise, -1, lambda key: f"{key[0]}/{key[1]:g}")
     return _claim("Smaller patches are better at the same size.", pairs, noise)
 
 
@@ -105,11 +95,11 @@ def gflops_not_parameters(
 ) -> Claim:
     """DiT Fig. 8: log Gflops and y correlate; at equal parameters, patches still change y.
 
-    gflops, parameters, y f64[n] > 0; size [n] names the models of (nearly) equal parameters, a
-    model is a pair of size and Gflops. Fails where y does not fall with Gflops (Pearson's r of
-    log10 Gflops, Spearman's) or ranks no better by them than by parameters; holds where it does,
-    the 95 % interval of r lies below 0, and the cheapest and the dearest model of every size differ
-    by more than the seeds do. At least 4 models, and a size with several.
+    gflops, parameters, y f64[n] > 0; size [n] names the models of (nearly) equal parameters. A
+    model is a pair of size and Gflops. The claim fails if y does not fall with Gflops (Pearson's r
+    of log10 Gflops, Spearman's) or ranks no better by them than by parameters. It holds if y does,
+    the 95 % interval of r is below 0, and the cheapest and the most expensive model of every size
+    differ by more than the seeds do. It needs at least 4 models, and a size with several.
     """
     text = "Gflops predict quality, parameters alone do not."
     gflops, y = positive_points(gflops, y, at_least=0)
@@ -133,19 +123,19 @@ def gflops_not_parameters(
         f" {pearson(np.log10(held), quality):.3f}, Spearman {rank_of_parameters:.3f}"
     )
     moved = []
-    for name, models in _by(means, 0).items():
-        cheap, dear = min(models, key=lambda key: key[1]), max(models, key=lambda key: key[1])
-        if cheap != dear:
-            change = abs(means[dear].log_y - means[cheap].log_y)
-            beyond = change > _needed(noise, means[cheap], means[dear])
+    for name, models in _grouped(means).items():
+        cheap, costly = min(models, key=lambda key: key[1]), max(models, key=lambda key: key[1])
+        if cheap != costly:
+            change = abs(means[costly].log_y - means[cheap].log_y)
+            beyond = change > _needed(noise, means[cheap], means[costly])
             moved.append((float(np.exp(change)), str(name), beyond))
     if not moved:
         return Claim(text, None, f"{figures}. No size has several patches.")
     factor, name, _ = max(moved)
-    told = f"beyond the seeds' noise for {sum(each[2] for each in moved)} of {len(moved)} sizes, "
+    share = f"beyond the seeds' noise for {sum(each[2] for each in moved)} of {len(moved)} sizes, "
     figures += (
         f". At equal parameters quality differs by a factor of up to {factor:.2f} (size {name};"
-        f" {told if noise.freedom else ''}{_noise_words(noise)})."
+        f" {share if noise.freedom else ''}{_noise_words(noise)})."
     )
     if r >= 0 or rank >= 0 or abs(rank) <= abs(rank_of_parameters):
         return Claim(text, False, figures)
@@ -154,17 +144,17 @@ def gflops_not_parameters(
 
 
 def larger_models_use_compute_better(
-    curves: Iterable[Curve | tuple[float, ArrayLike, ArrayLike]],
+    curves: Iterable[TrainingCurve | tuple[float, ArrayLike, ArrayLike]],
 ) -> Claim:
     """DiT Fig. 9: at equal training compute, a larger model ends up with the lower y.
 
-    The sizes are forward Gflops. Neighbouring sizes whose curves share a stretch of compute are
-    compared where it ends, which is as far as the smaller one was trained; where the larger
-    overtakes is `frontier.crossing`. Curves of one size are its seeds, averaged where all of them
-    have values.
+    Sizes are forward Gflops. Neighbouring sizes whose curves overlap in compute are compared at the
+    end of the overlap, which is as far as the smaller one was trained; `frontier.crossing` gives
+    the point where the larger overtakes. Curves of one size are its seeds, averaged where all of
+    them have values.
     """
-    by_size: dict[float, list[Curve]] = defaultdict(list)
-    for curve in (Curve(*each) for each in curves):
+    by_size: dict[float, list[TrainingCurve]] = defaultdict(list)
+    for curve in (TrainingCurve(*each) for each in curves):
         by_size[float(curve.size)].append(curve)
     sizes = sorted(by_size)
     averaged = {size: _averaged(by_size[size]) for size in sizes}
@@ -192,8 +182,8 @@ def larger_models_use_compute_better(
     claim = _claim("Larger models use training compute better.", pairs, noise)
     if not pairs:
         return Claim(claim.text, None, "no two training curves share a stretch of compute.")
-    told = "; ".join(where) + " training Gflops" if where else "no curves cross"
-    return Claim(claim.text, claim.holds, f"{claim.figures} On the way: {told}.")
+    crossings = "; ".join(where) + " training Gflops" if where else "no curves cross"
+    return Claim(claim.text, claim.holds, f"{claim.figures} On the way: {crossings}.")
 
 
 def adaln_zero_is_best(
@@ -201,20 +191,18 @@ def adaln_zero_is_best(
 ) -> Claim:
     """DiT Fig. 5: of one model with each of the blocks, adaLN-Zero has the lowest y.
 
-    block, model [n] names, y f64[n] > 0. Every block must be told from it, so that with one seed
-    there are not enough runs.
+    block, model [n] are names, y f64[n] > 0. Every other block must differ significantly from it,
+    so runs of one seed are never enough.
     """
     text = "adaLN-Zero beats the other blocks."
     y = np.asarray(y, np.float64)
     y = positive_points(np.ones_like(y), y, at_least=0)[1]
-    keys = list(zip(_named(model, len(y)), _named(block, len(y)), strict=True))
-    means, noise = _means(keys, y)
-    pairs = []
-    for name, blocks in _by(means, 0).items():
-        for other in blocks:
-            if other[1] != best and (name, best) in means:
-                pair = _pair((other[1], best), means[other], means[name, best], noise)
-                pairs.append(pair)
+    means, noise = _means(zip(_named(model, len(y)), _named(block, len(y)), strict=True), y)
+    pairs = [
+        _pair((other, best), means[name, other], means[name, best], noise)
+        for name, other in means
+        if other != best and (name, best) in means
+    ]
     order = sorted(means, key=lambda key: means[key].log_y)
     values = ", ".join(f"{key[1]} {np.exp(means[key].log_y):.4g}" for key in order)
     claim = _claim(text, pairs, noise, all_of_them=True)
@@ -226,13 +214,13 @@ def sampling_does_not_make_up(gflops: ArrayLike, compute: ArrayLike, y: ArrayLik
     """DiT Fig. 10: a small model with more sampling compute stays behind a larger one with less.
 
     gflops f64[n] of a model, compute f64[n] of sampling one image with it, y f64[n] > 0. For every
-    two models, the best that the smaller reaches is compared with the best of the larger for no
-    more compute than the smaller's most.
+    two models, the best result of the smaller is compared with the best result of the larger within
+    the compute that the smaller uses at most.
     """
     gflops, y = positive_points(gflops, y, at_least=0)
     compute, y = positive_points(compute, y, at_least=0)
-    means, noise = _means(list(zip(gflops.tolist(), compute.tolist(), strict=True)), y)
-    by_model = _by(means, 0)
+    means, noise = _means(zip(gflops.tolist(), compute.tolist(), strict=True), y)
+    by_model = _grouped(means)
     pairs = []
     for small, large in combinations(sorted(by_model), 2):
         most = max(key[1] for key in by_model[small])
@@ -248,8 +236,11 @@ def sampling_does_not_make_up(gflops: ArrayLike, compute: ArrayLike, y: ArrayLik
 
 
 def _claim(text: str, pairs: Sequence[_Pair], noise: Spread, *, all_of_them: bool = False) -> Claim:
-    """Fails with a pair against it (most, where no noise is known); holds with most pairs (or all)
-    for it, beyond the noise."""
+    """Decide a claim from pairs of models.
+
+    It fails if a pair contradicts it beyond the noise, or most pairs if the noise is unknown. It
+    holds if most pairs, or all of them, agree beyond the noise.
+    """
     if not pairs:
         return Claim(text, None, "no two models to compare.")
     agree = sum(pair.difference < -pair.needed for pair in pairs)
@@ -277,8 +268,19 @@ def _pair(names: Sequence[str], worse: _Mean, better: _Mean, noise: Spread) -> _
     return _Pair(names[0], names[1], difference, _needed(noise, worse, better))
 
 
-def _means(keys: Sequence[Hashable], y: Vector) -> tuple[dict[Any, _Mean], Spread]:
-    """Each model's mean of log y, in order of first appearance, and the spread of seeds."""
+def _ordered(
+    means: Mapping[Any, _Mean], noise: Spread, sign: int, name: Callable[[Any], str]
+) -> list[_Pair]:
+    """All pairs of models of one group, the one with more (sign 1) or less (-1) as the better."""
+    return [
+        _pair((name(first), name(second)), means[first], means[second], noise)
+        for models in _grouped(means).values()
+        for first, second in combinations(sorted(models, key=lambda key: sign * key[1]), 2)
+    ]
+
+
+def _means(keys: Iterable[Hashable], y: Vector) -> tuple[dict[Any, _Mean], Spread]:
+    """The mean of log y of each model, in order of first appearance, and the spread of seeds."""
     of_model: dict[Any, list[float]] = defaultdict(list)
     for key, value in zip(keys, y, strict=True):
         of_model[key].append(float(value))
@@ -288,22 +290,22 @@ def _means(keys: Sequence[Hashable], y: Vector) -> tuple[dict[Any, _Mean], Sprea
     return means, noise
 
 
-def _by(means: Mapping[Any, _Mean], index: int) -> dict[Any, list[Any]]:
-    """Keys by one of their parts."""
+def _grouped(means: Mapping[Any, _Mean]) -> dict[Any, list[Any]]:
+    """Keys grouped by their first part."""
     found: dict[Any, list[Any]] = defaultdict(list)
     for key in means:
-        found[key[index]].append(key)
+        found[key[0]].append(key)
     return found
 
 
 def _named(names: Names, n: int) -> list[Any]:
     if len(names) != n:
-        raise UserError(f"{len(names)} names for {n} runs: expected one for each run.")
+        raise UserError(f"{len(names)} names for {n} runs: expected one name per run.")
     return list(names)
 
 
-def _averaged(runs: Sequence[Curve]) -> tuple[Vector, Vector]:
-    """x and the geometric mean of y, at every x of any run that all of them cover."""
+def _averaged(runs: Sequence[TrainingCurve]) -> tuple[Vector, Vector]:
+    """The x of any run that all runs cover, and the geometric mean of y there."""
     logs = []
     for run in runs:
         x, y = positive_points(run.compute, run.metric, at_least=1)

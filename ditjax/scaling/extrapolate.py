@@ -1,7 +1,8 @@
-"""Held-out extrapolation: a law is fitted to the smaller models and asked for the largest.
+"""Held-out extrapolation: fit a law to the smaller models and predict the largest.
 
-Kaplan et al. 2020 and Hoffmann et al. 2022 fit small runs to foretell large ones; whether a study's
-law does can be tested on what it has: leave out its largest models, predict them, print the error.
+Kaplan et al. 2020 and Hoffmann et al. 2022 fit small runs to predict large ones. Whether the law of
+a study does so can be tested on the study itself: leave out its largest models, predict them, and
+report the error.
 """
 
 from collections.abc import Sequence
@@ -12,22 +13,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ditjax.errors import UserError
-from ditjax.scaling.fit import (
-    Interval,
-    carries_offset,
-    half_width,
-    linearised_offset,
-    linearised_plain,
-)
-from ditjax.scaling.points import check_level, group_index, positive_points
+from ditjax.scaling.fit import Interval, half_width, linearised_offset, linearised_plain
+from ditjax.scaling.points import Vector, check_level, group_index, positive_points
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One model that the law has not seen. `measured` is the geometric mean of its runs.
+    """A model that the law was not fitted to. `measured` is the geometric mean of its runs.
 
-    `interval` holds `measured` with probability `level`: the law's uncertainty at `x` and the
-    model's own deviation from it.
+    `interval` contains `measured` with probability `level`; it covers the uncertainty of the law at
+    `x` and the model's own deviation from it.
     """
 
     name: Any
@@ -43,15 +38,15 @@ class HeldOut:
 
     @property
     def inside(self) -> bool:
+        """Whether the interval contains the measured value."""
         return self.interval.low <= self.measured <= self.interval.high
 
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """y = c + a·x^(-b) fitted to `models_fitted` models up to `fitted_to`, and what it foretold.
+    """y = c + a·x^(-b), fitted to `models_fitted` models up to `fitted_to`, and its predictions.
 
-    `held` are the models held out, by x; the figures named as one model's are those of the last,
-    the largest.
+    `held` are the models held out, sorted by x. The properties are those of the last, the largest.
     """
 
     a: float
@@ -87,7 +82,7 @@ class Extrapolation:
         return self.held[-1].error
 
 
-def held_out(
+def predict_held_out(
     x: ArrayLike,
     y: ArrayLike,
     rng: np.random.Generator,
@@ -98,13 +93,15 @@ def held_out(
     level: float = 0.95,
     resamples: int = 1999,
 ) -> Extrapolation:
-    """ŷ(x₀) = ĉ + â·x₀^(-b̂) of the `hold` largest groups by x, fitted to the others.
+    """Predict ŷ(x₀) = ĉ + â·x₀^(-b̂) for the `hold` largest groups by x, fitted to the others.
 
-    Each group (a model; its points are its seeds) counts once, with the geometric means of its x
-    and y. The interval is made on log y: [ŷ·e^(-h), ŷ·e^h], h by `fit.half_width` with
-    `of_new`. It takes the large models' deviations from the law to be like the small ones'.
-    `offset` as in `fit.fit_law`, decided by the models fitted. x, y f64[n] > 0; at least 3 groups
-    must remain (5 with an offset). Raises UserError otherwise.
+    Each group (a model, whose points are its seeds) counts once, with the geometric means of its x
+    and y. The interval is computed on log y: [ŷ·e^(-h), ŷ·e^h], h by `fit.half_width` with
+    `of_new`, which assumes that large models deviate from the law as much as small ones do. With
+    offset=None the law has an offset if the fitted models support one (5 models, 4 different x, y
+    that falls). The quality of the fit has no say in it, because choosing the better fit would make
+    the interval too narrow. x, y f64[n] > 0; at least 3 groups must remain, 5 with an offset.
+    Raises UserError otherwise.
     """
     x, y = positive_points(x, y, at_least=1)
     label = group_index(groups, len(x), at_least=1)
@@ -126,11 +123,11 @@ def held_out(
             f"hold={hold} parts models of one x ({x[held[0]]:g}): hold out all of them or none."
         )
     if offset is None:
-        offset = carries_offset(x[fitted], y[fitted])
+        offset = _supports_offset(x[fitted], y[fitted])
     found = (linearised_offset if offset else linearised_plain)(x[fitted], y[fitted])
     a, b, c = found.law
     rows = found.gradient(x[held])
-    foretold = []
+    predictions = []
     for model, row in zip(held, rows, strict=True):
         half = half_width(
             found, row, np.arange(len(fitted)), rng, level=level, n=resamples, of_new=True
@@ -139,5 +136,11 @@ def held_out(
         with np.errstate(over="ignore"):  # what the points do not bound
             low, high = value * np.exp([-half, half])
         interval = Interval(float(low), float(high), level)
-        foretold.append(HeldOut(names[model], float(x[model]), value, interval, float(y[model])))
-    return Extrapolation(a, b, c, len(fitted), float(x[fitted[-1]]), tuple(foretold))
+        predictions.append(HeldOut(names[model], float(x[model]), value, interval, float(y[model])))
+    return Extrapolation(a, b, c, len(fitted), float(x[fitted[-1]]), tuple(predictions))
+
+
+def _supports_offset(x: Vector, y: Vector) -> bool:
+    """Whether `fit.fit_power_law_offset` accepts these points."""
+    enough = len(x) >= 5 and len(np.unique(x)) >= 4
+    return enough and bool(np.polyfit(np.log(x), np.log(y), 1)[0] < 0)

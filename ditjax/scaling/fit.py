@@ -1,11 +1,11 @@
-"""Laws fitted to a study: correlations, power laws with and without offset, honest intervals.
+"""Laws fitted to a study: correlations, and power laws with and without an offset.
 
-The points of a scaling study are few (9 to 24), their noise grows at the small end, and seeds of
-one model share that model's distance from the law. A percentile bootstrap over so few points
-covers the true exponent too seldom, so every interval here is a studentised wild bootstrap
-(Wu 1986; Cameron, Gelbach & Miller 2008): residuals keep their place and change sign and size
-together within a group, and the jackknife standard error is recomputed in each replicate.
-Coverage is measured by `python -m tests.scaling.coverage`.
+A scaling study has few points (9 to 24), its noise grows at the small end, and the seeds of one
+model share that model's deviation from the law. A percentile bootstrap over so few points covers
+the true exponent too rarely, so every interval here is a studentised wild bootstrap (Wu 1986;
+Cameron, Gelbach & Miller 2008): residuals keep their place, change sign and size together within a
+group, and the jackknife standard error is recomputed in each replicate.
+`python -m tests.scaling.coverage` measures the coverage.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,10 +43,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = c + a·x^(-b), and how well the points fix it.
+    """y = c + a·x^(-b), and how well the points determine it.
 
-    `c` is 0.0 for the law without offset. `r2` is the share of the variance of log y explained.
-    `n` points in `groups` groups were fitted; `b_interval` holds the exponent.
+    `c` is 0.0 in a law without offset. `b_interval` is that of the exponent. `r2` is the explained
+    share of the variance of log y. The law is fitted to `n` points in `groups` groups.
     """
 
     a: float
@@ -64,11 +64,12 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class Linearised:
-    """A law at its fitted θ, near which log y is linear in θ: every interval is made of this.
+    """A law at its fitted parameters θ, around which log y is linear in θ.
 
-    law (a, b, c) · `gradient(x)` f64[k,p]: ∂log y/∂θ at x f64[k] · of the n fitted points:
-    jacobian f64[n,p], residuals f64[n] of log y, weights f64[n] of the robust loss · `stretch`:
-    by how much the estimate moves more than its weights, held still, would let it.
+    Intervals are computed from it. `law` is (a, b, c). `gradient(x)` f64[k,p] is ∂log y/∂θ at
+    x f64[k]. At the n fitted points: `jacobian` f64[n,p], `residuals` f64[n] of log y, and
+    `weights` f64[n] of the robust loss. `stretch` is the factor by which the estimate moves more
+    than it would with fixed weights.
     """
 
     law: tuple[float, float, float]
@@ -93,19 +94,10 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def pearson_interval(r: float, n: int, level: float = 0.95) -> Interval:
-    """Fisher's z: atanh r is near normal with standard error 1/√(n-3).
+    """Fisher's z: atanh r is approximately normal with standard error 1/√(n-3).
 
-    Exact only for normal pairs; with n = 3 nothing is known and the interval is [-1, 1].
+    It is exact only for normal pairs. With n = 3 the interval is [-1, 1].
     """
-    return _correlation_interval(r, n, level, inflation=1.0)
-
-
-def spearman_interval(r: float, n: int, level: float = 0.95) -> Interval:
-    """Bonett & Wright 2000: atanh r_s is near normal with standard error √((1 + r_s²/2)/(n-3))."""
-    return _correlation_interval(r, n, level, inflation=1.0 + r * r / 2)
-
-
-def _correlation_interval(r: float, n: int, level: float, *, inflation: float) -> Interval:
     check_level(level)
     if not -1.0 <= r <= 1.0 or n < 3:
         raise UserError(f"a correlation of {r} over {n} points: expected -1 <= r <= 1 and n >= 3.")
@@ -113,30 +105,9 @@ def _correlation_interval(r: float, n: int, level: float, *, inflation: float) -
         return Interval(-1.0, 1.0, level)
     if abs(r) == 1.0:
         return Interval(r, r, level)
-    half = NormalDist().inv_cdf(0.5 + level / 2) * np.sqrt(inflation / (n - 3))
+    half = NormalDist().inv_cdf(0.5 + level / 2) / np.sqrt(n - 3)
     low, high = np.tanh(np.arctanh(r) + np.array([-half, half]))
     return Interval(float(low), float(high), level)
-
-
-def fit_law(
-    x: ArrayLike,
-    y: ArrayLike,
-    rng: np.random.Generator,
-    *,
-    groups: Sequence[Any] | None = None,
-    offset: bool | None = None,
-    level: float = 0.95,
-) -> PowerLaw:
-    """y = c + a·x^(-b), by `fit_power_law_offset` or, with offset=False (c = 0), `fit_power_law`.
-
-    None takes the law with offset wherever the points can carry it (5 groups, 4 different x, y
-    that falls). The noise has no say in that, so that the interval stays what it says: a choice by
-    the better fit would make it too narrow.
-    """
-    if offset is None:
-        offset = carries_offset(x, y, groups)
-    fit = fit_power_law_offset if offset else fit_power_law
-    return fit(x, y, rng, groups=groups, level=level)
 
 
 def fit_power_law(
@@ -148,11 +119,11 @@ def fit_power_law(
     level: float = 0.95,
     resamples: int = 1999,
 ) -> PowerLaw:
-    """y = a·x^(-b), least squares of log y = log a - b·log x.
+    """y = a·x^(-b), by least squares of log y = log a - b·log x.
 
-    Not Huber's loss: with so few points it narrows the intervals and takes up to 3 % of coverage.
-    x, y f64[n] > 0, x not all equal; `groups` names each point's group (the model, when several
-    seeds of it are among the points; each point its own when None). At least 3 groups.
+    Huber's loss would narrow the intervals of so few points and cost up to 3 % of coverage.
+    x, y f64[n] > 0, x not all equal. `groups` names the group of each point, which is its model if
+    a model has several seeds; None makes each point a group. At least 3 groups.
     Raises UserError otherwise.
     """
     x, y = positive_points(x, y, at_least=3)
@@ -166,7 +137,7 @@ def fit_power_law(
 
 
 def linearised_plain(x: Vector, y: Vector) -> Linearised:
-    """θ = (log y at the middle of log x, b) of y = a·x^(-b), by least squares of log y."""
+    """Fit y = a·x^(-b) by least squares of log y; θ = (log y at the mean of log x, b)."""
     centred(x, "x")
     log_x, log_y = np.log(x), np.log(y)
     middle = log_x.mean()
@@ -192,12 +163,12 @@ def fit_power_law_offset(
 ) -> PowerLaw:
     """y = c + a·x^(-b), c >= 0, b > 0: Huber's loss on log y - log(c + a·x^(-b)).
 
-    The loss on logs is that of Hoffmann et al. 2022, Sec. 3.3; its bend sits at 1.345 robust
-    standard deviations of the residuals instead of a constant, so that it depends on no unit.
-    The interval of b is made on log b, where the estimate is closer to symmetric, from the
-    linearised fit; c is free there even when its estimate is 0.
+    Hoffmann et al. 2022, Sec. 3.3, use this loss with a constant delta. Here delta is 1.345 robust
+    standard deviations of the residuals, so that it does not depend on units. The interval of b is
+    computed on log b, where the estimate is closer to symmetric, from the linearised fit; c is free
+    there even if its estimate is 0.
     x, y f64[n] > 0 with at least 4 different x, at least 5 groups (see `fit_power_law`).
-    Raises UserError otherwise, and where y does not fall with x.
+    Raises UserError otherwise, and if y does not fall with x.
     """
     x, y = positive_points(x, y, at_least=5)
     label = group_index(groups, len(x), at_least=5)
@@ -210,15 +181,11 @@ def fit_power_law_offset(
     return _law(found, y, label, Interval(float(low), float(high), level))
 
 
-def carries_offset(x: ArrayLike, y: ArrayLike, groups: Sequence[Any] | None = None) -> bool:
-    """Whether `fit_power_law_offset` takes these points."""
-    x, y = positive_points(x, y, at_least=3)
-    enough = group_index(groups, len(x), at_least=3).max() >= 4 and len(np.unique(x)) >= 4
-    return bool(enough) and np.polyfit(np.log(x), np.log(y), 1)[0] < 0
-
-
 def linearised_offset(x: Vector, y: Vector) -> Linearised:
-    """θ = (log a, log b, c) in units of the geometric means of x and y; see the fit above."""
+    """Fit y = c + a·x^(-b) as `fit_power_law_offset`.
+
+    θ = (log a, log b, c) with x and y in units of their geometric means.
+    """
     if len(np.unique(x)) < 4:
         raise UserError(
             f"{len(np.unique(x))} different x: a power law with offset has 3 parameters and needs"
@@ -241,33 +208,16 @@ def linearised_offset(x: Vector, y: Vector) -> Linearised:
         columns = [power, -np.exp(theta[1]) * u * power, np.ones_like(u)]
         return np.stack(columns, axis=1) / (theta[2] + power)[:, None]
 
-    def solve(start: Vector, bend: float) -> optimize.OptimizeResult:
-        return optimize.least_squares(
-            residual,
-            start,
-            jac=lambda theta: -jacobian_at(theta, u),
-            bounds=([-30.0, np.log(1e-4), 0.0], [30.0, np.log(50.0), v.max()]),
-            x_scale="jac",
-            loss="huber",
-            f_scale=bend,
-        )
-
-    # The loss has several valleys in c: start in each. The spread about the plain law is too wide
-    # a bend where the law has an offset, so each round takes it anew from the last residuals.
-    starts = []
-    for c in (0.0, 0.3 * v.min(), 0.6 * v.min(), 0.9 * v.min(), *np.quantile(v, [0.1, 0.3])):
-        # Noise may carry a point below the true c, so c is not held below min y.
-        fall, level_at_0 = np.polyfit(u, np.log(np.maximum(v - c, 0.05 * v)), 1)
-        starts.append(np.array([level_at_0, np.log(np.clip(-fall, 1e-3, 40.0)), c]))
-    bend = huber_bend(np.log(v) - np.polyval(np.polyfit(u, np.log(v), 1), u))
-    solution = min((solve(start, bend) for start in starts), key=lambda found: float(found.cost))
-    for _ in range(3):
-        bend = huber_bend(solution.fun)
-        solution = solve(solution.x, bend)
-    theta, residuals = solution.x, residual(solution.x)
-    weights = np.minimum(1.0, bend / np.maximum(np.abs(residuals), bend * 1e-9))
+    bounds = ([-30.0, np.log(1e-4), 0.0], [30.0, np.log(50.0), v.max()])
+    # The delta of the residuals from the plain law is too wide if the law has an offset, so it is
+    # recomputed from the residuals of each round.
+    delta = huber_delta(np.log(v) - np.polyval(np.polyfit(u, np.log(v), 1), u))
+    theta, residuals, delta = fit_huber(
+        residual, lambda theta: -jacobian_at(theta, u), _offset_starts(u, v), bounds, delta
+    )
+    weights = np.minimum(1.0, delta / np.maximum(np.abs(residuals), delta * 1e-9))
     b, c = float(np.exp(theta[1])), float(theta[2] * y_unit)
-    c = c if c > 1e-6 * y.min() else 0.0  # the solver stays a hair inside the bound
+    c = c if c > 1e-6 * y.min() else 0.0  # the solver stops just inside the bound
     return Linearised(
         law=(float(y_unit * np.exp(theta[0]) * x_unit**b), b, c),
         gradient=lambda at: jacobian_at(theta, np.log(at / x_unit)),
@@ -277,6 +227,48 @@ def linearised_offset(x: Vector, y: Vector) -> Linearised:
         # The weights move with the data: Huber's estimate responds by 1/E[ψ'], not 1/E[ψ(e)/e].
         stretch=float(weights.mean() / np.mean(weights == 1.0)),
     )
+
+
+def _offset_starts(u: Vector, v: Vector) -> list[Vector]:
+    """Starting points θ: the loss has several minima in c, so start near each of them."""
+    starts = []
+    for c in (0.0, 0.3 * v.min(), 0.6 * v.min(), 0.9 * v.min(), *np.quantile(v, [0.1, 0.3])):
+        # Noise may carry a point below the true c, so c is not bounded by min y.
+        fall, level_at_0 = np.polyfit(u, np.log(np.maximum(v - c, 0.05 * v)), 1)
+        starts.append(np.array([level_at_0, np.log(np.clip(-fall, 1e-3, 40.0)), c]))
+    return starts
+
+
+def fit_huber(
+    residual: Callable[[Vector], Vector],
+    jacobian: Callable[[Vector], Vector],
+    starts: Sequence[Vector],
+    bounds: tuple[Sequence[float], Sequence[float]],
+    delta: float,
+    max_nfev: int | None = None,
+) -> tuple[Vector, Vector, float]:
+    """Minimise Huber's loss: solve from each start, keep the best, then recompute delta 3 times.
+
+    Returns θ, the residuals there, and the last delta.
+    """
+
+    def solve(start: Vector, delta: float) -> optimize.OptimizeResult:
+        return optimize.least_squares(
+            residual,
+            np.clip(start, *bounds),
+            jac=jacobian,
+            bounds=bounds,
+            x_scale="jac",
+            loss="huber",
+            f_scale=delta,
+            max_nfev=max_nfev,
+        )
+
+    solution = min((solve(start, delta) for start in starts), key=lambda found: float(found.cost))
+    for _ in range(3):
+        delta = huber_delta(solution.fun)
+        solution = solve(solution.x, delta)
+    return solution.x, residual(solution.x), delta
 
 
 def half_width(
@@ -289,14 +281,15 @@ def half_width(
     n: int = 1999,
     of_new: bool = False,
 ) -> float:
-    """Half the interval of row·θ: critical value of |row·(θ*-θ̂)|/se* times the jackknife se.
+    """Half the width of the interval of row·θ: critical value times the jackknife standard error.
 
-    row f64[p], label i[points] -> the half-width; infinite where one group alone fixes row·θ.
-    The parameters are linear in log y near the fit, so each replicate is one product with the
-    functionals below. The critical value is never less than Student's at groups - p degrees of
-    freedom, because at 6 to 12 points the bootstrap's alone covers 91 to 94 % instead of 95 %.
-    `of_new` (each group one point): of what a further point would be, whose own deviation from
-    the law is drawn from those of the points; its variance Σe²/(n-p) joins se².
+    row f64[p], label i[points] -> the half-width; infinite if one group alone determines row·θ.
+    The critical value is that of |row·(θ*-θ̂)|/se* over the replicates. The parameters are linear
+    in log y near the fit, so each replicate is one product with the functionals below. It is never
+    less than that of Student's t with groups - p degrees of freedom, because with 6 to 12 points
+    the bootstrap alone covers 91 to 94 % instead of 95 %.
+    With `of_new`, where each group is one point, the interval is that of a further point, whose own
+    deviation from the law is drawn from those of the points; its variance Σe²/(n-p) adds to se².
     """
     jacobian, residuals = found.jacobian, found.residuals
     root = np.sqrt(found.weights)[:, None]
@@ -319,7 +312,7 @@ def half_width(
         return found.stretch * np.sqrt((groups - 1) / groups * np.sum(shift**2, axis=-1))
 
     def deviation(errors: Vector) -> Vector:
-        """Of a further point: root of the mean square of what the fit leaves of the errors."""
+        """Of a further point: root mean square of the errors that remain after the fit."""
         left = errors - errors @ (jacobian @ solve).T
         return np.sqrt(np.sum(left**2, axis=-1) / max(groups - parameters, 1))
 
@@ -343,12 +336,12 @@ def _law(found: Linearised, y: Vector, label: NDArray[np.intp], interval: Interv
     )
 
 
-def huber_bend(residuals: Vector) -> float:
-    """1.345 robust standard deviations (median absolute residual / 0.6745): Huber's 95 %."""
+def huber_delta(residuals: Vector) -> float:
+    """1.345 robust standard deviations (median absolute residual / 0.6745): 95 % efficiency."""
     return max(1.345 * float(np.median(np.abs(residuals))) / 0.6745, 1e-9)
 
 
 def _r2(log_y: Vector, residuals: Vector) -> float:
-    """1 - Σe² / Σ(log y - mean)²; NaN where y is constant."""
+    """1 - Σe² / Σ(log y - mean)²; NaN if y is constant."""
     total = float(np.sum((log_y - log_y.mean()) ** 2))
     return 1.0 - float(np.sum(residuals**2)) / total if total > 0 else float("nan")

@@ -1,4 +1,4 @@
-"""What is best for its cost: the Pareto frontier, and where one curve overtakes another."""
+"""The Pareto frontier of cost and quality, and the point where one curve overtakes another."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -8,10 +8,10 @@ from ditjax.scaling.points import Vector, finite_points, positive_points
 
 
 def frontier(x: ArrayLike, y: ArrayLike) -> NDArray[np.intp]:
-    """{i : no j has x_j <= x_i and y_j <= y_i, one of them less}: lower y for no more x.
+    """The Pareto frontier {i : no j has x_j <= x_i and y_j <= y_i, one of them strictly}.
 
-    x, y f64[n], finite -> indices i[k] in order of x, along which y falls. Of equal points the
-    first is named. The lower envelope of training curves (Hoffmann et al. 2022, Sec. 3.1) is the
+    x, y f64[n], finite -> indices i[k], sorted by x, along which y falls. Of equal points only the
+    first is included. The lower envelope of training curves (Hoffmann et al. 2022, Sec. 3.1) is the
     frontier of all their points.
     """
     x, y = finite_points(x, y, at_least=0)
@@ -25,11 +25,11 @@ def frontier(x: ArrayLike, y: ArrayLike) -> NDArray[np.intp]:
 
 
 def crossing(x1: ArrayLike, y1: ArrayLike, x2: ArrayLike, y2: ArrayLike) -> float | None:
-    """The x after which curve 2 stays below curve 1: log y₂(x) = log y₁(x) there (DiT Fig. 9).
+    """The x from which curve 2 stays below curve 1, log y₂(x) = log y₁(x) (DiT Fig. 9).
 
-    x1, y1 f64[n], x2, y2 f64[m] > 0, each x without repeats. Curves are straight between their
-    points in log-log and say nothing beyond them, so only the x that both cover count. None where
-    curve 2 does not end below, where it is below throughout, and where the two share no stretch.
+    x1, y1 f64[n], x2, y2 f64[m] > 0, each x without repeats. Curves are interpolated linearly in
+    log-log and compared over the range of x that both cover. None if curve 2 does not end below, if
+    it is below throughout, and if the ranges do not overlap.
     """
     u1, v1 = _logs(x1, y1)
     u2, v2 = _logs(x2, y2)
@@ -49,7 +49,7 @@ def crossing(x1: ArrayLike, y1: ArrayLike, x2: ArrayLike, y2: ArrayLike) -> floa
 
 
 def interpolate(x: ArrayLike, y: ArrayLike, at: float) -> float | None:
-    """y at `at`, straight in log-log between the points; None beyond them, by more than rounding.
+    """y at `at`, interpolated linearly in log-log; None outside the points, except by rounding.
 
     x, y f64[n] > 0, x without repeats, in any order.
     """
@@ -61,12 +61,12 @@ def interpolate(x: ArrayLike, y: ArrayLike, at: float) -> float | None:
 
 
 def _logs(x: ArrayLike, y: ArrayLike) -> tuple[Vector, Vector]:
-    """log x, rising, and log y."""
+    """log x, sorted, and log y."""
     x, y = positive_points(x, y, at_least=0)
     order = np.argsort(x)
     repeats = np.flatnonzero(np.diff(x[order]) == 0)
     if repeats.size:
         raise UserError(
-            f"x = {x[order][repeats[0]]:g} is there twice in one curve: expected one value at each."
+            f"x = {x[order][repeats[0]]:g} is there twice in one curve: expected one value per x."
         )
     return np.log(x[order]), np.log(y[order])

@@ -1,13 +1,13 @@
 """IsoFLOP profiles and the compute-optimal model size (Hoffmann et al. 2022, Sec. 3.2).
 
-N is a model's size (its forward Gflops, or its parameters), C the compute of training it,
-D = C / (compute of training on one image) the images it has seen. At a budget C, a small model
-has seen many images and a large one few; in between lies the size that is best for C.
+N is the size of a model (its forward Gflops, or its parameters), C the compute of training it, and
+D = C / (compute per image) the number of images it has seen. With a budget C, a small model sees
+many images and a large one few; in between lies the best size for C.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +20,11 @@ from ditjax.scaling.frontier import interpolate
 from ditjax.scaling.points import Vector, check_level, positive_points
 
 
-class Curve(NamedTuple):
-    """One run: its model's size N, and a metric (lower is better) against training compute.
+class TrainingCurve(NamedTuple):
+    """One run: the size N of its model, and a metric (lower is better) against training compute.
 
-    `per_image` is the compute of training on one image, in the unit of `compute`; None stands for
-    3·N, which holds where N is forward Gflops. Curves of one size are its seeds.
+    `per_image` is the compute of training on one image, in the unit of `compute`; None means 3·N,
+    which is right if N is forward Gflops. Curves of one size are its seeds.
     """
 
     size: float
@@ -37,10 +37,10 @@ class Curve(NamedTuple):
 class Profile:
     """The models that reach one budget of training compute, and the best size for it.
 
-    `sizes` rise; `images` and `metrics` are each model's at the budget. log metric ≈ p₀ + p₁·u +
-    p₂·u², u = log(N / N̄), N̄ the geometric mean of `sizes`, has the coefficients `parabola`.
-    `best_*` are its minimum and `interval` that of `best_size`; all None, and `why` says for what
-    reason, where the models do not show a minimum.
+    `sizes` are sorted; `images` and `metrics` are those of each model at the budget. `parabola` are
+    the coefficients of log metric ≈ p₀ + p₁·u + p₂·u², u = log(N / N̄), where N̄ is the geometric
+    mean of `sizes`. `best_*` are its minimum and `interval` that of `best_size`. If the models show
+    no minimum these are None, and `why` is the reason.
     """
 
     budget: float
@@ -64,12 +64,13 @@ class Growth:
     interval: Interval
 
     def __call__(self, compute: ArrayLike) -> Vector:
+        """y at C."""
         return self.k * np.asarray(compute, np.float64) ** self.exponent
 
 
 @dataclass(frozen=True)
 class ComputeOptimal:
-    """N*(C) and D*(C), from the minima at `budgets`; `left_out` budgets show none."""
+    """N*(C) and D*(C), fitted to the minima at `budgets`; the `left_out` budgets show none."""
 
     size: Growth
     images: Growth
@@ -78,23 +79,23 @@ class ComputeOptimal:
 
 
 def isoflop(
-    curves: Iterable[Curve | tuple[float, ArrayLike, ArrayLike]],
+    curves: Iterable[TrainingCurve | tuple[float, ArrayLike, ArrayLike]],
     budgets: Sequence[float],
     *,
     level: float = 0.95,
 ) -> tuple[Profile, ...]:
-    """Hoffmann et al. 2022, Sec. 3.2: at each budget a parabola in log N, and its minimum.
+    """Hoffmann et al. 2022, Sec. 3.2: a parabola in log N at each budget, and its minimum.
 
-    A curve is read between its points, straight in log-log, and not beyond them: a model that does
-    not reach a budget, or begins above it, is not in its profile. The metrics of one size are
-    averaged (geometric mean). Fewer than 3 sizes, a lowest metric at the smallest or largest size,
-    and a parabola that opens downwards or has its vertex outside the sizes give no minimum; `why`
-    says so. The interval is Fieller's (1954) of -p₁/2p₂ and unbounded with 3 sizes, which a
-    parabola fits exactly. UserError for a budget, size or metric that is not positive.
+    Curves are interpolated linearly in log-log and not extrapolated: a model that does not reach a
+    budget, or starts above it, is not in its profile. The metrics of one size are averaged
+    (geometric mean). There is no minimum with fewer than 3 sizes, with the lowest metric at the
+    smallest or largest size, and for a parabola that opens downwards or has its vertex outside the
+    sizes. The interval is Fieller's (1954) of -p₁/2p₂; with 3 sizes, which a parabola fits exactly,
+    it is unbounded. Raises UserError for a budget, size or metric that is not positive.
     """
     check_level(level)
-    by_size: dict[float, list[Curve]] = defaultdict(list)
-    for curve in (Curve(*each) for each in curves):
+    by_size: dict[float, list[TrainingCurve]] = defaultdict(list)
+    for curve in (TrainingCurve(*each) for each in curves):
         positive_points(curve.compute, curve.metric, at_least=1)
         positive_points([curve.size], [_per_image(curve)], at_least=1)
         same = by_size[float(curve.size)]
@@ -102,18 +103,18 @@ def isoflop(
         if not np.isclose(_per_image(same[0]), _per_image(curve), rtol=1e-6):
             raise UserError(
                 f"two models of size {curve.size:g} cost {_per_image(same[0]):g} and"
-                f" {_per_image(curve):g} an image: expected one model of each size; keep to one"
-                " patch size, or let Gflops be the size."
+                f" {_per_image(curve):g} an image: expected one model of each size; select one"
+                " patch size, or use Gflops as the size."
             )
     positive_points(budgets, budgets, at_least=0)
     return tuple(_profile(by_size, float(budget), level) for budget in budgets)
 
 
-def _per_image(curve: Curve) -> float:
+def _per_image(curve: TrainingCurve) -> float:
     return float(3 * curve.size if curve.per_image is None else curve.per_image)
 
 
-def _profile(by_size: dict[float, list[Curve]], budget: float, level: float) -> Profile:
+def _profile(by_size: dict[float, list[TrainingCurve]], budget: float, level: float) -> Profile:
     sizes, images, metrics = [], [], []
     for size in sorted(by_size):
         reached = [interpolate(curve.compute, curve.metric, budget) for curve in by_size[size]]
@@ -124,31 +125,28 @@ def _profile(by_size: dict[float, list[Curve]], budget: float, level: float) -> 
             metrics.append(float(np.exp(np.mean(logs))))
     bare = Profile(budget, tuple(sizes), tuple(images), tuple(metrics))
     if len(sizes) < 3:
-        return _without(bare, f"{len(sizes)} of the models reach it: a parabola needs 3")
+        return replace(bare, why=f"{len(sizes)} of the models reach it: a parabola needs 3")
     design, solve, theta = _parabola(bare)
     p0, p1, p2 = (float(p) for p in theta)
+    fitted = replace(bare, parabola=(p0, p1, p2))
     lowest = int(np.argmin(metrics))
     if lowest in (0, len(sizes) - 1):
         end, side = ("smallest", "below") if lowest == 0 else ("largest", "above")
         why = f"lowest at the {end} model ({sizes[lowest]:.3g}): the best size may lie {side} it"
-        return _without(bare, why, (p0, p1, p2))
+        return replace(fitted, why=why)
     if p2 <= 0:
-        return _without(bare, "the parabola opens downwards: no minimum", (p0, p1, p2))
+        return replace(fitted, why="the parabola opens downwards: no minimum")
     vertex = -p1 / (2 * p2)
     if not design[0, 1] <= vertex <= design[-1, 1]:
-        return _without(bare, "the parabola's minimum lies outside the models", (p0, p1, p2))
+        return replace(fitted, why="the parabola's minimum lies outside the models")
     middle = _middle(sizes)
     low, high = _fieller(p1, p2, np.log(metrics) - design @ theta, solve, level)
     best = float(middle * np.exp(vertex))
     log_images = np.interp(np.log(best), np.log(sizes), np.log(images))
     with np.errstate(over="ignore"):
         interval = Interval(float(middle * np.exp(low)), float(middle * np.exp(high)), level)
-    return Profile(
-        budget,
-        bare.sizes,
-        bare.images,
-        bare.metrics,
-        parabola=(p0, p1, p2),
+    return replace(
+        fitted,
         best_size=best,
         best_images=float(np.exp(log_images)),
         best_metric=float(np.exp(p0 + p1 * vertex + p2 * vertex**2)),
@@ -156,18 +154,12 @@ def _profile(by_size: dict[float, list[Curve]], budget: float, level: float) -> 
     )
 
 
-def _without(
-    bare: Profile, why: str, parabola: tuple[float, float, float] | None = None
-) -> Profile:
-    return Profile(bare.budget, bare.sizes, bare.images, bare.metrics, parabola, why=why)
-
-
 def _middle(sizes: Sequence[float]) -> float:
     return float(np.exp(np.log(sizes).mean()))
 
 
 def _parabola(profile: Profile) -> tuple[Vector, Vector, Vector]:
-    """design f64[k,3] in u, its pseudo-inverse f64[3,k], and the coefficients (p₀, p₁, p₂)."""
+    """The design f64[k,3] in u, its pseudo-inverse f64[3,k], and the coefficients (p₀, p₁, p₂)."""
     u = np.log(np.array(profile.sizes) / _middle(profile.sizes))
     design = np.stack([np.ones_like(u), u, u**2], axis=1)
     solve = np.linalg.pinv(design)
@@ -177,10 +169,10 @@ def _parabola(profile: Profile) -> tuple[Vector, Vector, Vector]:
 def _fieller(
     p1: float, p2: float, residuals: Vector, solve: Vector, level: float
 ) -> tuple[float, float]:
-    """Fieller 1954: all v for which p₁ + 2v·p₂ is within t·se of 0; both ends in u.
+    """Fieller 1954: the range of v, in u, for which p₁ + 2v·p₂ is within t·se of 0.
 
-    With S = t²s²·(solve·solveᵀ): (4p₂²-4S₂₂)v² + (4p₁p₂-4S₁₂)v + (p₁²-S₁₁) <= 0. Unbounded where
-    the curvature is not told from 0, and where nothing is left to estimate s² from.
+    With S = t²s²·(solve·solveᵀ): (4p₂²-4S₂₂)v² + (4p₁p₂-4S₁₂)v + (p₁²-S₁₁) <= 0. It is unbounded if
+    the curvature is not significantly different from 0, and without residuals to estimate s².
     """
     freedom = len(residuals) - 3
     if freedom < 1:
@@ -197,11 +189,11 @@ def _fieller(
 def compute_optimal(profiles: Sequence[Profile], *, level: float = 0.95) -> ComputeOptimal:
     """Hoffmann et al. 2022, Sec. 3.2: N* = k·C^a and D* = k'·C^a' through the profiles' minima.
 
-    Least squares of the logs, every budget with a minimum counting once. The same runs stand
-    behind all budgets, so that more budgets are not more evidence: a model's deviations from the
-    parabolas stay together in the standard error (the sandwich of clustered residuals, each over
-    √(1 - leverage)), and Student's t has models - 3 degrees of freedom. Unbounded where a budget
-    has 3 models. UserError with fewer than 2 different budgets that have a minimum.
+    Least squares of the logs; each budget with a minimum counts once. All budgets share the same
+    runs, so more budgets are not more evidence: the standard error clusters residuals by model (the
+    sandwich estimator, each residual over √(1 - leverage)), and Student's t has models - 3 degrees
+    of freedom. The interval is unbounded if a budget has 3 models. Raises UserError for fewer than
+    2 different budgets with a minimum.
     """
     check_level(level)
     used = [profile for profile in profiles if profile.best_size is not None]
@@ -248,7 +240,7 @@ def compute_optimal(profiles: Sequence[Profile], *, level: float = 0.95) -> Comp
 
 
 def _images_slope(profile: Profile) -> float:
-    """d log D / d log N at the best size, between the models on its sides."""
+    """d log D / d log N at the best size, between its neighbouring models."""
     assert profile.best_size is not None
     right = int(np.searchsorted(profile.sizes, profile.best_size).clip(1, len(profile.sizes) - 1))
     rise = np.log(profile.images[right] / profile.images[right - 1])

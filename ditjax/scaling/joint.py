@@ -1,4 +1,4 @@
-"""A law in size and images at once (Hoffmann et al. 2022, Sec. 3.3)."""
+"""A law in model size and training images (Hoffmann et al. 2022, Sec. 3.3)."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from scipy import optimize
 
 from ditjax.errors import UserError
-from ditjax.scaling.fit import huber_bend
+from ditjax.scaling.fit import fit_huber, huber_delta
 from ditjax.scaling.points import Vector, positive_points
 
 
@@ -31,7 +31,7 @@ class JointLaw:
     def best_size(self, compute: ArrayLike, per_size: float = 3.0) -> Vector:
         """Hoffmann et al. 2022, Eq. 4: N* = (αA/βB)^(1/(α+β))·(C/κ)^(β/(α+β)), C = κ·N·D.
 
-        `per_size` is κ: 3 where N is forward Gflops and C training Gflops.
+        `per_size` is κ: 3 if N is forward Gflops and C training Gflops.
         """
         both = self.alpha + self.beta
         ratio = (self.alpha * self.a / (self.beta * self.b)) ** (1 / both)
@@ -41,9 +41,9 @@ class JointLaw:
 def fit_joint(size: ArrayLike, images: ArrayLike, y: ArrayLike) -> JointLaw:
     """Hoffmann et al. 2022, Eq. 3: Huber's loss on log y - log(E + A·N^(-α) + B·D^(-β)).
 
-    E, A, B >= 0. As theirs it starts on a grid of exponents and keeps the best; the bend of the
-    loss is that of `fit.fit_power_law_offset`. size, images, y f64[n] > 0, n >= 6, at least 3
-    different sizes and 3 different images. Raises UserError otherwise.
+    E, A, B >= 0. As in the paper, the fit starts on a grid of exponents and keeps the best. The
+    delta of the loss is that of `fit.fit_power_law_offset`. size, images, y f64[n] > 0, n >= 6, at
+    least 3 different sizes and 3 different images. Raises UserError otherwise.
     """
     size, y = positive_points(size, y, at_least=6)
     images, y = positive_points(images, y, at_least=6)
@@ -68,30 +68,16 @@ def fit_joint(size: ArrayLike, images: ArrayLike, y: ArrayLike) -> JointLaw:
         columns = [np.ones_like(u), first, -u * first, second, -w * second]
         return -np.stack(columns, axis=1) / total[:, None]
 
-    def solve(start: Vector, bend: float) -> optimize.OptimizeResult:
-        low, high = [0.0, -30.0, 1e-3, -30.0, 1e-3], [v.max(), 30.0, 10.0, 30.0, 10.0]
-        return optimize.least_squares(
-            residual,
-            np.clip(start, low, high),
-            jac=jacobian,
-            bounds=(low, high),
-            x_scale="jac",
-            loss="huber",
-            f_scale=bend,
-            max_nfev=2000,
-        )
-
-    bend, found = huber_bend(np.log(v)), []
+    starts = []
     for alpha, beta in product((0.2, 0.5, 1.0), repeat=2):
         columns = np.stack([np.ones_like(u), np.exp(-alpha * u), np.exp(-beta * w)], axis=1)
         e, a, b = optimize.nnls(columns / v[:, None], np.ones_like(v))[0]
-        start = np.array([e, np.log(max(a, 1e-3)), alpha, np.log(max(b, 1e-3)), beta])
-        found.append(solve(start, bend))
-    solution = min(found, key=lambda each: float(each.cost))
-    for _ in range(3):
-        bend = huber_bend(solution.fun)
-        solution = solve(solution.x, bend)
-    e, log_a, alpha, log_b, beta = (float(each) for each in solution.x)
+        starts.append(np.array([e, np.log(max(a, 1e-3)), alpha, np.log(max(b, 1e-3)), beta]))
+    bounds = ([0.0, -30.0, 1e-3, -30.0, 1e-3], [v.max(), 30.0, 10.0, 30.0, 10.0])
+    theta, _, _ = fit_huber(
+        residual, jacobian, starts, bounds, huber_delta(np.log(v)), max_nfev=2000
+    )
+    e, log_a, alpha, log_b, beta = (float(each) for each in theta)
     return JointLaw(
         e=float(e * y_unit),
         a=float(y_unit * np.exp(log_a) * size_unit**alpha),

@@ -1,4 +1,4 @@
-"""Where along a hyperparameter a curve has its minimum, and how that goes with the width."""
+"""The optimal value of a hyperparameter, and how it changes with the width of the network."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ Floats = NDArray[np.floating[Any]]
 
 
 class Optimum(NamedTuple):
-    """The lowest point of a curve. At an `edge` of what was tried it may lie beyond."""
+    """The minimum of a curve. At an `edge` of the values tried the true one may lie beyond."""
 
     x: float
     y: float
@@ -19,8 +19,8 @@ class Optimum(NamedTuple):
 def lowest(x: Floats, y: Floats) -> Optimum | None:
     """The vertex of the parabola in (log x, log y) through the lowest point and its neighbours.
 
-    x increasing and positive; what of y is not finite and positive (a run that diverged) counts as
-    infinitely high. None where no point is left. At an edge it is the lowest point itself.
+    x is increasing and positive. A y that is not finite and positive, as of a run that diverged,
+    counts as infinite. None if all are. At an edge the result is the lowest point itself.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     good = np.isfinite(y) & (y > 0)
@@ -30,18 +30,18 @@ def lowest(x: Floats, y: Floats) -> Optimum | None:
     i = int(y.argmin())
     if i in (0, len(x) - 1):
         return Optimum(float(x[i]), float(y[i]), True)
-    if not np.isfinite(y[i - 1 : i + 2]).all():  # a wall beside it, and no slope to go by
+    if not np.isfinite(y[i - 1 : i + 2]).all():  # a neighbour diverged: no slope to use
         return Optimum(float(x[i]), float(y[i]), False)
     u, v = np.log(x[i - 1 : i + 2]), np.log(y[i - 1 : i + 2])
     a, b, _ = np.polyfit(u - u[1], v - v[1], 2)
-    if a <= 0:  # three points of one height
+    if a <= 0:  # three equal points
         return Optimum(float(x[i]), float(y[i]), False)
     step = -b / (2 * a)
     return Optimum(float(np.exp(u[1] + step)), float(np.exp(v[1] - b * b / (4 * a))), False)
 
 
 def drift(widths: Floats, optima: Floats) -> float:
-    """β of optimum ∝ width^β by least squares of the logarithms; NaN for fewer than two widths."""
+    """β of optimum ∝ width^β, by least squares of the logs; NaN for fewer than two widths."""
     if len(np.unique(widths)) < 2:
         return float("nan")
     return float(np.polyfit(np.log(widths), np.log(optima), 1)[0])

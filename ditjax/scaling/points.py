@@ -1,4 +1,4 @@
-"""The points of a study at the door: what is not a number, or too few of them, is refused."""
+"""Validation of the points of a study: finite, positive where needed, and enough of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ Vector = NDArray[np.float64]
 
 
 def finite_points(x: ArrayLike, y: ArrayLike, *, at_least: int) -> tuple[Vector, Vector]:
-    """x, y -> f64[n] each, n >= at_least, all finite; UserError otherwise."""
+    """Return x, y as f64[n], n >= at_least, all finite. Raises UserError otherwise."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.ndim != 1 or x.shape != y.shape:
         raise UserError(f"x has shape {x.shape}, y {y.shape}: expected two lists of one length.")
@@ -21,7 +21,7 @@ def finite_points(x: ArrayLike, y: ArrayLike, *, at_least: int) -> tuple[Vector,
         if bad.size:
             raise UserError(
                 f"{name}[{bad[0]}] is {values[bad[0]]}: expected finite numbers;"
-                " leave the failed run out."
+                " leave out the failed run."
             )
     if len(x) < at_least:
         raise UserError(f"{len(x)} points: expected at least {at_least}; add runs to the study.")
@@ -29,20 +29,20 @@ def finite_points(x: ArrayLike, y: ArrayLike, *, at_least: int) -> tuple[Vector,
 
 
 def positive_points(x: ArrayLike, y: ArrayLike, *, at_least: int) -> tuple[Vector, Vector]:
-    """`finite_points` that have logarithms."""
+    """As `finite_points`, and all positive."""
     x, y = finite_points(x, y, at_least=at_least)
     for name, values in (("x", x), ("y", y)):
         bad = np.flatnonzero(values <= 0)
         if bad.size:
             raise UserError(
                 f"{name}[{bad[0]}] is {values[bad[0]]:g}: a power law needs positive numbers;"
-                " leave the run out."
+                " leave out the run."
             )
     return x, y
 
 
 def centred(values: Vector, name: str) -> Vector:
-    """(v - mean) / |v - mean|; UserError where all values are equal."""
+    """(v - mean) / |v - mean|. Raises UserError if all values are equal."""
     if values.min() == values.max():
         raise UserError(f"all {len(values)} {name} equal {values[0]:g}: expected different values.")
     shifted = (values - values.mean()) / (values.max() - values.min())
@@ -50,7 +50,7 @@ def centred(values: Vector, name: str) -> Vector:
 
 
 def group_index(groups: Sequence[Any] | None, n: int, *, at_least: int) -> NDArray[np.intp]:
-    """Group names [n] -> 0..G-1 [n], in order of first appearance; None: a group a point."""
+    """Group names [n] -> 0..G-1 [n], in order of first appearance; None: one group per point."""
     names = range(n) if groups is None else groups
     if len(names) != n:
         raise UserError(f"{len(names)} group names for {n} points: expected one for each point.")
@@ -63,5 +63,6 @@ def group_index(groups: Sequence[Any] | None, n: int, *, at_least: int) -> NDArr
 
 
 def check_level(level: float) -> None:
+    """Raise UserError unless 0 < level < 1."""
     if not 0.0 < level < 1.0:
-        raise UserError(f"interval level {level}: expected a share between 0 and 1, such as 0.95.")
+        raise UserError(f"interval level {level}: expected a probability such as 0.95.")

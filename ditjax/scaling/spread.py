@@ -1,4 +1,4 @@
-"""How far apart two trainings of one recipe are by their seeds alone."""
+"""How much trainings of one recipe differ by their seeds alone."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -20,23 +20,23 @@ class Spread(NamedTuple):
 def spread(repeats: Iterable[Sequence[float]]) -> Spread:
     """Pooled over recipes: s² = Σ_i Σ_j (ln y_ij - mean_i)² / Σ_i (n_i - 1).
 
-    repeats: of each recipe its values, all > 0. Raises UserError where none has two.
+    repeats: the values > 0 of each recipe. Raises UserError if no recipe has two.
     """
     squares, freedom = 0.0, 0
     for values in repeats:
         y = np.asarray(values, np.float64)
         if not (np.isfinite(y) & (y > 0)).all():
-            raise UserError(f"values {list(values)}: a spread of logs needs numbers above 0.")
+            raise UserError(f"values {list(values)}: expected numbers above 0.")
         logs = np.log(y)
         squares += float(np.square(logs - logs.mean()).sum())
         freedom += len(logs) - 1
     if freedom < 1:
-        raise UserError("a spread between seeds needs two values of one recipe.")
+        raise UserError("the spread between seeds needs two values of one recipe.")
     return Spread(math.sqrt(squares / freedom), freedom)
 
 
 def noise_band(value: float, s: Spread, runs: int, level: float = 0.95) -> tuple[float, float]:
-    """Where the mean of `runs` trainings falls if one more of them gave `value`: low, high.
+    """The range (low, high) of the mean of `runs` trainings if a further training gave `value`.
 
     ln band = ln value -/+ t_{level, f} s √(1 + 1/runs): the prediction interval of Student's t.
     """

@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 
 from ditjax.cli import load_recipe
-from ditjax.config import Config, changed, completed, read
+from ditjax.config import Config, changed, migrated, read
 from ditjax.errors import UserError
 from ditjax.machines import costs, planning, topology
-from ditjax.machines.cost_text import GIB, cost_text
-from ditjax.models.cost import gflops, trainable_parameters
-from ditjax.tasks import build
+from ditjax.machines.chips import GIB
+from ditjax.machines.cost_text import cost_text
+from ditjax.tasks import cost_of
 
 ROOT = Path(__file__).parent.parent.parent
-V5E = topology.parse("v5e:4x4")
+V5E = topology.parse_topology("v5e:4x4")
 
 
 @pytest.fixture(scope="module")
 def xl2() -> Config:
-    return read(load_recipe(["--config=experiments/imagenet256.py:XL/2"]).to_dict())
+    return read(load_recipe(["--config=experiments/imagenet256.py:XL/2"]))
 
 
 def test_products_bound_the_training_from_below(xl2):
     found = costs.estimate(xl2, V5E)
     # 6 operations a multiply-accumulate, 16 chips of 197e12 a second.
-    products = 6e9 * gflops(build.cost(xl2)) * 256 * 400_000 / (16 * 197e12)
+    products = 6e9 * cost_of(xl2).gflops * 256 * 400_000 / (16 * 197e12)
     assert found.best == pytest.approx(products / 3600)
     assert found.chips == 16
     assert found.label == "estimated in closed form, not run"
@@ -41,15 +41,15 @@ def seconds(hours: float) -> float:
 def test_what_is_not_hidden_is_the_gradients_all_reduce(xl2):
     found = costs.estimate(xl2, V5E)
     # 4 bytes a parameter, 2·15/16 of them, over two directions of 50 GB/s.
-    sent = 4 * trainable_parameters(build.cost(xl2)) * 2 * 15 / 16
+    sent = 4 * cost_of(xl2).parameters * 2 * 15 / 16
     assert seconds(found.worst - found.best) == pytest.approx(sent / 100e9)
-    assert found.needed == pytest.approx(16 * trainable_parameters(build.cost(xl2)))
+    assert found.needed == pytest.approx(16 * cost_of(xl2).parameters)
     assert found.hbm == pytest.approx(15.75 * GIB)
     assert found.fits
 
 
 def test_fsdp_splits_the_state_and_sends_parameters(xl2):
-    parameters = trainable_parameters(build.cost(xl2))
+    parameters = cost_of(xl2).parameters
     split = costs.estimate(changed(xl2, {"mesh": {"data": 2, "fsdp": 8}}), V5E)
     assert split.needed == pytest.approx(2 * parameters)
     # bfloat16 parameters twice and gradients once over 8, then a shard's gradients over 2.
@@ -59,19 +59,19 @@ def test_fsdp_splits_the_state_and_sends_parameters(xl2):
 
 def test_where_links_bound_the_best_all_of_them_send_the_least(xl2):
     c = changed(xl2, {"train": {"batch_size": 16}, "mesh": {"data": 2, "fsdp": 8}})
-    parameters = trainable_parameters(build.cost(c))
+    parameters = cost_of(c).parameters
     # Gathered once, scattered once, the shard's gradients all-reduced in bfloat16: four links.
     sent = 2 * 2 * parameters * 7 / 8 + 2 * parameters / 8
     assert seconds(costs.estimate(c, V5E).best) == pytest.approx(sent / 200e9)
-    assert seconds(costs.estimate(c, topology.parse("v5p:2x2x4")).best) == pytest.approx(
+    assert seconds(costs.estimate(c, topology.parse_topology("v5p:2x2x4")).best) == pytest.approx(
         sent / 600e9
     )
 
 
 def test_a_tiny_batch_on_few_chips_is_bound_by_memory(xl2):
     c = changed(xl2, {"model": {"size": "S"}, "train": {"batch_size": 1}, "mesh": {"data": 1}})
-    state = 16 * trainable_parameters(build.cost(c))
-    one = costs.estimate(c, topology.parse("v5e:1x1"))
+    state = 16 * cost_of(c).parameters
+    one = costs.estimate(c, topology.parse_topology("v5e:1x1"))
     assert seconds(one.best) == seconds(one.worst) == pytest.approx(2 * state / 819e9)
 
 
@@ -83,8 +83,8 @@ def test_estimates_hold_the_recorded_plans():
         for plan in found.get("search", [found, found.get("smallest") or {}]):
             if "roofline" not in plan:
                 continue
-            c = read(completed(plan["config"]))
-            cost = costs.estimate(c, topology.parse(plan["topology"]))
+            c = read(migrated(plan["config"]))
+            cost = costs.estimate(c, topology.parse_topology(plan["topology"]))
             hours = plan["cost"]["hours"]
             scale = plan["steps"] / c.train.steps
             assert cost.best * scale <= hours["overlapped"] * 1.001, file.name
@@ -97,9 +97,7 @@ def test_estimates_hold_the_recorded_plans():
 
 def test_samples_along_training_are_counted(xl2):
     final = costs.sampling_hours(xl2, V5E)
-    assert final == pytest.approx(
-        2e9 * gflops(build.cost(xl2)) * 250 * 50_000 / (16 * 197e12) / 3600
-    )
+    assert final == pytest.approx(2e9 * cost_of(xl2).gflops * 250 * 50_000 / (16 * 197e12) / 3600)
     along = changed(
         xl2,
         {
@@ -113,8 +111,8 @@ def test_samples_along_training_are_counted(xl2):
 
 
 def test_between_nodes_the_network_is_the_wire(xl2):
-    gradients = 2 * trainable_parameters(build.cost(xl2))
-    products = 6e9 * gflops(build.cost(xl2)) * 256
+    gradients = 2 * cost_of(xl2).parameters
+    products = 6e9 * cost_of(xl2).gflops * 256
     two = changed(xl2, {"mesh": {"slices": 2}})
     for c, machine, chips, low, high, peak in (
         (xl2, "h100:8", 8, 450e9, 450e9, 989.4e12),
@@ -123,7 +121,9 @@ def test_between_nodes_the_network_is_the_wire(xl2):
         (two, "v5e:1x1", 2, 3.125e9, 3.125e9, 197e12),
         (two, "v5e:16x16", 512, 200e9, 100e9, 197e12),
     ):
-        found = costs.estimate(changed(c, {"train": {"batch_size": 512}}), topology.parse(machine))
+        found = costs.estimate(
+            changed(c, {"train": {"batch_size": 512}}), topology.parse_topology(machine)
+        )
         assert found.chips == chips
         compute, sent = 2 * products / (chips * peak), gradients * 2 * (chips - 1) / chips
         assert seconds(found.worst) == pytest.approx(
@@ -134,8 +134,8 @@ def test_between_nodes_the_network_is_the_wire(xl2):
 
 def memory(c: Config, machine: str) -> float:
     """The state, read and written."""
-    rate = topology.parse(machine).chip.hbm_gb_s * 1e9
-    return 2 * 16 * trainable_parameters(build.cost(c)) / rate
+    rate = topology.parse_topology(machine).chip.hbm_gb_s * 1e9
+    return 2 * 16 * cost_of(c).parameters / rate
 
 
 def test_a_mesh_that_does_not_fill_the_slice(xl2):

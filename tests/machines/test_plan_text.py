@@ -2,7 +2,8 @@
 
 import pytest
 
-from ditjax.machines.plan_text import GIB, memory_words, plan_text, search_text
+from ditjax.machines.chips import GIB
+from ditjax.machines.plan_text import format_plan, format_search, memory_words
 
 
 def plan(**changes):
@@ -70,7 +71,7 @@ def plan(**changes):
 
 
 def test_the_whole_plan():
-    text = plan_text(plan())
+    text = format_plan(plan())
     for words in (
         "DiT-S/2: 33.0M parameters, 256 tokens; batch 64, bfloat16, remat none",
         "v5e:4x4: 16 chips, 16.00 GiB a device; mesh fsdp=16",
@@ -97,13 +98,13 @@ def test_what_is_too_large():
     assert "the state alone" in memory_words(state)
     for key in ("roofline", "collectives", "cost"):
         del large[key]
-    assert plan_text(large).endswith(memory_words(large))
-    assert search_text([plan(), large], []).splitlines()[2].endswith("does not fit")
+    assert format_plan(large).endswith(memory_words(large))
+    assert format_search([plan(), large], []).splitlines()[2].endswith("does not fit")
 
 
 @pytest.mark.parametrize("skipped", [[], ["mesh fsdp=5: why"]])
 def test_a_search(skipped):
-    text = search_text([plan()], skipped)
+    text = format_search([plan()], skipped)
     assert text.splitlines()[1].split() == [
         "1",
         "fsdp=16",

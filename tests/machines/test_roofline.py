@@ -2,28 +2,32 @@
 
 import pytest
 
+from ditjax.config import read
 from ditjax.machines import roofline
-from ditjax.models.cost import forward_macs, paper_shape, training_flops
-from ditjax.models.sizes import parse_size
+from ditjax.models.network import Cost, training_flops
+from ditjax.tasks import cost_of
 
-XL = paper_shape(parse_size("XL"), 2)
+
+def xl(remat: str) -> Cost:
+    return cost_of(read({"model": {"size": "XL", "patch": 2, "remat": remat}}))
 
 
 def test_the_slowest_resource_bounds_a_step():
-    step = roofline.Step(compute=3.0, memory=2.0, wires=4.0)
+    step = roofline.StepTime(compute=3.0, memory=2.0, wires=4.0)
     assert step.overlapped == 4.0
     assert step.sequential == 7.0
-    assert roofline.Step(compute=1.0, memory=2.0, wires=0.5).sequential == 2.5
+    assert roofline.StepTime(compute=1.0, memory=2.0, wires=0.5).sequential == 2.5
 
 
 def test_flops_of_a_step():
     """Three forwards; full rematerialization a fourth; 'dots' only attention's two products."""
-    forward = 2 * forward_macs(XL)
-    assert training_flops(XL, 10) == 30 * forward
-    assert roofline.hardware_flops(XL, 10, "none") == 30 * forward
-    assert roofline.hardware_flops(XL, 10, "full") == 40 * forward
+    macs = xl("none").macs
+    forward = 2 * macs
+    assert training_flops(macs, 10) == 30 * forward
+    assert roofline.hardware_flops(xl("none"), 10) == 30 * forward
+    assert roofline.hardware_flops(xl("full"), 10) == 40 * forward
     attention = 2 * 2 * 28 * 256 * 256 * 1152  # q k' and its product with v, 28 layers
-    assert roofline.hardware_flops(XL, 10, "dots") == 30 * forward + 10 * attention
+    assert roofline.hardware_flops(xl("dots"), 10) == 30 * forward + 10 * attention
 
 
 def test_mfu_at_the_peak_is_one():

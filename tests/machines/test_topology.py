@@ -7,7 +7,7 @@ import pytest
 from ditjax.errors import UserError
 from ditjax.machines import topology
 from ditjax.machines.hlo import Collective
-from ditjax.machines.topology import SHAPES, parse, wire_seconds
+from ditjax.machines.topology import SHAPES, parse_topology, wire_seconds
 
 
 class Device(NamedTuple):
@@ -20,12 +20,12 @@ class Device(NamedTuple):
 
 def test_every_listed_name_is_known_and_says_its_size():
     for chip, shapes in SHAPES.items():
-        sizes = [parse(f"{chip}:{shape}").chips for shape in shapes]
+        sizes = [parse_topology(f"{chip}:{shape}").chips for shape in shapes]
         assert sizes == sorted(set(sizes)), chip
-    assert parse("v5e:16x16").chips == 256
-    assert parse("v5p:16x16x24").chips == 6144
-    assert parse("v5e:2x2").larger()[0].name == "v5e:2x4"
-    assert parse("v5e:16x16").larger() == []
+    assert parse_topology("v5e:16x16").chips == 256
+    assert parse_topology("v5p:16x16x24").chips == 6144
+    assert parse_topology("v5e:2x2").larger()[0].name == "v5e:2x4"
+    assert parse_topology("v5e:16x16").larger() == []
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_every_listed_name_is_known_and_says_its_size():
 )
 def test_a_wrong_name_lists_the_known(name, said):
     with pytest.raises(UserError, match="topology") as error:
-        parse(name)
+        parse_topology(name)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -49,18 +49,18 @@ def test_a_missing_compiler_is_said_with_its_remedy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, package in (("v5e:2x2", r"jax\[tpu\]"), ("h100:8", r"jax\[cuda12\]")):
         with pytest.raises(UserError, match=package):
-            topology.devices(parse(name))
+            topology.devices(parse_topology(name))
 
 
 def torus(name):
-    shape = (*parse(name).shape, 1)[:3]
+    shape = (*parse_topology(name).shape, 1)[:3]
     return [
         Device((x, y, z)) for x in range(shape[0]) for y in range(shape[1]) for z in range(shape[2])
     ]
 
 
 def seconds_of_a_gather(name, placed, group):
-    return wire_seconds(Collective("all-gather", 1e9, group, 1), placed, parse(name))
+    return wire_seconds(Collective("all-gather", 1e9, group, 1), placed, parse_topology(name))
 
 
 def test_a_ring_uses_both_directions_and_a_line_one():
@@ -82,8 +82,8 @@ def test_a_group_over_both_axes_uses_both_and_a_stride_shares():
 
 
 def test_three_dimensions_wrap_in_whole_cubes_only():
-    assert parse("v5p:4x4x8").wraps == (True, True, True)
-    assert parse("v5p:2x4x4").wraps == (False, False, False)
+    assert parse_topology("v5p:4x4x8").wraps == (True, True, True)
+    assert parse_topology("v5p:2x4x4").wraps == (False, False, False)
 
 
 def test_between_slices_the_network_is_the_narrow_way():

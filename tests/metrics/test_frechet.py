@@ -8,7 +8,7 @@ import scipy.linalg
 
 from ditjax.errors import UserError
 from ditjax.metrics.frechet import (
-    Moments,
+    FeatureMoments,
     batch_moments,
     covariance,
     frechet_distance,
@@ -200,5 +200,5 @@ def test_a_covariance_stored_in_float32_is_accepted():
 
 
 def test_moments_count_is_the_number_of_rows():
-    assert isinstance(batch_moments(np.eye(2)), Moments)
+    assert isinstance(batch_moments(np.eye(2)), FeatureMoments)
     assert update(batch_moments(np.eye(2)), np.ones((3, 2))).count == 5

@@ -5,30 +5,18 @@ import pytest
 
 from ditjax.errors import UserError
 from ditjax.metrics.frechet import (
-    Moments,
+    FeatureMoments,
     batch_moments,
     covariance,
     frechet_distance,
     gaussian_frechet_distance,
 )
-from ditjax.metrics.scores import (
-    ScoreSums,
-    adm_splits,
-    even_splits,
-    inception_score,
-    log_probabilities,
-    log_softmax,
-    no_scores,
-    update_scores,
-)
 from ditjax.metrics.uncertainty import (
     bootstrap_interval,
     frechet_infinite,
     frechet_influence,
-    inception_influence,
     systematic_error,
 )
-from tests import feature_sets
 
 
 def gaussian(seed, d):
@@ -44,10 +32,10 @@ def draw(seed, n, mu, root):
 
 
 def weighted(x, w):
-    """Moments of x with sample i taken w_i times, w real."""
+    """FeatureMoments of x with sample i taken w_i times, w real."""
     mean = w @ x / w.sum()
     c = x - mean
-    return Moments(w.sum(), mean, (c * w[:, None]).T @ c)
+    return FeatureMoments(w.sum(), mean, (c * w[:, None]).T @ c)
 
 
 def slope(value, n, i):
@@ -73,37 +61,6 @@ def test_influence_is_how_the_distance_changes_with_a_sample(n, d):
     assert influence.mean() == pytest.approx(0, abs=1e-12)
     expected = [slope(distance, n, i) for i in range(n)]
     np.testing.assert_allclose(influence, expected, rtol=1e-4, atol=1e-4 * float(influence.std()))
-
-
-@pytest.mark.parametrize("size", [150, 403])
-def test_influence_is_how_the_inception_score_changes_with_a_sample(size):
-    log_p = log_softmax(feature_sets.logits())
-    n, split = len(log_p), adm_splits(len(log_p), size)
-    splits, classes = split[-1] + 1, log_p.shape[1]
-    p = np.exp(log_p)
-
-    def score(w):
-        sums = [
-            ScoreSums(w[None], (w @ p)[None], np.atleast_1d(w @ (p * log_p).sum(1)))
-            for w in (w * (split == s) for s in range(splits))
-        ]
-        return np.mean([inception_score(s._replace(samples=s[0].sum(1)))[0] for s in sums])
-
-    sums = update_scores(no_scores(splits, classes), log_p, split)
-    parts = np.array_split(np.arange(n), 3)
-    influence = np.concatenate([inception_influence(sums, log_p[i], split[i]) for i in parts])
-    assert score(np.ones(n)) == pytest.approx(inception_score(sums)[0])
-    expected = [slope(score, n, i) for i in range(0, n, 40)]
-    np.testing.assert_allclose(influence[::40], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_influence_of_a_sure_class_is_finite():
-    log_p = log_probabilities(np.eye(5)[[0, 0, 1, 2]])
-    split = np.zeros(4, int)
-    influence = inception_influence(update_scores(no_scores(1, 5), log_p, split), log_p, split)
-    assert np.isfinite(influence).all()
-    assert influence.sum() == pytest.approx(0, abs=1e-12)
-    assert influence[3] > influence[0]  # a rarer class
 
 
 @pytest.mark.parametrize(("n", "d"), [(150, 12), (18, 24)])
@@ -157,7 +114,9 @@ def test_the_distance_of_infinitely_many_samples_is_that_of_the_distributions():
     raw, found = [], []
     for seed in range(60):
         x = draw(seed, n, mu1, root)
-        raw.append(frechet_distance(batch_moments(x), Moments(10**9, mu2, sigma2 * (10**9 - 1))))
+        raw.append(
+            frechet_distance(batch_moments(x), FeatureMoments(10**9, mu2, sigma2 * (10**9 - 1)))
+        )
         found.append(frechet_infinite(x, mu2, sigma2, seed))
     values, errors = np.array([f.value for f in found]), np.array([f.standard_error for f in found])
     error = np.std(values) / 60**0.5
@@ -216,15 +175,6 @@ X = np.random.default_rng(0).normal(size=(40, 4))
 def test_mistakes(call, message):
     with pytest.raises(UserError, match=message):
         call()
-
-
-def test_even_splits_weigh_the_influence_alike():
-    """Of equal splits, the influence has a mean of zero in each."""
-    log_p = log_softmax(feature_sets.logits(400))
-    split = even_splits(400, 4)
-    influence = inception_influence(update_scores(no_scores(4, 7), log_p, split), log_p, split)
-    for s in range(4):
-        assert influence[split == s].mean() == pytest.approx(0, abs=1e-12)
 
 
 def test_the_error_of_a_mean_over_places_is_that_of_new_noise_at_them():

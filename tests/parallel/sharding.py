@@ -12,11 +12,11 @@ from jax.sharding import AbstractMesh
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.parallel import rules
-from ditjax.parallel.mesh import AXES
-from ditjax.tasks import build
+from ditjax.parallel.mesh import MESH_AXES
+from ditjax.tasks import make_task
 
 FILE = Path(__file__).parent.parent / "goldens" / "sharding.txt"
-# Recipe, and the sizes of its mesh in the order of AXES.
+# Recipe, and the sizes of its mesh in the order of MESH_AXES.
 MODELS = (
     ("base.py:S,2", (8, 1, 1, 1)),
     ("base.py:B,2", (2, 4, 1, 1)),
@@ -34,12 +34,13 @@ def table(recipe: str, sizes: tuple[int, ...]) -> list[str]:
     if model:
         size, patch = model.split(",")
         overrides = [f"--config.model.size={size}", f"--config.model.patch={patch}"]
-    c = read(load_recipe([f"--config=experiments/{name}", *overrides]).to_dict())
-    mesh = AbstractMesh(sizes, AXES)
-    params = jax.eval_shape(build.trainee(c).init, jax.random.key(0))
-    rules.check_split(params, mesh)
+    c = read(load_recipe([f"--config=experiments/{name}", *overrides]))
+    mesh = AbstractMesh(sizes, MESH_AXES)
+    task = make_task(c)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    rules.check_split(params, mesh, task.rules)
     lines, total, held = [], 0, 0
-    shardings = jax.tree.leaves(rules.state_shardings(params, mesh))
+    shardings = jax.tree.leaves(rules.state_shardings(params, mesh, task.rules))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), sharding in zip(leaves, shardings, strict=True):
         share = sharding.shard_shape(leaf.shape)
@@ -52,7 +53,7 @@ def text() -> str:
     """The whole file."""
     parts = []
     for recipe, sizes in MODELS:
-        mesh = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        mesh = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         parts.append("\n".join((f"# {recipe} on {mesh}", *table(recipe, sizes))))
     return "\n\n".join(parts) + "\n"
 

@@ -21,12 +21,12 @@ def settings(monkeypatch):
 
 def test_programs_are_kept_by_kind_of_processor(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("DITJAX_CACHE", str(tmp_path))
-    compilations.keep()
+    compilations.enable_cache()
     folder = Path(settings["jax_compilation_cache_dir"])
     assert folder.parent == tmp_path
     assert folder.is_dir()
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "processor : 0\nflags : fpu sse\n")
-    compilations.keep()
+    compilations.enable_cache()
     other = Path(settings["jax_compilation_cache_dir"])
     assert other.parent == tmp_path
     assert other != folder
@@ -34,10 +34,10 @@ def test_programs_are_kept_by_kind_of_processor(settings, monkeypatch, tmp_path)
 
 def test_it_can_be_switched_off_and_jaxs_own_variable_wins(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("DITJAX_CACHE", "off")
-    compilations.keep()
+    compilations.enable_cache()
     monkeypatch.setenv("DITJAX_CACHE", str(tmp_path))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-    compilations.keep()
+    compilations.enable_cache()
     assert settings == {}
     assert not list(tmp_path.iterdir())
 
@@ -45,7 +45,7 @@ def test_it_can_be_switched_off_and_jaxs_own_variable_wins(settings, monkeypatch
 def test_a_place_that_cannot_be_written_is_none(settings, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DITJAX_CACHE", str(tmp_path / "file"))
-    compilations.keep()
+    compilations.enable_cache()
     assert settings == {}
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from ditjax.errors import UserError
-from ditjax.parallel.compiling import no_rematerialization, watched
+from ditjax.parallel.compiling import no_rematerialization, watching
 from ditjax.parallel.mesh import make_mesh
 
 
@@ -36,41 +36,42 @@ def test_a_rematerialization_is_an_error_each_time(capfd):
     jax.config.update(key, 0.0)
     try:
         for _ in range(2):
-            program = watched(fused(mesh), mesh)
-            with pytest.raises(UserError, match=MESSAGE):
+            program = fused(mesh)
+            with pytest.raises(UserError, match=MESSAGE), watching(mesh):
                 program(jnp.zeros((16, 96)))
     finally:
         jax.config.update(key, kept)
     assert "Involuntary" not in capfd.readouterr().err
 
 
-def test_only_the_first_call_is_watched():
-    mesh, calls = make_mesh(8, 1), []
-
-    def program(text):
-        calls.append(os.readlink("/proc/self/fd/2"))
-        return text
-
-    call = watched(program, mesh)
-    assert [call("a"), call("b")] == ["a", "b"]
-    before = os.readlink("/proc/self/fd/2")
-    assert calls[0] != before
-    assert calls[1] == before
+def stderr():
+    return os.readlink("/proc/self/fd/2")
 
 
-def test_a_first_call_that_failed_is_made_and_watched_again():
-    calls = []
+def test_stderr_is_read_while_several_devices_compile_and_no_longer():
+    before = stderr()
+    with watching(make_mesh(8, 1)):
+        assert stderr() != before
+    assert stderr() == before
+    with watching(make_mesh(1, 1, jax.devices()[:1])):
+        assert stderr() == before
 
-    def program(fails):
-        calls.append(os.readlink("/proc/self/fd/2"))
-        if fails:
-            raise UserError("not yet")
 
-    call = watched(program, make_mesh(8, 1))
+def test_a_call_that_failed_can_be_made_and_watched_again():
+    mesh, before, seen = make_mesh(8, 1), stderr(), []
+
+    def call(fails):
+        with watching(mesh):
+            seen.append(stderr())
+            if fails:
+                raise UserError("not yet")
+
     with pytest.raises(UserError, match="not yet"):
         call(True)
+    assert stderr() == before
     call(False)
-    assert os.readlink("/proc/self/fd/2") not in calls
+    assert stderr() == before
+    assert before not in seen
 
 
 def test_the_rest_of_stderr_goes_where_it_went(capfd):

@@ -64,7 +64,7 @@ for k in range(2000):
 for block in blocks:
     libc.free(block)
 before = resident()
-host.leave_holes()
+host.discard_free_blocks()
 print(libc.malloc(65536) < pinned, before - resident())
 """
 

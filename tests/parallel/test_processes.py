@@ -43,3 +43,13 @@ def test_example_i_is_row_i_on_a_mesh_in_any_order():
         assert array.sharding == sharding
         np.testing.assert_array_equal(array, whole)
         np.testing.assert_array_equal(processes.from_whole(sharding, whole), whole)
+
+
+def test_a_short_batch_is_padded_with_zero_rows():
+    rows = np.arange(1, 13, dtype=np.float32).reshape(2, 3, 2)
+    padded = processes.padded(rows, 5)
+    np.testing.assert_array_equal(padded[:2], rows)
+    assert padded.shape == (5, 3, 2)
+    assert padded.dtype == np.float32
+    assert not padded[2:].any()
+    assert processes.padded(np.arange(3), 3).tolist() == [0, 1, 2]

@@ -72,7 +72,7 @@ def test_the_end_of_the_grace_period_is_told(capfd):
     assert ended == [143]
     assert capfd.readouterr().err == (
         "error: SIGTERM, and not all was saved within config.train.grace_seconds = 0.05: ended;"
-        " the same command goes on from the newest checkpoint\n"
+        " run the same command again to resume from the newest checkpoint\n"
     )
 
 
@@ -88,7 +88,7 @@ def test_what_is_done_within_the_grace_period_ends_nothing():
 def test_a_command_that_only_waits_gets_it_as_an_error():
     before = signal.getsignal(signal.SIGTERM)
     stopped = pytest.raises(StoppedError, match="stopped by SIGTERM")
-    with stopped as error, stopping.raised():
+    with stopped as error, stopping.raise_on_sigterm():
         send(signal.SIGTERM)
         time.sleep(10)
     assert error.value.status == 143
@@ -97,7 +97,7 @@ def test_a_command_that_only_waits_gets_it_as_an_error():
 
 def test_other_threads_hear_no_signals():
     def run() -> None:
-        with Stopping(30) as stop, stopping.raised():
+        with Stopping(30) as stop, stopping.raise_on_sigterm():
             found.append(stop.after(1))
 
     found: list[str] = []

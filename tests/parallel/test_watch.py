@@ -16,16 +16,16 @@ import pytest
 from ditjax.errors import UserError
 from ditjax.parallel import watch
 
-SAID = {"--workdir": "runs/one", "config.seed": 0}
+SHARED = {"--workdir": "runs/one", "config.seed": 0}
 # A process that meets the others and then does nothing: argv are index, count, port.
 PROCESS = """
 import sys, time
 from ditjax.parallel import watch
 index, count, port = map(int, sys.argv[1:])
 if index:
-    watch.another("127.0.0.1", port, index, count, {}, 20, 1.0)
+    watch.join("127.0.0.1", port, index, count, {}, 20, 1.0)
 else:
-    watch.first(port, count, {}, 20, 1.0, {}, bind="127.0.0.1")
+    watch.lead(port, count, {}, 20, 1.0, {}, bind="127.0.0.1")
 print("met", flush=True)
 time.sleep(60)
 """
@@ -45,16 +45,16 @@ class Run:
         self.results = {}
         self.threads = []
 
-    def process(self, index, *, count=None, said=SAID, seconds=10.0, port=None):
+    def process(self, index, *, count=None, shared=SHARED, seconds=10.0, port=None):
         def run():
             count_, port_ = count or self.count, port or self.port
             stop = self.ended[index].put
             try:
                 if index == 0:
-                    found = watch.first(
+                    found = watch.lead(
                         port_,
                         count_,
-                        said,
+                        shared,
                         seconds,
                         self.silence,
                         {"port": 7},
@@ -62,8 +62,8 @@ class Run:
                         "127.0.0.1",
                     )
                 else:
-                    found = watch.another(
-                        "127.0.0.1", port_, index, count_, said, seconds, self.silence, stop
+                    found = watch.join(
+                        "127.0.0.1", port_, index, count_, shared, seconds, self.silence, stop
                     )
             except UserError as error:
                 self.results.setdefault(index, []).append(str(error))
@@ -140,8 +140,8 @@ def test_told_to_stop_all_stop_after_the_same_step(runs, asks):
             if index == 0:  # never the furthest; the others take steps faster than lines travel
                 time.sleep(0.0003)
             if step == 20 and index == asks:
-                met[index].wish("SIGTERM")
-                met[index].wish("SIGTERM")
+                met[index].request_stop("SIGTERM")
+                met[index].request_stop("SIGTERM")
         stopped[index] = step
 
     threads = [threading.Thread(target=train, args=(i,)) for i in range(count)]
@@ -159,7 +159,7 @@ def test_told_to_stop_all_stop_after_the_same_step(runs, asks):
 def test_an_error_of_one_ends_all_and_says_whose_it_was(runs, capfd):
     run = runs(3).process(0).process(1).process(2)
     met = run.met()
-    met[2].leave("record 7 is damaged.", 2)
+    met[2].abort("record 7 is damaged.", 2)
     assert [ended.get(timeout=60) for ended in run.ended] == [2, 2, 2]
     told = capfd.readouterr().err
     assert told.count(f"process 2 of 3 ({socket.gethostname()}) ended: record 7 is damaged.\n") == 2
@@ -169,14 +169,17 @@ def test_an_error_of_one_ends_all_and_says_whose_it_was(runs, capfd):
 @pytest.mark.parametrize(
     ("others", "told"),
     [
-        (({"index": 1}, {"index": 1}), "two processes say that they are number 1 of 3"),
-        (({"index": 1, "count": 4},), "process 1 .* was told of 4 processes, process 0 of 3"),
+        (({"index": 1}, {"index": 1}), "two processes were started as number 1 of 3"),
         (
-            ({"index": 2, "said": {**SAID, "config.seed": 1}},),
+            ({"index": 1, "count": 4},),
+            "process 1 .* was started as one of 4 processes, process 0 of 3",
+        ),
+        (
+            ({"index": 2, "shared": {**SHARED, "config.seed": 1}},),
             "process 2 of 3 .* has config.seed=1, process 0 has 0",
         ),
         (
-            ({"index": 2, "said": {**SAID, "--step": 4}},),
+            ({"index": 2, "shared": {**SHARED, "--step": 4}},),
             "has --step=4, process 0 has None",
         ),
     ],
@@ -202,7 +205,7 @@ def test_an_index_that_is_none_is_refused(runs):
 def test_who_does_not_come_is_named_after_the_bound(runs):
     began = time.monotonic()
     met = runs(3).process(0, seconds=1.0).process(2, seconds=1.0).met()
-    assert "of the 3 processes, 1 did not come within 1 s" in met[0]
+    assert "of the 3 processes, 1 did not connect within 1 s" in met[0]
     assert met[2] == met[0]
     assert time.monotonic() - began < 30
 
@@ -231,7 +234,7 @@ def test_strangers_and_a_process_that_was_restarted_disturb_nothing(runs):
     again = runs(3)
     again.process(0)
     link = watch.Link(watch._connect("127.0.0.1", again.port, 1, 3, 5.0))
-    link.send({"index": 1, "count": 3, "host": "old", "said": SAID})
+    link.send({"index": 1, "count": 3, "host": "old", "shared": SHARED})
     time.sleep(0.3)
     link.socket.close()
     met = again.process(1).process(2).met()
@@ -252,7 +255,7 @@ def test_one_that_comes_too_late_is_refused_and_the_run_goes_on(runs):
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(
     ("with_signal", "how"),
-    [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "was not heard of for 1 s")],
+    [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "did not respond for 1 s")],
 )
 def test_a_peer_that_dies_or_stands_still_ends_the_others(victim, with_signal, how):
     port = free_port()

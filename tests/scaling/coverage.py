@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ditjax.scaling.extrapolate import held_out
+from ditjax.scaling.extrapolate import predict_held_out
 from ditjax.scaling.fit import fit_power_law, fit_power_law_offset
 from ditjax.scaling.isoflop import compute_optimal, isoflop
 from tests.scaling.planted import LAW, budgets, curves, study
@@ -29,18 +29,20 @@ def of_law(
     """Shares of trials in which the intervals held the truth, and medians of what they cost."""
     rng = np.random.default_rng(seed)
     fit = fit_power_law_offset if offset else fit_power_law
-    held, foretold, width, error = [], [], [], []
+    held, predicted, width, error = [], [], [], []
     for _ in range(trials):
         x, y, model = study(rng, b=EXPONENT, **kind)
         interval = fit(x, y, rng, groups=model, resamples=resamples).b_interval
         held.append(interval.low <= EXPONENT <= interval.high)
         width.append((interval.high - interval.low) / EXPONENT)
-        told = held_out(x, y, rng, groups=model, offset=offset, resamples=resamples).held[-1]
-        foretold.append(told.inside)
+        told = predict_held_out(x, y, rng, groups=model, offset=offset, resamples=resamples).held[
+            -1
+        ]
+        predicted.append(told.inside)
         error.append(abs(told.error))
     return {
         "exponent": float(np.mean(held)),
-        "prediction": float(np.mean(foretold)),
+        "prediction": float(np.mean(predicted)),
         "width": float(np.median(width)),
         "error": float(np.median(error)),
     }

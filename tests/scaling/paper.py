@@ -3,7 +3,7 @@
     python -m tests.scaling.paper
 
 FID-50K of Table 4 (12 models at 400K steps) and of XL/2 trained longer (2,352K and 7M steps), all
-*published*: correlations, laws, the largest model foretold from the smaller, and where XL/2
+*published*: correlations, laws, the largest model predicted from the smaller, and where XL/2
 overtakes XL/4 in training compute (Fig. 9: near 10¹⁰ Gflops). Of XL/4's curve one point is
 published, at 400K steps, so the last needs an assumption, and the answers by several are printed.
 All take XL/2's law in steps below its first point, too, down to 133K steps. One law in size and
@@ -11,30 +11,33 @@ images does not come of these figures: the images differ for one model only, and
 """
 
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize
 
-from ditjax.scaling.extrapolate import Extrapolation, held_out
+from ditjax.scaling.extrapolate import Extrapolation, predict_held_out
 from ditjax.scaling.fit import (
+    Interval,
     fit_power_law,
     fit_power_law_offset,
     pearson,
     pearson_interval,
     spearman,
-    spearman_interval,
 )
 from ditjax.scaling.frontier import crossing, frontier
 from ditjax.scaling.joint import JointLaw, fit_joint
-from ditjax.scaling.published import MODELS
+from ditjax.scaling.published import TABLE4_GFLOPS
+from experiments.paper import published
 
 BATCH = 256
 # DiT Table 4, and "longer training" of XL/2 in Tables 2 and 4: FID-50K by steps, no guidance.
 LONGER_XL2 = {400_000: 19.47, 2_352_000: 10.67, 7_000_000: 9.62}
-NAMES = tuple(MODELS)
-GFLOPS = np.array([model.gflops for model in MODELS.values()])
-FID = np.array([model.fid50k_400k for model in MODELS.values()])
+FID_OF = {f"DiT-{size}/{patch}": fid for (size, patch), fid in published.MODELS.items()}
+NAMES = tuple(TABLE4_GFLOPS)
+GFLOPS = np.array(list(TABLE4_GFLOPS.values()))
+FID = np.array([FID_OF[name] for name in NAMES])
 
 
 class Overtaking(NamedTuple):
@@ -46,7 +49,7 @@ class Overtaking(NamedTuple):
 
 def training_gflops(model: str, steps: np.ndarray) -> np.ndarray:
     """DiT Fig. 9: 3 x forward Gflops x batch x steps."""
-    return 3 * MODELS[model].gflops * BATCH * steps
+    return 3 * TABLE4_GFLOPS[model] * BATCH * steps
 
 
 def law_of_steps() -> tuple[float, float, float]:
@@ -67,7 +70,7 @@ def law_of_steps() -> tuple[float, float, float]:
 def overtakings() -> list[Overtaking]:
     """Fig. 9's crossing of XL/4 and XL/2 from the published figures, by assumption."""
     c, a, b = law_of_steps()
-    gap = MODELS["DiT-XL/4"].fid50k_400k - MODELS["DiT-XL/2"].fid50k_400k
+    gap = FID_OF["DiT-XL/4"] - FID_OF["DiT-XL/2"]
     steps = np.geomspace(20_000, 7_000_000, 2000)
 
     def met(of_4: Callable, of_2: Callable) -> float | None:
@@ -81,8 +84,8 @@ def overtakings() -> list[Overtaking]:
     def xl2(steps: np.ndarray) -> np.ndarray:
         return c + a * (steps / 400_000) ** -b
 
-    ratio = MODELS["DiT-XL/4"].fid50k_400k / MODELS["DiT-XL/2"].fid50k_400k
-    learnt = (MODELS["DiT-XL/4"].fid50k_400k - c) / a
+    ratio = FID_OF["DiT-XL/4"] / FID_OF["DiT-XL/2"]
+    learnt = (FID_OF["DiT-XL/4"] - c) / a
     return [
         Overtaking(
             "XL/4 learns as XL/2 does in steps, above it by what it is at 400K (E + A(N) + B(D))",
@@ -90,7 +93,7 @@ def overtakings() -> list[Overtaking]:
         ),
         Overtaking(
             "XL/4 does not improve after 400K steps (the earliest, given XL/2's law)",
-            met(lambda s: np.full_like(s, MODELS["DiT-XL/4"].fid50k_400k), xl2),
+            met(lambda s: np.full_like(s, FID_OF["DiT-XL/4"]), xl2),
         ),
         Overtaking(
             "XL/4 is at every step the same factor above XL/2 as at 400K",
@@ -106,14 +109,22 @@ def overtakings() -> list[Overtaking]:
 def joint_law() -> JointLaw:
     """FID = E + A·N^(-α) + B·D^(-β) of all 14 points."""
     steps = np.array([*([400_000] * len(NAMES)), *list(LONGER_XL2)[1:]])
-    size = np.array([*GFLOPS, *[MODELS["DiT-XL/2"].gflops] * 2])
+    size = np.array([*GFLOPS, *[TABLE4_GFLOPS["DiT-XL/2"]] * 2])
     return fit_joint(size, steps * BATCH, [*FID, *list(LONGER_XL2.values())[1:]])
 
 
-def foretold(hold: int, *, offset: bool) -> Extrapolation:
+def spearman_interval(r: float, n: int, level: float = 0.95) -> Interval:
+    """Bonett & Wright 2000: atanh r_s is near normal with standard error √((1 + r_s²/2)/(n-3))."""
+    with np.errstate(divide="ignore"):
+        half = NormalDist().inv_cdf(0.5 + level / 2) * np.sqrt((1 + r * r / 2) / np.float64(n - 3))
+    low, high = np.tanh(np.arctanh(r) + np.array([-half, half]))
+    return Interval(float(low), float(high), level)
+
+
+def predicted(hold: int, *, offset: bool) -> Extrapolation:
     """XL/2 (the last of those held out) from the smaller models of Table 4 by Gflops."""
     rng = np.random.default_rng(0)
-    return held_out(GFLOPS, FID, rng, groups=NAMES, hold=hold, offset=offset)
+    return predict_held_out(GFLOPS, FID, rng, groups=NAMES, hold=hold, offset=offset)
 
 
 def main() -> None:
@@ -132,7 +143,7 @@ def main() -> None:
     print("frontier:", ", ".join(NAMES[i] for i in frontier(GFLOPS, FID)))
     for hold in (3, 1):
         for offset in (False, True):
-            told = foretold(hold, offset=offset)
+            told = predicted(hold, offset=offset)
             print(
                 f"{'c + ' if offset else ''}a x^-b on the {told.models_fitted} smaller: XL/2"
                 f" {told.predicted:.2f} ({told.interval.low:.2f} to {told.interval.high:.2f}),"

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ditjax.scaling.fit import fit_law, pearson, spearman
+from ditjax.scaling.fit import fit_power_law, fit_power_law_offset, pearson, spearman
 from ditjax.scaling.frontier import frontier
-from tests.scaling.paper import FID, GFLOPS, LONGER_XL2, NAMES, foretold, law_of_steps, overtakings
+from tests.scaling.paper import FID, GFLOPS, LONGER_XL2, NAMES, law_of_steps, overtakings, predicted
 
 
 def test_correlations_of_table_4():
@@ -14,8 +14,8 @@ def test_correlations_of_table_4():
 
 
 def test_laws_of_table_4():
-    for offset in (False, True):
-        law = fit_law(GFLOPS, FID, np.random.default_rng(0), offset=offset)
+    for fit in (fit_power_law, fit_power_law_offset):
+        law = fit(GFLOPS, FID, np.random.default_rng(0))
         assert law.b_interval.low > 0
         assert law.b_interval.low < law.b < law.b_interval.high
 
@@ -28,8 +28,8 @@ def test_frontier_of_table_4():
 
 
 @pytest.mark.parametrize("hold", [3, 1])
-def test_the_largest_model_is_foretold_from_the_smaller(hold):
-    told = foretold(hold, offset=False)
+def test_the_largest_model_is_predicted_from_the_smaller(hold):
+    told = predicted(hold, offset=False)
     assert (told.name, told.models_fitted) == ("DiT-XL/2", 12 - hold)
     assert told.measured == pytest.approx(19.47)
     assert told.held[-1].inside
