@@ -1,10 +1,10 @@
-"""Table, plots and laws from any number of result.json, and one HTML page that holds them all.
+"""A table, plots and laws from any number of result.json, and one HTML page with all of them.
 
     python -m ditjax.report --runs=DIR[,DIR...] [--out=DIR/report] [--metric=fd_digits]
 
-Results of different protocols never share a curve: each protocol hash is a group with its own
-panel and its own fit. What is wrong with a result is named, on the page and in the terminal; a
-run with something wrong is never silently averaged in or dropped.
+Results of different protocols never share a curve: each protocol hash is a group with its own plots
+and its own fits. Whatever is wrong with a result is listed on the page and in the terminal, so that
+no faulty run is silently averaged in or dropped.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ditjax import cli
 from ditjax.errors import UserError
-from ditjax.files.atomic import write_atomic, write_json
-from ditjax.reporting.analysis import Analysis, analysed
+from ditjax.files.atomic import write_atomic, write_json, write_text
+from ditjax.reporting.analysis import Analysis, analyse
 from ditjax.reporting.curves import Logs
 from ditjax.reporting.figures import pictures
 from ditjax.reporting.latex import latex_text
@@ -24,18 +24,18 @@ from ditjax.reporting.sampling import read_sampled, sampling_claim
 from ditjax.reporting.scored import scored_csv, scored_rows, scored_text
 from ditjax.reporting.study import (
     Group,
-    chosen_metric,
+    default_metric,
     group_by_protocol,
     read_plan,
     without_duplicates,
 )
-from ditjax.reporting.table import claim_words, csv_text, merged, terminal_text
-from ditjax.runs.results import find_results
+from ditjax.reporting.table import claim_words, report_record, report_text, runs_csv
+from ditjax.runs.results import find_results, split_folders
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a report found and wrote. `text` is the terminal's version of the page."""
+    """What a report found and wrote. `text` is the page's version for a terminal."""
 
     out_dir: Path
     page: Path
@@ -47,15 +47,13 @@ class Summary:
 
 
 def main(argv: list[str]) -> int:
-    """The command: prints the table and where the page is. UserErrors propagate."""
+    """Print the table and the path of the page. Raises UserError."""
     parser = cli.parser("report", "Table, plots, fits and a page of finished runs.", config=False)
     parser.add_argument("--runs", required=True, help="folders of sweeps or runs, comma-separated")
     parser.add_argument("--out", help="folder of the report (default: report/ in the first folder)")
-    parser.add_argument("--metric", help="the metric fitted (default: fid, else fd_digits)")
+    parser.add_argument("--metric", help="the metric to fit laws to (default: fid, else fd_digits)")
     arguments = parser.parse_args(argv)
-    folders = [Path(folder) for folder in arguments.runs.split(",") if folder]
-    if not folders:
-        raise UserError("--runs is empty: expected one or more folders, comma-separated.")
+    folders = split_folders(arguments.runs)
     out_dir = Path(arguments.out) if arguments.out else folders[0] / "report"
     print(make_report(folders, out_dir, metric=arguments.metric).text)
     return 0
@@ -64,13 +62,13 @@ def main(argv: list[str]) -> int:
 def make_report(
     run_dirs: Sequence[str | Path], out_dir: str | Path, *, metric: str | None = None
 ) -> Summary:
-    """Reads every result.json below `run_dirs` and writes the report into `out_dir`.
+    """Read every result.json below `run_dirs` and write the report into `out_dir`.
 
-    `metric` is what laws are fitted to: where None, fid if a result has it, else fd_digits.
-    Files: index.html, table.csv, table.tex, table.txt, results.json, gflops_vs_fid.png,
+    Laws are fitted to `metric`; if it is None, to fid if a result has it, else to fd_digits. The
+    files are index.html, table.csv, table.tex, table.txt, results.json, gflops_vs_fid.png,
     loss_curves.png, samples_by_model.png (samples_by_model_HASH.png for further protocols), and
-    scored.csv where cells have published figures.
-    Raises UserError where there is no result to report or `out_dir` cannot be written.
+    scored.csv if cells have published figures.
+    Raises UserError if there is no result or `out_dir` cannot be written.
     """
     out_dir = Path(out_dir)
     found, problems = find_results(run_dirs)
@@ -79,36 +77,35 @@ def make_report(
         more = f" {len(problems)} problems, the first: {problems[0]}" if problems else ""
         raise UserError(f"no readable result.json below {where}: run a sweep first.{more}")
     found = without_duplicates(found, problems)
-    metric = metric or chosen_metric(found)
+    metric = metric or default_metric(found)
     plan = read_plan(run_dirs, found, problems)
     groups = group_by_protocol(found, metric, problems)
     runs = [each for group in groups for each in group.runs]
     logs = Logs(runs, problems)
-    analyses = tuple(analysed(group, metric, logs, problems) for group in groups)
+    analyses = tuple(analyse(group, metric, logs, problems) for group in groups)
     sampled = tuple(read_sampled(run_dirs, runs, metric, problems))
     cells = tuple(sample_cells(group, metric, problems) for group in groups[:MAX_GROUPS])
     claim = sampling_claim(sampled) if sampled else None
     listed = {"cells": plan.cells} if plan else None
     scored = tuple(scored_rows([each.result for each in runs], listed))
     study = Study(analyses, plan, logs, sampled, claim, scored, cells, tuple(problems))
-    drawn = pictures(analyses, [first for first, _ in cells], logs.losses())
-    text = terminal_text(analyses, problems, plan)
+    text = report_text(analyses, problems, plan)
     if claim:
         text += f"\n\n{claim_words(claim)}"
     if scored:
         text += f"\n\n{scored_text(scored)}"
-    record = merged(analyses, problems, plan)
+    record = report_record(analyses, problems, plan)
     record["sampling_claim"] = asdict(claim) if claim else None
     record["scored"] = [asdict(row) for row in scored]
     page = render_page(study)
     files = [
-        write_atomic(out_dir / "table.csv", csv_text(groups, study.absent).encode()),
-        *([write_atomic(out_dir / "scored.csv", scored_csv(scored).encode())] if scored else []),
-        write_atomic(out_dir / "table.tex", latex_text(groups, metric, study.absent).encode()),
-        write_atomic(out_dir / "table.txt", (text + "\n").encode()),
+        write_text(out_dir / "table.csv", runs_csv(groups, study.absent)),
+        *([write_text(out_dir / "scored.csv", scored_csv(scored))] if scored else []),
+        write_text(out_dir / "table.tex", latex_text(groups, metric, study.absent)),
+        write_text(out_dir / "table.txt", text + "\n"),
         write_json(out_dir / "results.json", record),
-        *(write_atomic(out_dir / f"{picture.name}.png", picture.png) for picture in drawn),
-        write_atomic(out_dir / "index.html", page.encode()),
+        *(write_atomic(out_dir / name, png) for name, png in pictures(study).items()),
+        write_text(out_dir / "index.html", page),
     ]
     return Summary(
         out_dir=out_dir,

@@ -1,4 +1,4 @@
-"""python -m ditjax.transfer: where the best learning rate is, by width and parametrization."""
+"""python -m ditjax.transfer: the best learning rate by width and parametrization."""
 
 import math
 from collections.abc import Sequence
@@ -6,30 +6,37 @@ from pathlib import Path
 from typing import Any
 
 from ditjax import cli
-from ditjax.config import Config, completed, read
+from ditjax.config import Config, migrated, read
 from ditjax.errors import UserError
-from ditjax.files.atomic import write_atomic, write_json
-from ditjax.models.sizes import parse_size
-from ditjax.reporting.transfer import Run, curves, record, summary_of_seeds, table, transfer_png
-from ditjax.runs.results import Found, find_results
+from ditjax.files.atomic import write_atomic, write_json, write_text
+from ditjax.models.dit import parse_size
+from ditjax.reporting.transfer import (
+    RateRun,
+    rate_curves,
+    summary_of_seeds,
+    transfer_png,
+    transfer_record,
+    transfer_text,
+)
+from ditjax.runs.results import Found, find_results, split_folders
 
-LOSS = "final_loss"  # of the last logged interval of the training
-# In these keys the runs of one figure differ; in another they would be two studies.
+FINAL_LOSS = "final_loss"  # the mean of the last logged interval of the training
+# The keys in which the runs of one figure may differ.
 _AXES = ("model.parametrization", "model.size", "optim.learning_rate", "seed")
 _SECTIONS = ("model", "diffusion", "data", "autoencoder", "optim", "train")
 
 
-def runs_of(found: Sequence[Found], metric: str) -> list[Run]:
-    """The runs' learning rates, widths and values of `metric`.
+def runs_of(found: Sequence[Found], metric: str) -> list[RateRun]:
+    """The learning rate, the width and the value of `metric` of each run.
 
-    Raises UserError for a metric that a run has not, and for runs that differ in more than
-    parametrization, width, learning rate and seed, or that stand twice.
+    Raises UserError if a run lacks the metric or a width, if two runs are the same, and if runs
+    differ in more than parametrization, width, learning rate and seed.
     """
-    made: dict[tuple[Any, ...], Run] = {}
+    made: dict[tuple[str, int, float, int], RateRun] = {}
     first: tuple[str, dict[str, Any]] | None = None
     for each in found:
-        result, c = each.result, read(completed(each.result["config"]))
-        values = {**result["metrics"], LOSS: result["train"]["final_loss"]}
+        result, c = each.result, read(migrated(each.result["config"]))
+        values = {**result["metrics"], FINAL_LOSS: result["train"]["final_loss"]}
         if metric not in values:
             raise UserError(
                 f"{each.folder} has no {metric}: --metric is one of {', '.join(sorted(values))}."
@@ -40,24 +47,23 @@ def runs_of(found: Sequence[Found], metric: str) -> list[Run]:
             if value != first[1][key]:
                 raise UserError(
                     f"{each.folder} has {key}={value!r} and {first[0]} {first[1][key]!r}: name"
-                    f" runs that differ in {', '.join(_AXES)} alone."
+                    f" runs that differ in {', '.join(_AXES)} only."
                 )
-        run = Run(
-            c.model.parametrization,
-            result["model"]["width"],
-            c.optim.learning_rate,
-            c.seed,
-            values[metric],
-        )
-        cell = (run.parametrization, run.width, run.learning_rate, run.seed)
+        width = result["model"].get("width")
+        if type(width) is not int:
+            raise UserError(
+                f"{each.folder} holds a {result['model']['name']}, which states no width: name runs"
+                " of DiTs."
+            )
+        cell = (c.model.parametrization, width, c.optim.learning_rate, c.seed)
         if cell in made:
             raise UserError(f"{each.folder} is a second run of {cell}: name it once.")
-        made[cell] = run
+        made[cell] = RateRun(*cell, values[metric])
     return list(made.values())
 
 
 def _rest(c: Config) -> dict[str, Any]:
-    """What all runs of a figure share, of what is learned."""
+    """What all runs of a figure must share: everything that affects training but `_AXES`."""
     found: dict[str, Any] = {"depth": parse_size(c.model.size).depth}
     for section in _SECTIONS:
         for key, value in vars(getattr(c, section)).items():
@@ -68,31 +74,35 @@ def _rest(c: Config) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
-    parser = cli.parser("transfer", "Where the best learning rate is, by width.", config=False)
+    """Print the table and the path of the figure. Raises UserError."""
+    parser = cli.parser("transfer", "The best learning rate by width.", config=False)
     parser.add_argument("--runs", required=True, help="folders of sweeps or runs, comma-separated")
-    parser.add_argument("--out", help="folder of the files (default: transfer/ in the first one)")
-    parser.add_argument("--metric", default=LOSS, help=f"what is lower where it is better ({LOSS})")
+    parser.add_argument(
+        "--out", help="folder of the files (default: transfer/ in the first folder)"
+    )
+    parser.add_argument(
+        "--metric", default=FINAL_LOSS, help=f"a metric of which lower is better ({FINAL_LOSS})"
+    )
     args = parser.parse_args(argv)
-    folders = [Path(folder) for folder in args.runs.split(",") if folder]
-    if not folders:
-        raise UserError("--runs is empty: expected one or more folders, comma-separated.")
+    folders = split_folders(args.runs)
     found, problems = find_results(folders)
     if not found:
         raise UserError(f"no readable result.json below {args.runs}: run a sweep first.")
     runs = runs_of(found, args.metric)
-    made = curves(runs)
+    made = rate_curves(runs)
     out = Path(args.out) if args.out else folders[0] / "transfer"
     diverged = sum(not math.isfinite(run.value) for run in runs)
     words = summary_of_seeds(made) + (f", {diverged} diverged" if diverged else "") + "."
-    text = "\n".join([table(made, args.metric), words, *(f"problem: {p}" for p in problems)])
-    write_atomic(out / "transfer.txt", (text + "\n").encode())
+    text = "\n".join(
+        [transfer_text(made, args.metric), words, *(f"problem: {p}" for p in problems)]
+    )
+    write_text(out / "transfer.txt", text + "\n")
     write_atomic(out / "transfer.png", transfer_png(made, args.metric, words))
     environment = found[0].result["environment"]
     whole = {
         "schema": 1,
         "metric": args.metric,
-        **record(made),
+        **transfer_record(made),
         "problems": problems,
         "environment": environment,
     }

@@ -1,27 +1,30 @@
-"""What a group of runs says: laws, held-out prediction, IsoFLOP profiles, claims."""
+"""The analysis of a group of runs: laws, held-out prediction, IsoFLOP profiles, claims."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ditjax.errors import UserError
-from ditjax.reporting.curves import Curve, Logs
+from ditjax.models.network import training_gflops
+from ditjax.reporting.curves import Logs, TrainingCurve, thinned
 from ditjax.reporting.study import (
     Group,
-    axes,
+    bits_per_dim,
     by_settings,
+    described,
     model_key,
     settings,
     settings_words,
-    training_gflops,
     usable,
+    varied_keys,
 )
 from ditjax.runs.results import Found
 from ditjax.scaling import claims
 from ditjax.scaling.claims import Claim
-from ditjax.scaling.extrapolate import Extrapolation, held_out
+from ditjax.scaling.extrapolate import Extrapolation, predict_held_out
 from ditjax.scaling.fit import (
     Interval,
     PowerLaw,
@@ -32,7 +35,8 @@ from ditjax.scaling.fit import (
     spearman,
 )
 from ditjax.scaling.isoflop import ComputeOptimal, Profile, compute_optimal, isoflop
-from ditjax.scaling.isoflop import Curve as ComputeCurve
+from ditjax.scaling.isoflop import TrainingCurve as ComputeCurve
+from ditjax.scaling.joint import JointLaw, fit_joint
 from ditjax.studies.words import (
     interval_words,
     law_words,
@@ -49,7 +53,7 @@ VAL_LOSS, TRAIN_LOSS = "val_loss", "training loss"
 
 @dataclass(frozen=True)
 class Fit:
-    """The laws of one set of runs, or `why` there are none. `models` < `n` with several seeds."""
+    """The laws of y against x over `n` runs of `models` models, or `why` there are none."""
 
     label: str
     n: int
@@ -67,23 +71,41 @@ class Fit:
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """Profiles of `metric` at several budgets of training Gflops, and the law of their minima."""
+    """Profiles of `metric` at several budgets of training Gflops, and the law of their minima.
+
+    `why` there is no law, where `optimal` is None.
+    """
 
     metric: str
-    curves: tuple[Curve, ...]
+    curves: tuple[TrainingCurve, ...]
     profiles: tuple[Profile, ...]
     optimal: ComputeOptimal | None
     why: str
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """One group. `runs` are those with a usable metric and the settings that most of them have.
+class Joint:
+    """A law of `metric` in forward Gflops and training images at once, or `why` there is none.
 
-    `fits`: the metric against Gflops, all of `runs` first, then each seed, then other settings.
-    `others`, of `runs`: the metric against parameters and training compute, and the loss.
-    `agreement`: Spearman of validation loss and metric over the means of `agreed` models, NaN
-    without.
+    Its points are the runs' results, or where these have too few numbers of images, points along
+    training. `deviation` is the root mean square of log(metric / law) over the points.
+    """
+
+    metric: str
+    along_training: bool
+    law: JointLaw | None = None
+    deviation: float = math.nan
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The analysis of one group.
+
+    `runs` have a usable metric and the settings that most of these have. `fits` are of the metric
+    against Gflops: first for all of `runs`, then for each seed, then for other settings. `others`
+    are fits for `runs` of the metric against other costs, and of the loss. `agreement` is
+    Spearman's correlation of validation loss and metric over the means of `agreed` models, or NaN.
     """
 
     group: Group
@@ -95,16 +117,17 @@ class Analysis:
     extrapolation: Extrapolation | None
     why_no_extrapolation: str
     isoflop: IsoFlop | None
+    joint: Joint
     claims: tuple[Claim, ...]
     agreement: float
     agreed: int
 
 
-MAX_SETTINGS = 12  # fits of other settings than most have
+MAX_SETTINGS = 12  # fits for settings other than those of most runs
 
 
-def analysed(group: Group, metric: str, logs: Logs, problems: list[str]) -> Analysis:
-    """All that is computed of one group; what is wrong with its logs is added to `problems`."""
+def analyse(group: Group, metric: str, logs: Logs, problems: list[str]) -> Analysis:
+    """Analyse one group; what is wrong with its logs is added to `problems`."""
     every = [each for each in group.runs if usable(each, metric)]
     sets = by_settings(every) or [({}, [])]
     (values, runs), others = sets[0], sets[1 : 1 + MAX_SETTINGS]
@@ -118,7 +141,7 @@ def analysed(group: Group, metric: str, logs: Logs, problems: list[str]) -> Anal
     fits += [_fit(settings_words(other), own, GFLOPS, metric) for other, own in others]
     extrapolation, why = None, ""
     try:
-        extrapolation = held_out(
+        extrapolation = predict_held_out(
             _values(runs, GFLOPS),
             _values(runs, metric),
             np.random.default_rng(0),
@@ -138,21 +161,22 @@ def analysed(group: Group, metric: str, logs: Logs, problems: list[str]) -> Anal
         extrapolation,
         why,
         iso,
+        joint_of(_of_any_length(every, runs), metric, iso),
         tuple(_claims(every, runs, metric, iso)),
         agreement,
         agreed,
     )
 
 
-BUDGETS = 5
+MAX_BUDGETS = 5
 
 
 def isoflop_of(
     runs: Sequence[Found], metric: str, logs: Logs, problems: list[str]
 ) -> IsoFlop | None:
-    """Profiles of the metric along training where it was measured, else of a loss.
+    """Profiles of the metric along training, or of a loss if it was not measured there.
 
-    None where fewer than 3 models have a curve. The size of a model is its Gflops.
+    None if fewer than 3 models have a curve. The size of a model is its forward Gflops.
     """
     for key in (metric, VAL_LOSS, TRAIN_LOSS):
         if key == TRAIN_LOSS:
@@ -174,14 +198,59 @@ def isoflop_of(
         return IsoFlop(key, tuple(curves), profiles, None, str(error))
 
 
-def _compute_curves(curves: Sequence[Curve]) -> list[ComputeCurve]:
+CURVE_POINTS = 8  # of a curve along training in a joint law
+
+
+def joint_of(runs: Sequence[Found], metric: str, iso: IsoFlop | None) -> Joint:
+    """Fit a law in size and images (Hoffmann et al. 2022, Eq. 2); the size is forward Gflops.
+
+    `iso` has the curves along training that serve where the results have too few points.
+    """
+    seen = [float(each.result["train"]["images"]) for each in runs]
+    points = np.array([_values(runs, GFLOPS), seen, _values(runs, metric)])
+    along_training = bool(iso and len(set(seen)) < 3)
+    if iso and along_training:
+        metric = iso.metric
+        curves = [thinned(curve, CURVE_POINTS) for curve in iso.curves]
+        parts = [
+            (
+                np.full(len(curve.steps), curve.run.result["gflops"]),
+                curve.steps * curve.run.result["train"]["batch_size"],
+                curve.values,
+            )
+            for curve in curves
+        ]
+        points = np.concatenate(parts, axis=1)
+    try:
+        law = fit_joint(*points)
+    except UserError as error:
+        return Joint(metric, along_training, why=str(error))
+    size, images, y = points
+    for name, term in (("size", law.a * size**-law.alpha), ("images", law.b * images**-law.beta)):
+        if np.ptp(term) < 1e-3 * y.mean():
+            why = f"{metric_name(metric)} does not fall with {name} at these points."
+            return Joint(metric, along_training, why=why)
+    deviation = np.sqrt(np.mean(np.log(y / law(size, images)) ** 2))
+    return Joint(metric, along_training, law, float(deviation))
+
+
+def _of_any_length(every: Sequence[Found], runs: Sequence[Found]) -> list[Found]:
+    """Those of `every` that differ from `runs` in their training steps alone."""
+    keys = [key for key in varied_keys(every) if key != "train.steps"]
+    return [each for each in every if runs and settings(each, keys) == settings(runs[0], keys)]
+
+
+def _compute_curves(curves: Sequence[TrainingCurve]) -> list[ComputeCurve]:
     return [
         ComputeCurve(curve.run.result["gflops"], curve.gflops, curve.values) for curve in curves
     ]
 
 
-def _budgets(curves: Sequence[Curve]) -> list[float]:
-    """At most BUDGETS, evenly spaced in log compute, where most models have a curve, 3 or more."""
+def _budgets(curves: Sequence[TrainingCurve]) -> list[float]:
+    """Up to MAX_BUDGETS budgets, evenly spaced in log compute.
+
+    Each is reached by at least 3 models, and by half as many as the budget that most reach.
+    """
     ends: dict[float, tuple[float, float]] = {}
     for curve in curves:
         size, (low, high) = curve.run.result["gflops"], (curve.gflops[0], curve.gflops[-1])
@@ -193,27 +262,28 @@ def _budgets(curves: Sequence[Curve]) -> list[float]:
     reached = [sum(low <= budget <= high for low, high in ends.values()) for budget in tried]
     least = max(3, max(reached) / 2)
     kept = [float(budget) for budget, n in zip(tried, reached, strict=True) if n >= least]
-    if len(kept) <= BUDGETS:
+    if len(kept) <= MAX_BUDGETS:
         return kept
-    return [kept[i] for i in np.linspace(0, len(kept) - 1, BUDGETS).round().astype(int)]
+    return [kept[i] for i in np.linspace(0, len(kept) - 1, MAX_BUDGETS).round().astype(int)]
 
 
 def _claims(
     every: Sequence[Found], runs: Sequence[Found], metric: str, iso: IsoFlop | None
 ) -> list[Claim]:
-    """The paper's, but sampling compute's; that of the blocks is of all settings.
+    """Test the paper's claims except the one about sampling compute.
 
-    Fewer than 3 models say nothing of any.
+    The comparison of blocks uses runs of every setting. Fewer than 3 models test nothing.
     """
     if len({model_key(each) for each in every}) < 3:
         return []
-    sizes = [short(each.result["model"]["size"], 18) for each in runs]
-    patches = [each.result["model"]["patch"] for each in runs]
-    y = _values(runs, metric)
-    params, gflops = _values(runs, PARAMS), _values(runs, GFLOPS)
+    y, params, gflops = (_values(runs, key) for key in (metric, PARAMS, GFLOPS))
+    sizes = [described(each, "size") for each in runs]
+    patches: list[Any] = [each.result["model"].get("patch") for each in runs]
+    with_patch = [i for i, patch in enumerate(patches) if type(patch) is int and patch > 0]
+    patched, of_size = [patches[i] for i in with_patch], [sizes[i] for i in with_patch]
     tried = [
-        lambda: claims.bigger_is_better(params, patches, y),
-        lambda: claims.smaller_patch_is_better(sizes, patches, y),
+        lambda: claims.bigger_is_better(params[with_patch], patched, y[with_patch]),
+        lambda: claims.smaller_patch_is_better(of_size, patched, y[with_patch]),
         lambda: claims.gflops_not_parameters(gflops, params, sizes, y),
         lambda: claims.larger_models_use_compute_better(_compute_curves(iso.curves) if iso else []),
         lambda: _of_blocks(every, metric),
@@ -228,29 +298,30 @@ def _claims(
 
 
 def _of_blocks(every: Sequence[Found], metric: str) -> Claim:
-    """Blocks are compared where all else is the same."""
+    """Compare blocks where everything else is the same."""
+    every = [each for each in every if "block" in each.result["model"]]
     models = []
     for each in every:
-        model = each.result["model"]
         rest = {
             key: value
-            for key, value in settings(each, axes(every)).items()
+            for key, value in settings(each, varied_keys(every)).items()
             if key not in ("model.block", "model.name")
         }
-        models.append((model["size"], model["patch"], *map(str, rest.values())))
-    blocks = [short(each.result["model"]["block"], 18) for each in every]
+        name = (described(each, "size"), described(each, "patch"))
+        models.append((*name, *map(str, rest.values())))
+    blocks = [described(each, "block") for each in every]
     return claims.adaln_zero_is_best(blocks, models, _values(every, metric))
 
 
 def value(each: Found, key: str) -> float:
-    """Of a run: one of the abscissae above, the training loss, or a metric; NaN where missing."""
+    """A run's cost (GFLOPS, PARAMS, TRAINING), training loss or metric; NaN if it is missing."""
     result = each.result
     if key == GFLOPS:
         return result["gflops"]
     if key == PARAMS:
         return float(result["params"])
     if key == TRAINING:
-        return training_gflops(result)
+        return training_gflops(result["gflops"], result["train"]["images"])
     if key == TRAIN_LOSS:
         return result["train"]["final_loss"]
     return result["metrics"].get(key, math.nan)
@@ -261,12 +332,12 @@ def _values(runs: Sequence[Found], key: str) -> np.ndarray:
 
 
 def loss_of(runs: Sequence[Found]) -> str:
-    """The loss that all runs have: on held-out images where there is one, else in training."""
+    """The loss that all runs have: on held-out images if possible, else in training."""
     return VAL_LOSS if runs and all(usable(each, VAL_LOSS) for each in runs) else TRAIN_LOSS
 
 
 def _others(runs: Sequence[Found], metric: str) -> tuple[Fit, ...]:
-    """Where training compute is proportional to Gflops it says nothing of its own."""
+    """Fits against other costs; training compute only where it is not proportional to Gflops."""
     own = {each.result["train"]["images"] for each in runs}
     xs = [GFLOPS, PARAMS, *([TRAINING] if len(own) > 1 else [])]
     loss = loss_of(runs)
@@ -276,9 +347,9 @@ def _others(runs: Sequence[Found], metric: str) -> tuple[Fit, ...]:
 
 
 def _fit(label: str, runs: Sequence[Found], x_key: str, y_key: str) -> Fit:
-    """Pearson of log10 x and y, Spearman, both power laws."""
+    """Fit both power laws, and compute Pearson of log10 x and y, and Spearman."""
     x, y = _values(runs, x_key), _values(runs, y_key)
-    # Seeds of one model share its distance from the law: they are one group to the bootstrap.
+    # Seeds of one model share its distance from the law, so the bootstrap moves them together.
     models = [model_key(each) for each in runs]
     n, n_models = len(runs), len(set(models))
     if n_models < 3:
@@ -299,7 +370,7 @@ def _fit(label: str, runs: Sequence[Found], x_key: str, y_key: str) -> Fit:
 
 
 def _agreement(runs: Sequence[Found], metric: str) -> tuple[float, int]:
-    """Spearman of validation loss and metric over the models' means, and how many models."""
+    """Spearman of validation loss and metric over the models' means, and the number of models."""
     both = [each for each in runs if usable(each, VAL_LOSS)]
     models = dict.fromkeys(model_key(each) for each in both)
     if metric == VAL_LOSS or len(models) < 3:
@@ -313,12 +384,12 @@ def _agreement(runs: Sequence[Found], metric: str) -> tuple[float, int]:
     ]
     try:
         return spearman(means[0], means[1]), len(models)
-    except UserError:  # all of one value
+    except UserError:  # all values are equal
         return math.nan, len(models)
 
 
 def conclusion(analysis: Analysis) -> str:
-    """One or two sentences: the law, its interval and Pearson, or why there are none."""
+    """The law, its interval and Pearson, or why there is no law, in one or two sentences."""
     fit, name = analysis.fits[0], metric_name(analysis.metric)
     seeds = len({each.result["train"]["seed"] for each in analysis.runs})
     counted = f"{plural(fit.n, 'run')} of {plural(fit.models, 'model')}"
@@ -334,7 +405,7 @@ def conclusion(analysis: Analysis) -> str:
     elif interval.high < 0:
         trend = f"{name} grows with Gflops"
     else:
-        trend = f"whether {name} falls with Gflops, these runs do not settle"
+        trend = f"these runs do not settle whether {name} falls with Gflops"
     offset = ""
     if fit.offset is not None and fit.offset.c > 0:
         offset = (
@@ -350,21 +421,51 @@ def conclusion(analysis: Analysis) -> str:
 
 
 def floor_of(runs: Sequence[Found], metric: str) -> float:
-    """The distance of real images to real images, the median over runs; NaN where none has it."""
+    """The distance of real images to real images: the median over runs, NaN if none has it."""
     found = [each.result["metrics"].get(f"{metric}_floor", math.nan) for each in runs]
     found = [floor for floor in found if math.isfinite(floor)]
     return float(np.median(found)) if found else math.nan
 
 
-def further(analysis: Analysis) -> list[str]:
-    """The held-out prediction and the proxy, a sentence each."""
+def _joint_words(joint: Joint) -> str:
+    law = joint.law
+    if law is None:
+        return f"No law in size and images: {joint.why}"
+    offset = f"{number(law.e)} + " if law.e > 1e-6 * (law.a + law.b) else ""
+    points = f"{law.n} points along training" if joint.along_training else f"{law.n} results"
+    bias = "; a falling learning rate biases such points" if joint.along_training else ""
+    return (
+        f"In forward Gflops N and training images D (Hoffmann et al. 2022, Eq. 2):"
+        f" {metric_name(joint.metric)} ≈ {offset}{number(law.a)} · N^{number(-law.alpha)}"
+        f" + {number(law.b)} · D^{number(-law.beta)}, fitted to {points}, which lie"
+        f" {percent(joint.deviation).removeprefix('+')} off it (root mean square{bias}). It has no"
+        f" intervals. By it the best size grows as compute^"
+        f"{number(law.beta / (law.alpha + law.beta))}."
+    )
+
+
+def _likelihood_words(runs: Sequence[Found]) -> str:
+    """The lowest bound of the runs, as a sentence; '' if none has one."""
+    known = [(bits, each) for each in runs if (bits := bits_per_dim(each)) is not None]
+    if not known:
+        return ""
+    bits, best = min(known, key=lambda pair: pair[0])
+    return (
+        f"Likelihood: L_vlb on held-out images is {number(bits)} bits/dim for"
+        f" {short(best.result['run'])}, the lowest of {plural(len(known), 'run')}: the number of"
+        " diffusion steps times the mean term, without the prior's, which no training changes."
+    )
+
+
+def findings(analysis: Analysis) -> list[str]:
+    """Sentences on the held-out prediction, the law in size and images, the proxy, and bits/dim."""
     words, name = [], metric_name(analysis.metric)
     found = analysis.extrapolation
     if found is not None:
         largest = found.held[-1]
-        where = "inside" if largest.inside else "outside of"
+        where = "inside" if largest.inside else "outside"
         words.append(
-            f"Held out: the law of the {found.models_fitted} smaller models foretells"
+            f"Held out: the law fitted to the {found.models_fitted} smaller models predicts"
             f" {number(largest.predicted)} for {short(largest.name[0])}"
             f" ({number(largest.x)} Gflops); measured {number(largest.measured)}, so the prediction"
             f" is off by {percent(largest.error)}, {where} its 95 % interval"
@@ -372,9 +473,13 @@ def further(analysis: Analysis) -> list[str]:
         )
     elif analysis.fits[0].law is not None:
         words.append(f"No held-out prediction: {analysis.why_no_extrapolation}")
+    if analysis.fits[0].law is not None:
+        words.append(_joint_words(analysis.joint))
     if math.isfinite(analysis.agreement):
         words.append(
-            f"Validation loss at fixed (t, ε) ranks the {analysis.agreed} models as {name} does"
-            f" with Spearman {number(analysis.agreement)}."
+            f"Ranks of the {analysis.agreed} models by validation loss at fixed (t, ε) and by"
+            f" {name}: Spearman {number(analysis.agreement)}."
         )
+    if likelihood := _likelihood_words(analysis.runs):
+        words.append(likelihood)
     return words

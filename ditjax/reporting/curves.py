@@ -1,4 +1,4 @@
-"""A run along its training, from metrics.jsonl: loss and evaluations against steps and compute."""
+"""Curves along training, from metrics.jsonl: losses and evaluations against steps and compute."""
 
 import math
 from collections import Counter
@@ -10,19 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditjax.errors import UserError
-from ditjax.models.cost import training_gflops
+from ditjax.models.network import training_gflops
 from ditjax.runs.results import METRICS_FILE, Found, read_metrics
 from ditjax.studies.words import short
 
-MAX_POINTS = 400  # of a curve: more are not seen
+MAX_POINTS = 400  # of a curve; more cannot be seen
 EVALUATION = "eval/"
 PROTOCOL = "eval/protocol_hash"
-LOSS = "loss"
+LOSS_KEY = "loss"
 
 
 @dataclass(frozen=True)
-class Curve:
-    """steps f64[n] > 0, rising; `gflops` f64[n] of training up to there; values f64[n] > 0."""
+class TrainingCurve:
+    """A quantity along the training of a run.
+
+    steps f64[n] > 0, rising; gflops f64[n] of training up to each; values f64[n] > 0.
+    """
 
     run: Found
     steps: NDArray[np.float64]
@@ -31,10 +34,10 @@ class Curve:
 
 
 class Logs:
-    """The metrics.jsonl of a study's runs, each read once."""
+    """The metrics.jsonl files of a study's runs, each read once."""
 
     def __init__(self, runs: Sequence[Found], problems: list[str]) -> None:
-        """Reads them; one that is damaged, or logged a loss that is none, is a problem."""
+        """Read the logs; a damaged one, or a loss that is not finite, is added to `problems`."""
         self._lines: dict[int, list[dict[str, Any]]] = {}
         self._runs = list(runs)
         for index, each in enumerate(self._runs):
@@ -47,24 +50,27 @@ class Logs:
                 problems.append(str(error))
                 continue
             self._lines[index] = lines
-            losses = [line[LOSS] for line in lines if _is_number(line.get(LOSS))]
+            losses = [line[LOSS_KEY] for line in lines if _is_number(line.get(LOSS_KEY))]
             bad = sum(not math.isfinite(value) for value in losses)
             if bad:
                 problems.append(
-                    f"run {short(each.result['run'])!r}: {bad} logged losses not finite."
+                    f"run {short(each.result['run'])!r}: {bad} logged losses are not finite."
                 )
 
-    def losses(self) -> list[Curve]:
-        """Training losses, smoothed, of the runs that logged any."""
+    def losses(self) -> list[TrainingCurve]:
+        """The smoothed training losses of the runs that logged any."""
         return [
-            Curve(curve.run, curve.steps, curve.gflops, smooth(curve.steps, curve.values))
-            for curve in self._curves(LOSS, 2)
+            TrainingCurve(curve.run, curve.steps, curve.gflops, smooth(curve.steps, curve.values))
+            for curve in self._curves(LOSS_KEY, 2)
         ]
 
-    def evaluations(self, metric: str, runs: Sequence[Found], problems: list[str]) -> list[Curve]:
-        """The metric along training of those of `runs` that were scored twice or more.
+    def evaluations(
+        self, metric: str, runs: Sequence[Found], problems: list[str]
+    ) -> list[TrainingCurve]:
+        """The metric along training, for those of `runs` that were evaluated at least twice.
 
-        Evaluations of another protocol than most are left out, and named.
+        Evaluations of any protocol but the most frequent one are left out, which is added to
+        `problems`.
         """
         wanted = {id(each) for each in runs}
         indices = [i for i, each in enumerate(self._runs) if id(each) in wanted]
@@ -90,7 +96,7 @@ class Logs:
             if id(curve.run) in wanted
         ]
 
-    def _curves(self, key: str, at_least: int, protocol: str | None = None) -> list[Curve]:
+    def _curves(self, key: str, at_least: int, protocol: str | None = None) -> list[TrainingCurve]:
         curves = []
         for index, lines in self._lines.items():
             each = self._runs[index]
@@ -107,23 +113,24 @@ class Logs:
                 continue
             batch = each.result["train"]["batch_size"]
             compute = training_gflops(each.result["gflops"], batch * steps[keep])
-            curves.append(Curve(each, steps[keep], compute, values[keep]))
+            curves.append(TrainingCurve(each, steps[keep], compute, values[keep]))
         return sorted(curves, key=lambda curve: curve.run.result["gflops"])
 
 
-def thinned(curve: Curve, most: int = MAX_POINTS) -> Curve:
-    """At most `most` points, evenly spaced on a logarithmic axis, both ends among them."""
+def thinned(curve: TrainingCurve, most: int = MAX_POINTS) -> TrainingCurve:
+    """At most `most` points, evenly spaced on a logarithmic axis, including both ends."""
     n = len(curve.steps)
     if n <= most:
         return curve
     at = np.unique(np.geomspace(1, n, most).round().astype(int) - 1)
-    return Curve(curve.run, curve.steps[at], curve.gflops[at], curve.values[at])
+    return TrainingCurve(curve.run, curve.steps[at], curve.gflops[at], curve.values[at])
 
 
 def smooth(steps: NDArray[np.float64], loss: NDArray[np.float64]) -> NDArray[np.float64]:
     """s_i = mean of l_j over the steps from steps_i / 1.2 to 1.2 · steps_i.
 
-    The window is as wide at each place of a logarithmic axis, so the first fall is not smeared.
+    The window has the same width everywhere on a logarithmic axis, so that the steep fall at the
+    start is not smeared.
     """
     total = np.concatenate([[0.0], np.cumsum(loss)])
     first = np.searchsorted(steps, steps / 1.2)

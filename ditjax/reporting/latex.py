@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from ditjax.files.masking import visible
-from ditjax.reporting.study import Absent, Family, Group, families, published_of, usable
+from ditjax.errors import printable
+from ditjax.reporting.study import Absent, Family, Group, families, published_figures, usable
 from ditjax.studies.words import METRIC_NAMES, count, encodable, metric_name, number
 
 _SPECIAL = {
@@ -23,28 +23,28 @@ _SPECIAL = {
     "|": r"\textbar{}",
     '"': r"\textquotedbl{}",
     "∞": r"$\infty$",
-    "-": "{-}",  # no ligature, and nothing of a name reads as a rule
+    "-": "{-}",  # no ligature, and no part of a name reads as a rule
 }
-_LONG = 40  # rows that a page holds
+_LONG = 40  # rows that fit on a page
 
 
 def escaped(text: str, longest: int = 60) -> str:
-    """A name as LaTeX prints it: no command, no comment, no line of its own."""
-    line = visible(text)
+    """Escape a name for LaTeX, so that it is no command and no comment, on one line."""
+    line = printable(text)
     line = line if len(line) <= longest else f"{line[: longest - 3]}..."
     return "".join(_SPECIAL.get(char, char) for char in line)
 
 
 def latex_text(groups: Sequence[Group], metric: str, absent: Sequence[Absent] = ()) -> str:
-    """One row a model and recipe; a run without a usable metric has a row of its own.
+    """One row for each model and recipe, and one for each run without a usable metric.
 
-    Needs \\usepackage{booktabs}, and longtable where the rows are many.
+    Needs \\usepackage{booktabs}, and longtable if there are many rows.
     """
     several = len(groups) > 1
     published = any(
         metric in record
         for record in (
-            *(published_of(each) for group in groups for each in group.runs),
+            *(published_figures(each) for group in groups for each in group.runs),
             *(cell.published for cell in absent),
         )
     )
@@ -62,12 +62,13 @@ def latex_text(groups: Sequence[Group], metric: str, absent: Sequence[Absent] = 
             if family is None and usable(each, metric):
                 continue  # a further seed of a family
             model, train = each.result["model"], each.result["train"]
-            cells = [model["name"], model["block"], count(each.result["params"])]
-            cells += [number(each.result["gflops"]), str(train["steps"])]
-            cells = [escaped(cell) for cell in cells]
+            cells = [escaped(model["name"])]
+            cells += [escaped(str(model["block"])) if "block" in model else "--"]
+            cells += [count(each.result["params"]), number(each.result["gflops"])]
+            cells += [str(train["steps"])]
             cells += [str(len(family.runs)) if family else "1", _measured(family)]
             if published:
-                cells.append(_known(published_of(each).get(metric)))
+                cells.append(_known(published_figures(each).get(metric)))
             rows.append(" & ".join(cells) + r" \\")
     for cell in absent:
         known = [escaped(cell.model or cell.name), "--"]

@@ -1,58 +1,46 @@
-"""Which colour and which marker a run has, the same in every plot of a page."""
+"""Which colour and which marker a run has, the same in every plot of a report."""
 
 from collections.abc import Sequence
 
-from ditjax.reporting.svg import MARKERS, Looks
+from ditjax.reporting.study import by_patch, described_by, names_by_size
+from ditjax.reporting.style import COLOURS, FAINT, MARKERS, Key, Look
 from ditjax.runs.results import Found
-from ditjax.studies.words import short
+
+_SHAPES = list(MARKERS)
 
 
 class Encoding:
-    """Colour: the patch, or where all have one patch the block, or else the size; marker: the rest.
+    """The looks of a study's runs.
 
-    Beyond as many values as there are markers a marker would mean two things: all are the first.
+    The colour stands for the patch size, if all have the same for the block, else for the size; the
+    marker stands for the rest. If there are more values than markers, all have the first marker, so
+    that none means two things.
     """
 
     def __init__(self, runs: Sequence[Found]) -> None:
-        self._runs = list(runs)
-        varied = [key for key in ("patch", "block", "size") if len(self._distinct((key,))) > 1]
+        varied = [
+            key
+            for key in ("patch", "block", "size")
+            if len({described_by(each, (key,)) for each in runs} - {"-"}) > 1
+        ]
         self._colour = tuple(varied[:1])
         self._marker = tuple(key for key in ("size", "block") if key in varied[1:])
-        colours = self._distinct(self._colour)
+        colours = names_by_size(runs, self._colour)
         if self._colour == ("patch",):
-            colours.reverse()  # few tokens first, as the costs grow
-        markers = self._distinct(self._marker)
-        self._colours = {words: i for i, words in enumerate(colours)}
-        self._named = 1 < len(markers) <= len(MARKERS)
-        self._markers = {words: i if self._named else 0 for i, words in enumerate(markers)}
+            colours.sort(key=by_patch)  # few tokens first, as the costs grow
+        markers = names_by_size(runs, self._marker)
+        named = len(markers) <= len(_SHAPES)
+        self._colours = {words: COLOURS[i % len(COLOURS)] for i, words in enumerate(colours)}
+        self._markers = {words: _SHAPES[i if named else 0] for i, words in enumerate(markers)}
 
-    def of(self, each: Found) -> Looks:
-        return Looks(
-            self._colours[_words(each, self._colour)], self._markers[_words(each, self._marker)]
-        )
+    def of(self, each: Found) -> Look:
+        """The look of a run."""
+        colour, marker = described_by(each, self._colour), described_by(each, self._marker)
+        return Look(self._colours[colour], self._markers[marker])
 
-    @property
-    def colours(self) -> tuple[str, list[tuple[str, Looks]]]:
-        """What colours stand for, and (value, looks) of each; no values where all are alike."""
-        shown = self._colours if len(self._colours) > 1 else {}
-        return " ".join(self._colour), [(words, Looks(i, 0)) for words, i in shown.items()]
-
-    @property
-    def markers(self) -> tuple[str, list[tuple[str, Looks]]]:
-        shown = self._markers if self._named else {}
-        return " ".join(self._marker), [(words, Looks(0, i)) for words, i in shown.items()]
-
-    def _distinct(self, keys: tuple[str, ...]) -> list[str]:
-        """By patch size, or by the most parameters and Gflops of what carries the words."""
-        if keys == ("patch",):
-            return [str(p) for p in sorted({each.result["model"]["patch"] for each in self._runs})]
-        largest: dict[str, tuple[float, float]] = {}
-        for each in self._runs:
-            words, cost = _words(each, keys), (each.result["params"], each.result["gflops"])
-            largest[words] = max(largest.get(words, (0.0, 0.0)), cost)
-        return sorted(largest, key=lambda words: (largest[words], words))
-
-
-def _words(each: Found, keys: tuple[str, ...]) -> str:
-    model = each.result["model"]
-    return " ".join(short(str(model[key]), 18) for key in keys)  # type: ignore[literal-required]
+    def keys(self) -> list[Key]:
+        """What the colours and the markers stand for; nothing for what is the same for all."""
+        colours = {words: Look(colour, _SHAPES[0]) for words, colour in self._colours.items()}
+        markers = {words: Look(FAINT, marker) for words, marker in self._markers.items()}
+        found = [Key(" ".join(self._colour), colours), Key(" ".join(self._marker), markers)]
+        return [key for key in found if len(set(key.values.values())) > 1]

@@ -1,4 +1,4 @@
-"""The report as one HTML page, page.html.jinja, that needs no network."""
+"""The report as one HTML page, from page.html.jinja. It needs no network."""
 
 import base64
 import hashlib
@@ -8,30 +8,30 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ditjax.files.masking import visible
-from ditjax.reporting.analysis import Analysis, conclusion, further
+from ditjax.errors import printable
+from ditjax.reporting.analysis import GFLOPS, Analysis, conclusion, findings
 from ditjax.reporting.curves import Logs
 from ditjax.reporting.looks import Encoding
-from ditjax.reporting.plots import Panel, panels
+from ditjax.reporting.plots import GroupPlots, Plot
 from ditjax.reporting.samples import PAGE_BYTES, Cells, data_uri
 from ditjax.reporting.sampling import Sampled
 from ditjax.reporting.scored import Scored, shared
-from ditjax.reporting.study import Absent, Family, Plan, families, model_key
-from ditjax.reporting.svg import glyph
+from ditjax.reporting.study import Absent, Family, StudyPlan, families, model_key
+from ditjax.reporting.style import MARKERS, variable
 from ditjax.reporting.table import Column, table_columns, verdict
 from ditjax.runs.results import Found
 from ditjax.scaling.claims import Claim
 from ditjax.studies.words import encodable, interval_words, metric_name, number, plural, short
 
-MAX_GROUPS = 4  # protocols drawn; the table holds all
+MAX_GROUPS = 4  # protocols with plots; the table has all
 
 
 @dataclass(frozen=True)
 class Study:
-    """All that a page shows. `cells` are the samples of the first MAX_GROUPS groups, with notes."""
+    """Everything that a page shows. `cells`: samples of the first MAX_GROUPS groups, and notes."""
 
     analyses: tuple[Analysis, ...]
-    plan: Plan | None
+    plan: StudyPlan | None
     logs: Logs
     sampled: tuple[Sampled, ...]
     sampling: Claim | None
@@ -53,7 +53,7 @@ class Study:
 
 
 def render_page(study: Study) -> str:
-    """Every string is escaped, the images are data URIs, and nothing is loaded from elsewhere."""
+    """Render the page. Every string is escaped, images are data URIs, and nothing is loaded."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -78,7 +78,9 @@ def render_page(study: Study) -> str:
         sections=[_section(study, i, looks, rows) for i in range(len(groups))],
         sampling=study.sampling,
         verdict=verdict,
-        key=_key(looks),
+        keys=looks.keys(),
+        markers=MARKERS,
+        variable=variable,
         columns=columns,
         table=[_row(columns, each) for each in runs],
         absent=[_absent_row(columns, cell) for cell in study.absent],
@@ -104,12 +106,12 @@ def render_page(study: Study) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """What the template puts in: no text of a result turns the direction of the page's own."""
-    return visible(value, keep="\n") if type(value) is str else value
+    """A value as the template shows it, without characters that would change the page's text."""
+    return printable(value, keep="\n") if type(value) is str else value
 
 
 def _lead(study: Study) -> str:
-    """What was run: cells, models, seeds, protocols."""
+    """What was run: runs, models, seeds, protocols and cells of the plan."""
     runs = study.runs
     models = len({model_key(each) for each in runs})
     seeds = len({each.result["train"]["seed"] for each in runs})
@@ -120,19 +122,15 @@ def _lead(study: Study) -> str:
         left = len(study.plan.absent)
         words += f". The study has {plural(len(study.plan.cells), 'cell')}"
         words += f", {left} of them without a result" if left else ", all with a result"
-    return f"{words}. Training took {_hours(runs)} in all."
-
-
-def _hours(runs: Sequence[Found]) -> str:
     hours = sum(each.result["train"]["seconds"] for each in runs) / 3600
-    return f"{number(hours, 2)} hours"
+    return f"{words}. Training took {number(hours, 2)} hours in all."
 
 
-MAX_ABSENT = 12  # names of cells without a result in the summary
+MAX_ABSENT = 12  # cells without a result that the summary names
 
 
 def _without_result(absent: Sequence[Absent]) -> str:
-    """Which cells, by their state; '' where all have a result."""
+    """The cells without a result, by their state; '' if there are none."""
     by_state: dict[str, list[str]] = {}
     for cell in absent:
         by_state.setdefault(cell.state, []).append(short(cell.name))
@@ -145,29 +143,23 @@ def _without_result(absent: Sequence[Absent]) -> str:
 
 @dataclass(frozen=True)
 class _Section:
-    """One protocol's words, plots and fits."""
+    """The sentences and plots of one protocol; `hero` is the wide drawing of the first plot."""
 
     analysis: Analysis
     words: list[str]
-    panels: list[Panel]
+    hero: str
+    plots: list[Plot]
 
 
 def _section(study: Study, index: int, looks: Encoding, rows: dict[int, int]) -> _Section:
     analysis = study.analyses[index]
-    drawn: list[Panel] = []
-    if index < MAX_GROUPS:
-        sampled, absent = (study.sampled, study.absent) if index == 0 else ((), ())
-        drawn = panels(analysis, study.logs, rows, looks, sampled, absent)
-    return _Section(analysis, [conclusion(analysis), *further(analysis)], drawn)
-
-
-def _key(looks: Encoding) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(what it stands for, (markup, words) of each value) of colours and markers."""
-    made = []
-    for kind, (title, values) in (("", looks.colours), ("plain", looks.markers)):
-        if values:
-            made.append((title, [(glyph(look, kind), words) for words, look in values]))
-    return made
+    words = [conclusion(analysis), *findings(analysis)]
+    if index >= MAX_GROUPS:
+        return _Section(analysis, words, "", [])
+    sampled, absent = ((), ()) if index else (study.sampled, study.absent)
+    group = GroupPlots(analysis, looks, rows, absent)
+    hero = group.cost(GFLOPS, named=True).svg(analysis.group.protocol_hash, wide=True)
+    return _Section(analysis, words, hero, group.every(study.logs, sampled))
 
 
 def _row(columns: Sequence[Column], each: Found) -> list[dict[str, Any]]:
@@ -182,12 +174,12 @@ def _absent_row(columns: Sequence[Column], cell: Absent) -> list[dict[str, Any]]
 
 
 def _cell(column: Column, value: Any, show: Any) -> dict[str, Any]:
-    full = str(value) if value is not None else ""
-    return {"shown": show(value), "key": full, "full": full, "numeric": column.numeric}
+    key = str(value) if value is not None else ""
+    return {"shown": show(value), "key": key, "numeric": column.numeric}
 
 
 def _models(study: Study) -> list[Family]:
-    """Models with several seeds, and all others beside them; [] where there is one seed."""
+    """The models over their seeds; [] if every model has a single seed."""
     found = [
         family
         for analysis in study.analyses
@@ -197,14 +189,14 @@ def _models(study: Study) -> list[Family]:
 
 
 class _Budget:
-    """Bytes that images may still take; `cut` counts those left out."""
+    """The bytes that images may still take; `cut` counts the images left out."""
 
     def __init__(self, most: int) -> None:
         self._left = most
         self.cut = 0
 
     def spend(self, text: str) -> str:
-        """The text, or '' where it is more than is left."""
+        """The text, or '' if it is longer than what is left."""
         if len(text) > self._left:
             self.cut += 1
             return ""
@@ -215,7 +207,7 @@ class _Budget:
 def _sample_section(
     study: Study, cells: Cells, note: str, rows: dict[int, int], budget: _Budget
 ) -> dict[str, Any]:
-    """Rows of cells: the image, its words, the number of its run."""
+    """Rows of cells: the image, its words and the row of its run in the table."""
     group = next(
         analysis.group
         for analysis in study.analyses
@@ -249,7 +241,7 @@ def _distinct(values: Iterable[str]) -> list[str]:
 
 
 def _environments(runs: Sequence[Found]) -> list[tuple[int, dict[str, Any]]]:
-    """(number of runs, fields without the command) of each environment, the commonest first."""
+    """(number of runs, fields without the command) of each environment, the most common first."""
     kept = [
         {key: value for key, value in each.result["environment"].items() if key != "command"}
         for each in runs
@@ -259,5 +251,5 @@ def _environments(runs: Sequence[Found]) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _sha256(script: str) -> str:
-    """As a Content-Security-Policy names the one script that may run."""
+    """The name of a script in a Content-Security-Policy, which then allows no other."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

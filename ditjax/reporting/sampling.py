@@ -18,7 +18,7 @@ GRID_FILE = "grid.json"
 
 @dataclass(frozen=True)
 class Sampled:
-    """One cell: the run, Gflops of sampling one image, and the metric."""
+    """One cell of a grid: its run, the Gflops of sampling one image, and the metric."""
 
     run: Found
     gflops: float
@@ -28,10 +28,11 @@ class Sampled:
 def read_sampled(
     folders: Sequence[str | Path], found: Sequence[Found], metric: str, problems: list[str]
 ) -> list[Sampled]:
-    """Cells of the grid.json in the folders and one below, of runs that are among the results.
+    """Read the grid.json files in the folders and one level below, for the runs in `found`.
 
-    Of several guidance scales, samplers and counts only the most frequent combination is kept, so
-    that cells differ in their steps alone. A file that cannot be read is added to `problems`.
+    Only cells with the most frequent combination of guidance, sampler and number of samples are
+    kept, so that cells differ only in their steps. A file that cannot be read is added to
+    `problems`.
     """
     by_name = {each.result["run"]: each for each in found}
     kept: list[tuple[str, Sampled]] = []
@@ -65,14 +66,14 @@ def _files(folders: Sequence[str | Path]) -> Iterable[Path]:
 
 
 def _same(cell: dict[str, Any]) -> str:
-    """What must be equal for two cells to differ in their sampling steps alone."""
+    """What is equal for cells that differ only in their sampling steps."""
     settings = {key: value for key, value in cell["settings"].items() if key != "steps"}
     protocol = {key: value for key, value in cell["protocol"].items() if key != "steps"}
     return repr((sorted(settings.items()), sorted(protocol.items())))
 
 
 def sampling_claim(sampled: Sequence[Sampled]) -> Claim:
-    """That more sampling compute does not make up for a small model."""
+    """Test that more sampling compute does not make up for a small model."""
     try:
         return sampling_does_not_make_up(
             [one.run.result["gflops"] for one in sampled],

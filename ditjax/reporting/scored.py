@@ -1,8 +1,8 @@
-"""Cells with a published figure: what we measured beside it, and everything that sets them apart.
+"""Measured values beside published figures, and everything in which their measurements differ.
 
-A row is one metric of one cell, its seeds together. It is compared with the published figure only
-where both were measured in the same way; within what seeds alone do to it, by our own seeds where
-there are two, else by what is published of two seeds. What was not run stays "not run".
+A row is one metric of one cell, over its seeds. It is compared with the published figure only if
+both were measured in the same way. The noise of seeds is taken from our own seeds if there are two,
+else from published repeats. What was not run stays "not run".
 """
 
 import json
@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
+from ditjax.config import completed
+from ditjax.data.names import is_latents
 from ditjax.reporting.table import csv_of
-from ditjax.runs.results import Published, Result, is_published
+from ditjax.runs.results import PublishedFigures, Result, is_published
 from ditjax.scaling.published import REPEATS
 from ditjax.scaling.spread import Spread, noise_band, spread
 from ditjax.studies.words import aligned, metric_name, number, plural, short
-from ditjax.weights.networks import RELEASE
 
-NOT_STATED = "not stated"  # what a published protocol says of a field that no text gives
-AS_PUBLISHED = "the paper's"  # of the recipe: what has no field of its own is as in the paper
+NOT_STATED = "not stated"  # in a published protocol: a field that the publication does not give
+AS_PUBLISHED = "the paper's"  # a recipe whose keys without a field of their own are the paper's
 OWN_SEEDS = "our own seeds"
 PUBLISHED_SEEDS = "published repeats of B/4 and XL/2, PyTorch beside JAX"
 
@@ -33,11 +34,11 @@ Verdict = Literal[
 
 @dataclass(frozen=True)
 class Scored:
-    """One metric of one cell. `measured` is the mean of `runs` seeds, None for none.
+    """One metric of one cell. `measured` is the mean over `runs` seeds, None without any.
 
-    low to high: where seed noise alone would have put `measured`, by `noise`; None where nothing
-    is known of it. `differences`: how the measurements differ, in words; the first `decisive` of
-    them forbid the comparison.
+    The noise of seeds alone would put `measured` between `low` and `high`, which are None if it is
+    unknown; `noise` says what it is taken from. `differences` are those of the measurements, in
+    words; the first `decisive` of them forbid the comparison.
     """
 
     cell: str
@@ -55,17 +56,17 @@ class Scored:
 
     @property
     def difference(self) -> float | None:
-        """Measured - published, where they may be compared."""
+        """Measured - published, or None where they cannot be compared."""
         if self.measured is None or self.verdict in ("not comparable", "not finite"):
             return None
         return self.measured - self.published
 
 
 class Field(NamedTuple):
-    """A field of a published protocol: what ours is (None: not on record), and what it decides.
+    """A field of a published protocol, and how to read ours from a result (None: not on record).
 
-    Another value of a `decisive` field makes two figures incomparable. `metrics`: those that the
-    field bears on; () is all.
+    Figures that differ in a `decisive` field cannot be compared. `metrics` are those that the field
+    affects, () for all.
     """
 
     ours: Callable[[Result], str | None]
@@ -90,7 +91,7 @@ def _train(key: str) -> Callable[[Result], str | None]:
 
 
 def _text(value: Any) -> str | None:
-    """As a published protocol writes it: 1.0 is '1', 1e-4 is '0.0001'."""
+    """A value as a published protocol writes it: 1.0 is '1', 1e-4 is '0.0001'."""
     if value is None:
         return None
     if isinstance(value, float) and not isinstance(value, bool):
@@ -99,7 +100,7 @@ def _text(value: Any) -> str | None:
 
 
 def _reference(result: Result) -> str | None:
-    """By the file's name: statistics do not say of what they are."""
+    """The reference by its file's name, since statistics do not state their source."""
     path = _config("evaluate", "reference")(result)
     return PurePath(path).name if path else None
 
@@ -109,13 +110,13 @@ def _guided_channels(result: Result) -> str | None:
 
 
 def _data(result: Result) -> str | None:
-    """The data set's name; latents are known by their folder alone."""
+    """The data set's name; None for latents, which are known only by their folder."""
     name = _config("data", "name")(result)
-    return None if name is None or name.startswith("latents:") else name
+    return None if name is None or is_latents(name) else name
 
 
 def _decoder(result: Result) -> str | None:
-    """Which of the paper's three it is, by the name of its file."""
+    """Which of the paper's three decoders it is, by its file's name."""
     if _protocol("decoder")(result) == "pixels":
         return "pixels"
     path = _config("autoencoder", "path")(result) or ""
@@ -125,14 +126,14 @@ def _decoder(result: Result) -> str | None:
 
 
 def _precision(result: Result) -> str | None:
-    """Of training and sampling; float32 products are rounded where the recipe does not forbid."""
+    """The precision of training and sampling; float32 products may be rounded by default."""
     dtype, matmul = (_config("model", key)(result) for key in ("dtype", "matmul"))
     if dtype is None:
         return None
     return dtype if dtype != "float32" else f"float32, {matmul or 'default'} products"
 
 
-# Keys that say what a model is, that have fields of their own, or that change nothing learned.
+# Keys that identify a model, have fields of their own, or do not change what is learned.
 _APART = (
     "size",
     "patch",
@@ -147,21 +148,22 @@ _APART = (
 
 
 def _recipe(result: Result) -> str | None:
-    """Every other key of the network, its process and its optimizer that is not the paper's."""
+    """The remaining keys of network, process and optimizer that are not the paper's."""
     config, said = result["config"], []
+    paper = completed({})
     for section in ("model", "diffusion", "optim"):
         group = config.get(section)
         if not isinstance(group, Mapping):
             return None
         said += [
             f"{section}.{key} {_text(group[key])}"
-            for key, value in RELEASE[section].items()
+            for key, value in paper[section].items()
             if key not in _APART and group.get(key, value) != value
         ]
     return ", ".join(said) or AS_PUBLISHED
 
 
-# Every field that a published protocol may name, in the order in which differences are told.
+# Every field that a published protocol may name, in the order in which differences are listed.
 FIELDS: Mapping[str, Field] = {
     "metric": Field(_protocol("metric")),
     "features": Field(_protocol("features")),
@@ -187,22 +189,24 @@ FIELDS: Mapping[str, Field] = {
     "precision": Field(_precision, decisive=False),
     "seed": Field(_train("seed"), decisive=False),
 }
-# Fields that have no effect in some results: nothing on record is then no difference.
+# Fields without effect in some results, where nothing on record is no difference.
 _WITHOUT_EFFECT = ("cfg_channels",)
 
 
 class Difference(NamedTuple):
-    """In words, and whether it forbids the comparison."""
+    """A difference in words, and whether it forbids the comparison."""
 
     words: str
     decisive: bool
 
 
-def differences(result: Result, published: Published, metric: str) -> list[Difference]:
-    """How a result was measured otherwise than a published figure, decisive ones first.
+def protocol_differences(
+    result: Result, published: PublishedFigures, metric: str
+) -> list[Difference]:
+    """How the measurements of a result and a published figure differ, decisive differences first.
 
-    A field that the publication does not state, or that we have no record of, is named and decides
-    nothing; so is one that ditjax does not know.
+    A field that the publication does not state, that is not on record here, or that ditjax does not
+    know is listed but decides nothing.
     """
     found = []
     protocol = published["protocol"]
@@ -230,20 +234,20 @@ def differences(result: Result, published: Published, metric: str) -> list[Diffe
 
 
 class _Wanted(NamedTuple):
-    """A cell with published figures, and those of its seeds' results that there are."""
+    """A cell with published figures, and the results of its seeds so far."""
 
     name: str
-    published: Published
+    published: PublishedFigures
     results: list[Result]
 
 
 def scored_rows(results: Sequence[Result], study: Mapping[str, Any] | None = None) -> list[Scored]:
-    """A row for each published figure, in the order of the study's cells.
+    """One row for each published figure, in the order of the study's cells.
 
-    `study` is sweep.json: its cells without a result are "not run". Without it only results that
-    carry published figures have rows. Seeds of a cell are one row: cells that have all overrides
-    but the seed in common, or, without a study, all of the recipe. Results of several protocols
-    are rows of their own, named by their hash.
+    `study` is sweep.json, whose cells without a result are "not run". Without it, rows are made of
+    the results that carry published figures. The seeds of a cell share a row: they have the same
+    overrides apart from the seed, or without a study the same recipe. Results of different
+    protocols have rows of their own, named by their hash.
     """
     rows = []
     for cell in _cells(results, study):
@@ -265,20 +269,17 @@ def _cells(results: Sequence[Result], study: Mapping[str, Any] | None) -> list[_
         listed.add(name)
         overrides = each.get("overrides")
         keys = overrides if isinstance(overrides, Mapping) else dict(overrides or ())
-        _add(cells, name, {k: v for k, v in keys.items() if k != "seed"}, published)
-        _last(cells, keys).results.extend(of_run.get(name, ()))
+        _cell(cells, name, keys, published).results.extend(of_run.get(name, ()))
     for result in results:
         published = result.get("published")
         if result["run"] in listed or not is_published(published):
             continue
-        recipe = {key: value for key, value in result["config"].items() if key != "seed"}
-        _add(cells, result["run"], recipe, published)
-        _last(cells, recipe).results.append(result)
+        _cell(cells, result["run"], result["config"], published).results.append(result)
     return [each for cell in cells.values() for each in _by_protocol(cell)]
 
 
 def _by_protocol(cell: _Wanted) -> list[_Wanted]:
-    """What was measured by different protocols is never averaged."""
+    """Split a cell by protocol, since results of different protocols are never averaged."""
     hashes = dict.fromkeys(result["protocol_hash"] for result in cell.results)
     if len(hashes) < 2:
         return [cell]
@@ -291,16 +292,11 @@ def _by_protocol(cell: _Wanted) -> list[_Wanted]:
     ]
 
 
-def _identity(keys: Mapping[str, Any]) -> str:
-    return json.dumps({k: v for k, v in keys.items() if k != "seed"}, sort_keys=True, default=str)
-
-
-def _add(cells: dict[str, _Wanted], name: str, keys: Mapping[str, Any], published: Any) -> None:
-    cells.setdefault(_identity(keys), _Wanted(re.sub(r"-seed\d+", "", name), published, []))
-
-
-def _last(cells: Mapping[str, _Wanted], keys: Mapping[str, Any]) -> _Wanted:
-    return cells[_identity(keys)]
+def _cell(cells: dict[str, _Wanted], name: str, keys: Mapping[str, Any], published: Any) -> _Wanted:
+    """The cell with these keys apart from the seed, which is added if it is new."""
+    recipe = {key: value for key, value in keys.items() if key != "seed"}
+    new = _Wanted(re.sub(r"-seed\d+", "", name), published, [])
+    return cells.setdefault(json.dumps(recipe, sort_keys=True, default=str), new)
 
 
 def _row(cell: _Wanted, metric: str, published: float) -> Scored:
@@ -308,7 +304,7 @@ def _row(cell: _Wanted, metric: str, published: float) -> Scored:
     finite = [value for value in found if math.isfinite(value)]
     apart: dict[Difference, None] = {}
     for result in cell.results:
-        apart |= dict.fromkeys(differences(result, cell.published, metric))
+        apart |= dict.fromkeys(protocol_differences(result, cell.published, metric))
     ordered = sorted(apart, key=lambda each: not each.decisive)
     if len(finite) < len(found):
         words = f"{plural(len(found) - len(finite), 'run')} gave no finite value and is left out"
@@ -359,8 +355,10 @@ def _verdict(
     return "inside" if low <= measured <= high else "outside"
 
 
-def _noise(values: Sequence[float], metric: str, published: Published) -> tuple[Spread | None, str]:
-    """What seeds do to a metric, and how that is known."""
+def _noise(
+    values: Sequence[float], metric: str, published: PublishedFigures
+) -> tuple[Spread | None, str]:
+    """The spread of a metric over seeds and its source; (None, "") if it is unknown."""
     if len(values) > 1 and min(values) > 0 and len(set(values)) > 1:
         return spread([values]), f"{OWN_SEEDS}, {len(values)}"
     # The published repeats are FID-50K at 400,000 steps without guidance.
@@ -376,7 +374,7 @@ def _noise(values: Sequence[float], metric: str, published: Published) -> tuple[
 
 
 def scored_text(rows: Sequence[Scored]) -> str:
-    """A table for a terminal, then what sets measured and published apart; '' without rows."""
+    """A table for a terminal and the differences of the measurements; '' without rows."""
     if not rows:
         return ""
     table = [["cell", "metric", "published", "measured", "difference", "by seeds alone", ""]]
@@ -405,7 +403,7 @@ def scored_text(rows: Sequence[Scored]) -> str:
 
 
 def shared(rows: Sequence[Scored]) -> dict[str, str]:
-    """Each difference once, in words, and whose it is."""
+    """Each difference in words -> the cells that have it."""
     ran = [row for row in rows if row.verdict != "not run"]
     of_words: dict[str, dict[str, None]] = {}
     for row in ran:

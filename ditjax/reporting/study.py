@@ -1,7 +1,7 @@
-"""What belongs together: runs of one protocol, seeds of one recipe, the cells that were planned.
+"""The runs of a study in groups: runs of one protocol, seeds of one recipe, cells of the plan.
 
-Results of different protocols never share a group. What is wrong with a result is added to
-`problems`; a run with something wrong is never silently averaged in or dropped.
+Results of different protocols never share a group. Whatever is wrong with a result is added to
+`problems`, so that no faulty run is silently averaged in or dropped.
 """
 
 import json
@@ -14,21 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from ditjax.config import completed
+from ditjax.config import is_free, migrated, schema_of
 from ditjax.files.atomic import load_json
-from ditjax.models import cost
 from ditjax.runs import rundir
 from ditjax.runs.results import METRICS_FILE, RESULT_FILE, Found, Result
 from ditjax.runs.rundir import RUNS, STUDY_FILE
 from ditjax.studies.words import metric_name, number, plural, short
 
 NOT_RUN, UNFINISHED, UNREADABLE = "not run", "not finished", "unreadable"
-METRICS_BY_RANK = ("fid", "fd_digits")  # what a study is about, where nobody says
+METRICS_BY_RANK = ("fid", "fd_digits")  # the default metric is the first that a result has
 
 
 @dataclass(frozen=True)
 class Group:
-    """All runs of one protocol, by Gflops."""
+    """All runs of one protocol, sorted by Gflops."""
 
     protocol_hash: str
     protocol: dict[str, Any]
@@ -37,9 +36,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Family:
-    """Runs that differ in their seed alone: their mean, standard deviation and ends.
+    """Runs that differ only in their seed: the metric's mean, standard deviation and range.
 
-    Only runs whose metric is usable are members; `deviation` is NaN for a single one.
+    Every member has a usable metric. The deviation of a single run is NaN.
     """
 
     runs: tuple[Found, ...]
@@ -51,7 +50,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Absent:
-    """A cell of sweep.json without a result, and in which state it is."""
+    """A cell of sweep.json without a result, and its state."""
 
     name: str
     model: str
@@ -62,33 +61,71 @@ class Absent:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What sweep.json says of a study: its title, all of its cells, those without a result."""
+class StudyPlan:
+    """The plan of a study in sweep.json: its title, all its cells, and those without a result."""
 
     title: str
     cells: tuple[dict[str, Any], ...]
     absent: tuple[Absent, ...]
 
 
-def training_gflops(result: Result) -> float:
-    """What the whole run has cost."""
-    return cost.training_gflops(result["gflops"], result["train"]["images"])
+def described(each: Found, key: str) -> str:
+    """A value of a result's `model` in a few characters; '-' if the network does not state it.
+
+    The size of a network that states none is its name.
+    """
+    model = each.result["model"]
+    found = model.get(key, model["name"] if key == "size" else None)
+    return "-" if found is None else short(str(found), 18)
 
 
-def chosen_metric(found: Sequence[Found]) -> str:
-    """FID where a result has it, then FD-digits."""
+def described_by(each: Found, keys: Sequence[str]) -> str:
+    """Several values of a result's `model`, without those that the network does not state."""
+    words = [described(each, key) for key in keys]
+    return " ".join(word for word in words if word != "-") or "-"
+
+
+def names_by_size(runs: Sequence[Found], keys: Sequence[str]) -> list[str]:
+    """The different `described_by` of runs, by the most parameters and Gflops of each."""
+    largest: dict[str, tuple[float, float]] = {}
+    for each in runs:
+        words, cost = described_by(each, keys), (each.result["params"], each.result["gflops"])
+        largest[words] = max(largest.get(words, (0.0, 0.0)), cost)
+    return sorted(largest, key=lambda words: (largest[words], words))
+
+
+def by_patch(patch: str) -> tuple[float, str]:
+    """Sort key of described patch sizes: the largest first, and what is no number last."""
+    size = float(patch) if patch.replace(".", "", 1).isdecimal() else -math.inf
+    return (-size, patch)
+
+
+def default_metric(found: Sequence[Found]) -> str:
+    """FID if a result has it, else FD-digits."""
     names = {name for each in found for name in each.result["metrics"]}
     return next((name for name in METRICS_BY_RANK if name in names), METRICS_BY_RANK[-1])
 
 
 def usable(each: Found, metric: str) -> bool:
-    """Whether the metric is a positive number: what a law or a mean may be made of."""
+    """Whether the metric is a positive number, so that a law or a mean may use it."""
     value = each.result["metrics"].get(metric, math.nan)
     return math.isfinite(value) and value > 0
 
 
+def bits_per_dim(each: Found) -> float | None:
+    """The bound L_vlb on held-out images in bits/dim, without the prior term L_T.
+
+    The sum over the steps of the diffusion (Nichol & Dhariwal 2021, Eq. 4) is their number times
+    the mean term, which is `val_vlb`. None if the result lacks one of the two.
+    """
+    diffusion = each.result["config"].get("diffusion")
+    steps = diffusion.get("timesteps") if isinstance(diffusion, Mapping) else None
+    term = each.result["metrics"].get("val_vlb")
+    return steps * term if type(steps) is int and term is not None else None
+
+
 def published_values(record: Any) -> dict[str, float]:
-    """{metric: value} of a `published` record; {} where there is none, or it holds no numbers."""
+    """{metric: value} of a `published` record; {} without a record, or if it holds no numbers."""
     values = record.get("values", record) if isinstance(record, dict) else {}
     return {
         name: float(value)
@@ -100,17 +137,18 @@ def published_values(record: Any) -> dict[str, float]:
     }
 
 
-def published_of(each: Found) -> dict[str, float]:
-    """The figures published for this cell elsewhere, as its result.json has them."""
+def published_figures(each: Found) -> dict[str, float]:
+    """The figures published for this run, as its result.json holds them."""
     record: Mapping[str, Any] = each.result
     return published_values(record.get("published"))
 
 
 def without_duplicates(found: list[Found], problems: list[str]) -> list[Found]:
-    """One run for each (name, protocol): the first in the order of --runs.
+    """Keep one run for each (name, protocol): the first in the order of --runs.
 
-    Directories of one study, of several machines or labs, join by it: a cell and its recipe are one
-    run wherever they were trained. Another recipe of the same name is named, and never averaged in.
+    This joins directories of one study from several machines or labs: a cell with its recipe is one
+    run wherever it was trained. Another recipe under the same name is reported as a problem and
+    never averaged in.
     """
     first: dict[tuple[str, str], Found] = {}
     for each in found:
@@ -119,19 +157,19 @@ def without_duplicates(found: list[Found], problems: list[str]) -> list[Found]:
         if kept is not each:
             problems.append(
                 f"run {short(key[0])!r} is there twice: {each.folder} holds"
-                f" {_beside(kept, each)} and is left out, {kept.folder} is used."
+                f" {_compared(kept, each)} and is left out, {kept.folder} is used."
             )
     return list(first.values())
 
 
-def _beside(kept: Found, other: Found) -> str:
-    """What a second result of one name and protocol is."""
+def _compared(kept: Found, other: Found) -> str:
+    """How a second result of one name and protocol differs from the first, in words."""
     if kept.result == other.result:
         return "the same result"
-    ours, theirs = (completed(each.result["config"]) for each in (kept, other))
+    ours, theirs = (each.result["config"] for each in (kept, other))
     apart = [
         f"{short(key)} {short(str(after))}, not {short(str(before))}"
-        # A training that goes on for more steps is one run, and its results are two.
+        # A training resumed for more steps is one run with two results.
         for key, before, after in rundir.differences(ours, theirs, also=("train.steps",))
     ]
     if apart:
@@ -141,21 +179,21 @@ def _beside(kept: Found, other: Found) -> str:
 
 
 def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> tuple[Group, ...]:
-    """Groups by protocol hash, the largest first."""
+    """Group runs by protocol hash, the largest group first."""
     by_hash: dict[str, list[Found]] = defaultdict(list)
     for each in found:
         by_hash[each.result["protocol_hash"]].append(each)
     if len(by_hash) > 1:
         counts = ", ".join(f"{key} ({plural(len(runs), 'run')})" for key, runs in by_hash.items())
-        apart = differences([runs[0].result["protocol"] for runs in by_hash.values()])
+        apart = varied_words([runs[0].result["protocol"] for runs in by_hash.values()])
         problems.append(
             f"{len(by_hash)} protocols among the results: {counts}. They differ in"
             f" {apart or 'nothing that is on record'}. Each has its own curve and its own fit; they"
-            " are not comparable."
+            " cannot be compared."
         )
     if not any(metric in each.result["metrics"] for each in found):
         names = sorted({name for each in found for name in each.result["metrics"]})
-        problems.append(f"no result holds the metric {metric!r}; found: {', '.join(names) or '-'}.")
+        problems.append(f"no result has the metric {metric!r}; found: {', '.join(names) or '-'}.")
     groups = []
     for key, runs in sorted(by_hash.items(), key=lambda item: -len(item[1])):
         runs.sort(key=lambda each: (each.result["gflops"], each.result["run"]))
@@ -166,12 +204,12 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
         if len(steps) > 1:
             shown = ", ".join(map(str, steps[:6])) + (", ..." if len(steps) > 6 else "")
             problems.append(f"protocol {key}: the fit mixes runs of {shown} training steps.")
-        varied = axes(runs)
+        varied = varied_keys(runs)
         if varied and set(varied) != {"train.steps"}:
+            apart = varied_words([settings(each, varied) for each in runs])
             problems.append(
-                f"protocol {key}: runs of one model differ in"
-                f" {differences([settings(each, varied) for each in runs])}; they are not averaged,"
-                " and each setting has a fit of its own."
+                f"protocol {key}: runs of one model differ in {apart}; they are not averaged, and"
+                " each setting has its own fit."
             )
         _note_unusable(runs, metric, problems)
         groups.append(Group(key, runs[0].result["protocol"], tuple(runs)))
@@ -190,13 +228,13 @@ def _note_unusable(runs: Sequence[Found], metric: str, problems: list[str]) -> N
         elif not math.isfinite(each.result["train"]["final_loss"]):
             problems.append(
                 f"run {name!r}: its training loss ended as {each.result['train']['final_loss']},"
-                f" its {metric_name(metric)} is {number(each.result['metrics'][metric])}: look at"
+                f" its {metric_name(metric)} is {number(each.result['metrics'][metric])}: inspect"
                 f" {each.folder}."
             )
 
 
-def differences(protocols: Sequence[Mapping[str, Any]]) -> str:
-    """'steps (ddim25, ddim50), seed (0, 1)': the keys in which protocols differ."""
+def varied_words(protocols: Sequence[Mapping[str, Any]]) -> str:
+    """The keys in which protocols differ: 'steps (ddim25, ddim50), seed (0, 1)'."""
     words = []
     for key in dict.fromkeys(key for protocol in protocols for key in protocol):
         values = dict.fromkeys(
@@ -211,35 +249,36 @@ def differences(protocols: Sequence[Mapping[str, Any]]) -> str:
 
 
 def model_key(each: Found) -> tuple[str, str, float]:
-    """What the seeds of one model share: they are one group to a bootstrap."""
+    """What the seeds of one model share; a bootstrap moves them together."""
     model = each.result["model"]
-    return (model["name"], model["block"], each.result["gflops"])
+    return (model["name"], str(model.get("block")), each.result["gflops"])
 
 
-def axes(runs: Sequence[Found]) -> list[str]:
-    """Keys of the recipe, but the seed, in which runs of one size and patch differ."""
-    by_model: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+def varied_keys(runs: Sequence[Found]) -> list[str]:
+    """Keys of the recipe, except the seed, in which runs of one size and patch differ."""
+    by_model: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for each in runs:
         model = each.result["model"]
-        by_model[model["size"], model["patch"]].append(_recipe(each.result))
+        size, patch = model.get("size", model["name"]), model.get("patch")
+        by_model[str(size), str(patch)].append(_recipe(each.result))
     varied: dict[str, None] = {}
     for recipes in by_model.values():
         for key in dict.fromkeys(key for recipe in recipes for key in recipe):
             if len({json.dumps(recipe.get(key)) for recipe in recipes}) > 1:
                 varied[key] = None
-    # result.json tells some of the recipe twice: the key of the config is the one that was set.
+    # result.json holds parts of the recipe twice; the key of the config is the one that was set.
     twice = {"train.learning_rate": "optim.learning_rate", "model.tokens": "data.image_size"}
     return [key for key in varied if twice.get(key) not in varied]
 
 
 def settings(each: Found, keys: Sequence[str]) -> dict[str, Any]:
-    """The run's values of some keys of its recipe."""
+    """A run's values for some keys of its recipe."""
     recipe = _recipe(each.result)
     return {key: recipe.get(key) for key in keys}
 
 
 def settings_words(values: Mapping[str, Any]) -> str:
-    """'block adaln, learning_rate 0.001'."""
+    """Settings as words: 'block adaln, learning_rate 0.001'."""
     return ", ".join(
         f"{short(key.rpartition('.')[2], 24)} {short(str(value), 24)}"
         for key, value in values.items()
@@ -247,8 +286,8 @@ def settings_words(values: Mapping[str, Any]) -> str:
 
 
 def by_settings(runs: Sequence[Found]) -> list[tuple[dict[str, Any], list[Found]]]:
-    """Runs that may be seeds of one another or other models, the largest such set first."""
-    keys = axes(runs)
+    """Sets of runs with the same settings, so of other models or seeds only, the largest first."""
+    keys = varied_keys(runs)
     gathered: dict[str, list[Found]] = defaultdict(list)
     for each in runs:
         gathered[json.dumps(settings(each, keys), sort_keys=True)].append(each)
@@ -257,7 +296,7 @@ def by_settings(runs: Sequence[Found]) -> list[tuple[dict[str, Any], list[Found]
 
 
 def families(runs: Sequence[Found], metric: str) -> list[Family]:
-    """Runs with a usable metric, gathered over seeds, in the order of their first."""
+    """Group the runs with a usable metric by recipe, over seeds, in order of first appearance."""
     gathered: dict[str, list[Found]] = defaultdict(list)
     for each in runs:
         if usable(each, metric):
@@ -272,25 +311,27 @@ def families(runs: Sequence[Found], metric: str) -> list[Family]:
 
 
 def _recipe(result: Result) -> dict[str, Any]:
-    """'model.size' -> value of all that a run learns from but its seed, flat."""
+    """Everything that a run learns from except its seed, flat: 'model.size' -> value."""
     flat = {f"model.{key}": value for key, value in result["model"].items()}
     flat |= {
         f"train.{key}": result["train"][key] for key in ("steps", "batch_size", "learning_rate")
     }
+    config = migrated(result["config"])
+    schema = schema_of(config)
     return flat | {
         key: value
-        for key, value in rundir.leaves(result["config"])
-        if key != "seed" and not key.startswith(rundir.FREE_KEYS)
+        for key, value in rundir.leaves(config)
+        if key != "seed" and not is_free(schema, key)
     }
 
 
 def read_plan(
     folders: Sequence[str | Path], found: Sequence[Found], problems: list[str]
-) -> Plan | None:
-    """The sweep.json of the folders and of the studies that the results lie in.
+) -> StudyPlan | None:
+    """Read the sweep.json files of the folders and of the studies that the results belong to.
 
-    None where there is none. Cells of one name are one cell. A file that cannot be read, or a cell
-    that is none, is added to `problems`.
+    None if there is none. Cells of one name are one cell. A file that cannot be read or is not the
+    plan of a study is added to `problems`.
     """
     roots = [Path(folder) for folder in folders]
     roots += [each.folder.parent.parent for each in found if each.folder.parent.name == RUNS]
@@ -302,7 +343,7 @@ def read_plan(
         try:
             studies[path] = _checked_study(load_json(path))
         except (OSError, ValueError) as error:
-            problems.append(f"{path} is no list of a study's cells ({error}): it is not used.")
+            problems.append(f"{path} is no list of a study's cells ({error}): it is ignored.")
     if not studies:
         return None
     done = {each.result["run"] for each in found}
@@ -314,11 +355,11 @@ def read_plan(
             if cell["name"] not in done:
                 absent.setdefault(cell["name"], _absent(cell, path.parent / RUNS))
     title = next((study["title"] for study in studies.values() if study["title"]), "")
-    return Plan(title, tuple(cells.values()), tuple(absent.values()))
+    return StudyPlan(title, tuple(cells.values()), tuple(absent.values()))
 
 
 def _checked_study(value: Any) -> dict[str, Any]:
-    """title and cells, each with a name. Raises ValueError."""
+    """The title and the cells, each with a name. Raises ValueError for anything else."""
     if not isinstance(value, dict) or not isinstance(value.get("cells"), list):
         raise ValueError("expected an object with 'cells'")
     for cell in value["cells"]:

@@ -1,4 +1,4 @@
-"""The runs as a table: the columns a reader sees, text for a terminal, CSV, merged JSON."""
+"""The runs as a table: the columns that a reader sees, text for a terminal, CSV and JSON."""
 
 import csv
 import io
@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ditjax.files.masking import visible
-from ditjax.reporting.analysis import Analysis, conclusion, further
-from ditjax.reporting.study import Absent, Group, Plan, published_of
+from ditjax.errors import printable
+from ditjax.files.durations import duration
+from ditjax.reporting.analysis import Analysis, conclusion, findings
+from ditjax.reporting.study import Absent, Group, StudyPlan, bits_per_dim, published_figures
 from ditjax.runs.results import Found
 from ditjax.scaling.claims import Claim
 from ditjax.studies.words import (
     OF_A_METRIC,
     aligned,
     count,
-    duration,
     encodable,
     interval_words,
     metric_name,
@@ -30,9 +30,9 @@ def _nothing(cell: Absent) -> Any:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, the value of a run (sorts the page's table) and how it reads.
+    """A column: its heading, the value of a run, by which the page sorts, and how it reads.
 
-    `absent`: what is known of a cell without a result.
+    `absent` is what is known about a cell without a result.
     """
 
     title: str
@@ -42,7 +42,7 @@ class Column:
     absent: Callable[[Absent], Any] = _nothing
 
     def shown_absent(self, cell: Absent) -> str:
-        """'-' for what is not known; a word stays a word."""
+        """How a cell without a result reads: '-' where nothing is known, words as they are."""
         known = self.absent(cell)
         return "-" if known is None else known if isinstance(known, str) else self.show(known)
 
@@ -50,14 +50,14 @@ class Column:
 def table_columns(
     groups: Sequence[Group], metric: str, absent: Sequence[Absent] = ()
 ) -> list[Column]:
-    """The reader's columns, shared by the page and the terminal: the fitted metric first.
+    """The columns of the page and the terminal, the fitted metric first.
 
-    Beside a measured value stands the published one, where a cell has any.
+    A published figure is beside the measured one.
     """
     runs = [each for group in groups for each in group.runs]
     names = {name for each in runs for name in each.result["metrics"]}
     shown = [metric, *sorted(n for n in names - {metric} if not n.endswith(OF_A_METRIC))]
-    records = [*map(published_of, runs), *(cell.published for cell in absent)]
+    records = [*map(published_figures, runs), *(cell.published for cell in absent)]
     published = {name for record in records for name in record}
     columns = [
         Column("run", lambda each: each.result["run"], short, False, lambda cell: cell.name),
@@ -65,7 +65,9 @@ def table_columns(
         Column("Gflops", lambda each: each.result["gflops"], number, absent=lambda c: c.gflops),
     ]
     for name in [*shown, *sorted(published - set(shown))]:
-        if name in shown:
+        if name == "val_vlb" != metric and any(bits_per_dim(each) is not None for each in runs):
+            columns.append(Column("bits/dim", bits_per_dim, number))
+        elif name in shown:
             columns.append(_measured(name, metric))
         if name in published:
             columns.append(_published(name))
@@ -94,16 +96,16 @@ def _measured(name: str, metric: str) -> Column:
 def _published(name: str) -> Column:
     return Column(
         f"{metric_name(name)}, published",
-        lambda each: published_of(each).get(name),
+        lambda each: published_figures(each).get(name),
         number,
         absent=lambda cell: cell.published.get(name),
     )
 
 
-def terminal_text(
-    analyses: Sequence[Analysis], problems: Sequence[str], plan: Plan | None = None
+def report_text(
+    analyses: Sequence[Analysis], problems: Sequence[str], plan: StudyPlan | None = None
 ) -> str:
-    """Aligned columns for a terminal, the laws, the claims, the problems."""
+    """The report for a terminal: aligned columns, the laws, the claims, the problems."""
     lines: list[str] = []
     absent = plan.absent if plan else ()
     groups = [analysis.group for analysis in analyses]
@@ -117,7 +119,7 @@ def terminal_text(
         if analysis is analyses[0]:
             rows += [[short(column.shown_absent(cell)) for column in columns] for cell in absent]
         lines += aligned(rows, [column.numeric for column in columns])
-        lines += ["", conclusion(analysis), *further(analysis)]
+        lines += ["", conclusion(analysis), *findings(analysis)]
         for fit in analysis.fits[1:]:
             law = fit.why or (
                 f"exponent {number(fit.law.b)} ({interval_words(fit.law.b_interval)}),"
@@ -135,17 +137,17 @@ def terminal_text(
 
 
 def claim_words(claim: Claim) -> str:
-    """One indented line."""
+    """A claim on one indented line."""
     return short(f"  {verdict(claim)}: {claim.text} {claim.figures}", 600)
 
 
 def verdict(claim: Claim) -> str:
-    """In a word or three."""
-    return {True: "holds", False: "does not hold", None: "cannot be told"}[claim.holds]
+    """Whether a claim holds, in words."""
+    return {True: "holds", False: "does not hold", None: "undecided"}[claim.holds]
 
 
-def csv_text(groups: Sequence[Group], absent: Sequence[Absent] = ()) -> str:
-    """Every number of every run at full precision, one row a run, then the cells without one."""
+def runs_csv(groups: Sequence[Group], absent: Sequence[Absent] = ()) -> str:
+    """Every number at full precision: one row a run, then one row a cell without a result."""
     rows = []
     for each in (each for group in groups for each in group.runs):
         result = each.result
@@ -156,7 +158,7 @@ def csv_text(groups: Sequence[Group], absent: Sequence[Absent] = ()) -> str:
         row |= {f"train.{key}": value for key, value in result["train"].items()}
         row |= {f"sample.{key}": value for key, value in result["sample"].items()}
         row |= {f"metrics.{key}": value for key, value in result["metrics"].items()}
-        row |= {f"published.{key}": value for key, value in published_of(each).items()}
+        row |= {f"published.{key}": value for key, value in published_figures(each).items()}
         rows.append(row | {"folder": str(each.folder)})
     for cell in absent:
         row = {"run": cell.name, "state": cell.state, "model.name": cell.model}
@@ -166,30 +168,30 @@ def csv_text(groups: Sequence[Group], absent: Sequence[Absent] = ()) -> str:
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A column for every key of any row, in the order of their first use."""
+    """Rows as CSV, with a column for every key of any row in order of first use."""
     buffer = io.StringIO()
     fields = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(buffer, fields, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: _harmless(value) for key, value in row.items()} for row in rows)
-    # A lone surrogate in a name cannot be written; json and the page escape it by themselves.
+    # A lone surrogate in a name cannot be encoded.
     return encodable(buffer.getvalue())
 
 
 def _harmless(value: Any) -> Any:
-    """An apostrophe for what a spreadsheet would take for a formula; no control characters."""
+    """Text without control characters, an apostrophe before what a spreadsheet would compute."""
     if not isinstance(value, str):
         return value
-    text = visible(value, keep="\n")
+    text = printable(value, keep="\n")
     return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") and text != "-" else text
 
 
-def merged(
-    analyses: Sequence[Analysis], problems: Sequence[str], plan: Plan | None = None
+def report_record(
+    analyses: Sequence[Analysis], problems: Sequence[str], plan: StudyPlan | None = None
 ) -> dict[str, Any]:
-    """results.json: every result with its folder, what was computed of them, every problem."""
+    """The contents of results.json: every result and its folder, all analyses, every problem."""
 
-    def told(analysis: Analysis, value: Any) -> dict[str, Any]:
+    def of(analysis: Analysis, value: Any) -> dict[str, Any]:
         return {"protocol_hash": analysis.group.protocol_hash, **asdict(value)}
 
     return {
@@ -202,21 +204,18 @@ def merged(
         ],
         "without_result": [asdict(cell) for cell in (plan.absent if plan else ())],
         "fits": [
-            told(analysis, fit)
-            for analysis in analyses
-            for fit in (*analysis.fits, *analysis.others)
+            of(analysis, fit) for analysis in analyses for fit in (*analysis.fits, *analysis.others)
         ],
+        "joint": [of(analysis, analysis.joint) for analysis in analyses],
         "extrapolations": [
-            told(analysis, analysis.extrapolation)
-            for analysis in analyses
-            if analysis.extrapolation
+            of(analysis, analysis.extrapolation) for analysis in analyses if analysis.extrapolation
         ],
         "isoflop": [
-            told(analysis, profile) | {"metric": analysis.isoflop.metric}
+            of(analysis, profile) | {"metric": analysis.isoflop.metric}
             for analysis in analyses
             if analysis.isoflop
             for profile in analysis.isoflop.profiles
         ],
-        "claims": [told(analysis, claim) for analysis in analyses for claim in analysis.claims],
+        "claims": [of(analysis, claim) for analysis in analyses for claim in analysis.claims],
         "problems": list(problems),
     }

@@ -1,25 +1,27 @@
-"""Loss against learning rate, a curve a width: whether one small search serves wide networks."""
+"""Loss against learning rate, a curve a width: whether a small network's rate serves a wide one."""
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from ditjax.reporting.style import COLOURS, LIGHT, MARKERS, Theme, left_title, plain_ticks, png
+from ditjax.reporting import style
+from ditjax.reporting.style import Look
 from ditjax.scaling.optimum import Optimum, drift, lowest
 from ditjax.studies.words import metric_name, number, plural
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-HIGHEST = 2.5  # times the lowest loss: what is above is drawn at the frame
+HIGHEST = 2.5  # times the lowest loss; curves above leave the axes
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a figure needs of a run; a `value` that is not finite is a run that diverged."""
+class RateRun:
+    """One run of the figure. A run that diverged has a `value` that is not finite."""
 
     parametrization: str
     width: int
@@ -29,8 +31,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The runs of a width: values f64[rates, seeds] (NaN: not run), and where each seed is best."""
+class RateCurve:
+    """The runs of one width: values f64[rates, seeds], NaN for not run, and each seed's optimum."""
 
     parametrization: str
     width: int
@@ -41,17 +43,17 @@ class Curve:
 
     @property
     def best(self) -> float:
-        """The geometric mean of the seeds' best learning rates; NaN where none is known."""
+        """The geometric mean of the seeds' best learning rates; NaN if none is known."""
         return math.exp(np.mean(np.log([o.x for o in self.optima]))) if self.optima else math.nan
 
     @property
     def at_edge(self) -> bool:
-        """Whether a seed is best at the lowest or highest rate: it may be better beyond."""
+        """Whether a seed is best at the lowest or highest rate, so that its best may lie beyond."""
         return any(o.edge for o in self.optima)
 
 
-def curves(runs: Sequence[Run]) -> list[Curve]:
-    """By parametrization, then width; 'standard' comes first."""
+def rate_curves(runs: Sequence[RateRun]) -> list[RateCurve]:
+    """One curve for each parametrization and width; 'standard' comes first."""
     found = []
     for key in sorted(
         {(run.parametrization != "standard", run.parametrization, run.width) for run in runs}
@@ -64,12 +66,12 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
             values[rates.index(run.learning_rate), seeds.index(run.seed)] = run.value
         each = (lowest(np.array(rates), column) for column in values.T)
         optima = tuple(optimum for optimum in each if optimum is not None)
-        found.append(Curve(key[1], key[2], tuple(rates), tuple(seeds), values, optima))
+        found.append(RateCurve(key[1], key[2], tuple(rates), tuple(seeds), values, optima))
     return found
 
 
-def conclusions(found: Sequence[Curve]) -> list[str]:
-    """A sentence for each parametrization."""
+def conclusions(found: Sequence[RateCurve]) -> list[str]:
+    """One sentence for each parametrization."""
     lines = []
     for name in dict.fromkeys(curve.parametrization for curve in found):
         mine = [curve for curve in found if curve.parametrization == name and curve.optima]
@@ -81,7 +83,7 @@ def conclusions(found: Sequence[Curve]) -> list[str]:
             continue
         bests = [curve.best for curve in mine]
         edge = (
-            "; some at an edge of what was tried: it may lie beyond"
+            "; some lie at an edge of the rates tried, so that the best may lie beyond"
             if any(curve.at_edge for curve in mine)
             else ""
         )
@@ -92,8 +94,8 @@ def conclusions(found: Sequence[Curve]) -> list[str]:
     return lines
 
 
-def table(found: Sequence[Curve], metric: str) -> str:
-    """The terminal's: a line a width, the mean over seeds at each rate, the best rate by seed."""
+def transfer_text(found: Sequence[RateCurve], metric: str) -> str:
+    """A table for a terminal: a line a width, the mean over seeds at each rate, the best rates."""
     rates = sorted({rate for curve in found for rate in curve.rates})
     lines = [
         f"{metric_name(metric)}, mean of the seeds, by learning rate",
@@ -111,12 +113,12 @@ def table(found: Sequence[Curve], metric: str) -> str:
             + f"   {', '.join(ends) or '-'}"
         )
     if any(curve.at_edge for curve in found):
-        lines.append("* at an edge of what was tried: it may be better beyond.")
+        lines.append("* at an edge of the rates tried: the best may lie beyond.")
     return "\n".join([*lines, *conclusions(found)])
 
 
-def record(found: Sequence[Curve]) -> dict[str, Any]:
-    """The same as JSON."""
+def transfer_record(found: Sequence[RateCurve]) -> dict[str, Any]:
+    """The curves and conclusions as JSON."""
     return {
         "curves": [
             {
@@ -134,70 +136,53 @@ def record(found: Sequence[Curve]) -> dict[str, Any]:
     }
 
 
-def transfer_png(found: Sequence[Curve], metric: str, caption: str) -> bytes:
-    """The PNG: a panel a parametrization, a colour a width, the seeds' range as a band."""
-    return png(lambda theme: _draw(found, metric, caption, theme), LIGHT)
+def transfer_png(found: Sequence[RateCurve], metric: str, caption: str) -> bytes:
+    """The figure as a PNG: a plot a parametrization, a colour a width, seeds' range as a band."""
+    with style.styled():
+        return style.png(_draw(found, metric, caption))
 
 
-def _draw(found: Sequence[Curve], metric: str, caption: str, theme: Theme) -> "Figure":
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(curve.parametrization for curve in found))
+def _draw(found: Sequence[RateCurve], metric: str, caption: str) -> Figure:
     widths = sorted({curve.width for curve in found})
-    looks = {w: (COLOURS[i % 6], MARKERS[i % len(MARKERS)]) for i, w in enumerate(widths)}
-    figure, panels = plt.subplots(
-        1,
-        len(names),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-        figsize=(4.6 * len(names) + 1, 4.6),
-    )
-    finite = np.concatenate([c.values[np.isfinite(c.values)] for c in found])
-    low = finite.min() if len(finite) else 1.0
-    high = min(finite.max() if len(finite) else 2.0, HIGHEST * low)
-    for ax, name in zip(panels[0], names, strict=True):
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+    colours, markers = itertools.cycle(style.COLOURS), itertools.cycle(style.MARKERS)
+    looks = {width: Look(next(colours), next(markers)) for width in widths}
+    values = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in found])
+    low = values.min() if len(values) else 1.0
+    high = min(values.max() if len(values) else 2.0, HIGHEST * low)
+    rates = [rate for curve in found for rate in curve.rates]
+    y_title = f"{metric_name(metric)} (lower is better)"
+
+    def draw(name: str, ax: Axes) -> None:
+        base = " at the base width" if name == "mup" else ""
+        style.frame(ax, rates, [], f"learning rate{base}", f"{name}: {y_title}", log_y=True)
         ax.set_ylim(low / 1.03, high * 1.03)
-        ax.set_title(name, fontsize=11)
-        ax.grid(True, which="major", lw=0.7)
-        ax.set_xlabel("learning rate at the base width" if name == "mup" else "learning rate")
+        style.plain_ticks(ax)
         for curve in (each for each in found if each.parametrization == name):
-            colour, marker = looks[curve.width]
-            # What diverged or left the frame shows as a line that leaves it.
-            values = np.where(np.isfinite(curve.values), curve.values, 10 * high)
-            mean = np.exp(np.log(values).mean(1))
-            ax.fill_between(
-                curve.rates, values.min(1), values.max(1), color=colour, alpha=0.18, lw=0
-            )
-            ax.plot(
-                curve.rates, mean, marker=marker, ms=5, color=colour, lw=1.4, label=str(curve.width)
-            )
-            for optimum in curve.optima:
-                ax.axvline(optimum.x, 0, 0.05, color=colour, lw=1.6)
-        plain_ticks(ax)
-    panels[0][0].set_ylabel(f"{metric_name(metric)} (lower is better)")
-    legend = panels[0][-1].legend(
-        title="width", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=9
+            _draw_curve(ax, curve, looks[curve.width], 10 * high)
+
+    names = dict.fromkeys(curve.parametrization for curve in found)
+    return style.plot_figure(
+        [functools.partial(draw, name) for name in names],
+        540,
+        300,
+        title="Best learning rate by width",
+        notes=[f"{caption} Bands: the range of the seeds. Ticks: each seed's best rate."],
+        keys=[style.Key("width", {str(width): look for width, look in looks.items()})],
     )
-    left_title(legend)
-    figure.suptitle(
-        "Best learning rate by width", x=0.01, ha="left", fontsize=13, fontweight="bold"
-    )
-    figure.supxlabel(
-        f"{caption} Bands: the range of the seeds. Ticks at the foot: each seed's best rate.",
-        x=0.01,
-        ha="left",
-        fontsize=8.5,
-        color=theme.faint,
-    )
-    return figure
 
 
-def summary_of_seeds(found: Sequence[Curve]) -> str:
-    """'3 widths, 7 learning rates, 2 seeds'."""
+def _draw_curve(ax: Axes, curve: RateCurve, look: Look, beyond: float) -> None:
+    """A curve and its band. Runs that diverged are at `beyond`: the line leaves the axes."""
+    values = np.where(np.isfinite(curve.values), curve.values, beyond)
+    mean = np.exp(np.log(values).mean(1))
+    ax.fill_between(curve.rates, values.min(1), values.max(1), color=look.colour, alpha=0.18, lw=0)
+    ax.plot(curve.rates, mean, marker=look.marker, ms=5, color=look.colour, lw=1.4)
+    for optimum in curve.optima:
+        ax.axvline(optimum.x, 0, 0.05, color=look.colour, lw=1.6)
+
+
+def summary_of_seeds(found: Sequence[RateCurve]) -> str:
+    """What was run: '3 widths, 7 learning rates, 2 seeds'."""
     widths = {curve.width for curve in found}
     rates = {rate for curve in found for rate in curve.rates}
     seeds = {seed for curve in found for seed in curve.seeds}

@@ -1,8 +1,8 @@
-"""Checkpoints: the training state by orbax, and beside it what a resume must agree on.
+"""Checkpoints: the training state in orbax's format, the position in the data, and digests.
 
-DIRECTORY/STEP holds `state` (orbax), `position` (of the data), `metrics` where it was evaluated,
-and `digests`: of every leaf, and of the other two. A step appears under its number by a rename,
-when all of it is on the disk; until then it is STEP.orbax-checkpoint-tmp, which nothing reads.
+DIRECTORY/STEP holds `state` (orbax), `position` (of the data), `metrics` if the step was evaluated,
+and `digests` of every leaf and of the other two items. A step is renamed to its number when all of
+it is on disk; until then it is STEP.orbax-checkpoint-tmp, which nothing reads.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 import orbax.checkpoint as ocp
 
-from ditjax.errors import FaultError, UserError, reason
+from ditjax.errors import FaultError, UserError, first_few, reason
 from ditjax.files import digests
 from ditjax.files.atomic import protocol_hash, sync_folder
 from ditjax.parallel.processes import is_primary
@@ -30,7 +30,7 @@ Step = int | Literal["latest", "best"]
 
 
 class Score(NamedTuple):
-    """What a checkpoint is worth: a named distance, lower is better, and how it was measured."""
+    """The score of a checkpoint: a named distance, lower is better, and how it was measured."""
 
     name: str
     value: float
@@ -40,7 +40,7 @@ class Score(NamedTuple):
 class DamagedError(UserError):
     """A checkpoint does not hold what was saved. `what` names the leaf or the file.
 
-    `everywhere`: every process finds it so; otherwise perhaps this one alone.
+    With `everywhere`, every process finds the damage; otherwise perhaps this one alone.
     """
 
     def __init__(self, line: str, step: int, what: str, *, everywhere: bool) -> None:
@@ -49,14 +49,14 @@ class DamagedError(UserError):
 
 
 _STATE, _POSITION, _METRICS, _DIGESTS = "state", "position", "metrics", "digests"
-_UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's, behind the number of a step that is written
-_DELETED = ".deleted"  # ours, behind the number of a step that is removed
-_ASIDE = "damaged-"  # before the number of a step that is not what was saved
+_UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a step that is being written
+_DELETED = ".deleted"  # our suffix of a step that is being removed
+_ASIDE = "damaged-"  # prefix of a step that is not what was saved
 _FULL = re.compile("no space left on device|disk quota exceeded|file too large", re.IGNORECASE)
 
 
 def _best_of_each(scored: Mapping[int, Mapping[str, Any] | None]) -> dict[str, int]:
-    """Metrics by step -> the best step of each protocol; of equal ones the newest."""
+    """Metrics by step -> the best step of each protocol, the newest of equal ones."""
     best: dict[str, int] = {}
     values: dict[str, float] = {}
     for step in sorted(scored):
@@ -68,11 +68,11 @@ def _best_of_each(scored: Mapping[int, Mapping[str, Any] | None]) -> dict[str, i
 
 
 class Checkpoints:
-    """The checkpoints of one run directory: the newest `keep`, the best, and every so many steps.
+    """The checkpoints of one run directory: the newest `keep`, the best, and those at intervals.
 
-    `keep_every`: steps that it divides are kept, too; 0 is none. A context manager that waits for
-    writes: `save` returns before the bytes are durable; leaving the context, or `wait`, means that
-    they are. Whoever writes is alone in the directory: what a dead writer left unfinished goes.
+    `keep_every` also keeps the steps that it divides; 0 keeps none. `save` returns before the bytes
+    are durable; they are durable after `wait`, or when the context is left. A writer must be alone
+    in the directory; it removes what a dead writer left unfinished.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class Checkpoints:
         if not self.directory.is_dir():
             raise UserError(f"{self.directory} does not exist: train first, or name another run.")
         self._keep, self._keep_every = keep, keep_every
-        self._writing: int | None = None  # the step that is written in the background
-        self._saved: int | None = None  # the last that `save` was given
-        # Metrics of the steps that were looked at.
+        self._writing: int | None = None  # the step that is being written in the background
+        self._saved: int | None = None  # the last step given to `save`
+        # Metrics of the steps whose metrics have been read.
         self._known: dict[int, Mapping[str, Any] | None] = {}
         self._removers: list[threading.Thread] = []
-        # Not orbax's CheckpointManager: it lists a step before it is written, tells a failure only
-        # at the next save, and deletes old steps without waiting for the new one's bytes.
+        # Not orbax's CheckpointManager, which lists a step before it is written, reports a failure
+        # only at the next save, and deletes old steps before the new one is durable.
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
                 composite_options=ocp.CompositeOptions(async_options=_options())
@@ -113,33 +113,33 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """All complete checkpoints, ascending; writes in flight or cut off do not count."""
+        """All complete checkpoints in ascending order, without unfinished ones."""
         names = (path.name for path in self.directory.iterdir() if path.is_dir())
         return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
     @property
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint."""
+        """The newest complete checkpoint, or None."""
         return max(self.steps, default=None)
 
     @property
     def best_step(self) -> int | None:
-        """The best by the protocol that was in force last; None where none was evaluated."""
+        """The best step by the newest protocol; None if no step was evaluated."""
         self.wait()
         return max(_best_of_each(self._scores(self.steps)).values(), default=None)
 
     @property
     def damaged(self) -> list[str]:
-        """The names of what was set aside."""
+        """The names of the damaged checkpoints that were set aside."""
         return sorted(path.name for path in self.directory.glob(f"{_ASIDE}*"))
 
     def save(
         self, step: int, state: Any, position: dict[str, Any], score: Score | None = None
     ) -> None:
-        """Saves the state and the data position of a step, in the background.
+        """Save the state and the data position of a step, in the background.
 
-        With a score it may become the best; one that is not finite is none. A step that was just
-        saved is not saved again. Raises FaultError, also for the save before.
+        A finite score makes it a candidate for the best. A step that was just saved is not saved
+        again. Raises FaultError if this save or the previous one fails.
         """
         self.wait()
         if step == self._saved:
@@ -149,12 +149,12 @@ class Checkpoints:
             protocol = {"protocol_hash": protocol_hash(dict(score.protocol))}
             items[_METRICS] = _plain({**score._asdict(), **protocol})
         record = {
-            "state": digests.of(state),
+            "state": digests.tree_digests(state),
             "items": {name: _digest(item) for name, item in items.items()},
         }
         items[_DIGESTS] = {**record, "sha256": _digest(record)}
         self._writing = self._saved = step
-        with self._told(step):
+        with self._save_faults(step):
             self._orbax.save(
                 self._folder(step),
                 args=ocp.args.Composite(
@@ -165,24 +165,24 @@ class Checkpoints:
             )
 
     def check(self) -> None:
-        """Raises FaultError when the save in flight has failed. Does not wait for it."""
+        """Raise FaultError if the save in the background has failed, without waiting for it."""
         step = self._writing
         if step is None:
             return
-        with self._told(step):
+        with self._save_faults(step):
             self._orbax.check_for_errors()
         if self._folder(step).exists():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when every save so far is durable; then what it makes superfluous goes.
+        """Wait until every save is durable, then remove superseded checkpoints.
 
-        Raises FaultError.
+        Raises FaultError if the save failed.
         """
         step = self._writing
         if step is None:
             return
-        with self._told(step):
+        with self._save_faults(step):
             self._orbax.wait_until_finished()
             if is_primary():
                 _sync_files(self._folder(step))
@@ -193,10 +193,10 @@ class Checkpoints:
             self._remove_superseded()
 
     def restore(self, abstract_state: Any, step: Step = "latest") -> tuple[Any, dict[str, Any]]:
-        """(state on the shardings of `abstract_state`, data position) of a step.
+        """Read (state on the shardings of `abstract_state`, data position) of a step.
 
-        Raises UserError when there is none, or it is of another dtype or shape; DamagedError when
-        it does not hold what was saved.
+        Raises UserError if there is no such step, or its dtypes or shapes differ, and DamagedError
+        if it does not hold what was saved.
         """
         step = self.find(step)
         position, saved = self._record(step)
@@ -207,14 +207,14 @@ class Checkpoints:
         self._check(step, saved, state)
         if saved is None and is_primary():
             print(
-                f"checkpoint {step} in {self.directory} has no digests: it was written before there"
-                " were any, and is taken as it is",
+                f"checkpoint {step} in {self.directory} has no digests: an older ditjax wrote it."
+                " It is used unchecked",
                 file=sys.stderr,
             )
         return state, position
 
     def restore_part(self, part: str, abstract: Any, step: Step = "latest") -> tuple[Any, int]:
-        """(one field of the state, such as 'ema', on the shardings of `abstract`; step).
+        """Read (one field of the state, such as 'ema', on the shardings of `abstract`; step).
 
         Raises as `restore`.
         """
@@ -235,25 +235,25 @@ class Checkpoints:
         return restored[part], step
 
     def set_aside(self, error: DamagedError) -> None:
-        """The damaged step gets another name, so that nothing takes it for a checkpoint."""
+        """Rename a damaged step, so that nothing takes it for a checkpoint."""
         name = f"{_ASIDE}{error.step}"
         for k in range(1, 1000):
             if not (self.directory / name).exists():
                 break
             name = f"{_ASIDE}{error.step}-{k}"
         self._known.pop(error.step, None)
-        # Of several processes another one may have been first.
+        # Another process may have renamed it first.
         with contextlib.suppress(FileNotFoundError):
             self._folder(error.step).rename(self.directory / name)
             sync_folder(self.directory)
             print(
                 f"warning: checkpoint {error.step} in {self.directory} is damaged: {error.what}."
-                f" It is set aside as {name}, the one before it is used",
+                f" It was renamed to {name}; the one before it is used",
                 file=sys.stderr,
             )
 
     def find(self, step: Step) -> int:
-        """The number of a step that is there. Raises UserError."""
+        """The number of an existing step. Raises UserError."""
         self.wait()
         steps = self.steps
         if not steps:
@@ -269,7 +269,7 @@ class Checkpoints:
         there = f"it has {', '.join(map(str, steps))}"
         if found is None:
             raise UserError(
-                f"{self.directory} holds no best checkpoint, for none was evaluated"
+                f"{self.directory} holds no best checkpoint, because none was evaluated"
                 f" (config.train.evaluate_every_steps): {there}."
             )
         if found not in steps:
@@ -280,7 +280,7 @@ class Checkpoints:
         return self.directory / str(step)
 
     def _sync(self) -> None:
-        """By orbax, in the background, when all of a step is written and it has not its name."""
+        """Sync a step. Orbax calls this in the background before it renames the step."""
         for folder in self.directory.glob(f"{self._writing}{_UNFINISHED}*"):
             for inner, _, _ in os.walk(folder):
                 _sync_files(Path(inner))
@@ -292,16 +292,16 @@ class Checkpoints:
             kept |= {step for step in steps if step % self._keep_every == 0}
         for step in steps:
             if step not in kept:
-                # Its number goes first: half of a checkpoint has no number.
+                # Renamed first, so that a half-removed checkpoint is not taken for a step.
                 gone = self.directory / f"{step}{_DELETED}"
-                with contextlib.suppress(OSError):  # then it goes the next time
+                with contextlib.suppress(OSError):  # the next start removes it
                     self._folder(step).rename(gone)
                 remover = threading.Thread(target=shutil.rmtree, args=(gone, True))
                 remover.start()
                 self._removers.append(remover)
 
     def _scores(self, steps: list[int]) -> dict[int, Mapping[str, Any] | None]:
-        """The metrics of each step; of one that cannot be read, or was changed, None."""
+        """The metrics of each step, None if they are missing, unreadable or changed."""
         for step in steps:
             if step in self._known:
                 continue
@@ -314,9 +314,9 @@ class Checkpoints:
         return {step: self._known[step] for step in steps}
 
     def _item(self, step: int, item: str) -> Any:
-        """What JSON of a step says. Raises DamagedError."""
+        """The value of a step's JSON item. Raises DamagedError."""
         folder = self._folder(step) / item
-        # Orbax's CheckpointManager, which wrote the old ones, gave the file of metrics this name.
+        # Orbax's CheckpointManager, which wrote older runs, gave the file of metrics this name.
         old = item == _METRICS and (folder / item).exists()
         path = folder / (item if old else "metadata")
         try:
@@ -326,11 +326,11 @@ class Checkpoints:
         except FileNotFoundError:
             what = "is missing"
         except (OSError, ValueError) as error:
-            what = f"cannot be read ({_reason(error)})"
+            what = f"cannot be read ({reason(error)})"
         raise self._damage(step, f"{path.relative_to(self._folder(step))} {what}")
 
     def _saved_digests(self, step: int) -> Any:
-        """The digests of a step, None of an old one. Raises DamagedError."""
+        """The digests of a step, None for an older one without. Raises DamagedError."""
         if not (self._folder(step) / _DIGESTS).exists():
             return None
         record = self._item(step, _DIGESTS)
@@ -341,7 +341,7 @@ class Checkpoints:
         raise self._damage(step, f"{_DIGESTS}/metadata is not what was written")
 
     def _record(self, step: int) -> tuple[Any, dict[str, Any] | None]:
-        """(data position, digests of the state or None of an old one). Raises DamagedError."""
+        """(data position, digests of the state or None). Raises DamagedError."""
         saved, position = self._saved_digests(step), self._item(step, _POSITION)
         if saved is None:
             return position, None
@@ -350,33 +350,33 @@ class Checkpoints:
         return position, saved["state"]
 
     def _check_types(self, step: int, saved: Any, abstract: Any, part: str = "") -> None:
-        """Raises UserError for a state of other leaves, dtypes or shapes: orbax would cast."""
+        """Raise UserError for a state of other leaves, dtypes or shapes, which orbax would cast."""
         if saved is None:
             with self._read(step):
                 saved = _types(self._folder(step) / _STATE)
         prefix = part and f"{part}/"
         saved = {path: leaf for path, leaf in saved.items() if path.startswith(prefix)}
-        if found := digests.differences(saved, digests.shapes(abstract)):
+        if found := digests.type_differences(saved, digests.leaf_types(abstract)):
             raise UserError(
                 f"checkpoint {step} in {self.directory} is of another network or optimizer:"
                 f" {'; '.join(found)}. Give the recipe that it was trained with."
             )
 
     def _check(self, step: int, saved: Any, found: Any) -> None:
-        """Raises DamagedError naming the leaves that are not as they were saved."""
-        if saved is not None and (bad := digests.changed(saved, found)):
-            what = f"{digests.some(bad)} {'is' if len(bad) == 1 else 'are'} not what was saved"
+        """Raise DamagedError for leaves that differ from what was saved."""
+        if saved is not None and (bad := digests.changed_leaves(saved, found)):
+            what = f"{first_few(bad)} {'is' if len(bad) == 1 else 'are'} not what was saved"
             raise self._damage(step, what)
 
     @contextlib.contextmanager
     def _read(self, step: int) -> Iterator[None]:
-        """What orbax says of a damaged file as a DamagedError; memory and permissions stay."""
+        """Raise DamagedError for what orbax raises on a damaged file."""
         try:
             yield
         except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
-            raise self._damage(step, _reason(error), everywhere=False) from error
+            raise self._damage(step, reason(error), everywhere=False) from error
 
     def _damage(self, step: int, what: str, *, everywhere: bool = True) -> DamagedError:
         others = ", ".join(str(other) for other in self.steps if other != step)
@@ -389,8 +389,8 @@ class Checkpoints:
         )
 
     @contextlib.contextmanager
-    def _told(self, step: int) -> Iterator[None]:
-        """What goes wrong with a save as a FaultError: where, which step, why, the remedy."""
+    def _save_faults(self, step: int) -> Iterator[None]:
+        """Raise FaultError for a failed save."""
         try:
             yield
         except (FaultError, jax.errors.JaxRuntimeError):
@@ -400,11 +400,11 @@ class Checkpoints:
             newest = self.latest_step
             begin = f"from step {newest}" if newest is not None else "from the beginning"
             full = _FULL.search(str(error))
-            remedy = "make room there" if full else "mend that"
             raise FaultError(
                 f"checkpoint {step} was not saved in {self.directory}:"
-                f" {full[0] if full else _reason(error)}."
-                f" Older ones are kept; {remedy}, and the same command goes on {begin}."
+                f" {full[0] if full else reason(error)}. Older ones are kept;"
+                f" {'free some space' if full else 'repair this'}, then run the same command again"
+                f" to resume {begin}."
             ) from error
 
     def __enter__(self) -> Self:
@@ -415,21 +415,21 @@ class Checkpoints:
             with contextlib.suppress(*() if kind is None else (Exception,)):
                 self.wait()
         finally:
-            with contextlib.suppress(Exception):  # a failed save has been told
+            with contextlib.suppress(Exception):  # a failed save has been reported
                 self._orbax.close()
             for thread in self._removers:
                 thread.join()
 
 
 def _options(when_written: Callable[[], None] | None = None) -> ocp.AsyncOptions:
-    """Folders are made before `save` returns: where that fails, the step does at once."""
+    """Folders are made before `save` returns, so that a failure is raised there."""
     return ocp.AsyncOptions(
         post_finalization_callback=when_written, create_directories_asynchronously=False
     )
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """As it comes back from JSON."""
+    """A copy, as it comes back from JSON."""
     return dict(json.loads(json.dumps(value)))
 
 
@@ -440,21 +440,13 @@ def _digest(value: Any) -> str:
 
 
 def _types(folder: Path) -> dict[str, list[Any]]:
-    """Path of a leaf -> [dtype, shape], by orbax's own record."""
+    """Path of a leaf -> [dtype, shape], from orbax's metadata."""
     with ocp.PyTreeCheckpointer() as reader:
-        return digests.shapes(reader.metadata(folder).item_metadata.tree)
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, on one line, without a full stop; of a long one begin and end."""
-    line = reason(error)
-    if len(line) > 300:
-        line = f"{line[:150]} ... {line[-150:]}"
-    return line.rstrip(". ")
+        return digests.leaf_types(reader.metadata(folder).item_metadata.tree)
 
 
 def _sync_files(folder: Path) -> None:
-    """Makes the files of a folder durable, and their names."""
+    """Make the files of a folder and their names durable."""
     for path in folder.iterdir():
         if path.is_file():
             with path.open("rb") as file:

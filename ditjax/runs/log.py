@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard events, and one line of progress."""
+"""The log of a run: metrics.jsonl, TensorBoard events, and one line of progress."""
 
 import contextlib
 import json
@@ -14,12 +14,14 @@ import numpy as np
 
 from ditjax.errors import FaultError
 from ditjax.files.atomic import full_disk, write_atomic
+from ditjax.files.durations import clock
 from ditjax.files.masking import masked_tree
+from ditjax.runs.results import METRICS_FILE
 
 
 @contextlib.contextmanager
 def _without(module: str) -> Iterator[None]:
-    """Importing it fails, as where it is not installed."""
+    """Make the import of a module fail, as if it were not installed."""
     held = {module: sys.modules[module]} if module in sys.modules else {}
     sys.modules[module] = None  # type: ignore[assignment]
     try:
@@ -29,54 +31,66 @@ def _without(module: str) -> Iterator[None]:
         sys.modules.update(held)
 
 
-# tensorboardX would import PyTorch where there is one, for what is not used here.
+# tensorboardX imports PyTorch if it is installed, for features that are not used here.
 with _without("torch"):
     from tensorboardX import summary
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-METRICS_FILE = "metrics.jsonl"
-SYNC_SECONDS = 20.0  # between what TensorBoard is sure to see
-_TAIL = 1 << 16  # bytes at the end of a log that are read for its newest lines
+SYNC_SECONDS = 20.0  # between flushes of the TensorBoard events
+_TAIL = 1 << 16  # bytes at the end of a log that are searched for its newest lines
 
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of one run; resuming drops lines beyond `start_step`.
 
-    Of several processes one has `write`; in the others it does nothing.
+    One process has `write`; in the others the log does nothing. `last` holds the newest value of
+    each name in the lines that are kept, {} for a new run. New events replace those of earlier
+    starts beyond `start_step`.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], start_step: int, *, write: bool = True
     ) -> None:
         self.path = Path(directory) / METRICS_FILE
-        # The newest value of each name in the lines that stay, {} for a new run.
         self.last: dict[str, Any] = _truncate(self.path, start_step) if write else {}
         self._file = self.path.open("a", encoding="utf-8") if write else None
-        self._events = _Events(Path(directory), start_step + 1) if write else None
+        # Not tensorboardX's SummaryWriter, whose thread ends silently at the first error, so that
+        # the next write waits for ever.
+        self._events: Any = None
+        self._synced = time.monotonic()
+        if write:
+            self._events = EventsWriter(str(Path(directory) / "events"), f".{os.getpid()}")
+            self._event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line {"step": step, name: value, ...} and one event a number.
+        """Write a line {"step": step, name: value, ...}, and an event for each number.
 
-        Raises FaultError where they cannot be written.
+        Raises FaultError if they cannot be written.
         """
-        if self._file is None or self._events is None:
+        if self._file is None:
             return
-        with self._told():
+        with self._faults():
             self._file.write(json.dumps({"step": step, **masked_tree(values)}) + "\n")
             self._file.flush()
             for name, value in values.items():
                 if isinstance(value, int | float):
-                    self._events.add(step, summary.scalar(name, value))
+                    self._event(step, summary=summary.scalar(name, value))
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
-        """A grid u8[H,W,C] as an event. Raises as `scalars`."""
+        """Write a grid u8[H,W,C] as an event. Raises as `scalars`."""
         if self._events:
-            with self._told():
-                self._events.add(step, summary.image(name, grid, dataformats="HWC"))
+            with self._faults():
+                self._event(step, summary=summary.image(name, grid, dataformats="HWC"))
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self._events.flush()
+            self._synced = time.monotonic()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _faults(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -86,43 +100,18 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What could not be written has been told.
-        told = contextlib.suppress(*() if kind is None else (OSError,))
+        # After an exception, a failure to write has been reported already.
+        reported = contextlib.suppress(*() if kind is None else (OSError,))
         for file in (self._file, self._events):
             if file:
-                with told:
+                with reported:
                     file.close()
 
 
-class _Events:
-    """TensorBoard's events of one start, which take the place of those from `first_step` on.
-
-    Not tensorboardX's SummaryWriter: its thread ends at the first error, tells it to nobody who
-    could act on it, and lets who gives it more wait for ever.
-    """
-
-    def __init__(self, directory: Path, first_step: int) -> None:
-        self._writer = EventsWriter(str(directory / "events"), f".{os.getpid()}")
-        self._synced = time.monotonic()
-        start = SessionLog(status=SessionLog.START)
-        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
-
-    def add(self, step: int, value: Any) -> None:
-        """A summary of a step. Raises OSError."""
-        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=value))
-        if time.monotonic() - self._synced > SYNC_SECONDS:
-            self._writer.flush()
-            self._synced = time.monotonic()
-
-    def close(self) -> None:
-        """Raises OSError."""
-        self._writer.close()
-
-
 def _truncate(path: Path, last_step: int) -> dict[str, Any]:
-    """Keeps the lines of steps <= last_step, returns each name's last value.
+    """Keep the lines of steps <= last_step and return the last value of each name.
 
-    A torn line and what follows go.
+    A damaged line and all that follow it are removed.
     """
     if not path.exists():
         return {}
@@ -148,9 +137,9 @@ def last_metrics(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def newest_metrics(directory: str | os.PathLike[str], count: int) -> list[dict[str, Any]]:
-    """Up to `count` newest whole lines of a run's metrics.jsonl, the oldest of them first.
+    """Up to `count` newest whole lines of a run's metrics.jsonl, oldest first.
 
-    Of a long log only the end is read.
+    Only the end of a long log is read.
     """
     try:
         with (Path(directory) / METRICS_FILE).open("rb") as file:
@@ -172,9 +161,9 @@ def newest_metrics(directory: str | os.PathLike[str], count: int) -> list[dict[s
 class Progress:
     """'train 450/1000 steps · 45% · 21.3/s · 0:26 left · loss 0.2134' on one terminal line.
 
-    On a terminal the line is redrawn; in a file each report is a line of its own, at most one in
-    `every_seconds`. The rate leaves out the first reported interval, which holds the compilation.
-    Of several processes only the first tells.
+    A terminal redraws the line; in a file each report is a new line, at most one every
+    `every_seconds`. The rate excludes the first reported interval, which includes the compilation.
+    Only the first of several processes prints.
     """
 
     def __init__(
@@ -190,7 +179,7 @@ class Progress:
         self.what, self.total, self.unit = what, total, unit
         self._out = sys.stderr if out is None else out
         self._tty = self._out.isatty()
-        # Asked in this order: a process that only starts others must not take the devices.
+        # In this order, because a process that only starts others must not take the devices.
         self._quiet = jax.distributed.is_initialized() and jax.process_index() > 0
         self._every = 0.2 if self._tty else every_seconds
         self._first: tuple[float, float] = (start, time.monotonic())
@@ -198,7 +187,7 @@ class Progress:
         self._shown = 0.0
 
     def report(self, done: float, **values: float) -> None:
-        """Shows `done` of the total, with named values."""
+        """Print the progress, with named values."""
         now = time.monotonic()
         rate = (done - self._first[0]) / max(now - self._first[1], 1e-9)
         if not self._compiled:
@@ -206,7 +195,7 @@ class Progress:
         if self._quiet or (now - self._shown < self._every and done < self.total):
             return
         self._shown = now
-        left = duration((self.total - done) / rate) if rate > 0 else "?"
+        left = clock((self.total - done) / rate) if rate > 0 else "?"
         parts = [
             f"{self.what} {done:.0f}/{self.total} {self.unit}",
             f"{100 * done / self.total:.0f}%",
@@ -222,15 +211,8 @@ class Progress:
             self._out.write(line + "\n")
         self._out.flush()
 
-    def say(self, words: str) -> None:
-        """A line of its own."""
+    def print_line(self, line: str) -> None:
+        """Print a line above the progress."""
         if not self._quiet:
-            self._out.write(f"\r\x1b[2K{words}\n" if self._tty else f"{words}\n")
+            self._out.write(f"\r\x1b[2K{line}\n" if self._tty else f"{line}\n")
             self._out.flush()
-
-
-def duration(seconds: float) -> str:
-    """3725 -> '1:02:05', 65 -> '1:05'."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

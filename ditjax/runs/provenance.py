@@ -1,4 +1,4 @@
-"""Where a figure was made: the program, the versions, the devices, the day."""
+"""The provenance of a result: command, versions, devices and date."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ import ditjax
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Where a result was made: versions and devices, never the process's environment."""
+    """The record of where a result was made; never the process's environment variables."""
     device = jax.devices()[0]
     return {
         "ditjax": ditjax.__version__,
@@ -34,16 +34,16 @@ def environment(command: str) -> dict[str, Any]:
 def typed(
     command: str, argv: Sequence[str], *, drop: Sequence[str] = (), folders: Sequence[str] = ()
 ) -> str:
-    """'python -m ditjax.COMMAND ...' as a shell reads it back, for a record.
+    """'python -m ditjax.COMMAND ...' for a record, quoted so that a shell reads it back.
 
-    Flags of `drop` are left out with their values, and those of `folders` have DIR for theirs:
-    where files lie here is nobody else's matter.
+    The flags in `drop` are left out with their values. The flags in `folders` get the value DIR,
+    because the folders of this machine mean nothing elsewhere.
     """
     kept: list[str] = []
     words = iter(argv)
     for word in words:
         flag, equals, _ = word.partition("=")
-        # Any beginning of a flag that no other has is the flag, too.
+        # argparse accepts an unambiguous prefix of a flag.
         meant = [each for each in (*drop, *folders) if len(flag) > 2 and each.startswith(flag)]
         if not meant:
             kept.append(word)
@@ -55,17 +55,17 @@ def typed(
 
 
 def _quoted(word: str) -> str:
-    """For a shell; in double quotes where there are single ones, as in a grid, and nothing else."""
+    """Quoted for a shell: in double quotes if that spares the single quotes of a grid."""
     return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def cores() -> list[int]:
-    """The cores that this process may use; [] where the system does not tell."""
+    """The CPU cores that this process may use; [] if the system does not say."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def commit() -> str:
-    """Of the repository that ditjax lies in, '-dirty' where files differ; '' outside of one."""
+    """The commit of ditjax's repository, with '-dirty' if files differ; '' outside a repository."""
     folder = Path(ditjax.__file__).parent
     try:
         return subprocess.run(

@@ -1,7 +1,7 @@
-"""What a run leaves behind: result.json, metrics.jsonl, samples.npz, samples.png.
+"""The results of a run: result.json, metrics.jsonl, samples.npz and grids of samples.
 
-One `result.json` in each run's folder is all that a sweep and a report exchange. Every file is
-written whole or not at all: a reader never meets half of one, and a crash keeps the old one.
+A sweep and a report exchange one `result.json` in each run's folder and nothing else. Every file is
+written whole or not at all, so that a reader never finds half of one and a crash keeps the old one.
 """
 
 import io
@@ -19,30 +19,16 @@ from ditjax.errors import UserError, nearest, shown
 from ditjax.files import npz
 from ditjax.files.atomic import finite_or_null, load_json, write_atomic, write_json
 
-SCHEMA = 1
+RESULT_SCHEMA = 1
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.npz"
-GRID_FILE = "samples.png"
 
-Images = NDArray[np.uint8]
-
-
-class Model(TypedDict):
-    """`name` as in the paper (DiT-XL/2), `size` as in `ditjax.models.sizes`, N = `tokens`."""
-
-    name: str
-    size: str
-    depth: int
-    width: int
-    heads: int
-    patch: int
-    block: str
-    tokens: int
+_Images = NDArray[np.uint8]
 
 
-class Train(TypedDict):
-    """`images` = steps · batch_size; `seconds` of the training loop alone."""
+class TrainRecord(TypedDict):
+    """The training. `images` = steps · batch_size; `seconds` are those of the loop alone."""
 
     steps: int
     batch_size: int
@@ -53,8 +39,8 @@ class Train(TypedDict):
     seed: int
 
 
-class Sample(TypedDict):
-    """How the samples were drawn; `eta` is DDIM's, `cfg_channels` the channels guided."""
+class SampleRecord(TypedDict):
+    """How samples were drawn. `eta` is DDIM's; `cfg_channels` are the guided channels."""
 
     num: int
     sampler: str
@@ -66,8 +52,11 @@ class Sample(TypedDict):
     seconds: float
 
 
-class Published(TypedDict):
-    """What others have measured of such a run: metric -> value, what fixes it, where it stands."""
+class PublishedFigures(TypedDict):
+    """Figures that others published for such a run.
+
+    `values`: metric -> value. `protocol`: what fixes their meaning. `source`: where they are from.
+    """
 
     values: dict[str, float]
     protocol: dict[str, str]
@@ -75,45 +64,49 @@ class Published(TypedDict):
 
 
 class Result(TypedDict):
-    """One run. `gflops` are multiply-accumulates of one forward pass / 1e9, as in the paper.
+    """One run.
 
-    `metrics` name -> value, NaN for one that could not be computed; `metrics["fd_digits_floor"]`
-    is the distance of real images to real images. Two results with different `protocol_hash` are
-    never compared. `environment["command"]` is the command that made the run.
+    `gflops` are the multiply-accumulates of one forward pass / 1e9, as in the paper. `model` holds
+    the network's `name` (DiT-XL/2) and whatever else describes it, as plain JSON values: for a DiT
+    its size, depth, width, heads, patch, block and tokens. Reports group runs by `size`, `patch`
+    and `block` where a network has them. `metrics` maps a name to a value, NaN where it could not
+    be computed; `metrics["fd_digits_floor"]` is the distance of real images to real images. Results
+    with different `protocol_hash` are never compared. `environment["command"]` made the run.
     """
 
     schema: int
     run: str
-    model: Model
+    model: dict[str, Any]
     params: int
     gflops: float
-    train: Train
-    sample: Sample
+    train: TrainRecord
+    sample: SampleRecord
     metrics: dict[str, float]
     protocol: dict[str, Any]
     protocol_hash: str
     environment: dict[str, Any]
     config: dict[str, Any]
-    published: NotRequired[Published]
+    published: NotRequired[PublishedFigures]
 
 
 class Found(NamedTuple):
-    """A result and the folder it lies in."""
+    """A result and its folder."""
 
     folder: Path
     result: Result
 
 
 def write_result(folder: str | os.PathLike[str], result: Result) -> Path:
-    """Writes `folder`/result.json, validated first; a NaN is written as null."""
+    """Write `folder`/result.json, a NaN as null. Raises UserError for what is no result."""
     _validated(finite_or_null(result), "result")
     return write_json(Path(folder) / RESULT_FILE, result)
 
 
 def read_result(path: str | os.PathLike[str]) -> Result:
-    """Reads a result.json (or the one in a folder); null is NaN; keys beyond the schema stay.
+    """Read a result.json, or the one in a folder.
 
-    Raises UserError naming the file, and the key where one is missing or mistyped.
+    null becomes NaN, and keys beyond the schema are kept. Raises UserError with the file's name,
+    and with the key if one is missing or has the wrong type.
     """
     path = Path(path)
     if path.is_dir():
@@ -123,34 +116,42 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: run this cell again.") from error
+        raise UserError(f"{path} is not UTF-8 text; run this cell again.") from error
     except ValueError as error:
         raise UserError(
-            f"{path} is not whole JSON ({error}): it was half-written or edited; run this cell"
+            f"{path} is not whole JSON ({error}): it is half-written or was edited; run this cell"
             " again."
         ) from error
     return _validated(value, str(path))
 
 
+def split_folders(words: str) -> list[Path]:
+    """The folders that --runs names, comma-separated. Raises UserError if there are none."""
+    folders = [Path(word) for word in words.split(",") if word]
+    if not folders:
+        raise UserError("--runs is empty: give one or more folders, comma-separated.")
+    return folders
+
+
 def find_results(
     folders: Sequence[str | os.PathLike[str]],
 ) -> tuple[list[Found], list[str]]:
-    """Every result below `folders`, in order of folder and path, and what was wrong, in words.
+    """Find every result below `folders`, by folder and path; return them and all problems in words.
 
-    A folder that holds a metrics.jsonl and no result.json is a run that did not finish. A folder
-    reached twice counts once. Raises UserError for a folder that is not there.
+    A folder with a metrics.jsonl and no result.json is a run that did not finish. A folder that is
+    reached twice counts once. Raises UserError for a folder that does not exist.
     """
     found: list[Found] = []
     problems: list[str] = []
     seen: set[Path] = set()
     for root in map(Path, folders):
         if not root.is_dir():
-            raise UserError(f"folder {str(root)!r} is not there: expected the folder of a sweep.")
+            raise UserError(f"folder {str(root)!r} is not there: give the folder of a sweep.")
         for folder, subfolders, files in os.walk(root, onerror=_note_unreadable(problems)):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             here = Path(folder)
             if RESULT_FILE in files:
-                subfolders.clear()  # checkpoints lie below
+                subfolders.clear()  # checkpoints are below
                 if here.resolve() in seen:
                     continue
                 seen.add(here.resolve())
@@ -167,10 +168,10 @@ def find_results(
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Lines {"step": int, "loss": float, ...} -> one dict a line; a torn last line is dropped.
+    """Read lines {"step": int, "loss": float, ...} as one dict a step.
 
-    A resumed run may log a step twice: the later line holds. Raises UserError for a damaged line
-    before the last, naming it.
+    A torn last line is dropped. Of a step that a resumed run logged twice, the later line counts.
+    Raises UserError with the number of a damaged line before the last.
     """
     path = Path(path)
     try:
@@ -182,12 +183,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line.decode("utf-8"))  # of bytes json would guess the encoding
+            entry = json.loads(line.decode("utf-8"))  # from bytes json would guess the encoding
             step = entry["step"]
             if not _is(step, int):
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            if number == len(lines):  # no newline after it: torn
+            if number == len(lines):  # no newline after it: it is torn
                 break
             raise UserError(
                 f"{path} line {number} is damaged: expected an object with an integer 'step'."
@@ -198,17 +199,17 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
 
 
 def save_grid(
-    images: Images,
+    images: _Images,
     path: str | os.PathLike[str],
     columns: int,
     *,
     upscale: int = 1,
     gap: int = 1,
 ) -> Path:
-    """u8[N,H,W,C] (C = 1 or 3) -> a PNG of ceil(N / columns) rows, in reading order.
+    """Write images u8[N,H,W,C] (C = 1 or 3) as a PNG of ceil(N / columns) rows, in reading order.
 
-    Each pixel is repeated `upscale` times; `gap` white pixels (before upscaling) lie between
-    images and fill the unused cells.
+    Each pixel is repeated `upscale` times. Between the images are `gap` white pixels, before
+    upscaling, and unused cells are white.
     """
     from PIL import Image
 
@@ -221,8 +222,8 @@ def save_grid(
     return write_atomic(path, buffer.getvalue())
 
 
-def tile(images: Images, columns: int, *, gap: int = 1) -> Images:
-    """u8[N,H,W,C] -> u8[rows·H + (rows-1)·gap, columns·W + (columns-1)·gap, C] on white."""
+def tile(images: _Images, columns: int, *, gap: int = 1) -> _Images:
+    """Tile u8[N,H,W,C] on white -> u8[rows·H + (rows-1)·gap, columns·W + (columns-1)·gap, C]."""
     images = _checked_images(images)
     n, height, width, channels = images.shape
     if columns < 1 or gap < 0 or n < 1:
@@ -239,39 +240,17 @@ def tile(images: Images, columns: int, *, gap: int = 1) -> Images:
     return grid[: grid.shape[0] - gap, : grid.shape[1] - gap]
 
 
-def save_samples(
-    path: str | os.PathLike[str], images: Images, label: NDArray[np.integer[Any]] | None = None
-) -> Path:
-    """npz as ADM's evaluator reads it: arr_0 u8[N,H,W,C], and label i32[N] where there are any."""
-    arrays: dict[str, NDArray[Any]] = {"arr_0": _checked_images(images)}
-    if label is not None:
-        label = np.asarray(label)
-        if label.shape != images.shape[:1] or not np.issubdtype(label.dtype, np.integer):
-            raise UserError(
-                f"labels {label.dtype}{list(label.shape)} for {len(images)} images: expected one"
-                " integer for each."
-            )
-        arrays["label"] = label.astype(np.int32)
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return write_atomic(path, buffer.getvalue())
-
-
 def load_samples(
     path: str | os.PathLike[str], limit: int | None = None
-) -> tuple[Images, NDArray[np.int32] | None]:
-    """npz -> arr_0 u8[N,H,W,C], label i32[N] or None; with `limit` only the first ones are read.
+) -> tuple[_Images, NDArray[np.int32] | None]:
+    """Read an npz: arr_0 u8[N,H,W,C] and label i32[N] or None, or only the first `limit` of them.
 
-    Raises UserError naming the file and the array. Pickled arrays are refused.
+    Raises UserError with the names of the file and the array. Pickled arrays are refused.
     """
     with npz.reading(path) as archive:
-        images = npz.read(archive, "arr_0", limit)
-        label = npz.read(archive, "label", limit) if "label" in npz.names(archive) else None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise UserError(
-            f"{path}: arr_0 is {images.dtype}{list(images.shape)}, expected u8[N,H,W,C] with C = 1"
-            " or 3."
-        )
+        images = npz.read_array(archive, "arr_0", limit)
+        label = npz.read_array(archive, "label", limit) if "label" in npz.names(archive) else None
+    _checked_images(images, f"{path}: arr_0 is")
     if label is not None and (label.dtype.kind not in "iu" or label.shape != images.shape[:1]):
         raise UserError(
             f"{path}: label is {label.dtype}{list(label.shape)}, expected i32[{len(images)}]."
@@ -279,17 +258,17 @@ def load_samples(
     return images, None if label is None else label.astype(np.int32)
 
 
-def _checked_images(images: Images) -> Images:
+def _checked_images(images: _Images, name: str = "images are") -> _Images:
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise UserError(
-            f"images are {images.dtype}{list(images.shape)}, expected u8[N,H,W,C] with C = 1 or 3."
+            f"{name} {images.dtype}{list(images.shape)}, expected u8[N,H,W,C] with C = 1 or 3."
         )
     return images
 
 
 def _schema(kind: type) -> dict[str, Any]:
-    """Every key that must be there, with its type."""
+    """Every required key and its type."""
     required = kind.__dict__["__required_keys__"]
     return {
         key: getattr(value, "__origin__", value)
@@ -298,20 +277,27 @@ def _schema(kind: type) -> dict[str, Any]:
     }
 
 
-_NESTED = {Model, Train, Sample}
+class _Named(TypedDict):
+    """The part of `model` that every network has."""
+
+    name: str
+
+
+_NESTED = {TrainRecord, SampleRecord}
 _POSITIVE = {"params", "gflops"}
 
 
 def _validated(value: Any, where: str) -> Result:
-    """The value as a Result, null metrics as NaN; UserError names `where` and the key."""
+    """The value as a Result, null metrics as NaN. Raises UserError with `where` and the key."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object, not {type(value).__name__}.")
-    if value.get("schema") != SCHEMA and "schema" in value:
+    if value.get("schema") != RESULT_SCHEMA and "schema" in value:
         raise UserError(
-            f"{where}: schema is {shown(value['schema'])}, this ditjax reads {SCHEMA}; use the"
-            " version that wrote it."
+            f"{where}: schema is {shown(value['schema'])}, this ditjax reads {RESULT_SCHEMA}; use"
+            " the version that wrote it."
         )
     result = _checked_keys(value, Result, where, "")
+    result["model"] = _checked_keys(result["model"], _Named, where, "model.")
     for key in _POSITIVE:
         if not (math.isfinite(result[key]) and result[key] > 0):
             raise UserError(f"{where}: {key} is {result[key]}, expected a positive number.")
@@ -333,7 +319,7 @@ def _validated(value: Any, where: str) -> Result:
 
 
 def is_published(value: Any) -> bool:
-    """Whether a value out of a file is a `Published`."""
+    """Whether a value read from a file is a `PublishedFigures`."""
     if not isinstance(value, dict):
         return False
     values, protocol = value.get("values"), value.get("protocol")
@@ -378,7 +364,10 @@ _ARTICLES = {
 
 
 def _is(value: Any, kind: type) -> bool:
-    """True is no number here, and an integer is a number; one beyond 64 bits is neither."""
+    """Like isinstance, but an integer is a float too, and True is no number.
+
+    An integer beyond 64 bits is neither an integer nor a float.
+    """
     if isinstance(value, bool) or (isinstance(value, int) and value.bit_length() > 63):
         return False
     return isinstance(value, (int, float) if kind is float else kind)

@@ -5,13 +5,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ditjax.config import completed, is_free, migrated, schema_of
 from ditjax.errors import UserError
-from ditjax.files.atomic import load_json, write_atomic
-from ditjax.files.masking import masked_tree
+from ditjax.files.atomic import json_text, load_json, recordable, write_atomic
 
 RECIPE_FILE = "config.json"
 STUDY_FILE = "sweep.json"
@@ -19,35 +19,6 @@ CHECKPOINTS = "checkpoints"
 RUNS = "runs"  # of a study: the folder of its cells
 LOG_FILE = "log.txt"  # what a cell of a sweep prints
 ENDED_FILE = "ended.json"  # how it ended, where it has no result
-
-# What may differ on resuming: where and how often, never what is learned.
-FREE_KEYS = (
-    "mesh.",
-    "distributed.",
-    "sample.",
-    "evaluate.",
-    "sweep.",
-    "model.unroll",
-    "model.remat",
-    "model.attention",
-    "train.microbatches",
-    "train.prefetch",
-    "data.threads",
-    "data.cache_mb",
-    "data.data_dir",
-    "data.max_damaged",
-    "train.steps",
-    "train.log_every_steps",
-    "train.checkpoint_every_steps",
-    "train.keep_checkpoints",
-    "train.keep_every_steps",
-    "train.grace_seconds",
-    "train.sample_every_steps",
-    "train.evaluate_every_steps",
-    "train.evaluate_num",
-    "train.max_bad_steps",
-)
-
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -84,18 +55,16 @@ def inside(root: str | os.PathLike[str], name: str) -> Path:
 def open_run(
     workdir: str | os.PathLike[str],
     recipe: Mapping[str, Any],
-    completed: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> Path:
     """Makes the directory and writes its recipe, or checks that it is the same run.
 
-    `completed` adds to an older run's recipe the keys that did not exist then. A recipe that was
-    refused before its run began makes room for another. Raises UserError when the directory cannot
-    be written, or holds a run of another recipe.
+    A recipe that was refused before its run began makes room for another. Raises UserError when
+    the directory cannot be written, or holds a run of another recipe.
     """
     folder = Path(workdir)
     path = folder / RECIPE_FILE
     if path.exists() and _has_begun(folder):
-        check_same(folder, completed(read_recipe(folder)), recipe)
+        check_same(folder, read_recipe(folder), recipe)
         return folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={folder} is a file: give a directory.")
@@ -133,7 +102,7 @@ def open_study(
 
 
 def _text(recipe: Mapping[str, Any]) -> bytes:
-    return (json.dumps(masked_tree(recipe), indent=1) + "\n").encode()
+    return json_text(recipe).encode()
 
 
 def tidy(workdir: str | os.PathLike[str]) -> None:
@@ -188,12 +157,16 @@ def differences(
 ) -> Iterator[tuple[str, Any, Any]]:
     """(key, recorded value, asked value) where two recipes learn another thing.
 
-    None stands for a key that one does not have; `also` are free keys that count, too.
+    `recorded` may be of an older version. None stands for a key that one does not have; `also` are
+    free keys that count, too.
     """
-    started = dict(leaves(json.loads(json.dumps(recorded))))
-    asked = dict(leaves(json.loads(json.dumps(masked_tree(recipe)))))  # as it would be recorded
-    for key in sorted(started.keys() | asked.keys()):
-        if started.get(key) != asked.get(key) and (key in also or not key.startswith(FREE_KEYS)):
+    schema = schema_of(recipe)
+    started = dict(leaves(json.loads(json.dumps(migrated(recorded)))))
+    # As it would be recorded.
+    asked = dict(leaves(recordable(completed(recipe))))
+    # Of two tasks no other key says more.
+    for key in sorted(started.keys() | asked.keys(), key=lambda key: (key != "task", key)):
+        if started.get(key) != asked.get(key) and (key in also or not is_free(schema, key)):
             yield key, started.get(key), asked.get(key)
 
 

@@ -11,16 +11,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ditjax.config import Config, Override, Sweep, completed, read
+from ditjax.config import Config, Override, Sweep, as_tree, network_module, of_network, read
 from ditjax.errors import UserError, nearest
-from ditjax.models.cost import forward_macs, gflops, trainable_parameters, training_gflops
+from ditjax.models.network import training_gflops
 from ditjax.runs import rundir
-from ditjax.runs.results import Published
+from ditjax.runs.results import PublishedFigures
 from ditjax.studies.published import published_of
-from ditjax.tasks import build
+from ditjax.tasks import cost_of, make_task
 
 SCHEMA = 1
-_IN_EVERY_NAME = ("model.size", "model.patch", "seed")
 
 
 class Cell(NamedTuple):
@@ -31,22 +30,24 @@ class Cell(NamedTuple):
     recipe: dict[str, Any]
     config: Config
     overrides: tuple[Override, ...] = ()
-    published: Published | None = None  # what others have measured of such a run
+    published: PublishedFigures | None = None  # what others have measured of such a run
 
     @property
     def model(self) -> str:
         """As in the paper: 'DiT-XL/2'."""
-        return f"DiT-{self.config.model.size}/{self.config.model.patch}"
+        return make_task(self.config).name
 
     @property
     def params(self) -> int:
-        """Trainable parameters."""
-        return trainable_parameters(build.cost(self.config))
+        """Trainable parameters; 0 where no closed form is known."""
+        cost = make_task(self.config).cost
+        return cost.parameters if cost else 0
 
     @property
     def gflops(self) -> float:
-        """The paper's: multiply-accumulates of one forward pass / 10⁹."""
-        return gflops(build.cost(self.config))
+        """The paper's: multiply-accumulates of one forward pass / 10⁹; 0 where not known."""
+        cost = make_task(self.config).cost
+        return cost.gflops if cost else 0.0
 
     @property
     def training_gflops(self) -> float:
@@ -62,6 +63,7 @@ def cells(recipe: Mapping[str, Any]) -> list[Cell]:
     Raises UserError for a recipe that is one run, an illegal cell, or two that are the same.
     """
     whole = read(recipe)
+    recipe = as_tree(whole)
     study = whole.sweep
     choices = _choices(study)
     if not choices:
@@ -74,14 +76,15 @@ def cells(recipe: Mapping[str, Any]) -> list[Cell]:
     for number, parts in enumerate(itertools.product(*choices)):
         overrides = tuple(itertools.chain(*parts))
         cell = copy.deepcopy(dict(recipe))
-        cell["sweep"] = {key: type(value)() for key, value in recipe["sweep"].items()}
-        for key, value in overrides:
-            _set(cell, key, value)
+        cell["sweep"] = {}
         try:
+            # The network first: it says which keys there are.
+            for key, value in sorted(overrides, key=lambda each: each[0] != "model.kind"):
+                _set(cell, key, value)
             if study.budget:
                 cell["train"]["steps"] = steps_within(study.budget, _read_for_cost(cell))
             config = read(cell)
-            build.check(config)
+            cell = as_tree(config)
         except UserError as error:
             raise UserError(f"cell {number} ({_said(overrides)}): {error}") from None
         name = _name(overrides, words, study.budget, config)
@@ -105,6 +108,9 @@ def _choices(study: Sweep) -> list[list[tuple[Override, ...]]]:
 
 
 def _set(recipe: dict[str, Any], key: str, value: Any) -> None:
+    if key == "model.kind":
+        recipe["model"] = of_network(recipe, value)
+        return
     *groups, leaf = key.split(".")
     node = recipe
     for group in groups:
@@ -129,12 +135,7 @@ def steps_within(budget: tuple[str, float], c: Config) -> int:
     if unit != "steps":
         cost *= c.train.batch_size
     if unit == "gflops":
-        if c.train.network != "dit":
-            raise UserError(
-                f"config.sweep.budget is {budget!r} and config.train.network is"
-                f" {c.train.network!r}: Gflops are a DiT's; give a budget in steps or images."
-            )
-        cost *= Fraction(3 * forward_macs(build.cost(c)), 10**9)
+        cost *= Fraction(3 * cost_of(c).macs, 10**9)
     steps = round(Fraction(number) / cost)
     if steps < 1:
         raise UserError(
@@ -164,13 +165,19 @@ def _name(
     overrides: Iterable[Override], words: Mapping[str, str], budget: tuple[Any, ...], c: Config
 ) -> str:
     """DiT-4x96x3-p1-seed0, the other overrides as key_value, and the budget: a legal name."""
-    name = f"DiT-{c.model.size}-p{c.model.patch}-seed{c.seed}"
+    name = f"{make_task(c).name.replace('/', '-p')}-seed{c.seed}"
     for key, value in overrides:
-        if key not in _IN_EVERY_NAME:
+        if key not in in_every_name(c):
             name += f"-{words[key]}_{value}"
     if budget:
         name += f"-{budget[0]}_{_short(budget[1])}"
     return rundir.legal_name(name)
+
+
+def in_every_name(c: Config) -> tuple[str, ...]:
+    """The keys that every cell's name tells: those in its network's name, and the seed."""
+    varied = network_module(c.model.kind).NETWORK.varied
+    return (*(f"model.{key}" for key in varied), "seed")
 
 
 def _short(number: float) -> str:
@@ -223,10 +230,13 @@ def chosen(
 
 
 def _model(name: str, study: Sequence[Cell]) -> str:
-    """'S/8' -> 'DiT-S/8', a model of the study."""
-    models = list(dict.fromkeys(cell.model.removeprefix("DiT-") for cell in study))
-    if (short := name.strip().removeprefix("DiT-")) in models:
-        return f"DiT-{short}"
+    """'S/8' or 'DiT-S/8' -> 'DiT-S/8', a model of the study."""
+    whole = {each.partition("-")[2]: each for each in dict.fromkeys(c.model for c in study)}
+    short, models = name.strip(), list(whole)
+    if short in whole.values():
+        return short
+    if short in whole:
+        return whole[short]
     more = ", ..." if len(models) > 24 else ""
     raise UserError(
         f"--models={name[:100]}: no cell of this study has that model.{nearest(short, models)} Its"
@@ -290,14 +300,15 @@ def record(recipe: Mapping[str, Any], study: Sequence[Cell], command: str) -> di
 def check_result(cell: Cell, folder: Path, found: Mapping[str, Any]) -> None:
     """Raises UserError for a result that is another recipe's."""
     # A training may be gone on with for more steps; the cell of a study has its own.
-    rundir.check_same(folder, completed(found["config"]), cell.recipe, also=("train.steps",))
+    rundir.check_same(folder, found["config"], cell.recipe, also=("train.steps",))
 
 
 def check_same_study(
     workdir: Path, recorded: Mapping[str, Any], recipe: Mapping[str, Any], study: Sequence[Cell]
 ) -> None:
     """A directory's study may grow; what no name of its cells tells stays. Raises UserError."""
-    told = {key for cell in study for key, _ in cell.overrides}.union(_IN_EVERY_NAME)
+    told = {key for cell in study for key, _ in cell.overrides}
+    told |= {key for cell in study for key in in_every_name(cell.config)}
     for key, before, now in rundir.differences(recorded, recipe):
         if key not in told:
             raise UserError(

@@ -8,10 +8,10 @@ import operator
 
 from ditjax.config import Config
 from ditjax.errors import UserError
-from ditjax.runs.results import Published
+from ditjax.runs.results import PublishedFigures
 
 
-def published_of(study: Config, cell: Config) -> Published | None:
+def published_of(study: Config, cell: Config) -> PublishedFigures | None:
     """What `study.sweep.published` says of a cell, or None where it says nothing.
 
     A figure belongs to every cell that has all of its keys' values, so to all seeds of it. Raises

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ditjax.errors import FaultError, UserError
+from ditjax.errors import FaultError, UserError, one_line
 from ditjax.files import atomic, lease
-from ditjax.files.masking import printable
+from ditjax.files.durations import clock
 from ditjax.runs import results, rundir
-from ditjax.runs.log import METRICS_FILE, duration, newest_metrics
+from ditjax.runs.log import newest_metrics
 from ditjax.studies.cells import Cell, check_result
 from ditjax.studies.words import OF_A_METRIC, aligned, metric_name, number
 
@@ -82,7 +82,8 @@ def _state(cell: Cell, folder: Path, holder: lease.Holder | None, sweeping: bool
     if ending := read_ending(folder):
         return State(cell, ending["how"], step, words=_told(ending["line"], folder))
     if not any(
-        (folder / name).exists() for name in (rundir.LOG_FILE, METRICS_FILE, rundir.RECIPE_FILE)
+        (folder / name).exists()
+        for name in (rundir.LOG_FILE, results.METRICS_FILE, rundir.RECIPE_FILE)
     ):
         return State(cell, NOT_RUN)
     if sweeping:
@@ -93,7 +94,7 @@ def _state(cell: Cell, folder: Path, holder: lease.Holder | None, sweeping: bool
 
 def note_ending(folder: Path, how: str, line: str) -> None:
     """Records how a cell ended that has no result. A disk that takes no more keeps it out."""
-    record = {"how": how, "line": printable(line)[:2000]}
+    record = {"how": how, "line": one_line(line)[:2000]}
     with contextlib.suppress(OSError, UserError, FaultError):
         atomic.write_json(folder / rundir.ENDED_FILE, record)
 
@@ -157,7 +158,7 @@ def _metric(metrics: Mapping[str, float]) -> str:
 
 def _told(line: str, folder: Path) -> str:
     """On one line that is not long; where the cell lies is known."""
-    line = printable(line).replace(f"{folder}{os.sep}", "").replace(f"{folder} ", "")
+    line = one_line(line).replace(f"{folder}{os.sep}", "").replace(f"{folder} ", "")
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
@@ -170,7 +171,7 @@ def text(states: Sequence[State], failed: bool = False) -> str:
         trains = each.stage == RUNNING and 0 < each.step < each.cell.config.train.steps
         steps = f"{each.step}/{each.cell.config.train.steps}" if each.stage != NOT_RUN else ""
         rate = f"{each.rate:.3g}/s" if trains and each.rate > 0 else ""
-        left = duration(each.left) if rate else ""
+        left = clock(each.left) if rate else ""
         words = [str(each.cell.number), each.cell.name, each.stage, steps, rate, left, each.words]
         rows.append(words)
     lines = aligned(rows, [True, False, False, True, True, True, False])
@@ -190,7 +191,7 @@ def totals(states: Sequence[State]) -> str:
     )
     line = f"{len(states)} cells: {said}; {100 * done / work:.0f} % of the training is done"
     if done < work and speed > 0:
-        line += f", {duration((work - done) / speed)} left of it at the rate of now"
+        line += f", {clock((work - done) / speed)} left of it at the rate of now"
     return line
 
 

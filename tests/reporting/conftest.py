@@ -11,7 +11,8 @@ import pytest
 
 from ditjax import report
 from ditjax.files.atomic import protocol_hash
-from ditjax.runs.results import save_samples, write_result
+from ditjax.runs.results import write_result
+from tests.sample_files import save_samples
 
 SIZES = ((2, 48, 2), (3, 72, 3), (4, 96, 3))
 PROTOCOL = {"features": "digits", "num": 100}
@@ -174,5 +175,5 @@ def nine(study, tmp_path_factory):
 
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
-    """A report without its PNGs, which are most of its time: for tests of all the rest."""
-    monkeypatch.setattr(report, "pictures", lambda *_: [])
+    """Make reports without PNGs, which take most of their time, for tests of the rest."""
+    monkeypatch.setattr(report, "pictures", lambda *_: {})

@@ -1,4 +1,4 @@
-"""A report on 200 runs, made up: seconds, bytes. `python -m tests.reporting.many [--runs=200]`."""
+"""Time a report on 200 made-up runs: `python -m tests.reporting.many [--runs=200]`."""
 
 import argparse
 import json
@@ -13,8 +13,8 @@ import numpy as np
 
 from ditjax import report
 from ditjax.files.atomic import protocol_hash
-from ditjax.runs.results import save_samples
 from tests.reporting.conftest import write_plan
+from tests.sample_files import save_samples
 
 PATCHES = (8, 4, 2, 1)
 SEEDS = 5
@@ -22,7 +22,7 @@ LINES = 400  # logged by a run, 20 of them evaluations
 
 
 def write_many(root: Path, runs: int = 200, side: int = 32, lines: int = LINES) -> None:
-    """Models of 4 patches and 5 seeds: losses, evaluations, samples; and 12 cells not run."""
+    """Write models of 4 patches and 5 seeds with losses, evaluations and samples; 12 are absent."""
     (root / "runs").mkdir(parents=True)
     rng = np.random.default_rng(0)
     samples = root / "samples.npz"

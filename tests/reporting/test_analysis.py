@@ -1,5 +1,6 @@
-"""What a group says: held-out prediction, IsoFLOP profiles, claims, settings kept apart."""
+"""The analysis of a group: held-out prediction, IsoFLOP profiles, claims, separate settings."""
 
+import csv
 import json
 import math
 
@@ -9,29 +10,30 @@ import pytest
 from ditjax import report
 from ditjax.reporting import sampling
 from ditjax.reporting.looks import Encoding
-from ditjax.reporting.samples import row_names
+from ditjax.reporting.study import names_by_size
 from ditjax.runs.results import find_results
 from ditjax.scaling.fit import spearman
+from ditjax.scaling.joint import JointLaw
 
 
-def test_the_largest_model_is_foretold(nine):
+def test_the_largest_model_is_predicted(nine):
     (analysis,) = nine.analyses
     found = analysis.extrapolation
     assert found.models_fitted == 8
     largest = max(analysis.runs, key=lambda each: each.result["gflops"])
     assert found.measured == pytest.approx(largest.result["metrics"]["fd_digits"])
     assert found.predicted == pytest.approx(0.2 * largest.result["gflops"] ** -0.5, rel=0.15)
-    assert "the law of the 8 smaller models foretells" in nine.text
+    assert "the law fitted to the 8 smaller models predicts" in nine.text
     saved = json.loads((nine.out_dir / "results.json").read_text())["extrapolations"]
     assert saved[0]["models_fitted"] == 8
 
 
-def test_the_papers_claims_are_tried_on_the_runs(nine):
+def test_the_papers_claims_are_tested_on_the_runs(nine):
     holds = {claim.text: claim.holds for claim in nine.analyses[0].claims}
     assert len(holds) == 5
     assert holds["Gflops predict quality, parameters alone do not."]
     assert holds["adaLN-Zero beats the other blocks."] is None
-    assert "cannot be told: adaLN-Zero" in nine.text
+    assert "undecided: adaLN-Zero" in nine.text
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -92,6 +94,65 @@ def test_validation_loss_agrees_by_rank(study, tmp_path):
     assert {fit.y for fit in analysis.others} == {"fd_digits", "val_loss"}
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_law_in_size_and_images_is_fitted_where_the_runs_differ_in_both(study, tmp_path):
+    law = JointLaw(e=1.0, a=0.5, alpha=0.4, b=270.0, beta=0.5, n=0)
+    for folder in study.write(tmp_path, seeds=range(4)):
+        path = folder / "result.json"
+        result = json.loads(path.read_text())
+        images = 1600 * 4 ** result["train"]["seed"]
+        result["train"] |= {"images": images, "steps": images // 8}
+        result["metrics"]["fd_digits"] = float(law(result["gflops"], images))
+        path.write_text(json.dumps(result))
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    joint = summary.analyses[0].joint
+    assert joint.law is not None
+    assert not joint.along_training
+    assert joint.law.n == 36
+    for name in ("e", "a", "alpha", "b", "beta"):
+        assert getattr(joint.law, name) == pytest.approx(getattr(law, name), rel=1e-2)
+    assert joint.deviation < 1e-3
+    words = "FD-digits ≈ 1.00 + 0.500 · N^-0.400 + 270 · D^-0.500, fitted to 36 results"
+    assert words in summary.text
+    assert "best size grows as compute^0.556" in summary.page.read_text()
+    saved = json.loads((summary.out_dir / "results.json").read_text())["joint"]
+    assert saved[0]["law"]["beta"] == joint.law.beta
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_law_in_size_and_images_is_fitted_along_training_or_not_at_all(study, tmp_path):
+    folders = study.write(tmp_path)
+    same = report.make_report([tmp_path], tmp_path / "report")
+    assert "No law in size and images: training loss does not fall with size" in same.text
+    for folder in folders:
+        (folder / "metrics.jsonl").unlink()
+    nothing = report.make_report([tmp_path], tmp_path / "report")
+    assert nothing.analyses[0].joint.law is None
+    assert "No law in size and images: 1 different numbers of images" in nothing.text
+    study.write_curves(folders)
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    joint = summary.analyses[0].joint
+    assert joint.along_training
+    assert joint.law is not None
+    assert joint.law.n == 9 * 7
+    assert "fitted to 63 points along training" in summary.text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_bound_is_shown_in_bits_per_dim(study, tmp_path):
+    for patch, term in ((4, 0.004), (2, 0.003), (1, None)):
+        metrics = {"fd_digits": 1.0 * patch} | ({} if term is None else {"val_vlb": term})
+        config = {"diffusion": {"timesteps": 1000}}
+        study.write_run(tmp_path, *study.sizes[0], patch, metrics=metrics, config=config)
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    header, *rows = [line.split() for line in summary.text.splitlines()[:4]]
+    assert [row[header.index("bits/dim")] for row in rows] == ["4.00", "3.00", "-"]
+    assert "L_vlb on held-out images is 3.00 bits/dim for DiT-2x48x2-p2-seed0" in summary.text
+    assert "bits/dim" in summary.page.read_text()
+    saved = list(csv.DictReader((summary.out_dir / "table.csv").open()))
+    assert saved[0]["metrics.val_vlb"] == "0.004"
+
+
 def a_grid(runs, steps=(5, 10), **settings):
     cells = [
         {
@@ -135,17 +196,16 @@ def test_sampling_compute_is_read_from_the_grid_beside_the_runs(study, tmp_path)
 
 
 def test_sizes_are_in_the_order_of_their_parameters(study, tmp_path):
-    """Whichever patches they were run with: a small one at patch 1 may cost more Gflops."""
+    """The patches do not matter, although a small model at patch 1 may cost more Gflops."""
     study.write_run(tmp_path, *study.sizes[2], 4)
     study.write_run(tmp_path, *study.sizes[1], 1)
     study.write_run(tmp_path, *study.sizes[0], 2)
     found, _ = find_results([tmp_path])
     sizes = ["2x48x2", "3x72x3", "4x96x3"]
-    title, values = Encoding(found).markers
-    assert (title, [words for words, _ in values]) == ("size", sizes)
-    title, values = Encoding(found).colours
-    assert (title, [words for words, _ in values]) == ("patch", ["4", "2", "1"])
-    assert row_names(found, False) == sizes
+    colours, markers = Encoding(found).keys()
+    assert (markers.title, list(markers.values)) == ("size", sizes)
+    assert (colours.title, list(colours.values)) == ("patch", ["4", "2", "1"])
+    assert names_by_size(found, ("size",)) == sizes
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -157,6 +217,6 @@ def test_two_models_settle_no_claim(study, tmp_path):
     assert "holds" not in summary.text
 
 
-def test_nothing_is_said_of_validation_loss_where_there_is_none(nine):
+def test_validation_loss_is_not_mentioned_without_one(nine):
     assert math.isnan(nine.analyses[0].agreement)
     assert "alidation loss" not in nine.page.read_text()

@@ -1,4 +1,4 @@
-"""The Pareto front of planted cells, and how a grid reads."""
+"""The Pareto front of planted cells, and the table, CSV and figure of a grid."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax.reporting.grid import Outcome, csv_text, front, shown, terminal_text, varying
+from ditjax.reporting.grid import Outcome, front, grid_csv, grid_text, setting_text, varying
 from ditjax.reporting.pareto import pareto_png
 
 PROTOCOL = {"metric": "FID", "num_samples": 50_000, "labels": "uniform", "seed": 0}
@@ -20,7 +20,7 @@ def cell(gflops, fid, run="DiT-XL-p2", **settings):
     return Outcome(f"{run}-{settings}", run, 100, "ab", settings, "c0", gflops, metrics, 3.0)
 
 
-def test_the_front_is_what_no_cell_beats():
+def test_no_cell_beats_the_front():
     points = [
         *((4, 9.0), (1, 30.0), (2, 20.0), (2, math.nan), (2, 19.0), (3, 19.0), (3, 25.0)),
         *((8, 9.5), (0.5, math.nan), (5, math.inf), (6, 9.0)),
@@ -40,14 +40,14 @@ def test_a_front_of_one_and_of_none():
     assert front([cell(1, math.nan)], "fid") == []
 
 
-def test_the_table_marks_the_best_and_says_what_varies():
+def test_the_table_marks_the_best_and_names_what_varies():
     cells = [
         cell(250, 9.6, cfg_channels=None),
         cell(500, 2.27, cfg_scale=1.5, cfg_channels="three"),
         cell(500, 3.22, cfg_scale=1.25, cfg_channels="three"),
     ]
     assert varying(cells) == ["cfg_scale"]  # unguided has no channels: they do not vary
-    lines = terminal_text(cells, "fid", PROTOCOL, "VIRTUAL.npz").splitlines()
+    lines = grid_text(cells, "fid", PROTOCOL, "VIRTUAL.npz").splitlines()
     assert "DiT-XL-p2 at step 100: FID of 50,000 samples to VIRTUAL.npz" in lines[0]
     assert "sampler ddpm" in lines[0]
     assert "cfg_channels three" in lines[0]
@@ -61,14 +61,14 @@ def test_the_table_marks_the_best_and_says_what_varies():
 
 
 def test_runs_are_named_where_there_are_several():
-    text = terminal_text([cell(1, 9.0, run="S"), cell(2, 5.0, run="B")], "fid", PROTOCOL, "x")
+    text = grid_text([cell(1, 9.0, run="S"), cell(2, 5.0, run="B")], "fid", PROTOCOL, "x")
     assert "2 runs: FID" in text
     assert [line[:6] for line in text.splitlines()[3:5]] == [" +  S ", "*+  B "]
 
 
 def test_the_csv_holds_every_number_at_full_precision():
     cells = [cell(250, 9.6 + 1e-12), cell(1 / 3, 2.0, cfg_interval=[0.1, 0.7], steps="10,15")]
-    rows = list(csv.DictReader(io.StringIO(csv_text(cells))))
+    rows = list(csv.DictReader(io.StringIO(grid_csv(cells))))
     assert [float(row["metrics.fid"]) for row in rows] == [9.6 + 1e-12, 2.0]
     assert float(rows[1]["gflops"]) == 1 / 3
     assert [row["settings.cfg_interval"] for row in rows] == ["", "0.1:0.7"]
@@ -76,8 +76,8 @@ def test_the_csv_holds_every_number_at_full_precision():
     assert rows[0]["metrics.fid_low"] == repr(9.35 + 1e-12)
 
 
-def test_shown_tells_values_apart():
-    assert [shown(value) for value in (1.0, 1.0000001, None, (0.0, 1.0))] == [
+def test_the_text_of_a_setting_is_exact():
+    assert [setting_text(value) for value in (1.0, 1.0000001, None, (0.0, 1.0))] == [
         "1",
         "1.0000001",
         "-",
@@ -95,7 +95,7 @@ def test_the_figure_is_drawn_whatever_the_values(fids):
 
 @pytest.mark.parametrize(("crowd", "count"), [(4, 20), (20, 20), (6, 48)])
 def test_labels_cover_neither_one_another_nor_a_marker(crowd, count, monkeypatch):
-    """Of `crowd` cells an abscissa: labels move aside, or are left out and counted."""
+    """With `crowd` cells on an abscissa, labels move aside, or are left out and counted."""
     from matplotlib.text import Annotation, Text
 
     from ditjax.reporting import pareto

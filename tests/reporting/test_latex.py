@@ -1,4 +1,4 @@
-"""The table for a paper: booktabs, seeds together, and no name that is a command."""
+"""The table for a paper: booktabs, one row for all seeds, and names that run no command."""
 
 import math
 import re

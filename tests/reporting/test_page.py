@@ -1,4 +1,4 @@
-"""The page by itself: no network, and a hostile string stays text, also to a real browser."""
+"""The page: it needs no network, and hostile strings stay text, also in a real browser."""
 
 import base64
 import hashlib
@@ -19,8 +19,9 @@ def test_page_needs_no_network(nine, read_page):
         assert tag not in ("link", "iframe", "object", "embed")
         for key in ("src", "href", "srcset", "data", "action"):
             if attributes.get(key) is not None:
-                assert attributes[key].startswith("data:image/"), (tag, key)
-    assert not re.search(r"@import|url\(|https?://", page)
+                inside = "#" if tag == "use" else "data:image/"  # a marker of the same page
+                assert attributes[key].startswith(inside), (tag, key)
+    assert not re.search(r"@import|url\((?!#)|https?://", page)
     assert "default-src 'none'" in page
     assert 'name="viewport"' in page
     assert "prefers-color-scheme: dark" in page
@@ -112,7 +113,7 @@ def is_owned(tags):
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here: Debian's package of that name")
 @pytest.mark.usefixtures("no_pictures")
 def test_no_name_runs_in_a_browser(study, tmp_path, read_page):
-    """Every text of a result, each of them hostile in turn; and a page that does not escape."""
+    """Makes every text of a result hostile in turn; a page without escaping is run beside it."""
     text = iter(NAMES * 9)
 
     def hostile(value, key=""):
@@ -181,7 +182,11 @@ const search = document.querySelector("input[type=search]");
 search.value = "p1 seed0";
 search.dispatchEvent(new Event("input"));
 told.searched = seen();
-const press = (key) => document.querySelector("svg[data-frame]").dispatchEvent(
+const spot = document.querySelector(".panels [data-r='7'] use").getBoundingClientRect();
+document.querySelector(".panels svg").dispatchEvent(new PointerEvent("pointermove",
+  {clientX: spot.x + spot.width / 2, clientY: spot.y + spot.height / 2}));
+told.near = [tip.textContent, document.querySelector("#runs .on").dataset.r];
+const press = (key) => document.querySelector("figure svg").dispatchEvent(
   new KeyboardEvent("keydown", {key, bubbles: true}));
 press("ArrowRight");
 told.tip = tip.textContent;
@@ -217,6 +222,8 @@ def test_sorting_searching_and_keys_in_a_browser(study, tmp_path):
     assert {runs[int(i)].result["model"]["patch"] for i in told["searched"]} == {1}
     assert {runs[int(i)].result["train"]["seed"] for i in told["searched"]} == {0}
     assert len(told["searched"]) == 3
+    assert told["near"][0].startswith(runs[int(told["near"][1])].result["run"])
+    assert told["near"][1] == "7"
     assert told["tip"].startswith(runs[0].result["run"])
     assert set(told["pinned"]) == {"0"}
     assert len(told["pinned"]) > 2
@@ -229,7 +236,7 @@ def test_every_mark_of_a_run_is_linked_to_its_row(study, tmp_path, read_page):
     page = read_page(report.make_report([tmp_path], tmp_path / "report").page.read_text())
     numbers = [attributes["data-r"] for tag, attributes in page.tags if tag == "tr" and attributes]
     assert numbers == [str(i) for i in range(18)]
-    marks = [attributes for tag, attributes in page.tags if tag in ("path", "polyline")]
+    marks = [attributes for tag, attributes in page.tags if tag == "g"]
     linked = {attributes["data-r"] for attributes in marks if "data-r" in attributes}
     assert linked == set(numbers)
     titles = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
@@ -247,7 +254,7 @@ def test_every_mark_of_a_run_is_linked_to_its_row(study, tmp_path, read_page):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_published_figures_are_labelled_and_stand_beside_ours(study, tmp_path, read_page):
+def test_published_figures_are_labelled_beside_ours(study, tmp_path, read_page):
     published = {"values": {"fd_digits": 12.5}, "protocol": {}, "source": "a paper"}
     study.write_run(tmp_path / "runs", *study.sizes[0], 1, published=published)
     for patch in (2, 4):
@@ -264,7 +271,7 @@ def test_published_figures_are_labelled_and_stand_beside_ours(study, tmp_path, r
         words = " ".join(page.words)
         assert "FD-digits, published" in words
         assert "The study has 4 cells, 3 of them without a result" in words
-        assert "Published are figures of others, never ours: a paper" in words
+        assert "Published figures are those of others, never ours: a paper" in words
         header = summary.text.splitlines()[0]
         rows = {line.split()[0]: line for line in summary.text.splitlines() if line}
         end = header.index("FD-digits, published") + len("FD-digits, published")
@@ -277,7 +284,7 @@ def test_published_figures_are_labelled_and_stand_beside_ours(study, tmp_path, r
             assert "NaN" not in rows[name]
         assert rows["DiT-9x96x3-p1-seed0"][:end].endswith("12.5")
         assert rows["DiT-2x48x2-p1-seed0"][:end].endswith("12.5")
-        hollow = [a for tag, a in page.tags if tag == "path" and "hollow" in a.get("class", "")]
+        hollow = [a for tag, a in page.tags if tag == "g" and a.get("class") == "published"]
         assert sum("data-r" in attributes for attributes in hollow) == 3  # wide, narrow, parameters
         assert summary.analyses[0].fits[0].n == 3, "a published figure is in no fit"
 

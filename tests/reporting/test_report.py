@@ -1,4 +1,4 @@
-"""The command: every file, the same bytes again, a user's mistakes."""
+"""The command: every file, the same bytes on a second run, a user's mistakes."""
 
 import re
 
@@ -51,7 +51,7 @@ def test_command_prints_the_table_and_joins_folders(study, tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_two_hundred_runs_are_one_small_page(tmp_path, read_page):
-    """Ten megabytes at most, with samples of 256x256; `python -m tests.reporting.many` times it."""
+    """At most 10 MB with samples of 256x256; `python -m tests.reporting.many` times it."""
     write_many(tmp_path / "study", 200, side=256, lines=40)
     summary = report.make_report([tmp_path / "study"], tmp_path / "report")
     assert summary.page.stat().st_size <= 10e6
@@ -68,7 +68,7 @@ def test_two_hundred_runs_are_one_small_page(tmp_path, read_page):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_samples_that_would_make_the_page_large_are_left_out_and_said(
+def test_samples_that_would_make_the_page_large_are_left_out_and_counted(
     study, tmp_path, monkeypatch, read_page
 ):
     study.write(tmp_path)

@@ -1,4 +1,4 @@
-"""Measured beside published: verdicts, noise, and every difference by name."""
+"""Measured and published figures: verdicts, noise, and every difference by name."""
 
 import copy
 import csv
@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from ditjax.config import completed
 from ditjax.files.atomic import protocol_hash
 from ditjax.reporting import scored
 from ditjax.reporting.scored import scored_csv, scored_rows, scored_text
-from ditjax.weights.networks import RELEASE
 from experiments.paper import published
 from tests.runs.test_results import a_result
+
+PAPER = completed({})
 
 PROTOCOL = {
     "metric": "FID",
@@ -36,9 +38,9 @@ PROTOCOL = {
 }
 CONFIG: dict[str, Any] = {
     "seed": 0,
-    "model": RELEASE["model"] | {"size": "B", "patch": 4, "dtype": "bfloat16"},
-    "diffusion": RELEASE["diffusion"],
-    "optim": RELEASE["optim"],
+    "model": PAPER["model"] | {"size": "B", "patch": 4, "dtype": "bfloat16"},
+    "diffusion": PAPER["diffusion"],
+    "optim": PAPER["optim"],
     "data": {"name": "imagenet2012", "image_size": 256, "num_classes": 1000, "flip": True},
     "autoencoder": {"path": "/share/vae-ft-mse-840000-ema-pruned.ckpt"},
     "evaluate": {"reference": "/share/VIRTUAL_imagenet256_labeled.npz"},
@@ -177,7 +179,7 @@ def test_a_field_that_is_not_known_is_named():
     assert "moon: full, not compared" in one(run(told=told)).differences
 
 
-def test_the_references_features_bear_on_precision_and_recall_alone():
+def test_the_references_features_affect_precision_and_recall_only():
     told = PUBLISHED | {"values": {"fid": 68.38, "recall": 0.5}}
     result = run(told=told, protocol__reference_features=1000)
     result["metrics"]["recall"] = 0.52
@@ -208,7 +210,7 @@ def test_own_seeds_are_judged_by_their_own_spread():
     assert "outside, 3 seeds" in scored_text(rows)
 
 
-def test_where_no_seeds_are_known_nothing_is_said_of_noise():
+def test_without_known_seeds_the_noise_is_unknown():
     told = PUBLISHED | {"values": {"sfid": 8.0}}
     result = run(told=told)
     result["metrics"]["sfid"] = 8.1
@@ -247,7 +249,7 @@ def test_cells_that_differ_in_more_than_the_seed_are_apart():
     assert scored_rows([], {"cells": [{"name": "x", "published": None}]}) == []
 
 
-def test_a_value_that_is_none_is_never_averaged_in():
+def test_a_missing_value_is_never_averaged_in():
     row = one(run(float("nan"), 0), run(70.0, 1))
     assert (row.measured, row.runs) == (70.0, 1)
     assert "1 run gave no finite value and is left out" in row.differences
@@ -266,7 +268,7 @@ def test_damaged_figures_are_no_figures(told):
     assert scored_rows([run(told=told)]) == []
 
 
-def test_a_difference_of_all_is_told_once():
+def test_a_difference_of_all_is_listed_once():
     rows = scored_rows([run(), run(20.0, name="DiT-B-p2", model__patch=2, train__steps=5)])
     text = scored_text(rows)
     assert text.count("precision: ours bfloat16, published not stated (all)") == 1

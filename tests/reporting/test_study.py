@@ -1,4 +1,4 @@
-"""Grouping, the laws of each group, and what is named and kept out of them."""
+"""Groups, their laws, and faulty results that are reported and kept out of them."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import pytest
 
 from ditjax import report
 from ditjax.files.atomic import protocol_hash
-from ditjax.reporting.study import axes, differences, families, read_plan
+from ditjax.reporting.study import families, read_plan, varied_keys, varied_words
 from ditjax.runs.results import find_results
 
 
@@ -53,16 +53,16 @@ def test_protocols_never_share_a_fit(study, tmp_path, read_page):
 def test_what_protocols_differ_in():
     a = {"steps": "ddim25", "seed": 0, "decoder": "f" * 64, "same": 1}
     b = {"steps": "250", "seed": 0, "decoder": "e" * 64, "same": 1, "eta": None}
-    assert differences([a, b]) == (
+    assert varied_words([a, b]) == (
         f"steps (ddim25, 250), decoder ({'f' * 13}..., {'e' * 13}...), eta (not on record, null)"
     )
-    assert differences([a, a]) == ""
-    many = differences([{"seed": seed} for seed in range(9)])
+    assert varied_words([a, a]) == ""
+    many = varied_words([{"seed": seed} for seed in range(9)])
     assert many == "seed (0, 1, 2, 3, ...)"
 
 
 def test_directories_of_one_study_join(study, tmp_path):
-    """Of several machines and labs: a cell and its recipe are one run."""
+    """A cell and its recipe are one run, on whichever machine or in whichever lab it ran."""
     rate = {"seed": 0, "optim": {"learning_rate": 1.0}, "mesh": {"data": 1}, "train": {"steps": 9}}
     for lab in ("a", "b"):
         study.write_run(tmp_path / lab, *study.sizes[0], 4, config=rate)  # the same, by both
@@ -136,7 +136,7 @@ def test_one_hash_for_two_protocols_and_mixed_steps_are_named(study, tmp_path):
     assert any("mixes runs of 200, 400 training steps" in each for each in summary.problems)
 
 
-def test_two_runs_give_a_table_and_say_why_there_is_no_law(study, tmp_path):
+def test_two_runs_give_a_table_and_the_reason_for_no_law(study, tmp_path):
     for patch in (2, 1):
         study.write_run(tmp_path, *study.sizes[0], patch)
     summary = report.make_report([tmp_path], tmp_path / "report")
@@ -185,7 +185,7 @@ def test_seeds_are_gathered_and_nothing_else(study, tmp_path):
     assert pair.deviation == pytest.approx(math.sqrt(2))
     assert (pair.low, pair.high) == (10.0, 12.0)
     assert math.isnan(means[7.0].deviation)
-    assert axes(found) == ["optim.learning_rate"]
+    assert varied_keys(found) == ["optim.learning_rate"]
 
 
 @pytest.mark.usefixtures("no_pictures")

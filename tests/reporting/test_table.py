@@ -30,7 +30,7 @@ def test_terminal_columns_are_aligned(nine):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_how_sure_a_metric_is_stands_in_the_csv_only(study, tmp_path):
+def test_the_uncertainty_of_a_metric_is_in_the_csv_only(study, tmp_path):
     metrics = {"fd_digits": 9.0, "fd_digits_low": 8.0, "fd_digits_inf": 7.0, "kid_deviation": 0.1}
     study.write_run(tmp_path, 2, 48, 2, 4, metrics=metrics)
     summary = report.make_report([tmp_path], tmp_path / "report")

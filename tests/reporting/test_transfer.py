@@ -1,4 +1,4 @@
-"""Planted optima come back by width, and runs that are no one study are refused."""
+"""Planted optima are found by width, and runs that do not form one study are refused."""
 
 import json
 import math
@@ -16,7 +16,7 @@ BEST = {"standard": lambda width: 8e-3 * 32 / width, "mup": lambda width: 4e-3}
 
 @pytest.fixture(scope="module")
 def recipe():
-    return load_recipe(["--config=experiments/small/mup.py"]).to_dict()
+    return load_recipe(["--config=experiments/small/mup.py"])
 
 
 def planted(recipe, study, root, parametrization, width, rate, seed, **changes):
@@ -67,7 +67,7 @@ def test_planted_optima_are_found(recipe, study, tmp_path, capsys):
     assert (tmp_path / "transfer" / "transfer.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_run_that_diverged_is_told_of(small, capsys):
+def test_a_run_that_diverged_is_reported(small, capsys):
     path = next(small.glob("mup-0.004-0/*/result.json"))
     result = json.loads(path.read_text())
     result["train"]["final_loss"] = None
@@ -97,7 +97,7 @@ def test_other_studies_are_refused(small, recipe, study):
 
 
 def test_the_study_is_the_same_run_at_its_base(recipe):
-    """The narrowest of the recipe is where both parametrizations are one."""
+    """At the narrowest width of the recipe both parametrizations are the same."""
     c = read(recipe)
     grid = dict(c.sweep.grid)
     width, heads = (int(word) for word in grid["model.size"][0].split("x")[1:])

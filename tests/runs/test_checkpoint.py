@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ditjax.errors import FaultError, UserError
+from ditjax.models.dit import RULES
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
@@ -38,7 +39,7 @@ def state(value: float) -> TrainState:
 
 
 def abstract(mesh) -> TrainState:
-    shardings = rules.state_shardings(state(0.0), mesh)
+    shardings = rules.state_shardings(state(0.0), mesh, RULES)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state(0.0), shardings
     )
@@ -240,7 +241,7 @@ def test_a_save_that_fails_is_told_at_once(tmp_path):
     line = str(told.value)
     assert line.startswith(f"checkpoint 2 was not saved in {tmp_path}: ")
     assert "File too large" in line
-    assert line.endswith("make room there, and the same command goes on from step 1.")
+    assert line.endswith("free some space, then run the same command again to resume from step 1.")
     assert "\n" not in line
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert int(checkpoints.restore(target)[0].step) == 1
@@ -280,8 +281,8 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_it_used(folder, capfd):
         told = capfd.readouterr().err
         assert told == (
             f"warning: checkpoint 3 in {folder} is damaged: step, params/blocks/mlp/in/kernel,"
-            " ema/blocks/mlp/in/kernel and 1 more are not what was saved. It is set aside as"
-            " damaged-3, the one before it is used\n"
+            " ema/blocks/mlp/in/kernel and 1 more are not what was saved. It was renamed to"
+            " damaged-3; the one before it is used\n"
         )
         np.testing.assert_array_equal(
             restored.params["blocks"]["mlp"]["in"]["kernel"],

@@ -13,7 +13,7 @@ import pytest
 
 from ditjax.errors import FaultError
 from ditjax.runs import log as log_module
-from ditjax.runs.log import MetricsLog, Progress, duration, last_metrics, newest_metrics
+from ditjax.runs.log import MetricsLog, Progress, last_metrics, newest_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,15 +124,15 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
         vars(log)["_file"] = Full()
         log.scalars(2, {"loss": 1.0})
     assert str(told.value) == (
-        f"cannot write {tmp_path / 'metrics.jsonl'}: No space left on device. Make room there: the"
-        " same command goes on."
+        f"cannot write {tmp_path / 'metrics.jsonl'}: No space left on device. Free some space, then"
+        " run the same command again to resume."
     )
 
 
 def test_events_that_cannot_be_written_are_told_in_one_line(tmp_path):
     with MetricsLog(tmp_path, 0) as log:
         assert log._events
-        writer = vars(log._events._writer)
+        writer = vars(log._events)
         whole, writer["_py_recordio_writer"] = writer["_py_recordio_writer"], Full()
         with pytest.raises(FaultError, match="No space left on device"):
             log.scalars(1, {"loss": 1.0})
@@ -169,8 +169,8 @@ def test_what_is_said_stands_on_a_line_of_its_own():
 
     for out, expected in ((io.StringIO(), "a\nb\n"), (Terminal(), "\r\x1b[2Ka\n\r\x1b[2Kb\n")):
         progress = Progress("train", 10, out=out)
-        progress.say("a")
-        progress.say("b")
+        progress.print_line("a")
+        progress.print_line("b")
         assert out.getvalue() == expected
 
 
@@ -183,10 +183,3 @@ def test_progress_in_a_file_is_sparse(monkeypatch):
         now[0] = step * 0.1
         progress.report(step)
     assert 9 <= len(out.getvalue().splitlines()) <= 11
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0, "0:00"), (65, "1:05"), (3725, "1:02:05"), (59.7, "1:00")]
-)
-def test_durations(seconds, words):
-    assert duration(seconds) == words

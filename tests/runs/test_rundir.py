@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,12 @@ from ditjax.errors import UserError
 from ditjax.files import atomic
 from ditjax.runs import rundir
 
-RECIPE = {"seed": 0, "train": {"steps": 10, "batch_size": 4}, "multipliers": (1, 2)}
+RECIPE = {
+    "seed": 0,
+    "task": "diffusion",
+    "train": {"steps": 10, "batch_size": 4},
+    "autoencoder": {"multipliers": (1, 2)},
+}
 
 
 def begun(folder):
@@ -31,7 +37,12 @@ def test_the_same_recipe_comes_in_again(tmp_path):
     [
         ({"seed": 1}, "seed=0, this command says 1"),
         ({"train": {"steps": 10, "batch_size": 8}}, r"train\.batch_size=4, this command says 8"),
-        ({"multipliers": (1, 4)}, r"multipliers=\[1, 2\], this command says \[1, 4\]"),
+        (
+            {"autoencoder": {"multipliers": (1, 4)}},
+            r"autoencoder\.multipliers=\[1, 2\], this command says \[1, 4\]",
+        ),
+        ({"model": {"patch": 4}}, r"model\.patch=2, this command says 4"),
+        ({"task": "autoencoder"}, "task='diffusion', this command says 'autoencoder'"),
         ({"new": 3}, "new=None, this command says 3"),
     ],
 )
@@ -54,13 +65,30 @@ def test_one_that_was_refused_before_it_began_makes_room(tmp_path, left):
 
 
 def test_a_run_of_before_a_key_comes_in_with_what_it_ran_with(tmp_path):
-    def completed(recorded):
-        return {"new": (0, 1), **recorded}
+    """A key that a run did not record had its default; before tasks `train` named the network."""
+    old: dict[str, Any] = {
+        "seed": 0,
+        "train": {"network": "dit", "steps": 10, "batch_size": 4},
+        "autoencoder": {"multipliers": (1, 2)},
+    }
+    (begun(tmp_path) / "config.json").write_text(json.dumps(old))
+    rundir.open_run(tmp_path, RECIPE)
+    rundir.open_run(tmp_path, {**RECIPE, "data": {"flip": True}})
+    with pytest.raises(UserError, match=r"data\.flip=True, this command says False"):
+        rundir.open_run(tmp_path, {**RECIPE, "data": {"flip": False}})
+    old["train"]["network"] = "autoencoder"
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="task='autoencoder', this command says 'diffusion'"):
+        rundir.open_run(tmp_path, RECIPE)
 
+
+def test_what_a_resumed_run_may_change_is_said_by_the_keys(tmp_path):
+    """A whole section of them, and one key of a section that is otherwise what is learned."""
     begun(rundir.open_run(tmp_path, RECIPE))
-    rundir.open_run(tmp_path, {**RECIPE, "new": (0, 1)}, completed)
-    with pytest.raises(UserError, match=r"new=\[0, 1\], this command says 3"):
-        rundir.open_run(tmp_path, {**RECIPE, "new": 3}, completed)
+    changes = {"mesh": {"fsdp": 8}, "sample": {"num": 3}, "model": {"remat": "full"}}
+    rundir.open_run(tmp_path, {**RECIPE, **changes})
+    found = rundir.differences(RECIPE, {**RECIPE, **changes}, also=("model.remat", "sample.num"))
+    assert list(found) == [("model.remat", "none", "full"), ("sample.num", 64, 3)]
 
 
 def test_damage_is_named(tmp_path):

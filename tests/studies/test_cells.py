@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ditjax.cli import load_recipe
-from ditjax.config import completed, read
+from ditjax.config import migrated, read
 from ditjax.errors import UserError
-from ditjax.models.cost import forward_macs
 from ditjax.runs import rundir
 from ditjax.studies.cells import (
     Cell,
@@ -23,9 +22,9 @@ from ditjax.studies.cells import (
     chosen,
     record,
 )
-from ditjax.tasks import build
+from ditjax.tasks import cost_of
 
-DIGITS = load_recipe(["--config=experiments/digits.py:1x32x2/4"]).to_dict()
+DIGITS = load_recipe(["--config=experiments/digits.py:1x32x2/4"])
 NINE = (("model.size", ("1x32x2", "2x32x2", "3x64x2")), ("model.patch", (4, 2, 1)))
 
 
@@ -38,7 +37,7 @@ def with_train(**values):
 
 
 def test_cells_of_the_demo_keep_their_names():
-    study = cells(load_recipe(["--config=experiments/digits.py"]).to_dict())
+    study = cells(load_recipe(["--config=experiments/digits.py"]))
     assert [cell.name for cell in study] == [
         f"DiT-{size}-p{patch}-seed0"
         for size in ("2x32x2", "3x64x2", "4x96x3")
@@ -172,7 +171,7 @@ def test_budgets_make_the_steps_of_each_cell():
         assert {c.config.train.steps for c in of(recipe, grid=NINE, budget=budget)} == steps
     study = of(recipe, grid=NINE, budget=("gflops", 100.0))
     for cell in study:
-        a_step = 3 * forward_macs(build.cost(cell.config)) * 16 / 1e9
+        a_step = 3 * cost_of(cell.config).macs * 16 / 1e9
         assert abs(cell.config.train.steps * a_step - 100) <= a_step / 2
         assert cell.training_gflops == pytest.approx(100, abs=a_step / 2)
         assert cell.recipe["train"]["steps"] == cell.config.train.steps
@@ -192,9 +191,13 @@ def test_a_budget_that_no_cell_can_have():
     ):
         with pytest.raises(UserError, match=match):
             of(seeds=(0,), budget=budget)
-    auto = with_train(network="autoencoder", evaluate_every_steps=0)
-    auto["autoencoder"] = {**DIGITS["autoencoder"], "kind": "kl", "multipliers": (1, 2)}
-    with pytest.raises(UserError, match="Gflops are a DiT's"):
+    auto = {
+        "task": "autoencoder",
+        "data": DIGITS["data"],
+        "autoencoder": {"multipliers": (1, 2)},
+        "sweep": {},
+    }
+    with pytest.raises(UserError, match=r"KL autoencoder .*, is not known in closed form"):
         of(auto, seeds=(0,), budget=("gflops", 1e6))
 
 
@@ -269,7 +272,7 @@ def test_the_record_of_a_study():
 
 def test_a_study_may_grow_and_not_change(tmp_path):
     old = json.loads(json.dumps({**DIGITS, "sweep": {"grid": NINE}}))
-    recorded = completed(old)
+    recorded = migrated(old)
 
     def check(recipe, **sweep):
         check_same_study(tmp_path, recorded, recipe, of(recipe, **sweep))

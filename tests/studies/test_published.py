@@ -5,11 +5,11 @@ import copy
 import pytest
 
 from ditjax.cli import load_recipe
-from ditjax.config import changed, completed, read
+from ditjax.config import changed, migrated, read
 from ditjax.errors import UserError
 from ditjax.studies.published import published_of
 
-RECIPE = load_recipe(["--config=experiments/digits.py"]).to_dict()
+RECIPE = load_recipe(["--config=experiments/digits.py"])
 OF_DIGITS = (("image_size", "8"), ("num_classes", "10"))
 A = ((("model.size", "2x32x2"), ("model.patch", 4)), "fd_digits", 5)
 B = ((("model.patch", 2),), "fd_digits", 7.5)
@@ -97,9 +97,9 @@ def test_a_protocol_that_does_not_hold(changes, match):
 def test_recipes_from_before_have_none():
     old = copy.deepcopy(RECIPE)
     old["sweep"] = {"grid": ()}
-    assert read(completed(old)).sweep.published == ()
+    assert read(migrated(old)).sweep.published == ()
 
 
 def test_figures_are_emptied_on_the_command_line():
     words = ["--config=experiments/paper/table4.py", "--config.sweep.published=()"]
-    assert read(load_recipe(words).to_dict()).sweep.published == ()
+    assert read(load_recipe(words)).sweep.published == ()

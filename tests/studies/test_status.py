@@ -25,7 +25,7 @@ WORDS = [*TINY, "--config.sweep.grid=(('model.patch',(4,8)),)", "--config.sweep.
 
 @pytest.fixture(scope="module")
 def study():
-    return cells(load_recipe(WORDS).to_dict())
+    return cells(load_recipe(WORDS))
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_failed_and_stopped_say_why(study, tmp_path, folder):
     log(folder, (5, 1.0))
     status.note_ending(folder, status.FAILED, "no\nroom\x1b[2J")
     (state,) = seen(study[:1], tmp_path)
-    assert (state.stage, state.step, state.words) == ("failed", 5, "no room?[2J")
+    assert (state.stage, state.step, state.words) == ("failed", 5, r"no room\x1b[2J")
     status.note_ending(folder, status.STOPPED, "stopped at step 5 by SIGTERM")
     assert seen(study[:1], tmp_path)[0].stage == "stopped"
     status.forget_ending(folder)
@@ -140,13 +140,18 @@ def test_a_cell_told_to_stop_in_its_evaluation_has_stopped(study, tmp_path, fold
     monkeypatch.setattr(sweep, "_make", told)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with pytest.raises(StoppedError, match="stopped by SIGTERM: the same command goes on"):
+        with pytest.raises(
+            StoppedError, match="stopped by SIGTERM: run the same command again to resume"
+        ):
             sweep.run_cell(study[0], tmp_path)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
     (state,) = seen(study[:1], tmp_path)
-    assert (state.stage, state.words) == ("stopped", "stopped by SIGTERM: the same command goes on")
+    assert (state.stage, state.words) == (
+        "stopped",
+        "stopped by SIGTERM: run the same command again to resume",
+    )
 
 
 def test_a_cell_of_a_sweep_that_lives_starts(study, tmp_path, folder):
@@ -209,7 +214,7 @@ def test_the_plan_has_its_totals(study):
 def test_the_command_needs_no_recipe_and_the_directory_of_a_study(study, tmp_path, folder, capsys):
     with pytest.raises(UserError, match="holds no study that has begun"):
         sweep.main(["--status", f"--workdir={tmp_path}"])
-    rundir.open_study(tmp_path, load_recipe(WORDS).to_dict(), {})
+    rundir.open_study(tmp_path, load_recipe(WORDS), {})
     done(tmp_path, study[0], metrics={"fd_digits": 4.25})
     before = contents(tmp_path)
     for words in ([], WORDS, ["--watch=1", "--cells=0"]):

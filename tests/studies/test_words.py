@@ -1,4 +1,4 @@
-"""Numbers as they are read."""
+"""How numbers read."""
 
 import math
 
