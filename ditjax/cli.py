@@ -6,21 +6,32 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from logging import CRITICAL, getLogger
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import logging
 
-from ditjax.config import Config, Distributed, completed, leaf_keys, read
-from ditjax.errors import FaultError, StoppedError, UserError, nearest
+from ditjax import recipes
+from ditjax.config import (
+    Config,
+    Distributed,
+    as_tree,
+    completed,
+    leaf_keys,
+    merged,
+    migrated,
+    of_network,
+    parse_value,
+    read,
+    schema_of,
+    type_of,
+)
+from ditjax.errors import FaultError, StoppedError, UserError, nearest, one_line, printable
 from ditjax.files import atomic
-from ditjax.files.masking import masked, visible
+from ditjax.files.masking import masked
 from ditjax.parallel import compilations, host, processes
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import rundir
 from ditjax.runs.checkpoint import Step
-from ditjax.tasks import build
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,18 +46,11 @@ def parser(command: str, description: str, *, config: bool = True) -> Parser:
     epilog = None
     if config:
         epilog = (
-            "--config=experiments/FILE.py[:ARG] names the recipe, --config.a.b=value overrides one"
-            " of its keys; the same command again resumes."
+            "--config=NAME[:ARG] names a recipe: a shipped one, such as digits or small/scaling, or"
+            " a FILE.py of yours. --config.a.b=value overrides one of its keys. The same command"
+            " again resumes."
         )
-    return Parser(f"python -m ditjax.{command}", description=description, epilog=epilog)
-
-
-def add_workdir_of_a_run(parser: Parser) -> None:
-    """--workdir of an existing run; without --config its own recipe is taken."""
-    parser.add_argument(
-        "--workdir", required=True, help="the run's directory; without --config, its own recipe"
-    )
-    parser.set_defaults(reads_run=True)
+    return Parser(f"ditjax {command}", description=description, epilog=epilog)
 
 
 def add_step(parser: Parser) -> None:
@@ -109,9 +113,9 @@ def start_processes(args: argparse.Namespace, bounds: Distributed) -> None:
     if missing and not args.distributed:
         return
     if args.distributed:
-        place = processes.detected(bounds.initialization_seconds)
+        place = processes.detect_place(bounds.initialization_seconds)
     else:
-        place = processes.place_of(args.coordinator, args.processes, args.process)
+        place = processes.parse_place(args.coordinator, args.processes, args.process)
     own = ("process", "coordinator", "recipe")
     said = {f"--{key}": value for key, value in vars(args).items() if key not in own}
     said |= {f"config.{key}": value for key, value in rundir.leaves(args.recipe)}
@@ -136,7 +140,7 @@ def parse(
 
     Without --config=FILE the recipe is the run's, or what `source` makes of the flags.
     """
-    args, rest = parser.parse_known_args(list(argv))
+    args, rest = parser.parse_known_args(joined(argv))
     known = [option for action in parser._actions for option in action.option_strings]
     for word in rest:
         if not word.startswith("--config") or word[8:9] not in ("", "=", "."):
@@ -144,94 +148,74 @@ def parse(
     named = any(word.startswith("--config=") for word in rest)
     recorded = source(args) if source else None
     if getattr(args, "reads_run", False) and not named:
-        recorded = completed(rundir.read_recipe(args.workdir))
-    recipe = load_recipe(rest, None if named else recorded)
-    args.recipe = recipe.to_dict()
-    config = read(args.recipe)
-    build.check(config)
+        recorded = migrated(rundir.read_recipe(args.workdir))
+    config = read(load_recipe(rest, None if named else recorded))
+    args.recipe = as_tree(config)
     if getattr(args, "starts_processes", False):
         start_processes(args, config.distributed)
     return args, config
 
 
-def load_recipe(words: Sequence[str], recorded: Mapping[str, Any] | None = None) -> ConfigDict:
-    """['--config=FILE[:ARG]', '--config.a.b=value', ...] -> the recipe with its overrides.
+def load_recipe(words: Sequence[str], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """['--config=NAME[:ARG]', '--config.a.b=value', ...] -> every key of the recipe, not checked.
 
     With a `recorded` recipe, the one a run was started with, no file is named.
     """
-    legal = leaf_keys(Config)
-    for word in words:
-        key, given, _ = word.removeprefix("--config.").partition("=")
-        if word.startswith("--config.") and (key not in legal or not given):
-            raise UserError(
-                f"{word!r}: expected --config.KEY=VALUE with a key of the recipe."
-                f"{nearest(key, legal)}"
-            )
-    values, command = flags.FlagValues(), ["ditjax", *words]
-    path = f"{rundir.RECIPE_FILE} of the run"
-    if recorded is None:
-        path = _recipe_file(words)
-        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
-    else:
-        config_flags.DEFINE_config_dict(
-            "config", ConfigDict(_with_tuples(recorded)), flag_values=values, sys_argv=command
-        )
-    try:
-        values(command)
-        recipe = values.config
-    except Exception as error:
-        raise _failed(path, error) from None
-    if not isinstance(recipe, ConfigDict):
-        raise UserError(f"recipe {path!r}: get_config() gave no ml_collections.ConfigDict.")
-    return recipe
-
-
-def _failed(path: str, error: BaseException) -> UserError:
-    """The recipe is the user's own code: where it failed, as its traceback would say."""
-    # ml_collections makes a flag's error of a recipe's own ValueError, its traceback folded in.
-    while "Error whilst parsing config file" in str(error) and error.__context__:
-        error = error.__context__
-    if isinstance(error, flags.Error):
-        return UserError(_one_line(error))
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return UserError(
-        f"recipe {path!r} failed at {frame.filename}:{frame.lineno}:"
-        f" {type(error).__name__}: {_one_line(error)}"
-    )
-
-
-def _recipe_file(words: Sequence[str]) -> str:
-    """The one file that the words name, made importable with its neighbours."""
-    files = [word for word in words if word.startswith("--config=")]
-    if len(files) != 1:
+    options = [word.removeprefix("--config").partition("=") for word in joined(words)]
+    names = [value for key, _, value in options if not key]
+    if recorded is None and len(names) != 1:
         raise UserError(
-            f"{len(files) or 'no'} --config=FILE given: expected one, such as"
+            f"{len(names) or 'no'} --config=NAME given: expected one, such as --config=digits or"
             " --config=experiments/digits.py"
         )
-    path = files[0].removeprefix("--config=").partition(":")[0]
-    if not Path(path).is_file():
-        raise UserError(f"recipe {path!r} does not exist: expected a file with a get_config().")
-    # A recipe imports its neighbours as `experiments.NAME`, from wherever the command runs.
-    package = Path(path).resolve().parent
-    while (package.parent / "__init__.py").is_file():
-        package = package.parent
-    root = str(package.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    return path
+    tree = completed(_tuples(recorded) if recorded is not None else recipes.load(names[0]))
+    given = {key[1:]: value for key, _, value in options if key}
+    if "task" in given and given["task"] != tree["task"]:
+        raise UserError(
+            f"--config.task={given['task']}: the recipe's is {tree['task']!r}, and its keys are"
+            " that task's; name a recipe of the other."
+        )
+    if "model.kind" in given:
+        tree["model"] = of_network(tree, given["model.kind"])
+    schema = schema_of(tree)
+    for key, text in given.items():
+        hint = type_of(schema, key)
+        if hint is None:
+            legal = leaf_keys(schema)
+            raise UserError(
+                f"'--config.{key}={text}': expected --config.KEY=VALUE with a key of the recipe."
+                f"{nearest(key, legal)}"
+            )
+        section, _, leaf = key.partition(".")
+        value = parse_value(text, hint, key)
+        tree = merged(tree, {section: {leaf: value} if leaf else value})
+    return tree
 
 
-def _with_tuples(tree: Any) -> Any:
+def joined(words: Sequence[str]) -> list[str]:
+    """The words with '--config.a.b VALUE' as one, '--config.a.b=VALUE'."""
+    made: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word.startswith("--config") and word[8:9] in ("", ".") and "=" not in word:
+            value = next(rest, None)
+            if value is None or value.startswith("--"):
+                raise UserError(f"{word!r}: expected --config.KEY=VALUE, or --config.KEY VALUE.")
+            word = f"{word}={value}"
+        made.append(word)
+    return made
+
+
+def _tuples(tree: Any) -> Any:
     """JSON's lists as the tuples that recipes hold."""
     if isinstance(tree, Mapping):
-        return {key: _with_tuples(value) for key, value in tree.items()}
-    return tuple(map(_with_tuples, tree)) if isinstance(tree, list) else tree
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree
 
 
 def _one_line(error: Any) -> str:
     """On one line, and nothing that a terminal would obey: a name may be out of a hostile file."""
-    line = " ".join(str(error).split())
-    return masked("".join(ch if ch.isprintable() else ascii(ch)[1:-1] for ch in line))
+    return masked(one_line(error))
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
@@ -247,7 +231,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     # Here and not at an import: tests and programs that import us keep their own settings. JAX is
     # imported by now, so that an environment variable would come too late; it opens its cache at
     # the first compilation.
-    compilations.keep()
+    compilations.enable_cache()
     try:
         status = main(sys.argv[1:])
         processes.finish()
@@ -256,7 +240,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except FaultError as error:
         _end(_one_line(error), 1)
     except StoppedError as stopped:
-        tells = not processes.several() or is_primary()
+        tells = not processes.is_distributed() or is_primary()
         processes.finish()
         if tells:
             print(_one_line(stopped), flush=True)
@@ -266,8 +250,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in atomic.FULL:
             _end(atomic.full_disk(error.filename or "what this run leaves", error), 1)
-        processes.hear_first()
-        print(visible(masked(traceback.format_exc()), keep="\n"), end="", file=sys.stderr)
+        processes.wait_for_abort()
+        print(printable(masked(traceback.format_exc()), keep="\n"), end="", file=sys.stderr)
         _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, said=True)
     sys.exit(status)
 
@@ -284,7 +268,7 @@ def _without_late_writes(unraisable: Any) -> None:
 
 def _end(line: str, status: int, *, said: bool = False) -> NoReturn:
     """Exits with one line; the other processes of the run, if there are any, end with it."""
-    processes.leave(line, status)
+    processes.abort(line, status)
     if not said:
         print("interrupted" if status == 130 else f"error: {line}", file=sys.stderr)
     sys.exit(status)

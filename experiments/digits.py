@@ -8,7 +8,7 @@ Hardware, hours and expected result: see README, "The demo".
 
 from ml_collections import ConfigDict
 
-from experiments import base
+from . import base
 
 SIZES = ("2x32x2", "3x64x2", "4x96x3")
 PATCHES = (4, 2, 1)
@@ -16,8 +16,7 @@ PATCHES = (4, 2, 1)
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The sweep's recipe; 'SIZE/PATCH' picks the model that `train` alone would train."""
-    size, _, patch = (arg or f"{SIZES[-1]}/{PATCHES[-1]}").partition("/")
-    config = base.get_config(size, int(patch))
+    config = base.get_config(arg or f"{SIZES[-1]}/{PATCHES[-1]}")
     config.model.unroll = 64  # no loop at all: faster on CPUs
     config.data.name = "digits"
     config.data.image_size = 8

@@ -14,11 +14,13 @@ them. Hardware, minutes and expected result: see README, "The latent path".
 
 from ml_collections import ConfigDict
 
-from experiments import digits
+from . import digits
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The DiT's recipe, or with 'autoencoder' its autoencoder's."""
+    if arg not in (None, "autoencoder"):
+        raise ValueError(f"digits_latent takes 'autoencoder' or nothing, not {arg!r}")
     config = digits.get_config("4x96x3/2")
     config.data.image_size = 32
     config.autoencoder.kind = "kl"
@@ -26,7 +28,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.autoencoder.base_width = 16
     config.autoencoder.multipliers = (1, 2, 2)
     config.autoencoder.res_blocks = 1
-    config.autoencoder.latent_channels = 4
     config.autoencoder.groups = 8
     # 1 / standard deviation of this autoencoder's latents, measured on the training split.
     config.autoencoder.scale = 0.66
@@ -35,13 +36,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.evaluate_every_steps = 0
     config.sample.clip_x0 = False
     config.sweep.grid = ()
-    if arg == "autoencoder":
-        config.train.network = "autoencoder"
-        config.autoencoder.path = ""
-        config.train.steps = 400
-        config.train.log_every_steps = 20
-        config.optim.learning_rate = 2e-3
-        config.model.patch = 1
-    elif arg:
-        raise ValueError(f"digits_latent takes 'autoencoder' or nothing, not {arg!r}")
+    if arg is None:
+        return config
+    config.task = "autoencoder"
+    config.autoencoder.path = ""
+    config.train.steps = 400
+    config.train.log_every_steps = 20
+    config.optim.learning_rate = 2e-3
+    for section in ("model", "diffusion", "sample"):  # keys of the DiT's task
+        del config[section]
     return config

@@ -10,12 +10,12 @@ State is 49 GB, 3.1 a device. Expected result: unknown, no published model is th
 
 from ml_collections import ConfigDict
 
-from experiments import base
+from . import base
 
 
 def get_config(size: str | None = None) -> ConfigDict:
     """The recipe; another 'DEPTHxWIDTHxHEADS' changes the model alone."""
-    config = base.get_config(size or "32x2304x24", 2)
+    config = base.get_config(f"{size or '32x2304x24'}/2")
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.train.batch_size = 1024

@@ -10,7 +10,7 @@ State is 111 GB, 3.5 a device. Expected result: unknown, no published model is t
 
 from ml_collections import ConfigDict
 
-from experiments import dit_3b
+from . import dit_3b
 
 
 def get_config(size: str | None = None) -> ConfigDict:

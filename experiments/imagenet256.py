@@ -22,7 +22,7 @@ and 7,000,000 steps 90 hours. Never run by us: nobody here had the data.
 
 from ml_collections import ConfigDict
 
-from experiments import base
+from . import base
 
 SIZES = ("S", "B", "L", "XL")
 PATCHES = (8, 4, 2)
@@ -36,10 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             f"{arg!r} is none of the paper's twelve models: expected SIZE/PATCH, a size of"
             f" {', '.join(SIZES)} and a patch of {', '.join(map(str, PATCHES))}, such as 'XL/2'"
         )
-    config = base.get_config(size, int(patch))
+    config = base.get_config(f"{size}/{patch}")
     config.model.dtype = "bfloat16"
-    config.data.image_size = 256
-    config.train.steps = 400_000
-    config.train.batch_size = 256
     config.sweep.grid = (("model.size", SIZES), ("model.patch", PATCHES))
     return config

@@ -17,7 +17,7 @@ floating-point operations: 170 hours of 8 H100s at half of their bfloat16 peak. 
 
 from ml_collections import ConfigDict
 
-from experiments import imagenet256
+from . import imagenet256
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

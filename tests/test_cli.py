@@ -28,7 +28,7 @@ def test_the_end_of_a_command(error, status, out, err, monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["command"])
     monkeypatch.setattr(host, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(compilations, "keep", lambda: None)
+    monkeypatch.setattr(compilations, "enable_cache", lambda: None)
     monkeypatch.setattr("absl.logging.set_verbosity", lambda level: None)
     with pytest.raises(SystemExit) as ended:
         cli.run(main)
@@ -41,9 +41,9 @@ def test_a_recipe_of_a_package_in_a_package_finds_its_neighbours(tmp_path, monke
     inner.mkdir(parents=True)
     for folder in (inner, inner.parent):
         (folder / "__init__.py").touch()
-    (inner.parent / "neighbour.py").write_text("from experiments.digits import get_config")
+    (inner.parent / "neighbour.py").write_text("from ditjax.recipes.digits import get_config")
     recipe = inner / "recipe.py"
     recipe.write_text("from outer_recipes.neighbour import get_config")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert cli.load_recipe([f"--config={recipe}"]).data.name == "digits"
+    assert cli.load_recipe([f"--config={recipe}"])["data"]["name"] == "digits"
     assert str(tmp_path) in sys.path

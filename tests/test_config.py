@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ditjax.cli import _one_line, load_recipe, parse, parser
-from ditjax.config import Config, completed, leaf_keys, read
+from ditjax.config import Config, as_tree, completed, is_free, leaf_keys, migrated, read, schema
 from ditjax.errors import UserError
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -18,7 +19,7 @@ DIGITS = "--config=experiments/digits.py"
 
 
 def digits() -> dict:
-    return load_recipe([DIGITS]).to_dict()
+    return load_recipe([DIGITS])
 
 
 def changed(**values) -> dict:
@@ -78,17 +79,20 @@ BAD = [
         {"train__evaluate_every_steps": 5, "evaluate__features": "none"},
         r"evaluate_every_steps is 5 and config\.evaluate\.features is 'none': set",
     ),
-    (
-        {
-            "train__network": "autoencoder",
-            "autoencoder__kind": "kl",
-            "data__image_size": 16,
-            "train__evaluate_every_steps": 5,
-        },
-        "evaluate_every_steps is 5 and .* 'autoencoder': only a DiT",
-    ),
     ({"train__keep_every_steps": 3000}, r"is 3000 and .*every_steps is 2000: .* multiple"),
     ({"model__patch": 3}, r"model\.patch is 3: .* 8x8 .*: 1, 2, 4, 8"),
+    (
+        {"task": "diffusin"},
+        r"config\.task: 'diffusin': expected one of .* Did you mean 'diffusion'",
+    ),
+    ({"task": "no.such.module"}, r"config\.task: cannot import 'no\.such\.module'"),
+    ({"task": "os.path"}, r"config\.task: 'os\.path': the module defines no TASK"),
+    ({"model__kind": "dot"}, r"config\.model\.kind: 'dot': expected one of .* Did you mean 'dit'"),
+    (
+        {"sample__sampler": "dimm"},
+        r"sampler: 'dimm': expected one of 'ddpm', 'ddim', or the dotted",
+    ),
+    ({"diffusion__loss": "hybrid2"}, r"loss: 'hybrid2': expected one of .* Did you mean 'hybrid'"),
     ({"model__size": "XXL"}, r"model\.size: model size 'XXL' is unknown: .* XL"),
     ({"model__size": "4x96x5"}, "96 is not divisible by 5 heads"),
     ({"model__size": "4x6x3"}, "not divisible by 4"),
@@ -98,7 +102,6 @@ BAD = [
     ({"autoencoder__multipliers": (1, 2.5)}, "is 2.5, of type float"),
     ({"autoencoder__kind": "kl", "autoencoder__groups": 7}, "not divisible into 7 groups"),
     ({"autoencoder__kind": "kl", "data__image_size": 9, "model__patch": 1}, "multiple of 8"),
-    ({"train__network": "autoencoder"}, "set it to 'kl'"),
     ({"diffusion__variance": "fixed_small"}, "L_vlb would train nothing"),
     ({"diffusion__loss": "simple"}, "nothing would train the variance"),
     ({"model__label_dropout": 0.0}, "guidance needs the null label"),
@@ -126,7 +129,7 @@ BAD = [
     ({"data__name": "a\nb"}, "control characters"),
     ({"data__name": "x" * 5000}, "5000 characters long: expected at most 4096"),
     ({"data__name": "\ud800"}, "control characters"),
-    ({"data__name": "latents:x"}, "encoded latents, and the recipe trains a DiT on pixels"),
+    ({"data__name": "latents:x"}, "encoded latents, and the recipe trains on pixels"),
     ({"data__max_damaged": -1}, "expected at least 0"),
     ({"autoencoder__multipliers": (1,) * 13}, "1 to 12 numbers"),
     ({"autoencoder__multipliers": (1, 0)}, "each at least 1"),
@@ -193,7 +196,7 @@ def test_illegal_values_are_refused(values, message):
     ("steps", "match"),
     [
         ("0", "expected a number of steps"),
-        ("ddim999", "no whole stride"),
+        ("ddim999", "no integer stride"),
         ("1001", "at most 1000"),
         ("9" * 4000, "expected a number of steps"),
         ("", "expected a number of steps"),
@@ -211,19 +214,69 @@ def test_a_hostile_name_cannot_write_to_the_terminal():
     )
 
 
-def test_unknown_and_missing_keys():
+def test_unknown_keys():
     recipe = changed(optim__learning_rat=1.0)
     with pytest.raises(UserError, match=r"learning_rat is no key .* Did you mean 'learning_rate'"):
         read(recipe)
-    for key in leaf_keys(Config):
-        recipe = digits()
+
+
+def test_a_key_left_out_has_the_papers_value():
+    paper = read({})
+    assert read(completed({})) == paper
+    whole = as_tree(paper)
+    for key in leaf_keys(schema()):
+        recipe = copy.deepcopy(whole)
         *groups, leaf = key.split(".")
         node = recipe
         for group in groups:
             node = node[group]
         del node[leaf]
-        with pytest.raises(UserError, match=rf"config\.{key} is missing"):
-            read(recipe)
+        assert read(recipe) == paper, key
+
+
+def autoencoder(**sections) -> dict:
+    kept = {"data": {"image_size": 16}, "train": {"sample_every_steps": 0}}
+    return {"task": "autoencoder", **kept, **sections}
+
+
+def test_a_task_has_its_own_keys_alone():
+    c = read(autoencoder())
+    assert c.model.kind == "autoencoder"
+    assert not {"diffusion", "sample"} & {key.partition(".")[0] for key in leaf_keys(type(c))}
+    for sections, message in (
+        ({"sample": {"num": 4}}, r"config\.sample is no key of a recipe"),
+        ({"model": {"patch": 2}}, r"config\.model\.patch is no key"),
+        ({"autoencoder": {"kind": "none"}}, "set it to 'kl'"),
+        ({"train": {"evaluate_every_steps": 5}, "evaluate": {"features": "digits"}}, "Set it to 0"),
+        ({"data": {"name": "latents:x", "image_size": 16}}, "name a data set of images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(autoencoder(**sections))
+
+
+def test_runs_of_before_tasks_are_migrated():
+    old = json.loads(json.dumps(digits()))
+    del old["task"], old["model"]["kind"]
+    old["train"]["network"] = "dit"
+    assert read(migrated(old)) == read(digits())
+    for section, key, value in (("train", "max_bad_steps", 0), ("train", "evaluate_num", 1000)):
+        older = copy.deepcopy(old)
+        del older[section][key]
+        assert getattr(getattr(read(migrated(older)), section), key) == value
+    old["train"] |= {"network": "autoencoder", "evaluate_every_steps": 0}
+    old["sweep"]["grid"] = ()
+    old["autoencoder"]["kind"] = "kl"
+    c = read(migrated(old))
+    assert (c.task, c.model.kind, c.data.name) == ("autoencoder", "autoencoder", "digits")
+    new = as_tree(read(digits()))
+    assert migrated(new) == new
+
+
+def test_what_a_resumed_run_may_change():
+    free = {key for key in leaf_keys(schema()) if is_free(schema(), key)}
+    assert {"mesh.data", "sample.steps", "train.steps", "model.unroll", "data.threads"} <= free
+    assert not free & {"seed", "task", "model.size", "data.name", "optim.learning_rate"}
+    assert not is_free(schema(), "model.sizes")
 
 
 def test_a_study_from_the_command_line():
@@ -241,7 +294,32 @@ def test_a_study_from_the_command_line():
     old = digits()
     for key in ("lists", "zips", "seeds", "budget"):
         del old["sweep"][key]
-    assert read(completed(old)) == read(digits())
+    assert read(old) == read(digits())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config=digits:2x32x2/4", "--config.train.steps=20_000"],
+        ["--config", "digits:2x32x2/4", "--config.train.steps", "20k"],
+        ["--config", "experiments/digits.py:2x32x2/4", "--config.train.steps=2e4"],
+    ],
+)
+def test_ways_to_say_the_same(words):
+    _, config = parse(parser("x", ""), words)
+    assert (config.model.size, config.train.steps) == ("2x32x2", 20_000)
+
+
+def test_a_recipe_elsewhere_finds_its_neighbours(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "neighbour_of_mine.py").write_text("SEED = 7\n")
+    (tmp_path / "digits.py").write_text(
+        "from neighbour_of_mine import SEED\nfrom ditjax.recipes import digits\n"
+        "def get_config():\n    c = digits.get_config()\n    c.seed = SEED\n    return c\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    _, config = parse(parser("x", ""), ["--config=digits.py"])
+    assert (config.seed, config.data.name) == (7, "digits")
 
 
 def test_overrides():
@@ -257,13 +335,20 @@ def test_overrides():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no --config=FILE given"),
-        ([DIGITS, DIGITS], "2 --config=FILE given"),
+        ([], "no --config=NAME given"),
+        ([DIGITS, DIGITS], "2 --config=NAME given"),
+        (["--config=digit"], "recipe 'digit' does not exist: .* Did you mean 'digits'"),
+        ([DIGITS, "--config.task=autoencoder"], "task=autoencoder: the recipe's is 'diffusion'"),
+        ([DIGITS, "--config.train.steps"], "expected --config.KEY=VALUE, or --config.KEY VALUE"),
         (["--config=experiments/digit.py"], "'experiments/digit.py' does not exist"),
         ([DIGITS, "--config.optim.lr=1"], "expected --config.KEY=VALUE"),
         ([DIGITS, "--config.model.path=1"], "Did you mean 'model.patch'"),
-        ([DIGITS, "--config.train.steps=ten"], "invalid literal"),
-        ([DIGITS, "--config.train.steps=1.5"], "invalid literal"),
+        ([DIGITS, "--config.train.steps=ten"], r"steps=ten: expected an integer, such as"),
+        ([DIGITS, "--config.train.steps=1.5"], "steps=1.5: expected an integer"),
+        ([DIGITS, "--config.data.flip=maybe"], "flip=maybe: expected True or False"),
+        ([DIGITS, "--config.optim.b1=x"], "b1=x: expected a number"),
+        ([DIGITS, "--config.sweep.grid=((1"], "expected a Python tuple"),
+        (["--config=base:2x32x2"], "expected SIZE/PATCH, such as 'XL/2'"),
         ([DIGITS, "--config.train"], "expected --config.KEY=VALUE"),
         ([DIGITS, "--confg.train.steps=1"], "'--confg.train.steps=1' is no flag"),
         ([DIGITS, "stray"], "'stray' is no flag"),
@@ -279,9 +364,11 @@ def test_a_recipe_that_fails_is_named_with_its_line(tmp_path):
     recipe.write_text("def get_config():\n    return 1 / 0\n")
     with pytest.raises(UserError, match=r"mine.py' failed at .*mine.py:2: ZeroDivisionError"):
         load_recipe([f"--config={recipe}"])
-    recipe.write_text("def get_config():\n    return {}\n")
-    with pytest.raises(UserError, match=r"gave no ml_collections\.ConfigDict"):
+    recipe.write_text("def get_config():\n    return 3\n")
+    with pytest.raises(UserError, match=r"returned a int: expected a ConfigDict or a dict"):
         load_recipe([f"--config={recipe}"])
+    recipe.write_text("def get_config():\n    return {'seed': 7}\n")
+    assert read(load_recipe([f"--config={recipe}"])) == read({"seed": 7})
 
 
 def command(*words: str, cwd: Path = EXPERIMENTS.parent) -> subprocess.CompletedProcess:
@@ -307,8 +394,7 @@ def test_importing_everything_imports_no_tensorflow_and_no_torch():
     code = (
         "import pkgutil, importlib, sys, ditjax\n"
         "for m in pkgutil.walk_packages(ditjax.__path__, 'ditjax.'):\n"
-        "    if m.name != 'ditjax.machines.peer':\n"  # PyTorch's, which nothing imports
-        "        importlib.import_module(m.name)\n"
+        "    importlib.import_module(m.name)\n"
         "assert len([m for m in sys.modules if m.startswith('ditjax.')]) > 30\n"
         "print([m for m in ('tensorflow', 'torch', 'sklearn', 'pandas') if m in sys.modules])"
     )

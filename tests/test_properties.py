@@ -15,18 +15,17 @@ from hypothesis import strategies as st
 
 from ditjax import plan, train
 from ditjax.cli import load_recipe
-from ditjax.config import Config, changed, completed, leaf_keys, read
-from ditjax.data.builders import prepare
+from ditjax.config import Config, changed, leaf_keys, migrated, read
 from ditjax.data.classes import parse_classes
-from ditjax.data.stream import dataset_info
+from ditjax.data.source import dataset_info, prepare
 from ditjax.diffusion.schedule import space_timesteps
 from ditjax.errors import UserError, divisors, nearest, shown
 from ditjax.machines import topology
-from ditjax.models.sizes import PAPER_SIZES, parse_size
-from ditjax.parallel.processes import place_of
+from ditjax.models.dit import PAPER_SIZES, parse_size
+from ditjax.parallel.processes import parse_place
 from ditjax.runs import rundir
 
-RECIPE = json.loads(json.dumps(load_recipe(["--config=experiments/digits.py"]).to_dict()))
+RECIPE = json.loads(json.dumps(load_recipe(["--config=experiments/digits.py"])))
 KEYS = leaf_keys(Config)
 
 SCALARS = st.one_of(
@@ -98,7 +97,7 @@ def test_any_leaf_may_hold_anything(key, value):
     if c is not None:
         tree = json.loads(json.dumps(dataclasses.asdict(c)))
         assert read(tree) == c
-        assert read(completed(tree)) == c
+        assert read(migrated(tree)) == c
         assert changed(c, {}) == c
 
 
@@ -124,7 +123,7 @@ def test_any_grid(key, values):
 def test_any_override(key, text):
     recipe = or_line(load_recipe, ["--config=experiments/digits.py", f"--config.{key}={text}"])
     if recipe is not None:
-        or_line(read, recipe.to_dict())
+        or_line(read, recipe)
 
 
 @QUICK
@@ -183,7 +182,7 @@ def test_classes(text, count):
 @QUICK
 @given(text=WORDS | st.sampled_from(["v5e:16x16", "h100:8", "v5e:", ":", "v4:1x1", "v5e:16X16"]))
 def test_topologies(text):
-    found = or_line(topology.parse, text)
+    found = or_line(topology.parse_topology, text)
     assert found is None or found.name == text
 
 
@@ -209,7 +208,7 @@ def test_profiled_steps(text):
 @given(text=WORDS | st.from_regex(r"[a-z]{1,3}:[0-9]{1,7}"), count=st.integers(-1, 3))
 @example(text="host:" + "9" * 5000, count=2)
 def test_coordinators(text, count):
-    place = or_line(place_of, text, count, 0)
+    place = or_line(parse_place, text, count, 0)
     assert place is None or 0 < place.port < 2**16
 
 

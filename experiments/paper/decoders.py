@@ -19,7 +19,7 @@ best. Never run by us.
 
 from ml_collections import ConfigDict
 
-from experiments.paper import imagenet256, published, table4
+from . import imagenet256, published, table4
 
 FILES = {"ft-MSE": table4.DECODER, "ft-EMA": imagenet256.DECODER, "original": "kl-f8"}
 

@@ -15,7 +15,7 @@ sampling at best. Never run by us.
 
 from ml_collections import ConfigDict
 
-from experiments.paper import published, table4
+from . import published, table4
 
 STEPS = ("16", "32", "64", "128", "256", "1000")
 

@@ -14,7 +14,7 @@ at best (14.7 with nothing hidden) and .434 hours of sampling. Never run by us.
 
 from ml_collections import ConfigDict
 
-from experiments.paper import published, table4
+from . import published, table4
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -14,7 +14,7 @@ training at best (56.1 with nothing hidden) and 5.92 hours of sampling. Never ru
 
 from ml_collections import ConfigDict
 
-from experiments.paper import published, table4
+from . import published, table4
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

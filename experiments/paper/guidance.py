@@ -15,7 +15,7 @@ sampling at best. Never run by us.
 
 from ml_collections import ConfigDict
 
-from experiments.paper import imagenet256, published
+from . import imagenet256, published
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -20,7 +20,7 @@ Hardware and hours, computed and not measured: on h100:8 (8 chips), 44.8 hours o
 
 from ml_collections import ConfigDict
 
-from experiments.paper import published, table4
+from . import published, table4
 
 DECODER = "vae-ft-ema-560000-ema-pruned.ckpt"
 STEPS = 7_000_000

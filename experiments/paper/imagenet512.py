@@ -16,7 +16,7 @@ Hardware and hours, computed and not measured: on h100:8 (8 chips), 84.8 hours o
 
 from ml_collections import ConfigDict
 
-from experiments.paper import imagenet256, published
+from . import imagenet256, published
 
 STEPS = 3_000_000
 

@@ -22,8 +22,8 @@ had the data.
 
 from ml_collections import ConfigDict
 
-from experiments import imagenet256
-from experiments.paper import published
+from .. import imagenet256
+from . import published
 
 DECODER = "vae-ft-mse-840000-ema-pruned.ckpt"
 

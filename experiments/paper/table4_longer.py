@@ -21,7 +21,7 @@ Never run by us.
 
 from ml_collections import ConfigDict
 
-from experiments.paper import published, table4
+from . import published, table4
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -31,8 +31,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(f"{arg!r}: expected '256' or '512' pixels")
     longer = published.LONGER[int(size)]
     config = table4.get_config("XL/2")
-    config.data.image_size = int(size)
     if size == "512":
+        config.data.image_size = 512
         config.evaluate.reference = "VIRTUAL_imagenet512.npz"
     config.train.steps = max(longer)
     config.sweep.grid = (("train.steps", tuple(longer)),)

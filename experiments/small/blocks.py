@@ -11,7 +11,7 @@ Two cores: 14 minutes. Expected result: see README.
 
 from ml_collections import ConfigDict
 
-from experiments import digits
+from .. import digits
 
 BLOCKS = ("adaln_zero", "adaln", "cross_attention", "in_context")
 SEEDS = (0, 1, 2)

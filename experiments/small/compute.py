@@ -12,7 +12,7 @@ Two cores: 17 minutes. Expected result: see README.
 
 from ml_collections import ConfigDict
 
-from experiments.small import scaling
+from . import scaling
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -11,7 +11,7 @@ Two cores: 5 minutes for the training and 3 for the cells, estimated; not run wh
 
 from ml_collections import ConfigDict
 
-from experiments import digits_latent
+from .. import digits_latent
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -11,7 +11,7 @@ Two cores: 8 minutes. Expected result: see README.
 
 from ml_collections import ConfigDict
 
-from experiments import digits
+from .. import digits
 
 SIZES = ("2x32x2", "2x96x2", "2x256x2")
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)

@@ -13,7 +13,7 @@ Two cores: 9 minutes after the training. Expected result: see README.
 
 from ml_collections import ConfigDict
 
-from experiments.small import scaling
+from . import scaling
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

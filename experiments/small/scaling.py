@@ -12,7 +12,7 @@ Two cores: 23 minutes; the same command again goes on. Expected result: see READ
 
 from ml_collections import ConfigDict
 
-from experiments import digits
+from .. import digits
 
 SIZES = ("2x32x2", "3x48x2", "4x64x2", "4x96x3")
 PATCHES = (4, 2, 1)

@@ -10,7 +10,7 @@ Two cores: 30 minutes, estimated; not run whole by us yet.
 
 from ml_collections import ConfigDict
 
-from experiments import digits
+from .. import digits
 
 SIZES = ("2x32x2", "3x64x2", "4x96x3")
 PATCHES = (8, 4)
