@@ -27,19 +27,22 @@ from jax.sharding import Mesh
 
 import ditjax
 from ditjax import cli
-from ditjax.config import Config, changed
+from ditjax.config import Config, changed, replaced
 from ditjax.data import stream
 from ditjax.data.prefetch import ahead
 from ditjax.errors import UserError
 from ditjax.files import atomic
 from ditjax.machines.chips import peak_flops
-from ditjax.models.cost import gflops, trainable_parameters, training_flops
-from ditjax.models.sizes import parse_size
+from ditjax.models.dit import parse_size
+from ditjax.models.network import DTYPES, training_flops
+from ditjax.parallel.mesh import mesh_of
 from ditjax.runs import opening
 from ditjax.runs.provenance import commit, cores, environment, typed
+from ditjax.sampling.draw import Drawer
 from ditjax.studies.words import aligned
-from ditjax.tasks import build, programs
-from ditjax.train import IN_FLIGHT, needs_encoder
+from ditjax.tasks import cost_of, make_task
+from ditjax.train import IN_FLIGHT
+from ditjax.training.program import precise, training
 
 BLOCK_SECONDS = 2.0  # a block of steps lasts about so long, unless --steps says how many they are
 SIDES = {"cpu": (1024, 2048), "other": (4096, 8192, 16384)}  # of the ceiling's square products
@@ -78,7 +81,8 @@ class Ours:
     """The recipe's train step: alone on a batch of noise, and in the loop of `train`."""
 
     def __init__(self, c: Config, mesh: Mesh) -> None:
-        self._program = programs.training(c, mesh)
+        self._program = training(c, make_task(c, mesh), mesh)
+        self._config, self._first = c, True
         self._batch = self._program.put(rows_of_noise(c))
         self._state = self._program.init()
         self._prefetch = c.train.prefetch
@@ -94,16 +98,25 @@ class Ours:
         """Seconds of a step, its batch being on the devices."""
         began = time.perf_counter()
         for _ in range(steps):
-            self._state, _ = self._program.step(self._state, self._batch)
+            self._step(self._batch)
         jax.block_until_ready(self._state)
         return (time.perf_counter() - began) / steps
+
+    def _step(self, batch: Any) -> Any:
+        """One step as `train` takes it: its metrics."""
+        p = self._program
+        with precise(self._config), p.compiling(self._first):
+            examples = p.prepare({}, batch, self._state.step)
+            self._state, metrics = p.step(self._state, {}, examples)
+        self._first = False
+        return metrics
 
     def looped(self, batches: stream.Batches, steps: int) -> float:
         """Seconds of a step as `train` takes them: from the data set, metrics kept."""
         began, waited = time.perf_counter(), 0.0
         pending: list[Any] = []
         for batch in ahead(batches, self._program.put, self._prefetch, steps):
-            self._state, metrics = self._program.step(self._state, batch)
+            metrics = self._step(batch)
             pending.append(metrics)
             if len(pending) > IN_FLIGHT:
                 paused = time.perf_counter()
@@ -141,20 +154,20 @@ def rows_of_noise(c: Config) -> dict[str, np.ndarray]:
     return {"mean": noise, "log_variance": np.full(shape, -5, np.float32), "label": labels}
 
 
-def sampler(c: Config, mesh: Mesh, params: Any) -> Callable[[], float]:
+def timed_sampler(c: Config, mesh: Mesh, params: Any) -> Callable[[], float]:
     """Seconds of drawing one batch of samples with the recipe's DiT, nothing decoded."""
     # The same network and program as a DiT on pixels of the latents' shape: no autoencoder.
     channels: Any = c.input_channels  # which no image has
-    c = dataclasses.replace(
+    c = replaced(
         c,
         data=dataclasses.replace(c.data, image_size=c.input_size, channels=channels),
         autoencoder=dataclasses.replace(c.autoencoder, kind="none"),
     )
-    draw = programs.sampling(c, mesh).draw
+    drawer = Drawer(mesh, {})
 
     def run() -> float:
         began = time.perf_counter()
-        draw(params, 0, 0, None, build.guidance_of(c))
+        drawer.whole(c, params, c.sample.batch_size, seed=0)
         return time.perf_counter() - began
 
     return run
@@ -168,10 +181,10 @@ def ceiling(c: Config, device: jax.Device) -> tuple[Callable[[], float], int]:
         a, b = (
             jax.device_put(
                 np.random.default_rng(i).standard_normal((side, side)).astype(np.float32), device
-            ).astype(build.DTYPES[c.model.dtype])
+            ).astype(DTYPES[c.model.dtype])
             for i in range(2)
         )
-        with programs.precise(c):
+        with precise(c):
             product = jax.jit(jnp.matmul).lower(a, b).compile()
         jax.block_until_ready(product(a, b))
 
@@ -299,7 +312,8 @@ def peer_spec(c: Config, *, compiled: bool, sample: bool) -> dict[str, Any]:
     if device is None:
         raise UserError(f"--against=torch: there is no PyTorch peer on {jax.default_backend()}.")
     for key, ours, theirs in (
-        ("train.network", c.train.network, "dit"),
+        ("task", c.task, "diffusion"),
+        ("model.kind", c.model.kind, "dit"),
         ("model.block", c.model.block, "adaln_zero"),
         ("model.mlp_ratio", c.model.mlp_ratio, 4.0),
         ("diffusion.timesteps", c.diffusion.timesteps, 1000),
@@ -311,17 +325,18 @@ def peer_spec(c: Config, *, compiled: bool, sample: bool) -> dict[str, Any]:
             f"--against=torch --sample: config.data.num_classes is {c.data.num_classes}, and"
             " diffusers' pipeline is for 1000: leave --sample out."
         )
-    size, shape = parse_size(c.model.size), build.cost(c)
+    size, channels = parse_size(c.model.size), c.input_channels
+    learned = c.diffusion.variance == "learned_range"
     return {
         "dit": {
             "num_attention_heads": size.heads,
             "attention_head_dim": size.width // size.heads,
-            "in_channels": shape.in_channels,
-            "out_channels": shape.out_channels,
+            "in_channels": channels,
+            "out_channels": channels * (2 if learned else 1),
             "num_layers": size.depth,
-            "sample_size": shape.input_size,
-            "patch_size": shape.patch,
-            "num_embeds_ada_norm": shape.num_classes,
+            "sample_size": c.input_size,
+            "patch_size": c.model.patch,
+            "num_embeds_ada_norm": c.data.num_classes,
         },
         "compile": compiled,
         "batch_size": c.train.batch_size,
@@ -353,8 +368,8 @@ def bench(
     c: Config, *, steps: int, rounds: int, against: Sequence[str], sample: bool, torch_python: str
 ) -> dict[str, Any]:
     """All figures of a recipe: what --out writes."""
-    mesh = build.mesh(c)
-    shape, device = build.cost(c), jax.devices()[0]
+    mesh = mesh_of(c)
+    cost, device = cost_of(c), jax.devices()[0]
     specs = [peer_spec(c, compiled=kind == "torch-compiled", sample=sample) for kind in against]
     with contextlib.ExitStack() as stack:
         # First, for what they lack is known within seconds.
@@ -377,7 +392,7 @@ def bench(
             stack.enter_context(batches)
             sides["input"] = functools.partial(ours.fed, batches, steps)
             # Of images that a frozen autoencoder encodes on the way only the reading is measured.
-            if not needs_encoder(c):
+            if not make_task(c).reads:
                 sides["loop"] = functools.partial(ours.looped, batches, steps)
         first_of = {}
         for peer in peers:
@@ -386,14 +401,14 @@ def bench(
         found = turns(sides, rounds)
         sampled = _sampled(c, mesh, ours.average, peers, rounds) if sample else None
     seconds = np.array(found["ours"])
-    flops = training_flops(shape, c.train.batch_size)
+    flops = training_flops(cost.macs, c.train.batch_size)
     attained = flops / seconds / mesh.size
     peak = peak_flops(device.device_kind, c.model.dtype, c.model.matmul)
     return {
         "schema": 1,
-        "model": f"DiT-{c.model.size}/{c.model.patch}",
-        "parameters": trainable_parameters(shape),
-        "gflops": gflops(shape),
+        "model": cost.name,
+        "parameters": cost.parameters,
+        "gflops": cost.gflops,
         "batch_size": c.train.batch_size,
         "dtype": c.model.dtype,
         "mesh": dict(mesh.shape),
@@ -452,7 +467,7 @@ def _sampled(
 ) -> dict[str, Any]:
     """A batch of samples by DDIM with guidance, here and by diffusers' pipeline."""
     c = changed_sampler(c)
-    ours = sampler(c, mesh, params)
+    ours = timed_sampler(c, mesh, params)
     sides: dict[str, Callable[[], float]] = {"ours": ours, **{p.name: p.sample for p in peers}}
     found = turns(sides, rounds)
     return {

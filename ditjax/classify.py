@@ -19,9 +19,10 @@ import numpy as np
 import optax
 
 from ditjax import cli
-from ditjax.data.stream import load_arrays
+from ditjax.data.crop import normalize
+from ditjax.data.records import load_arrays
 from ditjax.errors import UserError
-from ditjax.evaluation.digits import FEATURES, JUDGE, accuracy, apply, normalise, recognise
+from ditjax.evaluation.digits import FEATURES, JUDGE, accuracy, apply_classifier, recognise
 from ditjax.files.assets import save_assets
 from ditjax.metrics.frechet import batch_moments, frechet_distance
 from ditjax.models.classifier import SIDE, DigitsConvNet, DigitsMixer
@@ -104,7 +105,7 @@ def train(
     Everything drawn depends on (recipe.seed, step), so the same arrays give the same weights on the
     same kind of machine. `progress(step, steps, loss)` is called ten times.
     """
-    x, y = jnp.asarray(normalise(images)), jnp.asarray(labels)
+    x, y = jnp.asarray(normalize(images)), jnp.asarray(labels)
     steps = max(1, recipe.epochs * len(images) // recipe.batch_size)
     params = jax.jit(recipe.network.init)(jax.random.key(recipe.seed), x[:1])["params"]
     state = _optimizer(recipe, steps).init(params)
@@ -138,7 +139,7 @@ def _train_step(
     batch = augment(augment_key, x[index], recipe.augmentation)
 
     def loss_of(params: Any) -> jax.Array:
-        logits = apply(recipe.network, params, batch).logits
+        logits = apply_classifier(recipe.network, params, batch).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, y[index]).mean()
 
     loss, gradient = jax.value_and_grad(loss_of)(params)
@@ -190,7 +191,7 @@ def main(argv: list[str]) -> int:
             "frechet_train_test": frechet_distance(
                 batch_moments(train_features), batch_moments(test_features)
             ),
-            "made_by": f"python -m ditjax.classify --seed={args.seed}",
+            "made_by": f"python -m ditjax.classify --out=DIR --seed={args.seed}",
             "jax": jax.__version__,
         }
         save_assets(args.out, {name: (params, record)})

@@ -7,10 +7,11 @@ from ditjax import cli
 from ditjax.data.classes import class_names
 from ditjax.errors import UserError
 from ditjax.files import lease
+from ditjax.models.dit import query_scale
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
-from ditjax.tasks import build
+from ditjax.tasks import make_task
 from ditjax.weights import networks, reading, vocabulary, writing
 from ditjax.weights.networks import Network
 
@@ -36,7 +37,8 @@ def read_network(
     if not rundir.is_run(path):
         return reading.load(path, which=which, heads=heads, numerics=numerics)
     config = opening.recipe_of(path)
-    params, _ = opening.load_weights(config, path, make_mesh(-1, 1), step)
+    mesh = make_mesh(-1, 1)
+    params, _ = opening.load_weights(config, make_task(config), path, mesh, step)
     return networks.of_run(config, params, (Path(path),))
 
 
@@ -60,7 +62,7 @@ def convert(
         opening.no_step(source, step)
     names = class_names()
     if target in FOLDERS:
-        lease.own(Path(out) / lease.FILE, out)
+        lease.acquire(Path(out) / lease.FILE, out)
     if os.path.exists(Path(source) / vocabulary.MODEL_INDEX):
         if target != "pipeline":
             raise UserError(
@@ -73,8 +75,8 @@ def convert(
         writing.write_pipeline(out, network, decoder, names)
         return _line(source, out, network, target)
     network = read_network(source, which=which, heads=heads, numerics=numerics, step=step)
-    wanted = {"ldm": "autoencoder", "release": "dit", "pipeline": "dit"}.get(target, network.kind)
-    if network.kind != wanted:
+    decodes = {"ldm": True, "release": False, "pipeline": False}.get(target, network.decodes)
+    if network.decodes != decodes:
         raise UserError(f"{source} holds a {network.name}: --to={target} is for the other network.")
     if autoencoder and target != "pipeline":
         raise UserError(f"--autoencoder goes with --to=pipeline, not with --to={target}.")
@@ -100,16 +102,16 @@ def _line(source: str, out: str, network: Network, target: str) -> str:
         f"{network.name}, {network.num_parameters:,} parameters of {network.dtype}:"
         f" {source} ({network.layout}) -> {out} ({target})"
     )
-    if network.kind == "dit":
+    if not network.decodes:
         theirs = {"release": 0, "diffusers": 1, "pipeline": 1}.get(target)
         ours = network.config.model.frequency_shift
         if theirs is not None and theirs != ours:
             done += (
                 "\nnote: the two programs embed timesteps differently (frequencies over"
                 f" {128 - ours} here, {128 - theirs} there): the same weights give other images"
-                " there; see README, Published weights."
+                " there; see docs/weights.md."
             )
-        scale = build.query_scale(network.config)
+        scale = query_scale(network.config.model)
         if theirs is not None and scale != 1:
             done += (
                 "\nnote: attention over the width of a head (μP) is not known there: the"

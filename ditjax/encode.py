@@ -13,12 +13,15 @@ from jax.sharding import Mesh
 from ditjax import cli
 from ditjax.config import Config
 from ditjax.data import latents, stream
+from ditjax.data.records import HostBatch
 from ditjax.errors import UserError
 from ditjax.files import lease
-from ditjax.parallel import rules
+from ditjax.parallel import processes, rules
+from ditjax.parallel.mesh import mesh_of
 from ditjax.runs import opening
 from ditjax.runs.log import Progress
-from ditjax.tasks import build, programs
+from ditjax.tasks import autoencoder
+from ditjax.training.program import precise
 
 
 @lease.scope()
@@ -44,11 +47,11 @@ def encode(
         )
     if not 0 <= index < count:
         raise UserError(f"--index={index} --count={count}: expected an index from 0 to count - 1.")
-    mesh = build.mesh(c)
+    mesh = mesh_of(c)
     size = c.train.batch_size
     rules.check_batch(size, mesh, "config.train.batch_size")
     info = opening.check_data(c)
-    frozen = opening.load_autoencoder(c, mesh)
+    frozen = autoencoder.load(c, mesh)
     side = c.input_size
     opening.own(out, f".encode-{index}-of-{count}.lease")
     writer = latents.LatentWriter(
@@ -85,19 +88,18 @@ def encode(
 
 
 def _encoded(
-    c: Config, mesh: Mesh, frozen: Any, images: Iterable[stream.Batch]
-) -> Iterator[stream.Batch]:
+    c: Config, mesh: Mesh, frozen: Any, images: Iterable[HostBatch]
+) -> Iterator[HostBatch]:
     """Batches of images f32[b,H,W,C] -> mean and log_variance f32[b,2,h,w,c], label i32[b]."""
     size = c.train.batch_size
     sharding = rules.batch_sharding(mesh)
-    moments_of = jax.jit(lambda params, images: build.encode(c, params, images))
+    moments_of = jax.jit(lambda params, images: autoencoder.encode(c, params, images))
     for rows in images:
         count = len(rows["label"])
         sides = []
         for side in (rows["image"], rows["image"][:, :, ::-1]):
-            # A short batch is filled up, so that one shape is compiled.
-            filled = np.pad(side, ((0, size - count), (0, 0), (0, 0), (0, 0)))
-            with programs.precise(c):
+            filled = processes.padded(side, size)
+            with precise(c):
                 moments = moments_of(frozen, jax.device_put(filled, sharding))
             sides.append([np.asarray(value)[:count] for value in moments])
         mean, log_variance = (np.stack(pair, axis=1) for pair in zip(*sides, strict=True))
@@ -105,8 +107,8 @@ def _encoded(
 
 
 def _records(
-    batches: Iterable[stream.Batch], progress: Progress, done: int
-) -> Iterator[latents.Record]:
+    batches: Iterable[HostBatch], progress: Progress, done: int
+) -> Iterator[latents.LatentRecord]:
     for rows in batches:
         for mean, log_variance, label in zip(
             rows["mean"], rows["log_variance"], rows["label"], strict=True

@@ -1,38 +1,32 @@
 """python -m ditjax.evaluate: a run by its own recipe, or any sample set against any reference."""
 
 import argparse
-import dataclasses
-import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ditjax import cli
-from ditjax.config import Config, changed, completed
-from ditjax.data import stream
+from ditjax.config import Config, changed, migrated
 from ditjax.data.images import open_images
 from ditjax.errors import UserError
 from ditjax.evaluation import scoring
-from ditjax.evaluation.evaluator import GUIDED_FILE, SAMPLES_FILE, Evaluator, scores_protocol
+from ditjax.evaluation.evaluator import GUIDED_FILE, Evaluator, scores_protocol
 from ditjax.evaluation.features import open_extractor
 from ditjax.evaluation.scoring import open_reference
+from ditjax.evaluation.validation import held_out_means
 from ditjax.files import npz
 from ditjax.files.atomic import protocol_hash, write_json
 from ditjax.files.npz import read_provenance
-from ditjax.parallel import rules
-from ditjax.parallel.mesh import make_mesh
+from ditjax.parallel.mesh import make_mesh, mesh_of
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
-from ditjax.runs.results import load_samples, save_grid
+from ditjax.runs.results import SAMPLES_FILE, load_samples, save_grid
 from ditjax.sample import GRID_IMAGES
-from ditjax.tasks import build, programs
+from ditjax.tasks import make_task
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -58,7 +52,7 @@ def save(
     if not is_primary():
         return record
     for name in (SAMPLES_FILE, GUIDED_FILE):
-        if (folder / name).exists() and protocol["metric"] != "PSNR":
+        if (folder / name).exists() and "num_samples" in protocol:
             save_picture(folder / name)
     write_json(folder / EVALUATION_FILE, record)
     return record
@@ -70,30 +64,6 @@ def save_picture(samples: Path) -> None:
     order = np.argsort(np.asarray(label), kind="stable")
     upscale = max(1, 32 // images.shape[1])
     save_grid(images[order], samples.with_suffix(".png"), 10, upscale=upscale)
-
-
-def reconstruction_psnr(c: Config, params: Any, mesh: Mesh) -> float:
-    """Mean over config.evaluate.split of 10 log10(2² / mse) dB, decoding the posterior's mean.
-
-    An image's mse is over its pixels in [-1, 1], the reconstruction clipped to them.
-    """
-    # Of every image: a figure of others in their place would be another figure.
-    held_out = dataclasses.replace(opening.data_spec(c), split=c.evaluate.split, max_damaged=0)
-
-    @functools.partial(jax.jit, out_shardings=rules.replicated(mesh))
-    def psnr(params: Any, x: jax.Array) -> jax.Array:
-        again = build.reconstruct(c, params, x)
-        mse = jnp.square(jnp.clip(again, -1, 1) - x).mean(axis=(1, 2, 3))
-        return 10 * jnp.log10(4 / mse)
-
-    size, values = c.train.batch_size, []
-    for rows in stream.in_order(held_out, size):
-        x, count = rows["image"], len(rows["image"])
-        # The last batch is filled up, so that one shape is compiled.
-        x = np.pad(x, ((0, size - count), (0, 0), (0, 0), (0, 0)))
-        with programs.precise(c):
-            values.append(np.asarray(psnr(params, x))[:count])
-    return float(np.concatenate(values).mean())
 
 
 def evaluate_samples(
@@ -116,7 +86,7 @@ def evaluate_samples(
     batches = images.batches(extractor.batch_size)
     seen = scoring.look(extractor, batches, images.count, title="samples")
     metrics = scoring.score(
-        seen, against.statistics, against.pool, inception=extractor.name == "inception", seed=seed
+        seen, against.statistics, against.pool, family=extractor.family, seed=seed
     )
     sampling, label = said_by(images.path)
     if seen.judged is not None and label is not None:
@@ -140,21 +110,21 @@ def said_by(path: Path) -> tuple[dict[str, Any], np.ndarray | None]:
     with npz.reading(path) as archive:
         names = npz.names(archive)
         sampling = read_provenance(archive).get("sampling", {}) if "provenance" in names else {}
-        return sampling, npz.read(archive, "label") if "label" in names else None
+        return sampling, npz.read_array(archive, "label") if "label" in names else None
 
 
 def evaluate_run(
     c: Config, workdir: str | os.PathLike[str], step: Step = "latest"
 ) -> dict[str, Any]:
     """Evaluates a run's checkpoint by its recipe: the record, saved in its directory too."""
-    mesh = build.mesh(c)
-    if c.train.network == "autoencoder":
-        params, step = opening.load_weights(c, workdir, mesh, step)
-        metrics = {"psnr_db": reconstruction_psnr(c, params, mesh)}
-        protocol = {"metric": "PSNR", "split": c.evaluate.split, "image_size": c.data.image_size}
+    mesh = mesh_of(c)
+    task = make_task(c, mesh)
+    if task.sampling is None:
+        params, step = opening.load_weights(c, task, workdir, mesh, step)
+        metrics, protocol = held_out_means(c, mesh, params)
         return save(Path(workdir), step, metrics, protocol)
-    evaluator = Evaluator(c, mesh, opening.load_autoencoder(c, mesh))
-    params, step = opening.load_weights(c, workdir, mesh, step)
+    evaluator = Evaluator(c, mesh, task.frozen(mesh))
+    params, step = opening.load_weights(c, task, workdir, mesh, step)
     found = evaluator.of_run(c, params, Path(workdir), model_record(workdir, step, params))
     return save(Path(workdir), step, found.metrics, found.protocol, found.reference)
 
@@ -212,7 +182,7 @@ def main(argv: list[str]) -> int:
     workdir = args.workdir or args.samples
 
     def recorded(_: argparse.Namespace) -> Mapping[str, Any]:
-        return completed(rundir.read_recipe(workdir))
+        return migrated(rundir.read_recipe(workdir))
 
     args, config = cli.parse(parser, argv, recorded)
     given = {flag: getattr(args, flag) for flag in FLAGS if getattr(args, flag)}

@@ -23,22 +23,24 @@ from typing import Any, NamedTuple, cast
 from jax.sharding import Mesh
 
 from ditjax import cli
-from ditjax.config import Config, changed, completed, read
+from ditjax.config import Config, changed, migrated, read
 from ditjax.errors import UserError
 from ditjax.evaluate import EVALUATION_FILE, FLAGS, save_picture
-from ditjax.evaluation.evaluator import SAMPLES_FILE, Evaluator
+from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files import atomic
 from ditjax.parallel import processes
+from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
-from ditjax.reporting.grid import Outcome, csv_text, front, shown, terminal_text, varying
+from ditjax.reporting.grid import Outcome, front, grid_csv, grid_text, setting_text, varying
 from ditjax.reporting.pareto import pareto_png
 from ditjax.reporting.scored import Scored, scored_rows, scored_text
 from ditjax.runs import opening, results, rundir
 from ditjax.runs.checkpoint import Step
-from ditjax.sampling.pipeline import sampling_protocol
+from ditjax.sampling.draw import sampling_protocol
+from ditjax.sampling.program import sampling_of
 from ditjax.studies.published import published_of
 from ditjax.studies.words import number, plural
-from ditjax.tasks import build
+from ditjax.tasks import make_task, sampling_gflops
 
 CELLS = "cells"
 LONGEST_NAME = 200
@@ -87,7 +89,7 @@ class Cell(NamedTuple):
     @property
     def gflops(self) -> float:
         """Of one sample."""
-        return build.sampling_gflops(self.config)
+        return sampling_gflops(self.config)
 
 
 class Plan(NamedTuple):
@@ -125,7 +127,7 @@ def plan(trained: Sequence[Run], given: Mapping[str, Sequence[Any]]) -> Plan:
                     same.append(f"{_asked(asked, given)} is {_asked(found[alike].settings, given)}")
                 found.setdefault(alike, cell)
             for axis in given:
-                whys.setdefault((axis, shown(asked[axis])), []).append(why)
+                whys.setdefault((axis, setting_text(asked[axis])), []).append(why)
         cells += found.values()
         if same:
             notes.append(f"{run.name}: {plural(len(same), 'cell')} left out as repeated: {same[0]}")
@@ -146,7 +148,7 @@ def _cell(run: Run, asked: Mapping[str, Any]) -> tuple[Cell, str]:
     # loss is one for all cells of a run.
     off = {"guided_scale": 0.0, "val_loss_num": 0}
     c = changed(run.config, {"sample": asked, "evaluate": off})
-    timesteps = build.sampling_schedule(c).timesteps.tolist()
+    timesteps = sampling_of(c, make_task(c)).timesteps.tolist()
     said = sampling_protocol(c, seed=c.evaluate.seed, labels="", decoder="")
     settings = {axis: said[axis] for axis in AXES}
     alike = json.dumps({**said, "steps": timesteps})
@@ -156,13 +158,15 @@ def _cell(run: Run, asked: Mapping[str, Any]) -> tuple[Cell, str]:
 def _asked(settings: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """The settings of the axes given, but for those that are without effect."""
     return " ".join(
-        f"{axis}={shown(settings[axis])}" for axis in given if settings[axis] is not None
+        f"{axis}={setting_text(settings[axis])}" for axis in given if settings[axis] is not None
     )
 
 
 def _name(run: Run, settings: Mapping[str, Any], c: Config) -> str:
     """RUN-weights_ema-...-num_1000: a legal file name, another one for every cell."""
-    words = [f"{axis}_{shown(value)}" for axis, value in settings.items() if value is not None]
+    words = [
+        f"{axis}_{setting_text(value)}" for axis, value in settings.items() if value is not None
+    ]
     name = "-".join([run.name, *words, f"num_{c.evaluate.num_samples}"])
     legal = re.sub(r"[^\w.+-]", "_", name)
     if len(legal) > LONGEST_NAME:
@@ -185,8 +189,8 @@ def judges(trained: Sequence[Run]) -> dict[str, Judge]:
         c = run.config
         key = (c.data, c.autoencoder, c.evaluate, c.mesh, c.model.dtype, c.model.matmul)
         if key not in made:
-            mesh = build.mesh(c)
-            made[key] = Judge(Evaluator(c, mesh, opening.load_autoencoder(c, mesh)), mesh)
+            mesh = mesh_of(c)
+            made[key] = Judge(Evaluator(c, mesh, make_task(c).frozen(mesh)), mesh)
         of_run[run.name] = made[key]
     return of_run
 
@@ -232,7 +236,9 @@ def run_grid(
         evaluator, mesh = by_run[cell.run.name]
         if loaded != (cell.run.name, cell.config.sample.weights):
             params = None  # the old ones may go before the new ones come
-            params, step = opening.load_weights(cell.config, cell.run.folder, mesh, at)
+            params, step = opening.load_weights(
+                cell.config, make_task(cell.config), cell.run.folder, mesh, at
+            )
             digest = opening.digest(params)
             loaded = (cell.run.name, cell.config.sample.weights)
         folder = out / CELLS / cell.name
@@ -242,11 +248,11 @@ def run_grid(
             "params_sha256": digest,
         }
         missing = is_primary() and not _is_done(folder, stands, protocol)
-        if processes.agreed([(0, 1)] if missing else []):
+        if processes.broadcast_ranges([(0, 1)] if missing else []):
             model = {"run": cell.run.name, "step": step, "params_sha256": digest}
             found = evaluator.of_run(cell.config, params, folder, model)
             if is_primary():
-                save_picture(folder / SAMPLES_FILE)
+                save_picture(folder / results.SAMPLES_FILE)
                 record = {
                     "name": cell.name,
                     "run": cell.run.name,
@@ -261,9 +267,9 @@ def run_grid(
                 atomic.write_json(folder / EVALUATION_FILE, record)
                 value = number(found.metrics.get(evaluator.distance))
                 _tell(f"[{k}/{len(cells)}] {cell.name}: {evaluator.distance} {value}")
-        processes.meet()  # the others have read the samples
+        processes.barrier()  # the others have read the samples
         if is_primary() and not keep_samples:
-            (folder / SAMPLES_FILE).unlink(missing_ok=True)
+            (folder / results.SAMPLES_FILE).unlink(missing_ok=True)
     return _report(cells, out, shared, evaluator.distance, evaluator.reference.name, study)
 
 
@@ -336,12 +342,12 @@ def _report(
         )
         for record in records
     ]
-    text = terminal_text(outcomes, metric, shared, reference)
+    text = grid_text(outcomes, metric, shared, reference)
     rows = scored(cells, records, study, varying(outcomes)) if study else []
     if rows:
         text = f"{text}\n\n{scored_text(rows)}"
     on_front = front(outcomes, metric)
-    atomic.write_atomic(out / "grid.csv", csv_text(outcomes).encode())
+    atomic.write_text(out / "grid.csv", grid_csv(outcomes))
     atomic.write_json(
         out / "grid.json",
         {
@@ -356,7 +362,7 @@ def _report(
             **({"scored": [dataclasses.asdict(row) for row in rows]} if rows else {}),
         },
     )
-    atomic.write_atomic(out / "grid.txt", (text + "\n").encode())
+    atomic.write_text(out / "grid.txt", text + "\n")
     atomic.write_atomic(out / "pareto.png", pareto_png(outcomes, metric, shared, reference))
     return text
 
@@ -371,7 +377,7 @@ def scored(
         # A figure of so many steps is of a checkpoint at them, however long its run went on.
         c = dataclasses.replace(c, train=dataclasses.replace(c.train, steps=record["step"]))
         if published := published_of(study, c):
-            words = [f"{axis}={shown(cell.settings[axis])}" for axis in axes]
+            words = [f"{axis}={setting_text(cell.settings[axis])}" for axis in axes]
             found.append(
                 {
                     "run": " ".join([cell.run.name, *words]),
@@ -393,7 +399,7 @@ def scored(
 
 def _study(text: str) -> Config:
     """The recipe that --published names. Raises UserError for one without published figures."""
-    study = read(cli.load_recipe([f"--config={text}"]).to_dict())
+    study = read(cli.load_recipe([f"--config={text}"]))
     if not study.sweep.published:
         raise UserError(
             f"--published={text}: its config.sweep.published is empty; expected a recipe with"
@@ -422,10 +428,8 @@ def open_runs(words: str, configs: Callable[[Path], Config]) -> list[Run]:
         Run(name, folder, configs(folder)) for name, folder in zip(names, folders, strict=True)
     ]
     for run in opened:
-        if run.config.train.network != "dit":
-            raise UserError(
-                f"{run.folder} is a run of a {run.config.train.network}: only a DiT draws samples."
-            )
+        if (task := make_task(run.config)).sampling is None:
+            raise UserError(f"{run.folder} is a run of a {task.name}: it draws no samples.")
     return opened
 
 
@@ -516,7 +520,7 @@ def main(argv: list[str]) -> int:
 
     def config_of(folder: Path) -> Config:
         def recorded(_: argparse.Namespace) -> Mapping[str, Any]:
-            return completed(rundir.read_recipe(folder))
+            return migrated(rundir.read_recipe(folder))
 
         return changed(cli.parse(_parser(), argv, recorded)[1], {"evaluate": evaluate})
 

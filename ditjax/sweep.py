@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ditjax import cli
-from ditjax.config import completed
-from ditjax.errors import FaultError, StoppedError, UserError
+from ditjax.config import migrated
+from ditjax.errors import FaultError, StoppedError, UserError, one_line
 from ditjax.evaluate import model_record, save
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files import atomic, lease
-from ditjax.files.masking import masked, printable
 from ditjax.machines import costs
 from ditjax.machines import topology as machines
 from ditjax.machines.cost_text import cost_text
-from ditjax.models.sizes import parse_size
 from ditjax.parallel import processes, stopping
+from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
 from ditjax.report import make_report
 from ditjax.runs import opening, results, rundir
 from ditjax.runs.log import Progress, last_metrics
 from ditjax.runs.provenance import cores, environment, typed
+from ditjax.sampling.program import sampling_of
 from ditjax.studies import status
 from ditjax.studies.cells import (
     Cell,
@@ -41,7 +41,7 @@ from ditjax.studies.cells import (
     record,
 )
 from ditjax.studies.words import OF_A_METRIC
-from ditjax.tasks import build
+from ditjax.tasks import make_task
 from ditjax.train import train
 
 LEASE = ".sweep.lease"  # of the study: an array job's cells are each their own
@@ -67,7 +67,7 @@ def run_cell(
         return
     if begin and is_primary():
         begin()
-    with _noted(folder), stopping.raised():  # while it trains, `train` hears the signal
+    with _noted(folder), stopping.raise_on_sigterm():  # while it trains, `train` hears the signal
         _make(cell, folder)
 
 
@@ -89,26 +89,18 @@ def _noted(folder: Path) -> Iterator[None]:
 
 def _make(cell: Cell, folder: Path) -> None:
     c = cell.config
-    mesh = build.mesh(c)
-    evaluator = Evaluator(c, mesh, opening.load_autoencoder(c, mesh))
-    trained = train(c, cell.recipe, folder, evaluator)
+    mesh = mesh_of(c)
+    task = make_task(c, mesh)
+    evaluator = Evaluator(c, mesh, task.frozen(mesh))
+    trained = train(c, folder, evaluator)
     model = model_record(folder, trained.step, trained.params)
     evaluated = evaluator.of_run(c, trained.params, folder, model)
     save(folder, trained.step, evaluated.metrics, evaluated.protocol, evaluated.reference)
-    size, shape = parse_size(c.model.size), build.cost(c)
+    described = task.cost.description if task.cost else {}
     result: results.Result = {
         "schema": 1,
         "run": cell.name,
-        "model": {
-            "name": cell.model,
-            "size": c.model.size,
-            "depth": size.depth,
-            "width": size.width,
-            "heads": size.heads,
-            "patch": c.model.patch,
-            "block": c.model.block,
-            "tokens": shape.tokens,
-        },
+        "model": {"name": cell.model, **described},
         "params": cell.params,
         "gflops": cell.gflops,
         "train": {
@@ -123,7 +115,7 @@ def _make(cell: Cell, folder: Path) -> None:
         "sample": {
             "num": c.evaluate.num_samples,
             "sampler": c.sample.sampler,
-            "steps": len(build.sampling_schedule(c)),
+            "steps": len(sampling_of(c, task).timesteps),
             "eta": c.sample.eta,
             "cfg_scale": c.sample.cfg_scale,
             "cfg_channels": c.sample.cfg_channels,
@@ -144,7 +136,7 @@ def _make(cell: Cell, folder: Path) -> None:
 
 def _is_done(cell: Cell, folder: Path) -> bool:
     done = is_primary() and has_result(cell, folder)
-    return bool(processes.agreed([(0, 1)] if done else []))
+    return bool(processes.broadcast_ranges([(0, 1)] if done else []))
 
 
 def has_result(cell: Cell, folder: Path) -> bool:
@@ -157,7 +149,7 @@ def has_result(cell: Cell, folder: Path) -> bool:
     try:
         found = results.read_result(folder)
     except UserError as error:
-        print(printable(f"{error} It is made again."), file=sys.stderr, flush=True)
+        print(one_line(f"{error} It is made again."), file=sys.stderr, flush=True)
         return False
     check_result(cell, folder, found)
     return True
@@ -168,7 +160,7 @@ _COMMAND = "DITJAX_SWEEP_COMMAND"  # the command that a person typed, told to th
 
 def _typed(argv: Sequence[str]) -> str:
     machines = ("--coordinator", "--processes", "--process")
-    return masked(typed("sweep", argv, drop=machines, folders=("--workdir",)))
+    return typed("sweep", argv, drop=machines, folders=("--workdir",))
 
 
 class _Running(NamedTuple):
@@ -282,7 +274,7 @@ def _tell(job: _Running, workdir: Path, seconds: float) -> bool:
         line = f"{job.cell.name} {ended}: {why}"
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
         _note(job, workdir, status.FAILED if code else status.STOPPED, f"{how}; its log: {why}")
-    print(printable(f"[{seconds:4.0f} s] {line}"), file=sys.stderr, flush=True)
+    print(one_line(f"[{seconds:4.0f} s] {line}"), file=sys.stderr, flush=True)
     return found is not None
 
 
@@ -414,8 +406,10 @@ def main(argv: list[str]) -> int:
     if args.failed and not states:
         print("no cell has failed")
         return 0
-    with lease.scope(), stopping.raised():  # run_grid passes SIGTERM on to its cells
-        lease.own(workdir / _lease_of(args), str(workdir))  # no runs.own: that takes the devices
+    with lease.scope(), stopping.raise_on_sigterm():  # run_grid passes SIGTERM on to its cells
+        lease.acquire(
+            workdir / _lease_of(args), str(workdir)
+        )  # no runs.own: that takes the devices
         begin()
         status.keep(states, workdir)
         failed = run_grid([each.cell for each in states], workdir, words, args.jobs, _typed(argv))
@@ -437,7 +431,7 @@ def _cost(study: Sequence[Cell], name: str, *, plan: bool) -> str:
         raise UserError("--plan compiles for a machine: name it with --topology=v5e:4x4.")
     if not name or not study:
         return ""
-    topology = machines.parse(name)
+    topology = machines.parse_topology(name)
     of_cell = costs.compiled if plan else costs.estimate
     found = [of_cell(cell.config, topology) for cell in study]
     return cost_text(topology.name, [cell.name for cell in study], found)
@@ -448,7 +442,7 @@ def _check_study(workdir: Path, recipe: Mapping[str, Any], study: Sequence[Cell]
     recorded: Mapping[str, Any] = {}
     if not rundir.is_run(workdir):
         with contextlib.suppress(UserError):  # none yet; a damaged one is written again
-            recorded = completed(rundir.read_recipe(workdir))
+            recorded = migrated(rundir.read_recipe(workdir))
     if recorded:
         check_same_study(workdir, recorded, recipe, study)
 

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -14,23 +14,27 @@ import jax
 from clu import parameter_overview
 
 from ditjax import cli
-from ditjax.config import Config
+from ditjax.config import Config, replaced
+from ditjax.config import Train as TrainKeys
 from ditjax.data import stream
 from ditjax.data.prefetch import ahead
 from ditjax.errors import StoppedError, UserError
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files import lease
 from ditjax.files.atomic import protocol_hash
+from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
-from ditjax.parallel.stopping import GOES_ON, Stopping
+from ditjax.parallel.stopping import RESUME_HINT, Stopping
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Checkpoints, Score
 from ditjax.runs.log import MetricsLog, Progress
 from ditjax.runs.results import save_grid, tile
-from ditjax.sampling.pipeline import Drawer
-from ditjax.tasks import build, programs
+from ditjax.sampling.draw import Drawer
+from ditjax.tasks import make_task
 from ditjax.training.meter import Meter
-from ditjax.training.step import TrainState
+from ditjax.training.program import Training, precise, training
+from ditjax.training.step import Batch, Metrics, TrainState
+from ditjax.training.task import Frozen
 
 IN_FLIGHT = 2  # steps that may wait for the devices; more would only hold batches
 GRID_SIDE = 8  # a sample grid while training has 8 x 8 images
@@ -49,65 +53,133 @@ class Trained(NamedTuple):
     skipped: int = 0  # steps that changed nothing, calls before a resume included
 
 
-@lease.scope()
-def train(
-    c: Config,
-    recipe: Mapping[str, Any],
-    workdir: str | os.PathLike[str],
-    evaluator: Evaluator | None = None,
-    profile: range = range(0),
-) -> Trained:
-    """Trains to config.train.steps in a run directory, from its newest checkpoint if it has one.
+class Due(NamedTuple):
+    """The duties of a step, after its update."""
 
-    Every config.train.evaluate_every_steps it is evaluated, by `evaluator` or one of its own. The
-    steps of `profile` are traced into the directory's `profile`.
+    evaluates: bool
+    logs: bool
+    saves: bool
+    draws: bool
 
-    Told to stop by SIGTERM or SIGINT it ends the step, saves, and raises StoppedError; of several
-    processes all do so after the same step.
+
+def due_at(t: TrainKeys, step: int, *, evaluates: bool, draws: bool, stopped: bool) -> Due:
+    """What is due at a step, by the recipe's intervals; the last step is logged and saved.
+
+    `evaluates`, `draws`: whether the run can do so at all. `stopped`: it ends here, by a signal.
     """
-    with Stopping(c.train.grace_seconds) as stopping:
-        return _train(c, recipe, workdir, evaluator, profile, stopping)
+    last = step == t.steps
+    scores = evaluates and _every(step, t.evaluate_every_steps)
+    return Due(
+        evaluates=scores,
+        logs=last or scores or _every(step, t.log_every_steps),
+        saves=last or scores or stopped or _every(step, t.checkpoint_every_steps),
+        draws=draws and _every(step, t.sample_every_steps),
+    )
 
 
-def _train(
-    c: Config,
-    recipe: Mapping[str, Any],
-    workdir: str | os.PathLike[str],
-    evaluator: Evaluator | None,
-    profile: range,
-    stopping: Stopping,
-) -> Trained:
-    if profile and profile[-1] > c.train.steps:
-        raise UserError(
-            f"--profile_steps={profile[0]}:{profile[-1]}: the run ends at step {c.train.steps}:"
-            " name steps up to it, or more of config.train.steps."
+def _every(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+@dataclasses.dataclass
+class Session:
+    """A training in progress: its programs, its state, and what its duties write."""
+
+    config: Config
+    folder: Path
+    programs: Training
+    frozen: Frozen
+    state: TrainState
+    start: int  # the step that was restored; 0 for a new run
+    batches: Iterator[Batch]
+    checkpoints: Checkpoints
+    log: MetricsLog
+    meter: Meter
+    progress: Progress
+    profile: "_Profile"
+    evaluator: Evaluator | None
+    grids: "_Grids | None"
+    began: float  # of the training, calls before a resume and no evaluation included
+    evaluation_seconds: float
+    loss: float  # of the last logged interval
+
+    def after(self, step: int, metrics: Metrics, *, stopped: bool) -> None:
+        """Do what is due after a step. Raises UserError after too many bad steps in a row."""
+        due = due_at(
+            self.config.train,
+            step,
+            evaluates=self.evaluator is not None,
+            draws=self.grids is not None,
+            stopped=stopped,
         )
-    mesh = build.mesh(c)
+        ends = self.meter.add(step, metrics, wait=due.logs or due.saves)
+        score = None
+        if due.logs or ends:
+            score = self.write_log(step, evaluates=due.evaluates and not ends)
+        # A run that ends once more for the same reason leaves its checkpoints alone.
+        if self.meter.changed if ends else due.saves:
+            self.save(step, score)
+        if ends:
+            self.checkpoints.wait()
+            raise self.meter.error(self.checkpoints.latest_step)
+        if self.grids and due.draws:
+            self.grids.save(weights_of(self.config, self.state), step, self.folder, self.log)
+
+    def write_log(self, step: int, *, evaluates: bool) -> Score | None:
+        """One line of the log. Of two with the same step, readers take the later."""
+        row = self.meter.row()
+        self.loss = row.get("loss", self.loss)
+        row["seconds"] = round(self.seconds, 3)
+        score = None
+        if self.evaluator and evaluates:
+            paused = time.monotonic()
+            params = weights_of(self.config, self.state)
+            score, found = _evaluate(self.config, self.evaluator, params)
+            took = time.monotonic() - paused
+            self.began += took
+            self.evaluation_seconds += took
+            row |= {**found, EVALUATION_SECONDS: round(self.evaluation_seconds, 3)}
+        self.log.scalars(step, row)
+        scored = {score.name: score.value} if score else {}
+        self.progress.report(step, loss=self.loss, **scored)
+        self.checkpoints.check()
+        return score
+
+    def save(self, step: int, score: Score | None) -> None:
+        """A checkpoint of the state and of the data's position."""
+        lease.check_held()
+        position = {**position_of(self.config), **self.meter.position()}
+        self.checkpoints.save(step, self.state, position, score)
+        self.meter.changed = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, without evaluations."""
+        return time.monotonic() - self.began
+
+
+@contextlib.contextmanager
+def open_training(
+    c: Config, workdir: str | os.PathLike[str], evaluator: Evaluator | None, profile: range
+) -> Iterator[Session]:
+    """Open or resume the run in a directory, with everything that its loop needs."""
+    mesh = mesh_of(c)
+    task = make_task(c, mesh)
     dataset = opening.check_data(c)
-    draws = bool(c.train.sample_every_steps or c.train.evaluate_every_steps)
-    frozen = opening.load_autoencoder(c, mesh) if draws or needs_encoder(c) else None
+    draws = task.sampling is not None
+    drawn = draws and (c.train.sample_every_steps or c.train.evaluate_every_steps)
+    frozen = task.frozen(mesh) if drawn or task.reads else {}
     drawer = Drawer(mesh, frozen)
     if c.train.evaluate_every_steps and evaluator is None:
         evaluator = Evaluator(c, mesh, frozen, drawer)
-    folder = opening.open_run(workdir, recipe)
+    folder = opening.open_run(workdir, c)
     if is_primary():
         rundir.tidy(folder)
-    p = programs.training(c, mesh, frozen)
-    position = {"seed": c.seed, "batch_size": c.train.batch_size}
-    signal = ""
+    programs = training(c, task, mesh)
     with Checkpoints(
         folder / rundir.CHECKPOINTS, c.train.keep_checkpoints, keep_every=c.train.keep_every_steps
     ) as checkpoints:
-        newest = opening.newest(checkpoints, p.abstract_state)
-        saved: Mapping[str, Any] = {}
-        if newest is None:
-            state, start = p.init(), 0
-            if is_primary():
-                (folder / "parameters.txt").write_text(_overview(state.params), encoding="utf-8")
-        else:
-            state, saved = newest
-            start = int(state.step)
-            _check_position(saved, position, folder)
+        state, start, saved = _restored(c, folder, programs, checkpoints)
         _check_profile(profile, start)
         with (
             MetricsLog(folder, start, write=is_primary()) as log,
@@ -116,15 +188,11 @@ def _train(
                 c.seed,
                 c.train.batch_size,
                 start_step=start,
-                rows=p.rows,
-                tell=stream.warn_and_note(folder / DAMAGED_FILE),
+                rows=programs.rows,
+                warn=stream.record_warnings(folder / DAMAGED_FILE),
             ) as batches,
             _Profile(profile, folder / PROFILE) as profiled,
         ):
-            # Times and loss go on from where the log stands.
-            began = time.monotonic() - log.last.get("seconds", 0.0)
-            evaluation_seconds = log.last.get(EVALUATION_SECONDS, 0.0)
-            loss = log.last.get("loss", float("nan"))
             progress = Progress("train", c.train.steps, start=start)
             meter = Meter(
                 # A run that skips every step has trained nothing.
@@ -132,98 +200,122 @@ def _train(
                 lambda step: stream.records_of_step(
                     c.seed, step, c.train.batch_size, dataset.num_examples
                 ),
-                progress.say,
+                progress.print_line,
                 in_flight=IN_FLIGHT,
                 start=start,
                 position=saved,
             )
             if start == c.train.steps and meter.ended:
                 raise meter.error(start)
-            grids = _Grids(c, drawer)
-            on_devices = ahead(batches, p.put, c.train.prefetch, c.train.steps - start)
-            signal, step = stopping.after(start), start
-            for step, batch in enumerate(() if signal else on_devices, start + 1):
-                with profiled.step(step, state):
-                    state, metrics = p.step(state, batch)
-                profiled.after(step, state)
-                signal = stopping.after(step)
-                last = step == c.train.steps
-                evaluates = evaluator is not None and _due(step, c.train.evaluate_every_steps)
-                logs = last or evaluates or _due(step, c.train.log_every_steps)
-                saves = (
-                    last or evaluates or bool(signal) or _due(step, c.train.checkpoint_every_steps)
-                )
-                stops = meter.add(step, metrics, wait=logs or saves)
-                score = None
-                if logs or stops:
-                    row = meter.row()
-                    loss = row.get("loss", loss)
-                    row["seconds"] = round(time.monotonic() - began, 3)
-                    if evaluator and evaluates and not stops:
-                        paused = time.monotonic()
-                        score, found = _evaluate(c, evaluator, weights_of(c, state))
-                        took = time.monotonic() - paused
-                        began += took
-                        evaluation_seconds += took
-                        row |= {**found, EVALUATION_SECONDS: round(evaluation_seconds, 3)}
-                    # One line a step: of two with the same step, readers take the later.
-                    log.scalars(step, row)
-                    progress.report(step, loss=loss, **({score.name: score.value} if score else {}))
-                    checkpoints.check()
-                # A run that ends once more for the same reason leaves its checkpoints alone.
-                if meter.changed if stops else saves:
-                    lease.check()
-                    checkpoints.save(step, state, {**position, **meter.position()}, score)
-                    meter.changed = False
-                if stops:
-                    checkpoints.wait()
-                    raise meter.error(checkpoints.latest_step)
-                if _due(step, c.train.sample_every_steps):
-                    grids.save(weights_of(c, state), step, folder, log)
-                if signal:
-                    break
-            jax.block_until_ready(state)
-            seconds = time.monotonic() - began
-    # A signal that came after the last step, too: what follows the training need not begin.
-    if signal := signal or (stopping.after(step) if step == c.train.steps else ""):
-        raise StoppedError(f"stopped at step {step} by {signal}: {GOES_ON}")
-    return Trained(weights_of(c, state), int(state.step), loss, seconds, meter.total)
+            yield Session(
+                config=c,
+                folder=folder,
+                programs=programs,
+                frozen=frozen,
+                state=state,
+                start=start,
+                batches=ahead(batches, programs.put, c.train.prefetch, c.train.steps - start),
+                checkpoints=checkpoints,
+                log=log,
+                meter=meter,
+                progress=progress,
+                profile=profiled,
+                evaluator=evaluator,
+                grids=_Grids(c, drawer) if draws else None,
+                began=time.monotonic() - log.last.get("seconds", 0.0),
+                evaluation_seconds=log.last.get(EVALUATION_SECONDS, 0.0),
+                loss=log.last.get("loss", float("nan")),
+            )
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _restored(
+    c: Config, folder: Path, programs: Training, checkpoints: Checkpoints
+) -> tuple[TrainState, int, Mapping[str, Any]]:
+    """(state, its step, the data's position) of the newest sound checkpoint, or of a new run."""
+    newest = opening.newest(checkpoints, programs.abstract_state)
+    if newest is None:
+        state = programs.init()
+        if is_primary():
+            (folder / "parameters.txt").write_text(_overview(state.params), encoding="utf-8")
+        return state, 0, {}
+    state, saved = newest
+    for key, value in position_of(c).items():
+        if saved.get(key) != value:
+            raise UserError(
+                f"the checkpoint in {folder} has {key}={saved.get(key)!r}, this command has"
+                f" {value!r}: give another --workdir."
+            )
+    return state, int(state.step), saved
+
+
+def position_of(c: Config) -> dict[str, Any]:
+    """What fixes a step's records, beside its number."""
+    return {"seed": c.seed, "batch_size": c.train.batch_size}
+
+
+@lease.scope()
+def train(
+    c: Config,
+    workdir: str | os.PathLike[str],
+    evaluator: Evaluator | None = None,
+    profile: range = range(0),
+) -> Trained:
+    """Train to config.train.steps in a run directory, from its newest checkpoint if it has one.
+
+    Every config.train.evaluate_every_steps it is evaluated, by `evaluator` or one of its own. The
+    steps of `profile` are traced into the directory's `profile`.
+
+    SIGTERM or SIGINT ends the run after the step in flight, with a checkpoint, by StoppedError; of
+    several processes all stop after the same step.
+    """
+    if profile and profile[-1] > c.train.steps:
+        raise UserError(
+            f"--profile_steps={profile[0]}:{profile[-1]}: the run ends at step {c.train.steps}:"
+            " name steps up to it, or more of config.train.steps."
+        )
+    with (
+        Stopping(c.train.grace_seconds) as stopping,
+        open_training(c, workdir, evaluator, profile) as s,
+        precise(c),
+    ):
+        p = s.programs
+        signal, step = stopping.after(s.start), s.start
+        for step, batch in enumerate(() if signal else s.batches, s.start + 1):
+            compiles = step == s.start + 1
+            with s.profile.step(step, s.state), p.compiling(compiles):
+                examples = p.prepare(s.frozen, batch, s.state.step)
+                s.state, metrics = p.step(s.state, s.frozen, examples)
+            s.profile.after(step, s.state)
+            signal = stopping.after(step)
+            s.after(step, metrics, stopped=bool(signal))
+            if signal:
+                break
+        jax.block_until_ready(s.state)
+        trained = Trained(
+            weights_of(c, s.state), int(s.state.step), s.loss, s.seconds, s.meter.total
+        )
+        # A signal after the last step, too: what follows the training need not begin.
+        if signal := signal or (stopping.after(step) if step == c.train.steps else ""):
+            raise StoppedError(f"stopped at step {step} by {signal}: {RESUME_HINT}")
+    return trained
 
 
 def weights_of(c: Config, state: TrainState) -> Any:
-    """What samples are drawn with, by config.sample.weights."""
-    return getattr(state, opening.WEIGHTS[c.sample.weights])
+    """The weights that samples are drawn with, by config.sample.weights."""
+    return getattr(state, opening.weights_field(c))
 
 
 def _evaluate(c: Config, evaluator: Evaluator, params: Any) -> tuple[Score, dict[str, Any]]:
-    """Of config.train.evaluate_num samples: the score of the checkpoint, and the log's values."""
+    """The checkpoint's score, of config.train.evaluate_num samples, and the values to log."""
     found = evaluator.in_memory(c, params, c.train.evaluate_num)
     score = Score(evaluator.distance, found.metrics[evaluator.distance], found.protocol)
     values: dict[str, Any] = {f"eval/{name}": value for name, value in found.metrics.items()}
     return score, {**values, "eval/protocol_hash": protocol_hash(found.protocol)}
 
 
-def needs_encoder(c: Config) -> bool:
-    """Whether training encodes images on the way: a latent DiT whose data are not yet latents."""
-    return c.latent and not c.data.name.startswith("latents:")
-
-
 def _overview(params: Any) -> str:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     return str(parameter_overview.get_parameter_overview(shapes, include_stats=False)) + "\n"
-
-
-def _check_position(saved: Mapping[str, Any], ours: Mapping[str, Any], folder: Any) -> None:
-    for key, value in ours.items():
-        if saved.get(key) != value:
-            raise UserError(
-                f"the checkpoint in {folder} was at {key}={saved.get(key)!r} of its data, this"
-                f" command says {value!r}: give another --workdir."
-            )
 
 
 def _check_profile(steps: range, start: int) -> None:
@@ -279,11 +371,9 @@ class _Grids:
         devices = drawer.mesh.size
         count = -(-(GRID_SIDE**2) // devices) * devices
         sample = dataclasses.replace(c.sample, batch_size=count)
-        self._c, self._drawer = dataclasses.replace(c, sample=sample), drawer
+        self._c, self._drawer = replaced(c, sample=sample), drawer
 
     def save(self, params: Any, step: int, folder: Any, log: MetricsLog) -> None:
-        if self._c.train.network != "dit":
-            return
         images = self._drawer.whole(
             self._c,
             params,
@@ -317,7 +407,7 @@ def main(argv: list[str]) -> int:
     )
     cli.add_processes(parser)
     args, config = cli.parse(parser, argv)
-    trained = train(config, args.recipe, args.workdir, profile=args.profile_steps)
+    trained = train(config, args.workdir, profile=args.profile_steps)
     if is_primary():
         skipped = f" ({trained.skipped} skipped)" if trained.skipped else ""
         print(

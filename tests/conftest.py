@@ -42,14 +42,14 @@ UNOPTIMIZED = (
     "test_evaluator.py",
     "test_mup.py",
     "test_pipeline.py",
-    "test_programs.py",
+    "test_program.py",
     "test_validation.py",
 )
 _VARIABLE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 os.environ[_VARIABLE] = "0"
 
 # Files that take long: were they last, one worker would work on and the others wait.
-FIRST = ("commands", "faults", "test_programs.py")
+FIRST = ("commands", "faults", "test_program.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

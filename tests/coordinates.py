@@ -16,8 +16,12 @@ import optax
 from ditjax.cli import load_recipe
 from ditjax.config import Config, read
 from ditjax.models.blocks import BLOCKS
+from ditjax.models.dit import query_scale
+from ditjax.models.network import Conditions
 from ditjax.parallel.rules import path_of
-from ditjax.tasks import build
+from ditjax.tasks import make_task
+from ditjax.tasks.diffusion import denoiser_module
+from ditjax.training.program import optimizer_of
 
 WIDTHS = (32, 64, 128, 256, 512)
 BASE_WIDTH, HEADS = 32, 2
@@ -45,25 +49,25 @@ def recipe(
                 "--config.optim.warmup_steps=0",
                 f"--config.optim.learning_rate={rate}",
             ]
-        ).to_dict()
+        )
     )
 
 
 def sizes(c: Config, steps: int = STEPS) -> dict[str, np.ndarray]:
     """Module -> mean |output| after 0, 1, ..., `steps` steps on one batch; the logits as one."""
-    model: Any = build.dit(c)
-    tx = build.optimizer(c)
+    model: Any = denoiser_module(c)
+    tx = optimizer_of(c, make_task(c).rates)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(BATCH, 8, 8, 1)).astype(np.float32)
     t = rng.integers(0, 1000, BATCH).astype(np.int32)
-    y = rng.integers(0, 10, BATCH).astype(np.int32)
+    y = Conditions(label=jnp.asarray(rng.integers(0, 10, BATCH), jnp.int32))
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
         out, seen = model.apply(
             params, x, t, y, capture_intermediates=True, mutable=["intermediates"]
         )
         # x_t is nearly eps at most t: a network that learns learns its input.
-        return jnp.square(out - x).mean(), _means(seen["intermediates"], build.query_scale(c))
+        return jnp.square(out - x).mean(), _means(seen["intermediates"], query_scale(c.model))
 
     @jax.jit
     def step(params: Any, state: Any) -> tuple[Any, Any, Any]:
@@ -79,7 +83,7 @@ def sizes(c: Config, steps: int = STEPS) -> dict[str, np.ndarray]:
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
 
 
-def _means(seen: Any, query_scale: float) -> dict[str, jax.Array]:
+def _means(seen: Any, scale: float) -> dict[str, jax.Array]:
     """'a/b/__call__/0' -> its mean size as 'a/b'; of outputs that are several arrays, none."""
     end = "__call__/0"
     leaves = jax.tree_util.tree_leaves_with_path(seen)
@@ -87,7 +91,7 @@ def _means(seen: Any, query_scale: float) -> dict[str, jax.Array]:
     found = {path[: -len(end)].strip("/") or "dit": jnp.abs(a).mean() for path, a in arrays.items()}
     qkv = arrays[f"blocks/attn/qkv/{end}"]  # [L, B, N, 3, H, d]
     q, k = qkv[..., 0, :, :], qkv[..., 1, :, :]
-    logits = jnp.einsum("lbnhd,lbmhd->lbhnm", q, k) * query_scale * q.shape[-1] ** -0.5
+    logits = jnp.einsum("lbnhd,lbmhd->lbhnm", q, k) * scale * q.shape[-1] ** -0.5
     return found | {LOGITS: jnp.abs(logits).mean()}
 
 

@@ -23,6 +23,25 @@ def logits(count: int = SAMPLES, seed: int = 0) -> np.ndarray:
     return x[np.argsort(x.argmax(axis=1), kind="stable")].astype(np.float32)
 
 
+def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
+    """log p(y|x) of probabilities f[n,C] -> f64[n,C]; the logarithm of zero is -inf."""
+    with np.errstate(divide="ignore"):
+        return np.log(probabilities)
+
+
+def even_splits(count: int, splits: int = 10, order: np.ndarray | None = None) -> np.ndarray:
+    """The split of each sample i64[count] in torch-fidelity: borders at i count // splits.
+
+    `order` i[count] shuffles first, as its `samples_shuffle` does: sample order[j] takes place j.
+    """
+    borders = np.arange(1, splits) * count // splits
+    split = np.empty(count, np.int64)
+    split[np.arange(count) if order is None else order] = np.searchsorted(
+        borders, np.arange(count), side="right"
+    )
+    return split
+
+
 def centred(count: int, seed: int, dimensions: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Mean f64[d] of count samples, and C f64[count,d] with C^T C their unbiased covariance."""
     x = features(count, seed, dimensions).astype(np.float64)

@@ -11,7 +11,6 @@ one is read, Python's own audit events tell of anything run, imported, opened or
 import argparse
 import collections
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -33,13 +32,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
-from ditjax.config import Config, completed, leaf_keys, read
+from ditjax.config import as_tree, completed, leaf_keys, migrated, read, schema
 from ditjax.data.images import open_images
 from ditjax.errors import UserError
 from ditjax.evaluation import statistics
 from ditjax.files import npz
+from ditjax.files.atomic import read_json
 from ditjax.runs import results, rundir
-from ditjax.tasks import build
 from ditjax.weights import tensors as weights
 from ditjax.weights.torch_file import read_torch, write_torch
 
@@ -648,12 +647,12 @@ def read_file(kind: str, path: Path) -> None:
             lambda: results.load_samples(path),
             lambda: results.load_samples(path, 2),
             lambda: list(open_images(path).batches(2)),
-            lambda: npz.read_array(path, "label"),
+            lambda: npz.load_array(path, "label"),
         ],
         "json": [
             lambda: results.read_result(path),
-            lambda: weights.read_json(path),
-            lambda: read(completed(rundir.read_recipe(path.parent))),
+            lambda: read_json(path),
+            lambda: read(migrated(rundir.read_recipe(path.parent))),
         ],
         "jsonl": [lambda: results.read_metrics(path)],
     }
@@ -736,7 +735,7 @@ def a_recipe(rng: random.Random, recipes: list[dict[str, Any]]) -> Any:
 
 def _leaf_replaced(rng: random.Random, recipe: dict[str, Any]) -> dict[str, Any]:
     """By a value that is often of the right type."""
-    *groups, leaf = rng.choice(leaf_keys(Config)).split(".")
+    *groups, leaf = rng.choice(leaf_keys(schema())).split(".")
     made = dict(recipe)
     node: Any = made
     for group in groups:
@@ -756,16 +755,10 @@ def _leaf_replaced(rng: random.Random, recipe: dict[str, Any]) -> dict[str, Any]
 
 def try_recipe(recipe: Any) -> None:
     """As a command does before it compiles; a Config comes back from its own JSON."""
-    c = read(completed(recipe)) if isinstance(recipe, dict) else read(recipe)
-    build.check(c)
+    c = read(migrated(recipe)) if isinstance(recipe, dict) else read(recipe)
     again = json.loads(json.dumps(as_tree(c)))
     if read(again) != c:
         raise AssertionError("a recipe is another after a round trip")
-
-
-def as_tree(c: Config) -> dict[str, Any]:
-    """A Config as its recipe."""
-    return dataclasses.asdict(c)
 
 
 def real_recipes() -> list[dict[str, Any]]:
@@ -779,7 +772,8 @@ def real_recipes() -> list[dict[str, Any]]:
         digits_latent.get_config("autoencoder"),
         imagenet256.get_config(),
     ]
-    return [json.loads(json.dumps(config.to_dict())) for config in configs]
+    # Every key is named, so that any may be replaced.
+    return [json.loads(json.dumps(completed(config.to_dict()))) for config in configs]
 
 
 def fuzz_configs(count: int, seed: int, told: Callable[[int], None] = lambda done: None) -> Tally:

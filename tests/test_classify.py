@@ -9,6 +9,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from ditjax import classify
+from ditjax.data.crop import normalize
 from ditjax.errors import UserError
 from ditjax.evaluation import digits as at_work
 from ditjax.files.assets import SHIPPED, load_asset
@@ -20,7 +21,7 @@ NAMES = (at_work.FEATURES, at_work.JUDGE)
 
 @pytest.fixture(scope="module")
 def digits():
-    """Straight from scikit-learn, so that a wrong split in ditjax.io cannot hide: (train, test)."""
+    """Straight from scikit-learn, so that a wrong split of ours cannot hide: (train, test)."""
     source = load_digits()
     images = np.round(source.images * 255 / 16).astype(np.uint8)[:, :, :, None]
     labels = source.target.astype(np.int32)
@@ -143,7 +144,7 @@ def test_the_same_seed_gives_the_same_weights(digits):
     first, again = (classify.train(recipe, images, labels) for _ in range(2))
     assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
     # From equal weights, another seed draws other images and augmentation.
-    x, y = jnp.asarray(at_work.normalise(images)), jnp.asarray(labels)
+    x, y = jnp.asarray(normalize(images)), jnp.asarray(labels)
     state = classify._optimizer(recipe, 2).init(first)
     losses = [
         classify._train_step(used, 2, first, state, x, y, jnp.int32(0))[2]

@@ -1,4 +1,4 @@
 """The equations of diffusion: pure functions of arrays and keys.
 
-All that is known here of a network is `denoise(x, t) -> Array`.
+They know a network only as `denoise(x, t) -> Array`.
 """

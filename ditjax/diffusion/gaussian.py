@@ -15,7 +15,7 @@ import numpy as np
 from ditjax.diffusion.schedule import Schedule, extract
 from ditjax.errors import UserError, nearest
 
-# What diffusion knows of a network: (x f32[B,H,W,C], timesteps i32[B]) -> f32[B,H,W,C or 2C].
+# A network, as diffusion sees it: (x f32[B,H,W,C], timesteps i32[B]) -> f32[B,H,W,C or 2C].
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
 Prediction = Literal["eps", "x0", "v"]
@@ -34,7 +34,7 @@ def q_posterior(
 ) -> tuple[jax.Array, jax.Array]:
     """DDPM Eqs. 6-7: q(x_{t-1} | x_t, x0) -> mean f32[B,...], log variance f32[B,1,...,1].
 
-    At t = 0 the variance is 0; its log is the clipped one, that of t = 1.
+    At t = 0 the variance is 0, so its log is clipped to that of t = 1.
     """
     mean = (
         extract(schedule.posterior_mean_x0, t, x_t.ndim) * x0
@@ -61,7 +61,7 @@ def eps_from_x0(schedule: Schedule, x_t: jax.Array, t: jax.Array, x0: jax.Array)
 
 def v_from_x0_eps(schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
     """Salimans & Ho 2022, Sec. 4: v = √ᾱ_t ε - √(1-ᾱ_t) x0 -> f32[B,...]."""
-    # As if ε were the data and x0 its noise, but for the sign.
+    # Eq. 4 with ε as the data and -x0 as the noise.
     return q_sample(schedule, eps, t, -x0)
 
 
@@ -78,9 +78,9 @@ def eps_from_v(schedule: Schedule, x_t: jax.Array, t: jax.Array, v: jax.Array) -
 def target(
     schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array, prediction: Prediction
 ) -> jax.Array:
-    """What a network of this parametrisation is to predict: eps, x0 or v -> f32[B,...].
+    """The regression target of a parametrisation: eps, x0 or v -> f32[B,...].
 
-    Raises UserError for another prediction.
+    Raises UserError for an unknown prediction.
     """
     if prediction == "eps":
         return eps
@@ -94,8 +94,8 @@ def target(
 def learned_range_log_variance(schedule: Schedule, v: jax.Array, t: jax.Array) -> jax.Array:
     """Nichol & Dhariwal Eq. 15: log Σ = f log β_t + (1-f) log β̃_t, f = (v+1)/2.
 
-    v f32[B,...] is the network's raw variance channels, in [-1, 1] by habit, not by force ->
-    f32[B,...].
+    v f32[B,...] are the network's raw variance channels -> f32[B,...]. They tend to lie in [-1, 1],
+    but nothing bounds them.
     """
     low = extract(schedule.posterior_log_variance_clipped, t, v.ndim)
     high = extract(schedule.log_betas, t, v.ndim)
@@ -114,11 +114,11 @@ def normal_kl(
 def discretized_gaussian_log_likelihood(
     x: jax.Array, mean: jax.Array, log_scale: jax.Array
 ) -> jax.Array:
-    """DDPM Eq. 13: log of N(mean, e^(2 log_scale))'s mass in x's bin, elementwise, in nats.
+    """DDPM Eq. 13: log of the mass of N(mean, e^(2 log_scale)) in the bin of x, in nats.
 
-    x f32[...] in [-1, 1], in bins of half-width 1/255; those beyond ±.999 reach to infinity. Mass
-    is floored at 1e-12. Φ is the tanh form that ADM and DiT use (within 3e-4 of the true one), so
-    that bits/dim and losses compare with published ones.
+    Elementwise; x f32[...] is in [-1, 1]. Bins have a half-width of 1/255, and those beyond ±.999
+    extend to infinity. The mass is floored at 1e-12. Φ is the tanh approximation of ADM and DiT,
+    within 3e-4 of the exact one, so that bits/dim and losses compare with published ones.
     """
     centred = x - mean
     inverse_scale = jnp.exp(-log_scale)
@@ -136,27 +136,27 @@ def _normal_cdf(z: jax.Array) -> jax.Array:
 def predict(denoise: Denoise, schedule: Schedule, x_t: jax.Array, t: jax.Array) -> jax.Array:
     """The network's raw output at x_t f32[B,...], t i32[B] -> f32[B,...,C or 2C].
 
-    The one place where a table index becomes the original timestep.
+    This is the only place where a table index becomes the original timestep.
     """
     timesteps = jnp.asarray(schedule.timesteps, jnp.int32)[t]
     return denoise(x_t, timesteps).astype(jnp.float32)
 
 
 def split_channels(out: jax.Array, channels: int) -> tuple[jax.Array, jax.Array | None]:
-    """out f32[...,C or 2C] -> the prediction f32[...,C] and the variance channels, None without.
+    """Split out f32[...,C or 2C] into the prediction f32[...,C] and the variance channels or None.
 
-    Raises UserError when the network gives neither C nor 2C channels.
+    Raises UserError when the network outputs neither C nor 2C channels.
     """
     if out.shape[-1] not in (channels, 2 * channels):
         raise UserError(
             f"network gives {out.shape[-1]} channels for an input of {channels}: expected"
-            f" {channels}, or {2 * channels} with a learned variance; set its output channels so."
+            f" {channels}, or {2 * channels} with a learned variance; change its output channels."
         )
     return out[..., :channels], out[..., channels:] if out.shape[-1] > channels else None
 
 
 class PMeanVariance(NamedTuple):
-    """p(x_{t-1} | x_t) = N(mean, e^log_variance), with the x0 and eps that it rests on."""
+    """p(x_{t-1} | x_t) = N(mean, e^log_variance), and the x0 and eps that it is computed from."""
 
     mean: jax.Array  # f32[B,...,C]
     log_variance: jax.Array  # f32[B,...,C]
@@ -176,17 +176,17 @@ def p_mean_variance(
 ) -> PMeanVariance:
     """DDPM Eq. 7 at the predicted x0: out f32[B,...,C or 2C], x_t f32[B,...,C], t i32[B].
 
-    variance: 'learned_range' reads the channels past C; 'fixed_small' is β̃_t and 'fixed_large' β_t,
-    which ignore such channels. clip_x0 brings x0 into [-1, 1], and eps agrees: for pixels only.
+    variance: 'learned_range' reads the channels past C; 'fixed_small' (β̃_t) and 'fixed_large' (β_t)
+    ignore them. clip_x0, for pixels only, clips x0 to [-1, 1] and recomputes eps from it.
 
-    Raises UserError for an unknown prediction or variance, or channels that do not fit.
+    Raises UserError for an unknown prediction or variance, or a wrong number of channels.
     """
     predicted, v = split_channels(out, x_t.shape[-1])
     x0, eps = _x0_and_eps(schedule, predicted, x_t, t, prediction)
     if clip_x0:
         x0 = jnp.clip(x0, -1, 1)
         eps = eps_from_x0(schedule, x_t, t, x0)
-    mean, log_variance = q_posterior(schedule, x0, x_t, t)  # 'fixed_small' as it is
+    mean, log_variance = q_posterior(schedule, x0, x_t, t)  # log_variance is 'fixed_small'
     if variance == "learned_range":
         if v is None:
             raise UserError(
@@ -204,7 +204,7 @@ def p_mean_variance(
 def _x0_and_eps(
     schedule: Schedule, predicted: jax.Array, x_t: jax.Array, t: jax.Array, prediction: Prediction
 ) -> tuple[jax.Array, jax.Array]:
-    """Both views of what the network predicted, in whichever of the three it did."""
+    """Convert a network's prediction, whichever of the three it is, to x0 and eps."""
     if prediction == "eps":
         return x0_from_eps(schedule, x_t, t, predicted), predicted
     if prediction == "x0":

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: from a conditional and an unconditional prediction, a denoiser."""
+"""Classifier-free guidance: one denoiser from conditional and unconditional predictions."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -25,12 +25,12 @@ def guide(
     """DiT Sec. 3.1, Ho & Salimans Eq. 6 with s = 1 + w: ε̂ = ε(x,∅) + s (ε(x,c) - ε(x,∅)).
 
     scale f32[] or f32[B]: 0 is unconditional, 1 conditional. x_channels is C. channels: 'all'
-    guides the C of the prediction; 'three' only the first three, as the DiT release does, where
-    s = 1 + x is about 'all' at s = 1 + ¾x. The rest, the variance always, stays conditional.
-    The weights sum to 1, so the rule serves ε, x0 and v predictions alike.
+    guides all C channels of the prediction; 'three' guides the first three only, as the DiT release
+    does, and s = 1 + x then acts about as 'all' at s = 1 + ¾x. Other channels, always including the
+    variance, stay conditional. The weights sum to 1, so the rule holds for ε, x0 and v predictions.
 
-    Raises UserError for another rule, 'three' of fewer than three channels, or two outputs that
-    differ in shape or lack channels.
+    Raises UserError for an unknown rule, for 'three' of fewer than three channels, and for two
+    outputs that differ in shape or lack channels.
     """
     if channels not in get_args(GuidedChannels):
         legal = get_args(GuidedChannels)
@@ -65,9 +65,9 @@ def within(
     low: jax.typing.ArrayLike,
     high: jax.typing.ArrayLike,
 ) -> Denoise:
-    """Kynkäänniemi et al. 2024, Eq. 4: guided at low <= t < high, the plain conditional elsewhere.
+    """Kynkäänniemi et al. 2024, Eq. 4: guided at low <= t < high, conditional elsewhere.
 
-    low, high f32[] are timesteps. All of a batch must be at one t, as in a sampler: outside the
+    low, high f32[] are timesteps. The whole batch must be at one t, as in a sampler: outside the
     interval the unconditional half is not computed.
     """
 

@@ -1,4 +1,4 @@
-"""Objectives, each an f32[B]: L_simple, the variational bound L_vlb, and DiT's hybrid of both."""
+"""Training objectives, f32[B] each: L_simple, the variational bound L_vlb, and DiT's hybrid."""
 
 import math
 from collections.abc import Callable
@@ -31,11 +31,11 @@ def sample_timesteps(key: jax.Array, batch: int, num: int) -> jax.Array:
 
 
 def stratified_timesteps(indices: np.ndarray, num: int, shift: int) -> np.ndarray:
-    """van der Corput 1935, shifted as by Cranley & Patterson 1976: t of pair i -> i32[n].
+    """van der Corput 1935, shifted as in Cranley & Patterson 1976: t of pair i -> i32[n].
 
-    t_i = floor(num · frac(φ_2(i) + shift/2^32)), φ_2(i) being i's 32 bits mirrored at the point: a
-    function of i alone, and yet the first n pairs leave no part of 0..num-1 out. indices i[n] below
-    2^32, shift in 0..2^32-1; integers all through, so the same on every machine.
+    t_i = floor(num · frac(φ_2(i) + shift/2^32)), where φ_2(i) mirrors i's 32 bits at the point. It
+    depends on i alone, yet the first n pairs, for any n, cover 0..num-1 evenly. indices i[n] are
+    below 2^32, shift is in 0..2^32-1. Integer arithmetic gives the same t on every machine.
     """
     bits = np.asarray(indices, np.uint32)
     mirrored = np.zeros_like(bits)
@@ -45,83 +45,75 @@ def stratified_timesteps(indices: np.ndarray, num: int, shift: int) -> np.ndarra
     return (turned * np.uint64(num) >> np.uint64(32)).astype(np.int32)
 
 
+class Objective(NamedTuple):
+    """What a network is trained on: the process, what it predicts of it, and its variance."""
+
+    schedule: Schedule
+    prediction: Prediction = "eps"
+    variance: Variance = "learned_range"
+
+
 def simple_loss(
-    denoise: Denoise,
-    schedule: Schedule,
-    x0: jax.Array,
-    t: jax.Array,
-    eps: jax.Array,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_small",
+    objective: Objective, denoise: Denoise, x0: jax.Array, t: jax.Array, eps: jax.Array
 ) -> dict[str, jax.Array]:
     """DDPM Eq. 14: mean over H, W, C of (ε - ε̂)², or of x0's or v's error -> loss, mse f32[B].
 
-    x0, eps f32[B,H,W,C], t i32[B]. variance is taken so that the three losses are interchangeable,
-    and is not read: variance channels, if the network has any, stay untrained.
+    x0, eps f32[B,H,W,C], t i32[B]. The variance is ignored: its channels, if the network has any,
+    stay untrained.
     """
-    del variance
-    out = predict(denoise, schedule, q_sample(schedule, x0, t, eps), t)
-    mse = _mse(schedule, out, x0, t, eps, prediction)
+    s = objective.schedule
+    out = predict(denoise, s, q_sample(s, x0, t, eps), t)
+    mse = _mse(objective, out, x0, t, eps)
     return {"loss": mse, "mse": mse}
 
 
 def vlb_loss(
-    denoise: Denoise,
-    schedule: Schedule,
-    x0: jax.Array,
-    t: jax.Array,
-    eps: jax.Array,
-    *,
-    prediction: Prediction = "eps",
-    variance: Variance = "learned_range",
+    objective: Objective, denoise: Denoise, x0: jax.Array, t: jax.Array, eps: jax.Array
 ) -> dict[str, jax.Array]:
     """Nichol & Dhariwal Eqs. 5-6: the bound's term at t, bits/dim -> loss, mse, vlb f32[B].
 
-    Trains mean and variance alike. For uniform t, S times this plus the prior term is an unbiased
+    It trains both mean and variance. For uniform t, S times this plus the prior term is an unbiased
     estimate of `vlb_bits_per_dim`. x0, eps f32[B,H,W,C], t i32[B].
     """
-    x_t = q_sample(schedule, x0, t, eps)
-    out = predict(denoise, schedule, x_t, t)
-    vlb = _vlb_term(schedule, out, x0, x_t, t, prediction, variance, clip_x0=False)
-    return {"loss": vlb, "mse": _mse(schedule, out, x0, t, eps, prediction), "vlb": vlb}
+    x_t = q_sample(objective.schedule, x0, t, eps)
+    out = predict(denoise, objective.schedule, x_t, t)
+    vlb = _vlb_term(objective, out, x0, x_t, t)
+    return {"loss": vlb, "mse": _mse(objective, out, x0, t, eps), "vlb": vlb}
 
 
 def hybrid_loss(
+    objective: Objective,
     denoise: Denoise,
-    schedule: Schedule,
     x0: jax.Array,
     t: jax.Array,
     eps: jax.Array,
     *,
-    prediction: Prediction = "eps",
-    variance: Variance = "learned_range",
     vlb_weight: float = 1.0,
 ) -> dict[str, jax.Array]:
     """Nichol & Dhariwal Eq. 16: L_simple + λ L_vlb(stop_grad(ε̂), Σ) -> loss, mse, vlb f32[B].
 
-    L_vlb, bits/dim, trains the variance only. DiT's λ is 1 on the term at t; Nichol & Dhariwal's
-    .001 is on the sum over 1000 steps, the same thing. x0, eps f32[B,H,W,C], t i32[B].
+    L_vlb, in bits/dim, trains the variance only. DiT's λ = 1 weighs the term at t; this equals
+    Nichol & Dhariwal's λ = .001 of the sum over 1000 steps. x0, eps f32[B,H,W,C], t i32[B].
 
-    Raises UserError when the variance is fixed: the second term would train nothing.
+    Raises UserError for a fixed variance, with which the second term would train nothing.
     """
-    if variance != "learned_range":
+    if objective.variance != "learned_range":
         raise UserError(
-            f"hybrid loss with variance {variance!r}: expected 'learned_range', as its second term"
-            " trains the variance alone; learn the variance, or use the simple loss."
+            f"hybrid loss with variance {objective.variance!r}: expected 'learned_range', as its"
+            " second term trains the variance alone; learn the variance, or use the simple loss."
         )
-    x_t = q_sample(schedule, x0, t, eps)
-    out = predict(denoise, schedule, x_t, t)
+    x_t = q_sample(objective.schedule, x0, t, eps)
+    out = predict(denoise, objective.schedule, x_t, t)
     predicted, v = split_channels(out, x0.shape[-1])
     parts = [jax.lax.stop_gradient(predicted)] + ([] if v is None else [v])
     frozen = jnp.concatenate(parts, axis=-1)
-    mse = _mse(schedule, out, x0, t, eps, prediction)
-    vlb = _vlb_term(schedule, frozen, x0, x_t, t, prediction, variance, clip_x0=False)
+    mse = _mse(objective, out, x0, t, eps)
+    vlb = _vlb_term(objective, frozen, x0, x_t, t)
     return {"loss": mse + vlb_weight * vlb, "mse": mse, "vlb": vlb}
 
 
 class VLB(NamedTuple):
-    """The variational bound on -log2 p(x0), bits/dim: total = prior + the sum of terms over t."""
+    """The variational bound on -log2 p(x0) in bits/dim: total = prior + sum of terms over t."""
 
     total: jax.Array  # f32[B]
     prior: jax.Array  # f32[B]: L_T
@@ -129,26 +121,25 @@ class VLB(NamedTuple):
 
 
 def vlb_bits_per_dim(
+    objective: Objective,
     denoise: Denoise,
-    schedule: Schedule,
     x0: jax.Array,
     noise: Callable[[jax.Array], jax.Array],
     *,
-    prediction: Prediction = "eps",
-    variance: Variance = "learned_range",
     clip_x0: bool = False,
 ) -> VLB:
     """Nichol & Dhariwal Eqs. 4-7: L_0 + ... + L_T in one lax.scan over t = 0..S-1.
 
-    x0 f32[B,H,W,C]; noise(t i32[]) -> f32[B,H,W,C] is the ε of step t. clip_x0 is what published
-    bits/dim of pixels use.
+    x0 f32[B,H,W,C]; noise(t i32[]) -> f32[B,H,W,C] is the ε of step t. Published bits/dim of pixels
+    use clip_x0.
     """
+    schedule = objective.schedule
 
     def term(carry: None, i: jax.Array) -> tuple[None, jax.Array]:
         t = jnp.full(x0.shape[:1], i)
         x_t = q_sample(schedule, x0, t, noise(i))
         out = predict(denoise, schedule, x_t, t)
-        return carry, _vlb_term(schedule, out, x0, x_t, t, prediction, variance, clip_x0)
+        return carry, _vlb_term(objective, out, x0, x_t, t, clip_x0)
 
     _, terms = jax.lax.scan(term, None, jnp.arange(len(schedule), dtype=jnp.int32))
     prior = _prior_bits_per_dim(schedule, x0)
@@ -156,28 +147,23 @@ def vlb_bits_per_dim(
 
 
 def _mse(
-    schedule: Schedule,
-    out: jax.Array,
-    x0: jax.Array,
-    t: jax.Array,
-    eps: jax.Array,
-    prediction: Prediction,
+    objective: Objective, out: jax.Array, x0: jax.Array, t: jax.Array, eps: jax.Array
 ) -> jax.Array:
     predicted, _ = split_channels(out, x0.shape[-1])
-    return _mean_flat(jnp.square(target(schedule, x0, t, eps, prediction) - predicted))
+    wanted = target(objective.schedule, x0, t, eps, objective.prediction)
+    return _mean_flat(jnp.square(wanted - predicted))
 
 
 def _vlb_term(
-    schedule: Schedule,
+    objective: Objective,
     out: jax.Array,
     x0: jax.Array,
     x_t: jax.Array,
     t: jax.Array,
-    prediction: Prediction,
-    variance: Variance,
-    clip_x0: bool,
+    clip_x0: bool = False,
 ) -> jax.Array:
     """Nichol & Dhariwal Eq. 6: KL(q(x_{t-1}|x_t,x0) || p(x_{t-1}|x_t)), at t=0 Eq. 5 -> f32[B]."""
+    schedule, prediction, variance = objective
     p = p_mean_variance(
         schedule, out, x_t, t, prediction=prediction, variance=variance, clip_x0=clip_x0
     )
@@ -200,3 +186,11 @@ def _mean_flat(x: jax.Array) -> jax.Array:
 
 def _bits_per_dim(nats: jax.Array) -> jax.Array:
     return _mean_flat(nats) / math.log(2)
+
+
+# config.diffusion.loss -> (objective, denoise, x0, t, eps)
+LOSSES: dict[str, Callable[..., dict[str, jax.Array]]] = {
+    "hybrid": hybrid_loss,
+    "simple": simple_loss,
+    "vlb": vlb_loss,
+}

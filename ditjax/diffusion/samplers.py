@@ -1,4 +1,4 @@
-"""Reverse processes: DDPM's ancestral sampling and DDIM's, each one lax.scan from x_T to x0."""
+"""Samplers: DDPM's ancestral sampling and DDIM, each one lax.scan from x_T to x0."""
 
 from collections.abc import Callable
 
@@ -13,15 +13,15 @@ from ditjax.errors import UserError
 # step i32[], counted from 0 at the noisiest -> standard normal f32[B,H,W,C]
 Noise = Callable[[jax.Array], jax.Array]
 
-# Two streams of one sample's key: a step's index is only ever folded into the second.
+# Two streams of a sample's key. Step indices are folded into the second only.
 _INITIAL, _STEPS = 0, 1
 
 
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """x_T ~ N(0, 1), sample b from keys[b] alone: keys key[B], shape (H,W,C) -> f32[B,H,W,C].
 
-    Independent of every draw of `per_sample_noise` from the same keys. Raises UserError for keys
-    that are not one threefry key a sample.
+    It is independent of all that `per_sample_noise` draws from the same keys. Raises UserError for
+    keys other than one threefry key per sample.
     """
     return _normal_each(_stream(keys, _INITIAL), shape)
 
@@ -29,8 +29,8 @@ def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def per_sample_noise(keys: jax.Array, shape: tuple[int, ...]) -> Noise:
     """noise(i) whose sample b depends on (keys[b], i) alone: keys key[B], shape (H,W,C).
 
-    So a sample is the same in any batch, at any place in it, on any number of devices. Raises
-    UserError for keys that are not one threefry key a sample.
+    A sample is therefore the same in any batch, at any place in it, on any number of devices.
+    Raises UserError for keys other than one threefry key per sample.
     """
     stream = _stream(keys, _STEPS)
 
@@ -41,12 +41,12 @@ def per_sample_noise(keys: jax.Array, shape: tuple[int, ...]) -> Noise:
 
 
 def _stream(keys: jax.Array, stream: int) -> jax.Array:
-    # Under vmap, rbg draws a batch from its first key: samples would hang on the batch they are in.
+    # Under vmap, rbg draws a whole batch from its first key: a sample would depend on its batch.
     one_key_each = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) and keys.ndim == 1
     if not one_key_each or not str(jax.random.key_impl(keys)).startswith("threefry"):
         raise UserError(
-            f"sampling keys are {keys.dtype}{list(keys.shape)}: expected one threefry key a sample,"
-            " key<fry>[B]; split jax.random.key(seed, impl='threefry2x32') into B of them."
+            f"sampling keys are {keys.dtype}{list(keys.shape)}: expected one threefry key per"
+            " sample, key<fry>[B]; split jax.random.key(seed, impl='threefry2x32') into B keys."
         )
     return jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
 
@@ -64,11 +64,16 @@ def ddpm(
     prediction: Prediction = "eps",
     variance: Variance = "learned_range",
     clip_x0: bool = False,
+    eta: float = 0.0,
 ) -> jax.Array:
-    """DDPM Alg. 2: x_{t-1} = μ(x_t) + σ_t z for S steps, no z at the last; x_T f32[B,H,W,C] -> x0.
+    """DDPM Alg. 2: x_{t-1} = μ(x_t) + σ_t z for S steps; x_T f32[B,H,W,C] -> x0.
+
+    The last step adds no noise. eta is DDIM's and is not read: samplers are interchangeable.
 
     Raises UserError as `gaussian.p_mean_variance` does.
     """
+
+    del eta
 
     def step(x_t: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         t = _table_index(schedule, x_t, i)
@@ -79,7 +84,8 @@ def ddpm(
         sigma = jnp.where(i < len(schedule) - 1, jnp.exp(0.5 * p.log_variance), 0.0)
         return p.mean + sigma * noise(i), None
 
-    return _scan(step, schedule, x_T)
+    x0, _ = jax.lax.scan(step, x_T, jnp.arange(len(schedule), dtype=jnp.int32))
+    return x0
 
 
 def ddim(
@@ -90,15 +96,17 @@ def ddim(
     *,
     eta: float = 0.0,
     prediction: Prediction = "eps",
+    variance: Variance = "fixed_small",
     clip_x0: bool = False,
 ) -> jax.Array:
     """DDIM Eq. 12: x_{t-1} = √ᾱ_{t-1} x0 + √(1-ᾱ_{t-1}-σ_t²) ε + σ_t z; x_T f32[B,H,W,C] -> x0.
 
-    σ_t is η√β̃_t (Eq. 16): η = 0 is deterministic, and never calls noise; η = 1 is `ddpm` with
-    'fixed_small', step for step. Variance channels, if the network has any, are ignored.
+    σ_t = η√β̃_t (Eq. 16). η = 0 is deterministic and never calls noise; η = 1 equals `ddpm` with
+    'fixed_small', step for step. variance is DDPM's and is not read.
 
     Raises UserError for η outside [0, 1], and as `gaussian.p_mean_variance` does.
     """
+    del variance
     if not 0 <= eta <= 1:
         raise UserError(
             f"ddim's eta is {eta}: expected 0 (deterministic) to 1 (as much noise as DDPM)."
@@ -118,18 +126,14 @@ def ddim(
             x = x + extract(sigma, t, x_t.ndim) * noise(i)
         return x, None
 
-    return _scan(step, schedule, x_T)
+    x0, _ = jax.lax.scan(step, x_T, jnp.arange(len(schedule), dtype=jnp.int32))
+    return x0
 
 
 def _table_index(schedule: Schedule, x_t: jax.Array, i: jax.Array) -> jax.Array:
-    """Step i from the noisiest, as an index into the tables, for each sample -> i32[B]."""
+    """The index into the tables of step i, counted from the noisiest, per sample -> i32[B]."""
     return jnp.full(x_t.shape[:1], len(schedule) - 1 - i)
 
 
-def _scan(
-    step: Callable[[jax.Array, jax.Array], tuple[jax.Array, None]],
-    schedule: Schedule,
-    x_T: jax.Array,
-) -> jax.Array:
-    x0, _ = jax.lax.scan(step, x_T, jnp.arange(len(schedule), dtype=jnp.int32))
-    return x0
+# config.sample.sampler -> (denoise, schedule, x_T, noise, *, prediction, variance, clip_x0, eta)
+SAMPLERS: dict[str, Callable[..., jax.Array]] = {"ddpm": ddpm, "ddim": ddim}

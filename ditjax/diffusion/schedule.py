@@ -1,4 +1,4 @@
-"""The noise schedule: β and ᾱ tables in float64 NumPy, and shorter schedules retained from them."""
+"""Noise schedules: tables of β and ᾱ in float64 NumPy, and respacing to fewer steps."""
 
 import re
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ def linear_betas(timesteps: int) -> np.ndarray:
     """
     if timesteps <= 20:
         raise UserError(
-            f"linear schedule of {timesteps} timesteps: expected at least 21, as the last beta is"
-            " 20/T and must stay below 1; use the cosine schedule, or respace a longer one."
+            f"linear schedule of {timesteps} timesteps: expected at least 21, because the last beta"
+            " is 20/T and must be below 1; use the cosine schedule, or respace a longer one."
         )
     scale = 1000 / timesteps
     return np.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=np.float64)
@@ -38,7 +38,7 @@ def cosine_betas(timesteps: int) -> np.ndarray:
 
 
 def _table(values: np.ndarray) -> np.ndarray:
-    """A read-only copy: a schedule is a constant of the programs traced with it."""
+    """A read-only copy, because programs are traced with a schedule as a constant."""
     table = np.array(values)
     table.flags.writeable = False
     return table
@@ -48,11 +48,11 @@ def _table(values: np.ndarray) -> np.ndarray:
 class Schedule:
     """DDPM Sec. 2: the forward process q over the S retained steps, every table f64[S].
 
-    Everywhere in `diffusion`, `t i32[B]` indexes these tables (0 is the cleanest step); the network
-    is fed `timesteps[t]`, the original integer in [0, num_train_timesteps), respaced or not.
-    Equal schedules hash equal, so one may be closed over by jit or be a static argument of it.
+    Everywhere in `diffusion`, `t i32[B]` indexes these tables; 0 is the cleanest step. The network
+    receives `timesteps[t]`, the original integer in [0, num_train_timesteps), respaced or not.
+    Equal schedules have equal hashes, so a schedule may be a static argument of jit.
 
-    Raises UserError for betas outside (0, 1) or timesteps that do not ascend within range.
+    Raises UserError for betas outside (0, 1) and for timesteps out of order or out of range.
     """
 
     betas: np.ndarray
@@ -139,7 +139,7 @@ _BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 def make_schedule(name: str, timesteps: int = 1000) -> Schedule:
     """The training schedule 'linear' or 'cosine' with T = timesteps steps, all of them retained.
 
-    Raises UserError for another name or a T the schedule cannot have.
+    Raises UserError for an unknown name and for a T that the schedule does not allow.
     """
     if name not in _BETAS:
         raise UserError(
@@ -153,8 +153,8 @@ def space_timesteps(num_timesteps: int, spec: str) -> np.ndarray:
     """Improved DDPM's and ADM's respacing: which of num_timesteps to retain -> i64[S], ascending.
 
     '250'       250 steps, evenly strided from the first to the last
-    '10,15,20'  so many in each of equal sections, cleanest first; strided the same way within each
-    'ddim50'    DDIM's: every k-th from 0, with the smallest whole k that gives 50 exactly
+    '10,15,20'  this many in each of three equal sections, cleanest first, strided likewise
+    'ddim50'    DDIM's: every k-th from 0, with the smallest integer k that gives exactly 50
 
     Raises UserError for any other spec, and for more steps than there are.
     """
@@ -182,8 +182,8 @@ def space_timesteps(num_timesteps: int, spec: str) -> np.ndarray:
                 f" {length} of the {num_timesteps} timesteps; give at most {length}."
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        # The stride is summed, not multiplied, and rounded half to even: which timesteps the
-        # published samples used hangs on both.
+        # Sum the stride instead of multiplying it, and round half to even: the timesteps of the
+        # published samples depend on both.
         offsets = np.cumsum(np.append(0.0, np.full(count - 1, stride)))
         retained.append(start + np.rint(offsets).astype(np.int64))
         start += length
@@ -191,7 +191,7 @@ def space_timesteps(num_timesteps: int, spec: str) -> np.ndarray:
 
 
 def _count(text: str) -> int:
-    """0 for what is no number; nine digits at most, as int() raises past some thousands."""
+    """The number, or 0 for other text; at most nine digits, as int() refuses thousands of them."""
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
 
@@ -204,8 +204,8 @@ def _ddim_timesteps(num_timesteps: int, spec: str) -> np.ndarray:
     if count not in reachable:
         near = sorted(sorted(reachable, key=lambda steps: abs(steps - count))[:3])
         raise UserError(
-            f"respacing {spec!r}: no whole stride over {num_timesteps} timesteps gives {count}"
-            f" steps; the nearest that one gives: {', '.join(f'ddim{steps}' for steps in near)}."
+            f"respacing {spec!r}: no integer stride over {num_timesteps} timesteps gives {count}"
+            f" steps; the nearest possible: {', '.join(f'ddim{steps}' for steps in near)}."
         )
     return np.arange(0, num_timesteps, reachable[count], dtype=np.int64)
 
@@ -213,7 +213,7 @@ def _ddim_timesteps(num_timesteps: int, spec: str) -> np.ndarray:
 def respace(schedule: Schedule, spec: str) -> Schedule:
     """Nichol & Dhariwal Eq. 19: the retained steps keep their ᾱ, so β' = 1 - ᾱ_i / ᾱ_{i-1}.
 
-    Raises UserError for a spec that `space_timesteps` refuses.
+    Raises UserError as `space_timesteps` does.
     """
     retained = space_timesteps(len(schedule), spec)
     alphas_bar = schedule.alphas_bar[retained]
@@ -224,7 +224,7 @@ def respace(schedule: Schedule, spec: str) -> Schedule:
 def extract(table: np.ndarray, t: jax.Array, ndim: int) -> jax.Array:
     """table f64[S], t i32[B] -> f32[B,1,...,1] of rank ndim: the table's value for each sample.
 
-    A t beyond the table reads NaN: JAX would otherwise hand out the last entry in silence.
+    A t beyond the table gives NaN; by default JAX would silently return the last entry.
     """
     values = jnp.asarray(table, jnp.float32).at[t].get(mode="fill", fill_value=jnp.nan)
     return values.reshape(t.shape + (1,) * (ndim - 1))

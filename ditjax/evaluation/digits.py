@@ -1,4 +1,4 @@
-"""The two shipped digit classifiers at work: features of FD-digits, and an independent judge."""
+"""The two shipped digit classifiers: one gives FD-digits its features, the other is the judge."""
 
 import functools
 from typing import Any, cast
@@ -6,42 +6,34 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from ditjax.data import stream
+from ditjax.data.crop import normalize, resize_images
 from ditjax.files.assets import load_asset
 from ditjax.models import classifier
 from ditjax.models.classifier import DigitsConvNet, DigitsMixer, Recognition
+from ditjax.parallel.processes import padded
 
 FEATURES = "digits_convnet"
 JUDGE = "digits_mixer"
 
-
-def normalise(images: np.ndarray) -> np.ndarray:
-    """u8[N,8,8,1] -> f32[N,8,8,1] in [-1, 1]."""
-    return (images.astype(np.float32) / np.float32(127.5)) - np.float32(1.0)
+Classifier = DigitsConvNet | DigitsMixer
 
 
-def apply(network: DigitsConvNet | DigitsMixer, params: Any, x: jax.Array) -> Recognition:
+def apply_classifier(network: Classifier, params: Any, x: jax.Array) -> Recognition:
     """f32[B,8,8,1] in [-1,1] -> features and logits."""
     return cast(Recognition, network.apply({"params": params}, x))
 
 
-_forward = jax.jit(apply, static_argnums=0)
+_forward = jax.jit(apply_classifier, static_argnums=0)
 
 
 def recognise(
-    network: DigitsConvNet | DigitsMixer,
-    params: dict[str, Any],
-    images: np.ndarray,
-    batch_size: int = 512,
+    network: Classifier, params: dict[str, Any], images: np.ndarray, batch_size: int = 512
 ) -> tuple[np.ndarray, np.ndarray]:
     """images u8[N,8,8,1] -> features f32[N,F], logits f32[N,10], in batches."""
-
     parts: list[Recognition] = []
     for start in range(0, len(images), batch_size):
-        x = normalise(images[start : start + batch_size])
-        # The last batch is filled up, so that one shape is compiled.
-        x = np.pad(x, ((0, batch_size - len(x)), (0, 0), (0, 0), (0, 0)))
-        parts.append(_forward(network, params, x))
+        x = normalize(images[start : start + batch_size])
+        parts.append(_forward(network, params, padded(x, batch_size)))
     features = np.concatenate([np.asarray(part.features) for part in parts])[: len(images)]
     return features, np.concatenate([np.asarray(part.logits) for part in parts])[: len(images)]
 
@@ -52,21 +44,21 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 @functools.cache
-def shipped(name: str) -> tuple[classifier.DigitsConvNet | classifier.DigitsMixer, Any]:
+def shipped_classifier(name: str) -> tuple[Classifier, Any]:
     """A shipped classifier and its parameters."""
     params, record = load_asset(name)
     widths = dict(record["network"])
     return getattr(classifier, widths.pop("name"))(**widths), params
 
 
-def see(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def recognise_digits(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A shipped classifier on u8[N,H,W,C] of any size -> features f32[N,F], logits f32[N,10]."""
-    small = stream.resize_images(images, classifier.SIDE)
+    small = resize_images(images, classifier.SIDE)
     if small.shape[-1] == 3:
         small = small.mean(-1, keepdims=True).round().astype(np.uint8)
-    return recognise(*shipped(name), small)
+    return recognise(*shipped_classifier(name), small)
 
 
-def see_class(images: np.ndarray) -> np.ndarray:
-    """The digit that an independent classifier sees: u8[N,H,W,C] -> i[N]."""
-    return np.argmax(see(JUDGE, images)[1], axis=1)
+def predict_digit(images: np.ndarray) -> np.ndarray:
+    """The judge's digit of each image: u8[N,H,W,C] -> i[N]."""
+    return np.argmax(recognise_digits(JUDGE, images)[1], axis=1)

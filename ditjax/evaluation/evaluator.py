@@ -10,22 +10,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax.config import Config
-from ditjax.data import latents, stream
+from ditjax.config import Config, replaced
+from ditjax.data import records, source
 from ditjax.data.images import open_images
+from ditjax.data.names import is_latents
 from ditjax.errors import UserError
 from ditjax.evaluation import scoring
 from ditjax.evaluation.features import Extractor, digits_extractor, open_extractor, scenes_extractor
 from ditjax.evaluation.scoring import Reference, Seen, look, open_reference, score
 from ditjax.evaluation.validation import Validator, held_out
 from ditjax.files import lease
-from ditjax.files.npz import read_array
+from ditjax.files.npz import load_array
 from ditjax.parallel.rules import check_batch
 from ditjax.runs import opening
-from ditjax.sampling import pipeline
-from ditjax.sampling.pipeline import Drawer, draw_to, sampling_protocol
+from ditjax.runs.results import SAMPLES_FILE
+from ditjax.sampling.draw import Drawer, decoder_of, draw_to, sampling_protocol
+from ditjax.sampling.program import sampling_of
+from ditjax.tasks import make_task
+from ditjax.training.task import Frozen
 
-SAMPLES_FILE = "samples.npz"
 GUIDED_FILE = "guided.npz"
 
 
@@ -48,19 +51,17 @@ class Evaluator:
     interval, a grid for every cell.
     """
 
-    def __init__(
-        self, c: Config, mesh: Mesh, frozen: Any = None, drawer: Drawer | None = None
-    ) -> None:
-        """Sees the reference. Raises UserError for features or a reference that are none."""
-        if c.evaluate.features == "none" or c.train.network != "dit":
+    def __init__(self, c: Config, mesh: Mesh, frozen: Frozen, drawer: Drawer | None = None) -> None:
+        """Opens features and reference. Raises UserError for what is none, or draws no samples."""
+        sampling_of(c, make_task(c))
+        if c.evaluate.features == "none":
             raise UserError(
-                f"config.evaluate.features is {c.evaluate.features!r} for a {c.train.network}:"
-                " expected a DiT and 'digits', 'scenes' or 'inception:FILE' (evaluate and grid take"
-                " --features=)."
+                "config.evaluate.features is 'none': expected 'digits', 'scenes' or"
+                " 'inception:FILE' (evaluate and grid take --features=)."
             )
         check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
         self._drawer = drawer or Drawer(mesh, frozen)
-        self._decoder = pipeline.decoder_of(frozen)
+        self._decoder = decoder_of(frozen)
         self.extractor = open_extractor(c.evaluate.features, mesh)
         self.reference = reference_of(c, self.extractor)
         self._validate = Validator(mesh, frozen)
@@ -69,11 +70,7 @@ class Evaluator:
     @property
     def distance(self) -> str:
         """The metric that a model is chosen by: 'fid' or 'fd_digits'."""
-        return scoring.distance_name(self._inception)
-
-    @property
-    def _inception(self) -> bool:
-        return self.extractor.name == "inception"
+        return scoring.distance_name(self.extractor.family)
 
     def in_memory(self, c: Config, params: Any, num: int) -> Evaluated:
         """Distance of `num` samples, validation loss, what else is quick; nothing is written."""
@@ -107,8 +104,8 @@ class Evaluator:
         images = open_images(path)
         batches = images.batches(self.extractor.batch_size)
         seen = look(self.extractor, batches, num, title="features")
-        metrics = self._scored(c, seen, read_array(path, "label"))
-        if self.extractor.judge:
+        metrics = self._scored(c, seen, load_array(path, "label"))
+        if self.extractor.shipped:
             metrics |= self._digits_only(c, params, folder, model)
         metrics |= self._validate(c, params)
         return Evaluated(metrics, self.protocol_of_run(c), self.reference.name, seconds)
@@ -116,7 +113,7 @@ class Evaluator:
     def protocol_of_run(self, c: Config) -> dict[str, Any]:
         """The protocol of what `of_run` gives, known before anything is drawn."""
         protocol = self.protocol(c, c.evaluate.num_samples)
-        if self.extractor.judge:
+        if self.extractor.shipped:
             protocol |= {
                 "guided_scale": c.evaluate.guided_scale,
                 "guided_num": c.evaluate.guided_num if c.evaluate.guided_scale else 0,
@@ -136,7 +133,7 @@ class Evaluator:
     def _draw(
         self, c: Config, params: Any, path: Path, num: int, scale: float, model: dict[str, Any]
     ) -> float:
-        c = dataclasses.replace(c, sample=dataclasses.replace(c.sample, num=num, cfg_scale=scale))
+        c = replaced(c, sample=dataclasses.replace(c.sample, num=num, cfg_scale=scale))
         return draw_to(
             path,
             self._drawer,
@@ -154,7 +151,7 @@ class Evaluator:
             seen,
             self.reference.statistics,
             self.reference.pool,
-            inception=self._inception,
+            family=self.extractor.family,
             seed=c.evaluate.seed,
             brief=brief,
         )
@@ -175,8 +172,8 @@ class Evaluator:
             path = folder / GUIDED_FILE
             self._draw(c, params, path, c.evaluate.guided_num, c.evaluate.guided_scale, model)
             assert self.extractor.judge is not None
-            seen = self.extractor.judge(read_array(path, "arr_0"))
-            found["accuracy_guided"] = float(np.mean(seen == read_array(path, "label")))
+            seen = self.extractor.judge(load_array(path, "arr_0"))
+            found["accuracy_guided"] = float(np.mean(seen == load_array(path, "label")))
         return found
 
 
@@ -184,7 +181,7 @@ def scores_protocol(
     extractor: Extractor, reference: Reference, num: int, sampling: dict[str, Any]
 ) -> dict[str, Any]:
     """The protocol of scores: features, reference, number, and how the samples were drawn."""
-    metric = "FID" if extractor.name == "inception" else "FD-digits"
+    metric = f"FD-{extractor.family}" if extractor.family else "FID"
     return {
         "metric": metric,
         **extractor.record,
@@ -205,8 +202,8 @@ def reference_of(c: Config, extractor: Extractor) -> Reference:
 def _reference_name(c: Config) -> str:
     if c.evaluate.reference:
         return c.evaluate.reference
-    if c.data.name.startswith(latents.PREFIX):
-        return latents.images_of(c.data.name)
+    if is_latents(c.data.name):
+        return source.images_of_latents(c.data.name)
     return f"{c.data.name}/{c.data.split}"
 
 
@@ -216,9 +213,9 @@ def floor(features: str, name: str, against: str, data_dir: str) -> float:
     extractor = scenes_extractor() if features == "scenes" else digits_extractor()
     assert extractor.side is not None
     reference = open_reference(against, extractor, extractor.side, data_dir)
-    images = stream.load_arrays(name, "test", data_dir or None)["image"]
+    images = records.load_arrays(name, "test", data_dir or None)["image"]
     seen = look(extractor, [images], len(images))
-    return score(seen, reference.statistics, None, inception=False, brief=True)["fd_digits"]
+    return score(seen, reference.statistics, None, family="digits", brief=True)["fd_digits"]
 
 
 def _label_of(c: Config) -> Sequence[int] | None:

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ditjax.config import lookup
 from ditjax.data import scenes
 from ditjax.errors import UserError
-from ditjax.evaluation.digits import FEATURES, JUDGE, see, see_class
-from ditjax.evaluation.scenes import see_scene, see_scene_class
+from ditjax.evaluation.digits import FEATURES, JUDGE, predict_digit, recognise_digits
+from ditjax.evaluation.scenes import predict_scene_digit, recognise_scenes
 from ditjax.files.assets import load_asset
 from ditjax.models import classifier, inception
 from ditjax.parallel import processes, rules
@@ -35,7 +36,9 @@ class Extractor(NamedTuple):
 
     `record` fixes what the features are and goes into every protocol. `judge` gives i[B], the class
     that an independent classifier sees. `side`: what a data set's images are brought to for a
-    reference; None is the size of the samples.
+    reference; None is the size of the samples. `family` names the features in metrics: '' is FID's
+    own, 'mine' gives fd_mine. `shipped`: the features are of a classifier that ships, so that the
+    distance of real images to real images is known, too.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Extractor(NamedTuple):
     record: dict[str, Any]
     judge: Callable[[np.ndarray], np.ndarray] | None = None
     side: int | None = None
+    family: str = ""
+    shipped: bool = False
 
 
 def inception_extractor(
@@ -73,8 +78,7 @@ def inception_extractor(
         parts = []
         for start in range(0, len(images), size):
             batch = images[start : start + size]
-            # The last batch is filled up, so that one shape is compiled for each image size.
-            filled = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
+            filled = processes.padded(batch, size)
             out = jax.device_get(forward(params, processes.from_whole(over_mesh, filled)))
             parts.append([x[: len(batch)] for x in (out.pool, out.spatial, out.logits_unbiased)])
         return Features(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -91,13 +95,17 @@ def inception_extractor(
 def digits_extractor() -> Extractor:
     """The shipped digit classifier: FD-digits, never FID."""
     resize = f"bicubic to {classifier.SIDE} where larger, grey"
-    return _shipped("digits", "digits_convnet", resize, see, see_class, 512, classifier.SIDE)
+    return _shipped(
+        "digits", "digits_convnet", resize, recognise_digits, predict_digit, 512, classifier.SIDE
+    )
 
 
 def scenes_extractor() -> Extractor:
     """The shipped digit classifiers in windows of a digit scene: FD-digits of scenes, never FID."""
     features = "digits_convnet in windows of a scene, mean and largest, and colours"
-    return _shipped("scenes", features, "none", see_scene, see_scene_class, 256, scenes.SIDE)
+    return _shipped(
+        "scenes", features, "none", recognise_scenes, predict_scene_digit, 256, scenes.SCENE_SIDE
+    )
 
 
 def _shipped(
@@ -122,19 +130,34 @@ def _shipped(
         "resize": resize,
         "features_precision": "float32",
     }
-    return Extractor(name, extract, batch_size, record, judge, side)
+    return Extractor(name, extract, batch_size, record, judge, side, family="digits", shipped=True)
+
+
+SHIPPED: dict[str, Callable[[Mesh, int], Extractor]] = {
+    "digits": lambda mesh, batch_size: digits_extractor(),
+    "scenes": lambda mesh, batch_size: scenes_extractor(),
+}
 
 
 def open_extractor(text: str, mesh: Mesh, batch_size: int = 0) -> Extractor:
-    """'inception:WEIGHTS', 'digits' or 'scenes'. Raises UserError for another."""
+    """'inception:WEIGHTS', 'digits', 'scenes', or the dotted name of a function of yours.
+
+    The function is called with (mesh, batch_size) and returns an `Extractor`; a batch size of 0
+    leaves the choice to it. Raises UserError for another name.
+    """
     kind, _, path = text.partition(":")
     if kind == "inception" and path:
         return inception_extractor(path, mesh, batch_size)
-    if text == "digits":
-        return digits_extractor()
-    if text == "scenes":
-        return scenes_extractor()
-    raise UserError(
-        f"features {text!r}: expected inception:FILE (pt_inception-2015-12-05-6726825d.pth; see"
-        " README), digits or scenes."
-    )
+    if text not in SHIPPED and "." not in text:
+        raise UserError(
+            f"features {text!r}: expected inception:FILE (pt_inception-2015-12-05-6726825d.pth;"
+            f" docs/evaluation.md), {', '.join(SHIPPED)}, or a dotted name of a function of yours."
+        )
+    opened = lookup(text, "ditjax.evaluation.features.SHIPPED")
+    extractor = opened(mesh, batch_size)
+    if not isinstance(extractor, Extractor) or not (extractor.family or text in SHIPPED):
+        raise UserError(
+            f"features {text!r}: expected a function of (mesh, batch_size) that returns an"
+            " Extractor with a `family`, the name of its metrics."
+        )
+    return extractor

@@ -1,34 +1,35 @@
-"""The shipped digit classifiers on digit scenes: in windows, on the ink and not its colour."""
+"""The shipped digit classifiers on digit scenes, applied to the ink in windows of a scene."""
 
 import numpy as np
 
-from ditjax.data.scenes import SIDE
+from ditjax.data.scenes import SCENE_SIDE
 from ditjax.errors import UserError
-from ditjax.evaluation.digits import JUDGE, recognise, shipped
+from ditjax.evaluation.digits import JUDGE, recognise, shipped_classifier
 from ditjax.models.classifier import NUM_CLASSES
 from ditjax.models.classifier import SIDE as WINDOW
 
-# The scene's side at which windows are cut: digits of 12 to 16 pixels are then of 7 to 9, about the
-# 8 that the classifiers were trained on.
+# The side to which a scene is shrunk before windows are cut. Digits of 12 to 16 pixels then have 7
+# to 9, about the 8 that the classifiers were trained on.
 SCALE = 18
-# A window holds a whole digit where there is ink in it, and none on the rim around it.
+# A window holds a whole digit if there is ink in it and none on the rim around it.
 RIM_WEIGHT = 3.0
 WINDOWS_JUDGED = 6
 BATCH = 4096  # windows at a time
-COLOUR_WEIGHT = 8.0  # so that colours vary about as much as what is seen in windows
-FAINT = 0.3  # ink below it is not stretched to full: noise stays noise
+COLOUR_WEIGHT = 8.0  # makes colours vary about as much as the features of windows
+FAINT = 0.3  # fainter ink is not stretched to full, so that noise stays noise
 
 
 def ink(images: np.ndarray) -> np.ndarray:
-    """How far a pixel is from the background, by the channel that tells most -> f32[B,32,32].
+    """Ink per pixel: u8[B,32,32,3] -> f32[B,32,32].
 
-    images u8[B,32,32,3]. The background is each image's median colour; the most ink is 1. Raises
-    UserError for images of another shape.
+    The ink is the largest distance of a channel from the background, which is the median colour of
+    the image; the most distant pixel has 1. Raises UserError for images of another shape.
     """
-    if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
+    if images.dtype != np.uint8 or images.shape[1:] != (SCENE_SIDE, SCENE_SIDE, 3):
         raise UserError(
             f"images are {images.dtype}{list(images.shape)}: features 'scenes' take uint8"
-            f" [N,{SIDE},{SIDE},3]; set data.image_size and data.channels so, or other features."
+            f" [N,{SCENE_SIDE},{SCENE_SIDE},3]; set data.image_size and data.channels so, or use"
+            " other features."
         )
     x = images.astype(np.float32) / np.float32(255)
     away = np.abs(x - np.median(x, axis=(1, 2), keepdims=True)).max(-1)
@@ -36,7 +37,7 @@ def ink(images: np.ndarray) -> np.ndarray:
     return np.asarray(away / np.maximum(most, np.float32(FAINT)))
 
 
-def shrunk(x: np.ndarray, side: int) -> np.ndarray:
+def shrink(x: np.ndarray, side: int) -> np.ndarray:
     """Means over cells: f32[B,S,S] -> f32[B,side,side]."""
     edges = np.linspace(0, x.shape[1], side + 1)
     pixels = np.arange(x.shape[1])
@@ -48,12 +49,13 @@ def shrunk(x: np.ndarray, side: int) -> np.ndarray:
 
 
 def windows(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """u8[B,32,32,3] -> each 8x8 window's ink u8[B,n,8,8,1], and how whole a digit it is f32[B,n].
+    """Cut scenes u8[B,32,32,3] into windows of ink u8[B,n,8,8,1], with a score f32[B,n] for each.
 
-    That is its ink less three times what is on the rim around it.
+    The score is the window's ink less three times the ink on the rim around it: it is high for a
+    whole digit.
     """
-    # Beyond the canvas there is none: a digit at its edge has a window, too.
-    dark = np.pad(shrunk(ink(images), SCALE), ((0, 0), (2, 2), (2, 2)))
+    # Padded with empty canvas, so that a digit at the edge has a window too.
+    dark = np.pad(shrink(ink(images), SCALE), ((0, 0), (2, 2), (2, 2)))
     rimmed = np.lib.stride_tricks.sliding_window_view(dark, (WINDOW + 2,) * 2, axis=(1, 2))
     rimmed = rimmed.reshape(len(images), -1, WINDOW + 2, WINDOW + 2)
     cut = rimmed[:, :, 1:-1, 1:-1]
@@ -63,17 +65,19 @@ def windows(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(255 * stretched).astype(np.uint8)[..., None], whole
 
 
-def see_scene(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def recognise_scenes(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A shipped classifier on scenes u8[B,32,32,3] -> features f32[B,F], logits f32[B,10].
 
-    Features: over all windows the mean and the largest of each of the classifier's, and the mean
-    colour of each quarter of the canvas. Logits: the mean over the windows that hold a whole digit.
+    Features: the mean and the maximum over all windows of each feature of the classifier, and the
+    mean colour of each quarter of the canvas. Logits: the mean over the windows with the highest
+    scores.
     """
     cut, whole = windows(images)
     B, n = whole.shape
-    each, logits = recognise(*shipped(name), cut.reshape(B * n, WINDOW, WINDOW, 1), BATCH)
+    cut = cut.reshape(B * n, WINDOW, WINDOW, 1)
+    each, logits = recognise(*shipped_classifier(name), cut, BATCH)
     each, logits = each.reshape(B, n, -1), logits.reshape(B, n, NUM_CLASSES)
-    quarter = SIDE // 2
+    quarter = SCENE_SIDE // 2
     colours = (
         (images.astype(np.float32) * np.float32(COLOUR_WEIGHT / 127.5))
         .reshape(B, 2, quarter, 2, quarter, 3)
@@ -85,6 +89,6 @@ def see_scene(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([each.mean(1), each.max(1), colours], axis=1), chosen
 
 
-def see_scene_class(images: np.ndarray) -> np.ndarray:
-    """The digit that an independent classifier sees: u8[B,32,32,3] -> i[B]."""
-    return np.argmax(see_scene(JUDGE, images)[1], axis=1)
+def predict_scene_digit(images: np.ndarray) -> np.ndarray:
+    """The judge's digit of each scene: u8[B,32,32,3] -> i[B]."""
+    return np.argmax(recognise_scenes(JUDGE, images)[1], axis=1)

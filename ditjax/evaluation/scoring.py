@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ditjax.data import stream
-from ditjax.data.builders import data_root
+from ditjax.data import source, stream
 from ditjax.data.images import open_images
+from ditjax.data.names import split_of
 from ditjax.errors import UserError
 from ditjax.evaluation.features import Extractor
 from ditjax.evaluation.statistics import (
@@ -45,8 +45,8 @@ class Seen:
 
     count: int
     pool: np.ndarray
-    moments: frechet.Moments
-    spatial: frechet.Moments | None
+    moments: frechet.FeatureMoments
+    spatial: frechet.FeatureMoments | None
     classes: scores.ScoreSums
     judged: np.ndarray | None
 
@@ -113,17 +113,18 @@ def score(
     reference: Statistics,
     reference_pool: np.ndarray | None,
     *,
-    inception: bool,
+    family: str,
     seed: int = 0,
     brief: bool = False,
 ) -> dict[str, float]:
-    """Metric name -> value. Names on FID's own features are FID's; on others they say so.
+    """Metric name -> value.
 
-    With `reference_pool` f[N,F] also precision, recall and KID. Intervals are bootstraps of the
-    samples (95 %), the reference taken as known. `brief` leaves out what takes long.
+    `family` names the features: '' are FID's own, on which metrics have their plain names; others
+    carry theirs, as 'fd_digits'. With `reference_pool` f[N,F] also precision, recall and KID.
+    Intervals are bootstraps of the samples (95 %), the reference taken as known. `brief` leaves out
+    what takes long.
     """
-    suffix = "" if inception else "_digits"
-    fid = distance_name(inception)
+    fid = distance_name(family)
     value = frechet.gaussian_frechet_distance(
         seen.moments.mean, frechet.covariance(seen.moments), reference.mu, reference.sigma
     )
@@ -139,30 +140,31 @@ def score(
         found["sfid"] = frechet.gaussian_frechet_distance(
             seen.spatial.mean, frechet.covariance(seen.spatial), reference.mu_s, reference.sigma_s
         )
-    if inception:
+    if not family:
         mean, deviation = scores.inception_score(seen.classes)
         found |= {"inception_score": mean, "inception_score_split_deviation": deviation}
     if reference_pool is not None and not brief:
-        found |= _against_features(seen.pool, reference_pool, suffix, inception, seed)
+        found |= _against_features(seen.pool, reference_pool, family, seed)
     return found
 
 
-def distance_name(inception: bool) -> str:
-    """The Fréchet distance's honest name."""
-    return "fid" if inception else "fd_digits"
+def distance_name(family: str) -> str:
+    """The Fréchet distance's honest name: FID is what the 2015 Inception features give, alone."""
+    return f"fd_{family}" if family else "fid"
 
 
 def _against_features(
-    pool: np.ndarray, reference: np.ndarray, suffix: str, inception: bool, seed: int
+    pool: np.ndarray, reference: np.ndarray, family: str, seed: int
 ) -> dict[str, float]:
     found: dict[str, float] = {}
+    suffix = f"_{family}" if family else ""
     if min(len(pool), len(reference)) > PR_NEIGHBOURS:
         pr = scores.precision_recall(reference, pool, PR_NEIGHBOURS)
         found |= {f"precision{suffix}": pr.precision, f"recall{suffix}": pr.recall}
     size = min(KID_SUBSET_SIZE, len(pool), len(reference))
     subsets = scores.random_subsets(len(pool), len(reference), KID_SUBSETS, size, seed)
     mean, deviation = scores.kid(pool, reference, subsets)
-    name = "kid" if inception else "kd_digits"
+    name = f"kd_{family}" if family else "kid"
     return {**found, name: mean, f"{name}_subset_deviation": deviation}
 
 
@@ -208,10 +210,8 @@ def open_reference(
 
 
 def _of_data_set(text: str, extractor: Extractor, side: int, data_dir: str) -> Reference:
-    name, split = text, "train"
-    if "/" in text and not text.startswith("folder:"):
-        name, _, split = text.rpartition("/")
-    spec = stream.DataSpec(
+    name, split = split_of(text)
+    spec = source.DataSpec(
         name=name,
         split=split,
         image_size=side,
@@ -221,12 +221,12 @@ def _of_data_set(text: str, extractor: Extractor, side: int, data_dir: str) -> R
         cache_mb=0,
         threads=4,
     )
-    info = stream.dataset_info(name, split, spec.data_dir)
+    info = source.dataset_info(name, split, spec.data_dir)
     title = f"{info.full_name}-{split}-{side}"
     words = f"{title} {info.num_examples} {sorted(extractor.record.items())}"
     key = hashlib.sha256(words.encode()).hexdigest()[:12]
     file = re.sub(r"[^\w.-]", "_", f"{title}-{key}.npz")
-    kept = data_root(spec.data_dir) / "references" / file
+    kept = source.data_root(spec.data_dir) / "references" / file
     # Looking is the work of all processes: none may read while another waits for it.
     if processes.everywhere(kept.exists()):
         return _from_statistics(kept, extractor)

@@ -1,9 +1,9 @@
 """Reference statistics of features, in the npz files that ADM and pytorch-fid read and write.
 
-ADM: mu, sigma of pool_3, mu_s, sigma_s of the spatial features, and often arr_0, the reference
-images themselves. pytorch-fid: mu, sigma alone. Ours is ADM's, with `provenance`, a JSON text that
-says what the numbers are of, and, for precision and recall, `features` f32[n,d]; other readers
-look up names and see neither.
+ADM's files hold mu and sigma of pool_3, mu_s and sigma_s of the spatial features, and often arr_0,
+the reference images themselves; pytorch-fid's hold mu and sigma alone. Ours are ADM's, with two
+more arrays, which other readers ignore: `provenance`, a JSON text that describes the statistics,
+and, for precision and recall, `features` f32[n,d].
 """
 
 import hashlib
@@ -25,9 +25,9 @@ Array = NDArray[np.float64]
 
 
 class Statistics(NamedTuple):
-    """mu f64[d], sigma f64[d,d]; mu_s, sigma_s of the spatial features or None.
+    """mu f64[d], sigma f64[d,d]; mu_s, sigma_s of the spatial features, or None.
 
-    `provenance` is {} for a file of others; `arrays` names what else lies in the file.
+    `provenance` is {} in files of other programs; `arrays` names the other arrays in the file.
     """
 
     mu: Array
@@ -43,9 +43,10 @@ def save_statistics(
     statistics: Statistics,
     features: NDArray[np.floating[Any]] | None = None,
 ) -> Path:
-    """Writes what `load_statistics` reads, in float64 and whole; `features` f[n,d] as float32.
+    """Write statistics in float64, and `features` f[n,d] in float32, for `load_statistics`.
 
-    Raises UserError for what could not be read again, or a provenance that is not plain JSON.
+    Raises UserError for statistics that could not be read again, or a provenance that is not plain
+    JSON.
     """
     statistics = _checked(statistics, "statistics to save")
     arrays: dict[str, NDArray[Any]] = {"mu": statistics.mu, "sigma": statistics.sigma}
@@ -62,44 +63,44 @@ def save_statistics(
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
-    """An npz of ADM, of pytorch-fid or of ours. Pickled arrays are refused.
+    """The statistics in an npz of ADM, of pytorch-fid or of ours.
 
-    Raises UserError naming the file, and the array that is missing, not of floats, of the wrong
-    shape, not finite, or no covariance.
+    Raises a UserError that names the file, and the array that is missing, pickled, not of floats,
+    of the wrong shape, not finite, or not a covariance.
     """
     with npz.reading(path) as archive:
         names = npz.names(archive)
         if "mu" not in names and "arr_0" in names:
             raise UserError(
                 f"{path} holds samples (arr_0) and no statistics (mu, sigma): give a reference"
-                " file, or have statistics made of these images first."
+                " file, or make statistics of these images first."
             )
-        found = {name: npz.read(archive, name) for name in ("mu", "sigma")}
+        found = {name: npz.read_array(archive, name) for name in ("mu", "sigma")}
         spatial = [name for name in ("mu_s", "sigma_s") if name in names]
         if len(spatial) == 1:
             raise UserError(
                 f"{path} has {spatial[0]} alone: expected mu_s and sigma_s, or neither."
             )
-        found |= {name: npz.read(archive, name) for name in spatial}
+        found |= {name: npz.read_array(archive, name) for name in spatial}
         provenance = read_provenance(archive)
     others = tuple(sorted(set(names) - {*found, "provenance"}))
     return _checked(Statistics(**found, provenance=provenance, arrays=others), str(path))
 
 
 def load_features(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """The `features` f32[n,d] beside the statistics in a file that `save_statistics` wrote.
+    """The `features` f32[n,d] in a file that `save_statistics` wrote.
 
-    Raises UserError where there are none, or they are no finite float array.
+    Raises UserError if there are none, or if they are not a finite float array.
     """
     with npz.reading(path) as archive:
-        features = npz.read(archive, "features")
+        features = npz.read_array(archive, "features")
     return _checked_features(features, None, str(path)).astype(np.float32)
 
 
 def statistics_hash(statistics: Statistics) -> str:
-    """First 12 hex digits of SHA-256 of the numbers alone: the same for the same reference.
+    """First 12 hex digits of SHA-256 of the numbers alone, which identify a reference.
 
-    Of the float64 little-endian bytes of mu, sigma and, where there are any, mu_s, sigma_s.
+    The digest covers the float64 little-endian bytes of mu, sigma and, if any, mu_s and sigma_s.
     """
     digest = hashlib.sha256()
     for array in statistics[:4]:
@@ -133,11 +134,11 @@ def _gaussian(
         if not np.isfinite(array).all():
             raise UserError(f"{where}: {name} is not finite: make the statistics again.")
     sigma = sigma.astype(np.float64)
-    # Sums in another order leave a rounding of float32 between the halves.
+    # The halves may differ by a rounding of float32, from sums in another order.
     if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
         raise UserError(
-            f"{where}: {sigma_name} is no covariance: expected a symmetric one, with no"
-            " variance below 0."
+            f"{where}: {sigma_name} is no covariance: expected a symmetric matrix without"
+            " negative variances."
         )
     return mu.astype(np.float64), (sigma + sigma.T) / 2
 

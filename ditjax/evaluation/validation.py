@@ -1,54 +1,127 @@
-"""L_simple on held-out images at fixed (t, eps): a cheap proxy of what samples are worth.
+"""Numbers of held-out examples: the task's own score, as L_simple at fixed (t, eps) or a PSNR.
 
-Pair i is an image of config.evaluate.split, a timestep and a noise, all from (seed, i) with the
-seed of the samples: every model, however trained and at whatever step, sees the same pairs, on any
-number of devices and in any batch. So what two models differ by is far surer than either value.
+What is drawn with example i is a function of (seed, i) with the seed of the samples: every model,
+however trained and at whatever step, is measured on the same draws, on any number of devices and in
+any batch. So the difference of two models is far more certain than either value.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ditjax.config import Config
-from ditjax.data import latents, stream
-from ditjax.diffusion.losses import stratified_timesteps
+from ditjax.data import source, stream
+from ditjax.data.names import is_latents
+from ditjax.data.records import HostBatch
+from ditjax.errors import UserError
 from ditjax.metrics.uncertainty import systematic_error
+from ditjax.parallel import host, processes, rules
 from ditjax.runs import opening
-from ditjax.tasks import programs
+from ditjax.tasks import make_task
+from ditjax.training import keys
+from ditjax.training.program import precise
+from ditjax.training.task import Frozen, Score
+
+# (params, first example, rows of at most B) -> name: f32[rows]
+Measure = Callable[[Any, int, dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def measure_of(c: Config, score: Score, mesh: Mesh, frozen: Frozen, batch_size: int) -> Measure:
+    """The jitted measure of a score, with the keys of each example's index."""
+    batch_sharding = rules.batch_sharding(mesh)
+
+    def of_batch(
+        params: Any, frozen: Frozen, key: Any, indices: Any, batch: Any
+    ) -> dict[str, jax.Array]:
+        each = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+        return score.measure(params, frozen, each, batch)
+
+    program = jax.jit(
+        of_batch,
+        in_shardings=(None, None, None, batch_sharding, batch_sharding),
+        out_shardings=rules.replicated(mesh),
+    )
+    compiled = False
+
+    def measure(params: Any, start: int, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        nonlocal compiled
+        count = len(rows["label"])
+        indices = np.arange(start, start + count, dtype=np.uint32)
+        batch = {**rows, **score.drawn(indices)}
+        filled = {
+            name: processes.padded(x, batch_size) for name, x in {"": indices, **batch}.items()
+        }
+        on_mesh = {k: processes.from_whole(batch_sharding, x) for k, x in filled.items()}
+        key = keys.stream(c.evaluate.seed, keys.VALIDATE)
+        with precise(c):
+            found = program(params, frozen, key, on_mesh.pop(""), on_mesh)
+        if not compiled:
+            host.discard_free_blocks()
+            compiled = True
+        return {name: np.asarray(value)[:count] for name, value in found.items()}
+
+    return measure
+
+
+def held_out_means(c: Config, mesh: Mesh, params: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """(means over every example of config.evaluate.split, their protocol), by the task's score.
+
+    Raises UserError for a task that has none.
+    """
+    score = make_task(c, mesh).score
+    if score is None:
+        raise UserError(f"config.task is {c.task!r}: it has no score, and it draws no samples.")
+    size, start = c.train.batch_size, 0
+    rules.check_batch(size, mesh, "config.train.batch_size")
+    measure = measure_of(c, score, mesh, {}, size)
+    parts: list[dict[str, np.ndarray]] = []
+    for rows in stream.in_order(held_out(c), size):
+        batch = {name: value for name, value in rows.items() if name != "index"}
+        parts.append(measure(params, start, batch))
+        start += len(rows["label"])
+    means = {
+        metric: float(np.concatenate([part[name] for part in parts]).mean())
+        for name, metric in score.names.items()
+    }
+    return means, dict(score.protocol)
 
 
 class Validator:
-    """Measures DiTs that share a mesh and an autoencoder; each program compiles once."""
+    """Measures networks that share a mesh and frozen weights; each program compiles once."""
 
-    def __init__(self, mesh: Mesh, frozen: Any = None) -> None:
-        """`frozen` are a latent recipe's autoencoder parameters."""
+    def __init__(self, mesh: Mesh, frozen: Frozen) -> None:
         self._mesh, self._frozen = mesh, frozen
-        self._programs: dict[Any, programs.Validation] = {}
-        self._infos: dict[stream.DataSpec, stream.DatasetInfo] = {}
-        self._kept: dict[Any, list[stream.Batch]] = {}
+        self._programs: dict[Any, tuple[Score, Measure]] = {}
+        self._infos: dict[source.DataSpec, source.DatasetInfo] = {}
+        self._kept: dict[Any, list[HostBatch]] = {}
 
     def __call__(self, c: Config, params: Any) -> dict[str, float]:
         """val_loss (L_simple), of a learned variance val_vlb (bits/dim at t), their _stderr.
 
-        Means over config.evaluate.val_loss_num pairs; {} for 0. The standard error is of other
-        pairs of these images. Raises UserError for a split that is not there, or a damaged record.
+        Means over config.evaluate.val_loss_num pairs; {} for 0. The standard error is over other
+        draws with these images. Raises UserError for a split that is not there, or a damaged
+        record.
         """
         n = c.evaluate.val_loss_num
         if not n:
             return {}
-        program = self._program(c)
-        t, parts = timesteps(c), []
-        for start, images in zip(range(0, n, c.sample.batch_size), self._images(c), strict=True):
-            parts.append(program(params, c.evaluate.seed, start, images, t))
+        score, measure = self._program(c)
+        starts = range(0, n, c.sample.batch_size)
+        parts = [
+            measure(params, start, rows)
+            for start, rows in zip(starts, self._images(c), strict=True)
+        ]
+        drawn = score.drawn(np.arange(n))
         found: dict[str, float] = {}
-        for name, key in (("val_loss", "mse"), ("val_vlb", "vlb")):
-            if key in parts[0]:
-                values = np.concatenate([part[key] for part in parts])[:n].astype(np.float64)
-                error = systematic_error(values, t)
-                found |= {name: float(values.mean()), f"{name}_stderr": error}
+        for name, metric in score.names.items():
+            values = np.concatenate([part[name] for part in parts])[:n].astype(np.float64)
+            found[metric] = float(values.mean())
+            if "t" in drawn:
+                found[f"{metric}_stderr"] = systematic_error(values, drawn["t"])
         return found
 
     def protocol(self, c: Config) -> dict[str, Any]:
@@ -58,26 +131,34 @@ class Validator:
         """
         if not c.evaluate.val_loss_num:
             return {}
-        d = c.diffusion
+        score = make_task(c).score
         return {
             "val_loss_num": c.evaluate.val_loss_num,
             "val_loss_data": f"{self._info(c).full_name}/{c.evaluate.split}",
-            "val_loss_target": f"{d.prediction}, {d.schedule}, {d.timesteps} steps",
+            **(score.protocol if score else {}),
         }
 
-    def _program(self, c: Config) -> programs.Validation:
-        key = (c.model, c.diffusion, c.data, c.autoencoder, c.sample.batch_size)
+    def _program(self, c: Config) -> tuple[Score, Measure]:
+        key = (c.task, c.model, c.diffusion, c.data, c.autoencoder, c.evaluate, c.sample.batch_size)
         if key not in self._programs:
-            self._programs[key] = programs.validation(c, self._mesh, self._frozen)
+            score = make_task(c, self._mesh).score
+            if score is None or not score.num:
+                raise UserError(
+                    f"config.evaluate.val_loss_num is {c.evaluate.val_loss_num}, and task"
+                    f" {c.task!r} has no validation loss: set it to 0."
+                )
+            rules.check_batch(c.sample.batch_size, self._mesh, "config.sample.batch_size")
+            measure = measure_of(c, score, self._mesh, self._frozen, c.sample.batch_size)
+            self._programs[key] = score, measure
         return self._programs[key]
 
-    def _info(self, c: Config) -> stream.DatasetInfo:
+    def _info(self, c: Config) -> source.DatasetInfo:
         spec = held_out(c)
         if spec not in self._infos:
-            self._infos[spec] = stream.dataset_info(spec.name, spec.split, spec.data_dir)
+            self._infos[spec] = source.dataset_info(spec.name, spec.split, spec.data_dir)
         return self._infos[spec]
 
-    def _images(self, c: Config) -> Iterator[stream.Batch]:
+    def _images(self, c: Config) -> Iterator[HostBatch]:
         """The images of the pairs; small sets stay in memory for the next time."""
         spec, size = held_out(c), c.sample.batch_size
         records = stream.records_of_step(
@@ -86,29 +167,21 @@ class Validator:
         key = (spec, size, c.evaluate.seed, len(records))
         if key in self._kept:
             return iter(self._kept[key])
-        batches = stream.taken(spec, records, size)
+        batches = stream.read_records(spec, records, size)
         if 4 * len(records) * spec.image_size**2 * spec.channels > c.data.cache_mb * 2**20:
             return batches
         self._kept[key] = list(batches)
         return iter(self._kept[key])
 
 
-def held_out(c: Config) -> stream.DataSpec:
+def held_out(c: Config) -> source.DataSpec:
     """The images that a recipe's validation loss is of: of encoded latents, those behind them.
 
     A damaged one is an error: a loss of others in their place would be another loss.
     """
     name = c.data.name
-    if name.startswith(latents.PREFIX):
-        name = latents.images_of(name).rpartition("/")[0]
+    if is_latents(name):
+        name = source.images_of_latents(name).rpartition("/")[0]
     return dataclasses.replace(
         opening.data_spec(c), name=name, split=c.evaluate.split, flip=False, max_damaged=0
     )
-
-
-def timesteps(c: Config) -> np.ndarray:
-    """The timestep of each pair, spread evenly: i32[config.evaluate.val_loss_num]."""
-    # NumPy promises never to change SeedSequence's words.
-    shift = int(np.random.SeedSequence(c.evaluate.seed).generate_state(1)[0])
-    indices = np.arange(c.evaluate.val_loss_num)
-    return stratified_timesteps(indices, c.diffusion.timesteps, shift)

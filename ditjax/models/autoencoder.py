@@ -24,7 +24,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from ditjax.config import Autoencoder, Model, key
 from ditjax.errors import UserError
+from ditjax.models.network import DTYPES, Network
 
 _NORM_EPSILON = 1e-6
 _LOG_VARIANCE_MIN, _LOG_VARIANCE_MAX = -30.0, 20.0
@@ -313,3 +315,26 @@ def kl_to_standard_normal(moments: Moments) -> jax.Array:
     mean, log_variance = moments
     terms = mean**2 + jnp.exp(log_variance) - 1.0 - log_variance
     return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKeys(Model):
+    """The section `config.model` of an autoencoder; its widths are in `config.autoencoder`."""
+
+    kind: str = key("autoencoder")
+
+
+def module(k: Model, section: Autoencoder, image_channels: int) -> AutoencoderKL:
+    """The autoencoder of a recipe."""
+    widths = AutoencoderConfig(
+        base_width=section.base_width,
+        multipliers=section.multipliers,
+        res_blocks=section.res_blocks,
+        latent_channels=section.latent_channels,
+        image_channels=image_channels,
+        groups=section.groups,
+    )
+    return AutoencoderKL(widths, dtype=DTYPES[k.dtype])
+
+
+NETWORK = Network(keys=AutoencoderKeys, module=module)

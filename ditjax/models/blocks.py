@@ -85,90 +85,86 @@ class MLP(nn.Module):
         return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(h))
 
 
-class InContextBlock(nn.Module):
+class BlockConfig(NamedTuple):
+    """What the four blocks share. `query_scale` multiplies queries beyond 1 / √d (`mup.py`)."""
+
+    heads: int
+    mlp_ratio: float
+    norm2_eps: float = LAYER_NORM_EPS
+    dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
+    query_scale: float = 1.0
+
+
+class Block(nn.Module):
+    """(tokens [B,N,D], Conditioning) -> tokens: what the four blocks have in common."""
+
+    config: BlockConfig
+
+    @nn.nowrap
+    def attend(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        return SelfAttention(c.heads, c.dtype, c.place, c.query_scale, name="attn")(x)
+
+    @nn.nowrap
+    def mlp(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        return MLP(c.mlp_ratio, c.dtype, c.place, name="mlp")(x)
+
+    @nn.nowrap
+    def modulation(self, count: int, zero: bool, vector: jax.Array) -> list[jax.Array]:
+        c = self.config
+        return Modulation(count, zero, c.dtype, c.place, name="adaln")(vector)
+
+
+class InContextBlock(Block):
     """A plain pre-norm ViT block: conditioning is already among the tokens."""
 
-    heads: int
-    mlp_ratio: float
-    norm2_eps: float = LAYER_NORM_EPS
-    dtype: Any = jnp.float32
-    place: Placement = ANYWHERE
-    query_scale: float = 1.0
-
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
-        attn = SelfAttention(self.heads, self.dtype, self.place, self.query_scale, name="attn")
-        x = x + attn(AffineLayerNorm(name="norm1")(x))
-        h = AffineLayerNorm(self.norm2_eps, name="norm2")(x)
-        return x + MLP(self.mlp_ratio, self.dtype, self.place, name="mlp")(h)
+        x = x + self.attend(AffineLayerNorm(name="norm1")(x))
+        return x + self.mlp(AffineLayerNorm(self.config.norm2_eps, name="norm2")(x))
 
 
-class CrossAttentionBlock(nn.Module):
+class CrossAttentionBlock(Block):
     """Self-attention, then cross-attention to the context (t and y as two vectors), then MLP."""
 
-    heads: int
-    mlp_ratio: float
-    norm2_eps: float = LAYER_NORM_EPS
-    dtype: Any = jnp.float32
-    place: Placement = ANYWHERE
-    query_scale: float = 1.0
-
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
-        attn = SelfAttention(self.heads, self.dtype, self.place, self.query_scale, name="attn")
-        x = x + attn(AffineLayerNorm(name="norm1")(x))
+        c = self.config
+        x = x + self.attend(AffineLayerNorm(name="norm1")(x))
         # No affine here: with it, the paper's 598.2M parameters for XL/2 would read 598.3M.
-        cross = CrossAttention(self.heads, self.dtype, self.place, self.query_scale, name="cross")
+        cross = CrossAttention(c.heads, c.dtype, c.place, c.query_scale, name="cross")
         x = x + cross(layer_norm(x), cond.context)
-        h = AffineLayerNorm(self.norm2_eps, name="norm2")(x)
-        return x + MLP(self.mlp_ratio, self.dtype, self.place, name="mlp")(h)
+        return x + self.mlp(AffineLayerNorm(c.norm2_eps, name="norm2")(x))
 
 
-class AdaLNBlock(nn.Module):
+class AdaLNBlock(Block):
     """Shift and scale regressed from c before attention and MLP; no gates, standard init."""
 
-    heads: int
-    mlp_ratio: float
-    norm2_eps: float = LAYER_NORM_EPS
-    dtype: Any = jnp.float32
-    place: Placement = ANYWHERE
-    query_scale: float = 1.0
-
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
-        shift_msa, scale_msa, shift_mlp, scale_mlp = Modulation(
-            4, False, self.dtype, self.place, name="adaln"
-        )(cond.vector)
-        h = modulate(layer_norm(x), shift_msa, scale_msa)
-        attn = SelfAttention(self.heads, self.dtype, self.place, self.query_scale, name="attn")
-        x = x + attn(h)
-        h = modulate(layer_norm(x, self.norm2_eps), shift_mlp, scale_mlp)
-        return x + MLP(self.mlp_ratio, self.dtype, self.place, name="mlp")(h)
+        shift_msa, scale_msa, shift_mlp, scale_mlp = self.modulation(4, False, cond.vector)
+        x = x + self.attend(modulate(layer_norm(x), shift_msa, scale_msa))
+        h = modulate(layer_norm(x, self.config.norm2_eps), shift_mlp, scale_mlp)
+        return x + self.mlp(h)
 
 
-class AdaLNZeroBlock(nn.Module):
+class AdaLNZeroBlock(Block):
     """adaLN with gates, all six regressed from zero weights: the block is the identity at init."""
 
-    heads: int
-    mlp_ratio: float
-    norm2_eps: float = LAYER_NORM_EPS
-    dtype: Any = jnp.float32
-    place: Placement = ANYWHERE
-    query_scale: float = 1.0
-
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = Modulation(
-            6, True, self.dtype, self.place, name="adaln"
-        )(cond.vector)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(
+            6, True, cond.vector
+        )
         h = modulate(layer_norm(x), shift_msa, scale_msa)
-        attn = SelfAttention(self.heads, self.dtype, self.place, self.query_scale, name="attn")
-        x = x + gate_msa[:, None] * attn(h)
-        h = modulate(layer_norm(x, self.norm2_eps), shift_mlp, scale_mlp)
-        return x + gate_mlp[:, None] * MLP(self.mlp_ratio, self.dtype, self.place, name="mlp")(h)
+        x = x + gate_msa[:, None] * self.attend(h)
+        h = modulate(layer_norm(x, self.config.norm2_eps), shift_mlp, scale_mlp)
+        return x + gate_mlp[:, None] * self.mlp(h)
 
 
-BLOCKS: dict[str, type[nn.Module]] = {
+BLOCKS: dict[str, type[Block]] = {
     "in_context": InContextBlock,
     "cross_attention": CrossAttentionBlock,
     "adaln": AdaLNBlock,

@@ -1,17 +1,27 @@
-"""DiT: patchify -> position -> L blocks -> final layer -> unpatchify (DiT Fig. 3)."""
+"""DiT: patchify -> position -> L blocks -> final layer -> unpatchify (DiT Fig. 3).
+
+All that is true of this network is here: its keys and sizes, the module, its cost in closed form,
+where a mesh has its parameters, and what width does to their learning rates.
+"""
 
 import functools
-from typing import Any
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ditjax.errors import UserError
+from ditjax.config import Rule, above, at_most, key, positive
+from ditjax.errors import UserError, divisors, nearest
+from ditjax.models import mup
 from ditjax.models.blocks import (
     BLOCKS,
     LAYER_NORM_EPS,
     AffineLayerNorm,
+    BlockConfig,
     Conditioning,
     Modulation,
     layer_norm,
@@ -19,6 +29,7 @@ from ditjax.models.blocks import (
 from ditjax.models.blocks import modulate as modulate_tokens
 from ditjax.models.embed import (
     ANYWHERE,
+    TIMESTEP_FREQUENCIES,
     LabelEmbedder,
     Linear,
     Placement,
@@ -28,7 +39,244 @@ from ditjax.models.embed import (
     unpatchify,
     xavier_uniform,
 )
-from ditjax.models.mup import Base, query_scale
+from ditjax.models.network import (
+    DTYPES,
+    Attention,
+    Conditions,
+    Cost,
+    Denoiser,
+    Hook,
+    Inputs,
+    Network,
+    Rules,
+)
+
+# ---- sizes and keys
+
+
+class Size(NamedTuple):
+    """Layers L, hidden width D and attention heads of a transformer."""
+
+    depth: int
+    width: int
+    heads: int
+
+
+# DiT Table 1.
+PAPER_SIZES = {
+    "S": Size(12, 384, 6),
+    "B": Size(12, 768, 12),
+    "L": Size(24, 1024, 16),
+    "XL": Size(28, 1152, 16),
+}
+PAPER_PATCHES = (8, 4, 2)
+
+_EXPLICIT = re.compile(r"(\d{1,4})x(\d{1,6})x(\d{1,4})")
+
+
+def parse_size(name: str) -> Size:
+    """'XL' -> Size(28, 1152, 16); any other network as depth x width x heads: '4x96x3'.
+
+    Raises UserError for an unknown name, a zero, or a width that the heads do not divide.
+    """
+    if name in PAPER_SIZES:
+        return PAPER_SIZES[name]
+    match = _EXPLICIT.fullmatch(name)
+    if match is None:
+        raise UserError(
+            f"model size {name!r} is unknown: expected one of {', '.join(PAPER_SIZES)}"
+            f" or depth x width x heads such as '4x96x3'.{nearest(name, PAPER_SIZES)}"
+        )
+    size = Size(*(int(group) for group in match.groups()))
+    if min(size) < 1:
+        raise UserError(f"model size {name!r}: depth, width and heads must each be at least 1.")
+    if size.width % size.heads:
+        raise UserError(
+            f"model size {name!r}: width {size.width} is not divisible by {size.heads} heads;"
+            f" the nearest width that is: {max(1, round(size.width / size.heads)) * size.heads}."
+        )
+    if size.width % 4:
+        raise UserError(
+            f"model size {name!r}: width {size.width} is not divisible by 4, which the 2-D sin-cos"
+            f" position embedding needs; the next width that is: {size.width + 4 - size.width % 4}."
+        )
+    return size
+
+
+def _is_size(name: str) -> bool:
+    parse_size(name)  # raises with its own, better message
+    return True
+
+
+@dataclass(frozen=True)
+class DiTKeys(Denoiser):
+    """The section `config.model` of a DiT."""
+
+    # 'S', 'B', 'L', 'XL' or depth x width x heads: '4x96x3'
+    size: str = key("XL", Rule(_is_size, "a model size"))
+    patch: int = positive(2)
+    block: Literal["adaln_zero", "adaln", "cross_attention", "in_context"] = key("adaln_zero")
+    mlp_ratio: float = key(4.0, above(0), at_most(64))
+    remat: Literal["none", "dots", "full"] = key("none", free=True)
+    # auto: the best of the backend
+    attention: Literal["auto", "plain", "cudnn", "flash"] = key("auto", free=True)
+    unroll: int = positive(1, free=True)  # blocks per scan step; depth and more: no loop at all
+    # Where public implementations differ; the release has 0 and 1e-6, diffusers 1 and 1e-5.
+    frequency_shift: Literal[0, 1] = key(0)  # timestep frequencies exp(-ln 10^4 i / (128 - shift))
+    norm2_eps: float = key(1e-6, above(0))  # of the LayerNorm before a block's MLP
+    # mup: initial weights, learning rates and attention scale with width, so that the learning rate
+    # which is best at base_width and base_head_width is best at any (`models/mup.py`).
+    parametrization: Literal["standard", "mup"] = key("standard")
+    base_width: int = positive(384)
+    base_head_width: int = positive(64)
+
+
+_MAX_TOKENS = 2**20
+
+
+def check(k: DiTKeys, inputs: Inputs) -> None:
+    """Raise UserError for a network that its inputs do not suit."""
+    H, W, _ = inputs.shape
+    if H % k.patch or W % k.patch:
+        raise UserError(
+            f"config.model.patch is {k.patch}: it does not divide the {H}x{W} input; sizes that do:"
+            f" {', '.join(map(str, divisors(H)))}."
+        )
+    if (tokens := shape(k, inputs).tokens) > _MAX_TOKENS:
+        raise UserError(
+            f"an input of {H}x{W} with config.model.patch={k.patch} is {tokens} tokens; expected at"
+            f" most {_MAX_TOKENS}."
+        )
+    width = parse_size(k.size).width
+    if int(width * k.mlp_ratio) < 1:
+        raise UserError(
+            f"config.model.mlp_ratio is {k.mlp_ratio}: no hidden unit is left of width {width};"
+            " raise it."
+        )
+
+
+# ---- cost
+
+
+class Shape(NamedTuple):
+    """All that the cost of a DiT depends on. `input_size` is the side of x (latent or pixels)."""
+
+    size: Size
+    patch: int
+    input_size: int
+    in_channels: int
+    out_channels: int
+    num_classes: int
+    null_label: bool = True
+    block: str = "adaln_zero"
+    mlp_ratio: float = 4.0
+
+    @property
+    def tokens(self) -> int:
+        """N = (I / p)² (DiT Sec. 3.2)."""
+        return (self.input_size // self.patch) ** 2
+
+    @property
+    def mlp_width(self) -> int:
+        """r·D."""
+        return int(self.size.width * self.mlp_ratio)
+
+
+def paper_shape(size: Size, patch: int, resolution: int = 256) -> Shape:
+    """A model of the paper: latents of resolution/8 with 4 channels, 8 out, 1,000 classes."""
+    return Shape(size, patch, resolution // 8, in_channels=4, out_channels=8, num_classes=1000)
+
+
+# Vectors of width D that a block, and the final layer, regress from the conditioning.
+_BLOCK_MODULATIONS = {"in_context": 0, "cross_attention": 0, "adaln": 4, "adaln_zero": 6}
+_FINAL_MODULATIONS = {"in_context": 0, "cross_attention": 0, "adaln": 2, "adaln_zero": 2}
+
+
+def trainable_parameters(s: Shape) -> int:
+    """Every weight and bias that the optimizer sees; the frozen position table is not one."""
+    L, D, _ = s.size
+    attention = (3 * D * D + 3 * D) + (D * D + D)
+    mlp = (D * s.mlp_width + s.mlp_width) + (s.mlp_width * D + D)
+    block = attention + mlp + _BLOCK_MODULATIONS[s.block] * (D * D + D)
+    final = _FINAL_MODULATIONS[s.block] * (D * D + D)
+    if s.block in ("in_context", "cross_attention"):
+        block += 2 * 2 * D  # scale and bias of two LayerNorms
+        final += 2 * D
+    if s.block == "cross_attention":
+        block += 4 * (D * D + D)  # q, k, v, output
+    patch_in, patch_out = s.patch**2 * s.in_channels, s.patch**2 * s.out_channels
+    embed = (patch_in * D + D) + (TIMESTEP_FREQUENCIES * D + D) + (D * D + D)
+    embed += (s.num_classes + int(s.null_label)) * D
+    return L * block + embed + final + (D * patch_out + patch_out)
+
+
+def forward_macs(s: Shape) -> int:
+    """Multiply-accumulates of one forward pass of one sample, LayerNorm elements included.
+
+    adaLN-Zero: L(12ND² + 2N²D + 6D²) + p²C·ND + (FD + D²) + 2D² + p²K·ND + (2L+1)·ND for r = 4.
+    """
+    L, D, _ = s.size
+    N = s.tokens
+    M = N + 2 if s.block == "in_context" else N  # tokens inside the stack
+    block = 4 * M * D * D + 2 * M * M * D + 2 * M * D * s.mlp_width
+    block += _BLOCK_MODULATIONS[s.block] * D * D
+    norms = 2
+    if s.block == "cross_attention":
+        block += 2 * N * D * D + 2 * 2 * D * D + 2 * N * 2 * D  # q and output; k and v; scores
+        norms = 3
+    embed = s.patch**2 * s.in_channels * N * D + (TIMESTEP_FREQUENCIES * D + D * D)
+    final = _FINAL_MODULATIONS[s.block] * D * D + s.patch**2 * s.out_channels * N * D
+    return L * (block + norms * M * D) + embed + final + N * D
+
+
+def gflops(s: Shape) -> float:
+    """The paper's Gflops: `forward_macs` / 10⁹."""
+    return forward_macs(s) / 1e9
+
+
+def shape(k: DiTKeys, inputs: Inputs) -> Shape:
+    """All that the cost of a recipe's DiT depends on."""
+    H, _, C = inputs.shape
+    return Shape(
+        size=parse_size(k.size),
+        patch=k.patch,
+        input_size=H,
+        in_channels=C,
+        out_channels=inputs.out_channels,
+        num_classes=inputs.num_classes,
+        null_label=k.label_dropout > 0,
+        block=k.block,
+        mlp_ratio=k.mlp_ratio,
+    )
+
+
+def cost(k: DiTKeys, inputs: Inputs) -> Cost:
+    """What a recipe's DiT costs."""
+    s = shape(k, inputs)
+    L, D, heads = s.size
+    tokens = s.tokens + (2 if s.block == "in_context" else 0)
+    # 'full' repeats the blocks' whole forward pass, 'dots' attention's two products.
+    repeated = {"none": 0, "dots": 2 * L * tokens**2 * D, "full": forward_macs(s)}[k.remat]
+    return Cost(
+        name=f"DiT-{k.size}/{k.patch}",
+        parameters=trainable_parameters(s),
+        macs=forward_macs(s),
+        repeated_macs=repeated,
+        tokens=s.tokens,
+        description={
+            "size": k.size,
+            "depth": L,
+            "width": D,
+            "heads": heads,
+            "patch": k.patch,
+            "block": k.block,
+            "tokens": s.tokens,
+        },
+    )
+
+
+# ---- the module, its parameters on a mesh, its learning rates
+
 
 # What a block keeps for its backward pass: everything, nothing, or the weight products.
 REMAT_POLICIES = {
@@ -59,13 +307,15 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """x f32[B,H,W,C], t i32[B], y i32[B] -> f32[B,H,W,out_channels].
+    """x f32[B,H,W,C], t i32[B], label i32[B] -> f32[B,H,W,out_channels].
 
     `out_channels` is C, or 2C with the variance fraction in [C:2C]. Parameters of the L blocks are
     stacked on a leading axis whether the stack is scanned (`unroll=1`: fast to compile) or unrolled
-    (`unroll=L`: fast on CPUs); `unroll` divides freely and does not change the parameters. `y` may
-    be `num_classes`, the null label, when `null_label`. `place` is where a mesh wants activations.
-    With a `base` it is initialised and its attention scaled by `models/mup.py`.
+    (`unroll=L`: fast on CPUs); `unroll` divides freely and does not change the parameters. A label
+    may be `num_classes`, the null label, when `null_label`. `place` is where a mesh wants
+    activations. With a `base` it is initialised and its attention scaled by `models/mup.py`. After
+    each block `hook`, if there is one, gets its tokens and its part of `per_block`, whose arrays
+    have a leading axis of L.
     """
 
     depth: int
@@ -83,10 +333,19 @@ class DiT(nn.Module):
     norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
-    base: Base | None = None
+    base: mup.Base | None = None
+    hook: Hook | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, t: jax.Array, conditions: Conditions, per_block: Any = None
+    ) -> jax.Array:
+        conditions.only("label")
+        if per_block is not None and self.hook is None:
+            raise ValueError("per_block is given to a DiT without a hook")
+        label = conditions.label
+        if label is None:
+            raise ValueError("a DiT is conditioned on a label: give the null label for none")
         _, H, W, _ = x.shape
         if H % self.patch or W % self.patch:
             raise UserError(
@@ -103,7 +362,7 @@ class DiT(nn.Module):
         )(t)
         y_emb = LabelEmbedder(
             self.num_classes, self.width, self.null_label, self.dtype, name="y_embedder"
-        )(y)
+        )(label)
         put = self.place.put
         t_emb, y_emb = put("conditioning", t_emb), put("conditioning", y_emb)
         context = jnp.stack([put("row", t_emb), put("row", y_emb)], axis=1)
@@ -118,7 +377,7 @@ class DiT(nn.Module):
 
         if self.block == "in_context":
             tokens = jnp.concatenate([tokens, cond.context], axis=1)
-        tokens = self._stack(tokens, cond)[:, :N]
+        tokens = self._stack(tokens, cond, per_block)[:, :N]
 
         out = FinalLayer(
             self.patch**2 * self.out_channels,
@@ -129,35 +388,136 @@ class DiT(nn.Module):
         )(tokens, cond.vector)
         return unpatchify(out, self.patch, H, W).astype(jnp.float32)
 
-    def _stack(self, tokens: jax.Array, cond: Conditioning) -> jax.Array:
+    def _stack(self, tokens: jax.Array, cond: Conditioning, per_block: Any) -> jax.Array:
         """The L blocks as one scan over stacked parameters."""
         block = BLOCKS[self.block]
         if self.remat != "none":
             # prevent_cse only guards against what a scan already rules out.
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
 
-        def body(module: nn.Module, tokens: jax.Array, cond: Conditioning) -> tuple[Any, None]:
-            return self.place.put("tokens", module(tokens, cond)), None
+        def body(
+            module: nn.Module, tokens: jax.Array, cond: Conditioning, given: Any
+        ) -> tuple[Any, None]:
+            tokens = self.place.put("tokens", module(tokens, cond))
+            return (tokens if self.hook is None else self.hook(tokens, given)), None
 
         scan = nn.scan(
             body,
             # What `capture_intermediates` asks for is stacked as the parameters are.
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=self.depth,
             unroll=min(self.unroll, self.depth),
         )
-        blocks = block(
-            self.heads,
-            self.mlp_ratio,
-            self.norm2_eps,
-            self.dtype,
-            self.place,
-            query_scale(self._base(), self.width // self.heads),
-            name="blocks",
+        config = BlockConfig(
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            norm2_eps=self.norm2_eps,
+            dtype=self.dtype,
+            place=self.place,
+            query_scale=mup.query_scale(self._base(), self.width // self.heads),
         )
-        return scan(blocks, tokens, cond)[0]
+        return scan(block(config, name="blocks"), tokens, cond, per_block)[0]
 
-    def _base(self) -> Base:
-        return self.base or Base(self.width, self.width // self.heads)
+    def _base(self) -> mup.Base:
+        return self.base or mup.Base(self.width, self.width // self.heads)
+
+
+# First match wins; specs are over the leaf's last axes (a scanned stack adds a leading one).
+# `fsdp` splits an axis that every product contracts or gathers whole. `tensor` is Megatron's
+# (Shoeybi et al. 2019, Sec. 3): the first product of a pair by columns, whole heads in attention,
+# with its bias; the second by rows, so that one sum over `tensor` ends the pair. adaLN's kernel is
+# never gathered: conditioning is B rows, not B·N, so they are what moves, split by `fsdp` as the
+# kernel's input is, summed over it, and gathered over `tensor`. Its "6" and qkv's "3" are unsplit
+# axes of their own: no split crosses them. Other biases, D numbers each, stay whole.
+RULES: Rules = (
+    (r"x_embedder/kernel", (None, "fsdp")),
+    (r"final_layer/linear/kernel", ("fsdp", None)),
+    (r"qkv/kernel", ("fsdp", None, "tensor", None)),
+    (r"qkv/bias", (None, "tensor", None)),
+    (r"q/kernel", ("fsdp", "tensor", None)),
+    (r"q/bias", ("tensor", None)),
+    (r"kv/kernel", ("fsdp", None, "tensor", None)),
+    (r"kv/bias", (None, "tensor", None)),
+    (r"adaln/linear/kernel", ("fsdp", None, "tensor")),
+    (r"adaln/linear/bias", (None, "tensor")),
+    (r"(mlp|t_embedder)/in/kernel", ("fsdp", "tensor")),
+    (r"(mlp|t_embedder)/in/bias", ("tensor",)),
+    (r"(attn|cross|mlp|t_embedder)/out/kernel", ("tensor", "fsdp")),
+    (r"y_embedder/table", (None, "fsdp")),
+)
+
+# Exactly one matches the path of a parameter.
+KINDS: mup.Kinds = (
+    (r"(x_embedder|t_embedder/in)/kernel", "input"),
+    (r"y_embedder/table", "input"),
+    (r"(attn/(qkv|out)|cross/(q|kv|out)|mlp/(in|out)|t_embedder/out)/kernel", "hidden"),
+    (r"adaln/linear/kernel", "hidden"),
+    (r"final_layer/linear/kernel", "output"),
+    (r"bias|scale", "vector"),
+)
+
+
+def module(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:
+    """The denoiser of a recipe; the parameters are the same wherever `place` has activations."""
+    size = parse_size(k.size)
+    return DiT(
+        depth=size.depth,
+        width=size.width,
+        heads=size.heads,
+        patch=k.patch,
+        out_channels=inputs.out_channels,
+        num_classes=inputs.num_classes,
+        null_label=k.label_dropout > 0,
+        block=k.block,
+        mlp_ratio=k.mlp_ratio,
+        unroll=k.unroll,
+        remat=k.remat,
+        frequency_shift=k.frequency_shift,
+        norm2_eps=k.norm2_eps,
+        dtype=DTYPES[k.dtype],
+        place=place,
+        base=base(k),
+    )
+
+
+def base(k: DiTKeys) -> mup.Base | None:
+    """The network that μP scales from; None for the standard parametrization."""
+    return mup.Base(k.base_width, k.base_head_width) if k.parametrization == "mup" else None
+
+
+def query_scale(k: DiTKeys) -> float:
+    """The factor of a recipe's queries, beyond 1 / √d."""
+    size, relative = parse_size(k.size), base(k)
+    return 1.0 if relative is None else mup.query_scale(relative, size.width // size.heads)
+
+
+def rates(k: DiTKeys) -> Callable[[str], float] | None:
+    """The multiplier of a parameter's learning rate by its path; None for one rate."""
+    relative = base(k)
+    if relative is None:
+        return None
+    ratio = parse_size(k.size).width / relative.width
+    return lambda path: mup.rate_multiplier(path, ratio, KINDS)
+
+
+def attention(k: DiTKeys, inputs: Inputs) -> Attention:
+    """Tokens and heads that a mesh may split."""
+    size = parse_size(k.size)
+    extra = 2 if k.block == "in_context" else 0
+    tokens = shape(k, inputs).tokens
+    return Attention(tokens, extra, size.heads, size.width // size.heads)
+
+
+NETWORK = Network(
+    keys=DiTKeys,
+    module=module,
+    cost=cost,
+    check=check,
+    attention=attention,
+    kernel=lambda k: k.attention,
+    rules=RULES,
+    rates=rates,
+    varied=("size", "patch"),
+)

@@ -165,7 +165,7 @@ class LabelEmbedder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, y: jax.Array) -> jax.Array:
+    def __call__(self, y: jax.Array | np.ndarray) -> jax.Array:
         rows = self.num_classes + int(self.null)
         table = self.param("table", nn.initializers.normal(0.02), (rows, self.width), jnp.float32)
         return jnp.take(table.astype(self.dtype), y, axis=0)

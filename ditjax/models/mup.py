@@ -25,15 +25,9 @@ from typing import Literal, NamedTuple
 
 Kind = Literal["input", "hidden", "output", "vector"]
 
-# Exactly one matches the path of a parameter.
-KINDS: tuple[tuple[str, Kind], ...] = (
-    (r"(x_embedder|t_embedder/in)/kernel", "input"),
-    (r"y_embedder/table", "input"),
-    (r"(attn/(qkv|out)|cross/(q|kv|out)|mlp/(in|out)|t_embedder/out)/kernel", "hidden"),
-    (r"adaln/linear/kernel", "hidden"),
-    (r"final_layer/linear/kernel", "output"),
-    (r"bias|scale", "vector"),
-)
+# Path pattern -> what a parameter is to the width; exactly one matches each. A network's file has
+# its own.
+Kinds = tuple[tuple[str, Kind], ...]
 
 
 class Base(NamedTuple):
@@ -43,17 +37,17 @@ class Base(NamedTuple):
     head_width: int
 
 
-def kind_of(path: str) -> Kind:
+def kind_of(path: str, table: Kinds) -> Kind:
     """What a parameter is to the width, by its path 'a/b/c'. ValueError when the table has none."""
-    kinds = [kind for pattern, kind in KINDS if re.search(rf"(^|/)(?:{pattern})$", path)]
+    kinds = [kind for pattern, kind in table if re.search(rf"(^|/)(?:{pattern})$", path)]
     if len(kinds) != 1:
-        raise ValueError(f"{path}: {len(kinds)} rules of models/mup.py match it; expected one")
+        raise ValueError(f"{path}: {len(kinds)} rules of its network match it; expected one")
     return kinds[0]
 
 
-def rate_multiplier(path: str, ratio: float) -> float:
+def rate_multiplier(path: str, ratio: float, table: Kinds) -> float:
     """What Adam's rate of a parameter is multiplied by, of a network `ratio` times as wide."""
-    return 1 / ratio if kind_of(path) in ("hidden", "output") else 1.0
+    return 1 / ratio if kind_of(path, table) in ("hidden", "output") else 1.0
 
 
 def query_scale(base: Base, head_width: int) -> float:

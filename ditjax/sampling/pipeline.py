@@ -9,7 +9,7 @@ pipeline(classes=[207, "golden_retriever"], cfg_scale=4.0).images[0].save("x.png
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +19,17 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ditjax import __version__
-from ditjax.config import Config, changed
+from ditjax.config import Config, changed, replaced
 from ditjax.data.classes import class_names, parse_classes
 from ditjax.errors import UserError
 from ditjax.files import lease
-from ditjax.parallel import processes
-from ditjax.parallel.processes import is_primary
+from ditjax.models.network import Rules
+from ditjax.parallel.mesh import mesh_of
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
-from ditjax.runs.log import Progress
-from ditjax.sampling.samples import SampleWriter
-from ditjax.tasks import build, programs
+from ditjax.sampling.draw import Drawer, decoder_of, draw_to, sampling_protocol
+from ditjax.tasks import make_task
+from ditjax.training.task import Frozen
 from ditjax.weights import networks, reading, tensors, vocabulary
 from ditjax.weights.networks import Network
 
@@ -47,14 +47,14 @@ ClassNames = Sequence[Sequence[str]]
 class Source(NamedTuple):
     """Where networks come from: their recipe, and how to put them on a mesh.
 
-    `load(config, mesh)` -> (parameters of the DiT, of its autoencoder or None). `record` says what
+    `load(config, mesh)` -> (parameters, frozen weights). `record` says what
     the weights are.
     """
 
     config: Config
     class_names: ClassNames | None
     record: dict[str, Any]
-    load: Callable[[Config, Mesh], tuple[Any, Any]]
+    load: Callable[[Config, Mesh], tuple[Any, Frozen]]
 
 
 def open_source(
@@ -85,7 +85,7 @@ def open_source(
         dit, decoder, names = folder
     else:
         dit = reading.load(path, which=which, heads=heads, numerics=numerics)
-    if dit.kind != "dit":
+    if dit.decodes:
         raise UserError(f"{path} holds a {dit.name}: give it as --autoencoder, and a DiT here.")
     if autoencoder:
         decoder = reading.load(autoencoder, which=which)
@@ -97,7 +97,7 @@ def open_source(
     config = networks.joined(dit, decoder) if decoder else dit.config
     if dit.layout != "ditjax" and config.model.label_dropout > 0:
         sample = dataclasses.replace(config.sample, cfg_scale=DEFAULT_CFG_SCALE)
-        config = dataclasses.replace(config, sample=sample)
+        config = replaced(config, sample=sample)
     # The numbers of another program are met by exact products only; a TPU's own would round.
     config = changed(config, {"model": precision_keys("float32")})
     if names is None and config.data.num_classes == len(class_names()):
@@ -106,22 +106,23 @@ def open_source(
     if decoder:
         record["autoencoder"] = _file_record(decoder, which)
 
-    def load(c: Config, mesh: Mesh) -> tuple[Any, Any]:
-        on_mesh: list[Any] = []
-        for network in (dit, decoder):
-            if network is None:
-                on_mesh.append(None)
-                continue
-            if networks.shapes_of(networks.training(c, network.kind)) != network.shapes:
-                raise UserError(
-                    f"the recipe describes another {network.kind} than the weights at"
-                    f" {network.files[0]}, a {network.name}: leave the keys of its architecture as"
-                    " they are."
-                )
-            on_mesh.append(opening.put(networks.as_float32(network.params), mesh))
-        return on_mesh[0], on_mesh[1]
+    def load(c: Config, mesh: Mesh) -> tuple[Any, Frozen]:
+        params = _placed(dit, c, mesh, make_task(c).rules)
+        if decoder is None:
+            return params, {}
+        return params, {"autoencoder": _placed(decoder, networks.decoder_recipe(c), mesh)}
 
     return Source(config, names, record, load)
+
+
+def _placed(network: Network, c: Config, mesh: Mesh, rules: Rules = ()) -> Any:
+    """A network's weights on the mesh. Raises UserError where the recipe describes another one."""
+    if networks.shapes_of(c) != network.shapes:
+        raise UserError(
+            f"the recipe describes another network than the weights at {network.files[0]}, a"
+            f" {network.name}: leave the keys of its architecture as they are."
+        )
+    return opening.put(networks.as_float32(network.params), mesh, rules)
 
 
 def _file_record(network: Network, which: str) -> dict[str, Any]:
@@ -138,159 +139,19 @@ def _file_record(network: Network, which: str) -> dict[str, Any]:
 def open_run(path: str | os.PathLike[str], step: Step = "latest") -> Source:
     """A run of ours: the averaged weights of a checkpoint. Raises UserError."""
     config = opening.recipe_of(path)
-    if config.train.network != "dit":
-        raise UserError(f"{path} is a run of a {config.train.network}: only a DiT draws samples.")
+    task = make_task(config)
+    if task.sampling is None:
+        raise UserError(f"{path} is a run of a {task.name}: it draws no samples.")
     record: dict[str, Any] = {"run": str(path)}
 
-    def load(c: Config, mesh: Mesh) -> tuple[Any, Any]:
-        params, record["step"] = opening.load_weights(c, path, mesh, step)
+    def load(c: Config, mesh: Mesh) -> tuple[Any, Frozen]:
+        task = make_task(c)
+        params, record["step"] = opening.load_weights(c, task, path, mesh, step)
         if c.latent:
             record["autoencoder"] = c.autoencoder.path
-        return params, opening.load_autoencoder(c, mesh)
+        return params, task.frozen(mesh)
 
     return Source(config, None, record, load)
-
-
-class Drawn(NamedTuple):
-    """Samples start to start + B: images u8[B,H,W,C], label i32[B]."""
-
-    start: int
-    images: np.ndarray
-    label: np.ndarray
-
-
-class Drawer:
-    """Draws samples of recipes that share their network, mesh and autoencoder.
-
-    A sampler compiles once: seed, count, weights, labels and the guidance's scale and interval are
-    its arguments.
-    """
-
-    def __init__(self, mesh: Mesh, frozen: Any = None) -> None:
-        """`frozen` are a latent recipe's autoencoder parameters."""
-        self.mesh, self._frozen = mesh, frozen
-        self._programs: dict[Any, programs.Sampling] = {}
-
-    def __call__(
-        self,
-        c: Config,
-        params: Any,
-        ranges: Iterable[tuple[int, int]],
-        *,
-        seed: int,
-        label_of: Sequence[int] | None = None,
-    ) -> Iterator[Drawn]:
-        """Samples of each range [start, stop), by config.sample.
-
-        Sample i depends on (seed, i) and its label alone: label_of[i % len], or a uniform one.
-        """
-        program = self.program(c)
-        guidance = build.guidance_of(c)
-        for first, last in ranges:
-            for start in range(first, last, program.batch_size):
-                wanted = None
-                if label_of is not None:
-                    indices = np.arange(start, start + program.batch_size)
-                    wanted = np.asarray(label_of, np.int32)[indices % len(label_of)]
-                images, label = program.draw(params, seed, start, wanted, guidance)
-                count = min(last - start, program.batch_size)
-                yield Drawn(start, images[:count], label[:count])
-
-    def whole(
-        self,
-        c: Config,
-        params: Any,
-        num: int,
-        *,
-        seed: int,
-        label_of: Sequence[int] | None = None,
-        title: str = "",
-    ) -> Drawn:
-        """Samples 0 to num - 1 in memory; with a title its progress is told."""
-        drawn = self(c, params, [(0, num)], seed=seed, label_of=label_of)
-        parts = list(told(drawn, num, title) if title else drawn)
-        images, label = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
-        return Drawn(0, images, label)
-
-    def program(self, c: Config) -> programs.Sampling:
-        """The sampler of a recipe. Raises UserError for a batch or steps that cannot be."""
-        sample = dataclasses.replace(c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema")
-        key = (c.model, c.diffusion, c.data, c.autoencoder, sample, build.guided(c))
-        if key not in self._programs:
-            self._programs[key] = programs.sampling(c, self.mesh, self._frozen)
-        return self._programs[key]
-
-
-def told(drawn: Iterable[Drawn], num: int, title: str = "sample") -> Iterator[Drawn]:
-    """The same, with a line of progress."""
-    progress = Progress(title, num, "images")
-    for part in drawn:
-        yield part
-        progress.report(part.start + len(part.label))
-
-
-def sampling_protocol(c: Config, *, seed: int, labels: str, decoder: str) -> dict[str, Any]:
-    """All that two sample sets must share for their scores to be compared, but for their number.
-
-    `labels`: 'uniform', 'balanced' or the classes asked for. `decoder`: the SHA-256 of the
-    autoencoder's parameters, or 'pixels'. What model it is, is not part of it.
-    """
-    s = c.sample
-    guided = s.cfg_scale != 1
-    return {
-        "labels": labels,
-        "seed": seed,
-        "sampler": s.sampler,
-        "steps": s.steps,
-        "eta": s.eta if s.sampler == "ddim" else None,
-        "cfg_scale": s.cfg_scale,
-        "cfg_channels": s.cfg_channels if guided else None,
-        "cfg_interval": list(s.cfg_interval) if guided else None,
-        "clip_x0": s.clip_x0,
-        "weights": s.weights,
-        "ema_decay": c.train.ema_decay if s.weights == "ema" else None,
-        "decoder": decoder,
-        "image_size": c.data.image_size,
-        "sampling_precision": [c.model.dtype, c.model.matmul],
-    }
-
-
-def draw_to(
-    path: str | os.PathLike[str],
-    drawer: Drawer,
-    c: Config,
-    params: Any,
-    provenance: Mapping[str, Any],
-    *,
-    seed: int,
-    label_of: Sequence[int] | None = None,
-    title: str = "sample",
-) -> float:
-    """config.sample.num samples to the npz at `path`, a batch on disk before the next is drawn.
-
-    Samples of the same provenance that are there already are not drawn again; others are replaced.
-    Returns the seconds that it took. Every process draws, the first one writes.
-    """
-    began, num = time.monotonic(), c.sample.num
-    shape = (c.data.image_size, c.data.image_size, c.data.channels)
-    drawer.program(c)  # what cannot be drawn leaves no trace on disk
-    writer, ranges = None, []
-    if is_primary():
-        writer = SampleWriter(path, num, shape, provenance, labelled=True, replace=True)
-        ranges = list(writer.missing(c.sample.batch_size))
-    ranges = processes.agreed(ranges)
-    for part in told(drawer(c, params, ranges, seed=seed, label_of=label_of), num, title):
-        if writer:
-            writer.write(part.start, part.images, part.label)
-    if writer:
-        writer.finish()
-    processes.meet()  # the others may read it
-    return time.monotonic() - began
-
-
-def decoder_of(frozen: Any) -> str:
-    """What a protocol says of the decoder."""
-    return "pixels" if frozen is None else opening.digest(frozen)
 
 
 class Output(NamedTuple):
@@ -309,7 +170,7 @@ class Pipeline:
         """Puts the networks on the devices of `config.mesh`; `config` changes the source's own."""
         self.config = config or source.config
         self.class_names = source.class_names
-        self._mesh = build.mesh(self.config)
+        self._mesh = mesh_of(self.config)
         self._params, self._frozen = source.load(self.config, self._mesh)
         self._source = source
         self._drawer = Drawer(self._mesh, self._frozen)

@@ -1,10 +1,10 @@
-"""Samples to disk as they come, so that a killed run goes on where it was.
+"""Samples written to disk batch by batch, so that a killed run resumes where it was.
 
-Each batch is a part of its own, START-STOP.npz in FILE.parts, renamed into place when whole: what
-is there is there, and no order of writes to one big file has to survive a crash. As sample i
-depends on (seed, i) only, several processes may each write parts of one set, and a part that is
-lost is made again. In the end the parts are copied, one in memory at a time, to an npz as ADM's
-evaluator reads it, and removed; that takes twice the space for a moment.
+Each batch is a file START-STOP.npz in FILE.parts, renamed into place when it is whole, so a crash
+cannot damage what was written before. Sample i depends on (seed, i) only, so several processes may
+write parts of one set, and a lost part is drawn again. At the end the parts are copied, one in
+memory at a time, to an npz as ADM's evaluator reads it, and removed. This needs twice the space for
+a moment.
 """
 
 import json
@@ -19,22 +19,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ditjax.data.images import Images
 from ditjax.errors import UserError
 from ditjax.files import npz
 from ditjax.files.atomic import atomic, write_atomic
 from ditjax.files.npz import provenance_text, read_provenance
 
-Images = NDArray[np.uint8]
-
 _PART = re.compile(r"(\d{9})-(\d{9})\.npz")
 
 
 class SampleWriter:
-    """Writes `count` images u8[H,W,C], with labels i32 if `labelled`, to the npz at `path`.
+    """Write `count` images u8[H,W,C], with labels i32 if `labelled`, to the npz at `path`.
 
-    `provenance` is plain JSON of all that the samples depend on (weights, sampler, seed): a set
-    begun under another is not gone on with: with `replace` it gives way, else UserError. It ends
-    up in the npz.
+    `provenance` is plain JSON of all that the samples depend on (weights, sampler, seed), and is
+    stored in the npz. A set that was begun with another provenance is removed with `replace`;
+    otherwise UserError is raised.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class SampleWriter:
             self._begin(replace)
 
     def missing(self, size: int) -> Iterator[tuple[int, int]]:
-        """Ranges [start, stop) of at most `size` samples that are not on disk, in order."""
+        """Ranges [start, stop) of at most `size` samples that are missing on disk, in order."""
         if size < 1:
             raise UserError(f"batches of {size} samples: expected at least 1.")
         if self.finished:
@@ -75,9 +74,9 @@ class SampleWriter:
             end = stop
 
     def write(self, start: int, images: Images, label: NDArray[Any] | None = None) -> None:
-        """Samples start to start + B: images u8[B,H,W,C], label i[B] if labelled. On disk after.
+        """Write samples start to start + B: images u8[B,H,W,C], and label i[B] if labelled.
 
-        Raises UserError for another type, shape or range.
+        They are on disk when this returns. Raises UserError for another type, shape or range.
         """
         images, stop = np.asarray(images), start + len(images)
         if images.dtype != np.uint8 or images.shape[1:] != self.shape or len(images) == 0:
@@ -89,29 +88,30 @@ class SampleWriter:
             raise UserError(f"samples {start} to {stop}: expected a range of {self.count}.")
         arrays: dict[str, NDArray[Any]] = {"arr_0": images}
         if self.labelled != (label is not None):
-            raise UserError("labels must come with every batch of a labelled set, and no other.")
+            raise UserError("every batch of a labelled set needs labels, and no other has them.")
         if label is not None:
             label = np.asarray(label)
             if label.shape != images.shape[:1] or label.dtype.kind not in "iu":
                 raise UserError(
                     f"labels {label.dtype}{list(label.shape)} for {len(images)} images: expected"
-                    " one integer for each."
+                    " one integer per image."
                 )
             arrays["label"] = label.astype(np.int32)
         with atomic(self._part(start, stop)) as file:
             np.savez(file, allow_pickle=False, **arrays)
 
     def finish(self) -> Path:
-        """The npz of all samples, in order; its parts are gone. Raises UserError if any is missing.
+        """Write the npz of all samples, in order, and remove the parts. Returns its path.
 
-        Of several processes only one calls this, when all have written. Again does nothing.
+        One process calls this once all have written; a second call does nothing. Raises UserError
+        if a sample is missing.
         """
         if not self.finished:
             gap = next(self.missing(self.count), None)
             if gap is not None:
                 raise UserError(
-                    f"{self.path}: samples {gap[0]} to {gap[1]} of {self.count} are missing; the"
-                    " same command again draws them."
+                    f"{self.path}: samples {gap[0]} to {gap[1]} of {self.count} are missing; run"
+                    " the same command again to draw them."
                 )
             found = self._found()
             with atomic(self.path) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
@@ -138,10 +138,10 @@ class SampleWriter:
             for start, stop in found:
                 try:
                     with npz.reading(self._part(start, stop)) as part:
-                        rows = npz.read(part, name)
+                        rows = npz.read_array(part, name)
                 except UserError as error:
                     raise UserError(
-                        f"{error} Remove that part: the same command again draws it."
+                        f"{error} Remove that part, and run the same command again to draw it."
                     ) from error
                 member.write(rows.tobytes())
 
@@ -149,14 +149,14 @@ class SampleWriter:
         return self.parts / f"{start:09d}-{stop:09d}.npz"
 
     def _found(self) -> list[tuple[int, int]]:
-        """Ranges of the parts that are whole, in order and without overlap."""
+        """Ranges of the whole parts, in order and without overlap."""
         found: list[tuple[int, int]] = []
         for name in sorted(os.listdir(self.parts)):
             match = _PART.fullmatch(name)
             if match is None:
                 continue
             start, stop = int(match[1]), int(match[2])
-            # Two processes with other batch sizes may overlap: what the first has counts.
+            # Parts of processes with different batch sizes may overlap: the first one counts.
             if (not found or start >= found[-1][1]) and self._whole(start, stop):
                 found.append((start, stop))
         return found
@@ -168,20 +168,16 @@ class SampleWriter:
                     return False
                 return npz.shape_and_dtype(part, "arr_0")[0] == (stop - start, *self.shape)
         except UserError:
-            return False  # a disk's fault: made again, and replaced
+            return False  # damaged: it is drawn again and replaced
 
     def _begin(self, replace: bool) -> None:
         record = self.parts / "record.json"
-        same = record.exists() and record.read_bytes() == self._record.encode()
-        if record.exists() and not same and replace:
+        if record.exists() and record.read_bytes() != self._record.encode():
+            if not replace:
+                raise UserError(_differs(f"{self.parts} holds part of other samples"))
             shutil.rmtree(self.parts)
         if not record.exists():
             write_atomic(record, self._record.encode())
-        elif not same:
-            raise UserError(
-                f"{self.parts} holds part of other samples (count, shape, seed, sampler or weights"
-                " differ): remove it, or choose another file."
-            )
 
     def _is_finished(self, replace: bool) -> bool:
         if not self.path.exists():
@@ -197,11 +193,10 @@ class SampleWriter:
             if not replace:
                 raise
             return False
-        if not same and replace:
-            return False
-        if not same:
-            raise UserError(
-                f"{self.path} holds other samples (count, shape, seed, sampler or weights differ):"
-                " remove it, or choose another file."
-            )
-        return True
+        if not (same or replace):
+            raise UserError(_differs(f"{self.path} holds other samples"))
+        return same
+
+
+def _differs(what: str) -> str:
+    return f"{what} (count, shape, seed, sampler or weights differ): remove it, or name another."

@@ -1,7 +1,7 @@
-"""What comes back of the steps: an interval's means, and the steps that changed nothing.
+"""The metrics of training steps: means over a logging interval, and the skipped steps.
 
-Metrics stay on the devices until they are needed. Of each step only the flag "skipped" is read,
-when the devices have done the steps up to it anyway: counting costs no wait.
+Metrics stay on the devices until they are needed. Only the flag "skipped" of each step is read, and
+only once the devices have finished that step anyway, so counting never makes the host wait.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ import numpy as np
 from ditjax.errors import UserError
 from ditjax.training.step import Metrics
 
-_NAMED = 16  # so many examples a line for people has; the log has all
-# Keys of a checkpoint's position: all skipped steps so far, those since the last good one, and of
-# the steps that no line of the log has the metrics, and which were skipped.
+_NAMED = 16  # examples that a printed line names; the log has all
+# Keys of a checkpoint's position: the number of skipped steps, the number since the last good step,
+# and of the steps since the last line of the log, the metrics and the skipped ones.
 TOTAL, IN_A_ROW = "skipped", "skipped_in_a_row"
 UNLOGGED, UNLOGGED_SKIPPED = "unlogged", "unlogged_skipped"
 
 
 class Skipped(NamedTuple):
-    """A step whose update was not taken: its number, its examples, and what was wrong with it."""
+    """A step whose update was skipped: its number, its examples, and its loss and gradient norm."""
 
     step: int
     examples: list[int]  # records in the split
@@ -29,7 +29,7 @@ class Skipped(NamedTuple):
     grad_norm: float
 
     def record(self) -> dict[str, Any]:
-        """For the log, as strict JSON: what is not finite is a word."""
+        """The step as strict JSON for the log: non-finite numbers are strings."""
         return {
             "step": self.step,
             "loss": _json(self.loss),
@@ -39,31 +39,31 @@ class Skipped(NamedTuple):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
-        """What `record` was made of."""
+        """The inverse of `record`."""
         loss, norm = float(record["loss"]), float(record["grad_norm"])
         return cls(record["step"], list(record["index"]), loss, norm)
 
     @property
     def reason(self) -> str:
-        """What was wrong, for people."""
+        """Why it was skipped, as text."""
         if np.isfinite(self.loss) and np.isfinite(self.grad_norm):
             return f"gradient norm {self.grad_norm:.4g}, a spike beside its running mean"
         return f"loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}"
 
 
 class Meter:
-    """The metrics of a run's steps, given in order.
+    """Collects the metrics of a run's steps, which are added in order.
 
-    More than `most` skipped steps in a row end the run. `records_of(step)` are the examples of a
-    step's batch; `say` tells of a step that was skipped. At most `in_flight` steps wait for the
-    devices. `position` is what a checkpoint says of the steps up to `start`.
+    More than `most` skipped steps in a row end the run. `records_of(step)` returns the examples of
+    a step's batch. `warn` prints a line for each skipped step. At most `in_flight` steps are kept
+    unread. `position` is what a checkpoint recorded of the steps up to `start`.
     """
 
     def __init__(
         self,
         most: int,
         records_of: Callable[[int], np.ndarray],
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
         *,
         in_flight: int,
         start: int = 0,
@@ -72,13 +72,13 @@ class Meter:
         before = position or {}
         self.total: int = before.get(TOTAL, 0)
         self.in_a_row: int = before.get(IN_A_ROW, 0)
-        self.changed = False  # the state, since it was last saved
+        self.changed = False  # whether a step changed the state since it was last saved
         self._most, self._in_flight = most, in_flight
-        self._records_of, self._say = records_of, say
-        # Which steps were too many: of this call, or of one before.
+        self._records_of, self._warn = records_of, warn
+        # The message about too many skipped steps, of this run or of the one that it resumes.
         self._over = self._too_many(start) if self.ended else ""
-        self._waiting: list[tuple[int, Metrics]] = []  # nothing of them was looked at
-        # Since the last `row`.
+        self._waiting: list[tuple[int, Metrics]] = []  # not read yet
+        # Since the last `row`:
         self._good: list[Any] = [
             {name: np.dtype(dtype).type(value) for name, (dtype, value) in metrics.items()}
             for metrics in before.get(UNLOGGED, [])
@@ -86,9 +86,9 @@ class Meter:
         self._skipped = [Skipped.of(record) for record in before.get(UNLOGGED_SKIPPED, [])]
 
     def position(self) -> dict[str, Any]:
-        """For a checkpoint of a step that was waited for: a resumed run counts and logs on.
+        """What a checkpoint records, so that a resumed run continues counting and logging.
 
-        Float32 through JSON and back is exact.
+        The last step must have been added with `wait`. Float32 numbers survive JSON exactly.
         """
         good = jax.device_get(self._good)
         return {
@@ -99,24 +99,24 @@ class Meter:
         }
 
     def add(self, step: int, metrics: Metrics, *, wait: bool) -> bool:
-        """Takes a step's metrics; whether the run is to end here, all steps so far being counted.
+        """Add the metrics of a step; return whether the run must end because of skipped steps.
 
-        With `wait` all are counted in any case.
+        With `wait`, and if the run must end, all steps so far are counted.
         """
         metrics["skipped"].copy_to_host_async()
         self._waiting.append((step, metrics))
         ends = False
         while len(self._waiting) > (0 if wait or ends else self._in_flight):
-            ends = self._look(*self._waiting.pop(0)) or ends
+            ends = self._count(*self._waiting.pop(0)) or ends
         return ends
 
     @property
     def ended(self) -> bool:
-        """Whether the last steps so far were too many: of a run that has come to its end."""
+        """Whether too many of the last steps were skipped."""
         return self.in_a_row > self._most
 
-    def _look(self, step: int, metrics: Metrics) -> bool:
-        """Counts one step; whether it is one too many."""
+    def _count(self, step: int, metrics: Metrics) -> bool:
+        """Count one step; return whether it is one skipped step too many."""
         jax.block_until_ready(metrics)
         if not np.asarray(metrics["skipped"]):
             self.in_a_row, self.changed = 0, True
@@ -127,14 +127,14 @@ class Meter:
         loss, norm = jax.device_get((metrics["loss"], metrics["grad_norm"]))
         skipped = Skipped(step, self._records_of(step).tolist(), float(loss), float(norm))
         self._skipped.append(skipped)
-        self._say(f"step {step} skipped: {skipped.reason}; of {_examples(skipped.examples)}")
+        self._warn(f"step {step} skipped: {skipped.reason}; of {_examples(skipped.examples)}")
         if self.in_a_row <= self._most:
             return False
         self._over = f"{self._too_many(step)}; {skipped.reason} at step {step}"
         return True
 
     def _too_many(self, last: int) -> str:
-        """The steps in a row up to `last`, and the examples that they began with."""
+        """A message about the skipped steps up to `last`, and the examples of the first."""
         count, first = self.in_a_row, last - self.in_a_row + 1
         began = _examples(self._records_of(first).tolist())
         if count == 1:
@@ -142,7 +142,7 @@ class Meter:
         return f"steps {first} to {last}, {count} in a row, were skipped: step {first} of {began}"
 
     def error(self, kept: int | None) -> UserError:
-        """What ends the run; `kept` is its newest checkpoint."""
+        """The error that ends the run; `kept` is the step of its newest checkpoint."""
         return UserError(
             f"{self._over}. Look at the examples (metrics.jsonl has all), lower"
             " config.optim.learning_rate in another --workdir, or raise config.train.max_bad_steps;"
@@ -150,7 +150,7 @@ class Meter:
         )
 
     def row(self) -> dict[str, Any]:
-        """The log's line: each metric's mean since the last, the skipped steps told apart."""
+        """A row of the log: the mean of each metric since the last row, and the skipped steps."""
         fetched = jax.device_get(self._good)
         names = fetched[0] if fetched else {}
         row: dict[str, Any] = {name: float(np.mean([m[name] for m in fetched])) for name in names}

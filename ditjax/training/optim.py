@@ -1,4 +1,4 @@
-"""The optimizer as one optax chain, and the guard against spikes that reads its state."""
+"""The optimizer as one optax chain, and the guard against spikes of the gradient norm."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# The guard's mean is over about 1 / (1 - NORM_DECAY) updates; before as many it guards nothing.
+# The running mean covers about 1 / (1 - NORM_DECAY) updates. The guard is off for the first ones.
 NORM_DECAY = 0.99
 FIRST_NORMS = 100
 
@@ -15,7 +15,7 @@ FIRST_NORMS = 100
 def learning_rate_schedule(
     peak: float, schedule: str, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, then constant, or a half cosine to 0."""
+    """Linear warm-up from 0 over `warmup_steps`, then constant or a half cosine to 0."""
     after = total_steps - warmup_steps
     main = (
         optax.cosine_decay_schedule(peak, after)
@@ -39,11 +39,11 @@ def make_optimizer(
     spike_factor: float = 0.0,
     scale: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019, Alg. 2), after clipping to a global norm when > 0.
+    """AdamW (Loshchilov & Hutter 2019, Alg. 2), after clipping to a global norm if clip_norm > 0.
 
-    The paper trains with weight decay 0: it is an argument here because optax's default is not 0.
-    With `spike_factor` the state begins with what `spike_limit` reads. `scale` maps Adam's update,
-    a tree like the parameters', to one with learning rates of their own; a step's decay is
+    The paper trains with weight decay 0; optax's default is not 0. With a `spike_factor` the state
+    starts with the running norm that `spike_limit` reads. `scale` multiplies Adam's update, a tree
+    like the parameters, by learning rates per parameter. It does not affect weight decay, which is
     learning_rate · weight_decay for all of them.
     """
     parts = [running_norm()] if spike_factor else []
@@ -59,16 +59,16 @@ def make_optimizer(
 
 
 class NormState(NamedTuple):
-    """n updates so far, i32[], and m_n of their gradients' norms, f32[]."""
+    """The number of updates n, i32[], and the running mean m_n of their gradient norms, f32[]."""
 
     updates: jax.Array
     mean: jax.Array
 
 
 def running_norm() -> optax.GradientTransformation:
-    """m_n = β m_{n-1} + (1 - β) ‖g_n‖, m_0 = 0, of the gradient as it comes, which passes as it is.
+    """Track m_n = β m_{n-1} + (1 - β) ‖g_n‖, m_0 = 0, and pass the gradient on unchanged.
 
-    β is NORM_DECAY. Of a skipped update the step keeps the old state: its norm is not in it.
+    β is NORM_DECAY. A skipped update leaves this state unchanged, so its norm is not averaged.
     """
 
     def init(params: Any) -> NormState:
@@ -82,10 +82,11 @@ def running_norm() -> optax.GradientTransformation:
 
 
 def spike_limit(opt_state: Any, factor: float) -> jax.Array:
-    """The norm above which an update is a spike: factor · m_n / (1 - βⁿ), f32[].
+    """The gradient norm above which an update is a spike: factor · m_n / (1 - βⁿ), f32[].
 
-    The divisor makes it a mean, as of Adam's moments (Kingma & Ba 2015, Sec. 3). It is infinite
-    before FIRST_NORMS updates. `opt_state` is of a `make_optimizer` with a spike_factor.
+    The divisor corrects the bias of the mean as in Adam (Kingma & Ba 2015, Sec. 3). The limit is
+    infinite for the first FIRST_NORMS updates. `opt_state` must be that of `make_optimizer` with a
+    spike_factor.
     """
     n, mean = opt_state[0]
     average = mean / (1 - NORM_DECAY ** jnp.maximum(n, 1).astype(jnp.float32))

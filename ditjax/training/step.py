@@ -14,8 +14,8 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # (batch, key) -> the batch with all that is random in a step, drawn for the whole of it
 Draw = Callable[[Batch, jax.Array], Batch]
-# (params, what was drawn) -> (scalar loss, scalars to log)
-LossFn = Callable[[Any, Batch], tuple[jax.Array, Metrics]]
+# (params, frozen weights, what was drawn) -> (scalar loss, scalars to log)
+LossFn = Callable[[Any, Any, Batch], tuple[jax.Array, Metrics]]
 # optimizer's state -> the largest norm of a gradient that it takes
 Limit = Callable[[Any], jax.Array]
 
@@ -59,26 +59,22 @@ def microbatches(batch: Batch, parts: int) -> Batch:
 
 
 def mean_gradient(
-    loss_fn: LossFn, params: Any, drawn: Batch, parts: int, place: Callable[[Any], Any]
+    gradient: Callable[[Batch], tuple[Any, Metrics]],
+    drawn: Batch,
+    parts: int,
+    place: Callable[[Any], Any],
 ) -> tuple[Any, Metrics]:
-    """(gradient of the batch's mean loss, metrics): the mean of its parts', one after another.
+    """The mean of the parts' `gradient`, one part after another: (gradient, metrics).
 
-    Only one part's activations are alive at a time; gradients are summed in their own dtype,
+    Only one part's activations are alive at a time. Gradients are summed in their own dtype,
     float32.
     """
 
-    def one(part: Batch) -> tuple[Any, Metrics]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, part)
-        return place(grads), {**metrics, "loss": loss}
-
-    if parts == 1:
-        return one(drawn)
-
     def add(total: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(part)), None
+        return jax.tree.map(jnp.add, total, gradient(part)), None
 
     split = microbatches(drawn, parts)
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], split))
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split))
     grads, metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(add, (place(grads), metrics), split)
     return jax.tree.map(lambda x: x / parts, total)
@@ -94,26 +90,37 @@ def make_step(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     ema_decay: float,
+    key: jax.Array,
     *,
     parts: int = 1,
     place: Callable[[Any], Any] = lambda gradient: gradient,
     limit: Limit = no_limit,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
-    """One update: loss and gradient, optimizer, average.
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """One update, (state, frozen weights, batch) -> (state, metrics): gradient, Adam, average.
 
     It is skipped when the loss or the gradient's global norm is not finite, or the norm is above
-    `limit`: parameters, average and optimizer are then the old ones, bit by bit, and metrics
-    "skipped" bool[] says so.
+    `limit`: parameters, average and optimizer then keep their bits, and metrics "skipped" bool[] is
+    true.
 
-    `key` is the run's key; it is folded with the step here and nowhere else, so that a step's
+    `key` is the run's key. It is folded with the step here and nowhere else, so that a step's
     randomness is a function of (seed, step). It is drawn before the batch is cut into `parts`: the
     update is the same for any number of them, but for rounding. `place` puts gradients where the
     parameters are.
     """
 
-    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         drawn = draw(batch, jax.random.fold_in(key, state.step))
-        grads, metrics = mean_gradient(loss_fn, state.params, drawn, parts, place)
+        of_loss = jax.value_and_grad(loss_fn, has_aux=True)
+        if parts == 1:
+            (loss, metrics), grads = of_loss(state.params, frozen, drawn)
+            grads, metrics = place(grads), {**metrics, "loss": loss}
+        else:
+
+            def gradient(part: Batch) -> tuple[Any, Metrics]:
+                (loss, metrics), grads = of_loss(state.params, frozen, part)
+                return place(grads), {**metrics, "loss": loss}
+
+            grads, metrics = mean_gradient(gradient, drawn, parts, place)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= limit(state.opt_state))
 

@@ -15,14 +15,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ditjax.config import Config, changed
+from ditjax.config import Config, changed, check_no_imports, migrated, read
 from ditjax.errors import UserError
 from ditjax.files.assets import unflatten
+from ditjax.files.atomic import read_json
+from ditjax.models.dit import PAPER_SIZES, Size
 from ditjax.models.embed import sincos_position_embedding
-from ditjax.models.sizes import PAPER_SIZES, Size
 from ditjax.weights import layouts, vocabulary
 from ditjax.weights import tensors as weights
-from ditjax.weights.networks import Network, check_fit, recipe, shapes_of
+from ditjax.weights.networks import Network, check_fit, shapes_of, task_of
 
 Numerics = Literal["auto", "release", "diffusers"]
 
@@ -70,16 +71,20 @@ def load(
 def _load_ours(file: weights.TensorFile) -> Network:
     try:
         kept = json.loads(file.metadata[vocabulary.METADATA])
-        kind, sections = kept["network"], kept["config"]
-        config = recipe({**sections, "train": {"network": kind}})
+        sections = kept["config"]
+        # Files of before config.task name their network.
+        task = {"task": kept["task"]} if "task" in kept else {"train": {"network": kept["network"]}}
+        check_no_imports({**sections, **task}, "its recipe")
+        # Of a training it says nothing: what runs of before tasks trained with is not its own.
+        config = read({**migrated({**sections, **task}), "train": {}})
         shapes = shapes_of(config)
     except UserError as error:
         raise UserError(f"{file.path}: {error}") from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{file.path}: its metadata are not ditjax's: {error!r}.") from None
-    weights.check_tensors(file.path, f"{kind} of ditjax", file.tensors, shapes)
+    weights.check_tensors(file.path, f"{task_of(config).name} of ditjax", file.tensors, shapes)
     tree = unflatten({name: np.asarray(file.tensors[name]) for name in shapes})
-    return Network(kind, config, {"params": tree}, "ditjax", file.files)
+    return Network(config, {"params": tree}, "ditjax", file.files)
 
 
 def _shape(file: weights.TensorFile, name: str, rank: int) -> tuple[int, ...]:
@@ -101,10 +106,13 @@ def _count(names: Iterable[str], pattern: str) -> int:
     return min(1 + max(found, default=0), len(names))
 
 
-def _recipe(file: weights.TensorFile, changes: Mapping[str, Mapping[str, Any]]) -> Config:
-    """`recipe`, whose UserError names the file. A JSON integer may be too large for a float."""
+def _recipe(file: weights.TensorFile, changes: Mapping[str, Any]) -> Config:
+    """The paper's recipe with keys changed; a UserError names the file.
+
+    A JSON integer may be too large for a float.
+    """
     try:
-        return recipe(changes)
+        return read(changes)
     except (UserError, OverflowError) as error:
         raise UserError(f"{file.path}: {error}") from None
 
@@ -171,7 +179,7 @@ def _load_dit(file: weights.TensorFile, layout: str, heads: int, numerics: Numer
     weights.check_tensors(file.path, what, file.tensors, expected)
     if table in expected:
         _check_table(file.path, table, file.tensors[table], D, input_size // p)
-    return Network("dit", config, _params(file, rules, ours), layout, file.files)
+    return Network(config, _params(file, rules, ours), layout, file.files)
 
 
 def _mlp_ratio(hidden: int, width: int) -> float:
@@ -292,7 +300,7 @@ def _load_autoencoder(file: weights.TensorFile) -> Network:
     config = _recipe(
         file,
         {
-            "train": {"network": "autoencoder"},
+            "task": "autoencoder",
             "data": {"channels": channels},
             "autoencoder": {
                 "base_width": width,
@@ -316,7 +324,7 @@ def _load_autoencoder(file: weights.TensorFile) -> Network:
         )
     what = f"KL autoencoder of widths {widths} in the layout of {_program(layout)}"
     weights.check_tensors(file.path, what, file.tensors, layouts.expected_shapes(rules, ours))
-    return Network("autoencoder", config, _params(file, rules, ours), layout, file.files)
+    return Network(config, _params(file, rules, ours), layout, file.files)
 
 
 # What diffusers' classes can be configured to that tensors do not tell, and what is computed here.
@@ -359,7 +367,7 @@ class PipelineFolder(NamedTuple):
 def load_pipeline(folder: str | os.PathLike[str], *, numerics: Numerics = "auto") -> PipelineFolder:
     """A DiTPipeline folder, whole. Raises UserError for what is none."""
     folder = Path(folder)
-    index = weights.read_json(folder / vocabulary.MODEL_INDEX)
+    index = read_json(folder / vocabulary.MODEL_INDEX)
     if index.get("_class_name") != "DiTPipeline":
         raise UserError(
             f"{folder}/{vocabulary.MODEL_INDEX} is of a {index.get('_class_name')}: expected a"
@@ -384,7 +392,7 @@ def _class_names(folder: Path, index: Mapping[str, Any], c: Config) -> tuple[tup
 
 def _with_scheduler(c: Config, folder: Path) -> Config:
     """The recipe with the process that a scheduler's config tells."""
-    said = weights.read_json(folder / "scheduler_config.json")
+    said = read_json(folder / "scheduler_config.json")
     predictions = {theirs: ours for ours, theirs in vocabulary.PREDICTIONS.items()}
     schedules = {theirs: ours for ours, theirs in vocabulary.SCHEDULES.items()}
     # str: a hostile value need not be hashable.

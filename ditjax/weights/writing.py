@@ -13,8 +13,8 @@ from ditjax import __version__
 from ditjax.config import Config, changed
 from ditjax.errors import UserError
 from ditjax.files.atomic import write_json
+from ditjax.models import dit
 from ditjax.models.embed import sincos_position_embedding
-from ditjax.tasks import build
 from ditjax.weights import layouts, vocabulary
 from ditjax.weights import tensors as weights
 from ditjax.weights.networks import Network, joined
@@ -32,10 +32,11 @@ _DIFFUSERS_VERSION = "0.42.1"  # whose folders ours were compared with
 def write_ditjax(path: str | os.PathLike[str], network: Network) -> Path:
     """One safetensors file: our paths as names, the recipe's decisive keys as metadata."""
     tree = dataclasses.asdict(network.config)
-    kept = {section: tree[section] for section in _KEPT}
-    kept["autoencoder"]["path"] = ""
+    kept = {section: tree[section] for section in _KEPT if section in tree}
+    if "autoencoder" in kept:
+        kept["autoencoder"]["path"] = ""
     kept["data"] = {key: tree["data"][key] for key in _KEPT_DATA}
-    metadata = {"network": network.kind, "config": kept, "version": __version__}
+    metadata = {"task": network.config.task, "config": kept, "version": __version__}
     return weights.write_safetensors(
         path, network.leaves, {vocabulary.METADATA: json.dumps(metadata)}
     )
@@ -57,7 +58,7 @@ def write_release(path: str | os.PathLike[str], network: Network) -> Path:
 def write_diffusers(folder: str | os.PathLike[str], network: Network) -> Path:
     """A model folder of diffusers: config.json and diffusion_pytorch_model.safetensors."""
     folder = Path(folder)
-    if network.kind == "dit":
+    if not network.decodes:
         m, network = _expressible(network, "diffusers"), folded(network)
         depth = next(iter(network.params["params"]["blocks"]["attn"]["qkv"].values())).shape[0]
         tensors = layouts.to_theirs(
@@ -92,7 +93,7 @@ def folded(network: Network) -> Network:
 
     Their weights and bias take it, each rounded once.
     """
-    scale = build.query_scale(network.config)
+    scale = dit.query_scale(network.config.model)
     if scale == 1:
         return network
     by = np.array([scale, 1.0, 1.0])[:, None, None]  # of [..., 3, H, d]
@@ -123,8 +124,8 @@ def _expressible(network: Network, program: str) -> Any:
 
 def _transformer_config(network: Network) -> dict[str, Any]:
     c = network.config
-    shape = build.cost(c)
-    size = shape.size
+    size, channels = dit.parse_size(c.model.size), c.input_channels
+    learned = c.diffusion.variance == "learned_range"
     return {
         "_class_name": "DiTTransformer2DModel",
         "_diffusers_version": _DIFFUSERS_VERSION,
@@ -132,15 +133,15 @@ def _transformer_config(network: Network) -> dict[str, Any]:
         "attention_bias": True,
         "attention_head_dim": size.width // size.heads,
         "dropout": 0.0,
-        "in_channels": shape.in_channels,
+        "in_channels": channels,
         "norm_elementwise_affine": False,
         "norm_eps": c.model.norm2_eps,
         "norm_num_groups": 32,
         "norm_type": "ada_norm_zero",
         "num_attention_heads": size.heads,
-        "num_embeds_ada_norm": shape.num_classes,
+        "num_embeds_ada_norm": c.data.num_classes,
         "num_layers": size.depth,
-        "out_channels": shape.out_channels,
+        "out_channels": channels * (2 if learned else 1),
         "patch_size": c.model.patch,
         "sample_size": c.input_size,
         "upcast_attention": False,
@@ -169,7 +170,7 @@ def _vae_config(network: Network) -> dict[str, Any]:
 
 def write_pipeline(
     folder: str | os.PathLike[str],
-    dit: Network,
+    denoiser: Network,
     autoencoder: Network,
     class_names: Sequence[Sequence[str]],
 ) -> Path:
@@ -177,12 +178,19 @@ def write_pipeline(
 
     Raises UserError for networks that do not fit together, or that the pipeline cannot run.
     """
-    folder, c = Path(folder), dit.config
+    folder, c = Path(folder), denoiser.config
     if c.data.num_classes != len(class_names):
         raise UserError(f"{len(class_names)} class names for {c.data.num_classes} classes.")
-    config = joined(dit, autoencoder)  # before anything is written
-    write_diffusers(folder / "transformer", dit)
-    write_diffusers(folder / "vae", autoencoder._replace(config=config))
+    config = joined(denoiser, autoencoder)  # before anything is written
+    vae = changed(
+        autoencoder.config,
+        {
+            "autoencoder": {"scale": config.autoencoder.scale},
+            "data": {"image_size": config.data.image_size},
+        },
+    )
+    write_diffusers(folder / "transformer", denoiser)
+    write_diffusers(folder / "vae", autoencoder._replace(config=vae))
     write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(c))
     index = {
         "_class_name": "DiTPipeline",

@@ -17,7 +17,8 @@ from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Checkpoints
 from ditjax.sampling.pipeline import Pipeline
-from ditjax.tasks import programs
+from ditjax.tasks import make_task
+from ditjax.training.program import training
 from ditjax.weights import networks, reading, tensors, writing
 from ditjax.weights.torch_file import write_torch
 from tests.commands.conftest import TINY
@@ -129,10 +130,10 @@ def test_imagenet_pipelines_are_named(tmp_path, capsys):
 def finished(tmp_path_factory):
     """A run's directory at step 20, its average other than its parameters, without the training."""
     workdir = tmp_path_factory.mktemp("run")
-    recipe = cli.load_recipe([*TINY, "--config.sample.batch_size=8"]).to_dict()
+    recipe = cli.load_recipe([*TINY, "--config.sample.batch_size=8"])
     c, mesh = read(recipe), make_mesh(-1, 1)
     rundir.open_run(workdir, recipe)
-    state = programs.training(c, mesh).init()
+    state = training(c, make_task(c, mesh), mesh).init()
     shapes = {path: leaf.shape for path, leaf in flatten(state.ema["params"]).items()}
     ema = opening.put({"params": unflatten(seeded_state(shapes, 3))}, mesh)
     with Checkpoints(workdir / rundir.CHECKPOINTS, keep=1) as checkpoints:
@@ -146,7 +147,7 @@ def test_a_run(finished, tmp_path, capsys):
     run(f"--weights={finished}", "--to=ditjax", f"--out={out}")
     assert "(ditjax) ->" in capsys.readouterr().out
     config = opening.recipe_of(finished)
-    params, step = opening.load_weights(config, finished, make_mesh(-1, 1))
+    params, step = opening.load_weights(config, make_task(config), finished, make_mesh(-1, 1))
     assert step == 20
     network = networks.of_run(config, params)
     assert_same(reading.load(out).leaves, network.leaves)
@@ -179,9 +180,9 @@ def test_sampling_a_run_as_weights(finished, tmp_path):
 
 
 def test_another_block_has_only_our_format(tmp_path):
-    c = networks.recipe({"model": {"size": "1x16x2", "block": "in_context"}})
+    c = read({"model": {"size": "1x16x2", "block": "in_context"}})
     leaves = seeded_state(networks.shapes_of(c), 0)
-    network = networks.Network("dit", c, {"params": unflatten(leaves)}, "ditjax", ())
+    network = networks.Network(c, {"params": unflatten(leaves)}, "ditjax", ())
     source = writing.write_ditjax(tmp_path / "a.safetensors", network)
     for target in ("release", "diffusers"):
         with pytest.raises(UserError, match=r"config\.model\.block is 'in_context'"):
@@ -220,7 +221,7 @@ def files(tmp_path):
         ("empty.pt", ("--to=ditjax",), "is empty"),
         ("page.pt", ("--to=ditjax",), "is a web page"),
         ("noise.pt", ("--to=ditjax",), "is not a file of torch.save"),
-        ("cut.safetensors", ("--to=ditjax",), "is no sound safetensors file"),
+        ("cut.safetensors", ("--to=ditjax",), "is not a sound safetensors file"),
         ("folder", ("--to=ditjax",), "has no config.json"),
         ("none", ("--to=ditjax",), "does not exist"),
     ],

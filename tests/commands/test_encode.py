@@ -6,17 +6,19 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ditjax import config, encode, train
 from ditjax.cli import load_recipe
-from ditjax.data import stream
+from ditjax.data import records, source, stream
 from ditjax.errors import UserError
 from ditjax.files.assets import unflatten
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
-from ditjax.tasks import programs
+from ditjax.tasks import make_task
+from ditjax.training.program import precise, training
 from ditjax.weights import networks, writing
 from tests.commands.conftest import TINY
 from tests.seeded import seeded_state
@@ -29,12 +31,12 @@ SHARDS = [range(start, min(start + 64, 359)) for start in range(0, 359, 64)]
 def vae(tmp_path_factory):
     """A small autoencoder, no weight of which is zero."""
     sections = {"base_width": 4, "multipliers": (1, 2), "res_blocks": 1, "groups": 2}
-    c = networks.recipe({"train": {"network": "autoencoder"}, "autoencoder": sections})
+    c = config.read({"task": "autoencoder", "autoencoder": sections})
     leaves = seeded_state(networks.shapes_of(c), 0)
     # Means that tell images apart, and a posterior that is neither a point nor all noise.
     leaves["quant_conv/kernel"][..., :4] *= 10
     leaves["quant_conv/bias"][4:] -= 2
-    network = networks.Network("autoencoder", c, {"params": unflatten(leaves)}, "ditjax", ())
+    network = networks.Network(c, {"params": unflatten(leaves)}, "ditjax", ())
     folder = tmp_path_factory.mktemp("files") / "vae"
     writing.write_diffusers(folder, network)
     return folder
@@ -78,13 +80,13 @@ def contents(folder):
 def read(monkeypatch):
     """The records whose images are read from now on, in order."""
     found = []
-    real = stream._Decoded.batch
+    real = records.ImageReader.batch
 
     def batch(self, indices, mirrored):
         found.extend(indices.tolist())
         return real(self, indices, mirrored)
 
-    monkeypatch.setattr(stream._Decoded, "batch", batch)
+    monkeypatch.setattr(records.ImageReader, "batch", batch)
     return found
 
 
@@ -110,11 +112,13 @@ def test_a_killed_encoding_goes_on_where_it_was(vae, whole, tmp_path, read, caps
     left = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*of-00006")}
     assert len(left) == 2
     assert len(list(tmp_path.rglob(".*.tmp"))) == 1
-    with pytest.raises(UserError, match="its encoding is not finished: the same command"):
-        stream.dataset_info(f"latents:{tmp_path}", "test")
-    with pytest.raises(UserError, match=r"image_size=32, this would be 16: give another --out"):
+    with pytest.raises(UserError, match="its encoding is not finished; resume it"):
+        source.dataset_info(f"latents:{tmp_path}", "test")
+    with pytest.raises(
+        UserError, match=r"image_size=32, and this command has 16: give another --out"
+    ):
         encode.main([*command, "--config.data.image_size=16"])
-    with pytest.raises(UserError, match=r"dtype='float32', this would be 'bfloat16'"):
+    with pytest.raises(UserError, match=r"dtype='float32', and this command has 'bfloat16'"):
         encode.main([*command, "--config.model.dtype=bfloat16"])
     assert read == []
 
@@ -155,40 +159,39 @@ def test_flags_that_do_not_fit(vae, tmp_path, more, match):
     assert not (tmp_path / "out").exists()
 
 
-def x0_of_steps(monkeypatch, command, start, stop):
-    """What the training step gets, by the command's own programs: x0 f32[S,B,h,w,c], labels."""
-    c = config.read(load_recipe(command).to_dict())
+def opened(command):
+    """(the recipe, its training's programs, its frozen weights where they are read)."""
+    c = config.read(load_recipe(command))
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
+    task = make_task(c, mesh)
+    return c, training(c, task, mesh), task.frozen(mesh) if task.reads else {}
 
-    def make_step(*_, **__):
-        return lambda state, batch, key: (state._replace(step=state.step + 1), batch)
 
-    monkeypatch.setattr(programs, "make_step", make_step)
-    frozen = opening.load_autoencoder(c, mesh) if train.needs_encoder(c) else None
-    training = programs.training(c, mesh, frozen)
-    state = jax.tree.map(
-        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
-        training.abstract_state,
-    )
-    state = state._replace(step=state.step + start)
+def x0_of_steps(command, start, stop):
+    """What the training step gets, by the command's own programs: x0 f32[S,B,h,w,c], labels."""
+    c, p, frozen = opened(command)
     found = []
     spec = opening.data_spec(c)
-    with stream.train_batches(spec, c.seed, c.train.batch_size, start_step=start) as batches:
-        for _ in range(start, stop):
-            state, batch = training.step(state, training.put(next(batches)))
-            found.append(jax.device_get(batch))
+    with (
+        stream.train_batches(spec, c.seed, c.train.batch_size, start_step=start) as batches,
+        precise(c),
+    ):
+        for step in range(start, stop):
+            examples = p.prepare(frozen, p.put(next(batches)), jnp.int32(step))
+            found.append(jax.device_get(examples))
     return np.stack([x["x0"] for x in found]), np.stack([x["label"] for x in found])
 
 
-def test_latents_are_the_same_x0_as_images_encoded_on_the_way(vae, whole, monkeypatch):
+def test_latents_are_the_same_x0_as_images_encoded_on_the_way(vae, whole):
     """Order, mirroring and the posterior's noise are functions of (seed, step) alone."""
     x0 = {}
     for flip in (False, True):
         command = words(vae, f"--config.data.flip={flip}")
         # 359 records in batches of 24: step 14 holds the end of an epoch and the start of the next.
-        x0[flip], label = x0_of_steps(monkeypatch, command, 13, 16)
+        x0[flip], label = x0_of_steps(command, 13, 16)
         cached = [*command, f"--config.data.name=latents:{whole}"]
-        x0_cached, label_cached = x0_of_steps(monkeypatch, cached, 13, 16)
+        assert opened(cached)[2] == {}, "of an autoencoder that is not needed"
+        x0_cached, label_cached = x0_of_steps(cached, 13, 16)
         np.testing.assert_array_equal(label_cached, label)
         np.testing.assert_allclose(x0_cached, x0[flip], atol=1e-4)
     # Mirroring would tell.
@@ -204,16 +207,15 @@ def test_training_on_latents_is_training_on_images(vae, whole):
         "--config.optim.learning_rate=2e-2",
         "--config.train.batch_size=16",
     )
-    c = config.read(load_recipe(command).to_dict())
-    mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
-    training = programs.training(c, mesh, opening.load_autoencoder(c, mesh))
+    c, p, frozen = opened(command)
     losses: dict[str, list[list[float]]] = {}
     for name in ("digits", f"latents:{whole}"):
         spec = dataclasses.replace(opening.data_spec(c), name=name)
-        state, losses[name] = training.init(), []
-        with stream.train_batches(spec, c.seed, c.train.batch_size) as batches:
+        state, losses[name] = p.init(), []
+        with stream.train_batches(spec, c.seed, c.train.batch_size) as batches, precise(c):
             for _ in range(12):
-                state, metrics = training.step(state, training.put(next(batches)))
+                examples = p.prepare(frozen, p.put(next(batches)), state.step)
+                state, metrics = p.step(state, frozen, examples)
                 losses[name].append([float(metrics[key]) for key in ("loss", "mse", "grad_norm")])
     on_images, on_latents = losses.values()
     np.testing.assert_allclose(on_latents, on_images, rtol=1e-3)

@@ -7,19 +7,20 @@ import pytest
 from PIL import Image
 
 from ditjax import evaluate
-from ditjax.data import stream
+from ditjax.data import records
 from ditjax.errors import UserError
 from ditjax.evaluation.features import digits_extractor
 from ditjax.evaluation.statistics import load_statistics, save_statistics
 from ditjax.metrics import frechet, scores
-from ditjax.runs.results import save_samples
+from tests.sample_files import save_samples
 
 
 @pytest.fixture(scope="module")
 def digits(data_dir):
     """u8[N,8,8,1] of both splits."""
     return {
-        split: stream.load_arrays("digits", split, data_dir)["image"] for split in ("train", "test")
+        split: records.load_arrays("digits", split, data_dir)["image"]
+        for split in ("train", "test")
     }
 
 

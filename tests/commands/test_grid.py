@@ -19,12 +19,11 @@ from ditjax.config import changed, read
 from ditjax.diffusion import samplers
 from ditjax.errors import UserError
 from ditjax.files.atomic import protocol_hash, write_json
-from ditjax.models.cost import gflops
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
 from ditjax.runs.results import load_samples
-from ditjax.sampling.pipeline import Drawer
-from ditjax.tasks import build
+from ditjax.sampling.draw import Drawer
+from ditjax.tasks import cost_of, diffusion, make_task
 from tests.commands.conftest import TINY
 
 AXES = ("--cfg_scale=1,3,4", "--cfg_channels=all,three", "--weights=ema,model")
@@ -36,7 +35,7 @@ def programs():
     kept: dict = {}
     init = Drawer.__init__
 
-    def with_kept(self, mesh, frozen=None):
+    def with_kept(self, mesh, frozen):
         init(self, mesh, frozen)
         self._programs = kept
 
@@ -49,7 +48,7 @@ def programs():
 def made(finished, programs, tmp_path_factory):
     """(folder, traces of the sampler) of a grid of 2 weights x 3 scales."""
     traced = []
-    denoiser = build.denoiser
+    denoiser = diffusion.denoiser
 
     def counted(*args):
         traced.append(args)
@@ -58,7 +57,7 @@ def made(finished, programs, tmp_path_factory):
     out = tmp_path_factory.mktemp("grid")
     programs.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "denoiser", counted)
+        patch.setattr(diffusion, "denoiser", counted)
         assert grid.main([f"--workdir={finished}", *AXES, "--keep_samples", f"--out={out}"]) == 0
     return out, len(traced)
 
@@ -88,7 +87,7 @@ def test_a_grid(made, finished):
     assert found["best"] == min(values, key=values.__getitem__)
     # After 20 steps the average is still its start, which hears neither label nor guidance.
     assert len(set(values.values())) == 4
-    forward = gflops(build.cost(opening.recipe_of(finished)))
+    forward = cost_of(opening.recipe_of(finished)).gflops
     for cell in found["cells"]:
         # ddim3: three evaluations, twice where guided
         twice = 1 if cell["settings"]["cfg_scale"] == 1 else 2
@@ -187,10 +186,10 @@ def test_cells_share_their_noise_and_labels(finished, monkeypatch):
     """Whatever sampler, steps and guidance: sample i starts from the same x_T."""
     c = opening.recipe_of(finished)
     mesh = make_mesh(-1, 1)
-    params, _ = opening.load_weights(c, finished, mesh)
+    params, _ = opening.load_weights(c, make_task(c), finished, mesh)
     for name in ("ddpm", "ddim"):
-        monkeypatch.setattr(samplers, name, lambda denoise, process, x_T, *a, **k: x_T)
-    drawer = Drawer(mesh)
+        monkeypatch.setitem(samplers.SAMPLERS, name, lambda denoise, process, x_T, *a, **k: x_T)
+    drawer = Drawer(mesh, {})
     monkeypatch.setattr(drawer, "_programs", {})
     drawn = [
         drawer.whole(changed(c, {"sample": settings}), params, 40, seed=0)
@@ -337,8 +336,8 @@ def test_runs_of_one_protocol_share_a_grid(made, finished, tmp_path, capsys):
         (["--cfg_scale=1,-2"], r"cfg_scale is -2.0: expected at least 0"),
         (["--cfg_interval=0.3"], "'0.3' is none of its values; .* LOW:HIGH"),
         (["--cfg_interval=0.7:0.3", "--cfg_scale=1,2"], "expected .low, high. with"),
-        (["--sampler=ddim,dpm"], "config.sample.sampler is 'dpm': expected one of"),
-        (["--steps=ddim25,ddim499"], "no whole stride over 1000 timesteps gives 499"),
+        (["--sampler=ddim,dpm"], "config.sample.sampler: 'dpm': expected one of"),
+        (["--steps=ddim25,ddim499"], "no integer stride over 1000 timesteps gives 499"),
         (["--steps=3+4+5,1001"], "1001 steps asked"),
         (["--cfg_channels=three", "--cfg_scale=2"], "'three' and the input has 1"),
         (["--num=1"], "num_samples is 1: expected at least 2"),
@@ -385,7 +384,7 @@ def test_a_sweeps_directory_is_its_runs(finished, tmp_path, capsys):
 
 def test_the_files_are_of_the_cells_on_disk(tmp_path):
     """Planted: the cheapest is not the best, and one distance could not be computed (null)."""
-    run = grid.Run("r", Path("x"), read(load_recipe(TINY).to_dict()))
+    run = grid.Run("r", Path("x"), read(load_recipe(TINY)))
     cells, _ = grid.plan([run], {"steps": ("ddim5", "ddim10", "ddim25", "ddim50")})
     for cell, value in zip(cells, (30.0, 20.0, None, 25.0), strict=True):
         record = {

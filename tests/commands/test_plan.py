@@ -8,7 +8,8 @@ import pytest
 from ditjax import plan
 from ditjax.errors import UserError
 from ditjax.machines import planning, topology
-from ditjax.machines.topology import CHIPS, GIB
+from ditjax.machines.chips import GIB
+from ditjax.machines.topology import CHIPS
 
 TINY = (
     "--config=experiments/digits.py:2x32x2/2",
@@ -92,12 +93,12 @@ def test_too_large_says_by_how_much_and_what_is_large_enough(tmp_path, capsys, m
     assert "does not fit: " in text
     assert "over by " in text
     assert made["smallest"]["topology"] == "h100:8"
-    assert "smallest h100 that does: h100:8, 8 chips, mesh fsdp=8: fits" in text
+    assert "smallest h100 that fits: h100:8, 8 chips, mesh fsdp=8: fits" in text
     # What was asked for is always compiled; of the others, only what the state leaves room for.
     assert seen == [1, 4, 8]
     # Splitting may be enough, where there are devices to split over.
     assert plan.main([*TINY, "--topology=h100:8", "--mesh=data=8"]) == 1
-    assert "smallest h100 that does: h100:8, 8 chips, mesh fsdp=8: fits" in capsys.readouterr().out
+    assert "smallest h100 that fits: h100:8, 8 chips, mesh fsdp=8: fits" in capsys.readouterr().out
 
 
 def test_a_search_ranks_what_fits(tmp_path, capsys, monkeypatch):
@@ -130,7 +131,7 @@ def test_a_search_ranks_what_fits(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--topology=v5e:99"], "no shape of v5e"),
+        (["--topology=v5e:99"], "v5e has no shape"),
         (["--topology=h100:8", "--mesh=fsdp"], "AXIS=SIZE"),
         (["--topology=h100:8", "--mesh=fsdb=8"], "Did you mean 'mesh.fsdp'"),
         (["--topology=h100:8", "--mesh=data=1,fsdp=3"], "does not fill 8"),

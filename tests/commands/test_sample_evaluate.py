@@ -2,6 +2,7 @@
 
 import functools
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,16 +12,19 @@ from PIL import Image
 from ditjax import encode, evaluate, sample, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
-from ditjax.data import stream
+from ditjax.data import crop, records, source, stream
 from ditjax.errors import UserError
 from ditjax.evaluation import evaluator
-from ditjax.evaluation.digits import see_class
+from ditjax.evaluation.digits import predict_digit
 from ditjax.evaluation.features import digits_extractor
 from ditjax.evaluation.scoring import look, open_reference, score
+from ditjax.models import autoencoder as network
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
 from ditjax.runs.results import load_samples
-from ditjax.tasks import build
+from ditjax.tasks import autoencoder as autoencoder_task
+from ditjax.tasks import make_task
+from ditjax.tasks.autoencoder import load
 from tests.commands.conftest import TINY
 
 
@@ -74,22 +78,22 @@ def test_evaluate(finished, capsys):
 
 
 def test_real_digits_score_as_real(data_dir):
-    real = stream.load_arrays("digits", "test", data_dir)
+    real = records.load_arrays("digits", "test", data_dir)
     extractor = digits_extractor()
     reference = open_reference("digits/train", extractor, 8, str(data_dir))
 
     def fd_digits(images):
         seen = look(extractor, [images], len(images))
-        return score(seen, reference.statistics, None, inception=False)["fd_digits"]
+        return score(seen, reference.statistics, None, family="digits")["fd_digits"]
 
     floor = evaluator.floor("digits", "digits", "digits/train", str(data_dir))
     assert fd_digits(real["image"]) == pytest.approx(floor)
-    assert np.mean(see_class(real["image"]) == real["label"]) > 0.98
+    assert np.mean(predict_digit(real["image"]) == real["label"]) > 0.98
     noise = np.random.default_rng(0).integers(0, 256, real["image"].shape, np.uint8)
     assert fd_digits(noise) > 10 * floor
     # Larger images are brought to 8x8, colour to grey: digits stay digits.
-    large = stream.resize_images(real["image"], 32).repeat(3, axis=-1)
-    assert np.mean(see_class(large) == real["label"]) > 0.95
+    large = crop.resize_images(real["image"], 32).repeat(3, axis=-1)
+    assert np.mean(predict_digit(large) == real["label"]) > 0.95
 
 
 SMALL_AUTOENCODER = (
@@ -148,16 +152,17 @@ def test_the_latent_path(autoencoder, tmp_path):
 
 def decoded_means(c, params, x):
     """What the network makes of images by way of its two halves."""
-    mean = build.encode(c, params, x).mean
-    return build.autoencoder(c).apply(params, mean, method="decode")
+    module: Any = network.module(c.model, c.autoencoder, c.data.channels)
+    mean = module.apply(params, x, method="encode").mean
+    return module.apply(params, mean, method="decode")
 
 
 def test_psnr_of_an_autoencoder(autoencoder):
     """Against the definition, image by image, on the held-out split."""
     assert evaluate.main([f"--workdir={autoencoder}"]) == 0
     c = opening.recipe_of(autoencoder)
-    params, _ = opening.load_weights(c, autoencoder, make_mesh(-1, 1))
-    x = stream.load_arrays("digits", "test", None, 16)["image"].astype(np.float32) / 127.5 - 1
+    params, _ = opening.load_weights(c, make_task(c), autoencoder, make_mesh(-1, 1))
+    x = records.load_arrays("digits", "test", None, 16)["image"].astype(np.float32) / 127.5 - 1
     again = jax.jit(functools.partial(decoded_means, c))(params, x)
     errors = [((np.clip(a, -1, 1) - b) ** 2).mean() for a, b in zip(again, x, strict=True)]
     expected = np.mean([20 * np.log10(2 / error**0.5) for error in errors])
@@ -168,32 +173,32 @@ def test_psnr_of_an_autoencoder(autoencoder):
 def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
     """Record order, mirror, split and values: against encoding by hand."""
     words = latent_words(autoencoder)
-    c = read(load_recipe(words).to_dict())
+    c = read(load_recipe(words))
     encode.main([*words, f"--out={tmp_path}"])
-    frozen = opening.load_autoencoder(c, make_mesh(-1, 1))
-    images = stream.load_arrays("digits", "train", None, 16)
+    frozen = load(c, make_mesh(-1, 1))
+    images = records.load_arrays("digits", "train", None, 16)
     name = f"latents:{tmp_path}"
-    spec = stream.DataSpec(name, "train", 16, 1, flip=True)
+    spec = source.DataSpec(name, "train", 16, 1, flip=True)
     with stream.train_batches(spec, 0, 24) as batches:
         batch = next(batches)
     mirrored = stream.flips(0, 0, 24)
     assert 0 < mirrored.sum() < 24
     x = images["image"][batch["index"]]
     x[mirrored] = x[mirrored, :, ::-1]
-    encoded = jax.jit(functools.partial(build.encode, c))
+    encoded = jax.jit(functools.partial(autoencoder_task.encode, c))
     moments = encoded(frozen, x.astype(np.float32) / 127.5 - 1)
     np.testing.assert_allclose(batch["mean"], moments.mean, atol=1e-4)
     np.testing.assert_allclose(batch["log_variance"], moments.log_variance, atol=1e-4)
     np.testing.assert_array_equal(batch["label"], images["label"][batch["index"]])
-    assert stream.dataset_info(name, "train").num_examples == 1438
+    assert source.dataset_info(name, "train").num_examples == 1438
     # The same again is left as it is; another encoding does not go over it.
     (info,) = tmp_path.rglob("dataset_info.json")
     written = info.stat().st_mtime_ns
     assert encode.main([*words, f"--out={tmp_path}"]) == 0
     assert info.stat().st_mtime_ns == written
-    with pytest.raises(UserError, match="holds latents with split='train', this would be 'test'"):
+    with pytest.raises(UserError, match="split='train', and this command has 'test'"):
         encode.main([*words, f"--out={tmp_path}", "--config.data.split=test"])
-    uncached = stream.DataSpec(name, "train", 16, 1, flip=True, cache_mb=0)
+    uncached = source.DataSpec(name, "train", 16, 1, flip=True, cache_mb=0)
     with stream.train_batches(uncached, 0, 24) as batches:
         np.testing.assert_array_equal(next(batches)["mean"], batch["mean"])
 

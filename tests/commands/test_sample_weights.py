@@ -13,9 +13,10 @@ from ditjax.config import read
 from ditjax.errors import UserError
 from ditjax.files.assets import unflatten
 from ditjax.parallel.mesh import make_mesh
-from ditjax.runs import opening
 from ditjax.runs.results import load_samples
+from ditjax.sampling.draw import decoder_of
 from ditjax.sampling.pipeline import open_run
+from ditjax.tasks import make_task
 from ditjax.weights import networks, reading, writing
 from ditjax.weights.torch_file import write_torch
 from tests.commands.conftest import TINY
@@ -31,9 +32,9 @@ def files(tmp_path_factory):
     dit = reading.load(root / "dit.pt", heads=2, numerics="diffusers")
     writing.write_diffusers(root / "dit", dit)
     sections = {"base_width": 4, "multipliers": (1, 2), "res_blocks": 1, "groups": 2}
-    c = networks.recipe({"train": {"network": "autoencoder"}, "autoencoder": sections})
+    c = read({"task": "autoencoder", "autoencoder": sections})
     leaves = seeded_state(networks.shapes_of(c), 0)
-    vae = networks.Network("autoencoder", c, {"params": unflatten(leaves)}, "ditjax", ())
+    vae = networks.Network(c, {"params": unflatten(leaves)}, "ditjax", ())
     writing.write_diffusers(root / "vae", vae)
     return root
 
@@ -99,8 +100,7 @@ def test_sample_from_weights(files, tmp_path, capsys):
 def test_a_whole_recipe_beside_weights(files, tmp_path):
     """--config=FILE is the recipe then: it must be of the weights' architecture."""
     recipe = (
-        "--config=experiments/base.py:1x16x2",
-        "--config.model.patch=2",
+        "--config=experiments/base.py:1x16x2/2",
         "--config.data.num_classes=10",
         "--config.data.image_size=8",
         "--config.autoencoder.base_width=4",
@@ -113,7 +113,8 @@ def test_a_whole_recipe_beside_weights(files, tmp_path):
     record = record_of(tmp_path)
     assert record["sample"]["cfg_scale"] == 2.0
     assert record["sample"]["cfg_channels"] == "three", "the recipe's, not the weights'"
-    with pytest.raises(UserError, match="the recipe describes another dit than the weights"):
+    match = "the recipe describes another network than the weights at .*, a DiT-1x16x2/2: leave"
+    with pytest.raises(UserError, match=match):
         sample.main(words(files, tmp_path, *recipe, "--config.data.num_classes=11"))
 
 
@@ -173,11 +174,11 @@ def test_numerics_are_on_record(tmp_path):
             ("--batch_size=3",),
             "not divisible by the mesh's data x fsdp = 8; the next size that is: 8",
         ),
-        (("--sampler=euler",), "sampler is 'euler'"),
+        (("--sampler=euler",), "sampler: 'euler': expected one of 'ddpm', 'ddim'"),
         (("--precision=fp8",), "invalid choice: 'fp8'"),
         (("--classes=golden_retriever",), "class numbers from 0 to 9"),
         (("--classes=10",), "class numbers from 0 to 9"),
-        (("--config.model.size=2x16x2",), "describes another dit"),
+        (("--config.model.size=2x16x2",), "describes another network than .* a DiT-1x16x2/2"),
         (("--config.sample.nun=1",), "Did you mean 'sample.num'"),
         (("--weight=x", "--workdir=y"), "not allowed with argument"),
         (("--numb=1",), "'--numb=1' is no flag of this command"),
@@ -231,23 +232,23 @@ def test_a_published_autoencoder_in_a_recipe(files, tmp_path):
     for target, name in (("ldm", "vae.ckpt"), ("ditjax", "vae.safetensors")):
         convert.convert(vae, target, str(tmp_path / name))
     frozen = [
-        opening.load_autoencoder(read(load_recipe(latent_words(path)).to_dict()), make_mesh(-1, 1))
+        make_task(read(load_recipe(latent_words(path)))).frozen(make_mesh(-1, 1))
         for path in (vae, tmp_path / "vae.ckpt", tmp_path / "vae.safetensors")
     ]
-    digests = {opening.digest(params) for params in frozen}
+    digests = {decoder_of(each) for each in frozen}
     assert len(digests) == 1
     workdir = tmp_path / "run"
     assert train.main([*latent_words(vae), f"--workdir={workdir}"]) == 0
     source = open_run(workdir)
     _, decoder = source.load(source.config, make_mesh(-1, 1))
-    assert opening.digest(decoder) in digests
+    assert decoder_of(decoder) in digests
     assert source.record == {"run": str(workdir), "step": 3, "autoencoder": vae}
 
 
 @pytest.mark.parametrize(
     ("name", "more", "match"),
     [
-        ("dit", (), "path=.*dit holds a dit: expected an autoencoder"),
+        ("dit", (), r"path=.*dit holds another network \(task 'diffusion'\): expected an auto"),
         ("none", (), "none does not exist"),
         (
             "vae",

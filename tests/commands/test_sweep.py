@@ -83,9 +83,12 @@ def test_a_sweep_that_is_told_to_stop_tells_its_cells_and_waits_for_them(tmp_pat
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return sweep._Running(cell, process, cpus)
 
-    waiting = by_work(cells(load_recipe([*TINY, GRID]).to_dict())[:2])
+    waiting = by_work(cells(load_recipe([*TINY, GRID]))[:2])
     monkeypatch.setattr(sweep, "_start", start)
-    with pytest.raises(StoppedError, match="stopped by SIGTERM") as stopped, stopping.raised():
+    with (
+        pytest.raises(StoppedError, match="stopped by SIGTERM") as stopped,
+        stopping.raise_on_sigterm(),
+    ):
         sweep.run_grid(waiting, tmp_path, [], 2)
     assert stopped.value.status == 143
     assert [path.read_text() for path in saved] == ["saved", "saved"]
@@ -97,7 +100,7 @@ def test_a_cell_that_was_stopped_is_not_done(tmp_path, monkeypatch, capfd):
         process = subprocess.Popen([sys.executable, "-S", "-c", ""])
         return sweep._Running(cell, process, cpus)
 
-    some = cells(load_recipe([*TINY, GRID]).to_dict())[:1]
+    some = cells(load_recipe([*TINY, GRID]))[:1]
     monkeypatch.setattr(sweep, "_start", start)
     assert sweep.run_grid(some, tmp_path, [], 1) == some
     assert f"{some[0].name} stopped before its end" in capfd.readouterr().err
@@ -114,7 +117,7 @@ def test_a_cell_that_was_killed_has_failed(tmp_path, monkeypatch, capfd):
         )
         return sweep._Running(cell, process, cpus)
 
-    some = cells(load_recipe([*TINY, GRID]).to_dict())[:1]
+    some = cells(load_recipe([*TINY, GRID]))[:1]
     monkeypatch.setattr(sweep, "_start", start)
     assert sweep.run_grid(some, tmp_path, [], 1) == some
     assert f"{some[0].name} FAILED (status -9): trains" in capfd.readouterr().err
@@ -180,7 +183,7 @@ def test_a_study_from_end_to_end(tmp_path, capfd, monkeypatch):
     # Of an autoencoder that pixels do not need: any text.
     words += [f"--config.autoencoder.path=s3://me:{SECRETS[0]}@host/{SECRETS[1]}"]
     monkeypatch.setenv("CANARY_TOKEN", SECRETS[2])
-    study = cells(load_recipe(words).to_dict())
+    study = cells(load_recipe(words))
     broken, finished = (tmp_path / "runs" / cell.name for cell in study)
     broken.mkdir(parents=True)
     recipe = {**study[0].recipe, "autoencoder": {**study[0].recipe["autoencoder"], "path": "else"}}
@@ -251,12 +254,12 @@ def test_a_study_is_one_sweeps_and_a_cell_one_process(tmp_path):
 
 
 def test_the_result_of_another_recipe_is_no_result(tmp_path):
-    (cell,) = cells(load_recipe([*TINY, ONE]).to_dict())
+    (cell,) = cells(load_recipe([*TINY, ONE]))
     folder = tmp_path / "runs" / cell.name
     write_result(folder, a_result(config=cell.recipe))
     sweep.run_cell(cell, tmp_path)
     assert os.listdir(folder) == ["result.json"]
-    (other,) = cells(load_recipe([*TINY, ONE, "--config.optim.learning_rate=1.0"]).to_dict())
+    (other,) = cells(load_recipe([*TINY, ONE, "--config.optim.learning_rate=1.0"]))
     with pytest.raises(UserError, match=r"learning_rate=0\.005, this command says 1\.0"):
         sweep.run_cell(other, tmp_path)
 

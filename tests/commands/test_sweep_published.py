@@ -61,8 +61,8 @@ def test_without_a_topology_no_cost_is_told(tmp_path, capsys):
         (["--topology=v5e:4x4"], "add --dry_run"),
         (["--plan"], "add --dry_run"),
         (["--plan", "--dry_run"], "name it with --topology"),
-        (["--dry_run", "--topology=v5:4x4"], "no known chip"),
-        (["--dry_run", "--topology=v5e:3x3"], "no shape of v5e"),
+        (["--dry_run", "--topology=v5:4x4"], "unknown chip"),
+        (["--dry_run", "--topology=v5e:3x3"], "v5e has no shape"),
     ],
 )
 def test_costs_that_cannot_be_told(tmp_path, words, match):
@@ -90,7 +90,7 @@ def test_a_plan_is_made_of_each_cell(tmp_path, capsys, monkeypatch):
 
 
 def test_the_figures_of_a_cell_are_in_its_result(tmp_path, monkeypatch):
-    made, other = studies.cells(load_recipe([*TINY, *FIGURES]).to_dict())
+    made, other = studies.cells(load_recipe([*TINY, *FIGURES]))
     assert other.published is None
     trained = SimpleNamespace(step=20, params={}, seconds=1.0, loss=0.5)
     scores = Evaluated({"fd_digits": 4.0}, {"metric": "FD-digits"}, "digits", 1.0)
@@ -110,7 +110,7 @@ def test_the_figures_of_a_cell_are_in_its_result(tmp_path, monkeypatch):
 
 
 def test_the_studys_record_lists_figures_of_cells_that_were_not_run():
-    recipe = load_recipe([*TINY, *FIGURES]).to_dict()
+    recipe = load_recipe([*TINY, *FIGURES])
     listed = json.loads(json.dumps(studies.record(recipe, studies.cells(recipe), "typed")))
     four, eight = scored_rows([], listed), listed["cells"][1]["published"]
     assert eight is None

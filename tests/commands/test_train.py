@@ -18,6 +18,7 @@ from ditjax.errors import StoppedError, UserError
 from ditjax.files import lease
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
+from ditjax.tasks import make_task
 from tests.commands.conftest import TINY
 
 
@@ -28,8 +29,8 @@ def lines(workdir: Path) -> list[dict]:
 
 
 def ema(workdir: Path):
-    c = read(load_recipe(list(TINY)).to_dict())
-    params, step = opening.load_weights(c, workdir, make_mesh(-1, 1))
+    c = read(load_recipe(list(TINY)))
+    params, step = opening.load_weights(c, make_task(c), workdir, make_mesh(-1, 1))
     return jax.device_get(params), step
 
 
@@ -133,18 +134,18 @@ def test_told_to_stop_before_the_first_step_nothing_is_saved(tmp_path):
 
 @lease.scope()
 def test_a_process_that_is_not_the_first_only_reads_the_directory(tmp_path, monkeypatch):
-    recipe = load_recipe(list(TINY)).to_dict()
-    opening.open_run(tmp_path, recipe)
+    recipe = load_recipe(list(TINY))
+    opening.open_run(tmp_path, read(recipe))
     path = tmp_path / "config.json"
     before = path.read_bytes(), path.stat().st_ino
     with monkeypatch.context() as patch:
         patch.setattr(opening, "is_primary", lambda: False)
         recipe["train"]["steps"] += 1
-        opening.open_run(tmp_path, recipe)
+        opening.open_run(tmp_path, read(recipe))
         assert (path.read_bytes(), path.stat().st_ino) == before
         recipe["seed"] += 1
         with pytest.raises(UserError, match=r"holds a run with seed=0, this command says 1"):
-            opening.open_run(tmp_path, recipe)
+            opening.open_run(tmp_path, read(recipe))
 
 
 def test_neither_a_profile_nor_what_is_ahead_changes_a_run(finished, tmp_path):
@@ -177,7 +178,7 @@ def refused(words, tmp_path, match):
         ),
         (["--config.train.microbatches=3"], r"microbatches=3 does not .*=16: .* 1, 2, 4, 8, 16\."),
         (["--config.train.microbatches=4"], r"= 16 / 4 is 4: not divisible .* fsdp = 8"),
-        (["--config.sample.steps=ddim999"], "no whole stride over 1000"),
+        (["--config.sample.steps=ddim999"], "no integer stride over 1000"),
         (
             ["--config.train.evaluate_every_steps=5", "--config.sample.batch_size=12"],
             r"config\.sample\.batch_size is 12: not divisible .* fsdp = 8",
@@ -247,7 +248,7 @@ def test_damaged_images_are_skipped_up_to_the_cap(tmp_path, capsys):
     (line,) = (tmp_path / "run" / "damaged.txt").read_text().splitlines()
     assert "(dog/1.png) is damaged" in line
     assert f"warning: {line}\n" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"is damaged .*let such be skipped by config\.data"):
+    with pytest.raises(UserError, match=r"is damaged .*or set config\.data"):
         train.main([*words, "--config.train.steps=6"])
 
 

@@ -21,6 +21,7 @@ from ditjax.runs import opening
 from ditjax.runs.checkpoint import Step
 from ditjax.sampling.pipeline import open_source
 from ditjax.studies.cells import cells
+from ditjax.tasks import make_task
 from ditjax.weights import networks, reading
 from tests.commands.conftest import TINY
 from tests.sampling.test_pipeline import traces
@@ -74,7 +75,7 @@ def watched(data_dir, tmp_path_factory) -> Watched:
         traced = traces(patch)
         words = [*SMALL, "--config.train.evaluate_every_steps=5"]
         words += ["--config.sweep.grid=(('model.patch',(4,)),)"]
-        (cell,) = cells(load_recipe(words).to_dict())
+        (cell,) = cells(load_recipe(words))
         workdir = tmp_path_factory.mktemp("study")
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
@@ -131,7 +132,9 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(watched):
     config = opening.recipe_of(watched.folder)
     cases: tuple[tuple[Step, int], ...] = (("best", 10), ("latest", 20), (10, 10))
     for asked, step in cases:
-        params, found = opening.load_weights(config, watched.folder, make_mesh(-1, 1), asked)
+        params, found = opening.load_weights(
+            config, make_task(config), watched.folder, make_mesh(-1, 1), asked
+        )
         assert found == step
         assert opening.digest(params) == watched.seen[step // 5 - 1]
 
@@ -157,7 +160,9 @@ def test_a_resume_keeps_the_best_and_the_clock(watched, tmp_path, monkeypatch):
     assert last["eval/protocol_hash"] != before["eval/protocol_hash"]
     assert steps_of(tmp_path) == [10, 23]
     config = changed(opening.recipe_of(tmp_path), {"sample": {"weights": "model"}})
-    params, step = opening.load_weights(config, tmp_path, make_mesh(-1, 1), "best")
+    params, step = opening.load_weights(
+        config, make_task(config), tmp_path, make_mesh(-1, 1), "best"
+    )
     assert step == 23
     assert seen == [opening.digest(params)]
 
@@ -173,7 +178,7 @@ def test_commands_take_a_step(watched, tmp_path):
     out = tmp_path / "best.safetensors"
     assert convert.main([f"--weights={run}", "--to=ditjax", f"--out={out}", "--step=best"]) == 0
     config = opening.recipe_of(run)
-    params, _ = opening.load_weights(config, run, make_mesh(-1, 1), 10)
+    params, _ = opening.load_weights(config, make_task(config), run, make_mesh(-1, 1), 10)
     leaves, expected = reading.load(out).leaves, networks.of_run(config, params).leaves
     assert leaves.keys() == expected.keys()
     for name, value in expected.items():

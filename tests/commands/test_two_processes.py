@@ -149,8 +149,8 @@ def test_a_process_that_is_killed_ends_the_other_with_one_clear_line(pair):
     assert pair.seconds < 30
     clear = [line for line in pair.said[1].splitlines() if line.startswith("error: ")]
     assert clear == [
-        f"error: process 0 of 2 ({socket.gethostname()}) is gone, so this run ends: find out why"
-        " there; the same command on all goes on from the newest checkpoint"
+        f"error: process 0 of 2 ({socket.gethostname()}) is gone, so this run ends: find the"
+        " cause there, then run the same command on all again to resume from the newest checkpoint"
     ]
 
 
@@ -160,7 +160,7 @@ def test_a_process_that_is_killed_ends_the_other_with_one_clear_line(pair):
         (["--coordinator=10.0.0.1:1"], "--processes and --process missing"),
         (["--processes=2", "--process=0"], "--coordinator missing"),
         (["--distributed", "--process=0"], "leave --coordinator and its like out"),
-        (["--distributed"], "nothing here tells JAX of other processes"),
+        (["--distributed"], "JAX detected no other processes"),
         (["--coordinator=here", "--processes=2", "--process=0"], "expected HOST:PORT"),
         (["--coordinator=h:99999", "--processes=2", "--process=0"], "expected HOST:PORT"),
         (["--coordinator=h:1", "--processes=2", "--process=2"], "numbered from 0 to 1"),
@@ -196,6 +196,6 @@ def test_what_a_scheduler_tells_jax_is_taken(monkeypatch):
     }
     for key, value in slurm.items():
         monkeypatch.setenv(key, value)
-    place = processes.detected(10)
+    place = processes.detect_place(10)
     assert (place.host, place.count, place.index) == ("node007", 3, 2)
     assert place.device_ids == (0,)

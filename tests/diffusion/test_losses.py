@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ditjax.diffusion.losses import (
+    Objective,
     hybrid_loss,
     sample_timesteps,
     simple_loss,
@@ -19,9 +20,10 @@ from ditjax.errors import UserError
 SCHEDULE = make_schedule("linear")
 
 
-def jitted(function, denoise, schedule, *args, **options):
-    """function(denoise, schedule, ...), compiled whole: op by op takes ten times as long here."""
-    return jax.jit(lambda *args: function(denoise, schedule, *args, **options))(*args)
+def jitted(function, denoise, schedule, *args, prediction="eps", variance=None, **options):
+    """function(objective, denoise, ...), compiled whole: op by op takes ten times as long here."""
+    objective = Objective(schedule, prediction, variance or "learned_range")
+    return jax.jit(lambda *args: function(objective, denoise, *args, **options))(*args)
 
 
 def test_hybrid_loss_is_the_releases(release):
@@ -48,9 +50,7 @@ def test_hybrid_trains_the_mean_by_mse_alone_and_the_variance_by_vlb_alone(relea
 
     def gradient(loss, part):
         def total(out):
-            return loss(lambda x, t: out, SCHEDULE, x0, t, eps, variance="learned_range")[
-                part
-            ].sum()
+            return loss(Objective(SCHEDULE), lambda x, t: out, x0, t, eps)[part].sum()
 
         return jnp.split(jax.jit(jax.grad(total))(out), 2, axis=-1)
 
@@ -181,7 +181,9 @@ def test_training_terms_sum_to_the_bound(release):
     x0, noise = release.x0, release.noise
     vlb = jitted(vlb_bits_per_dim, release.denoise, schedule, x0, noise=noise)
     for loss in (vlb_loss, hybrid_loss):
-        at = jax.jit(lambda t, eps, loss=loss: loss(release.denoise, schedule, x0, t, eps)["vlb"])
+        at = jax.jit(
+            lambda t, eps, loss=loss: loss(Objective(schedule), release.denoise, x0, t, eps)["vlb"]
+        )
         for i in range(6):
             term = at(jnp.full(6, i, jnp.int32), noise(jnp.int32(i)))
             np.testing.assert_allclose(vlb.terms[i], term, rtol=1e-5)
@@ -194,9 +196,9 @@ def test_bound_is_one_scan_with_one_trace_of_the_network(release):
         traces.append(x.shape)
         return release.denoise(x, t)
 
-    jaxpr = jax.make_jaxpr(lambda x0: vlb_bits_per_dim(denoise, SCHEDULE, x0, release.noise).total)(
-        release.x0
-    )
+    jaxpr = jax.make_jaxpr(
+        lambda x0: vlb_bits_per_dim(Objective(SCHEDULE), denoise, x0, release.noise).total
+    )(release.x0)
     assert len(traces) == 1
     assert [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"] == [1000]
 
@@ -233,11 +235,11 @@ def test_stratified_timesteps_leave_no_part_out():
 
 
 def test_losses_refuse_what_cannot_be_trained(release):
-    args = (SCHEDULE, release.x0, release.t, release.eps)
+    args = (release.x0, release.t, release.eps)
     with pytest.raises(UserError, match="expected 'learned_range'"):
-        hybrid_loss(release.denoise, *args, variance="fixed_small")
+        hybrid_loss(Objective(SCHEDULE, variance="fixed_small"), release.denoise, *args)
     for loss in (hybrid_loss, vlb_loss):
         with pytest.raises(UserError, match="8 output channels"):
-            loss(lambda x, t: x, *args, variance="learned_range")
+            loss(Objective(SCHEDULE), lambda x, t: x, *args)
     with pytest.raises(UserError, match="gives 3 channels"):
-        simple_loss(lambda x, t: x[..., :3], *args)
+        simple_loss(Objective(SCHEDULE), lambda x, t: x[..., :3], *args)

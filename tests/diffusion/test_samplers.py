@@ -308,5 +308,5 @@ def test_bad_eta_and_bad_keys():
     ]
     for keys in bad:
         for draw in (initial_noise, per_sample_noise):
-            with pytest.raises(UserError, match="one threefry key a sample"):
+            with pytest.raises(UserError, match="one threefry key per sample"):
                 draw(keys, SHAPE)

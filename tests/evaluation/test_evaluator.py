@@ -12,15 +12,15 @@ from ditjax.cli import load_recipe
 from ditjax.config import changed, read
 from ditjax.errors import UserError
 from ditjax.evaluation import evaluator as evaluation
-from ditjax.evaluation.digits import see_class
+from ditjax.evaluation.digits import predict_digit
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files.atomic import protocol_hash
-from ditjax.files.npz import read_array
+from ditjax.files.npz import load_array
 from ditjax.parallel.mesh import make_mesh
-from ditjax.sampling import pipeline
-from ditjax.sampling.pipeline import Drawer, draw_to
+from ditjax.sampling.draw import Drawer, decoder_of, draw_to
 from ditjax.sampling.samples import SampleWriter
-from ditjax.tasks import programs
+from ditjax.tasks import make_task
+from ditjax.training.program import training
 
 pytestmark = pytest.mark.usefixtures("own_data")
 NUM = 100  # no multiple of a batch
@@ -38,22 +38,27 @@ def recipe():
         "--config.evaluate.guided_num=30",
         "--config.evaluate.val_loss_num=0",
     )
-    return changed(read(load_recipe(words).to_dict()), {"sample": {"num": NUM}})
+    return changed(read(load_recipe(words)), {"sample": {"num": NUM}})
+
+
+def program(c):
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    return training(c, make_task(c, mesh), mesh)
 
 
 @functools.cache
 def params():
     """Far from the start, so that labels and guidance matter."""
     rng = np.random.default_rng(0)
-    tree = programs.training(recipe(), make_mesh(1, 1, jax.devices()[:1])).init().params
+    tree = program(recipe()).init().params
     return jax.tree.map(lambda x: np.float32(x + 0.2 * rng.normal(size=x.shape)), tree)
 
 
 def drawn_to(path, *, devices=8, c=None, seed=0, provenance=None):
     c = c or recipe()
-    drawer = Drawer(make_mesh(devices, 1, jax.devices()[:devices]))
+    drawer = Drawer(make_mesh(devices, 1, jax.devices()[:devices]), {})
     draw_to(path, drawer, c, params(), provenance or {"seed": seed}, seed=seed)
-    return read_array(path, "arr_0"), read_array(path, "label")
+    return load_array(path, "arr_0"), load_array(path, "label")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +108,7 @@ def test_another_set_begun_gives_way(whole, tmp_path, monkeypatch):
     path = tmp_path / "x.npz"
     with monkeypatch.context() as patch:
         patch.setattr(SampleWriter, "finish", lambda self: None)
-        drawer = Drawer(make_mesh(8, 1))
+        drawer = Drawer(make_mesh(8, 1), {})
         draw_to(path, drawer, recipe(), params(), {"seed": 5}, seed=5)
     np.testing.assert_array_equal(drawn_to(path)[0], whole[0])
     # And so does a whole one.
@@ -114,7 +119,7 @@ def test_another_set_begun_gives_way(whole, tmp_path, monkeypatch):
 def evaluator(data_root):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITJAX_DATA", str(data_root))
-        return Evaluator(recipe(), make_mesh(-1, 1))
+        return Evaluator(recipe(), make_mesh(-1, 1), {})
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +142,11 @@ def test_in_memory_and_by_way_of_the_disk_agree(evaluator, of_run):
 
 def test_of_a_run(of_run):
     folder, found = of_run
-    images, label = (read_array(folder / "samples.npz", name) for name in ("arr_0", "label"))
-    assert found.metrics["accuracy"] == np.mean(see_class(images) == label)
-    images, label = (read_array(folder / "guided.npz", name) for name in ("arr_0", "label"))
+    images, label = (load_array(folder / "samples.npz", name) for name in ("arr_0", "label"))
+    assert found.metrics["accuracy"] == np.mean(predict_digit(images) == label)
+    images, label = (load_array(folder / "guided.npz", name) for name in ("arr_0", "label"))
     assert len(images) == 30
-    assert found.metrics["accuracy_guided"] == np.mean(see_class(images) == label)
+    assert found.metrics["accuracy_guided"] == np.mean(predict_digit(images) == label)
     assert found.reference == "digits/train, 8x8"
     assert json.loads(json.dumps(found.protocol)) == found.protocol
 
@@ -192,20 +197,20 @@ def test_the_protocol_hash(evaluator):
 
 def test_the_decoder_is_known_by_its_weights():
     a, b = {"w": np.ones(3, np.float32)}, {"w": np.zeros(3, np.float32)}
-    assert pipeline.decoder_of(None) == "pixels"
-    assert len({pipeline.decoder_of(x) for x in (a, b, {"v": a["w"]})}) == 3
+    assert decoder_of({}) == "pixels"
+    assert len({decoder_of({"autoencoder": x}) for x in (a, b, {"v": a["w"]})}) == 3
     on_devices = jax.tree.map(jax.numpy.asarray, a)
-    assert pipeline.decoder_of(on_devices) == pipeline.decoder_of(a)
+    assert decoder_of({"autoencoder": on_devices}) == decoder_of({"autoencoder": a})
 
 
 def test_what_cannot_be_evaluated():
     for changes, words in (
-        ({"evaluate": {"features": "none"}}, "features is 'none' for a dit"),
+        ({"evaluate": {"features": "none"}}, "features is 'none': expected 'digits'"),
         ({"evaluate": {"reference": "/no/such.npz"}}, "/no/such.npz does not exist"),
         ({"evaluate": {"features": "inception:/no/such.pth"}}, "/no/such.pth does not exist"),
     ):
         with pytest.raises(UserError, match=words):
-            Evaluator(changed(recipe(), changes), make_mesh(-1, 1))
+            Evaluator(changed(recipe(), changes), make_mesh(-1, 1), {})
 
 
 def test_the_floor_is_of_real_digits():
@@ -229,8 +234,8 @@ def test_scenes_are_seen_in_windows(tmp_path):
             },
         },
     )
-    evaluator = Evaluator(c, make_mesh(-1, 1))
-    trained = programs.training(c, make_mesh(1, 1, jax.devices()[:1])).init().params
+    evaluator = Evaluator(c, make_mesh(-1, 1), {})
+    trained = program(c).init().params
     weights = jax.tree.map(np.asarray, trained)
     found = evaluator.of_run(c, weights, tmp_path, {"step": 0})
     assert found.reference == "digit_scenes/60/train[:40], 32x32"

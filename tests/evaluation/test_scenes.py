@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ditjax.data.scenes import load, scene
+from ditjax.data.scenes import load_handwriting, scene
 from ditjax.errors import UserError
 from ditjax.evaluation import scenes
 from ditjax.evaluation.features import scenes_extractor
@@ -15,7 +15,7 @@ def real():
     """(images, labels) of each split."""
     found = {}
     for split, n in (("train", 80), ("test", 120)):
-        digits = load(split)
+        digits = load_handwriting(split)
         made = [scene(digits, 0, split, i) for i in range(n)]
         found[split] = np.stack([m.image for m in made]), np.array([m.label for m in made])
     return found
@@ -23,7 +23,7 @@ def real():
 
 def test_the_judge_sees_the_class_of_scenes_it_has_not_seen(real):
     images, label = real["test"]
-    assert np.mean(scenes.see_scene_class(images) == label) > 0.8
+    assert np.mean(scenes.predict_scene_digit(images) == label) > 0.8
 
 
 def test_features_tell_real_scenes_from_others(real):
@@ -54,7 +54,7 @@ def test_ink_is_seen_whatever_its_colour_and_cells_keep_it():
     expected[8:24, 8:24] = 1
     np.testing.assert_allclose(found, [expected, expected], atol=1e-6)
     for side in (18, 20, 16):
-        cells = scenes.shrunk(found, side)
+        cells = scenes.shrink(found, side)
         np.testing.assert_allclose(cells.sum((1, 2)) * (32 / side) ** 2, 256, rtol=1e-5)
     # A faint smear is not blown up to full ink.
     smear = np.full((1, 32, 32, 3), 100, np.uint8)

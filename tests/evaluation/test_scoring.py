@@ -8,7 +8,7 @@ from ditjax.evaluation.features import Extractor, Features
 from ditjax.evaluation.scoring import look, open_reference, score, statistics_of
 from ditjax.evaluation.statistics import save_statistics
 from ditjax.metrics import frechet, scores
-from ditjax.runs.results import save_samples
+from tests.sample_files import save_samples
 
 WIDTH, SPATIAL, CLASSES = 6, 4, 5
 RNG = np.random.default_rng(3)
@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_definitions(reference):
     theirs, statistics, pool = reference
     array = images(200, 2) // 2
     ours = extract(array)
-    found = score(look(EXTRACTOR, batches(array, 7), 200), statistics, pool, inception=True)
+    found = score(look(EXTRACTOR, batches(array, 7), 200), statistics, pool, family="")
     assert found["fid"] == pytest.approx(
         frechet.frechet_distance(
             frechet.batch_moments(ours.pool), frechet.batch_moments(theirs.pool)
@@ -71,8 +71,8 @@ def test_scores_are_those_of_the_definitions(reference):
 def test_brief_is_the_same_distance(reference):
     _, statistics, pool = reference
     seen = look(EXTRACTOR, [images(50, 2)], 50)
-    whole = score(seen, statistics, pool, inception=True)
-    brief = score(seen, statistics, pool, inception=True, brief=True)
+    whole = score(seen, statistics, pool, family="")
+    brief = score(seen, statistics, pool, family="", brief=True)
     assert brief.keys() < whole.keys()
     assert {name: whole[name] for name in brief} == brief
     assert "precision" not in brief
@@ -136,7 +136,7 @@ def test_statistics_of_others_come_with_images_or_without(tmp_path, reference):
     assert found["bare"].record["reference_sha256"] != found["full"].record["reference_sha256"]
     seen = look(EXTRACTOR, [images(50, 2)], 50)
     for name, has in (("bare", False), ("full", True)):
-        metrics = score(seen, found[name].statistics, found[name].pool, inception=True)
+        metrics = score(seen, found[name].statistics, found[name].pool, family="")
         assert ("sfid" in metrics, "precision" in metrics) == (has, has)
 
 

@@ -109,7 +109,7 @@ SKEW[0, 1] += 0.01 * np.abs(SIGMA).max()
         (edited(sigma=SKEW), "sigma is no covariance"),
         (edited(sigma=-SIGMA), "sigma is no covariance"),
         (edited(mu=np.array([print], object)), "mu holds pickled objects"),
-        (edited(provenance=np.array("[1]")), "provenance is no JSON object"),
+        (edited(provenance=np.array("[1]")), "provenance is not a JSON object"),
         (edited(provenance=np.array("{")), "not a whole npz file"),
         (edited(provenance=np.zeros(3)), "provenance is float64"),
     ],

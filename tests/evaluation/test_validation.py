@@ -9,14 +9,18 @@ import pytest
 
 from ditjax.cli import load_recipe
 from ditjax.config import changed, read
-from ditjax.data import latents, stream
+from ditjax.data import records, source, stream
 from ditjax.diffusion import samplers
 from ditjax.errors import UserError
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.evaluation.validation import Validator, held_out
 from ditjax.models.autoencoder import sample_posterior
+from ditjax.models.network import Conditions
 from ditjax.parallel.mesh import make_mesh
-from ditjax.tasks import build, programs
+from ditjax.tasks import autoencoder, make_task
+from ditjax.tasks.diffusion import denoiser_module
+from ditjax.training import keys
+from ditjax.weights.networks import decoder_recipe
 
 pytestmark = pytest.mark.usefixtures("own_data")
 NUM, HELD_OUT = 37, 20  # no multiple of a batch, and more pairs than images
@@ -32,19 +36,19 @@ def recipe(file="digits.py:1x32x2/4"):
         f"--config.evaluate.split=test[:{HELD_OUT}]",
         f"--config.evaluate.val_loss_num={NUM}",
     )
-    return read(load_recipe(words).to_dict())
+    return read(load_recipe(words))
 
 
 @functools.cache
 def params(c):
     """Far from the start, so that timesteps, labels and variance channels matter."""
     rng = np.random.default_rng(0)
-    tree = build.trainee(c).init(jax.random.key(0))
+    tree = make_task(c).init(jax.random.key(0))
     return jax.tree.map(lambda x: np.float32(x + 0.2 * rng.normal(size=x.shape)), tree)
 
 
 def on(devices):
-    return Validator(make_mesh(devices, 1, jax.devices()[:devices]))
+    return Validator(make_mesh(devices, 1, jax.devices()[:devices]), {})
 
 
 def pair(c, i):
@@ -53,16 +57,16 @@ def pair(c, i):
     record = stream.epoch_order(c.evaluate.seed, epoch, HELD_OUT)[k]
     shift = int(np.random.SeedSequence(c.evaluate.seed).generate_state(1)[0])
     t = (int(f"{i:032b}"[::-1], 2) + shift) % 2**32 * 1000 >> 32
-    key = jax.random.fold_in(programs.stream(c.evaluate.seed, 5), i)
+    key = jax.random.fold_in(keys.stream(c.evaluate.seed, keys.VALIDATE), i)
     return record, t, key.reshape(1)
 
 
 def by_hand(c, params, n, x0_of=lambda x, key: x):
     """(mse f64[n], vlb f64[n]): one pair at a time, everything but the network in NumPy."""
-    rows = stream.load_arrays("digits", c.evaluate.split, image_size=c.data.image_size)
+    rows = records.load_arrays("digits", c.evaluate.split, image_size=c.data.image_size)
     betas = np.linspace(1e-4, 0.02, 1000)
     alphas_bar = np.cumprod(1 - betas)
-    model = build.dit(c)
+    model = denoiser_module(c)
     apply = jax.jit(model.apply)
     found = []
     for i in range(n):
@@ -75,7 +79,7 @@ def by_hand(c, params, n, x0_of=lambda x, key: x):
             params,
             x_t.astype(np.float32)[None],
             np.array([t], np.int32),
-            rows["label"][record].reshape(1),
+            Conditions(label=rows["label"][record].reshape(1)),
         )
         predicted, v = np.split(np.asarray(out, np.float64)[0], 2, axis=-1)
         # Nichol & Dhariwal Eqs. 6 and 15; no t is 0 here, whose term is another.
@@ -128,11 +132,11 @@ def test_of_latents_the_posterior_is_drawn_by_the_pair_too():
         },
     )
     rng = np.random.default_rng(1)
-    trainee = build.trainee(changed(c, {"train": {"network": "autoencoder"}}))
-    frozen = jax.tree.map(
+    trainee = make_task(decoder_recipe(c))
+    weights = jax.tree.map(
         lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), trainee.init(jax.random.key(0))
     )
-    encode = jax.jit(lambda x: build.encode(c, frozen, x))
+    encode = jax.jit(lambda x: autoencoder.encode(c, weights, x))
 
     def x0_of(x, key):
         moments = encode(x[None])
@@ -140,7 +144,7 @@ def test_of_latents_the_posterior_is_drawn_by_the_pair_too():
         return sample_posterior(moments, noise)[0] * 0.5
 
     mse, _ = by_hand(c, params(c), 5, x0_of)
-    found = Validator(make_mesh(1, 1, jax.devices()[:1]), frozen)(c, params(c))
+    found = Validator(make_mesh(1, 1, jax.devices()[:1]), {"autoencoder": weights})(c, params(c))
     np.testing.assert_allclose(found["val_loss"], mse.mean(), rtol=1e-4)
 
 
@@ -170,7 +174,7 @@ def test_the_protocol_says_what_it_is_of_and_only_where_it_is():
 
 def test_of_encoded_latents_the_images_behind_them_are_held_out(monkeypatch):
     c = changed(recipe("digits_latent.py"), {"data": {"name": "latents:/of/digits", "flip": True}})
-    monkeypatch.setattr(latents, "images_of", {"latents:/of/digits": "digits/train"}.get)
+    monkeypatch.setattr(source, "images_of_latents", {"latents:/of/digits": "digits/train"}.get)
     spec = held_out(c)
     assert (spec.name, spec.split, spec.flip) == ("digits", f"test[:{HELD_OUT}]", False)
 
@@ -178,5 +182,5 @@ def test_of_encoded_latents_the_images_behind_them_are_held_out(monkeypatch):
 def test_a_split_that_is_not_there_is_found_before_anything_is_trained():
     c = changed(recipe(), {"evaluate": {"split": "valid"}})
     with pytest.raises(UserError, match=r"'valid': there is no such split.*test, train"):
-        Evaluator(c, make_mesh(-1, 1))
-    Evaluator(changed(c, {"evaluate": {"val_loss_num": 0}}), make_mesh(-1, 1))
+        Evaluator(c, make_mesh(-1, 1), {})
+    Evaluator(changed(c, {"evaluate": {"val_loss_num": 0}}), make_mesh(-1, 1), {})

@@ -9,10 +9,10 @@ import pytest
 from ditjax import cli
 from ditjax.config import Config, read
 from ditjax.errors import UserError
-from ditjax.models.cost import gflops, trainable_parameters
-from ditjax.models.sizes import PAPER_PATCHES, PAPER_SIZES, parse_size
-from ditjax.scaling.published import MODELS
-from ditjax.tasks import build
+from ditjax.models.dit import PAPER_PATCHES, PAPER_SIZES, parse_size
+from ditjax.scaling.published import TABLE4_GFLOPS
+from ditjax.tasks import cost_of
+from experiments.paper import published
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TWELVE = [f"{size}/{patch}" for size in PAPER_SIZES for patch in PAPER_PATCHES]
@@ -21,7 +21,7 @@ TWELVE = [f"{size}/{patch}" for size in PAPER_SIZES for patch in PAPER_PATCHES]
 def recipe(name: str, arg: str = "") -> Config:
     """A recipe as the commands read it."""
     path = EXPERIMENTS / f"{name}.py"
-    return read(cli.load_recipe([f"--config={path}{arg and ':'}{arg}"]).to_dict())
+    return read(cli.load_recipe([f"--config={path}{arg and ':'}{arg}"]))
 
 
 @pytest.mark.parametrize("model", TWELVE)
@@ -29,16 +29,14 @@ def test_the_twelve_models_have_the_published_gflops(model):
     c = recipe("imagenet256", model)
     size, patch = model.split("/")
     assert (parse_size(c.model.size), c.model.patch) == (PAPER_SIZES[size], int(patch))
-    assert gflops(build.cost(c)) == pytest.approx(MODELS[f"DiT-{model}"].gflops, abs=0.02)
+    assert cost_of(c).gflops == pytest.approx(TABLE4_GFLOPS[f"DiT-{model}"], abs=0.02)
 
 
 # Peebles & Xie 2023: XL/2 at 512 px has 524.6 Gflops, and no other weights than at 256 px.
 def test_xl_2_of_512_pixels_has_the_published_gflops():
     c = recipe("imagenet512", "XL/2")
-    assert gflops(build.cost(c)) == pytest.approx(524.6, abs=0.05)
-    assert trainable_parameters(build.cost(c)) == trainable_parameters(
-        build.cost(recipe("imagenet256", "XL/2"))
-    )
+    assert cost_of(c).gflops == pytest.approx(524.6, abs=0.05)
+    assert cost_of(c).parameters == cost_of(recipe("imagenet256", "XL/2")).parameters
 
 
 @pytest.mark.parametrize(
@@ -92,14 +90,14 @@ def test_the_published_figures_of_the_header_are_those_on_record():
     header = importlib.import_module("experiments.imagenet256").__doc__ or ""
     said = re.findall(r"(XL|S|B|L)/2\s+([\d.]+\d)[,.]", header)
     assert [size for size, _ in said] == list(PAPER_SIZES)
-    assert all(float(fid) == MODELS[f"DiT-{size}/2"].fid50k_400k for size, fid in said)
+    assert all(float(fid) == published.MODELS[size, 2] for size, fid in said)
 
 
 # 6 operations a multiply-accumulate of the forward pass; 8 H100s at half of 989e12 a second.
 @pytest.mark.parametrize(("name", "steps"), [("imagenet256", 400_000), ("imagenet512", 3_000_000)])
 def test_the_hours_of_the_header_follow_from_the_counts(name, steps):
     c = recipe(name, "XL/2")
-    operations = 6e9 * gflops(build.cost(c)) * c.train.batch_size * steps
+    operations = 6e9 * cost_of(c).gflops * c.train.batch_size * steps
     header = " ".join((importlib.import_module(f"experiments.{name}").__doc__ or "").split())
     said = re.search(r"so (?:400,000 steps are )?([\d.e]+) floating-point operations", header)
     hours = re.search(r"(\d+) hours of 8 H100s at half", header)

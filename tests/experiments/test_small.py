@@ -5,11 +5,12 @@ from collections import Counter
 import pytest
 
 from ditjax.cli import load_recipe
+from ditjax.config import read
 from ditjax.studies.cells import cells
 
 
 def of(name):
-    return cells(load_recipe([f"--config=experiments/small/{name}.py"]).to_dict())
+    return cells(load_recipe([f"--config=experiments/small/{name}.py"]))
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,9 @@ def test_sampling_takes_the_runs_of_scaling(scaling):
 
 
 def test_guidance_is_on_more_than_three_channels():
-    recipe = load_recipe(["--config=experiments/small/guidance.py"])
-    assert recipe.autoencoder.latent_channels == 4
-    assert recipe.autoencoder.kind == "kl"
+    c = read(load_recipe(["--config=experiments/small/guidance.py"]))
+    assert c.input_channels == c.autoencoder.latent_channels == 4
+    assert c.latent
 
 
 def test_scenes_are_larger_images_in_colour():

@@ -16,11 +16,12 @@ import optax
 from PIL import Image
 
 from ditjax import config, sweep
-from ditjax.data import stream as data
+from ditjax.data import records, stream
 from ditjax.files import digests, lease
 from ditjax.parallel import rules, stopping, watch
 from ditjax.runs import checkpoint, log
-from ditjax.tasks import programs
+from ditjax.tasks import diffusion
+from ditjax.training import keys, program
 from ditjax.weights import tensors
 
 
@@ -35,8 +36,10 @@ def _put(where: Any, name: str, what: Any) -> None:
 
 def killed_mid_step() -> None:
     """The data begin anew at a resume."""
-    real = data.train_batches
-    _put(data, "train_batches", lambda *args, **kwargs: real(*args, **{**kwargs, "start_step": 0}))
+    real = stream.train_batches
+    _put(
+        stream, "train_batches", lambda *args, **kwargs: real(*args, **{**kwargs, "start_step": 0})
+    )
 
 
 def killed_while_saving() -> None:
@@ -59,7 +62,7 @@ def terminated() -> None:
 
 def terminated_pair() -> None:
     """Nobody hears that the other was told."""
-    _put(watch.Watch, "wish", _nothing)
+    _put(watch.Watch, "request_stop", _nothing)
 
 
 def out_of_grace() -> None:
@@ -74,7 +77,7 @@ def out_of_grace() -> None:
 
 def damaged_checkpoint() -> None:
     """Digests are written, and not compared."""
-    _put(digests, "changed", lambda *_: [])
+    _put(digests, "changed_leaves", lambda *_: [])
 
 
 def full_disk() -> None:
@@ -91,13 +94,13 @@ def full_disk() -> None:
         with suppress(Exception):
             real(*args)
 
-    _put(checkpoint.Checkpoints, "_told", quiet)
+    _put(checkpoint.Checkpoints, "_save_faults", quiet)
     _put(log.MetricsLog, "scalars", scalars)
 
 
 def damaged_records() -> None:
     """What cannot be read is black."""
-    real = data._Split.read
+    real = records.ImageRecords.read
 
     def read(self: Any, index: int) -> Any:
         try:
@@ -105,8 +108,8 @@ def damaged_records() -> None:
         except Exception:
             return Image.new("L", (8, 8)), 0
 
-    _put(data, "_check_files", _nothing)
-    _put(data._Split, "read", read)
+    _put(stream, "_check_files", _nothing)
+    _put(records.ImageRecords, "read", read)
 
 
 def poisoned() -> None:
@@ -119,14 +122,18 @@ def illegal_mesh() -> None:
     """Nothing must divide anything."""
     _put(rules, "check_batch", _nothing)
     _put(rules, "check_tokens", _nothing)
-    _put(programs, "_check_microbatches", _nothing)
+    _put(program, "_check_microbatches", _nothing)
 
 
 def illegal_recipe() -> None:
     """Values are taken as they come."""
     _put(config, "_typed", lambda hint, value, path: value)
     _put(config.Rule, "holds", property(lambda _: lambda __: True))
-    _put(config, "_check_consistency", _nothing)
+    for section in config.Section.__subclasses__():
+        _put(section, "check", _nothing)
+    for section in config.Model.__subclasses__():
+        _put(section, "check", _nothing)
+    _put(diffusion, "check", _nothing)
 
 
 def other_weights() -> None:
@@ -153,7 +160,7 @@ def killed_sweep() -> None:
 
 def two_sweeps() -> None:
     """Nobody owns anything."""
-    _put(lease, "own", _nothing)
+    _put(lease, "acquire", _nothing)
 
 
 def peer_lost() -> None:
@@ -163,12 +170,12 @@ def peer_lost() -> None:
 
 def other_mesh() -> None:
     """Random numbers depend on how many devices there are."""
-    real = programs.stream
+    real = keys.stream
 
     def stream(seed: int, which: int) -> jax.Array:
         return jax.random.fold_in(real(seed, which), jax.device_count())
 
-    _put(programs, "stream", stream)
+    _put(keys, "stream", stream)
 
 
 def torn_log() -> None:

@@ -21,8 +21,9 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from ditjax import cli
-from ditjax.tasks import programs
+from ditjax import cli, train
+from ditjax.training import program
+from ditjax.training.program import Training
 from tests.commands.pair import keep_what_every_process_compiles
 
 
@@ -63,9 +64,9 @@ def poisoned(local: Mapping[str, np.ndarray], bad: set[int]) -> dict[str, np.nda
 
 def watch(oracle: Oracle, pace: float, hold: dict[int, float], bad: set[int]) -> None:
     """From here on whatever trains tells its steps."""
-    real = programs.training
+    real = program.training
 
-    def training(*args: Any, **kwargs: Any) -> programs.Training:
+    def training(*args: Any, **kwargs: Any) -> Training:
         p = real(*args, **kwargs)
         ahead: deque[list[int]] = deque()  # ids of the batches that are put, not yet stepped on
         started = False
@@ -93,7 +94,7 @@ def watch(oracle: Oracle, pace: float, hold: dict[int, float], bad: set[int]) ->
 
         return p._replace(put=put, step=step)
 
-    programs.training = training
+    setattr(train, "training", training)  # noqa: B010 (a function, to mypy)
 
     def heard(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile"):

@@ -20,7 +20,8 @@ import yaml
 from ditjax import cli
 from tests.launch.conftest import RECORD, ROOT, Machine, executable, flags
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+INDEX = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+MACHINES = (ROOT / "docs/machines.md").read_text(encoding="utf-8")
 RECIPE = "--config=experiments/imagenet256.py:XL/2"
 TRAIN = f"train {RECIPE} --workdir=/share/run"
 POD = {"NAME": "dit", "ZONE": "us-west4-a", "TPU": "v5e:4x4"}
@@ -197,13 +198,12 @@ def test_a_script_says_how_it_is_used(path):
     assert sourced or "# usage" in head
 
 
-def test_what_readme_recipes_and_launch_name_is_there():
-    texts = [README, *(p.read_text() for p in (ROOT / "launch").glob("*.*"))]
+def test_what_the_manual_recipes_and_launch_name_is_there():
+    texts = [INDEX, MACHINES, *(p.read_text() for p in (ROOT / "launch").glob("*.*"))]
     texts += [p.read_text() for p in (ROOT / "experiments").glob("*.py")]
     text = "\n".join(texts)
-    # Built beside this; see the README's table of commands.
     commands = set(re.findall(r"python -m ditjax\.(\w+)", text)) - {"NAME", "X"}
-    table = README.partition("| command | does |")[2].partition("\n\n")[0]
+    table = INDEX.partition("| command | what it does |")[2].partition("\n\n")[0]
     commands |= set(re.findall(r"^\| `(\w+)", table, re.M))
     assert len(commands) > 10
     assert [name for name in commands if not (ROOT / f"ditjax/{name}.py").is_file()] == []
@@ -630,11 +630,11 @@ def test_skypilots_nodes_are_processes(machine, nodes, monkeypatch):
     read_by_ditjax(machine.words("python")[-1], monkeypatch)
 
 
-# --- the README ------------------------------------------------------------------------------
+# --- the manual ------------------------------------------------------------------------------
 
 
-def test_the_readmes_commands_start_what_they_say(machine, monkeypatch):
-    """The section's block of commands, run as it stands."""
+def test_the_manuals_commands_start_what_they_say(machine, monkeypatch):
+    """The section's block of commands, run as written."""
     machine.commit()
     machine.states.write_text("NONE\n")
     (machine.bin / "sky").write_text(
@@ -642,9 +642,8 @@ def test_the_readmes_commands_start_what_they_say(machine, monkeypatch):
         f"export SKYPILOT_NUM_NODES=1\n{sky()['run']}"
     )
     (machine.bin / "sky").chmod(0o755)
-    section = README.partition("## From one machine to a pod\n")[2].partition("\n## ")[0]
-    plan, commands = re.findall(r"```bash\n(.*?)```", section, re.S)
-    assert plan.startswith("python -m ditjax.plan ")
+    section = MACHINES.partition("## Scripts\n")[2].partition("\n## ")[0]
+    (commands,) = re.findall(r"```bash\n(.*?)```", section, re.S)
     done = machine.run(f"set -e\n{commands}", RESTARTS="0")
     assert done.returncode == 0, done.stderr
     started = machine.words("python")

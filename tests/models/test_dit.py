@@ -11,9 +11,18 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from ditjax.errors import UserError
-from ditjax.models.blocks import BLOCKS, Conditioning, layer_norm
-from ditjax.models.cost import Shape, forward_macs, paper_shape, trainable_parameters
-from ditjax.models.dit import DiT
+from ditjax.models.blocks import BLOCKS, BlockConfig, Conditioning, layer_norm
+from ditjax.models.dit import (
+    PAPER_PATCHES,
+    PAPER_SIZES,
+    DiT,
+    FinalLayer,
+    Shape,
+    Size,
+    forward_macs,
+    paper_shape,
+    trainable_parameters,
+)
 from ditjax.models.embed import (
     drop_labels,
     patchify,
@@ -21,7 +30,7 @@ from ditjax.models.embed import (
     timestep_frequencies,
     unpatchify,
 )
-from ditjax.models.sizes import PAPER_PATCHES, PAPER_SIZES, Size
+from ditjax.models.network import Conditions
 
 SMALL = Size(3, 32, 2)
 BLOCK_NAMES = tuple(BLOCKS)
@@ -35,7 +44,7 @@ def network(size: Size = SMALL, patch: int = 2, **kwargs: Any) -> DiT:
 def inputs(batch: int = 2, side: int = 8, channels: int = 4, seed: int = 0) -> Any:
     x = np.random.default_rng(seed).normal(size=(batch, side, side, channels))
     labels = np.arange(batch, dtype=np.int32)
-    return x.astype(np.float32), labels * 331 % 1000, labels % 10
+    return x.astype(np.float32), labels * 331 % 1000, Conditions(label=jnp.asarray(labels % 10))
 
 
 def random_params(model: DiT, args: Any, seed: int = 1) -> Any:
@@ -54,8 +63,7 @@ def shape_of(size: Size, patch: int, side: int = 8, **kwargs: Any) -> Shape:
 def test_parameters_of_the_paper_models(name, patch):
     size = PAPER_SIZES[name]
     model = network(size, patch, num_classes=1000)
-    x, t, y = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs(1, 32))
-    params = jax.eval_shape(model.init, jax.random.key(0), x, t, y)
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs(1, 32))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == trainable_parameters(paper_shape(size, patch))
 
@@ -107,7 +115,7 @@ def test_output_at_init_is_exactly_zero(block):
 def test_only_adaln_zero_blocks_are_the_identity_at_init(block):
     x = jax.random.normal(jax.random.key(0), (2, 5, 32))
     cond = Conditioning(x[:, 0], x[:, 1:3])
-    module = BLOCKS[block](2, 4.0)
+    module = BLOCKS[block](BlockConfig(heads=2, mlp_ratio=4.0))
     out = jax.jit(module.apply)(jax.jit(module.init)(jax.random.key(1), x, cond), x, cond)
     assert bool((out == x).all()) == (block == "adaln_zero")
 
@@ -131,7 +139,8 @@ def test_every_parameter_and_input_reaches_the_output(block):
         assert np.abs(grad).max() > 0, path
     assert (np.abs(grad_x).max(axis=(1, 2, 3)) > 0).all()
     assert np.abs(out - run(params, x, t + 100, y)[1]).max() > 1e-3
-    assert np.abs(out - run(params, x, t, y + 1)[1]).max() > 1e-3
+    other = Conditions(label=y.label + 1)
+    assert np.abs(out - run(params, x, t, other)[1]).max() > 1e-3
 
 
 @functools.cache
@@ -281,19 +290,18 @@ def test_norm2_eps_is_of_the_norm_before_the_mlp_alone(block):
     args = inputs()
     model = network(block=block, norm2_eps=1e20)
     params = random_params(network(block=block), args)
-    seen: dict[str, list[float]] = {"attn": [], "mlp": []}
 
     def spy(call: Any, inputs: Any, kwargs: Any, context: Any) -> Any:
-        if context.module.name in seen and context.method_name == "__call__":
-            into = seen[context.module.name]
-            jax.debug.callback(lambda v: into.append(float(v)), token_spread(inputs[0]))
+        if context.module.name in ("attn", "mlp") and context.method_name == "__call__":
+            context.module.sow("intermediates", "spread", token_spread(inputs[0]))
         return call(*inputs, **kwargs)
 
     with nn.intercept_methods(spy):
-        jax.block_until_ready(jax.jit(model.apply)(params, *args))
-    jax.effects_barrier()
-    assert max(seen["mlp"]) < 1e-3
-    assert min(seen["attn"]) > 0.01
+        run = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))
+        sown = run(params, *args)[1]["intermediates"]["blocks"]
+    (attn,), (mlp,) = sown["attn"]["spread"], sown["mlp"]["spread"]  # f32[depth] each
+    assert mlp.max() < 1e-3
+    assert attn.min() > 0.01
 
 
 def token_spread(x: jax.Array) -> jax.Array:
@@ -336,3 +344,83 @@ def test_a_size_that_patches_do_not_divide_is_refused():
     model = network(patch=3)
     with pytest.raises(UserError, match=r"8x8 .* patches of 3"):
         jax.eval_shape(functools.partial(model.init, jax.random.key(0)), *inputs())
+
+
+def add(h: jax.Array, residual: jax.Array) -> jax.Array:
+    return h + residual
+
+
+def per_block(block: str, seed: int = 2) -> Any:
+    """Something for each of the small network's three blocks, of the shape of its tokens."""
+    tokens = 16 + (2 if block == "in_context" else 0)
+    drawn = np.random.default_rng(seed).normal(size=(SMALL.depth, 2, tokens, SMALL.width))
+    return drawn.astype(np.float32)
+
+
+@pytest.mark.parametrize("block", BLOCK_NAMES)
+def test_residuals_after_blocks(block):
+    """Of zeros they change no bit; of any one block they change the output."""
+    args = inputs()
+    plain, hooked = network(block=block), network(block=block, hook=add)
+    params, given = random_params(plain, args), per_block(block)
+    with jax.disable_jit():  # one operation after another: fused ones round otherwise
+        expected = plain.apply(params, *args)
+        np.testing.assert_array_equal(hooked.apply(params, *args, 0 * given), expected)
+    run = jax.jit(hooked.apply)
+    for chosen in range(SMALL.depth):
+        one = given * (np.arange(SMALL.depth) == chosen)[:, None, None, None].astype(np.float32)
+        assert np.abs(run(params, *args, one) - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("unroll", [1, 3])
+@pytest.mark.parametrize("block", BLOCK_NAMES)
+def test_a_hook_has_what_is_after_its_block(block, unroll):
+    """With tokens patched in after each block, the next one is a function of them alone."""
+    args = inputs()
+    model = network(block=block, unroll=unroll, hook=lambda h, given: given)
+    params = random_params(network(block=block), args)
+    given = per_block(block)
+    kept = functools.partial(model.apply, capture_intermediates=True, mutable=["intermediates"])
+    _, captured = jax.jit(kept)(params, *args, given)
+    seen, p = captured["intermediates"], params["params"]
+    t_emb, y_emb = (seen[name]["__call__"][0] for name in ("t_embedder", "y_embedder"))
+    cond = Conditioning(t_emb + y_emb, jnp.stack([t_emb, y_emb], axis=1))
+    one = BLOCKS[block](BlockConfig(SMALL.heads, 4.0))
+    (after,) = seen["blocks"]["__call__"]
+    for k in range(1, SMALL.depth):
+        weights = jax.tree.map(lambda leaf, k=k: leaf[k], p["blocks"])
+        expected = jax.jit(one.apply)({"params": weights}, given[k - 1], cond)
+        np.testing.assert_allclose(after[k], expected, rtol=1e-4, atol=1e-4)
+    final = FinalLayer(2**2 * 8, block)
+    expected = jax.jit(final.apply)({"params": p["final_layer"]}, given[-1][:, :16], cond.vector)
+    np.testing.assert_allclose(seen["final_layer"]["__call__"][0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_that_is_not_there_costs_nothing():
+    """The program is that of a hook which does nothing, and its scan runs over weights alone."""
+    args = inputs()
+    params = jax.eval_shape(network().init, jax.random.key(0), *args)
+    plain = jax.make_jaxpr(network().apply)(params, *args)
+    assert str(jax.make_jaxpr(network().apply)(params, *args, None)) == str(plain)
+    nothing = network(hook=lambda h, given: h)
+    assert str(jax.make_jaxpr(nothing.apply)(params, *args)) == str(plain)
+    (scan,) = (each for each in plain.eqns if each.primitive.name == "scan")
+    over = len(scan.invars) - scan.params["num_consts"] - scan.params["num_carry"]
+    assert over == len(jax.tree.leaves(params["params"]["blocks"]))
+
+
+@pytest.mark.parametrize("door", [door for door in Conditions._fields if door != "label"])
+def test_a_condition_without_a_door_is_refused(door):
+    """What a network is given it never drops in silence."""
+    x, t, labels = inputs()
+    given = Conditions(label=labels.label, **{door: jnp.zeros((2, 4))})
+    with pytest.raises(ValueError, match=rf"no door for {door}: only for \('label',\)"):
+        jax.eval_shape(network().init, jax.random.key(0), x, t, given)
+    with pytest.raises(ValueError, match=f"no door for {door}"):
+        jax.eval_shape(network().init, jax.random.key(0), x, t, given._replace(label=None))
+
+
+def test_a_label_is_always_given():
+    x, t, _ = inputs()
+    with pytest.raises(ValueError, match="give the null label for none"):
+        jax.eval_shape(network().init, jax.random.key(0), x, t, Conditions())

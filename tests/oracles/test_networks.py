@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from ditjax.config import changed
 from ditjax.data.classes import class_names
 from ditjax.diffusion import samplers
+from ditjax.models.network import Conditions
 from ditjax.sampling.pipeline import Pipeline
-from ditjax.tasks import build, programs
+from ditjax.tasks.autoencoder import decode, encode
+from ditjax.tasks.diffusion import denoiser_module
+from ditjax.training import keys
 from ditjax.weights import reading, writing
 from ditjax.weights.networks import Network
 from tests.oracles import networks
@@ -34,8 +37,9 @@ def nhwc(x: np.ndarray) -> np.ndarray:
 
 
 def apply_dit(network: Network, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> np.ndarray:
-    model = build.dit(network.config)
-    out = model.apply(network.params, jnp.asarray(nhwc(x)), jnp.asarray(t), jnp.asarray(y))
+    model = denoiser_module(network.config)
+    labels = Conditions(label=jnp.asarray(y))
+    out = model.apply(network.params, jnp.asarray(nhwc(x)), jnp.asarray(t), labels)
     return np.asarray(out).transpose(0, 3, 1, 2)
 
 
@@ -100,10 +104,11 @@ def test_autoencoder(width, levels, side, tmp_path):
     x = networks.image(side, side + 16)
     mean, log_variance, again = networks.autoencoder_output(theirs, x)
     c = network.config
-    moments = jax.jit(lambda p, x: build.encode(c, p, x))(network.params, nhwc(x))
+    moments = jax.jit(lambda p, x: encode(c, p, x))(network.params, nhwc(x))
     assert relative(np.asarray(moments.mean), nhwc(mean)) < 1e-4
     assert relative(np.asarray(moments.log_variance), nhwc(log_variance)) < 1e-4
-    decoded = jax.jit(lambda p, x: build.reconstruct(c, p, x))(network.params, nhwc(x))
+    z = moments.mean * c.autoencoder.scale
+    decoded = jax.jit(lambda p, z: decode(c, p, z))(network.params, z)
     assert relative(np.asarray(decoded), nhwc(again)) < 1e-4
 
     writing.write_diffusers(tmp_path / "ours", network)
@@ -165,10 +170,10 @@ def test_pipeline_folder(cfg_scale, tmp_path):
     assert drawn.label.tolist() == labels
 
     c = changed(ours.config, {"sample": {"batch_size": 2}})
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        programs.stream(5, programs._SAMPLE), np.arange(2, dtype=np.uint32)
+    each = jax.vmap(jax.random.fold_in, (None, 0))(
+        keys.stream(5, keys.SAMPLE), np.arange(2, dtype=np.uint32)
     )
-    x_T = samplers.initial_noise(keys, (c.input_size, c.input_size, c.input_channels))
+    x_T = samplers.initial_noise(each, (c.input_size, c.input_size, c.input_channels))
     noise = torch.from_numpy(np.array(x_T).transpose(0, 3, 1, 2).copy())
     theirs = DiTPipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
     theirs.set_progress_bar_config(disable=True)

@@ -6,7 +6,7 @@ import pytest
 
 from ditjax import plan
 from ditjax.machines import topology
-from ditjax.machines.topology import GIB
+from ditjax.machines.chips import GIB
 
 pytest.importorskip("libtpu")
 
@@ -49,9 +49,9 @@ def test_too_large_is_said_by_the_compiler(tmp_path, capsys):
 def test_every_generation_has_its_devices(chip):
     smallest, *_ = topology.SHAPES[chip]
     for name in (f"{chip}:{smallest}", f"{chip}:{topology.SHAPES[chip][-1]}"):
-        machine = topology.parse(name)
+        machine = topology.parse_topology(name)
         found = topology.devices(machine)
         assert len(found) == machine.chips * machine.chip.cores
-    assert len(topology.devices(topology.parse(f"{chip}:{smallest}"), slices=2)) == 2 * (
-        topology.parse(f"{chip}:{smallest}").chips * machine.chip.cores
+    assert len(topology.devices(topology.parse_topology(f"{chip}:{smallest}"), slices=2)) == 2 * (
+        topology.parse_topology(f"{chip}:{smallest}").chips * machine.chip.cores
     )

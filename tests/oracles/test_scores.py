@@ -5,7 +5,6 @@ import pytest
 
 from ditjax.metrics.frechet import gaussian_frechet_distance
 from ditjax.metrics.scores import (
-    even_splits,
     inception_score,
     kid,
     log_softmax,
@@ -23,7 +22,7 @@ from tests.oracles import scores as oracle
 def test_inception_score(splits, shuffle, count):
     logits = feature_sets.logits(count, seed=splits)
     order = oracle.isc_order(count) if shuffle else None
-    split = even_splits(count, splits, order)
+    split = feature_sets.even_splits(count, splits, order)
     ours = inception_score(update_scores(no_scores(splits, 7), log_softmax(logits), split))
     theirs = oracle.inception_score(logits, splits, shuffle)
     np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -118,7 +118,7 @@ def test_reads_files_without_checksums(tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: torch.nn.Linear(2, 2), "asks for torch.nn.modules.linear.Linear"),
+        (lambda: torch.nn.Linear(2, 2), "asks for 'torch.nn.modules.linear.Linear'"),
         (lambda: torch.eye(2).to_sparse(), "_rebuild_sparse_tensor"),
         (lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), "qtensor"),
         (lambda: torch.ones(2, device="meta"), "_rebuild_meta_tensor_no_storage"),

@@ -12,16 +12,18 @@ import pytest
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.machines import topology
-from ditjax.models.blocks import BLOCKS, Conditioning
+from ditjax.models.blocks import BLOCKS, BlockConfig, Conditioning
+from ditjax.models.dit import RULES
 from ditjax.parallel import rules
-from ditjax.tasks import build
+from ditjax.parallel.mesh import mesh_of
+from ditjax.tasks.diffusion import denoiser_module
 
 pytest.importorskip("libtpu")
 
 
 @pytest.fixture(scope="module")
 def devices():
-    return topology.devices(topology.parse("v5e:2x2"))
+    return topology.devices(topology.parse_topology("v5e:2x2"))
 
 
 @pytest.mark.parametrize(("image_size", "block"), [(256, "adaln_zero"), (256, "in_context")])
@@ -37,23 +39,24 @@ def test_a_block_of_xl_compiles_with_its_kernels(devices, image_size, block):
             "--config.mesh.fsdp=4",
         ]
     )
-    c = read(recipe.to_dict())
-    mesh = build.mesh(c, devices)
-    model = build.dit(c, mesh)
+    c = read(recipe)
+    mesh = mesh_of(c, devices)
+    model = denoiser_module(c, mesh)
     N = (image_size // 16) ** 2 + 2 * (block == "in_context")
 
     def rows(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rules.batch_sharding(mesh))
 
     x, cond = rows(8, N, 1152), Conditioning(rows(8, 1152), rows(8, 2, 1152))
-    plain = BLOCKS[block](model.heads, model.mlp_ratio, dtype=model.dtype)
+    config = BlockConfig(model.heads, model.mlp_ratio, dtype=model.dtype)
+    plain = BLOCKS[block](config)
     shapes = jax.eval_shape(plain.init, jax.random.key(0), x, cond)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        rules.state_shardings(shapes, mesh),
+        rules.state_shardings(shapes, mesh, RULES),
     )
-    module = plain.clone(place=model.place)
+    module = BLOCKS[block](config._replace(place=model.place))
     apply: Any = module.apply
 
     def loss(params, x, cond):

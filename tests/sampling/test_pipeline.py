@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 
 from ditjax import __version__
-from ditjax.config import changed
+from ditjax.config import changed, read, replaced
 from ditjax.data.classes import class_names
 from ditjax.errors import UserError
 from ditjax.files.assets import unflatten
 from ditjax.sampling import pipeline
 from ditjax.sampling.pipeline import Pipeline, open_source
-from ditjax.tasks import build, programs
+from ditjax.tasks import diffusion
+from ditjax.training.program import precise
 from ditjax.weights import networks, reading, writing
 from ditjax.weights.torch_file import write_torch
 from tests.seeded import seeded_state
@@ -42,7 +43,7 @@ def latent(folders):
 
 def ours(path, *, channels=1, classes=10, **sections):
     """A tiny pixel DiT of seeded weights in our own format."""
-    c = networks.recipe(
+    c = read(
         {
             "model": {"size": "1x16x2", "patch": 4, **sections.get("model", {})},
             "data": {"image_size": 8, "channels": channels, "num_classes": classes},
@@ -51,7 +52,7 @@ def ours(path, *, channels=1, classes=10, **sections):
         }
     )
     leaves = seeded_state(networks.shapes_of(c), 5)
-    network = networks.Network("dit", c, {"params": unflatten(leaves)}, "ditjax", (path,))
+    network = networks.Network(c, {"params": unflatten(leaves)}, "ditjax", (path,))
     return writing.write_ditjax(path, network)
 
 
@@ -90,7 +91,7 @@ def test_nothing_is_compiled_twice(pixels, monkeypatch):
 def traces(monkeypatch):
     """A list that grows by the matmul precision in force each time that a sampler is traced."""
     found = []
-    made = build.sampler
+    made = diffusion.sampler
 
     def make(*args):
         sample = made(*args)
@@ -101,7 +102,7 @@ def traces(monkeypatch):
 
         return traced
 
-    monkeypatch.setattr(build, "sampler", make)
+    monkeypatch.setattr(diffusion, "sampler", make)
     return found
 
 
@@ -164,7 +165,7 @@ def test_images(pixels, latent, tmp_path):
         ({"steps": 1001}, "respacing '1001'"),
         ({"steps": 2.5}, "respacing '2.5'"),
         ({"steps": "ddim"}, "respacing 'ddim'"),
-        ({"sampler": "euler"}, "sampler is 'euler'"),
+        ({"sampler": "euler"}, "sampler: 'euler': expected one of 'ddpm', 'ddim'"),
         ({"eta": 2.0}, "eta is 2.0"),
         ({"cfg_channels": "three"}, "cfg_channels is 'three' and the input has 1"),
         ({"batch_size": 3}, "batch_size is 3: not divisible by the mesh's data x fsdp = 8"),
@@ -233,7 +234,7 @@ def test_an_unknown_precision(folders):
 def test_products_are_computed_as_the_recipe_says(matmul, pixels, monkeypatch):
     c = changed(pixels.config, {"model": {"matmul": matmul}})
     x = jnp.ones((2, 2))
-    with programs.precise(c):
+    with precise(c):
         text = jax.jit(jnp.dot).lower(x, x).as_text()
     assert ("precision = [HIGHEST, HIGHEST]" in text) == (matmul == "float32")
     # And sampling is traced within it.
@@ -263,7 +264,7 @@ def test_an_autoencoder_given_replaces_the_folders_own(folders, tmp_path):
 
 def test_the_recipes_seed_is_taken_where_none_is_given(pixels, monkeypatch):
     expected = [pixels([1], seed=seed, **FAST).array for seed in (7, 0)]
-    monkeypatch.setattr(pixels, "config", dataclasses.replace(pixels.config, seed=7))
+    monkeypatch.setattr(pixels, "config", replaced(pixels.config, seed=7))
     for given, images in zip((None, 0), expected, strict=True):
         np.testing.assert_array_equal(pixels([1], seed=given, **FAST).array, images)
 
@@ -305,20 +306,21 @@ def test_pixels_have_no_autoencoder(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sections",
+    ("sections", "name"),
     [
-        {"model": {"size": "3x48x3"}},
-        {"model": {"patch": 2}},
-        {"data": {"num_classes": 9}},
-        {"autoencoder": {"res_blocks": 1}},
-        {"model": {"label_dropout": 0.0}},
-        {"model": {"block": "adaln"}},
+        ({"model": {"size": "3x48x3"}}, "DiT-2x48x3/4"),
+        ({"model": {"patch": 2}}, "DiT-2x48x3/4"),
+        ({"data": {"num_classes": 9}}, "DiT-2x48x3/4"),
+        ({"autoencoder": {"res_blocks": 1}}, r"KL autoencoder \(f=2\)"),
+        ({"model": {"label_dropout": 0.0}}, "DiT-2x48x3/4"),
+        ({"model": {"block": "adaln"}}, "DiT-2x48x3/4"),
     ],
     ids=str,
 )
-def test_a_recipe_of_another_network_is_refused(sections, folders):
+def test_a_recipe_of_another_network_is_refused(sections, name, folders):
     source = open_source(folders / "dit", folders / "vae")
     plain = dataclasses.replace(source.config.sample, cfg_scale=1.0)
-    c = dataclasses.replace(source.config, sample=plain)
-    with pytest.raises(UserError, match=r"the recipe describes another (dit|autoencoder) than"):
+    c = replaced(source.config, sample=plain)
+    words = rf"the recipe describes another network than the weights at .*, a {name}: leave"
+    with pytest.raises(UserError, match=words):
         Pipeline(source, changed(c, sections))

@@ -199,7 +199,7 @@ def test_mistakes(tmp_path):
         (lambda: to.write(0, images[:0], label[:0]), r"uint8\[0, 4, 3, 3\]"),
         (lambda: to.write(20, images, label), "samples 20 to 24: expected a range of 23"),
         (lambda: to.write(-1, images, label), "samples -1 to 3"),
-        (lambda: to.write(0, images), "labels must come with every batch"),
+        (lambda: to.write(0, images), "every batch of a labelled set"),
         (lambda: to.write(0, images, label[:3]), "for 4 images: expected one integer"),
         (lambda: to.write(0, images, label * 0.5), "labels float64"),
         (lambda: next(to.missing(0)), "batches of 0"),

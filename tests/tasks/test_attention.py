@@ -15,14 +15,17 @@ from ditjax.models import kernels
 from ditjax.models.attention import attend
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
-from ditjax.tasks import build, programs
+from ditjax.sampling.program import batch_sampler
+from ditjax.tasks import make_task
+from ditjax.tasks.diffusion import denoiser_module, placement
+from ditjax.training.program import training
 
 flash = functools.partial(kernels.flash, interpret=True)
 
 
 def recipe(*overrides):
     small = ("--config=experiments/digits.py:1x32x2/2", "--config.train.batch_size=8")
-    return read(load_recipe([*small, "--config.sample.batch_size=8", *overrides]).to_dict())
+    return read(load_recipe([*small, "--config.sample.batch_size=8", *overrides]))
 
 
 def mesh_of(**sizes):
@@ -92,14 +95,14 @@ def test_the_network_trains_through_the_kernel(monkeypatch):
     }
     key = jax.random.key(0)
     # Noise on every leaf: at initialisation adaLN-Zero's gates hide the attention.
-    shapes = jax.eval_shape(build.trainee(c).init, key)
+    shapes = jax.eval_shape(make_task(c).init, key)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.1, shapes)
 
     def gradients(mesh):
-        trainee = build.trainee(c, mesh)
+        task = make_task(c, mesh)
 
         def loss(params, batch):
-            return trainee.loss(params, trainee.draw(batch, key))
+            return task.loss(params, {}, task.draw(batch, key))
 
         program = jax.value_and_grad(loss, has_aux=True)
         (value, _), grads = jax.jit(program, in_shardings=(None, rules.batch_sharding(mesh)))(
@@ -130,15 +133,22 @@ def test_the_choice_is_of_the_mesh_and_the_recipe(monkeypatch):
     monkeypatch.setattr(kernels, "choose", choose)
     mesh = mesh_of(data=1, fsdp=1)
     facts = {"tokens": 16, "head_width": 16, "dtype": jnp.float32}
-    build.attention(recipe("--config.model.attention=plain"), mesh)
+    placement(recipe("--config.model.attention=plain"), mesh)
     assert asked == [("plain", mesh.devices.flat[0], facts)]
     other = recipe("--config.model.block=in_context", "--config.model.dtype=bfloat16")
-    build.attention(other, mesh)
+    placement(other, mesh)
     assert asked[1][2] == {"tokens": 18, "head_width": 16, "dtype": jnp.bfloat16}
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash"])
-@pytest.mark.parametrize("program", [programs.training, programs.sampling])
+@pytest.mark.parametrize(
+    "program",
+    [
+        lambda c, mesh: training(c, make_task(c, mesh), mesh),
+        lambda c, mesh: batch_sampler(c, make_task(c, mesh), mesh),
+    ],
+    ids=["training", "sampling"],
+)
 def test_a_kernel_that_is_not_there_is_refused_before_a_compile(program, name):
     with pytest.raises(UserError, match=rf"config\.model\.attention is '{name}' and the devices"):
         program(recipe(f"--config.model.attention={name}"), make_mesh(8, 1))
@@ -146,5 +156,5 @@ def test_a_kernel_that_is_not_there_is_refused_before_a_compile(program, name):
 
 def test_on_cpus_nothing_is_sharded_by_hand():
     """The plain form is left to XLA's partitioner."""
-    assert build.attention(recipe(), make_mesh(8, 1)) is None
-    assert build.dit(recipe(), make_mesh(8, 1)).place.attend is None
+    assert placement(recipe(), make_mesh(8, 1)).attend is None
+    assert denoiser_module(recipe(), make_mesh(8, 1)).place.attend is None

@@ -1,6 +1,5 @@
 """μP: the table of kinds, the standard network at the base width, and sizes that stay at others."""
 
-import dataclasses
 import re
 from typing import Any
 
@@ -9,12 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ditjax.config import changed, read
 from ditjax.models import mup
 from ditjax.models.attention import CrossAttention, SelfAttention, attend
 from ditjax.models.blocks import BLOCKS
+from ditjax.models.dit import KINDS
 from ditjax.models.embed import Placement
+from ditjax.models.network import Conditions
 from ditjax.parallel.rules import path_of
-from ditjax.tasks import build
+from ditjax.tasks import make_task
+from ditjax.tasks.diffusion import denoiser_module
+from ditjax.training.program import optimizer_of
 from ditjax.training.step import init_state, make_step
 from ditjax.weights import networks, reading, writing
 from tests import coordinates
@@ -25,7 +29,7 @@ BLOCK_NAMES = tuple(BLOCKS)
 
 def shapes(c):
     """Path -> shape of a parameter, of a block's without the axis of the layers."""
-    tree = jax.eval_shape(build.trainee(c).init, jax.random.key(0))
+    tree = jax.eval_shape(make_task(c).init, jax.random.key(0))
     leaves = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     return {path: s[1:] if "/blocks/" in path else s for path, s in leaves.items()}
 
@@ -36,32 +40,33 @@ def test_every_parameter_is_of_the_kind_of_its_shape(block):
     narrow, wide = (shapes(coordinates.recipe(width, "mup", block)) for width in (32, 64))
     kinds = set()
     for path, small in narrow.items():
-        matching = [k for p, k in mup.KINDS if re.search(rf"(^|/)(?:{p})$", path)]
-        assert matching == [mup.kind_of(path)], path
+        matching = [k for p, k in KINDS if re.search(rf"(^|/)(?:{p})$", path)]
+        assert matching == [mup.kind_of(path, KINDS)], path
         large = wide[path]
         grows_in, grows_out = large[0] > small[0], large[1:] != small[1:]
         expected = {(False, True): "input", (True, True): "hidden", (True, False): "output"}
         if path.rpartition("/")[2] in ("bias", "scale"):
-            assert mup.kind_of(path) == "vector", path
+            assert mup.kind_of(path, KINDS) == "vector", path
         else:
-            assert mup.kind_of(path) == expected[grows_in, grows_out], path
-        kinds.add(mup.kind_of(path))
+            assert mup.kind_of(path, KINDS) == expected[grows_in, grows_out], path
+        kinds.add(mup.kind_of(path, KINDS))
     assert kinds == {"input", "hidden", "output", "vector"}
 
 
 def test_a_parameter_without_a_rule_is_an_error():
     with pytest.raises(ValueError, match="params/new/kernel: 0 rules"):
-        mup.rate_multiplier("params/new/kernel", 2.0)
+        mup.rate_multiplier("params/new/kernel", 2.0, KINDS)
 
 
 def program(c):
     """The text of the program that makes a state and takes one step from it."""
-    trainee, tx = build.trainee(c), build.optimizer(c)
-    step = make_step(trainee.draw, trainee.loss, tx, 0.9)
+    task = make_task(c)
+    tx = optimizer_of(c, task.rates)
 
     def run(key: Any) -> Any:
+        step = make_step(task.draw, task.loss, tx, 0.9, key)
         batch = {"x0": jnp.ones((4, 8, 8, 1)), "label": jnp.zeros(4, jnp.int32)}
-        return step(init_state(trainee.init(key), tx), batch, key)
+        return step(init_state(task.init(key), tx), {}, batch)
 
     text = jax.jit(run).lower(jax.random.key(0)).as_text()
     return re.sub(r'jax.result_info = "[^"]*"', "", text)  # the outputs' places in their tree
@@ -80,7 +85,7 @@ def test_initial_sizes_by_kind(block):
     """Four times as wide: input as before, hidden half of it, and what was zero is zero."""
     drawn = []
     for c in (coordinates.recipe(width, "mup", block) for width in (64, 256)):
-        params = jax.jit(build.trainee(c).init)(jax.random.key(1))
+        params = jax.jit(make_task(c).init)(jax.random.key(1))
         leaves = jax.tree_util.tree_leaves_with_path(params)
         drawn.append({path_of(path): float(np.std(leaf)) for path, leaf in leaves})
     narrow, wide = drawn
@@ -88,7 +93,7 @@ def test_initial_sizes_by_kind(block):
         if std == 0:
             assert narrow[path] == 0, path
         else:
-            expected = {"input": 1.0, "hidden": 0.5}[mup.kind_of(path)]
+            expected = {"input": 1.0, "hidden": 0.5}[mup.kind_of(path, KINDS)]
             assert std / narrow[path] == pytest.approx(expected, rel=0.15), path
 
 
@@ -96,23 +101,24 @@ def test_learning_rates_by_kind_and_a_decay_for_all():
     """r = 4: Adam's first update is lr · m of each weight; the decay is lr · λ · w, whatever m."""
     rate, decay = 1e-3, 0.1
     c = coordinates.recipe(128, "mup", rate=rate)
-    c = dataclasses.replace(c, optim=dataclasses.replace(c.optim, weight_decay=decay))
-    tree = jax.eval_shape(build.trainee(c).init, jax.random.key(0))
+    c = changed(c, {"optim": {"weight_decay": decay}})
+    task = make_task(c)
+    tree = jax.eval_shape(task.init, jax.random.key(0))
     params, grads = (
         jax.tree.map(lambda s, v=v: np.full(s.shape, v, np.float32), tree) for v in (2.0, -3.0)
     )
-    tx = build.optimizer(c)
+    tx = optimizer_of(c, task.rates)
     updates, _ = jax.jit(lambda g, p: tx.update(g, tx.init(p), p))(grads, params)
     by_kind = {"input": 1.0, "vector": 1.0, "hidden": 0.25, "output": 0.25}
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        expected = rate * (by_kind[mup.kind_of(path_of(path))] - decay * 2.0)
+        expected = rate * (by_kind[mup.kind_of(path_of(path), KINDS)] - decay * 2.0)
         np.testing.assert_allclose(update, expected, rtol=1e-4, err_msg=path_of(path))
 
 
 def test_an_autoencoder_has_no_such_table():
-    """Its recipe names the DiT that will be trained on its latents."""
-    c = coordinates.recipe(64, "mup")
-    tx = build.optimizer(networks.training(c, "autoencoder"))
+    """All of its parameters have the rate of the recipe."""
+    c = read({"task": "autoencoder"})
+    tx = optimizer_of(c, make_task(c).rates)
     params = {"new": {"kernel": jnp.ones((2, 2))}}
     tx.update(params, tx.init(params), params)
 
@@ -161,8 +167,8 @@ def test_attention_is_of_logits_over_the_width_of_a_head(kind):
 
 def of_noise(c):
     """A network with weights of noise: nothing is hidden by a zero."""
-    shapes = jax.eval_shape(build.trainee(c).init, jax.random.key(0))
-    return networks.Network("dit", c, noise(shapes, 0.1), "ditjax", ())
+    shapes = jax.eval_shape(make_task(c).init, jax.random.key(0))
+    return networks.Network(c, noise(shapes, 0.1), "ditjax", ())
 
 
 def test_other_programs_get_a_network_that_computes_the_same(tmp_path):
@@ -181,10 +187,11 @@ def test_other_programs_get_a_network_that_computes_the_same(tmp_path):
 
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
     labels = np.array([3, 7], np.int32)
+    conditions = Conditions(label=jnp.asarray(labels))
 
     def function(c: Any) -> Any:
-        model: Any = build.dit(c)
-        return jax.jit(lambda params: model.apply(params, x, labels * 90, labels))
+        model: Any = denoiser_module(c)
+        return jax.jit(lambda params: model.apply(params, x, labels * 90, conditions))
 
     expected, theirs = function(network.config)(network.params), function(other.config)
     size = float(np.abs(expected).max())

@@ -24,18 +24,18 @@ def draw(batch, key):
     return {**batch, "noise": jax.random.normal(key, batch["x"].shape)}
 
 
-def loss_fn(params, drawn):
+def loss_fn(params, frozen, drawn):
     loss = jnp.square(params["w"] - drawn["x"]).mean()
     return loss, {"noise": drawn["noise"][0]}
 
 
 def run(tx, steps, decay=0.9):
-    step = jax.jit(make_step(draw, loss_fn, tx, decay))
+    step = jax.jit(make_step(draw, loss_fn, tx, decay, jax.random.key(7)))
     state = init_state({"w": jnp.array([1.0, -2.0])}, tx)
     history = []
     for i in range(steps):
         batch = {"x": jnp.array([0.5 * i, 1.0])}
-        state, metrics = step(state, batch, jax.random.key(7))
+        state, metrics = step(state, {}, batch)
         history.append(metrics)
     return state, history
 
@@ -119,7 +119,7 @@ KINDS = {
 }
 
 
-def rooted(params, drawn):
+def rooted(params, frozen, drawn):
     w = params["w"]
     root = drawn["root"] + w[0] - jax.lax.stop_gradient(w[0])
     loss = jnp.square(w - drawn["x"]).mean() + jnp.sqrt(root)
@@ -131,7 +131,7 @@ def unguarded(tx, decay):
 
     def step(state, batch, key):
         drawn = draw(batch, jax.random.fold_in(key, state.step))
-        grads = jax.grad(lambda params: rooted(params, drawn)[0])(state.params)
+        grads = jax.grad(lambda params: rooted(params, {}, drawn)[0])(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return params, ema_update(state.ema, params, decay), opt_state
@@ -142,7 +142,7 @@ def unguarded(tx, decay):
 @functools.cache
 def guarded_and_not():
     tx = adam(clip_norm=5.0, weight_decay=0.1)
-    guarded = jax.jit(make_step(draw, rooted, tx, 0.9))
+    guarded = jax.jit(make_step(draw, rooted, tx, 0.9, jax.random.key(7)))
     return tx, guarded, jax.jit(unguarded(tx, 0.9))
 
 
@@ -157,7 +157,7 @@ def test_a_bad_step_changes_the_step_alone(kinds):
         x, root = KINDS[kind]
         batch = {"x": jnp.array([0.5 * k, x]), "root": jnp.float32(root)}
         expected = plain(state, batch, key) if kind == "good" else state[1:]
-        state, metrics = guarded(state, batch, key)
+        state, metrics = guarded(state, {}, batch)
         assert bool(metrics["skipped"]) == (kind != "good"), metrics
         assert int(state.step) == k + 1
         # Noise goes on with the step, not with the update.
@@ -194,13 +194,12 @@ def test_the_running_norm_is_a_mean_of_the_norms_before(monkeypatch):
 def test_a_spike_is_skipped_and_not_averaged(monkeypatch):
     monkeypatch.setattr(optim, "FIRST_NORMS", 5)
     tx = adam(rate=1e-3, spike_factor=4.0)
-    step = jax.jit(
-        make_step(draw, loss_fn, tx, 0.9, limit=functools.partial(spike_limit, factor=4.0))
-    )
+    limit = functools.partial(spike_limit, factor=4.0)
+    step = jax.jit(make_step(draw, loss_fn, tx, 0.9, jax.random.key(7), limit=limit))
     state = init_state({"w": jnp.array([1.0, -2.0])}, tx)
 
     def take(state, x):
-        return step(state, {"x": jnp.array([x, x])}, jax.random.key(7))
+        return step(state, {}, {"x": jnp.array([x, x])})
 
     # The gradient's norm goes by x. The third comes before there is a mean to speak of.
     skipped = []

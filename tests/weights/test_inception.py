@@ -6,7 +6,7 @@ import pytest
 
 from ditjax.errors import UserError
 from ditjax.weights import layouts
-from ditjax.weights.inception import layout, load_inception, shapes
+from ditjax.weights.inception import inception_layout, inception_shapes, load_inception
 from ditjax.weights.torch_file import write_torch
 from tests.models.test_inception import from_torch
 from tests.seeded import seeded_state
@@ -14,7 +14,7 @@ from tests.seeded import seeded_state
 
 @pytest.fixture(scope="module")
 def state():
-    return seeded_state(layouts.expected_shapes(layout(), shapes()), 0)
+    return seeded_state(layouts.expected_shapes(inception_layout(), inception_shapes()), 0)
 
 
 def test_there_and_back(state, tmp_path):
@@ -32,7 +32,7 @@ def test_there_and_back(state, tmp_path):
         "/".join(key.key for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(read.params["params"])
     }
-    again = layouts.to_theirs(layout(), leaves)
+    again = layouts.to_theirs(inception_layout(), leaves)
     assert again.keys() == state.keys()
     assert len(again) == 94 * 5 + 2
     for name, value in state.items():

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ditjax.config import read
 from ditjax.weights import layouts
 from ditjax.weights.layouts import DIT_DIFFUSERS, DIT_RELEASE
-from ditjax.weights.networks import recipe, shapes_of
+from ditjax.weights.networks import shapes_of
 from tests.seeded import seeded_state
 from tests.weight_files import assert_same, diffusers_state, golden, release_shapes
 
@@ -46,9 +47,9 @@ def dit_leaves(depth=2, width=48, heads=3, patch=4, classes=10, channels=4, mlp_
 
 def autoencoder_leaves(width=32, multipliers=(1, 2, 4, 4), blocks=2, groups=32):
     return shapes_of(
-        recipe(
+        read(
             {
-                "train": {"network": "autoencoder"},
+                "task": "autoencoder",
                 "autoencoder": {
                     "base_width": width,
                     "multipliers": multipliers,
@@ -61,7 +62,7 @@ def autoencoder_leaves(width=32, multipliers=(1, 2, 4, 4), blocks=2, groups=32):
 
 
 def test_the_leaves_are_the_networks():
-    c = recipe({"model": {"size": "2x48x3", "patch": 4}, "data": {"num_classes": 10}})
+    c = read({"model": {"size": "2x48x3", "patch": 4}, "data": {"num_classes": 10}})
     assert shapes_of(c) == dit_leaves()
 
 

@@ -5,44 +5,84 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ditjax.config import Config, changed, leaf_keys
+from ditjax.config import changed, completed, leaf_keys, read, replaced, schema
 from ditjax.errors import UserError
+from ditjax.models.embed import sincos_position_embedding
+from ditjax.runs.rundir import leaves
 from ditjax.weights import networks, reading
-from ditjax.weights.networks import RELEASE
 from experiments import base
 from tests.weight_files import diffusers_folder, golden
 
 
-def test_release_is_the_recipe_of_experiments():
-    expected = base.get_config().to_dict()
-    assert expected.pop("seed") == 0
-    assert expected == RELEASE
-    for section, keys in RELEASE.items():
-        for key, value in keys.items():
-            assert type(value) is type(expected[section][key]), f"{section}.{key}"
-    assert networks.recipe({}).model.size == "XL"
+def test_what_no_file_says_is_the_papers():
+    """The defaults of the keys, every one of them, and the recipe of experiments."""
+    paper = completed({})
+    assert completed(base.get_config().to_dict()) == paper
+    assert {key for key, _ in leaves(paper)} == set(leaf_keys(schema()))
+    assert read({}) == read(paper)
+    c = read({})
+    assert (c.seed, c.task, c.model.kind, c.model.size, c.model.patch) == (
+        0,
+        "diffusion",
+        "dit",
+        "XL",
+        2,
+    )
+    assert (c.optim.learning_rate, c.train.batch_size, c.train.steps) == (1e-4, 256, 400_000)
+    assert (c.data.image_size, c.input_size, c.autoencoder.scale) == (256, 32, 0.18215)
 
 
-def test_recipe_changes_keys_and_checks_them():
-    c = networks.recipe({"model": {"patch": 4}})
+def test_a_recipe_of_some_keys_is_checked():
+    c = read({"model": {"patch": 4}})
     assert (c.model.patch, c.model.size, c.seed) == (4, "XL", 0)
     with pytest.raises(UserError, match=r"config.model.patch is 0"):
-        networks.recipe({"model": {"patch": 0}})
+        read({"model": {"patch": 0}})
 
 
-@pytest.mark.parametrize("network", ["dit", "autoencoder"])
-def test_shapes_do_not_depend_on_the_image(network):
-    """And cost nothing, whatever a hostile file says of it."""
-    c = networks.recipe({"model": {"size": "2x48x3"}, "train": {"network": network}})
+SMALL = {"model": {"size": "2x48x3"}}
+PIXELS = {"kind": "none", "multipliers": (1,) * 12}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "channels", "large"),
+    [
+        (SMALL, 4, 2**14),
+        ({**SMALL, "autoencoder": PIXELS}, 3, 2**11),
+        ({"task": "autoencoder"}, 0, 2**14),
+    ],
+    ids=["latents", "pixels", "autoencoder"],
+)
+def test_shapes_do_not_depend_on_the_image(recipe, channels, large, monkeypatch):
+    """And cost nothing, whatever a hostile file says of it, or of an autoencoder beside pixels."""
+    tokens = []
+
+    def position(width, rows, columns):
+        tokens.append(rows * columns)
+        return sincos_position_embedding(width, rows, columns)
+
+    monkeypatch.setattr("ditjax.models.dit.sincos_position_embedding", position)
+    c = read(recipe)
     shapes = networks.shapes_of(c)
-    large = changed(c, {"data": {"image_size": 2**14}})
-    assert networks.shapes_of(large) == shapes
-    if network == "dit":
+    assert networks.shapes_of(changed(c, {"data": {"image_size": large}})) == shapes
+    assert set(tokens) == ({1} if channels else set())
+    if channels:
         assert shapes["blocks/attn/qkv/kernel"] == (2, 48, 3, 3, 16)
-        assert shapes["x_embedder/kernel"] == (16, 48)
+        assert shapes["x_embedder/kernel"] == (4 * channels, 48)
     else:
         assert shapes["decoder/conv_in/kernel"] == (3, 3, 4, 512)
         assert sum(map(np.prod, shapes.values())) == 83_653_863  # Stable Diffusion's
+
+
+def test_the_autoencoder_in_front_of_a_recipe():
+    """Its own recipe: the architecture, the images and the precision are the same."""
+    sections = {"base_width": 16, "multipliers": (1, 2), "groups": 8, "path": "x"}
+    c = read({"autoencoder": sections, "model": {"dtype": "bfloat16"}, "data": {"channels": 1}})
+    decoder = networks.decoder_recipe(c)
+    assert decoder.task == "autoencoder"
+    assert dataclasses.asdict(decoder.autoencoder) == dataclasses.asdict(c.autoencoder)
+    assert (decoder.model.kind, decoder.model.dtype) == ("autoencoder", "bfloat16")
+    assert decoder.data.channels == 1
+    assert networks.shapes_of(decoder)["encoder/conv_in/kernel"] == (3, 3, 1, 16)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +105,7 @@ def test_what_a_network_says_of_itself(pair):
         )
         assert network.num_parameters == count
         assert network.dtype == np.float32
+    assert (dit.decodes, autoencoder.decodes) == (False, True)
     assert dit.name == "DiT-2x48x3/4"
     assert autoencoder.name == "KL autoencoder (f=2)"
 
@@ -98,9 +139,7 @@ def test_what_does_not_belong_together_is_refused(pair):
         networks.joined(dit, dit)
     c = autoencoder.config
     wide = autoencoder._replace(
-        config=dataclasses.replace(
-            c, autoencoder=dataclasses.replace(c.autoencoder, latent_channels=16)
-        )
+        config=replaced(c, autoencoder=dataclasses.replace(c.autoencoder, latent_channels=16))
     )
     with pytest.raises(UserError, match=r"works on 4 channels .* have 16"):
         networks.check_fit(dit, wide)
@@ -123,8 +162,3 @@ def test_half_precision_weights_are_computed_with_as_float32(tmp_path):
     flat = networks.as_float32(network.params)["params"]["x_embedder"]["kernel"]
     assert flat.dtype == np.float32
     np.testing.assert_array_equal(flat.astype(np.float16), network.leaves["x_embedder/kernel"])
-
-
-def test_the_schema_has_no_key_that_the_release_lacks():
-    flat = {f"{section}.{key}" for section, keys in RELEASE.items() for key in keys}
-    assert set(leaf_keys(Config)) == flat | {"seed"}

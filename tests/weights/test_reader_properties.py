@@ -47,10 +47,10 @@ def test_arrays(tmp_path, array, compressed, fortran, limit):
     given_array = np.asfortranarray(array) if fortran and array.ndim else array
     (np.savez_compressed if compressed else np.savez)(tmp_path / "a.npz", x=given_array)
     with npz.reading(tmp_path / "a.npz") as archive:
-        found = npz.read(archive, "x")
+        found = npz.read_array(archive, "x")
         assert npz.shape_and_dtype(archive, "x") == (array.shape, array.dtype)
         if array.ndim and given_array.flags.c_contiguous:
-            assert npz.read(archive, "x", limit).tobytes() == array[:limit].tobytes()
+            assert npz.read_array(archive, "x", limit).tobytes() == array[:limit].tobytes()
     assert (found.shape, found.dtype) == (array.shape, array.dtype)
     assert np.ascontiguousarray(found).tobytes() == np.ascontiguousarray(array).tobytes()
 

@@ -14,14 +14,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ditjax.config import read
+from ditjax.config import as_tree, merged, read
 from ditjax.errors import UserError
+from ditjax.models.dit import PAPER_PATCHES, PAPER_SIZES
 from ditjax.models.embed import sincos_position_embedding
-from ditjax.models.sizes import PAPER_PATCHES, PAPER_SIZES
-from ditjax.tasks import build
-from ditjax.weights import layouts, reading
+from ditjax.models.network import Conditions
+from ditjax.tasks.autoencoder import decode, encode
+from ditjax.tasks.diffusion import denoiser_module
+from ditjax.weights import layouts, reading, writing
 from ditjax.weights import tensors as weights
-from ditjax.weights.networks import RELEASE, recipe, shapes_of
+from ditjax.weights.networks import shapes_of
 from ditjax.weights.torch_file import write_torch
 from tests.seeded import seeded_state
 from tests.weight_files import (
@@ -63,9 +65,9 @@ def release_file(path, state=None, **kwargs):
 
 
 def apply_dit(network, params=None):
-    model = build.dit(network.config)
-    args = nhwc(golden("dit_x")), golden("dit_t"), golden("dit_y")
-    return jax.jit(model.apply)(params or network.params, *map(jnp.asarray, args))
+    model = denoiser_module(network.config)
+    x, t, y = map(jnp.asarray, (nhwc(golden("dit_x")), golden("dit_t"), golden("dit_y")))
+    return jax.jit(model.apply)(params or network.params, x, t, Conditions(label=y))
 
 
 def test_a_dit_of_diffusers(tmp_path):
@@ -73,7 +75,8 @@ def test_a_dit_of_diffusers(tmp_path):
     expected = nhwc(golden("dit_output"))
     assert relative(apply_dit(network), expected) < 1e-4
     c = network.config
-    assert (network.kind, network.layout) == ("dit", "diffusers")
+    assert (network.decodes, network.layout) == (False, "diffusers")
+    assert (c.task, c.model.kind) == ("diffusion", "dit")
     assert (c.model.frequency_shift, c.model.norm2_eps) == (1, 1e-5)
     assert (c.model.size, c.model.patch, c.data.num_classes) == ("2x48x3", 4, 10)
     assert (c.input_size, c.input_channels, c.data.image_size) == (16, 4, 128)
@@ -88,14 +91,17 @@ def test_a_dit_of_diffusers(tmp_path):
 def test_an_autoencoder_of_diffusers(tmp_path):
     network = reading.load(diffusers_folder(tmp_path, "autoencoder"))
     c, x = network.config, nhwc(golden("autoencoder_x"))
-    moments = jax.jit(lambda p, x: build.encode(c, p, x))(network.params, x)
+    moments = jax.jit(lambda p, x: encode(c, p, x))(network.params, x)
     assert relative(moments.mean, nhwc(golden("autoencoder_mean"))) < 1e-4
     assert relative(moments.log_variance, nhwc(golden("autoencoder_log_variance"))) < 1e-4
-    again = jax.jit(lambda p, x: build.reconstruct(c, p, x))(network.params, x)
+    z = moments.mean * c.autoencoder.scale
+    again = jax.jit(lambda p, z: decode(c, p, z))(network.params, z)
     assert relative(again, nhwc(golden("autoencoder_again"))) < 1e-4
     a = c.autoencoder
     assert (a.base_width, a.multipliers, a.res_blocks, a.groups) == (16, (1, 2), 2, 8)
     assert (a.latent_channels, a.scale, c.data.channels) == (4, 0.18215, 3)
+    assert network.decodes
+    assert (c.task, c.model.kind) == ("autoencoder", "autoencoder")
 
 
 # Architectures by their shapes.
@@ -112,8 +118,8 @@ def architecture_of(monkeypatch):
     monkeypatch.setattr(reading, "_params", lambda file, rules, ours: {"params": {}})
     monkeypatch.setattr(reading, "_check_table", lambda *_: None)
 
-    def found(tensors, config=None, **kwargs):
-        file = weights.TensorFile(Path("fake"), tensors, (), config or {}, {}, {})
+    def found(tensors, config=None, metadata=None, **kwargs):
+        file = weights.TensorFile(Path("fake"), tensors, (), config or {}, metadata or {}, {})
         monkeypatch.setattr(weights, "read_tensors", lambda path, which: file)
         return reading.load("fake", **kwargs)
 
@@ -130,16 +136,13 @@ def test_the_papers_sizes_at_both_resolutions(name, patch, image_size, architect
     network = architecture_of(fake(shapes))
     c = network.config
     assert network.name == f"DiT-{name}/{patch}"
-    assert build.dit(c).heads == heads
+    assert denoiser_module(c).heads == heads
     assert (c.data.image_size, c.input_size, c.data.num_classes) == (image_size, side, 1000)
     # All else is the paper's.
-    assert c.diffusion == build_of(RELEASE).diffusion
-    assert c.sample == build_of(RELEASE).sample
-    assert c.autoencoder == build_of(RELEASE).autoencoder
-
-
-def build_of(sections):
-    return read({"seed": 0, **sections})
+    paper = read({})
+    assert c.diffusion == paper.diffusion
+    assert c.sample == paper.sample
+    assert c.autoencoder == paper.autoencoder
 
 
 def test_other_architectures(architecture_of):
@@ -416,7 +419,9 @@ def test_the_config_of_the_published_folders(tmp_path):
     """Older than the class: Transformer2DModel, and keys of the other kinds of network."""
     config = config_with(_class_name="Transformer2DModel", num_vector_embeds=None)
     del config["norm_eps"]
-    assert reading.load(write_folder(tmp_path, diffusers_state("dit"), config)).kind == "dit"
+    assert (
+        reading.load(write_folder(tmp_path, diffusers_state("dit"), config)).name == "DiT-2x48x3/4"
+    )
 
 
 def test_a_bare_file_of_diffusers(tmp_path):
@@ -446,7 +451,7 @@ def ldm_state(prefix="", **more):
 
 def _autoencoder_recipe():
     sections = {"base_width": 32, "multipliers": (1, 2)}
-    return recipe({"train": {"network": "autoencoder"}, "autoencoder": sections})
+    return read({"task": "autoencoder", "autoencoder": sections})
 
 
 @pytest.mark.parametrize(
@@ -462,7 +467,7 @@ def test_checkpoints_of_latent_diffusion(prefix, more, tmp_path):
     state = ldm_state(prefix, **more)
     write_torch(tmp_path / "x.ckpt", {"state_dict": state, "global_step": 7})
     network = reading.load(tmp_path / "x.ckpt")
-    assert (network.kind, network.layout) == ("autoencoder", "ldm")
+    assert (network.decodes, network.layout) == (True, "ldm")
     assert network.config.autoencoder.multipliers == (1, 2)
     assert network.config.autoencoder.groups == 32
     kernel = network.leaves["decoder/up_blocks_0/resnets_0/conv1/kernel"]
@@ -551,11 +556,154 @@ def test_autoencoders_that_are_none(name, shape, words, tmp_path):
 # Our own files.
 
 
+SMALL = {"size": "1x16x2", "patch": 2}
+OUR_DATA = {"image_size": 64, "channels": 3, "num_classes": 10}
+
+
 def our_metadata(**changes):
-    kept = {k: dict(RELEASE[k]) for k in ("model", "diffusion", "autoencoder", "sample")}
-    kept["model"] |= {"size": "1x16x2", "patch": 2}
-    kept["data"] = {"image_size": 64, "channels": 3, "num_classes": 10}
-    return {"network": "dit", "config": kept, **changes}
+    tree = as_tree(read({"model": SMALL, "data": OUR_DATA}))
+    kept = {k: tree[k] for k in ("model", "diffusion", "autoencoder", "sample")}
+    return {"task": "diffusion", "config": {**kept, "data": OUR_DATA}, **changes}
+
+
+# As files of before config.task have it, spelled out.
+BEFORE_TASKS: dict[str, dict[str, Any]] = {
+    "model": {
+        "size": "XL",
+        "patch": 2,
+        "block": "adaln_zero",
+        "mlp_ratio": 4.0,
+        "label_dropout": 0.1,
+        "dtype": "float32",
+        "remat": "none",
+        "unroll": 1,
+        "matmul": "default",
+        "frequency_shift": 0,
+        "norm2_eps": 1e-6,
+        "attention": "auto",
+        "parametrization": "standard",
+        "base_width": 384,
+        "base_head_width": 64,
+    },
+    "diffusion": {
+        "timesteps": 1000,
+        "schedule": "linear",
+        "prediction": "eps",
+        "variance": "learned_range",
+        "loss": "hybrid",
+    },
+    "autoencoder": {
+        "kind": "kl",
+        "path": "",
+        "base_width": 128,
+        "multipliers": [1, 2, 4, 4],
+        "res_blocks": 2,
+        "latent_channels": 4,
+        "groups": 32,
+        "scale": 0.18215,
+        "kl_weight": 1e-6,
+    },
+    "sample": {
+        "sampler": "ddpm",
+        "steps": "250",
+        "eta": 0.0,
+        "cfg_scale": 1.0,
+        "cfg_channels": "three",
+        "cfg_interval": [0.0, 1.0],
+        "clip_x0": False,
+        "weights": "ema",
+        "batch_size": 64,
+        "num": 64,
+    },
+    "data": {"image_size": 256, "channels": 3, "num_classes": 1000},
+}
+
+
+def old_metadata(network="dit", **sections):
+    kept = {name: {**keys, **sections.get(name, {})} for name, keys in BEFORE_TASKS.items()}
+    return {"network": network, "config": kept}
+
+
+def our_file(path, metadata, leaves):
+    return weights.write_safetensors(path, leaves, {"ditjax": json.dumps(metadata)})
+
+
+@pytest.mark.parametrize(
+    ("network", "sections", "now"),
+    [
+        (
+            "dit",
+            {
+                "model": {**SMALL, "frequency_shift": 1, "norm2_eps": 1e-5},
+                "diffusion": {"prediction": "v"},
+                "autoencoder": {"scale": 0.7},
+                "sample": {"steps": "ddim7", "cfg_scale": 2.5},
+                "data": OUR_DATA,
+            },
+            {"task": "diffusion", "model": {"kind": "dit"}},
+        ),
+        (
+            "autoencoder",
+            {
+                "model": {"dtype": "bfloat16"},
+                "autoencoder": {"base_width": 32, "multipliers": [1, 2], "scale": 0.7},
+                "data": OUR_DATA,
+            },
+            {"task": "autoencoder", "model": {"kind": "autoencoder"}},
+        ),
+    ],
+    ids=["dit", "autoencoder"],
+)
+def test_files_of_before_tasks_are_read(network, sections, now, tmp_path):
+    """They name their network, and have the sections and keys of both."""
+    only = {} if network == "dit" else {"diffusion", "sample"}
+    expected = read(merged({k: v for k, v in sections.items() if k not in only}, now))
+    leaves = seeded_state(shapes_of(expected), 4)
+    path = our_file(tmp_path / "x.safetensors", old_metadata(network, **sections), leaves)
+    found = reading.load(path)
+    assert found.config == expected
+    assert_same(found.leaves, leaves)
+    assert (found.layout, found.decodes) == ("ditjax", network == "autoencoder")
+    # Written again, it is as if it had never been old.
+    writing.write_ditjax(tmp_path / "y.safetensors", found)
+    said = json.loads(weights.read_tensors(tmp_path / "y.safetensors").metadata["ditjax"])
+    assert "network" not in said
+    assert said["task"] == expected.task
+    assert reading.load(tmp_path / "y.safetensors").config == expected
+
+
+def test_of_the_paper_an_old_file_says_nothing_new(architecture_of):
+    """Keys that the old form had are the paper's still."""
+    said = {"ditjax": json.dumps(old_metadata())}
+    found = architecture_of(fake(shapes_of(read({}))), metadata=said)
+    assert found.config == read({})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task": "evil.names.task"},
+        {"config": {"model": {"kind": "evil.names"}}},
+        {"config": {"diffusion": {"loss": "evil.names.loss"}}},
+        {"config": {"sample": {"sampler": "evil.names.sampler"}}},
+        {"config": {"sample": {"sampler": "os.system"}}},
+    ],
+    ids=["task", "network", "objective", "sampler", "standard library"],
+)
+def test_a_module_that_a_file_names_is_not_imported(change, tmp_path, monkeypatch):
+    """It would be found in the folder where the command runs."""
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "__init__.py").write_text("")
+    (tmp_path / "evil" / "names.py").write_text("open('run', 'w')\ndef loss(*a, **k): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    metadata = {**our_metadata(), **change}
+    path = our_file(tmp_path / "x.safetensors", metadata, {"w": np.zeros(2, "f4")})
+    with pytest.raises(
+        UserError, match=r"x\.safetensors: its recipe names '(evil\.names|os\.).*trust it"
+    ):
+        reading.load(path)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -563,19 +711,27 @@ def our_metadata(**changes):
     [
         ("", "its metadata are not ditjax's"),
         ("[]", "its metadata are not ditjax's"),
-        ("{}", "its metadata are not ditjax's: KeyError('network')"),
+        ("{}", "its metadata are not ditjax's: KeyError('config')"),
+        ('{"config": {}}', "its metadata are not ditjax's: KeyError('network')"),
         ("[" * 100_000, "its metadata are not ditjax's"),
         (json.dumps({"network": "dit", "config": None}), "its metadata are not"),
-        (json.dumps({"network": "dit", "config": {"model": 3}}), "its metadata are not"),
-        (json.dumps({"network": [], "config": {}}), "config.train.network is []"),
-        (json.dumps(our_metadata(network="gan")), "config.train.network is 'gan'"),
+        (json.dumps({"network": "dit", "config": {"model": 3}}), "config.model is 3"),
+        (json.dumps({"network": "dit", "config": [3]}), "its metadata are not"),
+        (json.dumps({"network": [], "config": {}}), "config.task is []"),
+        (json.dumps({"network": "gan", "config": {}}), "config.task: 'gan': expected one of"),
+        (json.dumps(old_metadata("gan")), "config.task: 'gan': expected one of"),
+        (json.dumps(our_metadata(task=None)), "config.task is None"),
+        (json.dumps(our_metadata(task="gan")), "config.task: 'gan': expected one of"),
+        (json.dumps(our_metadata(task="os.path")), "its recipe names 'os.path', a module"),
+        (json.dumps(our_metadata(task="autoencoder")), "config.diffusion is no key"),
+        (json.dumps(our_metadata(config={"model": {"kind": "gan"}})), "config.model.kind: 'gan'"),
         (json.dumps(our_metadata(config={"model": {"size": "7"}})), "model size '7' is unknown"),
         (json.dumps(our_metadata(config={"model": {"colour": 7}})), "colour is no key"),
         (json.dumps(our_metadata(config={"model": {"patch": 2**61}})), ""),
         (json.dumps(our_metadata(config={"data": {"image_size": 2**60}})), "at most 16384"),
         (json.dumps(our_metadata()), "missing: blocks/adaln/linear/bias"),
     ],
-    ids=range(13),
+    ids=range(21),
 )
 def test_metadata_that_do_not_hold(text, words, tmp_path):
     path = tmp_path / "x.safetensors"
@@ -615,7 +771,7 @@ def test_a_pipeline(tmp_path):
     folder = pipeline_folder(tmp_path, {"id2label": labels}, prediction_type="v_prediction")
     found = reading.load_pipeline(folder)
     assert found.dit.config.diffusion.prediction == "v"
-    assert (found.dit.kind, found.autoencoder.kind) == ("dit", "autoencoder")
+    assert (found.dit.decodes, found.autoencoder.decodes) == (False, True)
     assert len(found.class_names) == 10
     assert found.class_names[0] == ("dog", "cat")
     assert found.class_names[2] == ("Tinca tinca", "tench")

@@ -1,0 +1,162 @@
+"""Draw samples: in memory, or to an npz as they come; and the protocol of a sample set."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from ditjax.config import Config
+from ditjax.parallel import processes
+from ditjax.parallel.processes import is_primary
+from ditjax.runs import opening
+from ditjax.runs.log import Progress
+from ditjax.sampling.program import BatchSampler, batch_sampler, sampling_of
+from ditjax.sampling.samples import SampleWriter
+from ditjax.tasks import make_task
+from ditjax.training.program import precise
+from ditjax.training.task import Frozen
+
+
+class Drawn(NamedTuple):
+    """Samples start to start + B: images u8[B,H,W,C], label i32[B]."""
+
+    start: int
+    images: np.ndarray
+    label: np.ndarray
+
+
+class Drawer:
+    """Draws samples of recipes that share their network, mesh and frozen weights.
+
+    A sampler compiles once: seed, count, weights, labels and the guidance's scale and interval are
+    its arguments.
+    """
+
+    def __init__(self, mesh: Mesh, frozen: Frozen) -> None:
+        self.mesh, self._frozen = mesh, frozen
+        self._programs: dict[Any, BatchSampler] = {}
+
+    def __call__(
+        self,
+        c: Config,
+        params: Any,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        seed: int,
+        label_of: Sequence[int] | None = None,
+        title: str = "",
+        num: int = 0,
+    ) -> Iterator[Drawn]:
+        """Samples of each range [start, stop), by config.sample.
+
+        Sample i depends on (seed, i) and its label alone: label_of[i % len], or a uniform one. With
+        a title the progress to `num` samples is reported.
+        """
+        sampler = self.sampler(c)
+        guidance = sampling_of(c, make_task(c)).guidance
+        progress = Progress(title, num, "images") if title else None
+        for first, last in ranges:
+            for start in range(first, last, sampler.batch_size):
+                wanted = None
+                if label_of is not None:
+                    indices = np.arange(start, start + sampler.batch_size)
+                    wanted = np.asarray(label_of, np.int32)[indices % len(label_of)]
+                keys, conditions, label = sampler.place(seed, start, wanted)
+                with precise(c), sampler.compiling():
+                    drawn = sampler.program(params, self._frozen, keys, conditions, guidance)
+                count = min(last - start, sampler.batch_size)
+                yield Drawn(start, np.asarray(drawn)[:count], label[:count])
+                if progress:
+                    progress.report(start + count)
+
+    def whole(
+        self,
+        c: Config,
+        params: Any,
+        num: int,
+        *,
+        seed: int,
+        label_of: Sequence[int] | None = None,
+        title: str = "",
+    ) -> Drawn:
+        """Samples 0 to num - 1 in memory; with a title the progress is reported."""
+        parts = list(
+            self(c, params, [(0, num)], seed=seed, label_of=label_of, title=title, num=num)
+        )
+        images, label = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
+        return Drawn(0, images, label)
+
+    def sampler(self, c: Config) -> BatchSampler:
+        """The sampler of a recipe. Raises UserError for a batch or steps that cannot be."""
+        key = sampling_of(c, make_task(c)).compiled
+        if key not in self._programs:
+            task = make_task(c, self.mesh)
+            self._programs[key] = batch_sampler(c, task, self.mesh)
+        return self._programs[key]
+
+
+def sampling_protocol(c: Config, *, seed: int, labels: str, decoder: str) -> dict[str, Any]:
+    """All that two sample sets must share for their scores to be compared, but for their number.
+
+    `labels`: 'uniform', 'balanced' or the classes asked for. `decoder`: the SHA-256 of the
+    autoencoder's parameters, or 'pixels'. What model it is, is not part of it.
+    """
+    s = c.sample
+    guided = s.cfg_scale != 1
+    return {
+        "labels": labels,
+        "seed": seed,
+        "sampler": s.sampler,
+        "steps": s.steps,
+        "eta": s.eta if s.sampler == "ddim" else None,
+        "cfg_scale": s.cfg_scale,
+        "cfg_channels": s.cfg_channels if guided else None,
+        "cfg_interval": list(s.cfg_interval) if guided else None,
+        "clip_x0": s.clip_x0,
+        "weights": s.weights,
+        "ema_decay": c.train.ema_decay if s.weights == "ema" else None,
+        "decoder": decoder,
+        "image_size": c.data.image_size,
+        "sampling_precision": [c.model.dtype, c.model.matmul],
+    }
+
+
+def draw_to(
+    path: str | os.PathLike[str],
+    drawer: Drawer,
+    c: Config,
+    params: Any,
+    provenance: Mapping[str, Any],
+    *,
+    seed: int,
+    label_of: Sequence[int] | None = None,
+    title: str = "sample",
+) -> float:
+    """config.sample.num samples to the npz at `path`, a batch on disk before the next is drawn.
+
+    Samples of the same provenance that are there already are not drawn again; others are replaced.
+    Returns the seconds that it took. Every process draws, the first one writes.
+    """
+    began, num = time.monotonic(), c.sample.num
+    shape = (c.data.image_size, c.data.image_size, c.data.channels)
+    drawer.sampler(c)  # what cannot be drawn leaves no trace on disk
+    writer, ranges = None, []
+    if is_primary():
+        writer = SampleWriter(path, num, shape, provenance, labelled=True, replace=True)
+        ranges = list(writer.missing(c.sample.batch_size))
+    ranges = processes.broadcast_ranges(ranges)
+    for part in drawer(c, params, ranges, seed=seed, label_of=label_of, title=title, num=num):
+        if writer:
+            writer.write(part.start, part.images, part.label)
+    if writer:
+        writer.finish()
+    processes.barrier()  # the others may read it
+    return time.monotonic() - began
+
+
+def decoder_of(frozen: Frozen) -> str:
+    """What a protocol says of the decoder."""
+    return opening.digest(frozen["autoencoder"]) if "autoencoder" in frozen else "pixels"

@@ -1,0 +1,175 @@
+"""The KL autoencoder of latent diffusion: trained here, frozen in front of a latent DiT."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ditjax.config import Autoencoder, Config, network_module, replaced
+from ditjax.data.names import is_latents
+from ditjax.errors import UserError
+from ditjax.models import autoencoder as network
+from ditjax.models.autoencoder import (
+    AutoencoderKL,
+    Moments,
+    kl_to_standard_normal,
+    sample_posterior,
+)
+from ditjax.parallel import rules
+from ditjax.runs import opening, rundir
+from ditjax.training.step import Batch, Metrics
+from ditjax.training.task import Definition, Frozen, Score, Task
+from ditjax.weights import networks, reading
+
+
+def make(c: Config, mesh: Mesh | None = None) -> Task:
+    """The autoencoder that a recipe trains, over data alone."""
+    if mesh is not None:
+        rules.check_data_only(mesh, "the autoencoder")
+    module = network_module(c.model.kind).NETWORK.module(c.model, c.autoencoder, c.data.channels)
+    apply: Callable[..., Any] = module.apply
+    side = c.data.image_size
+    image = jax.ShapeDtypeStruct((side, side, c.data.channels), jnp.float32)
+
+    def draw(batch: Batch, key: jax.Array) -> Batch:
+        """The noise of z ~ q(z|x), of the moments' shape."""
+        x0, f = batch["x0"], module.config.downsample
+        shape = (len(x0), x0.shape[1] // f, x0.shape[2] // f, module.config.latent_channels)
+        return {"x0": x0, "eps": jax.random.normal(key, shape, jnp.float32)}
+
+    def loss(params: Any, frozen: Frozen, drawn: Batch) -> tuple[jax.Array, Metrics]:
+        """LDM App. G without its adversary: mean (x - x̂)² + kl_weight · KL(q(z|x) || N(0, I)).
+
+        The KL is per latent value, so that its weight means the same at any size.
+        """
+        moments = apply(params, drawn["x0"], method="encode")
+        z = sample_posterior(moments, drawn["eps"])
+        mse = jnp.square(apply(params, z, method="decode") - drawn["x0"]).mean()
+        kl = kl_to_standard_normal(moments).mean() / moments.mean[0].size
+        # Images span [-1, 1]: the peak is 2.
+        psnr = 10 * jnp.log10(4 / mse)
+        return mse + c.autoencoder.kl_weight * kl, {"mse": mse, "kl": kl, "psnr_db": psnr}
+
+    def measure(params: Any, frozen: Frozen, keys: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """10 log10(2² / mse) dB of each image, decoded from the posterior's mean and clipped."""
+        x = batch["image"]
+        again = apply(params, apply(params, x, method="encode").mean, method="decode")
+        mse = jnp.square(jnp.clip(again, -1, 1) - x).mean(axis=(1, 2, 3))
+        return {"psnr_db": 10 * jnp.log10(4 / mse)}
+
+    return Task(
+        name=f"KL autoencoder (f={module.config.downsample})",
+        inputs={"x0": image, "label": jax.ShapeDtypeStruct((), jnp.int32)},
+        init=lambda key: module.init(key, jnp.zeros((1, *image.shape)), key),
+        prepare=lambda frozen, batch, key: {"x0": batch["image"], "label": batch["label"]},
+        draw=draw,
+        loss=loss,
+        score=Score(
+            measure,
+            names={"psnr_db": "psnr_db"},
+            protocol={
+                "metric": "PSNR",
+                "split": c.evaluate.split,
+                "image_size": c.data.image_size,
+            },
+        ),
+    )
+
+
+def check(c: Config) -> None:
+    """Raise UserError for data that an autoencoder cannot learn."""
+    if is_latents(c.data.name):
+        raise UserError(
+            f"config.data.name is {c.data.name!r}, encoded latents, and the recipe trains an"
+            " autoencoder: name a data set of images."
+        )
+    if c.train.evaluate_every_steps:
+        raise UserError(
+            f"config.train.evaluate_every_steps is {c.train.evaluate_every_steps} and config.task"
+            f" is {c.task!r}: only what draws samples is evaluated while it trains. Set it to 0."
+        )
+
+
+TASK = Definition(
+    make=make, network="autoencoder", sections={"autoencoder": Autoencoder}, check=check
+)
+
+
+# ---- frozen, in front of another network
+
+
+def module_of_recipe(c: Config) -> AutoencoderKL:
+    """The frozen autoencoder of a latent recipe."""
+    return network.module(c.model, c.autoencoder, c.data.channels)
+
+
+def encode(c: Config, params: Any, images: jax.Array) -> Moments:
+    """The posterior q(z|x) of images f32[B,H,W,C] in [-1, 1]."""
+    apply: Callable[..., Any] = module_of_recipe(c).apply
+    return apply(params, images, method="encode")
+
+
+def draw_latents(c: Config, moments: Moments, key: jax.Array) -> jax.Array:
+    """z ~ q(z|x), scaled to about unit variance: what a denoiser is trained on."""
+    eps = jax.random.normal(key, moments.mean.shape, jnp.float32)
+    return sample_posterior(moments, eps) * c.autoencoder.scale
+
+
+def decode(c: Config, params: Any, z: jax.Array) -> jax.Array:
+    """Scaled latents f32[B,h,w,c] -> images f32[B,H,W,C], about [-1, 1]."""
+    apply: Callable[..., Any] = module_of_recipe(c).apply
+    return apply(params, z / c.autoencoder.scale, method="decode")
+
+
+def load(c: Config, mesh: Mesh) -> Any:
+    """The parameters of the autoencoder at config.autoencoder.path: a run, or published weights.
+
+    Raises UserError when it has another architecture than the recipe says.
+    """
+    path = c.autoencoder.path
+    if not path:
+        raise UserError(
+            "config.autoencoder.path is '': a latent recipe needs the work directory of a trained"
+            " autoencoder, or its weights (docs/weights.md)."
+        )
+    published = None if rundir.is_run(path) else reading.load(path)
+    trained = published.config if published else opening.recipe_of(path)
+    theirs = getattr(trained, "autoencoder", None)
+    if theirs is None or theirs.FROZEN:
+        what = "holds" if published else "is a run of"
+        raise UserError(
+            f"config.autoencoder.path={path} {what} another network (task {trained.task!r}):"
+            " expected an autoencoder."
+        )
+    for field in ("base_width", "multipliers", "res_blocks", "latent_channels", "groups"):
+        value, ours = getattr(theirs, field), getattr(c.autoencoder, field)
+        if value != ours:
+            raise UserError(
+                f"config.autoencoder.{field} is {ours}, and the autoencoder at {path} was trained"
+                f" with {value}."
+            )
+    if trained.data.channels != c.data.channels:
+        raise UserError(
+            f"config.data.channels is {c.data.channels}, and the autoencoder at {path} was trained"
+            f" on {trained.data.channels}."
+        )
+    if published:
+        return opening.put(networks.as_float32(published.params), mesh)
+    # Samples of any weights are decoded by the same average of the autoencoder.
+    return opening.load_weights(trained, make(trained), path, mesh)[0]
+
+
+def in_front_of(c: Config, trained: Config) -> Config:
+    """A latent recipe with the architecture of an autoencoder's recipe; the path stays its own."""
+    section = dataclasses.replace(
+        c.autoencoder,
+        **{
+            field.name: getattr(trained.autoencoder, field.name)
+            for field in dataclasses.fields(Autoencoder)
+            if field.name != "path"
+        },
+    )
+    return replaced(c, autoencoder=section)

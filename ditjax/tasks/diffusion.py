@@ -1,0 +1,397 @@
+"""Class-conditional diffusion of images or latents: the paper's task."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ditjax.config import (
+    Config,
+    FrozenAutoencoder,
+    Sample,
+    Section,
+    at_least,
+    at_most,
+    key,
+    lookup,
+    named,
+    network_module,
+)
+from ditjax.data.names import is_latents
+from ditjax.diffusion import losses, samplers
+from ditjax.diffusion.gaussian import Denoise
+from ditjax.diffusion.guidance import guide, within
+from ditjax.diffusion.schedule import Schedule, make_schedule, respace
+from ditjax.errors import UserError
+from ditjax.models import kernels
+from ditjax.models.attention import attend
+from ditjax.models.autoencoder import Moments, sample_posterior
+from ditjax.models.embed import ANYWHERE, Placement, drop_labels
+from ditjax.models.network import DTYPES, Conditions, Inputs, Network
+from ditjax.parallel import rules
+from ditjax.tasks import autoencoder
+from ditjax.training.step import Batch, Metrics
+from ditjax.training.task import (
+    IDENTITY,
+    Definition,
+    Frozen,
+    Guidance,
+    Sampling,
+    Score,
+    Task,
+)
+
+LOSSES = "ditjax.diffusion.losses.LOSSES"
+SAMPLERS = "ditjax.diffusion.samplers.SAMPLERS"
+
+
+@dataclass(frozen=True)
+class Diffusion(Section):
+    """The process and its objective (`diffusion/`)."""
+
+    timesteps: int = key(1000, at_least(2), at_most(100_000))
+    schedule: Literal["linear", "cosine"] = key("linear")
+    prediction: Literal["eps", "x0", "v"] = key("eps")
+    variance: Literal["learned_range", "fixed_small", "fixed_large"] = key("learned_range")
+    loss: str = key("hybrid", named(LOSSES))  # 'hybrid', 'simple', 'vlb' or a dotted name of yours
+
+    def check(self, c: Config) -> None:
+        if self.schedule == "linear" and self.timesteps <= 20:
+            raise UserError(
+                f"config.diffusion.timesteps is {self.timesteps}: the linear schedule needs at"
+                " least 21; set more, or config.diffusion.schedule to 'cosine'."
+            )
+        if self.loss == "hybrid" and self.variance != "learned_range":
+            raise UserError(
+                f"config.diffusion.loss is 'hybrid' with variance {self.variance!r}: L_vlb would"
+                " train nothing. Set variance 'learned_range', or loss 'simple'."
+            )
+        if self.loss == "simple" and self.variance == "learned_range":
+            raise UserError(
+                "config.diffusion.loss is 'simple' with variance 'learned_range': nothing would"
+                " train the variance. Set loss 'hybrid', or variance 'fixed_small'."
+            )
+
+
+# ---- the network of a recipe
+
+
+def network_of(c: Config) -> Network:
+    """What the recipe's network is, by config.model.kind."""
+    network: Network = network_module(c.model.kind).NETWORK
+    return network
+
+
+def inputs_of(c: Config) -> Inputs:
+    """What the network sees of one example, and what it gives back."""
+    learned = c.diffusion.variance == "learned_range"
+    channels = c.input_channels
+    return Inputs(
+        shape=(c.input_size, c.input_size, channels),
+        out_channels=channels * (2 if learned else 1),
+        num_classes=c.data.num_classes,
+    )
+
+
+def placement(c: Config, mesh: Mesh) -> Placement:
+    """Where a mesh wants the network's activations.
+
+    Raises UserError when the mesh does not divide its tokens or heads, or when its devices lack the
+    kernel that the recipe names. A mesh may be of devices that are only described.
+    """
+    split = network_of(c).attention(c.model, inputs_of(c))
+    if split is None:
+        return ANYWHERE
+    kernel = kernels.choose(
+        network_of(c).kernel(c.model),
+        mesh.devices.flat[0],
+        tokens=split.tokens + split.extra,
+        head_width=split.head_width,
+        dtype=DTYPES[c.model.dtype],
+    )
+    chosen = None if kernel is attend else rules.by_heads(kernel, mesh)
+    if mesh.size == 1:
+        return Placement(attend=chosen)
+    rules.check_tokens(split.tokens, split.extra, split.heads, mesh)
+    return Placement(
+        rules.activation_placement(mesh),
+        merge_rows=mesh.shape["context"] == 1,
+        merge_columns=mesh.shape["tensor"] == 1,
+        attend=chosen,
+    )
+
+
+def denoiser_module(c: Config, mesh: Mesh | None = None) -> Any:
+    """The network of a recipe, on a mesh or one device; the parameters are the same."""
+    place = ANYWHERE if mesh is None else placement(c, mesh)
+    return network_of(c).module(c.model, inputs_of(c), place)
+
+
+def full_schedule(c: Config) -> Schedule:
+    """The training schedule of a recipe."""
+    return make_schedule(c.diffusion.schedule, c.diffusion.timesteps)
+
+
+def objective_of(c: Config) -> losses.Objective:
+    """The process of a recipe, and what its network predicts of it."""
+    return losses.Objective(full_schedule(c), c.diffusion.prediction, c.diffusion.variance)
+
+
+def sampling_schedule(c: Config) -> Schedule:
+    """The schedule respaced to the recipe's sampling steps."""
+    return respace(full_schedule(c), c.sample.steps)
+
+
+# ---- the task
+
+
+def make(c: Config, mesh: Mesh | None = None) -> Task:
+    """What a class-conditional recipe learns, on a mesh or one device."""
+    network, inputs = network_of(c), inputs_of(c)
+    # One row is no batch that a mesh divides: parameters are made without it.
+    model = denoiser_module(c)
+
+    def init(key: jax.Array) -> Any:
+        x, label = jnp.zeros((1, *inputs.shape)), jnp.zeros((1,), jnp.int32)
+        return IDENTITY.init(model.init(key, x, label, Conditions(label=label)), key)
+
+    images = c.latent and not is_latents(c.data.name)
+
+    def prepare(frozen: Frozen, batch: Batch, key: jax.Array) -> Batch:
+        """Images or moments -> x0."""
+        if "mean" in batch:
+            moments = Moments(batch["mean"], batch["log_variance"])
+        elif c.latent:
+            moments = autoencoder.encode(c, frozen["autoencoder"], batch["image"])
+        else:
+            return {"x0": batch["image"], "label": batch["label"]}
+        return {"x0": autoencoder.draw_latents(c, moments, key), "label": batch["label"]}
+
+    cost = network.cost(c.model, inputs) if network.cost else None
+    return Task(
+        name=cost.name if cost else c.model.kind,
+        inputs={
+            "x0": jax.ShapeDtypeStruct(inputs.shape, jnp.float32),
+            "label": jax.ShapeDtypeStruct((), jnp.int32),
+        },
+        init=init,
+        prepare=prepare,
+        draw=functools.partial(draw, c),
+        loss=loss_of(c, mesh),
+        frozen=lambda mesh: {"autoencoder": autoencoder.load(c, mesh)} if c.latent else {},
+        reads=("autoencoder",) if images else (),
+        rules=network.rules,
+        rates=network.rates(c.model),
+        cost=cost,
+        sampling=sampling(c, mesh),
+        score=validation(c, mesh) if c.evaluate.val_loss_num else None,
+    )
+
+
+def draw(c: Config, batch: Batch, key: jax.Array) -> Batch:
+    """t ~ U, eps ~ N(0, I), and the labels that are dropped."""
+    key_t, key_eps, key_drop = jax.random.split(key, 3)
+    x0, label = batch["x0"], batch["label"]
+    return {
+        "x0": x0,
+        "t": losses.sample_timesteps(key_t, len(x0), c.diffusion.timesteps),
+        "eps": jax.random.normal(key_eps, x0.shape, jnp.float32),
+        "y": drop_labels(key_drop, label, c.model.label_dropout, c.data.num_classes),
+    }
+
+
+def loss_of(
+    c: Config, mesh: Mesh | None
+) -> Callable[[Any, Frozen, Batch], tuple[jax.Array, Metrics]]:
+    """The mean over the batch of the recipe's objective."""
+    apply: Callable[..., Any] = denoiser_module(c, mesh).apply
+    objective, objective_loss = objective_of(c), lookup(c.diffusion.loss, LOSSES)
+
+    def loss(trained: Any, frozen: Frozen, drawn: Batch) -> tuple[jax.Array, Metrics]:
+        params = IDENTITY.join(frozen.get("base"), trained)
+        denoise = functools.partial(apply, params, conditions=Conditions(label=drawn["y"]))
+        parts = objective_loss(objective, denoise, drawn["x0"], drawn["t"], drawn["eps"])
+        means = {name: value.mean() for name, value in parts.items()}
+        return means["loss"], means
+
+    return loss
+
+
+def check(c: Config) -> None:
+    """Raise UserError for what a recipe's keys say against one another."""
+    if is_latents(c.data.name) and not c.latent:
+        raise UserError(
+            f"config.data.name is {c.data.name!r}, encoded latents, and the recipe trains on"
+            " pixels: name a data set of images, or set config.autoencoder.kind to 'kl'."
+        )
+    network_of(c).check(c.model, inputs_of(c))
+    sampling_schedule(c)  # and not at the first sample grid, hours later
+    guided = c.sample.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
+    if guided and c.model.label_dropout == 0:
+        raise UserError(
+            "guidance needs the null label: config.sample.cfg_scale or config.evaluate.guided_scale"
+            " asks for it, and config.model.label_dropout is 0. Set label_dropout, or the scales to"
+            " 1 and 0."
+        )
+    if c.sample.cfg_channels == "three" and c.input_channels < 3 and guided:
+        raise UserError(
+            "config.sample.cfg_channels is 'three' and the input has"
+            f" {c.input_channels} channel(s): set it to 'all'."
+        )
+
+
+# ---- sampling
+
+
+def guidance_of(c: Config) -> Guidance:
+    """A recipe's guidance, for a sampler that was made for its `guided`."""
+    # Rounded first: 0.3 * 1000 must be timestep 300 and not the one after.
+    low, high = (
+        math.ceil(round(share * c.diffusion.timesteps, 6)) for share in c.sample.cfg_interval
+    )
+    return Guidance(np.float32(c.sample.cfg_scale), np.float32(low), np.float32(high))
+
+
+def guided(c: Config) -> Literal["never", "always", "within"]:
+    """When a recipe's sampler evaluates the unconditional half: what it is compiled for."""
+    if c.sample.cfg_scale == 1:
+        return "never"
+    return "always" if c.sample.cfg_interval == (0.0, 1.0) else "within"
+
+
+def denoiser(
+    c: Config, apply: Callable[..., Any], params: Any, conditions: Conditions, g: Guidance
+) -> Denoise:
+    """The network with parameters and conditions closed over, guided as the recipe says.
+
+    Guidance evaluates both halves as one doubled batch.
+    """
+    labels = conditions.label
+    assert labels is not None
+
+    conditional = functools.partial(apply, params, conditions=Conditions(label=labels))
+    if guided(c) == "never":
+        return conditional
+    null = jnp.full_like(labels, c.data.num_classes)
+
+    def pair(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        twice = functools.partial(jnp.tile, reps=2)
+        both = apply(
+            params,
+            jnp.concatenate([x, x]),
+            twice(t),
+            Conditions(label=jnp.concatenate([labels, null])),
+        )
+        conditional, unconditional = jnp.split(both, 2)
+        return conditional, unconditional
+
+    always = guide(pair, g.scale, channels=c.sample.cfg_channels, x_channels=c.input_channels)
+    return always if guided(c) == "always" else within(always, conditional, g.low, g.high)
+
+
+def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
+    """How the recipe's samples are drawn, on a mesh or one device."""
+    process = sampling_schedule(c)
+    g, t = guidance_of(c), process.timesteps
+    sample = dataclasses.replace(c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema")
+    return Sampling(
+        draw=sampler(c, mesh),
+        guidance=g,
+        compiled=(c.model, c.diffusion, c.data, c.autoencoder, sample, guided(c)),
+        timesteps=t,
+        guided=0 if guided(c) == "never" else int(((g.low <= t) & (t < g.high)).sum()),
+    )
+
+
+def sampler(
+    c: Config, mesh: Mesh | None = None
+) -> Callable[[Any, Frozen, jax.Array, Conditions, Guidance], jax.Array]:
+    """(trained, frozen, keys key[B], conditions, guidance) -> images u8[B,H,W,C].
+
+    Sample b depends on (keys[b], its label) alone, whatever the batch it is drawn in.
+    """
+    process = sampling_schedule(c)
+    apply: Callable[..., Any] = denoiser_module(c, mesh).apply
+    shape = inputs_of(c).shape
+    solve = lookup(c.sample.sampler, SAMPLERS)
+
+    def sample(
+        trained: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, g: Guidance
+    ) -> jax.Array:
+        params = IDENTITY.join(frozen.get("base"), trained)
+        x0 = solve(
+            denoiser(c, apply, params, conditions, g),
+            process,
+            samplers.initial_noise(keys, shape),
+            samplers.per_sample_noise(keys, shape),
+            prediction=c.diffusion.prediction,
+            variance=c.diffusion.variance,
+            clip_x0=c.sample.clip_x0,
+            eta=c.sample.eta,
+        )
+        return to_uint8(autoencoder.decode(c, frozen["autoencoder"], x0) if c.latent else x0)
+
+    return sample
+
+
+def to_uint8(x: jax.Array) -> jax.Array:
+    """Images of about [-1, 1] -> u8, truncated and not rounded: as the release and ADM's evaluator.
+
+    f32[B,H,W,C] -> u8[B,H,W,C].
+    """
+    return jnp.clip(127.5 * x + 128.0, 0, 255).astype(jnp.uint8)
+
+
+# ---- validation loss
+
+
+def validation(c: Config, mesh: Mesh | None = None) -> Score:
+    """DDPM Eq. 14 of held-out (image, t, eps), labels never dropped: mse; vlb where Σ is learned.
+
+    `hybrid_loss`'s parts, whatever the recipe is trained on. Pair i is a function of (seed, i): its
+    image, timestep and noise, and of a latent recipe also that of z ~ q(z|x).
+    """
+    apply: Callable[..., Any] = denoiser_module(c, mesh).apply
+    objective, shape, d = objective_of(c), inputs_of(c).shape, c.diffusion
+    learned = d.variance == "learned_range"
+    loss = losses.hybrid_loss if learned else losses.simple_loss
+    # NumPy promises never to change SeedSequence's words.
+    shift = int(np.random.SeedSequence(c.evaluate.seed).generate_state(1)[0])
+
+    def measure(
+        trained: Any, frozen: Frozen, keys: jax.Array, batch: Batch
+    ) -> dict[str, jax.Array]:
+        params = IDENTITY.join(frozen.get("base"), trained)
+        x0 = batch["image"]
+        if c.latent:
+            noise = samplers.per_sample_noise(keys, shape)(jnp.int32(0))
+            moments = autoencoder.encode(c, frozen["autoencoder"], x0)
+            x0 = sample_posterior(moments, noise) * c.autoencoder.scale
+        denoise = functools.partial(apply, params, conditions=Conditions(label=batch["label"]))
+        eps = samplers.initial_noise(keys, shape)
+        found = loss(objective, denoise, x0, batch["t"], eps)
+        return {name: found[name] for name in ("mse", "vlb") if name in found}
+
+    return Score(
+        measure,
+        names={"mse": "val_loss", "vlb": "val_vlb"} if learned else {"mse": "val_loss"},
+        protocol={"val_loss_target": f"{d.prediction}, {d.schedule}, {d.timesteps} steps"},
+        num=c.evaluate.val_loss_num,
+        # Timesteps are spread evenly over the pairs.
+        drawn=lambda indices: {"t": losses.stratified_timesteps(indices, d.timesteps, shift)},
+    )
+
+
+TASK = Definition(
+    make=make,
+    network="dit",
+    sections={"diffusion": Diffusion, "autoencoder": FrozenAutoencoder, "sample": Sample},
+    check=check,
+)

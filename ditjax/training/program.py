@@ -1,0 +1,154 @@
+"""The jitted programs of a training: initialise, prepare a batch, update."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from ditjax.config import Config
+from ditjax.parallel import compiling, processes, rules
+from ditjax.training import keys
+from ditjax.training.optim import learning_rate_schedule, make_optimizer, spike_limit
+from ditjax.training.step import Batch, Metrics, TrainState, init_state, make_step, no_limit
+from ditjax.training.task import Frozen, Task
+
+
+def precise(c: Config) -> AbstractContextManager[None]:
+    """The recipe's precision of float32 products: under 'default' a TPU rounds them to bfloat16."""
+    return jax.default_matmul_precision(None if c.model.matmul == "default" else "float32")
+
+
+def optimizer_of(
+    c: Config, rates: Callable[[str], float] | None = None
+) -> optax.GradientTransformation:
+    """The optax chain of a recipe; `rates` multiply learning rates by a parameter's path."""
+    o = c.optim
+    rate = learning_rate_schedule(o.learning_rate, o.schedule, o.warmup_steps, c.train.steps)
+    return make_optimizer(
+        rate,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
+        spike_factor=o.spike_factor,
+        scale=None if rates is None else functools.partial(_scaled, rates),
+    )
+
+
+def _scaled(rates: Callable[[str], float], updates: Any) -> Any:
+    """Updates with learning rates of their own."""
+
+    def one(path: Any, update: jax.Array) -> jax.Array:
+        multiplier = rates(rules.path_of(path))
+        return update if multiplier == 1 else update * multiplier
+
+    return jax.tree_util.tree_map_with_path(one, updates)
+
+
+class Training(NamedTuple):
+    """What a training loop calls, inside of `precise`. `state` is donated to `step`."""
+
+    init: Callable[[], TrainState]
+    abstract_state: TrainState  # shapes, dtypes and shardings: the target of a restore
+    rows: np.ndarray  # of the global batch, those that this process's devices hold
+    put: Callable[[Mapping[str, np.ndarray]], Batch]  # these rows -> global arrays
+    prepare: Callable[[Frozen, Batch, jax.Array], Batch]  # of a step's number -> its examples
+    step: Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
+    compiling: Callable[[bool], AbstractContextManager[None]]  # around `step`; True: the first
+    lower: Callable[[], jax.stages.Lowered]  # the update of prepared examples, of shapes alone
+
+
+def abstract_state(c: Config, task: Task, mesh: Mesh) -> TrainState:
+    """The training state's shapes, dtypes and shardings, by the task's rules."""
+    tx = optimizer_of(c, task.rates)
+    shapes = jax.eval_shape(lambda: init_state(task.init(keys.stream(c.seed, keys.INIT)), tx))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        rules.state_shardings(shapes, mesh, task.rules),
+    )
+
+
+def training(c: Config, task: Task, mesh: Mesh) -> Training:
+    """The training programs of a recipe's task on a mesh.
+
+    Raises UserError for a batch that the mesh does not divide, or parameters that it leaves whole.
+    """
+    _check_microbatches(c, mesh)
+    tx = optimizer_of(c, task.rates)
+    abstract = abstract_state(c, task, mesh)
+    rules.check_split(abstract.params, mesh, task.rules)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = jax.jit(
+        lambda: init_state(task.init(keys.stream(c.seed, keys.INIT)), tx), out_shardings=shardings
+    )
+    batch_sharding = rules.batch_sharding(mesh)
+    rows = processes.local_rows(batch_sharding, c.train.batch_size)
+    factor = c.optim.spike_factor
+    step = make_step(
+        task.draw,
+        task.loss,
+        tx,
+        c.train.ema_decay,
+        keys.stream(c.seed, keys.TRAIN),
+        parts=c.train.microbatches,
+        place=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
+        limit=functools.partial(spike_limit, factor=factor) if factor else no_limit,
+    )
+    jit_step = jax.jit(
+        step,
+        in_shardings=(shardings, None, batch_sharding),
+        out_shardings=(shardings, rules.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    @jax.jit
+    def prepare(frozen: Frozen, batch: Batch, step: jax.Array) -> Batch:
+        """Rows of the data set -> examples of this step, on the mesh."""
+        return task.prepare(
+            frozen, batch, jax.random.fold_in(keys.stream(c.seed, keys.LATENTS), step)
+        )
+
+    def put(local: Mapping[str, np.ndarray]) -> Batch:
+        return {
+            name: processes.global_rows(batch_sharding, c.train.batch_size, rows, value)
+            for name, value in local.items()
+            if name != "index"
+        }
+
+    def lower() -> jax.stages.Lowered:
+        batch = {
+            name: jax.ShapeDtypeStruct((c.train.batch_size, *one.shape), one.dtype)
+            for name, one in task.inputs.items()
+        }
+        with precise(c):
+            return jit_step.lower(abstract, {}, batch)
+
+    return Training(
+        init,
+        abstract,
+        rows,
+        put,
+        prepare,
+        jit_step,
+        lambda first: compiling.watching(mesh) if first else contextlib.nullcontext(),
+        lower,
+    )
+
+
+def _check_microbatches(c: Config, mesh: Mesh) -> None:
+    """Raise UserError when the devices do not divide the parts that a step's batch is cut into."""
+    B, parts = c.train.batch_size, c.train.microbatches
+    if parts == 1:
+        rules.check_batch(B, mesh, "config.train.batch_size")
+        return
+    rules.check_batch(
+        B // parts, mesh, f"config.train.batch_size / config.train.microbatches = {B} / {parts}"
+    )
