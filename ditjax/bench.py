@@ -1,8 +1,8 @@
-"""python -m ditjax.bench: the speed of a recipe's train step on the devices that are here.
+"""python -m ditjax.bench: time a recipe's train step on the local devices.
 
-What is timed is the train step itself, compiled, in blocks of steps; the ceiling of matrix
-products, and with --against=torch the PyTorch peer (`ditjax/machines/peer.py`), take turns with it,
-so that a ratio is of neighbours in time.
+The compiled train step is timed in blocks of steps. Blocks of matrix products (the ceiling) and,
+with --against=torch, of the PyTorch peer (`ditjax/machines/peer.py`) alternate with it, so that a
+ratio compares neighbours in time.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from ditjax.errors import UserError
 from ditjax.files import atomic
 from ditjax.machines.chips import peak_flops
 from ditjax.models.dit import parse_size
-from ditjax.models.network import DTYPES, training_flops
+from ditjax.models.network import DTYPES, NetworkCost, training_flops
 from ditjax.parallel.mesh import mesh_of
 from ditjax.runs import opening
 from ditjax.runs.provenance import commit, cores, environment, typed
@@ -44,58 +44,59 @@ from ditjax.tasks import cost_of, make_task
 from ditjax.train import IN_FLIGHT
 from ditjax.training.program import precise, training
 
-BLOCK_SECONDS = 2.0  # a block of steps lasts about so long, unless --steps says how many they are
+BLOCK_SECONDS = 2.0  # approximate length of a block of steps, unless --steps is given
 SIDES = {"cpu": (1024, 2048), "other": (4096, 8192, 16384)}  # of the ceiling's square products
-DDIM_STEPS, GUIDANCE = 50, 4.0  # of --sample
+DDIM_STEPS, GUIDANCE = 50, 4.0  # the sampler of --sample
+_GIB = 2.0**30
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-# ---- taking turns
+# ---- alternating blocks
 
 
-def turns(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each side measures in each round; every other round in the reverse order.
+def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Return the measurement of each side in each round; every other round is in reverse order.
 
-    A round before them is not counted: in it a side finds the memory that it keeps.
+    A first round is not counted: in it each side allocates its memory.
     """
     for run in sides.values():
         run()
     found: dict[str, list[float]] = {name: [] for name in sides}
     for k in range(rounds):
         for name in list(sides)[:: -1 if k % 2 else 1]:
-            time.sleep(0.25)  # the threads of the one before spin for a while
+            time.sleep(0.25)  # the previous side's threads spin for a while
             found[name].append(sides[name]())
     return found
 
 
 def quartiles(values: Any) -> dict[str, float]:
-    """{"low", "median", "high"}: the 25th, 50th and 75th percentile."""
+    """Return {"low", "median", "high"}: the 25th, 50th and 75th percentile."""
     low, median, high = np.quantile(np.asarray(values), [0.25, 0.5, 0.75])
     return {"low": float(low), "median": float(median), "high": float(high)}
 
 
-# ---- our side
+# ---- ditjax
 
 
-class Ours:
-    """The recipe's train step: alone on a batch of noise, and in the loop of `train`."""
+class TimedStep:
+    """Timings of the recipe's train step: alone on a batch of noise, and in a training loop."""
 
     def __init__(self, c: Config, mesh: Mesh) -> None:
         self._program = training(c, make_task(c, mesh), mesh)
         self._config, self._first = c, True
-        self._batch = self._program.put(rows_of_noise(c))
+        self._batch = self._program.put(noise_batch(c))
         self._state = self._program.init()
         self._prefetch = c.train.prefetch
-        self.host_seconds: list[float] = []  # of a step in `looped`, one a call
+        self.host_seconds: list[float] = []  # host time per step, one entry per call of `looped`
         jax.block_until_ready(self._state)
 
     @property
     def average(self) -> Any:
-        """The average of the weights so far."""
+        """The current average (EMA) of the weights."""
         return self._state.ema
 
     def run(self, steps: int) -> float:
-        """Seconds of a step, its batch being on the devices."""
+        """Return seconds per step, with the batch on the devices already."""
         began = time.perf_counter()
         for _ in range(steps):
             self._step(self._batch)
@@ -103,7 +104,7 @@ class Ours:
         return (time.perf_counter() - began) / steps
 
     def _step(self, batch: Any) -> Any:
-        """One step as `train` takes it: its metrics."""
+        """Take one step as `train` does. Returns its metrics."""
         p = self._program
         with precise(self._config), p.compiling(self._first):
             examples = p.prepare({}, batch, self._state.step)
@@ -112,7 +113,7 @@ class Ours:
         return metrics
 
     def looped(self, batches: stream.Batches, steps: int) -> float:
-        """Seconds of a step as `train` takes them: from the data set, metrics kept."""
+        """Return seconds per step as `train` runs it: batches from the data set, metrics kept."""
         began, waited = time.perf_counter(), 0.0
         pending: list[Any] = []
         for batch in ahead(batches, self._program.put, self._prefetch, steps):
@@ -127,7 +128,7 @@ class Ours:
         return (time.perf_counter() - began) / steps
 
     def fed(self, batches: stream.Batches, steps: int) -> float:
-        """Seconds of a batch: read, decoded and put on the devices, and no step taken."""
+        """Return seconds per batch: read, decode and copy to the devices, without a step."""
         began = time.perf_counter()
         for batch in ahead(batches, self._program.put, self._prefetch, steps):
             jax.block_until_ready(batch)
@@ -135,7 +136,7 @@ class Ours:
 
 
 def input_pipeline(c: Config) -> stream.Batches | str:
-    """The recipe's batches, or why there are none here."""
+    """Return the recipe's batches, or the reason why there are none."""
     try:
         opening.check_data(c)
         return stream.train_batches(opening.data_spec(c), c.seed, c.train.batch_size)
@@ -143,8 +144,8 @@ def input_pipeline(c: Config) -> stream.Batches | str:
         return str(error)
 
 
-def rows_of_noise(c: Config) -> dict[str, np.ndarray]:
-    """A batch of the recipe's shapes: of a latent DiT cached moments, else images."""
+def noise_batch(c: Config) -> dict[str, np.ndarray]:
+    """Return a random batch of the recipe's shapes: cached moments if latent, else images."""
     rng, B = np.random.default_rng(0), c.train.batch_size
     labels = rng.integers(0, c.data.num_classes, B).astype(np.int32)
     shape = (B, c.input_size, c.input_size, c.input_channels)
@@ -155,9 +156,9 @@ def rows_of_noise(c: Config) -> dict[str, np.ndarray]:
 
 
 def timed_sampler(c: Config, mesh: Mesh, params: Any) -> Callable[[], float]:
-    """Seconds of drawing one batch of samples with the recipe's DiT, nothing decoded."""
-    # The same network and program as a DiT on pixels of the latents' shape: no autoencoder.
-    channels: Any = c.input_channels  # which no image has
+    """Return a timer of one batch of samples of the recipe's DiT, without decoding, in seconds."""
+    # A DiT on pixels of the latents' shape has the same network and program, without autoencoder.
+    channels: Any = c.input_channels  # legal here, although no image has 4
     c = replaced(
         c,
         data=dataclasses.replace(c.data, image_size=c.input_size, channels=channels),
@@ -174,7 +175,7 @@ def timed_sampler(c: Config, mesh: Mesh, params: Any) -> Callable[[], float]:
 
 
 def ceiling(c: Config, device: jax.Device) -> tuple[Callable[[], float], int]:
-    """(measures the rate of square products in the recipe's precision, FLOP/s; their side)."""
+    """Return (timer of square matrix products in the recipe's precision, in FLOP/s; their side)."""
     sides = SIDES.get(device.platform, SIDES["other"])
 
     def of(side: int) -> Callable[[float], float]:
@@ -191,7 +192,7 @@ def ceiling(c: Config, device: jax.Device) -> tuple[Callable[[], float], int]:
         def measure(seconds: float) -> float:
             began, done = time.perf_counter(), 0
             while time.perf_counter() - began < seconds:
-                # Several at once, so that an accelerator never waits for its host.
+                # Several at a time, so that an accelerator never waits for its host.
                 jax.block_until_ready([product(a, b) for _ in range(4)])
                 done += 4
             return 2.0 * side**3 * done / (time.perf_counter() - began)
@@ -204,8 +205,8 @@ def ceiling(c: Config, device: jax.Device) -> tuple[Callable[[], float], int]:
 
 
 @contextlib.contextmanager
-def compile_seconds() -> Iterator[list[float]]:
-    """Seconds of each compilation meanwhile; nothing comes from the persistent cache."""
+def record_compile_seconds() -> Iterator[list[float]]:
+    """Record the seconds of each compilation in the context, with the persistent cache off."""
     found: list[float] = []
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
@@ -223,7 +224,7 @@ def compile_seconds() -> Iterator[list[float]]:
 
 
 def peak_memory(mesh: Mesh) -> tuple[int, str]:
-    """(bytes, of what): the fullest device's, or on CPUs this process's so far."""
+    """Return (peak bytes, owner): of the fullest device, or on CPUs of this process."""
     stats = [device.memory_stats() for device in mesh.local_devices]
     if all(stats):
         return max(s["peak_bytes_in_use"] for s in stats if s), "a device"
@@ -236,33 +237,33 @@ def peak_memory(mesh: Mesh) -> tuple[int, str]:
 
 
 class Peer:
-    """diffusers' DiT in a process of its own; a context manager that ends it."""
+    """diffusers' DiT in a separate process. Leaving the context ends the process."""
 
     def __init__(self, python: str, spec: Mapping[str, Any]) -> None:
         self.name = "torch compiled" if spec["compile"] else "torch eager"
         self._python = python
-        # Not a pipe: one that nobody reads fills up.
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
+        # Not a pipe, which would fill up because nobody reads it.
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__)
         try:
             self._process = subprocess.Popen(
                 [python, "-m", "ditjax.machines.peer"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._said,
+                stderr=self._stderr,
                 text=True,
                 env={**os.environ, "PYTHONPATH": _import_path()},
             )
         except OSError as error:
             raise UserError(f"--torch_python={python}: {error.strerror}.") from None
-        self.told = self._ask(spec)
+        self.facts = self._ask(spec)
         self.peak_bytes = 0
 
     def train(self, steps: int) -> float:
-        """Seconds of a step."""
+        """Return seconds per step."""
         return self._timed({"run": "train", "steps": steps}) / steps
 
     def sample(self) -> float:
-        """Seconds of one batch of samples."""
+        """Return the seconds of one batch of samples."""
         return self._timed({"run": "sample"})
 
     def _timed(self, request: Mapping[str, Any]) -> float:
@@ -279,13 +280,13 @@ class Peer:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            self._said.seek(0)
-            said = self._said.read().strip()
-            why = said.splitlines()[-1] if said else "it printed nothing"
+            self._stderr.seek(0)
+            lines = self._stderr.read().strip().splitlines()
+            why = lines[-1] if lines else "it printed nothing"
             if "No module named" in why:
                 raise UserError(
                     f"--against=torch: {why} in {self._python}: install"
-                    " tests/oracles/requirements.txt, or name an interpreter that has them with"
+                    " tests/oracles/requirements.txt, or name an interpreter that has it with"
                     " --torch_python=PATH."
                 )
             raise UserError(f"--against=torch: the PyTorch process failed: {why}")
@@ -297,20 +298,22 @@ class Peer:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
-        self._said.close()
+        self._stderr.close()
 
 
 def _import_path() -> str:
-    """Where the peer finds this ditjax, and what else the user has there."""
+    """Return the PYTHONPATH of the peer: this ditjax, and the user's own entries."""
     ours = str(Path(ditjax.__file__).resolve().parent.parent)
     return os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
 
 
 def peer_spec(c: Config, *, compiled: bool, sample: bool) -> dict[str, Any]:
-    """What the peer is to build: the recipe's network. Raises UserError for one it has not."""
+    """Return the recipe's network for the peer. Raises UserError if the peer does not have it."""
     device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
     if device is None:
-        raise UserError(f"--against=torch: there is no PyTorch peer on {jax.default_backend()}.")
+        raise UserError(
+            f"--against=torch: there is no PyTorch peer on {jax.default_backend()}: leave it out."
+        )
     for key, ours, theirs in (
         ("task", c.task, "diffusion"),
         ("model.kind", c.model.kind, "dit"),
@@ -319,7 +322,7 @@ def peer_spec(c: Config, *, compiled: bool, sample: bool) -> dict[str, Any]:
         ("diffusion.timesteps", c.diffusion.timesteps, 1000),
     ):
         if ours != theirs:
-            raise UserError(f"--against=torch: config.{key} is {ours!r}, diffusers' is {theirs!r}.")
+            raise UserError(f"--against=torch: config.{key} is {ours!r}, diffusers has {theirs!r}.")
     if sample and c.data.num_classes != 1000:
         raise UserError(
             f"--against=torch --sample: config.data.num_classes is {c.data.num_classes}, and"
@@ -367,22 +370,21 @@ def peer_spec(c: Config, *, compiled: bool, sample: bool) -> dict[str, Any]:
 def bench(
     c: Config, *, steps: int, rounds: int, against: Sequence[str], sample: bool, torch_python: str
 ) -> dict[str, Any]:
-    """All figures of a recipe: what --out writes."""
-    mesh = mesh_of(c)
-    cost, device = cost_of(c), jax.devices()[0]
+    """Measure all figures of a recipe: the content of --out but for environment and recipe."""
+    mesh, cost = mesh_of(c), cost_of(c)
     specs = [peer_spec(c, compiled=kind == "torch-compiled", sample=sample) for kind in against]
     with contextlib.ExitStack() as stack:
-        # First, for what they lack is known within seconds.
+        # The peers first: a missing package is reported within seconds.
         peers = [stack.enter_context(Peer(torch_python, spec)) for spec in specs]
-        with compile_seconds() as compiling:
-            ours = Ours(c, mesh)
+        with record_compile_seconds() as compiling:
+            ours = TimedStep(c, mesh)
             compiling.clear()
             first = ours.run(1)
             compiled = sum(compiling)
         once = ours.run(1)
         memory, memory_of = peak_memory(mesh)
         steps = steps or max(1, round(BLOCK_SECONDS / once))
-        rate, side = ceiling(c, device)
+        rate, side = ceiling(c, jax.devices()[0])
         sides: dict[str, Callable[[], float]] = {
             "ceiling": rate,
             "ours": functools.partial(ours.run, steps),
@@ -391,21 +393,42 @@ def bench(
         if isinstance(batches, stream.Batches):
             stack.enter_context(batches)
             sides["input"] = functools.partial(ours.fed, batches, steps)
-            # Of images that a frozen autoencoder encodes on the way only the reading is measured.
+            # If a frozen autoencoder encodes the images, only their reading is measured.
             if not make_task(c).reads:
                 sides["loop"] = functools.partial(ours.looped, batches, steps)
-        first_of = {}
-        for peer in peers:
-            first_of[peer.name] = peer.train(1)
-            sides[peer.name] = functools.partial(peer.train, steps)
-        found = turns(sides, rounds)
-        sampled = _sampled(c, mesh, ours.average, peers, rounds) if sample else None
+        first_of = {peer.name: peer.train(1) for peer in peers}
+        sides |= {peer.name: functools.partial(peer.train, steps) for peer in peers}
+        found = alternate(sides, rounds)
+        sampling = _sampling_figures(c, mesh, ours.average, peers, rounds) if sample else None
+    return {
+        "schema": 1,
+        **_step_figures(c, cost, mesh, found, steps, side),
+        "compile_seconds": compiled,
+        "first_step_seconds": first,
+        "peak_bytes": memory,
+        "peak_bytes_of": memory_of,
+        "peers": [_peer_figures(peer, found, first_of[peer.name]) for peer in peers],
+        "input": batches
+        if isinstance(batches, str)
+        else _input_figures(c, found, ours.host_seconds[-rounds:]),
+        "sampling": sampling,
+    }
+
+
+def _step_figures(
+    c: Config,
+    cost: NetworkCost,
+    mesh: Mesh,
+    found: Mapping[str, list[float]],
+    steps: int,
+    side: int,
+) -> dict[str, Any]:
+    """Return the recipe's size, and the speed of its step beside peak and ceiling."""
     seconds = np.array(found["ours"])
     flops = training_flops(cost.macs, c.train.batch_size)
     attained = flops / seconds / mesh.size
-    peak = peak_flops(device.device_kind, c.model.dtype, c.model.matmul)
+    peak = peak_flops(jax.devices()[0].device_kind, c.model.dtype, c.model.matmul)
     return {
-        "schema": 1,
         "model": cost.name,
         "parameters": cost.parameters,
         "gflops": cost.gflops,
@@ -413,7 +436,7 @@ def bench(
         "dtype": c.model.dtype,
         "mesh": dict(mesh.shape),
         "steps_a_block": steps,
-        "rounds": rounds,
+        "rounds": len(seconds),
         "step_seconds": quartiles(seconds),
         "images_per_second": quartiles(c.train.batch_size / seconds),
         "step_flops": flops,
@@ -423,30 +446,25 @@ def bench(
         "ceiling_flops": quartiles(found["ceiling"]),
         "ceiling_side": side,
         "of_ceiling": quartiles(attained / np.array(found["ceiling"])),
-        "compile_seconds": compiled,
-        "first_step_seconds": first,
-        "peak_bytes": memory,
-        "peak_bytes_of": memory_of,
-        "peers": [
-            {
-                "name": peer.name,
-                **peer.told,
-                "step_seconds": quartiles(found[peer.name]),
-                "first_step_seconds": first_of[peer.name],
-                "peak_bytes": peer.peak_bytes,
-                "ratio": quartiles(np.array(found[peer.name]) / seconds),
-            }
-            for peer in peers
-        ],
-        "input": batches
-        if isinstance(batches, str)
-        else _input(c, found, ours.host_seconds[-rounds:]),
-        "sampling": sampled,
     }
 
 
-def _input(c: Config, found: Mapping[str, list[float]], host: Sequence[float]) -> dict[str, Any]:
-    """What the data path gives, and what the loop around the step costs."""
+def _peer_figures(peer: Peer, found: Mapping[str, list[float]], first: float) -> dict[str, Any]:
+    """Return the speed of a peer's step; `ratio` is its time over that of ditjax."""
+    return {
+        "name": peer.name,
+        **peer.facts,
+        "step_seconds": quartiles(found[peer.name]),
+        "first_step_seconds": first,
+        "peak_bytes": peer.peak_bytes,
+        "ratio": quartiles(np.array(found[peer.name]) / np.array(found["ours"])),
+    }
+
+
+def _input_figures(
+    c: Config, found: Mapping[str, list[float]], host: Sequence[float]
+) -> dict[str, Any]:
+    """Return the rate of the input pipeline, and the cost of the loop around the step."""
     alone, read = np.array(found["ours"]), np.array(found["input"])
     figures: dict[str, Any] = {
         "images_per_second": quartiles(c.train.batch_size / read),
@@ -455,21 +473,21 @@ def _input(c: Config, found: Mapping[str, list[float]], host: Sequence[float]) -
     if "loop" in found:
         loop = np.array(found["loop"])
         figures["loop_step_seconds"] = quartiles(loop)
-        # What the loop's step takes beyond the step alone, as a share; and Python's own seconds,
-        # most of which the devices do not wait for.
+        # The share of a loop's step beyond the step alone; and the seconds of Python, most of which
+        # overlap with the devices' work.
         figures["between_steps"] = quartiles(1 - alone / loop)
         figures["host_seconds"] = quartiles(host)
     return figures
 
 
-def _sampled(
+def _sampling_figures(
     c: Config, mesh: Mesh, params: Any, peers: Sequence[Peer], rounds: int
 ) -> dict[str, Any]:
-    """A batch of samples by DDIM with guidance, here and by diffusers' pipeline."""
-    c = changed_sampler(c)
+    """Time a batch of samples by guided DDIM, with ditjax and with diffusers' pipeline."""
+    c = with_bench_sampler(c)
     ours = timed_sampler(c, mesh, params)
     sides: dict[str, Callable[[], float]] = {"ours": ours, **{p.name: p.sample for p in peers}}
-    found = turns(sides, rounds)
+    found = alternate(sides, rounds)
     return {
         "sampler": c.sample.sampler,
         "steps": DDIM_STEPS,
@@ -487,8 +505,8 @@ def _sampled(
     }
 
 
-def changed_sampler(c: Config) -> Config:
-    """The recipe with the sampler of --sample."""
+def with_bench_sampler(c: Config) -> Config:
+    """Return the recipe with the sampler of --sample."""
     sample = {
         "sampler": "ddim",
         "steps": f"ddim{DDIM_STEPS}",
@@ -499,65 +517,20 @@ def changed_sampler(c: Config) -> Config:
     return changed(c, {"sample": sample})
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """The table that a person reads."""
-
-    def of(q: Mapping[str, float], unit: str = "", scale: float = 1.0) -> str:
-        return (
-            f"{q['median'] * scale:.4g}{unit} (quartiles {q['low'] * scale:.4g} to"
-            f" {q['high'] * scale:.4g})"
-        )
-
-    gb = 2.0**30
-    rows = [
-        ("step", of(found["step_seconds"], " s")),
-        ("images/s", of(found["images_per_second"])),
-        ("attained", of(found["attained_flops_a_device"], " GFLOP/s a device", 1e-9)),
-        (
-            "matmul ceiling",
-            of(found["ceiling_flops"], " GFLOP/s a device", 1e-9)
-            + f", squares of {found['ceiling_side']}",
-        ),
-        ("of the ceiling", of(found["of_ceiling"], " %", 100)),
-        (
-            "MFU",
-            of(found["mfu"], " %", 100) + f" of {found['peak_flops'] / 1e12:.4g} TFLOP/s"
-            if found["mfu"]
-            else "no peak is published for this device in this precision",
-        ),
-        (
-            "compilation",
-            f"{found['compile_seconds']:.2f} s, first step {found['first_step_seconds']:.2f} s",
-        ),
-        ("peak memory", f"{found['peak_bytes'] / gb:.2f} GiB of {found['peak_bytes_of']}"),
-    ]
+def bench_text(found: Mapping[str, Any]) -> str:
+    """Return the figures as a table for the terminal."""
+    rows = [*_step_rows(found)]
     for peer in found["peers"]:
-        rows += [
-            (
-                peer["name"],
-                of(peer["step_seconds"], " s a step")
-                + f", {peer['peak_bytes'] / gb:.2f} GiB, PyTorch {peer['torch']},"
-                f" {peer['parameters']:,} parameters",
-            ),
-            ("", f"ours is {of(peer['ratio'])} times as fast"),
-        ]
-    if isinstance(found["input"], str):
-        rows.append(("input pipeline", f"not measured: {found['input']}"))
-    else:
-        rows.append(("input pipeline", of(found["input"]["images_per_second"], " images/s")))
-        rows.append(("", f"{of(found['input']['headroom'])} times what the step takes"))
-        if "between_steps" in found["input"]:
-            share, host = found["input"]["between_steps"], found["input"]["host_seconds"]
-            rows.append(("between steps", of(share, " %", 100) + " of a step in the loop"))
-            rows.append(("Python", of(host, " ms a step", 1e3)))
+        step = _quartile_text(peer["step_seconds"], " s per step")
+        memory = f"{peer['peak_bytes'] / _GIB:.2f} GiB"
+        facts = f"PyTorch {peer['torch']}, {peer['parameters']:,} parameters"
+        rows += [(peer["name"], f"{step}, {memory}, {facts}"), _ratio_row(peer)]
+    rows += _input_rows(found["input"])
     if sampled := found["sampling"]:
-        what = f"{sampled['batch_size']} samples, {sampled['steps']} guided DDIM steps"
-        rows.append((what, of(sampled["batch_seconds"], " s")))
+        title = f"{sampled['batch_size']} samples, {sampled['steps']} guided DDIM steps"
+        rows.append((title, _quartile_text(sampled["batch_seconds"], " s")))
         for peer in sampled["peers"]:
-            rows += [
-                (peer["name"], of(peer["batch_seconds"], " s")),
-                ("", f"ours is {of(peer['ratio'])} times as fast"),
-            ]
+            rows += [(peer["name"], _quartile_text(peer["batch_seconds"], " s")), _ratio_row(peer)]
     env = found["environment"]
     title = (
         f"{found['model']}, {found['parameters']:,} parameters, {found['gflops']:.4g} Gflops, batch"
@@ -565,6 +538,53 @@ def text(found: Mapping[str, Any]) -> str:
         f" ({env['cpus']} cores)"
     )
     return "\n".join([title, *aligned(rows, [False, False])])
+
+
+def _quartile_text(q: Mapping[str, float], unit: str = "", scale: float = 1.0) -> str:
+    return (
+        f"{q['median'] * scale:.4g}{unit} (quartiles {q['low'] * scale:.4g} to"
+        f" {q['high'] * scale:.4g})"
+    )
+
+
+def _ratio_row(peer: Mapping[str, Any]) -> tuple[str, str]:
+    return "", f"ditjax is {_quartile_text(peer['ratio'])} times as fast"
+
+
+def _step_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    mfu = "no peak is published for this device in this precision"
+    if found["mfu"]:
+        mfu = _quartile_text(found["mfu"], " %", 100)
+        mfu += f" of {found['peak_flops'] / 1e12:.4g} TFLOP/s"
+    ceiling_rate = _quartile_text(found["ceiling_flops"], " GFLOP/s per device", 1e-9)
+    seconds = f"{found['compile_seconds']:.2f} s, first step {found['first_step_seconds']:.2f} s"
+    return [
+        ("step", _quartile_text(found["step_seconds"], " s")),
+        ("images/s", _quartile_text(found["images_per_second"])),
+        (
+            "attained",
+            _quartile_text(found["attained_flops_a_device"], " GFLOP/s per device", 1e-9),
+        ),
+        ("matmul ceiling", f"{ceiling_rate}, squares of {found['ceiling_side']}"),
+        ("of the ceiling", _quartile_text(found["of_ceiling"], " %", 100)),
+        ("MFU", mfu),
+        ("compilation", seconds),
+        ("peak memory", f"{found['peak_bytes'] / _GIB:.2f} GiB of {found['peak_bytes_of']}"),
+    ]
+
+
+def _input_rows(figures: Mapping[str, Any] | str) -> list[tuple[str, str]]:
+    if isinstance(figures, str):
+        return [("input pipeline", f"not measured: {figures}")]
+    rows = [
+        ("input pipeline", _quartile_text(figures["images_per_second"], " images/s")),
+        ("", f"{_quartile_text(figures['headroom'])} times what the step takes"),
+    ]
+    if "between_steps" in figures:
+        share = _quartile_text(figures["between_steps"], " %", 100)
+        rows.append(("between steps", f"{share} of a step in the loop"))
+        rows.append(("Python", _quartile_text(figures["host_seconds"], " ms per step", 1e3)))
+    return rows
 
 
 PEERS = {
@@ -576,17 +596,19 @@ PEERS = {
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
-    parser = cli.parser("bench", "Times a recipe's train step on the devices that are here.")
+    """Run the command. Raises UserError."""
+    parser = cli.parser("bench", "Time a recipe's train step on the local devices.")
     parser.add_argument(
-        "--steps", type=int, default=0, help="steps a block (default: as many as fill 2 seconds)"
+        "--steps", type=int, default=0, help="steps per block (default: as many as fill 2 seconds)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="blocks of each side (default 5)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="counted blocks of each side (default 5)"
+    )
     parser.add_argument(
         "--against",
         default="none",
         choices=sorted(PEERS),
-        help="torch: diffusers' DiT in turns with ours, eager and compiled; or one of the two",
+        help="torch: also time diffusers' DiT, eager and compiled, in alternation; or only one",
     )
     parser.add_argument(
         "--sample",
@@ -597,16 +619,16 @@ def main(argv: list[str]) -> int:
         "--torch_python",
         default=sys.executable,
         metavar="PATH",
-        help="an interpreter that has PyTorch and diffusers (default: this one)",
+        help="Python interpreter with PyTorch and diffusers (default: this one)",
     )
-    parser.add_argument("--out", help="a JSON file for the figures")
+    parser.add_argument("--out", help="JSON file for the figures")
     args, config = cli.parse(parser, argv)
     if args.steps < 0 or args.rounds < 1:
         raise UserError(
             f"--steps={args.steps} --rounds={args.rounds}: expected at least 0 and at least 1."
         )
     if args.against != "none":
-        # Two programs share the device: neither may take its memory in advance.
+        # Two programs share the device: neither may preallocate its memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = bench(
         config,
@@ -621,7 +643,7 @@ def main(argv: list[str]) -> int:
         "commit": commit(),
     }
     found["config"] = args.recipe
-    print(text(found))
+    print(bench_text(found))
     if args.out:
         atomic.write_json(args.out, found)
     return 0

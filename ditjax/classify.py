@@ -1,10 +1,10 @@
-"""Trains the two digit classifiers that ship with ditjax, and writes their weights and manifest.
+"""Train the two digit classifiers that ship with ditjax; write their weights and manifest.
 
     python -m ditjax.classify --out=DIR
 
 takes about a minute on two cores. The features of one give FD-digits; the other judges the class of
-a sample. They share neither architecture, nor seed, nor augmentation. The last step's weights
-are kept: the test split is scored once and chooses nothing.
+a sample. They share neither architecture, nor seed, nor augmentation. The weights of the last step
+are kept: the test split is scored once and selects nothing.
 """
 
 import dataclasses
@@ -22,17 +22,23 @@ from ditjax import cli
 from ditjax.data.crop import normalize
 from ditjax.data.records import load_arrays
 from ditjax.errors import UserError
-from ditjax.evaluation.digits import FEATURES, JUDGE, accuracy, apply_classifier, recognise
+from ditjax.evaluation.digits import (
+    FEATURE_CLASSIFIER,
+    JUDGE,
+    accuracy,
+    apply_classifier,
+    recognise,
+)
 from ditjax.files.assets import save_assets
 from ditjax.metrics.frechet import batch_moments, frechet_distance
-from ditjax.models.classifier import SIDE, DigitsConvNet, DigitsMixer
+from ditjax.models.classifier import DIGIT_SIDE, DigitsConvNet, DigitsMixer
 
 _LINEN_FIELDS = ("parent", "name")
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Half-widths of uniform draws, one an image; `noise` is the largest deviation added."""
+    """Half-widths of uniform draws, one per image; `noise` is the largest added deviation."""
 
     rotation_radians: float
     shift_pixels: float
@@ -43,7 +49,7 @@ class Augmentation:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """AdamW with a linear warm-up over a tenth of the steps and a cosine to zero."""
+    """AdamW with a linear warm-up over a tenth of the steps and cosine decay to zero."""
 
     network: DigitsConvNet | DigitsMixer
     augmentation: Augmentation
@@ -55,7 +61,7 @@ class Recipe:
 
 
 RECIPES = {
-    FEATURES: Recipe(
+    FEATURE_CLASSIFIER: Recipe(
         DigitsConvNet(), Augmentation(rotation_radians=0.15, shift_pixels=1.0), seed=0, epochs=60
     ),
     JUDGE: Recipe(
@@ -68,7 +74,7 @@ RECIPES = {
 
 
 def augment(key: jax.Array, x: jax.Array, augmentation: Augmentation) -> jax.Array:
-    """Rotation, zoom and shift (bilinear, black outside), contrast, noise: f32[B,8,8,1] -> same."""
+    """Rotate, zoom, shift (bilinear, black outside), scale contrast, add noise: f32[B,8,8,1]."""
     uniform_key, noise_key = jax.random.split(key)
     draws = jax.random.uniform(uniform_key, (x.shape[0], 6), minval=-1.0)
     angle = augmentation.rotation_radians * draws[:, 0:1]  # [B,1]
@@ -76,8 +82,8 @@ def augment(key: jax.Array, x: jax.Array, augmentation: Augmentation) -> jax.Arr
     shift = augmentation.shift_pixels * draws[:, 2:4]
     contrast = jnp.exp(augmentation.log_contrast * draws[:, 4:5])
     level = augmentation.noise * jnp.abs(draws[:, 5:6])
-    pixels = jnp.arange(SIDE, dtype=jnp.float32)
-    centre = (SIDE - 1) / 2
+    pixels = jnp.arange(DIGIT_SIDE, dtype=jnp.float32)
+    centre = (DIGIT_SIDE - 1) / 2
     row, column = (
         axis.reshape(1, -1) - centre for axis in jnp.meshgrid(pixels, pixels, indexing="ij")
     )
@@ -88,21 +94,21 @@ def augment(key: jax.Array, x: jax.Array, augmentation: Augmentation) -> jax.Arr
     def tent(source: jax.Array) -> jax.Array:  # bilinear weights, [B,64] -> [B,64,8]
         return jnp.maximum(0.0, 1.0 - jnp.abs(source[:, :, None] - pixels[None, None, :]))
 
-    # Ink is x + 1: what the tents do not reach is 0 ink, the background.
+    # Ink is x + 1: pixels that the tents do not reach get 0 ink, the background.
     ink = jnp.einsum("bnp,bnq,bpq->bn", tent(source_row), tent(source_column), x[..., 0] + 1.0)
     noise = level[:, :, None, None] * jax.random.normal(noise_key, x.shape)
     return (contrast * ink).reshape(x.shape) - 1.0 + noise
 
 
-def train(
+def train_classifier(
     recipe: Recipe,
     images: np.ndarray,
     labels: np.ndarray,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> dict[str, Any]:
-    """Cross-entropy on augmented draws of images u8[N,8,8,1], labels i32[N] -> parameters.
+    """Train by cross-entropy on augmented images u8[N,8,8,1], labels i32[N]. Returns parameters.
 
-    Everything drawn depends on (recipe.seed, step), so the same arrays give the same weights on the
+    Random draws depend only on (recipe.seed, step), so the same arrays give the same weights on the
     same kind of machine. `progress(step, steps, loss)` is called ten times.
     """
     x, y = jnp.asarray(normalize(images)), jnp.asarray(labels)
@@ -148,17 +154,17 @@ def _train_step(
 
 
 def main(argv: list[str]) -> int:
-    """Trains both, writes NAME.npz and manifest.json to --out. Raises UserError."""
-    parser = cli.parser("classify", "Trains the two digit classifiers that ship.", config=False)
+    """Train both, and write NAME.npz and manifest.json to --out. Raises UserError."""
+    parser = cli.parser("classify", "Train the two shipped digit classifiers.", config=False)
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the npz files and manifest"
     )
-    parser.add_argument("--data_dir", metavar="DIR", help="where prepared data sets are kept")
+    parser.add_argument("--data_dir", metavar="DIR", help="folder of prepared data sets")
     parser.add_argument("--seed", type=int, default=0, help="added to the seed of each recipe")
     args = parser.parse_args(argv)
     if args.seed < 0:
         raise UserError(f"--seed={args.seed}: expected 0 or more.")
-    save_assets(args.out, {})  # An unwritable folder is told now, not after the training.
+    save_assets(args.out, {})  # raises for an unwritable folder before the training
 
     train_split = load_arrays("digits", "train", args.data_dir)
     test_split = load_arrays("digits", "test", args.data_dir)
@@ -177,7 +183,7 @@ def main(argv: list[str]) -> int:
                 flush=True,
             )
 
-        params = train(recipe, train_split["image"], train_split["label"], report)
+        params = train_classifier(recipe, train_split["image"], train_split["label"], report)
         train_features, _ = recognise(recipe.network, params, train_split["image"])
         test_features, test_logits = recognise(recipe.network, params, test_split["image"])
         record = {
@@ -203,7 +209,7 @@ def main(argv: list[str]) -> int:
 
 
 def _network(recipe: Recipe) -> dict[str, Any]:
-    """The class name and the widths that build it again."""
+    """Return the class name and the widths that rebuild the network."""
     names = [field.name for field in dataclasses.fields(recipe.network)]
     widths = {name: getattr(recipe.network, name) for name in names if name not in _LINEN_FIELDS}
     return {"name": type(recipe.network).__name__, **widths}

@@ -1,4 +1,4 @@
-"""python -m ditjax.convert: weights between PyTorch's DiT, diffusers, latent diffusion and ours."""
+"""python -m ditjax.convert: convert weights between ditjax and PyTorch's DiT or diffusers."""
 
 import os
 from pathlib import Path
@@ -7,20 +7,20 @@ from ditjax import cli
 from ditjax.data.classes import class_names
 from ditjax.errors import UserError
 from ditjax.files import lease
-from ditjax.models.dit import query_scale
+from ditjax.models.dit import query_factor
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
 from ditjax.tasks import make_task
 from ditjax.weights import networks, reading, vocabulary, writing
-from ditjax.weights.networks import Network
+from ditjax.weights.networks import LoadedNetwork
 
 TARGETS = {
-    "ditjax": "one safetensors file with its recipe",
-    "release": "a state dict (.pt) in the names of the public DiT release",
+    "ditjax": "one safetensors file that includes the recipe",
+    "release": "a state dict (.pt) with the names of the public DiT release",
     "diffusers": "a model folder: config.json and safetensors",
-    "ldm": "an autoencoder's checkpoint (.ckpt) in the names of latent diffusion",
-    "pipeline": "a DiTPipeline folder; with a latent DiT's --autoencoder",
+    "ldm": "an autoencoder's checkpoint (.ckpt) with the names of latent diffusion",
+    "pipeline": "a DiTPipeline folder; needs the --autoencoder of the latent DiT",
 }
 FOLDERS = ("diffusers", "pipeline")
 
@@ -32,14 +32,14 @@ def read_network(
     heads: int = 0,
     numerics: reading.Numerics = "auto",
     step: Step = "latest",
-) -> Network:
-    """A network out of a run's directory (averaged weights), a weights file or a model folder."""
+) -> LoadedNetwork:
+    """Read a network from a run (averaged weights), a weights file or a model folder."""
     if not rundir.is_run(path):
-        return reading.load(path, which=which, heads=heads, numerics=numerics)
+        return reading.load_network(path, which=which, heads=heads, numerics=numerics)
     config = opening.recipe_of(path)
     mesh = make_mesh(-1, 1)
     params, _ = opening.load_weights(config, make_task(config), path, mesh, step)
-    return networks.of_run(config, params, (Path(path),))
+    return networks.from_run(config, params, (Path(path),))
 
 
 @lease.scope()
@@ -54,12 +54,12 @@ def convert(
     numerics: reading.Numerics = "auto",
     step: Step = "latest",
 ) -> str:
-    """Writes `out` in the layout `target`; returns a line that says what was done.
+    """Write `out` in the layout `target`. Returns a summary to print.
 
-    Raises UserError for what cannot be read, or cannot be said in that layout.
+    Raises UserError for a source that cannot be read or that the layout cannot express.
     """
     if not rundir.is_run(source):
-        opening.no_step(source, step)
+        opening.check_no_step(source, step)
     names = class_names()
     if target in FOLDERS:
         lease.acquire(Path(out) / lease.FILE, out)
@@ -67,17 +67,19 @@ def convert(
         if target != "pipeline":
             raise UserError(
                 f"{source} is a whole pipeline: convert {source}/transformer or {source}/vae, or"
-                " say --to=pipeline."
+                " give --to=pipeline."
             )
         network, decoder, names = reading.load_pipeline(source, numerics=numerics)
         if autoencoder:
             decoder = read_network(autoencoder, which=which)
         writing.write_pipeline(out, network, decoder, names)
-        return _line(source, out, network, target)
+        return _summary(source, out, network, target)
     network = read_network(source, which=which, heads=heads, numerics=numerics, step=step)
     decodes = {"ldm": True, "release": False, "pipeline": False}.get(target, network.decodes)
     if network.decodes != decodes:
-        raise UserError(f"{source} holds a {network.name}: --to={target} is for the other network.")
+        raise UserError(
+            f"{source} holds a {network.name}: --to={target} takes the other kind of network."
+        )
     if autoencoder and target != "pipeline":
         raise UserError(f"--autoencoder goes with --to=pipeline, not with --to={target}.")
     if target == "pipeline":
@@ -94,11 +96,11 @@ def convert(
             "ldm": writing.write_ldm,
         }[target]
         write(out, network)
-    return _line(source, out, network, target)
+    return _summary(source, out, network, target)
 
 
-def _line(source: str, out: str, network: Network, target: str) -> str:
-    done = (
+def _summary(source: str, out: str, network: LoadedNetwork, target: str) -> str:
+    text = (
         f"{network.name}, {network.num_parameters:,} parameters of {network.dtype}:"
         f" {source} ({network.layout}) -> {out} ({target})"
     )
@@ -106,29 +108,33 @@ def _line(source: str, out: str, network: Network, target: str) -> str:
         theirs = {"release": 0, "diffusers": 1, "pipeline": 1}.get(target)
         ours = network.config.model.frequency_shift
         if theirs is not None and theirs != ours:
-            done += (
+            text += (
                 "\nnote: the two programs embed timesteps differently (frequencies over"
-                f" {128 - ours} here, {128 - theirs} there): the same weights give other images"
+                f" {128 - ours} here, {128 - theirs} there), so the same weights give other images"
                 " there; see docs/weights.md."
             )
-        scale = query_scale(network.config.model)
+        scale = query_factor(network.config.model)
         if theirs is not None and scale != 1:
-            done += (
-                "\nnote: attention over the width of a head (μP) is not known there: the"
-                f" queries' weights and bias are multiplied by {scale:.6g}, which is the same."
+            text += (
+                "\nnote: the other program has no μP attention scale (1 / head width):"
+                f" the queries' weights and bias are scaled by {scale:.6g}, which is equivalent."
             )
     classes = network.config.data.num_classes
     if target == "pipeline" and classes != len(class_names()):
-        done += (
+        text += (
             f"\nnote: DiTPipeline takes class {len(class_names())} for the null label, and this"
-            f" DiT's is {classes}: only guidance_scale=1 is right there."
+            f" DiT's is {classes}: only guidance_scale=1 is correct there."
         )
-    return done
+    return text
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
-    parser = cli.parser("convert", __doc__.partition(": ")[2], config=False)
+    """Run the command. Raises UserError."""
+    parser = cli.parser(
+        "convert",
+        "Convert weights between ditjax, PyTorch's DiT, diffusers and latent diffusion.",
+        config=False,
+    )
     parser.add_argument(
         "--weights", required=True, help="a weights file, a diffusers folder or a run's directory"
     )
@@ -139,9 +145,11 @@ def main(argv: list[str]) -> int:
         help="; ".join(f"{name}: {text}" for name, text in TARGETS.items()),
     )
     parser.add_argument("--out", required=True, help="the file or folder to write")
-    parser.add_argument("--autoencoder", default="", help="of a pipeline")
+    parser.add_argument(
+        "--autoencoder", default="", help="with --to=pipeline: the autoencoder's weights"
+    )
     cli.add_step(parser)
-    cli.add_reading_of_weights(parser)
+    cli.add_weights_options(parser)
     args = parser.parse_args(argv)
     print(
         convert(

@@ -1,4 +1,4 @@
-"""python -m ditjax.encode: a data set's latents, cached: moments of every image and its mirror."""
+"""python -m ditjax.encode: cache a data set's latents, for every image and its mirror image."""
 
 import contextlib
 import itertools
@@ -25,7 +25,7 @@ from ditjax.training.program import precise
 
 
 @lease.scope()
-def encode(
+def encode_dataset(
     c: Config,
     out: str | os.PathLike[str],
     *,
@@ -33,17 +33,19 @@ def encode(
     index: int = 0,
     count: int = 1,
 ) -> int:
-    """Writes the latents of config.data's split to `out`; read them as data set latents:OUT.
+    """Write the latents of config.data's split to `out`; the data set latents:OUT reads them.
 
-    Goes on at the first shard that is missing. Process `index` of `count` writes every count-th
-    one. Returns how many shards the others still have to write; the data set is there at 0.
+    Each latent is the posterior's mean and log variance. An interrupted call resumes at the first
+    missing shard. Process `index` of `count` writes every count-th shard. Returns the number of
+    shards that other processes still have to write; at 0 the data set is complete. Raises
+    UserError.
     """
     if not c.latent:
         raise UserError("config.autoencoder.kind is 'none': there is nothing to encode with.")
     if jax.process_count() > 1:
         raise UserError(
-            "encode runs in one process: start it on one machine, or on each by itself with"
-            " --index=K --count=N."
+            "encode runs in one process: start it on one machine, or one process per machine"
+            " with --index=K --count=N."
         )
     if not 0 <= index < count:
         raise UserError(f"--index={index} --count={count}: expected an index from 0 to count - 1.")
@@ -51,27 +53,23 @@ def encode(
     size = c.train.batch_size
     rules.check_batch(size, mesh, "config.train.batch_size")
     info = opening.check_data(c)
-    frozen = autoencoder.load(c, mesh)
+    frozen = autoencoder.load_frozen(c, mesh)
     side = c.input_size
-    opening.own(out, f".encode-{index}-of-{count}.lease")
+    opening.acquire_lease(out, f".encode-{index}-of-{count}.lease")
+    provenance = {
+        "images": info.full_name,
+        "split": c.data.split,
+        "image_size": c.data.image_size,
+        "autoencoder_sha256": opening.digest(frozen),
+        "dtype": c.model.dtype,
+        "matmul": c.model.matmul,
+    }
+    shape = (side, side, c.input_channels)
     writer = latents.LatentWriter(
-        out,
-        c.data.split,
-        (side, side, c.input_channels),
-        info.class_names,
-        info.num_examples,
-        {
-            "images": info.full_name,
-            "split": c.data.split,
-            "image_size": c.data.image_size,
-            "autoencoder_sha256": opening.digest(frozen),
-            "dtype": c.model.dtype,
-            "matmul": c.model.matmul,
-        },
-        shard_mb,
+        out, c.data.split, shape, info.class_names, info.num_examples, provenance, shard_mb
     )
     missing = writer.missing(index, count)
-    # The images are opened once for all shards; no batch holds records of two.
+    # The images are opened once for all shards; no batch spans two shards.
     with contextlib.closing(stream.in_order(opening.data_spec(c), size, missing)) as images:
         encoded = _encoded(c, mesh, frozen, images)
         total = sum(map(len, writer.shards(index, count)))
@@ -90,10 +88,10 @@ def encode(
 def _encoded(
     c: Config, mesh: Mesh, frozen: Any, images: Iterable[HostBatch]
 ) -> Iterator[HostBatch]:
-    """Batches of images f32[b,H,W,C] -> mean and log_variance f32[b,2,h,w,c], label i32[b]."""
+    """Encode images f32[b,H,W,C]: mean and log_variance f32[b,2,h,w,c], label i32[b]."""
     size = c.train.batch_size
     sharding = rules.batch_sharding(mesh)
-    moments_of = jax.jit(lambda params, images: autoencoder.encode(c, params, images))
+    moments_of = jax.jit(lambda params, images: autoencoder.encode_images(c, params, images))
     for rows in images:
         count = len(rows["label"])
         sides = []
@@ -119,21 +117,29 @@ def _records(
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
-    parser = cli.parser("encode", "Caches a data set's latents: moments of images and mirrors.")
-    parser.add_argument("--out", required=True, help="where to write: read it as latents:OUT")
+    """Run the command. Raises UserError."""
+    parser = cli.parser(
+        "encode", "Cache a data set's latents, for every image and its mirror image."
+    )
+    parser.add_argument(
+        "--out", required=True, help="output folder; train on it as data set latents:OUT"
+    )
     parser.add_argument(
         "--shard_mb",
         type=int,
         default=latents.SHARD_MB,
-        help="MiB a file: what is lost at most when the encoding is killed",
+        help="MiB per file; an interruption loses at most one file of work",
     )
-    parser.add_argument("--index", type=int, default=0, help="in an array job: this job's number")
-    parser.add_argument("--count", type=int, default=1, help="in an array job: how many there are")
+    parser.add_argument(
+        "--index", type=int, default=0, help="in an array job: the number of this job, from 0"
+    )
+    parser.add_argument("--count", type=int, default=1, help="in an array job: the number of jobs")
     args, config = cli.parse(parser, argv)
-    remaining = encode(config, args.out, shard_mb=args.shard_mb, index=args.index, count=args.count)
+    remaining = encode_dataset(
+        config, args.out, shard_mb=args.shard_mb, index=args.index, count=args.count
+    )
     if remaining:
-        print(f"{args.out}: this job's shards are written, {remaining} of other jobs are to come")
+        print(f"{args.out}: this job's shards are written, {remaining} of other jobs are missing")
     else:
         print(f"{args.out}: train on it with --config.data.name=latents:{args.out}")
     return 0

@@ -1,4 +1,4 @@
-"""python -m ditjax.evaluate: a run by its own recipe, or any sample set against any reference."""
+"""python -m ditjax.evaluate: score a run by its recipe, or any samples against any reference."""
 
 import argparse
 import os
@@ -31,16 +31,16 @@ from ditjax.tasks import make_task
 EVALUATION_FILE = "evaluation.json"
 
 
-def save(
+def save_evaluation(
     folder: Path,
     step: int,
     metrics: Mapping[str, float],
     protocol: Mapping[str, Any],
     reference: str = "",
 ) -> dict[str, Any]:
-    """evaluation.json, and NAME.png of each sample set, in a run's directory: the record.
+    """Write evaluation.json, and NAME.png for each sample set, to a run's directory.
 
-    Written by the first process alone.
+    Returns the record. Only the first process writes.
     """
     record = {
         "step": step,
@@ -59,7 +59,7 @@ def save(
 
 
 def save_picture(samples: Path) -> None:
-    """NAME.png beside NAME.npz: its first samples, by class."""
+    """Write NAME.png beside NAME.npz: a grid of its first samples, sorted by class."""
     images, label = load_samples(samples, GRID_IMAGES)
     order = np.argsort(np.asarray(label), kind="stable")
     upscale = max(1, 32 // images.shape[1])
@@ -75,23 +75,24 @@ def evaluate_samples(
     seed: int = 0,
     save_reference: str = "",
 ) -> dict[str, Any]:
-    """Scores of the images in `samples` against `reference`: {metrics, protocol, protocol_hash}.
+    """Score the images in `samples` against `reference`.
 
-    Raises UserError for what cannot be read or compared.
+    Returns {samples, metrics, reference, protocol, protocol_hash}. Raises UserError for inputs
+    that cannot be read or compared.
     """
     mesh = make_mesh(-1, 1)
     images = open_images(samples)
     extractor = open_extractor(features, mesh, batch_size)
-    against = open_reference(reference, extractor, images.height, keep=save_reference)
+    against = open_reference(reference, extractor, images.height, save_to=save_reference)
     batches = images.batches(extractor.batch_size)
-    seen = scoring.look(extractor, batches, images.count, title="samples")
+    extracted = scoring.extract_features(extractor, batches, images.count, title="samples")
     metrics = scoring.score(
-        seen, against.statistics, against.pool, family=extractor.family, seed=seed
+        extracted, against.statistics, against.pool, family=extractor.family, seed=seed
     )
-    sampling, label = said_by(images.path)
-    if seen.judged is not None and label is not None:
-        metrics["accuracy"] = float(np.mean(seen.judged == label))
-    # Of images of others it is not known how they were made: the size is what can be said.
+    sampling, label = read_sample_record(images.path)
+    if extracted.predicted is not None and label is not None:
+        metrics["accuracy"] = float(np.mean(extracted.predicted == label))
+    # How images from other programs were made is unknown: only their size is recorded.
     sampling = sampling or {"sample_size": [images.height, images.width]}
     protocol = scores_protocol(extractor, against, images.count, sampling)
     return {
@@ -103,8 +104,8 @@ def evaluate_samples(
     }
 
 
-def said_by(path: Path) -> tuple[dict[str, Any], np.ndarray | None]:
-    """(how they were drawn, labels) of a sample file of ours; {} and None of others."""
+def read_sample_record(path: Path) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Return (sampling settings, labels) of a ditjax sample file; {} and None for other files."""
     if path.is_dir():
         return {}, None
     with npz.reading(path) as archive:
@@ -116,38 +117,38 @@ def said_by(path: Path) -> tuple[dict[str, Any], np.ndarray | None]:
 def evaluate_run(
     c: Config, workdir: str | os.PathLike[str], step: Step = "latest"
 ) -> dict[str, Any]:
-    """Evaluates a run's checkpoint by its recipe: the record, saved in its directory too."""
+    """Evaluate a run's checkpoint by its recipe. Returns the record, saved in its directory too."""
     mesh = mesh_of(c)
     task = make_task(c, mesh)
     if task.sampling is None:
         params, step = opening.load_weights(c, task, workdir, mesh, step)
         metrics, protocol = held_out_means(c, mesh, params)
-        return save(Path(workdir), step, metrics, protocol)
+        return save_evaluation(Path(workdir), step, metrics, protocol)
     evaluator = Evaluator(c, mesh, task.frozen(mesh))
     params, step = opening.load_weights(c, task, workdir, mesh, step)
     found = evaluator.of_run(c, params, Path(workdir), model_record(workdir, step, params))
-    return save(Path(workdir), step, found.metrics, found.protocol, found.reference)
+    return save_evaluation(Path(workdir), step, found.metrics, found.protocol, found.reference)
 
 
 def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dict[str, Any]:
-    """Whose samples they are."""
+    """Return the record of the model that samples are drawn from."""
     return {"run": str(workdir), "step": step, "params_sha256": opening.digest(params)}
 
 
-# Flags that are short for keys of the recipe, where a run is evaluated.
+# Flags that abbreviate keys of the recipe when a run is evaluated.
 FLAGS = {
     "features": "inception:WEIGHTS, digits or scenes (config.evaluate.features)",
     "reference": "statistics (npz with mu, sigma), an npz or folder of images, or DATASET[/SPLIT];"
-    " of a run: the images it was trained on where not given (config.evaluate.reference)",
+    " default for a run: its training images (config.evaluate.reference)",
 }
 
 
 def _parser() -> cli.Parser:
     parser = cli.parser(
         "evaluate",
-        "Scores of a run's samples, drawn by its recipe, or of any --samples, with their protocol:"
-        " FID, sFID, IS, precision, recall, KID; on our classifier's features FD-digits. Of an"
-        " autoencoder's run: PSNR.",
+        "Score a run's samples, drawn by its recipe, or any --samples, and print the protocol: FID,"
+        " sFID, IS, precision, recall, KID; FD-digits on the features of the shipped classifier;"
+        " PSNR for an autoencoder's run.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", default="", help="a run's directory")
@@ -159,26 +160,32 @@ def _parser() -> cli.Parser:
     for flag, text in FLAGS.items():
         parser.add_argument(f"--{flag}", default="", help=text)
     cli.add_step(parser)
-    parser.add_argument("--out", default="", help="where to write the result (JSON)")
-    parser.add_argument("--save_reference", default="", help="keep the reference's statistics here")
-    parser.add_argument("--batch_size", type=int, default=0, help="of --samples: images at a time")
+    parser.add_argument("--out", default="", help="JSON file for the result")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of --samples: of intervals and KID's subsets"
+        "--save_reference", default="", help="npz file to save the reference's statistics to"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=0, help="with --samples: images per batch"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="with --samples: seed of intervals and KID subsets"
     )
     cli.add_processes(parser)
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
+    """Run the command. Raises UserError."""
     parser = _parser()
     args, _ = parser.parse_known_args(argv)
     if args.samples and not rundir.is_run(args.samples):
-        args = parser.parse_args(argv)  # no recipe here: --config is refused
+        args = parser.parse_args(argv)  # there is no recipe: --config is refused
         if args.distributed or args.coordinator:
-            raise UserError(f"--samples={args.samples} are scored by one process: start only that.")
-        opening.no_step(args.samples, args.step)
-        return _main_of_samples(args)
+            raise UserError(
+                f"--samples={args.samples} are scored by one process: leave --distributed out."
+            )
+        opening.check_no_step(args.samples, args.step)
+        return _evaluate_samples(args)
     workdir = args.workdir or args.samples
 
     def recorded(_: argparse.Namespace) -> Mapping[str, Any]:
@@ -186,11 +193,11 @@ def main(argv: list[str]) -> int:
 
     args, config = cli.parse(parser, argv, recorded)
     given = {flag: getattr(args, flag) for flag in FLAGS if getattr(args, flag)}
-    _tell(evaluate_run(changed(config, {"evaluate": given}), workdir, args.step), args.out)
+    _report(evaluate_run(changed(config, {"evaluate": given}), workdir, args.step), args.out)
     return 0
 
 
-def _main_of_samples(args: argparse.Namespace) -> int:
+def _evaluate_samples(args: argparse.Namespace) -> int:
     for flag in FLAGS:
         if not getattr(args, flag):
             raise UserError(f"--samples={args.samples} needs --{flag}: {FLAGS[flag]}.")
@@ -202,11 +209,11 @@ def _main_of_samples(args: argparse.Namespace) -> int:
         seed=args.seed,
         save_reference=args.save_reference,
     )
-    _tell(evaluated, args.out)
+    _report(evaluated, args.out)
     return 0
 
 
-def _tell(record: Mapping[str, Any], out: str) -> None:
+def _report(record: Mapping[str, Any], out: str) -> None:
     if not is_primary():
         return
     for name, value in record["metrics"].items():

@@ -1,4 +1,4 @@
-"""python -m ditjax.flops: parameters and Gflops of the paper's 12 models, or of a recipe."""
+"""python -m ditjax.flops: print parameters and Gflops of the paper's 12 models or of a recipe."""
 
 from ditjax import cli
 from ditjax.models.dit import (
@@ -13,7 +13,7 @@ from ditjax.tasks import cost_of, make_task
 
 
 def paper_table() -> str:
-    """The 12 models of DiT Table 1 at 256x256: computed figures beside the published ones."""
+    """Return a table of the 12 models of DiT Table 1 at 256x256: computed and published figures."""
     lines = [
         "Gflops are multiply-accumulates of one forward pass / 1e9, as in the paper (256x256 px).",
         f"{'model':<10} {'layers':>6} {'width':>6} {'heads':>6} {'tokens':>6} {'parameters':>12}"
@@ -34,7 +34,7 @@ def paper_table() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command."""
+    """Run the command. Raises UserError."""
     parser = cli.parser(
         "flops", "Print parameters and Gflops of the paper's 12 models, or of --config."
     )
@@ -45,11 +45,11 @@ def main(argv: list[str]) -> int:
         print(paper_table())
         return 0
     _, config = cli.parse(parser, argv)
-    cost, one = cost_of(config), make_task(config).inputs["x0"].shape
+    cost, shape = cost_of(config), make_task(config).inputs["x0"].shape
     print(
-        f"{cost.name}, {cost.tokens} tokens of a {'x'.join(map(str, one))} input:"
+        f"{cost.name}, {cost.tokens} tokens of a {'x'.join(map(str, shape))} input:"
         f" {cost.parameters:,} parameters, {cost.macs / 1e6:.4g} M multiply-accumulates ="
-        f" {cost.gflops:.4g} Gflops a forward pass"
+        f" {cost.gflops:.4g} Gflops per forward pass"
     )
     return 0
 

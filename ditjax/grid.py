@@ -1,11 +1,12 @@
-"""python -m ditjax.grid: a run's guidance, sampler, steps and weights as a grid, each cell scored.
+"""python -m ditjax.grid: score runs over a grid of guidance, sampler, steps and weights.
 
     python -m ditjax.grid --workdir=RUN --cfg_channels=three,all --cfg_scale=1,1.25,1.5,4
     python -m ditjax.grid --workdir=RUN,RUN --steps=16,32,64,128,250,1000 --out=DIR
 
-The first is the DiT paper's guidance table, the second its figure 10. Sample i of every cell has
-the seed config.evaluate.seed and the index i, so the same x_T and label: cells differ by their
-settings, not by luck. A finished cell is a file of its own; the same command again goes on.
+The first command computes the DiT paper's guidance table, the second its figure 10. Sample i of
+every cell has the seed config.evaluate.seed and the index i, and so the same x_T and label: cells
+differ by their settings, not by luck. Each finished cell is one file; the same command again
+resumes.
 """
 
 import argparse
@@ -46,40 +47,44 @@ CELLS = "cells"
 LONGEST_NAME = 200
 
 
-class Axis(NamedTuple):
-    """A key of config.sample and of the protocol: how a word of its flag is read, what it says."""
+class GridAxis(NamedTuple):
+    """A key of config.sample and of the protocol: the parser of a flag's value and its help."""
 
-    read: Callable[[str], Any]
+    parse: Callable[[str], Any]
     text: str
 
 
-def _interval(word: str) -> tuple[float, ...]:
+def _parse_interval(word: str) -> tuple[float, ...]:
     low, _, high = word.partition(":")
     return float(low), float(high)
 
 
-# Outermost first: weights are loaded once, and a table's steps lie side by side.
-AXES: Mapping[str, Axis] = {
-    "weights": Axis(str, "ema (the average) or model (the parameters themselves)"),
-    "sampler": Axis(str, "ddpm or ddim"),
-    "eta": Axis(float, "DDIM's noise, from 0 to 1"),
-    "cfg_channels": Axis(str, "guided channels: three (the release) or all"),
-    "cfg_interval": Axis(_interval, "LOW:HIGH, guided at timesteps LOW <= t/T < HIGH; 0:1 is all"),
-    "cfg_scale": Axis(float, "guidance scale; 1 is none"),
-    "steps": Axis(lambda word: word.replace("+", ","), "250 or ddim50; of sections: 10+15+20"),
+# Outermost first: weights are loaded once, and the steps of a table are adjacent.
+AXES: Mapping[str, GridAxis] = {
+    "weights": GridAxis(str, "ema (the average) or model (the parameters themselves)"),
+    "sampler": GridAxis(str, "ddpm or ddim"),
+    "eta": GridAxis(float, "noise of DDIM, from 0 to 1"),
+    "cfg_channels": GridAxis(str, "guided channels: three (the release) or all"),
+    "cfg_interval": GridAxis(
+        _parse_interval, "LOW:HIGH, guided at timesteps LOW <= t/T < HIGH; 0:1 means all"
+    ),
+    "cfg_scale": GridAxis(float, "guidance scale; 1 means no guidance"),
+    "steps": GridAxis(
+        lambda word: word.replace("+", ","), "250 or ddim50, or by sections: 10+15+20"
+    ),
 }
 
 
 class Run(NamedTuple):
-    """A trained DiT, by a name that no other run of the grid has."""
+    """A trained DiT with a name that is unique in the grid."""
 
     name: str
     folder: Path
     config: Config
 
 
-class Cell(NamedTuple):
-    """`settings`: what the protocol says of each axis, None where it has no effect here."""
+class GridCell(NamedTuple):
+    """One combination of settings. `settings`: the protocol's value by axis, None if unused."""
 
     name: str
     run: Run
@@ -88,82 +93,84 @@ class Cell(NamedTuple):
 
     @property
     def gflops(self) -> float:
-        """Of one sample."""
+        """Gflops of drawing one sample."""
         return sampling_gflops(self.config)
 
 
 class Plan(NamedTuple):
-    """The cells, and a line for each kind of combination that is none."""
+    """The cells of a grid, and notes on the combinations that were left out."""
 
-    cells: list[Cell]
+    cells: list[GridCell]
     notes: list[str]
 
 
 def plan(trained: Sequence[Run], given: Mapping[str, Sequence[Any]]) -> Plan:
-    """The product of runs and axes, the first slowest; an axis not given stays at the run's recipe.
+    """Return the product of runs and axes, the first varying slowest.
 
-    Combinations that come to the same (no guidance has no channels, DDPM no eta, steps spelt in two
-    ways) are one cell; illegal ones are left out. Raises UserError for a value that is legal in
-    none: a mistake, found before any work.
+    An axis that is not given keeps the value of the run's recipe. Equivalent combinations (without
+    guidance its channels are unused, as is eta under DDPM; steps can be spelt in two ways) become
+    one cell, and illegal ones are left out. Raises UserError for a value that is illegal in every
+    combination, before any work starts.
     """
-    cells: list[Cell] = []
+    cells: list[GridCell] = []
     notes: list[str] = []
-    whys: dict[tuple[str, str], list[str]] = {}
+    errors: dict[tuple[str, str], list[str]] = {}
     for run in trained:
         axes = {axis: given.get(axis, (getattr(run.config.sample, axis),)) for axis in AXES}
-        found: dict[str, Cell] = {}
+        found: dict[str, GridCell] = {}
         same: list[str] = []
         illegal: list[str] = []
         for values in itertools.product(*axes.values()):
-            asked = dict(zip(axes, values, strict=True))
-            why = ""
+            wanted = dict(zip(axes, values, strict=True))
+            message = ""
             try:
-                cell, alike = _cell(run, asked)
+                cell, key = _make_cell(run, wanted)
             except UserError as error:
-                why = str(error)
-                illegal.append(why)
+                message = str(error)
+                illegal.append(message)
             else:
-                if alike in found:
-                    same.append(f"{_asked(asked, given)} is {_asked(found[alike].settings, given)}")
-                found.setdefault(alike, cell)
+                if key in found:
+                    first = _settings_text(found[key].settings, given)
+                    same.append(f"{_settings_text(wanted, given)} is {first}")
+                found.setdefault(key, cell)
             for axis in given:
-                whys.setdefault((axis, setting_text(asked[axis])), []).append(why)
+                errors.setdefault((axis, setting_text(wanted[axis])), []).append(message)
         cells += found.values()
         if same:
             notes.append(f"{run.name}: {plural(len(same), 'cell')} left out as repeated: {same[0]}")
-        for why in dict.fromkeys(illegal):
-            left_out = plural(illegal.count(why), "cell")
-            notes.append(f"{run.name}: {left_out} left out as illegal: {why}")
-    for of_value in whys.values():
-        if all(of_value):
-            raise UserError(of_value[0])
+        for message in dict.fromkeys(illegal):
+            left_out = plural(illegal.count(message), "cell")
+            notes.append(f"{run.name}: {left_out} left out as illegal: {message}")
+    for messages in errors.values():
+        if all(messages):
+            raise UserError(messages[0])
     if not cells:
         raise UserError(illegal[0])
     return Plan(cells, notes)
 
 
-def _cell(run: Run, asked: Mapping[str, Any]) -> tuple[Cell, str]:
-    """The cell, and what no other may share with it. Raises UserError for illegal settings."""
-    # The second sample set of a digits run, under guidance, is another cell here; the validation
-    # loss is one for all cells of a run.
+def _make_cell(run: Run, wanted: Mapping[str, Any]) -> tuple[GridCell, str]:
+    """Return a cell and its identity in the grid. Raises UserError for illegal settings."""
+    # The guided sample set of a digits run is a cell of its own here, and the validation loss is
+    # the same for all cells of a run.
     off = {"guided_scale": 0.0, "val_loss_num": 0}
-    c = changed(run.config, {"sample": asked, "evaluate": off})
+    c = changed(run.config, {"sample": wanted, "evaluate": off})
     timesteps = sampling_of(c, make_task(c)).timesteps.tolist()
-    said = sampling_protocol(c, seed=c.evaluate.seed, labels="", decoder="")
-    settings = {axis: said[axis] for axis in AXES}
-    alike = json.dumps({**said, "steps": timesteps})
-    return Cell(_name(run, settings, c), run, settings, c), alike
+    protocol = sampling_protocol(c, seed=c.evaluate.seed, labels="", decoder="")
+    settings = {axis: protocol[axis] for axis in AXES}
+    key = json.dumps({**protocol, "steps": timesteps})
+    return GridCell(_name(run, settings, c), run, settings, c), key
 
 
-def _asked(settings: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """The settings of the axes given, but for those that are without effect."""
+def _settings_text(settings: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """Return the settings of the given axes as text, without those that have no effect."""
     return " ".join(
         f"{axis}={setting_text(settings[axis])}" for axis in given if settings[axis] is not None
     )
 
 
 def _name(run: Run, settings: Mapping[str, Any], c: Config) -> str:
-    """RUN-weights_ema-...-num_1000: a legal file name, another one for every cell."""
+    """Return a unique, legal file name for a cell: RUN-weights_ema-...-num_1000."""
     words = [
         f"{axis}_{setting_text(value)}" for axis, value in settings.items() if value is not None
     ]
@@ -174,80 +181,82 @@ def _name(run: Run, settings: Mapping[str, Any], c: Config) -> str:
     return legal
 
 
-class Judge(NamedTuple):
-    """What the cells of runs of the same data and autoencoder are drawn and scored by."""
+class Scorer(NamedTuple):
+    """The evaluator and mesh of all cells whose runs share data and autoencoder."""
 
     evaluator: Evaluator
     mesh: Mesh
 
 
-def judges(trained: Sequence[Run]) -> dict[str, Judge]:
-    """Run name -> its judge, one for all runs that can share it: one reference, one decoder."""
-    made: dict[Any, Judge] = {}
-    of_run: dict[str, Judge] = {}
+def open_scorers(trained: Sequence[Run]) -> dict[str, Scorer]:
+    """Return scorers by run name. Runs with the same reference and decoder share one."""
+    made: dict[Any, Scorer] = {}
+    of_run: dict[str, Scorer] = {}
     for run in trained:
         c = run.config
         key = (c.data, c.autoencoder, c.evaluate, c.mesh, c.model.dtype, c.model.matmul)
         if key not in made:
             mesh = mesh_of(c)
-            made[key] = Judge(Evaluator(c, mesh, make_task(c).frozen(mesh)), mesh)
+            made[key] = Scorer(Evaluator(c, mesh, make_task(c).frozen(mesh)), mesh)
         of_run[run.name] = made[key]
     return of_run
 
 
-def one_protocol(cells: Sequence[Cell], protocols: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the protocols share: all but the axes. Raises UserError where anything else differs."""
+def shared_protocol(
+    cells: Sequence[GridCell], protocols: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the protocol without the axes. Raises UserError if cells differ in anything else."""
     shared: dict[str, Any] = {}
-    source: dict[str, Cell] = {}
+    source: dict[str, GridCell] = {}
     for cell, protocol in zip(cells, protocols, strict=True):
         for key, value in protocol.items():
-            if key in AXES or value is None:  # None: without effect, as an average not taken
+            if key in AXES or value is None:  # None: no effect
                 continue
             if shared.setdefault(key, value) != value:
                 raise UserError(
                     f"{cell.run.name} has {key}={value!r:.60}, and {source[key].run.name}"
                     f" {shared[key]!r:.60}: such numbers cannot be compared; make a grid of each,"
-                    " or give them one with --reference, --features, --num or --config.KEY=VALUE."
+                    " or set one value with --reference, --features, --num or --config.KEY=VALUE."
                 )
             source.setdefault(key, cell)
     return shared
 
 
 def run_grid(
-    cells: Sequence[Cell],
+    cells: Sequence[GridCell],
     out: Path,
     *,
     at: Step = "latest",
     keep_samples: bool = False,
     study: Config | None = None,
 ) -> str:
-    """Draws and scores the cells that `out` lacks, writes the table and the figure; its text.
+    """Draw and score the cells that `out` lacks, and write the table and the figure.
 
-    A cell of other weights or another protocol than now is done again. `study` is a recipe whose
-    published figures stand beside the cells' own. Raises UserError for cells that cannot be
-    compared, before the first is drawn.
+    Returns the table as text. Cells with other weights or another protocol are computed again.
+    `study` is a recipe whose published figures are listed beside the cells' own. Raises UserError
+    for cells that cannot be compared, before the first one is drawn.
     """
-    by_run = judges(list({cell.run.name: cell.run for cell in cells}.values()))
+    by_run = open_scorers(list({cell.run.name: cell.run for cell in cells}.values()))
     protocols = [by_run[cell.run.name].evaluator.protocol_of_run(cell.config) for cell in cells]
-    shared = one_protocol(cells, protocols)
+    shared = shared_protocol(cells, protocols)
     loaded: tuple[str, str] | None = None
     params, step, digest = None, 0, ""
     for k, (cell, protocol) in enumerate(zip(cells, protocols, strict=True), start=1):
         evaluator, mesh = by_run[cell.run.name]
         if loaded != (cell.run.name, cell.config.sample.weights):
-            params = None  # the old ones may go before the new ones come
+            params = None  # frees the old weights before the new ones are loaded
             params, step = opening.load_weights(
                 cell.config, make_task(cell.config), cell.run.folder, mesh, at
             )
             digest = opening.digest(params)
             loaded = (cell.run.name, cell.config.sample.weights)
         folder = out / CELLS / cell.name
-        stands = {
+        identity = {
             "protocol_hash": atomic.protocol_hash(protocol),
             "step": step,
             "params_sha256": digest,
         }
-        missing = is_primary() and not _is_done(folder, stands, protocol)
+        missing = is_primary() and not _is_done(folder, identity, protocol)
         if processes.broadcast_ranges([(0, 1)] if missing else []):
             model = {"run": cell.run.name, "step": step, "params_sha256": digest}
             found = evaluator.of_run(cell.config, params, folder, model)
@@ -256,7 +265,7 @@ def run_grid(
                 record = {
                     "name": cell.name,
                     "run": cell.run.name,
-                    **stands,
+                    **identity,
                     "settings": cell.settings,
                     "sampling_gflops": cell.gflops,
                     "metrics": found.metrics,
@@ -266,33 +275,35 @@ def run_grid(
                 }
                 atomic.write_json(folder / EVALUATION_FILE, record)
                 value = number(found.metrics.get(evaluator.distance))
-                _tell(f"[{k}/{len(cells)}] {cell.name}: {evaluator.distance} {value}")
-        processes.barrier()  # the others have read the samples
+                _log(f"[{k}/{len(cells)}] {cell.name}: {evaluator.distance} {value}")
+        processes.barrier()  # until all processes have read the samples
         if is_primary() and not keep_samples:
             (folder / results.SAMPLES_FILE).unlink(missing_ok=True)
     return _report(cells, out, shared, evaluator.distance, evaluator.reference.name, study)
 
 
-def _is_done(folder: Path, stands: Mapping[str, Any], protocol: Mapping[str, Any]) -> bool:
-    """Whether the cell is there as it would be made now; a stale one is told of."""
+def _is_done(folder: Path, identity: Mapping[str, Any], protocol: Mapping[str, Any]) -> bool:
+    """Return whether the cell on disk is the one that would be made now. Logs a stale one."""
     path = folder / EVALUATION_FILE
     if not path.exists():
         return False
     try:
         record = read_cell(path)
     except UserError as error:
-        _tell(f"{error} It is done again.")
+        _log(f"{error} It is computed again.")
         return False
-    if all(record[key] == value for key, value in stands.items()):
+    if all(record[key] == value for key, value in identity.items()):
         return True
-    was, now = ({**each["protocol"], **each} for each in (record, {"protocol": protocol, **stands}))
+    was, now = (
+        {**each["protocol"], **each} for each in (record, {"protocol": protocol, **identity})
+    )
     keys = [key for key in (*protocol, "step", "params_sha256") if was.get(key) != now[key]]
-    changes = ", ".join(f"{key} {_brief(was.get(key))}, now {_brief(now[key])}" for key in keys)
-    _tell(f"{folder.name} is stale ({changes or 'another protocol'}): it is done again.")
+    changes = ", ".join(f"{key} {_shorten(was.get(key))}, now {_shorten(now[key])}" for key in keys)
+    _log(f"{folder.name} is stale ({changes or 'another protocol'}): it is computed again.")
     return False
 
 
-def _brief(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return str(value)[:12]
 
 
@@ -311,27 +322,29 @@ _RECORD = {
 
 
 def read_cell(path: Path) -> dict[str, Any]:
-    """A cell's evaluation.json, null metrics as NaN. Raises UserError for a damaged one."""
+    """Read a cell's evaluation.json, null metrics as NaN. Raises UserError for a damaged one."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         whole = all(isinstance(record[key], kind) for key, kind in _RECORD.items())
         metrics = {k: math.nan if v is None else float(v) for k, v in record["metrics"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no whole cell ({type(error).__name__}: {error}).") from None
+        raise UserError(
+            f"{path} is not a complete cell ({type(error).__name__}: {error})."
+        ) from None
     if not whole:
-        raise UserError(f"{path} is no whole cell.")
+        raise UserError(f"{path} is not a complete cell.")
     return {**record, "metrics": metrics}
 
 
 def _report(
-    cells: Sequence[Cell],
+    cells: Sequence[GridCell],
     out: Path,
     shared: Mapping[str, Any],
     metric: str,
     reference: str,
     study: Config | None = None,
 ) -> str:
-    """grid.csv, grid.json, grid.txt and pareto.png from the cells on disk; the text."""
+    """Write grid.csv, .json, .txt and pareto.png from the cells on disk. Returns the text."""
     if not is_primary():
         return ""
     records = [read_cell(out / CELLS / cell.name / EVALUATION_FILE) for cell in cells]
@@ -343,7 +356,7 @@ def _report(
         for record in records
     ]
     text = grid_text(outcomes, metric, shared, reference)
-    rows = scored(cells, records, study, varying(outcomes)) if study else []
+    rows = compare_to_published(cells, records, study, varying(outcomes)) if study else []
     if rows:
         text = f"{text}\n\n{scored_text(rows)}"
     on_front = front(outcomes, metric)
@@ -367,14 +380,17 @@ def _report(
     return text
 
 
-def scored(
-    cells: Sequence[Cell], records: Sequence[Mapping[str, Any]], study: Config, axes: Sequence[str]
+def compare_to_published(
+    cells: Sequence[GridCell],
+    records: Sequence[Mapping[str, Any]],
+    study: Config,
+    axes: Sequence[str],
 ) -> list[Scored]:
-    """The cells with a figure published in `study`, named by run and `axes`, beside that figure."""
+    """Return the cells that have a figure published in `study`, named by run and `axes`."""
     found = []
     for cell, record in zip(cells, records, strict=True):
         c = cell.config
-        # A figure of so many steps is of a checkpoint at them, however long its run went on.
+        # A figure after N steps belongs to the checkpoint at step N, even if the run is longer.
         c = dataclasses.replace(c, train=dataclasses.replace(c.train, steps=record["step"]))
         if published := published_of(study, c):
             words = [f"{axis}={setting_text(cell.settings[axis])}" for axis in axes]
@@ -397,8 +413,8 @@ def scored(
     return scored_rows(cast(list[results.Result], found))
 
 
-def _study(text: str) -> Config:
-    """The recipe that --published names. Raises UserError for one without published figures."""
+def _load_published(text: str) -> Config:
+    """Load the recipe that --published names. Raises UserError if it has no published figures."""
     study = read(cli.load_recipe([f"--config={text}"]))
     if not study.sweep.published:
         raise UserError(
@@ -408,12 +424,12 @@ def _study(text: str) -> Config:
     return study
 
 
-def _tell(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def open_runs(words: str, configs: Callable[[Path], Config]) -> list[Run]:
-    """Runs of a comma list; a sweep's directory stands for all of its runs. Raises UserError."""
+    """Open a comma list of runs; a sweep's directory means all of its runs. Raises UserError."""
     folders: list[Path] = []
     for word in words.split(","):
         folder = Path(word)
@@ -434,7 +450,7 @@ def open_runs(words: str, configs: Callable[[Path], Config]) -> list[Run]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, of those that clash with as many parents as tell them apart."""
+    """Return the folders' names; clashing ones get as many parents as make them unique."""
     if len(set(folders)) < len(folders):
         raise UserError("--workdir names a run twice: give each once.")
     depths = [1] * len(folders)
@@ -449,19 +465,19 @@ def _names(folders: Sequence[Path]) -> list[str]:
         for i in clashes:
             depths[i] += 1
             if depths[i] > len(folders[i].parts):
-                raise UserError(f"--workdir: {folders[i]} cannot be told from another by its name.")
+                raise UserError(f"--workdir: {folders[i]} has the name of another run: rename it.")
 
 
-def _values(axis: str, words: str) -> tuple[Any, ...]:
+def _parse_values(axis: str, words: str) -> tuple[Any, ...]:
     read = []
     for word in words.split(","):
         try:
-            value = AXES[axis].read(word.strip())
+            value = AXES[axis].parse(word.strip())
         except ValueError:
             value = ""
         if value == "" or value != value:
             raise UserError(
-                f"--{axis}={words}: {word!r} is none of its values; expected a comma list,"
+                f"--{axis}={words}: {word!r} is not a value of this axis; expected a comma list,"
                 f" each: {AXES[axis].text}."
             )
         read.append(value)
@@ -471,9 +487,10 @@ def _values(axis: str, words: str) -> tuple[Any, ...]:
 def _parser() -> cli.Parser:
     parser = cli.parser(
         "grid",
-        "Scores of runs at every combination of the axes given: a table, and quality against the"
-        " Gflops of sampling. Every axis takes a comma list; one not given stays at the run's"
-        " recipe. --config.KEY=VALUE changes it for all cells. The same command again goes on.",
+        "Score runs at every combination of the given axes: a table, and a plot of quality against"
+        " the Gflops of sampling. Every axis takes a comma list; an axis that is not given keeps"
+        " the value of the run's recipe. --config.KEY=VALUE changes the recipe for all cells. The"
+        " same command again resumes.",
         config=False,
     )
     parser.add_argument(
@@ -481,7 +498,7 @@ def _parser() -> cli.Parser:
     )
     for axis, (_, text) in AXES.items():
         parser.add_argument(f"--{axis}", help=f"{text} (config.sample.{axis})")
-    parser.add_argument("--num", type=int, help="samples a cell (config.evaluate.num_samples)")
+    parser.add_argument("--num", type=int, help="samples per cell (config.evaluate.num_samples)")
     for flag, text in FLAGS.items():
         parser.add_argument(f"--{flag}", default="", help=text)
     cli.add_step(parser)
@@ -489,14 +506,14 @@ def _parser() -> cli.Parser:
         "--published",
         default="",
         metavar="FILE[:ARG]",
-        help="a recipe with published figures (experiments/paper): they stand beside the cells'",
+        help="a recipe with published figures (experiments/paper) to list beside the cells",
     )
-    parser.add_argument("--out", default="", help="where to write (default: RUN/grid)")
+    parser.add_argument("--out", default="", help="output folder (default: RUN/grid)")
     parser.add_argument(
         "--keep_samples",
         action="store_true",
-        help="keep each cell's samples.npz (50,000 of 256x256 are 9.8 GB); without it a picture of"
-        " the first ones stays",
+        help="keep each cell's samples.npz (50,000 of 256x256 are 9.8 GB); default: only a picture"
+        " of the first samples",
     )
     parser.add_argument("--dry_run", action="store_true", help="list the cells and their cost")
     cli.add_processes(parser)
@@ -504,15 +521,16 @@ def _parser() -> cli.Parser:
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
+    """Run the command. Raises UserError."""
     if any(word.startswith("--config=") for word in argv):
         raise UserError(
-            "--config=FILE: a grid takes each run's own recipe; change keys of it with"
-            " --config.KEY=VALUE."
+            "--config=FILE: a grid uses each run's recipe; change its keys with --config.KEY=VALUE."
         )
     args, _ = _parser().parse_known_args(argv)
     given = {
-        axis: _values(axis, words) for axis in AXES if (words := getattr(args, axis)) is not None
+        axis: _parse_values(axis, words)
+        for axis in AXES
+        if (words := getattr(args, axis)) is not None
     }
     evaluate = {flag: getattr(args, flag) for flag in FLAGS if getattr(args, flag)}
     if args.num is not None:
@@ -530,13 +548,13 @@ def main(argv: list[str]) -> int:
     out = Path(args.out or trained[0].folder / "grid")
     if out.exists() and not out.is_dir():  # before hours of work, not after
         raise UserError(f"--out={out} is a file: give a folder.")
-    study = _study(args.published) if args.published else None
+    study = _load_published(args.published) if args.published else None
     cells, notes = plan(trained, given)
     if is_primary():
         for note in notes:
-            _tell(note)
+            _log(note)
     if args.dry_run:
-        print(_forecast(cells, out))
+        print(_cost_table(cells, out))
         return 0
     text = run_grid(cells, out, at=args.step, keep_samples=args.keep_samples, study=study)
     if is_primary():
@@ -545,16 +563,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _forecast(cells: Sequence[Cell], out: Path) -> str:
-    """The cells and what they cost; of one on disk it is not known yet whether it is stale."""
+def _cost_table(cells: Sequence[GridCell], out: Path) -> str:
+    """Return a table of the cells and their cost. A cell on disk may still turn out stale."""
     width = max(len(cell.name) for cell in cells)
     lines = [f"{'cell':<{width}} {'Gflops':>10} {'samples':>9} {'Pflops':>10}  on disk"]
     for cell in cells:
         num = cell.config.evaluate.num_samples
-        there = (out / CELLS / cell.name / EVALUATION_FILE).exists()
+        exists = (out / CELLS / cell.name / EVALUATION_FILE).exists()
         lines.append(
             f"{cell.name:<{width}} {cell.gflops:>10.4g} {num:>9,}"
-            f" {cell.gflops * num / 1e6:>10.4g}  {'yes' if there else 'no'}"
+            f" {cell.gflops * num / 1e6:>10.4g}  {'yes' if exists else 'no'}"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""python -m ditjax.plan: the memory, speed and cost of a recipe on a machine that is not here."""
+"""python -m ditjax.plan: memory, speed and cost of a recipe on a machine that is not at hand."""
 
 import itertools
 import json
@@ -27,26 +27,30 @@ def main(argv: list[str]) -> int:
     """Run the command: return 0 if the recipe fits, 1 if it does not."""
     parser = cli.parser(
         "plan",
-        "Compile the real train step for TPUs or GPUs that are not here, and print memory,"
+        "Compile the real train step for TPUs or GPUs that are not at hand, and print memory,"
         " collectives, time and cost. The exit status is 0 if it fits, 1 if it does not.",
     )
     parser.add_argument(
         "--topology", required=True, help="CHIP:SHAPE of one slice, such as v5e:16x16 or h100:8"
     )
     parser.add_argument(
-        "--mesh", default="", help="such as data=16,fsdp=16, short for --config.mesh.*"
+        "--mesh", default="", help="such as data=16,fsdp=16; abbreviates --config.mesh.*"
     )
-    parser.add_argument("--steps", type=int, default=0, help="steps to cost; 0: the recipe's")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="steps to cost (default: the recipe's)"
+    )
     parser.add_argument("--out", default="", help=f"folder for {PLAN_FILE} and compiled results")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument(
         "--search", action="store_true", help="try and rank meshes, remat and batch sizes"
     )
-    parser.add_argument("--limit", type=int, default=12, help="compilations of --search")
+    parser.add_argument(
+        "--limit", type=int, default=12, help="with --search: compile at most this many plans"
+    )
     parser.add_argument(
         "--batches",
         default="",
-        help="batch sizes of --search, such as 512,1024; default: the recipe's, 2x and 4x",
+        help="with --search: batch sizes, such as 512,1024 (default: the recipe's, 2x and 4x)",
     )
     args, c = cli.parse(parser, [*argv, *_mesh_flags(parser.parse_known_args(argv)[0].mesh)])
     if args.steps < 0 or args.limit < 1:
@@ -67,7 +71,7 @@ def main(argv: list[str]) -> int:
     if not plan["memory"]["fits"]:
         plan["smallest"] = smallest_that_fits(c, topology, steps, cache)
         if not args.json:
-            print(_smallest_words(plan["smallest"], topology))
+            print(_smallest_text(plan["smallest"], topology))
     if args.json:
         print(json.dumps(plan, indent=1))
     if out:
@@ -87,7 +91,7 @@ def _mesh_flags(text: str) -> list[str]:
 def smallest_that_fits(
     c: Config, topology: Topology, steps: int, cache: Path | None
 ) -> dict[str, Any] | None:
-    """The plan on the smallest slice, from this one on, that the recipe's batch fits, if any.
+    """Return the plan on the smallest slice, from this one on, that the recipe fits, or None.
 
     On each slice the mesh that splits the state most is tried: fsdp as large as the network and the
     batch allow, and data the rest. The other axes and remat are the recipe's.
@@ -106,18 +110,18 @@ def smallest_that_fits(
 
 
 def most_sharded(c: Config, topology: Topology) -> Config | None:
-    """The recipe with the largest legal fsdp on a topology, or None."""
+    """Return the recipe with the largest legal fsdp on a topology, or None."""
     rest = c.mesh.tensor * c.mesh.context
     count = topology.chips * topology.chip.cores
     for fsdp in reversed(divisors(count // rest) if count % rest == 0 else []):
         candidate = changed(c, {"mesh": {"data": count // rest // fsdp, "fsdp": fsdp}})
-        if not why_illegal(candidate, topology):
+        if not mesh_error(candidate, topology):
             return candidate
     return None
 
 
-def why_illegal(c: Config, topology: Topology) -> str:
-    """The reason why a recipe's mesh is illegal on a topology, or ''."""
+def mesh_error(c: Config, topology: Topology) -> str:
+    """Return the error of a recipe's mesh on a topology, or '' if it is legal."""
     try:
         mesh = mesh_of(c, machines.devices(topology, c.mesh.slices))
         training(c, make_task(c, mesh), mesh)
@@ -126,10 +130,10 @@ def why_illegal(c: Config, topology: Topology) -> str:
     return ""
 
 
-def _smallest_words(plan: dict[str, Any] | None, topology: Topology) -> str:
+def _smallest_text(plan: dict[str, Any] | None, topology: Topology) -> str:
     if plan is None:
         return (
-            f"no shape of {topology.chip.name} from this one on fits the recipe: try"
+            f"the recipe fits no shape of {topology.chip.name} from this one on: try"
             " --config.model.remat=full, more microbatches or a smaller batch, or --search"
         )
     return (
@@ -139,9 +143,9 @@ def _smallest_words(plan: dict[str, Any] | None, topology: Topology) -> str:
 
 
 def candidates(c: Config, topology: Topology, batches: Sequence[int]) -> Iterator[Config]:
-    """Yield every mesh over data, fsdp and tensor with each remat and batch, best ones first.
+    """Yield every mesh over data, fsdp and tensor with each remat and batch, the best first.
 
-    They are sorted by a closed form of the time per image: the products including what remat
+    They are sorted by a closed form of the time per image: the products, including those that remat
     repeats, and the bytes of ideal FSDP and of the gradients' all-reduce over data.
     """
     count = topology.chips * topology.chip.cores
@@ -225,7 +229,7 @@ def _search(
 
 
 def _hopeless(c: Config, plans: Sequence[Mapping[str, Any]]) -> str:
-    """The reason why a candidate cannot fit, given the plans that did not, or ''.
+    """Return why a candidate cannot fit, given the plans that do not fit, or ''.
 
     The live activations are the same on any mesh with the same `tensor`, and not smaller with
     weaker remat or a larger batch. They are what a plan needs beyond the state, and beyond the
@@ -248,7 +252,7 @@ def _hopeless(c: Config, plans: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _rank(plan: dict[str, Any]) -> tuple[bool, float]:
-    """Sort key: plans that fit first, then by images per second with nothing hidden."""
+    """Sort key: plans that fit first, then images per second without overlap."""
     if "roofline" not in plan:
         return True, plan["memory"]["peak_bytes"]
     rate = plan["roofline"]["images_a_second"]["sequential"]

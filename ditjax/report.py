@@ -1,10 +1,10 @@
-"""A table, plots and laws from any number of result.json, and one HTML page with all of them.
+"""python -m ditjax.report: table, plots and scaling laws of finished runs, on one HTML page.
 
     python -m ditjax.report --runs=DIR[,DIR...] [--out=DIR/report] [--metric=fd_digits]
 
 Results of different protocols never share a curve: each protocol hash is a group with its own plots
-and its own fits. Whatever is wrong with a result is listed on the page and in the terminal, so that
-no faulty run is silently averaged in or dropped.
+and fits. Every problem with a result is listed on the page and in the terminal, so that no faulty
+run is silently averaged in or dropped.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ from ditjax.runs.results import find_results, split_folders
 
 @dataclass(frozen=True)
 class Summary:
-    """What a report found and wrote. `text` is the page's version for a terminal."""
+    """The content and files of a report. `text` is the page's version for a terminal."""
 
     out_dir: Path
     page: Path
@@ -48,10 +48,14 @@ class Summary:
 
 def main(argv: list[str]) -> int:
     """Print the table and the path of the page. Raises UserError."""
-    parser = cli.parser("report", "Table, plots, fits and a page of finished runs.", config=False)
+    parser = cli.parser(
+        "report", "Write a table, plots and fits of finished runs, on one HTML page.", config=False
+    )
     parser.add_argument("--runs", required=True, help="folders of sweeps or runs, comma-separated")
-    parser.add_argument("--out", help="folder of the report (default: report/ in the first folder)")
-    parser.add_argument("--metric", help="the metric to fit laws to (default: fid, else fd_digits)")
+    parser.add_argument("--out", help="output folder (default: report/ in the first folder)")
+    parser.add_argument(
+        "--metric", help="metric to fit laws to (default: fid if present, else fd_digits)"
+    )
     arguments = parser.parse_args(argv)
     folders = split_folders(arguments.runs)
     out_dir = Path(arguments.out) if arguments.out else folders[0] / "report"

@@ -1,4 +1,4 @@
-"""python -m ditjax.sample: images from a run or from weights: PNG grid, npz, and what made them."""
+"""python -m ditjax.sample: draw images from a run or from weights, as a PNG grid and an npz."""
 
 import argparse
 import dataclasses
@@ -16,18 +16,18 @@ from ditjax.sampling.pipeline import (
     PRECISIONS,
     Pipeline,
     Source,
-    open_run,
+    open_run_source,
     open_source,
     precision_keys,
 )
 
 SAMPLES = "samples.npz"
 GRID_IMAGES = 100
-MIN_GRID_SIDE = 32  # pixels of one image in a grid, enlarged if it is smaller
+MIN_GRID_SIDE = 32  # pixels; smaller images are enlarged in the grid
 
 
-def save(folder: Path, record: Mapping[str, Any]) -> None:
-    """samples.png and samples.json of the samples.npz that is there."""
+def save_sample_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write samples.png and samples.json beside the samples.npz in `folder`."""
     images, _ = load_samples(folder / SAMPLES, GRID_IMAGES)
     classes = record["classes"]
     columns = min(len(images), 10 if classes is None else max(1, min(len(classes), 10)))
@@ -36,43 +36,47 @@ def save(folder: Path, record: Mapping[str, Any]) -> None:
     write_json(folder / "samples.json", record)
 
 
-# Flags that are short for keys of the recipe.
+# Flags that abbreviate keys of the recipe.
 _FLAGS: Mapping[str, tuple[str, Any, str]] = {
     "num": ("sample.num", int, "images to draw"),
-    "cfg_scale": ("sample.cfg_scale", float, "guidance scale; 1 is none"),
+    "cfg_scale": ("sample.cfg_scale", float, "guidance scale; 1 means no guidance"),
     "cfg_channels": ("sample.cfg_channels", str, "guided channels: three (the release) or all"),
-    "steps": ("sample.steps", str, "sampling steps: 250, ddim50 or counts as 10,15,20"),
+    "steps": ("sample.steps", str, "sampling steps: 250, ddim50, or counts such as 10,15,20"),
     "sampler": ("sample.sampler", str, "ddpm or ddim"),
-    "eta": ("sample.eta", float, "DDIM's noise, from 0 to 1"),
-    "batch_size": ("sample.batch_size", int, "images at a time, over all devices"),
-    "seed": ("seed", int, "image i depends on (seed, i) alone"),
+    "eta": ("sample.eta", float, "noise of DDIM, from 0 to 1"),
+    "batch_size": ("sample.batch_size", int, "images per batch, over all devices"),
+    "seed": ("seed", int, "image i depends only on (seed, i)"),
 }
 
 
 def _parser() -> cli.Parser:
-    parser = cli.parser("sample", "Draws images from a run or from published weights.")
+    parser = cli.parser("sample", "Draw images from a run or from published weights.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", default="", help="a run's directory")
     source.add_argument(
         "--weights",
         default="",
-        help="a DiT's weights (.pt, .safetensors) or a diffusers folder, of a DiT or a DiTPipeline",
+        help="DiT weights (.pt, .safetensors), or a diffusers folder with a DiT or a DiTPipeline",
     )
-    parser.add_argument("--autoencoder", default="", help="the autoencoder of latent --weights")
-    parser.add_argument("--out", default="", help="where to write (default: WORKDIR/drawn)")
     parser.add_argument(
-        "--classes", default="", help="classes to cycle through, as 207,n02099601,golden_retriever"
+        "--autoencoder", default="", help="the autoencoder, if the --weights are of a latent DiT"
+    )
+    parser.add_argument("--out", default="", help="output folder (default: WORKDIR/drawn)")
+    parser.add_argument(
+        "--classes",
+        default="",
+        help="classes to cycle through, such as 207,n02099601,golden_retriever",
     )
     for flag, (key, kind, text) in _FLAGS.items():
         parser.add_argument(f"--{flag}", type=kind, help=f"{text} (config.{key})")
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="float32 (exact: what --weights get unasked), fast (the backend's rounded products of"
-        " float32) or bfloat16",
+        help="float32 (exact; the default for --weights), fast (float32 with the backend's rounded"
+        " products) or bfloat16",
     )
     cli.add_step(parser)
-    cli.add_reading_of_weights(parser)
+    cli.add_weights_options(parser)
     cli.add_processes(parser)
     return parser
 
@@ -90,12 +94,12 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
+    """Run the command. Raises UserError."""
     opened: list[Source] = []
 
     def recorded(args: argparse.Namespace) -> Mapping[str, Any]:
         if args.workdir:
-            opened.append(open_run(args.workdir, args.step))
+            opened.append(open_run_source(args.workdir, args.step))
         else:
             opened.append(
                 open_source(
@@ -118,7 +122,7 @@ def main(argv: list[str]) -> int:
     num = config.sample.num
     record = pipeline.write(folder / SAMPLES, args.classes, num=num, batch_size=args.batch_size)
     if is_primary():
-        save(folder, record)
+        save_sample_record(folder, record)
         print(f"{num} images in {folder}: samples.png, samples.npz, samples.json")
     return 0
 

@@ -1,4 +1,4 @@
-"""python -m ditjax.sweep: the runs of a study: train, evaluate, one result.json each, report."""
+"""python -m ditjax.sweep: train and evaluate every run of a study, then write its report."""
 
 import argparse
 import contextlib
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ditjax import cli
-from ditjax.config import migrated
+from ditjax.config import Config, migrated
 from ditjax.errors import FaultError, StoppedError, UserError, one_line
-from ditjax.evaluate import model_record, save
+from ditjax.evaluate import model_record, save_evaluation
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files import atomic, lease
 from ditjax.machines import costs
@@ -37,16 +37,16 @@ from ditjax.studies.cells import (
     cells,
     check_result,
     check_same_study,
-    chosen,
-    record,
+    select_cells,
+    study_record,
 )
 from ditjax.studies.words import OF_A_METRIC
 from ditjax.tasks import make_task
 from ditjax.train import train
 
-LEASE = ".sweep.lease"  # of the study: an array job's cells are each their own
-ORPHAN_SECONDS = 60.0  # for a cell to save what it has when its sweep is gone
-# Which cells: what several processes of one study may differ in.
+LEASE = ".sweep.lease"  # of a whole study; the cells of an array job take only their own leases
+ORPHAN_SECONDS = 60.0  # time for a cell to save a checkpoint when its sweep is gone
+# The flags that select cells: processes of one study may differ in them.
 SELECTION = ("models", "cells", "shard", "failed")
 
 
@@ -54,28 +54,28 @@ SELECTION = ("models", "cells", "shard", "failed")
 def run_cell(
     cell: Cell, workdir: Path, *, waits: bool = False, begin: Callable[[], object] | None = None
 ) -> None:
-    """Trains and evaluates one cell; a cell that has its result is left as it is.
+    """Train and evaluate one cell. A cell that has its result is left unchanged.
 
-    Before it begins `begin` is called, by the first process. Raises UserError where another process
-    is at it: with `waits` its end is waited for.
+    The first process calls `begin` before the work starts. If another process works on the cell,
+    `waits` makes this call wait for it. Raises UserError if it is still busy.
     """
     folder = rundir.inside(workdir / rundir.RUNS, cell.name)
     if _is_done(cell, folder):
         return
-    opening.own(folder, waits=waits)
+    opening.acquire_lease(folder, waits=waits)
     if _is_done(cell, folder):
         return
     if begin and is_primary():
         begin()
-    with _noted(folder), stopping.raise_on_sigterm():  # while it trains, `train` hears the signal
-        _make(cell, folder)
+    with _record_failure(folder), stopping.raise_on_sigterm():  # in training, `train` handles it
+        _train_and_evaluate(cell, folder)
 
 
 @contextlib.contextmanager
-def _noted(folder: Path) -> Iterator[None]:
-    """How a cell ends that comes to no result stands in its folder."""
+def _record_failure(folder: Path) -> Iterator[None]:
+    """Record in a cell's folder how it failed or stopped."""
     if is_primary():
-        status.forget_ending(folder)
+        status.clear_ending(folder)
     try:
         yield
     except Exception as error:
@@ -83,11 +83,12 @@ def _noted(folder: Path) -> Iterator[None]:
             stops = isinstance(error, StoppedError)
             known = stops or isinstance(error, UserError | FaultError)
             line = str(error) if known else f"{type(error).__name__}: {error}"
-            status.note_ending(folder, status.STOPPED if stops else status.FAILED, line)
+            status.record_ending(folder, status.STOPPED if stops else status.FAILED, line)
         raise
 
 
-def _make(cell: Cell, folder: Path) -> None:
+def _train_and_evaluate(cell: Cell, folder: Path) -> None:
+    """Train and evaluate a cell, and write its result.json."""
     c = cell.config
     mesh = mesh_of(c)
     task = make_task(c, mesh)
@@ -95,7 +96,9 @@ def _make(cell: Cell, folder: Path) -> None:
     trained = train(c, folder, evaluator)
     model = model_record(folder, trained.step, trained.params)
     evaluated = evaluator.of_run(c, trained.params, folder, model)
-    save(folder, trained.step, evaluated.metrics, evaluated.protocol, evaluated.reference)
+    save_evaluation(
+        folder, trained.step, evaluated.metrics, evaluated.protocol, evaluated.reference
+    )
     described = task.cost.description if task.cost else {}
     result: results.Result = {
         "schema": 1,
@@ -125,7 +128,7 @@ def _make(cell: Cell, folder: Path) -> None:
         "metrics": evaluated.metrics,
         "protocol": evaluated.protocol,
         "protocol_hash": atomic.protocol_hash(evaluated.protocol),
-        "environment": environment(os.environ.get(_COMMAND) or _typed(sys.argv[1:])),
+        "environment": environment(os.environ.get(_COMMAND) or _typed_command(sys.argv[1:])),
         "config": cell.recipe,
     }
     if cell.published:
@@ -140,54 +143,57 @@ def _is_done(cell: Cell, folder: Path) -> bool:
 
 
 def has_result(cell: Cell, folder: Path) -> bool:
-    """Whether the cell's result is there, whole; a damaged one is told of, and made again.
+    """Return whether the cell has a sound result. Logs a damaged one, which is then made again.
 
-    Raises UserError for the result of another recipe.
+    Raises UserError for a result of another recipe.
     """
     if not (folder / results.RESULT_FILE).exists():
         return False
     try:
         found = results.read_result(folder)
     except UserError as error:
-        print(one_line(f"{error} It is made again."), file=sys.stderr, flush=True)
+        print(one_line(f"{error} The cell is run again."), file=sys.stderr, flush=True)
         return False
     check_result(cell, folder, found)
     return True
 
 
-_COMMAND = "DITJAX_SWEEP_COMMAND"  # the command that a person typed, told to the cells it started
+_COMMAND = "DITJAX_SWEEP_COMMAND"  # the command as typed, for the processes of its cells
 
 
-def _typed(argv: Sequence[str]) -> str:
-    machines = ("--coordinator", "--processes", "--process")
-    return typed("sweep", argv, drop=machines, folders=("--workdir",))
+def _typed_command(argv: Sequence[str]) -> str:
+    """Return the command as typed, without the flags that name machines."""
+    machine_flags = ("--coordinator", "--processes", "--process")
+    return typed("sweep", argv, drop=machine_flags, folders=("--workdir",))
 
 
-class _Running(NamedTuple):
+class _Job(NamedTuple):
+    """A cell's process and the CPU cores it runs on."""
+
     cell: Cell
     process: subprocess.Popen[bytes]
     cpus: frozenset[int]
 
 
-def run_grid(
-    grid: list[Cell], workdir: Path, argv: list[str], jobs: int, command: str = ""
+def run_cells(
+    study: list[Cell], workdir: Path, argv: list[str], jobs: int, command: str = ""
 ) -> list[Cell]:
-    """Runs the cells without a result, `jobs` processes at once; returns those that failed.
+    """Run the cells that have no result, `jobs` processes at a time. Returns those that failed.
 
-    `argv` is the recipe and where to, `command` what a person typed. The dearest start first, so
-    that the last to finish is small. On CPUs each job keeps to its share of the cores: small
-    networks gain more from that than from threads.
+    `argv` holds the recipe and --workdir, `command` what the user typed. The most expensive cells
+    start first, so that the last ones to finish are small. On CPUs each job stays on its share of
+    the cores: small networks gain more from that than from threads.
     """
-    left = [cell for cell in grid if not _is_left_alone(cell, workdir)]
-    if len(left) < len(grid):
-        print(f"{len(grid) - len(left)} of {len(grid)} cells are done already", file=sys.stderr)
+    left = [cell for cell in study if not _needs_no_process(cell, workdir)]
+    if len(left) < len(study):
+        print(f"{len(study) - len(left)} of {len(study)} cells are already done", file=sys.stderr)
     waiting = by_work(left)
     ours = cores()
     jobs = max(1, min(jobs, len(waiting)))
     free = [frozenset(ours[i::jobs]) for i in range(jobs)]
-    running: list[_Running] = []
+    running: list[_Job] = []
     failed: list[Cell] = []
-    total = sum(cell.training_gflops for cell in grid)
+    total = sum(cell.training_gflops for cell in study)
     done = total - sum(cell.training_gflops for cell in left)
     progress = Progress("sweep", 100, "% of the work", every_seconds=20.0)
     began = time.monotonic()
@@ -200,7 +206,7 @@ def run_grid(
                 running.remove(job)
                 free.append(job.cpus)
                 done += job.cell.training_gflops
-                if not _tell(job, workdir, time.monotonic() - began):
+                if not _log_end(job, workdir, time.monotonic() - began):
                     failed.append(job.cell)
             share = done + sum(_progress(job, workdir) for job in running)
             progress.report(min(99.0, 100 * share / total))
@@ -209,53 +215,57 @@ def run_grid(
             job.process.terminate()
         for job in running:
             job.process.wait()
-            _note(job, workdir, status.STOPPED, "the sweep was stopped")
+            _record_end(job, workdir, status.STOPPED, "the sweep was stopped")
     progress.report(100)
     return failed
 
 
-def _is_left_alone(cell: Cell, workdir: Path) -> bool:
-    """Whether it needs no process; what is wrong with it is told by its own."""
+def _needs_no_process(cell: Cell, workdir: Path) -> bool:
+    """Return whether a cell is done. If its result is wrong, its own process reports the error."""
     try:
         return has_result(cell, workdir / rundir.RUNS / cell.name)
     except UserError:
         return False
 
 
-def _start(cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int], told: str) -> _Running:
+def _start(
+    cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int], typed_command: str
+) -> _Job:
+    """Start the process of a cell on some CPU cores."""
     folder = rundir.inside(workdir / rundir.RUNS, cell.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        status.forget_ending(folder)
+        status.clear_ending(folder)
         log = (folder / rundir.LOG_FILE).open("ab")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}.") from None
     command = [sys.executable, "-m", "ditjax.sweep", *argv, f"--index={cell.number}"]
-    env = {**os.environ, _COMMAND: told}
+    env = {**os.environ, _COMMAND: typed_command}
     ours = cores()
     try:
-        # A child inherits the cores; setting them after a fork is unsafe under JAX's threads.
+        # A child inherits the cores; setting them after a fork is unsafe with JAX's threads.
         if cpus:
             os.sched_setaffinity(0, cpus)
         with log:
-            # Nothing is written to its input: that ends when this process does, however it ends.
+            # Nothing is written to its stdin, which closes when this process ends, however it ends.
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env
             )
     finally:
         if cpus:
             os.sched_setaffinity(0, ours)
-    return _Running(cell, process, cpus)
+    return _Job(cell, process, cpus)
 
 
-def _progress(job: _Running, workdir: Path) -> float:
+def _progress(job: _Job, workdir: Path) -> float:
+    """Return the training Gflops that a running cell has done."""
     step = last_metrics(workdir / rundir.RUNS / job.cell.name).get("step", 0)
     share = step / job.cell.config.train.steps
     return job.cell.training_gflops * 0.9 * share  # the rest is evaluation
 
 
-def _tell(job: _Running, workdir: Path, seconds: float) -> bool:
-    """One line of a cell that has ended. Returns whether it has its result."""
+def _log_end(job: _Job, workdir: Path, seconds: float) -> bool:
+    """Log the end of a cell's process in one line. Returns whether the cell has its result."""
     folder, code, found = workdir / rundir.RUNS / job.cell.name, job.process.returncode, None
     if job.process.stdin:
         job.process.stdin.close()
@@ -273,27 +283,29 @@ def _tell(job: _Running, workdir: Path, seconds: float) -> bool:
         ended = f"FAILED (status {code})" if code else "stopped before its end"
         line = f"{job.cell.name} {ended}: {why}"
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-        _note(job, workdir, status.FAILED if code else status.STOPPED, f"{how}; its log: {why}")
+        _record_end(
+            job, workdir, status.FAILED if code else status.STOPPED, f"{how}; its log: {why}"
+        )
     print(one_line(f"[{seconds:4.0f} s] {line}"), file=sys.stderr, flush=True)
     return found is not None
 
 
-def _note(job: _Running, workdir: Path, how: str, line: str) -> None:
-    """For a process that could not say how it ended, as one that was killed."""
+def _record_end(job: _Job, workdir: Path, how: str, line: str) -> None:
+    """Record the end of a process that could not do so itself, such as a killed one."""
     folder = workdir / rundir.RUNS / job.cell.name
     if (folder / results.RESULT_FILE).exists() or status.read_ending(folder):
         return
-    if not lease.holders([folder / lease.FILE], 0.0):  # nobody else is at it
-        status.note_ending(folder, how, line)
+    if not lease.holders([folder / lease.FILE], 0.0):  # no other process works on it
+        status.record_ending(folder, how, line)
 
 
-def _end_with_the_sweep() -> None:
-    """A cell's process ends when the one that started it is gone, as by a SIGTERM of its own."""
+def _exit_with_parent() -> None:
+    """End this cell's process, as a SIGTERM would, when the sweep that started it is gone."""
 
     def watch() -> None:
         while os.read(0, 1):
             pass
-        print("the sweep that started this cell is gone: it ends", file=sys.stderr, flush=True)
+        print("the sweep of this cell is gone: the cell stops", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
         os._exit(1)
@@ -303,49 +315,51 @@ def _end_with_the_sweep() -> None:
 
 def _parser() -> cli.Parser:
     parser = cli.parser(
-        "sweep", "Trains and evaluates every cell of a study, then reports. --status reads it."
+        "sweep", "Train and evaluate every cell of a study, then report. --status shows its state."
     )
     parser.add_argument("--workdir", required=True, help="the study's directory")
     parser.add_argument("--index", type=int, help="run this cell only (array jobs); no report")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once (default 1)")
-    parser.add_argument("--models", default="", help="only cells of these models: S/8,B/4")
-    parser.add_argument("--cells", default="", help="only cells of these numbers: 0,3-5")
+    parser.add_argument("--jobs", type=int, default=1, help="cells to run at a time (default 1)")
+    parser.add_argument("--models", default="", help="only cells of these models, such as S/8,B/4")
+    parser.add_argument("--cells", default="", help="only cells with these numbers, such as 0,3-5")
     parser.add_argument(
         "--shard",
         default="",
         metavar="K/N",
-        help="only the share K of N, from 0, of about the same work: one for each machine",
+        help="only share K of N equal shares of the work, counted from 0: one per machine",
     )
     parser.add_argument("--failed", action="store_true", help="only cells that have failed")
     parser.add_argument("--dry_run", action="store_true", help="list the cells and their cost")
     parser.add_argument(
         "--topology",
         default="",
-        help="of --dry_run: CHIP:SHAPE to tell hours on, as v5e:4x4 (config.sweep.topology)",
+        help="with --dry_run: estimate hours on CHIP:SHAPE, as v5e:4x4 (config.sweep.topology)",
     )
     parser.add_argument(
-        "--plan", action="store_true", help="of --dry_run: compile each cell's train step for it"
+        "--plan",
+        action="store_true",
+        help="with --dry_run: compile each cell's train step for --topology",
     )
     parser.add_argument(
         "--status",
         action="store_true",
-        help="how each cell stands; touches nothing, and needs no --config",
+        help="print the state of each cell; changes nothing and needs no --config",
     )
     parser.add_argument(
         "--watch",
         type=float,
         metavar="SECONDS",
-        help="of --status: again, so often, until all are done",
+        help="with --status: repeat every SECONDS until all cells are done",
     )
     cli.add_processes(parser)
     return parser
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that do not go together."""
+    """Raise UserError for flags that exclude each other."""
     if (args.distributed or args.coordinator) and args.index is None:
         raise UserError(
-            "several processes train one cell: give its --index=K, and start each cell so."
+            "--distributed and --coordinator train one cell in several processes: add --index=K."
         )
     if args.jobs < 1:
         raise UserError(f"--jobs={args.jobs}: expected at least 1.")
@@ -353,29 +367,34 @@ def _check_flags(args: argparse.Namespace) -> None:
     if args.index is not None and given:
         raise UserError(f"--index={args.index} runs one cell: leave --{given[0]} out.")
     if args.dry_run and args.status:
-        raise UserError("--dry_run lists what would run, --status what does: give one of them.")
+        raise UserError("--dry_run and --status exclude each other: give one of them.")
     if (args.topology or args.plan) and not args.dry_run:
-        raise UserError("--topology and --plan tell what a study would cost: add --dry_run.")
+        raise UserError("--topology and --plan estimate the cost of a study: add --dry_run.")
     if args.watch is not None and not (args.status and 1 <= args.watch <= 86_400):
         raise UserError(
-            f"--watch={args.watch:g}: expected 1 to 86400 seconds, and --status beside it."
+            f"--watch={args.watch:g}: expected 1 to 86400 seconds, together with --status."
         )
 
 
-def main(argv: list[str]) -> int:
-    """The command."""
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
+    """Parse flags and recipe; --status alone reads the recipe of a study that has begun."""
     parser = _parser()
     early, _ = parser.parse_known_args(argv)
     _check_flags(early)
-    workdir = Path(early.workdir)
     if early.status and not any(word.startswith("--config=") for word in argv):
-        if not (workdir / rundir.RECIPE_FILE).exists():
+        if not (Path(early.workdir) / rundir.RECIPE_FILE).exists():
             raise UserError(
-                f"{workdir} holds no study that has begun: give another --workdir, or the study's"
-                " --config=FILE, too."
+                f"{early.workdir} holds no study that has begun: give another --workdir, or the"
+                " study's --config=FILE as well."
             )
         parser.set_defaults(reads_run=True)
-    args, config = cli.parse(parser, argv)
+    return cli.parse(parser, argv)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command: return 0 if no cell failed, 1 otherwise. Raises UserError."""
+    args, config = _parse(argv)
+    workdir = Path(args.workdir)
     study = cells(args.recipe)
     if args.index is not None and not 0 <= args.index < len(study):
         raise UserError(f"--index={args.index}: the study has cells 0 to {len(study) - 1}.")
@@ -384,36 +403,41 @@ def main(argv: list[str]) -> int:
     words.append(f"--workdir={workdir}")
 
     def begin() -> None:
-        rundir.open_study(workdir, args.recipe, record(args.recipe, study, _typed(words)))
+        rundir.open_study(
+            workdir, args.recipe, study_record(args.recipe, study, _typed_command(words))
+        )
 
     if args.index is not None:
         if started := _COMMAND in os.environ:
-            _end_with_the_sweep()
+            _exit_with_parent()
         run_cell(study[args.index], workdir, waits=started, begin=None if started else begin)
         return 0
-    selected = chosen(study, args.models, args.cells, args.shard)
+    selected = select_cells(study, args.models, args.cells, args.shard)
     if args.status:
-        return _show(selected, workdir, args.failed, args.watch)
-    states = status.look(selected, workdir)
+        return _print_status(selected, workdir, args.failed, args.watch)
+    states = status.read_states(selected, workdir)
     if args.failed:
         states = [each for each in states if each.stage == status.FAILED]
     if args.dry_run:
-        print(status.plan_text(states))
-        left = [each.cell for each in states if each.stage != status.DONE]
-        if told := _cost(left, args.topology or config.sweep.topology, plan=args.plan):
-            print(f"\n{told}")
+        _print_plan(states, args.topology or config.sweep.topology, compiled=args.plan)
         return 0
     if args.failed and not states:
         print("no cell has failed")
         return 0
-    with lease.scope(), stopping.raise_on_sigterm():  # run_grid passes SIGTERM on to its cells
-        lease.acquire(
-            workdir / _lease_of(args), str(workdir)
-        )  # no runs.own: that takes the devices
+    with lease.scope(), stopping.raise_on_sigterm():  # run_cells passes SIGTERM on to its cells
+        # Not opening.own: it would take the devices.
+        lease.acquire(workdir / _lease_name(args), str(workdir))
         begin()
-        status.keep(states, workdir)
-        failed = run_grid([each.cell for each in states], workdir, words, args.jobs, _typed(argv))
-        summary = _reported(workdir, failed)
+        status.record_failures(states, workdir)
+        waiting = [each.cell for each in states]
+        failed = run_cells(waiting, workdir, words, args.jobs, _typed_command(argv))
+        summary = _write_report(workdir, failed)
+    _print_end(workdir, summary, failed)
+    return 1 if failed else 0
+
+
+def _print_end(workdir: Path, summary: str, failed: Sequence[Cell]) -> None:
+    """Print the report and the failed cells."""
     print(summary)
     for cell in failed:
         print(
@@ -421,56 +445,67 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
     if failed:
-        print("the same command with --failed runs what has failed, alone", file=sys.stderr)
-    return 1 if failed else 0
+        print("the same command with --failed runs only the failed cells", file=sys.stderr)
 
 
-def _cost(study: Sequence[Cell], name: str, *, plan: bool) -> str:
-    """What the cells cost on a topology, in words; '' where none is named or nothing is left."""
-    if plan and not name:
+def _print_plan(states: Sequence[status.State], topology: str, *, compiled: bool) -> None:
+    """Print the cells, and the cost of those that are not done on a topology, if one is named."""
+    print(status.plan_text(states))
+    left = [each.cell for each in states if each.stage != status.DONE]
+    if text := _cost_text(left, topology, compiled=compiled):
+        print(f"\n{text}")
+
+
+def _cost_text(study: Sequence[Cell], name: str, *, compiled: bool) -> str:
+    """Return the cost of cells on a topology; '' if no topology is named or no cell is left."""
+    if compiled and not name:
         raise UserError("--plan compiles for a machine: name it with --topology=v5e:4x4.")
     if not name or not study:
         return ""
     topology = machines.parse_topology(name)
-    of_cell = costs.compiled if plan else costs.estimate
+    of_cell = costs.compiled if compiled else costs.estimate
     found = [of_cell(cell.config, topology) for cell in study]
     return cost_text(topology.name, [cell.name for cell in study], found)
 
 
 def _check_study(workdir: Path, recipe: Mapping[str, Any], study: Sequence[Cell]) -> None:
-    """Raises UserError for the directory of another study."""
+    """Raise UserError if the directory holds another study."""
     recorded: Mapping[str, Any] = {}
     if not rundir.is_run(workdir):
-        with contextlib.suppress(UserError):  # none yet; a damaged one is written again
+        with contextlib.suppress(UserError):  # none yet, or damaged and soon rewritten
             recorded = migrated(rundir.read_recipe(workdir))
     if recorded:
         check_same_study(workdir, recorded, recipe, study)
 
 
-def _lease_of(args: argparse.Namespace) -> str:
-    """Of each selection of cells its own: several machines share a study, and each cell has its
-    own besides."""
-    told = [f"{name}={getattr(args, name)}" for name in SELECTION if getattr(args, name)]
-    if not told:
+def _lease_name(args: argparse.Namespace) -> str:
+    """Return the name of the sweep's lease: one for each selection of cells.
+
+    So several machines can share a study; each cell has a lease of its own as well.
+    """
+    given = [f"{name}={getattr(args, name)}" for name in SELECTION if getattr(args, name)]
+    if not given:
         return LEASE
-    return f".sweep-{hashlib.sha256(' '.join(told).encode()).hexdigest()[:12]}.lease"
+    return f".sweep-{hashlib.sha256(' '.join(given).encode()).hexdigest()[:12]}.lease"
 
 
-def _show(selected: Sequence[Cell], workdir: Path, failed: bool, every: float | None) -> int:
-    """--status: once, or `every` so many seconds until all is done."""
+def _print_status(
+    selected: Sequence[Cell], workdir: Path, failed: bool, every: float | None
+) -> int:
+    """Print the state of the cells, once or every `every` seconds until all are done."""
     redraws = every is not None and sys.stdout.isatty()
     while True:
-        states = status.look(selected, workdir, waits=True)
+        states = status.read_states(selected, workdir, waits=True)
         print("\x1b[H\x1b[2J" if redraws else "", end="")
-        print(status.text(states, failed), flush=True)
+        print(status.status_text(states, failed), flush=True)
         if every is None or all(each.stage == status.DONE for each in states):
             return 0
         time.sleep(every)
         print("" if redraws else "\n", end="")
 
 
-def _reported(workdir: Path, failed: Sequence[Cell]) -> str:
-    """The report of all that is there; where every cell failed there is none."""
+def _write_report(workdir: Path, failed: Sequence[Cell]) -> str:
+    """Write the report of all results. Returns its text, or the error if every cell failed."""
     try:
         return make_report([workdir], workdir / "report").text
     except UserError as error:

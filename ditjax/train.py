@@ -1,4 +1,4 @@
-"""python -m ditjax.train: trains one network; the same command again resumes."""
+"""python -m ditjax.train: train one network. The same command again resumes the run."""
 
 import argparse
 import contextlib
@@ -36,25 +36,25 @@ from ditjax.training.program import Training, precise, training
 from ditjax.training.step import Batch, Metrics, TrainState
 from ditjax.training.task import Frozen
 
-IN_FLIGHT = 2  # steps that may wait for the devices; more would only hold batches
-GRID_SIDE = 8  # a sample grid while training has 8 x 8 images
+IN_FLIGHT = 2  # dispatched steps that the devices have not done yet; more would only hold batches
+GRID_SIDE = 8  # sample grids during training have 8 x 8 images
 PROFILE = "profile"
-DAMAGED_FILE = "damaged.txt"  # records that were skipped, one a line
-EVALUATION_SECONDS = "eval/seconds"  # of all evaluations so far, apart from the training's own
+DAMAGED_FILE = "damaged.txt"  # damaged records that were skipped, one per line
+EVALUATION_SECONDS = "eval/seconds"  # of all evaluations so far; training time excludes them
 
 
 class Trained(NamedTuple):
-    """What a finished training has to tell; `loss` averages the last logged interval."""
+    """The result of a finished training. `loss` is the mean over the last logged interval."""
 
-    params: Any  # what config.sample.weights names: the average (EMA)
+    params: Any  # selected by config.sample.weights: the average (EMA) by default
     step: int
     loss: float
-    seconds: float  # of the loop without its evaluations, calls before a resume included
-    skipped: int = 0  # steps that changed nothing, calls before a resume included
+    seconds: float  # of training without evaluations, including the calls before a resume
+    skipped: int = 0  # skipped steps, including those of calls before a resume
 
 
 class Due(NamedTuple):
-    """The duties of a step, after its update."""
+    """What to do after a step's update."""
 
     evaluates: bool
     logs: bool
@@ -63,9 +63,10 @@ class Due(NamedTuple):
 
 
 def due_at(t: TrainKeys, step: int, *, evaluates: bool, draws: bool, stopped: bool) -> Due:
-    """What is due at a step, by the recipe's intervals; the last step is logged and saved.
+    """Return what is due after a step by the recipe's intervals.
 
-    `evaluates`, `draws`: whether the run can do so at all. `stopped`: it ends here, by a signal.
+    The last step is always logged and saved. `evaluates` and `draws` say whether the run can
+    evaluate or draw samples at all; `stopped` says whether a signal ends the run at this step.
     """
     last = step == t.steps
     scores = evaluates and _every(step, t.evaluate_every_steps)
@@ -83,14 +84,14 @@ def _every(step: int, interval: int) -> bool:
 
 @dataclasses.dataclass
 class Session:
-    """A training in progress: its programs, its state, and what its duties write."""
+    """A training in progress: its programs, its state and its outputs."""
 
     config: Config
     folder: Path
     programs: Training
     frozen: Frozen
     state: TrainState
-    start: int  # the step that was restored; 0 for a new run
+    start: int  # the restored step; 0 for a new run
     batches: Iterator[Batch]
     checkpoints: Checkpoints
     log: MetricsLog
@@ -99,9 +100,9 @@ class Session:
     profile: "_Profile"
     evaluator: Evaluator | None
     grids: "_Grids | None"
-    began: float  # of the training, calls before a resume and no evaluation included
+    began: float  # monotonic time of the start, shifted by earlier calls and evaluations
     evaluation_seconds: float
-    loss: float  # of the last logged interval
+    loss: float  # mean over the last logged interval
 
     def after(self, step: int, metrics: Metrics, *, stopped: bool) -> None:
         """Do what is due after a step. Raises UserError after too many bad steps in a row."""
@@ -116,7 +117,7 @@ class Session:
         score = None
         if due.logs or ends:
             score = self.write_log(step, evaluates=due.evaluates and not ends)
-        # A run that ends once more for the same reason leaves its checkpoints alone.
+        # If a resumed run ends for the same reason again, its checkpoints are left unchanged.
         if self.meter.changed if ends else due.saves:
             self.save(step, score)
         if ends:
@@ -126,7 +127,7 @@ class Session:
             self.grids.save(weights_of(self.config, self.state), step, self.folder, self.log)
 
     def write_log(self, step: int, *, evaluates: bool) -> Score | None:
-        """One line of the log. Of two with the same step, readers take the later."""
+        """Write one line of the log. Of two lines with the same step, the later one counts."""
         row = self.meter.row()
         self.loss = row.get("loss", self.loss)
         row["seconds"] = round(self.seconds, 3)
@@ -146,7 +147,7 @@ class Session:
         return score
 
     def save(self, step: int, score: Score | None) -> None:
-        """A checkpoint of the state and of the data's position."""
+        """Save a checkpoint of the state and of the position in the data."""
         lease.check_held()
         position = {**position_of(self.config), **self.meter.position()}
         self.checkpoints.save(step, self.state, position, score)
@@ -162,7 +163,7 @@ class Session:
 def open_training(
     c: Config, workdir: str | os.PathLike[str], evaluator: Evaluator | None, profile: range
 ) -> Iterator[Session]:
-    """Open or resume the run in a directory, with everything that its loop needs."""
+    """Open or resume the run in a directory, with everything that the training loop needs."""
     mesh = mesh_of(c)
     task = make_task(c, mesh)
     dataset = opening.check_data(c)
@@ -179,7 +180,7 @@ def open_training(
     with Checkpoints(
         folder / rundir.CHECKPOINTS, c.train.keep_checkpoints, keep_every=c.train.keep_every_steps
     ) as checkpoints:
-        state, start, saved = _restored(c, folder, programs, checkpoints)
+        state, start, saved = _restore_or_init(c, folder, programs, checkpoints)
         _check_profile(profile, start)
         with (
             MetricsLog(folder, start, write=is_primary()) as log,
@@ -194,17 +195,7 @@ def open_training(
             _Profile(profile, folder / PROFILE) as profiled,
         ):
             progress = Progress("train", c.train.steps, start=start)
-            meter = Meter(
-                # A run that skips every step has trained nothing.
-                min(c.train.max_bad_steps, c.train.steps - 1),
-                lambda step: stream.records_of_step(
-                    c.seed, step, c.train.batch_size, dataset.num_examples
-                ),
-                progress.print_line,
-                in_flight=IN_FLIGHT,
-                start=start,
-                position=saved,
-            )
+            meter = _open_meter(c, dataset.num_examples, progress, start, saved)
             if start == c.train.steps and meter.ended:
                 raise meter.error(start)
             yield Session(
@@ -228,11 +219,26 @@ def open_training(
             )
 
 
-def _restored(
+def _open_meter(
+    c: Config, num_examples: int, progress: Progress, start: int, saved: Mapping[str, Any]
+) -> Meter:
+    """Return the meter of a run that begins or resumes at step `start`."""
+    return Meter(
+        # A run that skips every step has trained nothing.
+        min(c.train.max_bad_steps, c.train.steps - 1),
+        lambda step: stream.records_of_step(c.seed, step, c.train.batch_size, num_examples),
+        progress.print_line,
+        in_flight=IN_FLIGHT,
+        start=start,
+        position=saved,
+    )
+
+
+def _restore_or_init(
     c: Config, folder: Path, programs: Training, checkpoints: Checkpoints
 ) -> tuple[TrainState, int, Mapping[str, Any]]:
-    """(state, its step, the data's position) of the newest sound checkpoint, or of a new run."""
-    newest = opening.newest(checkpoints, programs.abstract_state)
+    """Return (state, step, position in the data) of the newest sound checkpoint or a new run."""
+    newest = opening.restore_newest(checkpoints, programs.abstract_state)
     if newest is None:
         state = programs.init()
         if is_primary():
@@ -249,7 +255,7 @@ def _restored(
 
 
 def position_of(c: Config) -> dict[str, Any]:
-    """What fixes a step's records, beside its number."""
+    """Return the keys that, with a step's number, determine its records."""
     return {"seed": c.seed, "batch_size": c.train.batch_size}
 
 
@@ -260,18 +266,19 @@ def train(
     evaluator: Evaluator | None = None,
     profile: range = range(0),
 ) -> Trained:
-    """Train to config.train.steps in a run directory, from its newest checkpoint if it has one.
+    """Train to config.train.steps in a run directory, from the newest checkpoint if there is one.
 
-    Every config.train.evaluate_every_steps it is evaluated, by `evaluator` or one of its own. The
-    steps of `profile` are traced into the directory's `profile`.
+    The network is evaluated every config.train.evaluate_every_steps, by `evaluator` or by a new
+    one. The steps of `profile` are traced into the directory's `profile` folder.
 
-    SIGTERM or SIGINT ends the run after the step in flight, with a checkpoint, by StoppedError; of
-    several processes all stop after the same step.
+    On SIGTERM or SIGINT the run saves a checkpoint after the step in flight and raises
+    StoppedError; if there are several processes, all of them stop after the same step. Raises
+    UserError for steps of `profile` that the run does not take.
     """
     if profile and profile[-1] > c.train.steps:
         raise UserError(
             f"--profile_steps={profile[0]}:{profile[-1]}: the run ends at step {c.train.steps}:"
-            " name steps up to it, or more of config.train.steps."
+            " name steps up to it, or raise config.train.steps."
         )
     with (
         Stopping(c.train.grace_seconds) as stopping,
@@ -294,19 +301,19 @@ def train(
         trained = Trained(
             weights_of(c, s.state), int(s.state.step), s.loss, s.seconds, s.meter.total
         )
-        # A signal after the last step, too: what follows the training need not begin.
+        # A signal after the last step counts, too: the caller need not start what comes next.
         if signal := signal or (stopping.after(step) if step == c.train.steps else ""):
             raise StoppedError(f"stopped at step {step} by {signal}: {RESUME_HINT}")
     return trained
 
 
 def weights_of(c: Config, state: TrainState) -> Any:
-    """The weights that samples are drawn with, by config.sample.weights."""
+    """Return the weights that samples are drawn with, selected by config.sample.weights."""
     return getattr(state, opening.weights_field(c))
 
 
 def _evaluate(c: Config, evaluator: Evaluator, params: Any) -> tuple[Score, dict[str, Any]]:
-    """The checkpoint's score, of config.train.evaluate_num samples, and the values to log."""
+    """Score config.train.evaluate_num samples: the checkpoint's score and the values to log."""
     found = evaluator.in_memory(c, params, c.train.evaluate_num)
     score = Score(evaluator.distance, found.metrics[evaluator.distance], found.protocol)
     values: dict[str, Any] = {f"eval/{name}": value for name, value in found.metrics.items()}
@@ -319,35 +326,35 @@ def _overview(params: Any) -> str:
 
 
 def _check_profile(steps: range, start: int) -> None:
-    """Raises UserError for steps that a resumed run has taken already."""
+    """Raise UserError for steps that a resumed run has taken already."""
     if steps and steps[0] <= start:
         raise UserError(
             f"--profile_steps={steps[0]}:{steps[-1]}: the run is at step {start} already: name"
-            " steps that are left, or another --workdir."
+            " later steps, or another --workdir."
         )
 
 
 class _Profile:
-    """A trace of some steps by jax.profiler, for TensorBoard's profile plugin and for Perfetto.
+    """A jax.profiler trace of some steps, for TensorBoard's profile plugin and for Perfetto.
 
-    Leaving it ends a trace that is still open: what went wrong is then in it.
+    Leaving the context ends a trace that is still open, so that it shows what went wrong.
     """
 
     def __init__(self, steps: range, folder: Path) -> None:
         self._steps, self._folder, self._open = steps, folder, False
 
     def step(self, step: int, state: TrainState) -> AbstractContextManager[Any]:
-        """Around the dispatch of a step: names it in the trace, which begins with the first."""
+        """Return a context for a step's dispatch; the first profiled step starts the trace."""
         if step not in self._steps:
             return contextlib.nullcontext()
         if step == self._steps[0]:
-            jax.block_until_ready(state)  # so that no earlier step is in it
+            jax.block_until_ready(state)  # so that the trace holds no earlier step
             jax.profiler.start_trace(str(self._folder))
             self._open = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, step: int, state: TrainState) -> None:
-        """The trace ends with the last step, when the devices have done it."""
+        """End the trace when the devices have done the last profiled step."""
         if self._open and step == self._steps[-1]:
             jax.block_until_ready(state)
             self._stop()
@@ -365,7 +372,7 @@ class _Profile:
 
 
 class _Grids:
-    """Sample grids of a DiT while it trains; the sampler compiles at the first one."""
+    """Sample grids during training; the sampler compiles at the first one."""
 
     def __init__(self, c: Config, drawer: Drawer) -> None:
         devices = drawer.mesh.size
@@ -373,7 +380,7 @@ class _Grids:
         sample = dataclasses.replace(c.sample, batch_size=count)
         self._c, self._drawer = replaced(c, sample=sample), drawer
 
-    def save(self, params: Any, step: int, folder: Any, log: MetricsLog) -> None:
+    def save(self, params: Any, step: int, folder: Path, log: MetricsLog) -> None:
         images = self._drawer.whole(
             self._c,
             params,
@@ -391,19 +398,19 @@ def _steps(text: str) -> range:
     first, _, last = text.partition(":")
     if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
         return range(int(first), int(last) + 1)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected A:B, steps from 1 on, A at most B")
+    raise argparse.ArgumentTypeError(f"{text!r}: expected A:B, steps from 1, A at most B")
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
-    parser = cli.parser("train", "Trains one network; the same command again resumes.")
+    """Run the command. Raises UserError and StoppedError."""
+    parser = cli.parser("train", "Train one network. The same command again resumes the run.")
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument(
         "--profile_steps",
         type=_steps,
         default=range(0),
         metavar="A:B",
-        help=f"trace steps A to B, both included, into WORKDIR/{PROFILE} (TensorBoard, Perfetto)",
+        help=f"trace steps A to B, inclusive, into WORKDIR/{PROFILE} (TensorBoard, Perfetto)",
     )
     cli.add_processes(parser)
     args, config = cli.parse(parser, argv)

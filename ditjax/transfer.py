@@ -1,4 +1,4 @@
-"""python -m ditjax.transfer: the best learning rate by width and parametrization."""
+"""python -m ditjax.transfer: plot the best learning rate by width and parametrization."""
 
 import math
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ from ditjax.reporting.transfer import (
 )
 from ditjax.runs.results import Found, find_results, split_folders
 
-FINAL_LOSS = "final_loss"  # the mean of the last logged interval of the training
-# The keys in which the runs of one figure may differ.
+FINAL_LOSS = "final_loss"  # training loss, the mean over the last logged interval
+# Keys in which the runs of one figure may differ.
 _AXES = ("model.parametrization", "model.size", "optim.learning_rate", "seed")
 _SECTIONS = ("model", "diffusion", "data", "autoencoder", "optim", "train")
 
 
-def runs_of(found: Sequence[Found], metric: str) -> list[RateRun]:
-    """The learning rate, the width and the value of `metric` of each run.
+def rate_runs(found: Sequence[Found], metric: str) -> list[RateRun]:
+    """Return the learning rate, the width and the value of `metric` of each run.
 
-    Raises UserError if a run lacks the metric or a width, if two runs are the same, and if runs
+    Raises UserError if a run lacks the metric or a width, if two runs are the same, or if runs
     differ in more than parametrization, width, learning rate and seed.
     """
     made: dict[tuple[str, int, float, int], RateRun] = {}
@@ -47,13 +47,13 @@ def runs_of(found: Sequence[Found], metric: str) -> list[RateRun]:
             if value != first[1][key]:
                 raise UserError(
                     f"{each.folder} has {key}={value!r} and {first[0]} {first[1][key]!r}: name"
-                    f" runs that differ in {', '.join(_AXES)} only."
+                    f" runs that differ only in {', '.join(_AXES)}."
                 )
         width = result["model"].get("width")
         if type(width) is not int:
             raise UserError(
-                f"{each.folder} holds a {result['model']['name']}, which states no width: name runs"
-                " of DiTs."
+                f"{each.folder} holds a {result['model']['name']}, which has no width: name runs of"
+                " DiTs."
             )
         cell = (c.model.parametrization, width, c.optim.learning_rate, c.seed)
         if cell in made:
@@ -63,7 +63,7 @@ def runs_of(found: Sequence[Found], metric: str) -> list[RateRun]:
 
 
 def _rest(c: Config) -> dict[str, Any]:
-    """What all runs of a figure must share: everything that affects training but `_AXES`."""
+    """Return what all runs of a figure must share: all training keys except `_AXES`."""
     found: dict[str, Any] = {"depth": parse_size(c.model.size).depth}
     for section in _SECTIONS:
         for key, value in vars(getattr(c, section)).items():
@@ -75,20 +75,20 @@ def _rest(c: Config) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Print the table and the path of the figure. Raises UserError."""
-    parser = cli.parser("transfer", "The best learning rate by width.", config=False)
-    parser.add_argument("--runs", required=True, help="folders of sweeps or runs, comma-separated")
-    parser.add_argument(
-        "--out", help="folder of the files (default: transfer/ in the first folder)"
+    parser = cli.parser(
+        "transfer", "Plot the best learning rate by width and parametrization.", config=False
     )
+    parser.add_argument("--runs", required=True, help="folders of sweeps or runs, comma-separated")
+    parser.add_argument("--out", help="output folder (default: transfer/ in the first folder)")
     parser.add_argument(
-        "--metric", default=FINAL_LOSS, help=f"a metric of which lower is better ({FINAL_LOSS})"
+        "--metric", default=FINAL_LOSS, help=f"a metric to minimize (default: {FINAL_LOSS})"
     )
     args = parser.parse_args(argv)
     folders = split_folders(args.runs)
     found, problems = find_results(folders)
     if not found:
         raise UserError(f"no readable result.json below {args.runs}: run a sweep first.")
-    runs = runs_of(found, args.metric)
+    runs = rate_runs(found, args.metric)
     made = rate_curves(runs)
     out = Path(args.out) if args.out else folders[0] / "transfer"
     diverged = sum(not math.isfinite(run.value) for run in runs)

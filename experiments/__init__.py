@@ -1,1 +1,1 @@
-"""Recipes as data: each file has a get_config() of the keys that differ from the paper's."""
+"""Recipes: each file's get_config() returns the keys that differ from the paper's values."""

@@ -1,8 +1,8 @@
-"""The paper's recipe: DiT-XL/2 on ImageNet 256x256 latents. The other recipes start from here.
+"""The paper's recipe: DiT-XL/2 on ImageNet 256x256 latents. The other recipes build on it.
 
     ditjax train --config=base:S/4 --workdir=runs/mine --config.data.name=folder:/data/birds ...
 
-A recipe states what differs from the paper's values, which are the defaults of the keys
+A recipe sets only what differs from the paper's values, which are the defaults of the keys
 (`ditjax/config.py`, and the files of tasks and networks). A run's `config.json` has every key.
 """
 
@@ -24,7 +24,7 @@ SECTIONS = (
 
 
 def get_config(arg: str = "XL/2") -> ConfigDict:
-    """DiT-SIZE/PATCH, as the paper trains it."""
+    """Return the recipe of DiT-SIZE/PATCH, as the paper trains it. Raises ValueError."""
     size, _, patch = arg.partition("/")
     if not patch.isdecimal():
         raise ValueError(f"{arg!r}: expected SIZE/PATCH, such as 'XL/2' or '4x96x3/1'")

@@ -1,9 +1,9 @@
-"""Gflops against FD-digits: 3 sizes x 3 patch sizes on 1,438 real handwritten digits of 8x8 pixels.
+"""Gflops against FD-digits: 3 sizes x 3 patch sizes on 1,438 handwritten digits of 8x8 pixels.
 
     python -m ditjax.sweep --config=experiments/digits.py --workdir=runs/digits --jobs=2
     python -m ditjax.train --config=experiments/digits.py:4x96x3/1 --workdir=runs/one
 
-Hardware, hours and expected result: see README, "The demo".
+Hardware, hours and expected result: docs/results.md, "The demo".
 """
 
 from ml_collections import ConfigDict
@@ -15,9 +15,9 @@ PATCHES = (4, 2, 1)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The sweep's recipe; 'SIZE/PATCH' picks the model that `train` alone would train."""
+    """Return the sweep's recipe; 'SIZE/PATCH' selects the model that `train` trains."""
     config = base.get_config(arg or f"{SIZES[-1]}/{PATCHES[-1]}")
-    config.model.unroll = 64  # no loop at all: faster on CPUs
+    config.model.unroll = 64  # no loop over blocks: faster on CPUs
     config.data.name = "digits"
     config.data.image_size = 8
     config.data.channels = 1
@@ -25,7 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.flip = False
     config.data.threads = 1
     config.autoencoder.kind = "none"
-    # Far from the paper's constant 1e-4: 4,000 steps of 16 digits must do what 400,000 do there.
+    # Not the paper's constant 1e-4: 4,000 steps of 16 digits replace its 400,000 steps.
     config.optim.learning_rate = 5e-3
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 100
@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.keep_checkpoints = 1
     config.train.sample_every_steps = 0
     config.train.evaluate_every_steps = 2000
-    config.train.evaluate_num = 250  # one batch; few, so higher distances than at the end
+    config.train.evaluate_num = 250  # one batch; a smaller set gives higher distances
     config.sample.sampler = "ddim"
     config.sample.steps = "ddim25"
     config.sample.eta = 1.0

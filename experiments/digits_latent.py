@@ -7,9 +7,10 @@
     python -m ditjax.sample --config=$C --workdir=$R/dit
     python -m ditjax.evaluate --config=$C --workdir=$R/dit
 
-1,438 digits of 8x8 upsampled to 32x32; latents are 8x8x4. The steps are those of ImageNet, with a
-small autoencoder of our own in the place of the published one; `bash launch/digits_latent.sh` runs
-them. Hardware, minutes and expected result: see README, "The latent path".
+1,438 digits of 8x8 pixels are upsampled to 32x32; latents are 8x8x4. The commands are those for
+ImageNet, with a small autoencoder trained here instead of the published one; `bash
+launch/digits_latent.sh` runs them. Hardware, minutes and expected result: docs/results.md, "The
+latent path".
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ from . import digits
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The DiT's recipe, or with 'autoencoder' its autoencoder's."""
+    """Return the DiT's recipe, or with 'autoencoder' that of its autoencoder."""
     if arg not in (None, "autoencoder"):
         raise ValueError(f"digits_latent takes 'autoencoder' or nothing, not {arg!r}")
     config = digits.get_config("4x96x3/2")

@@ -8,11 +8,11 @@
     python -m ditjax.evaluate --samples=$RUN --reference=VIRTUAL_imagenet512.npz \
       --features=inception:$INCEPTION --out=$RUN/fid.json
 
-As imagenet256.py, which says what the variables are. The latents are 336 GB.
+imagenet256.py explains the variables. The latents take 336 GB.
 
 Published (Peebles & Xie 2023, FID-50K, 250 DDPM steps) of XL/2: 12.03 without guidance, 3.04 with
-cfg_scale 1.5. Hardware and hours, computed and not measured: 524.6 Gflops, so 2.4e21
-floating-point operations: 170 hours of 8 H100s at half of their bfloat16 peak. Never run by us.
+cfg_scale 1.5. Hardware and hours, computed and not measured: 524.6 Gflops, so 2.4e21 floating-point
+operations: 170 hours of 8 H100s at half of their bfloat16 peak. Not run.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ from . import imagenet256
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The recipe of DiT-SIZE/PATCH, 'XL/2' unless given."""
+    """Return the recipe of DiT-SIZE/PATCH, by default 'XL/2'."""
     config = imagenet256.get_config(arg)
     config.data.image_size = 512
     config.train.steps = 3_000_000

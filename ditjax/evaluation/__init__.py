@@ -1,1 +1,1 @@
-"""What samples are worth: features, references, scores, validation loss."""
+"""Evaluation of samples and networks: features, references, scores, validation loss."""

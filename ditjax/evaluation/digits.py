@@ -1,4 +1,4 @@
-"""The two shipped digit classifiers: one gives FD-digits its features, the other is the judge."""
+"""The two shipped digit classifiers: one gives the features of FD-digits, the other the judge."""
 
 import functools
 from typing import Any, cast
@@ -12,14 +12,14 @@ from ditjax.models import classifier
 from ditjax.models.classifier import DigitsConvNet, DigitsMixer, Recognition
 from ditjax.parallel.processes import padded
 
-FEATURES = "digits_convnet"
+FEATURE_CLASSIFIER = "digits_convnet"
 JUDGE = "digits_mixer"
 
 Classifier = DigitsConvNet | DigitsMixer
 
 
 def apply_classifier(network: Classifier, params: Any, x: jax.Array) -> Recognition:
-    """f32[B,8,8,1] in [-1,1] -> features and logits."""
+    """Apply a classifier to f32[B,8,8,1] in [-1,1]. Returns features and logits."""
     return cast(Recognition, network.apply({"params": params}, x))
 
 
@@ -29,7 +29,7 @@ _forward = jax.jit(apply_classifier, static_argnums=0)
 def recognise(
     network: Classifier, params: dict[str, Any], images: np.ndarray, batch_size: int = 512
 ) -> tuple[np.ndarray, np.ndarray]:
-    """images u8[N,8,8,1] -> features f32[N,F], logits f32[N,10], in batches."""
+    """Classify images u8[N,8,8,1] in batches. Returns features f32[N,F], logits f32[N,10]."""
     parts: list[Recognition] = []
     for start in range(0, len(images), batch_size):
         x = normalize(images[start : start + batch_size])
@@ -39,26 +39,26 @@ def recognise(
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The fraction of rows whose largest logit is the label: f32[N,10], i32[N] -> [0, 1]."""
+    """Return the fraction of rows whose largest logit is the label: f32[N,10], i32[N] -> [0, 1]."""
     return float(np.mean(np.argmax(logits, axis=1) == labels))
 
 
 @functools.cache
 def shipped_classifier(name: str) -> tuple[Classifier, Any]:
-    """A shipped classifier and its parameters."""
+    """Return a shipped classifier and its parameters."""
     params, record = load_asset(name)
     widths = dict(record["network"])
     return getattr(classifier, widths.pop("name"))(**widths), params
 
 
 def recognise_digits(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A shipped classifier on u8[N,H,W,C] of any size -> features f32[N,F], logits f32[N,10]."""
-    small = resize_images(images, classifier.SIDE)
+    """Classify u8[N,H,W,C] of any size by a shipped classifier: f32[N,F], logits f32[N,10]."""
+    small = resize_images(images, classifier.DIGIT_SIDE)
     if small.shape[-1] == 3:
         small = small.mean(-1, keepdims=True).round().astype(np.uint8)
     return recognise(*shipped_classifier(name), small)
 
 
 def predict_digit(images: np.ndarray) -> np.ndarray:
-    """The judge's digit of each image: u8[N,H,W,C] -> i[N]."""
+    """Return the digit that the judge predicts for each image: u8[N,H,W,C] -> i[N]."""
     return np.argmax(recognise_digits(JUDGE, images)[1], axis=1)

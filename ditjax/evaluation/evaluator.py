@@ -1,4 +1,4 @@
-"""What a DiT and its samples are worth: drawn by its recipe, seen once, scored, with protocol."""
+"""Evaluation of a generative network: draw samples by its recipe, score them, with protocol."""
 
 import dataclasses
 import functools
@@ -17,7 +17,13 @@ from ditjax.data.names import is_latents
 from ditjax.errors import UserError
 from ditjax.evaluation import scoring
 from ditjax.evaluation.features import Extractor, digits_extractor, open_extractor, scenes_extractor
-from ditjax.evaluation.scoring import Reference, Seen, look, open_reference, score
+from ditjax.evaluation.scoring import (
+    ExtractedFeatures,
+    Reference,
+    extract_features,
+    open_reference,
+    score,
+)
 from ditjax.evaluation.validation import Validator, held_out
 from ditjax.files import lease
 from ditjax.files.npz import load_array
@@ -33,9 +39,9 @@ GUIDED_FILE = "guided.npz"
 
 
 class Evaluated(NamedTuple):
-    """Metrics name -> value, the protocol that fixes their meaning, and what it took.
+    """Metrics by name, the protocol that fixes their meaning, the reference and the cost.
 
-    `reference` names what the samples were compared with. `seconds`: of drawing alone.
+    `reference` names what the samples were compared with; `seconds` is the time of drawing.
     """
 
     metrics: dict[str, float]
@@ -45,14 +51,14 @@ class Evaluated(NamedTuple):
 
 
 class Evaluator:
-    """Draws and scores samples by config.evaluate, on a mesh, as often as it is called.
+    """Draws and scores samples by config.evaluate on a mesh, any number of times.
 
-    Sampler and features compile at the first call only: a training loop may call it at every
-    interval, a grid for every cell.
+    Sampler and features compile only at the first call, so a training loop can call it at every
+    interval and a grid for every cell.
     """
 
     def __init__(self, c: Config, mesh: Mesh, frozen: Frozen, drawer: Drawer | None = None) -> None:
-        """Opens features and reference. Raises UserError for what is none, or draws no samples."""
+        """Open features and reference. Raises UserError, also for a task without samples."""
         sampling_of(c, make_task(c))
         if c.evaluate.features == "none":
             raise UserError(
@@ -65,15 +71,18 @@ class Evaluator:
         self.extractor = open_extractor(c.evaluate.features, mesh)
         self.reference = reference_of(c, self.extractor)
         self._validate = Validator(mesh, frozen)
-        self._validate.protocol(c)  # a split that is not there is found out now
+        self._validate.protocol(c)  # raises now if the split is missing
 
     @property
     def distance(self) -> str:
-        """The metric that a model is chosen by: 'fid' or 'fd_digits'."""
+        """The metric that selects the best model: 'fid' or 'fd_digits'."""
         return scoring.distance_name(self.extractor.family)
 
     def in_memory(self, c: Config, params: Any, num: int) -> Evaluated:
-        """Distance of `num` samples, validation loss, what else is quick; nothing is written."""
+        """Compute the distance of `num` samples, the validation loss and other quick metrics.
+
+        Nothing is written to disk.
+        """
         labels: list[np.ndarray] = []
 
         def images() -> Iterator[np.ndarray]:
@@ -84,34 +93,35 @@ class Evaluator:
                 yield part.images
 
         began = time.monotonic()
-        seen = look(self.extractor, images(), num)
+        extracted = extract_features(self.extractor, images(), num)
         seconds = time.monotonic() - began
-        metrics = self._scored(c, seen, np.concatenate(labels), brief=True)
+        metrics = self._metrics(c, extracted, np.concatenate(labels), brief=True)
         metrics |= self._validate(c, params)
         return Evaluated(metrics, self.protocol(c, num), self.reference.name, seconds)
 
     @lease.scope()
     def of_run(self, c: Config, params: Any, folder: Path, model: dict[str, Any]) -> Evaluated:
-        """config.evaluate.num_samples samples, drawn to `folder`, scored.
+        """Draw config.evaluate.num_samples samples to `folder` and score them.
 
-        Cut off, the same call again draws what is missing. `model` says whose samples they are.
-        Raises UserError while another process writes samples there.
+        After an interruption the same call draws only the missing samples. `model` is the record
+        of the model that they are drawn from. Raises UserError if another process writes samples
+        there.
         """
-        opening.own(folder, opening.SAMPLES_LEASE)
+        opening.acquire_lease(folder, opening.SAMPLES_LEASE)
         num = c.evaluate.num_samples
         path = folder / SAMPLES_FILE
         seconds = self._draw(c, params, path, num, c.sample.cfg_scale, model)
         images = open_images(path)
         batches = images.batches(self.extractor.batch_size)
-        seen = look(self.extractor, batches, num, title="features")
-        metrics = self._scored(c, seen, load_array(path, "label"))
+        extracted = extract_features(self.extractor, batches, num, title="features")
+        metrics = self._metrics(c, extracted, load_array(path, "label"))
         if self.extractor.shipped:
-            metrics |= self._digits_only(c, params, folder, model)
+            metrics |= self._digits_metrics(c, params, folder, model)
         metrics |= self._validate(c, params)
         return Evaluated(metrics, self.protocol_of_run(c), self.reference.name, seconds)
 
     def protocol_of_run(self, c: Config) -> dict[str, Any]:
-        """The protocol of what `of_run` gives, known before anything is drawn."""
+        """Return the protocol of the metrics of `of_run`, before anything is drawn."""
         protocol = self.protocol(c, c.evaluate.num_samples)
         if self.extractor.shipped:
             protocol |= {
@@ -121,7 +131,7 @@ class Evaluator:
         return protocol
 
     def protocol(self, c: Config, num: int) -> dict[str, Any]:
-        """Everything that two results must share to be compared."""
+        """Return everything that two results must share to be compared."""
         protocol = scores_protocol(self.extractor, self.reference, num, self._sampling(c))
         return protocol | self._validate.protocol(c)
 
@@ -144,43 +154,43 @@ class Evaluator:
             label_of=_label_of(c),
         )
 
-    def _scored(
-        self, c: Config, seen: Seen, label: np.ndarray, *, brief: bool = False
+    def _metrics(
+        self, c: Config, extracted: ExtractedFeatures, label: np.ndarray, *, brief: bool = False
     ) -> dict[str, float]:
         found = score(
-            seen,
+            extracted,
             self.reference.statistics,
             self.reference.pool,
             family=self.extractor.family,
             seed=c.evaluate.seed,
             brief=brief,
         )
-        if seen.judged is not None:
-            found["accuracy"] = float(np.mean(seen.judged == label))
+        if extracted.predicted is not None:
+            found["accuracy"] = float(np.mean(extracted.predicted == label))
         return found
 
-    def _digits_only(
+    def _digits_metrics(
         self, c: Config, params: Any, folder: Path, model: dict[str, Any]
     ) -> dict[str, float]:
-        """How far real digits are from real digits, and the class accuracy under guidance."""
+        """Return the distance of real digits to real digits, and the accuracy under guidance."""
         name, reference = "digits", "digits/train"
         if self.extractor.name == "scenes":
             name, reference = held_out(c).name, _reference_name(c)
-        of_real = floor(self.extractor.name, name, reference, c.data.data_dir)
-        found = {"fd_digits_floor": of_real}
+        real = real_distance(self.extractor.name, name, reference, c.data.data_dir)
+        found = {"fd_digits_floor": real}
         if c.evaluate.guided_scale not in (0, c.sample.cfg_scale):
             path = folder / GUIDED_FILE
             self._draw(c, params, path, c.evaluate.guided_num, c.evaluate.guided_scale, model)
             assert self.extractor.judge is not None
-            seen = self.extractor.judge(load_array(path, "arr_0"))
-            found["accuracy_guided"] = float(np.mean(seen == load_array(path, "label")))
+            predicted = self.extractor.judge(load_array(path, "arr_0"))
+            found["accuracy_guided"] = float(np.mean(predicted == load_array(path, "label")))
         return found
 
 
 def scores_protocol(
     extractor: Extractor, reference: Reference, num: int, sampling: dict[str, Any]
 ) -> dict[str, Any]:
-    """The protocol of scores: features, reference, number, and how the samples were drawn."""
+    """Return the protocol of scores: features, reference, number and sampling settings."""
     metric = f"FD-{extractor.family}" if extractor.family else "FID"
     return {
         "metric": metric,
@@ -192,9 +202,9 @@ def scores_protocol(
 
 
 def reference_of(c: Config, extractor: Extractor) -> Reference:
-    """config.evaluate.reference, or the images that the recipe trains on; a data set's is kept.
+    """Open config.evaluate.reference, by default the recipe's training images.
 
-    Raises UserError.
+    The statistics of a data set are cached. Raises UserError.
     """
     return open_reference(_reference_name(c), extractor, c.data.image_size, c.data.data_dir)
 
@@ -208,14 +218,14 @@ def _reference_name(c: Config) -> str:
 
 
 @functools.cache
-def floor(features: str, name: str, against: str, data_dir: str) -> float:
-    """FD-digits of a data set's test images to `against`: what no model need go below."""
+def real_distance(features: str, name: str, against: str, data_dir: str) -> float:
+    """Return FD-digits of a data set's test images to `against`: the floor of that metric."""
     extractor = scenes_extractor() if features == "scenes" else digits_extractor()
     assert extractor.side is not None
     reference = open_reference(against, extractor, extractor.side, data_dir)
     images = records.load_arrays(name, "test", data_dir or None)["image"]
-    seen = look(extractor, [images], len(images))
-    return score(seen, reference.statistics, None, family="digits", brief=True)["fd_digits"]
+    extracted = extract_features(extractor, [images], len(images))
+    return score(extracted, reference.statistics, None, family="digits", brief=True)["fd_digits"]
 
 
 def _label_of(c: Config) -> Sequence[int] | None:

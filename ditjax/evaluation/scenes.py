@@ -1,12 +1,12 @@
-"""The shipped digit classifiers on digit scenes, applied to the ink in windows of a scene."""
+"""The shipped digit classifiers, applied to the ink in windows of digit scenes."""
 
 import numpy as np
 
 from ditjax.data.scenes import SCENE_SIDE
 from ditjax.errors import UserError
 from ditjax.evaluation.digits import JUDGE, recognise, shipped_classifier
+from ditjax.models.classifier import DIGIT_SIDE as WINDOW
 from ditjax.models.classifier import NUM_CLASSES
-from ditjax.models.classifier import SIDE as WINDOW
 
 # The side to which a scene is shrunk before windows are cut. Digits of 12 to 16 pixels then have 7
 # to 9, about the 8 that the classifiers were trained on.
@@ -14,13 +14,13 @@ SCALE = 18
 # A window holds a whole digit if there is ink in it and none on the rim around it.
 RIM_WEIGHT = 3.0
 WINDOWS_JUDGED = 6
-BATCH = 4096  # windows at a time
+BATCH = 4096  # windows per batch
 COLOUR_WEIGHT = 8.0  # makes colours vary about as much as the features of windows
 FAINT = 0.3  # fainter ink is not stretched to full, so that noise stays noise
 
 
 def ink(images: np.ndarray) -> np.ndarray:
-    """Ink per pixel: u8[B,32,32,3] -> f32[B,32,32].
+    """Return the ink per pixel: u8[B,32,32,3] -> f32[B,32,32].
 
     The ink is the largest distance of a channel from the background, which is the median colour of
     the image; the most distant pixel has 1. Raises UserError for images of another shape.
@@ -38,7 +38,7 @@ def ink(images: np.ndarray) -> np.ndarray:
 
 
 def shrink(x: np.ndarray, side: int) -> np.ndarray:
-    """Means over cells: f32[B,S,S] -> f32[B,side,side]."""
+    """Average over cells: f32[B,S,S] -> f32[B,side,side]."""
     edges = np.linspace(0, x.shape[1], side + 1)
     pixels = np.arange(x.shape[1])
     share = np.clip(
@@ -66,7 +66,7 @@ def windows(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def recognise_scenes(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A shipped classifier on scenes u8[B,32,32,3] -> features f32[B,F], logits f32[B,10].
+    """Classify scenes u8[B,32,32,3] by a shipped classifier: features f32[B,F], logits f32[B,10].
 
     Features: the mean and the maximum over all windows of each feature of the classifier, and the
     mean colour of each quarter of the canvas. Logits: the mean over the windows with the highest
@@ -90,5 +90,5 @@ def recognise_scenes(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def predict_scene_digit(images: np.ndarray) -> np.ndarray:
-    """The judge's digit of each scene: u8[B,32,32,3] -> i[B]."""
+    """Return the digit that the judge predicts for each scene: u8[B,32,32,3] -> i[B]."""
     return np.argmax(recognise_scenes(JUDGE, images)[1], axis=1)

@@ -27,20 +27,21 @@ from ditjax.parallel import processes
 from ditjax.parallel.processes import is_primary
 from ditjax.runs.log import Progress
 
-# As ADM's evaluator: precision and recall with k = 3, on 10,000 images of the reference.
+# As in ADM's evaluator: precision and recall with k = 3, on 10,000 images of the reference.
 PR_NEIGHBOURS = 3
 REFERENCE_FEATURES = 10_000
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-LEVELS = (1, 2, 3, 4)  # sample counts n/k from which the distance of infinitely many is read
+LEVELS = (1, 2, 3, 4)  # sample counts n/k from which the distance is extrapolated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Seen:
-    """A set of `count` images after one pass: what the scores need of them.
+class ExtractedFeatures:
+    """The features of a set of `count` images that the scores need.
 
-    moments of all; pool f32[n,F] of all, or of n spread evenly over them; of the spatial features
-    the moments alone, or None; `classes`, the sums of an Inception Score; `judged` i[count], the
-    class that an independent classifier sees, or None.
+    `pool` f32[n,F] holds the features of all images, or of n images spread evenly over them;
+    `moments` those of all. `spatial` holds only moments, or is None. `classes` are the sums of an
+    Inception Score; `predicted` i[count] is the class that an independent classifier predicts, or
+    None.
     """
 
     count: int
@@ -48,33 +49,34 @@ class Seen:
     moments: frechet.FeatureMoments
     spatial: frechet.FeatureMoments | None
     classes: scores.ScoreSums
-    judged: np.ndarray | None
+    predicted: np.ndarray | None
 
 
-def look(
+def extract_features(
     extractor: Extractor,
     batches: Iterable[np.ndarray],
     count: int,
     *,
     title: str = "",
-    keep: int | None = None,
-) -> Seen:
-    """One pass over u8[B,H,W,C] batches of `count` images in all; a batch at a time in memory.
+    max_pool: int | None = None,
+) -> ExtractedFeatures:
+    """Extract features from u8[B,H,W,C] batches of `count` images in one pass.
 
-    Features are kept of at most `keep` images. With a title the progress is told. Raises UserError
-    for features that are not finite, or another number of images.
+    One batch at a time is in memory. Pool features of at most `max_pool` images are kept. Progress
+    is logged if there is a title. Raises UserError for features that are not finite, or for
+    another number of images.
     """
-    kept = min(count, count if keep is None else keep)
+    kept = min(count, count if max_pool is None else max_pool)
     chosen = np.linspace(0, count - 1, kept).astype(np.int64) if kept > 1 else np.arange(kept)
     split = scores.adm_splits(count)
-    pool, judged = np.empty((0, 0), np.float32), []
+    pool, predicted = np.empty((0, 0), np.float32), []
     moments = spatial = classes = None
     done, progress = 0, Progress(title, count, "images") if title else None
     for images in batches:
         f = extractor.extract(images)
         stop = done + len(images)
         if stop > count:
-            raise UserError(f"{title or 'images'}: more than the {count} that were announced.")
+            raise UserError(f"{title or 'images'}: more than the expected {count}.")
         if moments is None or classes is None:
             pool = np.empty((kept, f.pool.shape[1]), np.float32)
             moments = frechet.no_moments(f.pool.shape[1])
@@ -87,21 +89,23 @@ def look(
             spatial = frechet.update(spatial, f.spatial)
         classes = scores.update_scores(classes, scores.log_softmax(f.logits), split[done:stop])
         if extractor.judge:
-            judged.append(extractor.judge(images))
+            predicted.append(extractor.judge(images))
         done = stop
         if progress:
             progress.report(done)
     if moments is None or classes is None or done != count:
-        raise UserError(f"{title or 'images'}: {done} of the {count} that were announced.")
-    return Seen(count, pool, moments, spatial, classes, np.concatenate(judged) if judged else None)
+        raise UserError(f"{title or 'images'}: only {done} of the expected {count}.")
+    return ExtractedFeatures(
+        count, pool, moments, spatial, classes, np.concatenate(predicted) if predicted else None
+    )
 
 
-def statistics_of(seen: Seen, provenance: dict[str, Any]) -> Statistics:
-    """What a reference file keeps of a set."""
-    spatial = seen.spatial
+def statistics_of(extracted: ExtractedFeatures, provenance: dict[str, Any]) -> Statistics:
+    """Return the statistics of a set that a reference file holds."""
+    spatial = extracted.spatial
     return Statistics(
-        seen.moments.mean,
-        frechet.covariance(seen.moments),
+        extracted.moments.mean,
+        frechet.covariance(extracted.moments),
         None if spatial is None else spatial.mean,
         None if spatial is None else frechet.covariance(spatial),
         provenance,
@@ -109,7 +113,7 @@ def statistics_of(seen: Seen, provenance: dict[str, Any]) -> Statistics:
 
 
 def score(
-    seen: Seen,
+    extracted: ExtractedFeatures,
     reference: Statistics,
     reference_pool: np.ndarray | None,
     *,
@@ -117,43 +121,50 @@ def score(
     seed: int = 0,
     brief: bool = False,
 ) -> dict[str, float]:
-    """Metric name -> value.
+    """Return metrics by name.
 
-    `family` names the features: '' are FID's own, on which metrics have their plain names; others
-    carry theirs, as 'fd_digits'. With `reference_pool` f[N,F] also precision, recall and KID.
-    Intervals are bootstraps of the samples (95 %), the reference taken as known. `brief` leaves out
-    what takes long.
+    `family` names the features: '' means those of FID, whose metrics have plain names; the metrics
+    of others carry the name, such as 'fd_digits'. `reference_pool` f[N,F] adds precision, recall
+    and KID. Intervals are 95 % bootstraps over the samples with the reference taken as known.
+    `brief` leaves out slow metrics.
     """
     fid = distance_name(family)
     value = frechet.gaussian_frechet_distance(
-        seen.moments.mean, frechet.covariance(seen.moments), reference.mu, reference.sigma
+        extracted.moments.mean, frechet.covariance(extracted.moments), reference.mu, reference.sigma
     )
     found = {fid: value}
     if not brief:
-        _, influence = uncertainty.frechet_influence(seen.pool, reference.mu, reference.sigma)
+        _, influence = uncertainty.frechet_influence(extracted.pool, reference.mu, reference.sigma)
         interval = uncertainty.bootstrap_interval(value, influence, seed)
         found |= {f"{fid}_low": max(0.0, interval.low), f"{fid}_high": interval.high}
-    if not brief and seen.count // max(LEVELS) > len(reference.mu):
-        limit = uncertainty.frechet_infinite(seen.pool, reference.mu, reference.sigma, seed)
+    if not brief and extracted.count // max(LEVELS) > len(reference.mu):
+        limit = uncertainty.frechet_infinite(extracted.pool, reference.mu, reference.sigma, seed)
         found |= {f"{fid}_inf": limit.value, f"{fid}_inf_se": limit.standard_error}
-    if seen.spatial is not None and reference.mu_s is not None and reference.sigma_s is not None:
+    if (
+        extracted.spatial is not None
+        and reference.mu_s is not None
+        and reference.sigma_s is not None
+    ):
         found["sfid"] = frechet.gaussian_frechet_distance(
-            seen.spatial.mean, frechet.covariance(seen.spatial), reference.mu_s, reference.sigma_s
+            extracted.spatial.mean,
+            frechet.covariance(extracted.spatial),
+            reference.mu_s,
+            reference.sigma_s,
         )
     if not family:
-        mean, deviation = scores.inception_score(seen.classes)
+        mean, deviation = scores.inception_score(extracted.classes)
         found |= {"inception_score": mean, "inception_score_split_deviation": deviation}
     if reference_pool is not None and not brief:
-        found |= _against_features(seen.pool, reference_pool, family, seed)
+        found |= _feature_set_metrics(extracted.pool, reference_pool, family, seed)
     return found
 
 
 def distance_name(family: str) -> str:
-    """The Fréchet distance's honest name: FID is what the 2015 Inception features give, alone."""
+    """Return the Fréchet distance's name. Only the 2015 Inception features give 'fid'."""
     return f"fd_{family}" if family else "fid"
 
 
-def _against_features(
+def _feature_set_metrics(
     pool: np.ndarray, reference: np.ndarray, family: str, seed: int
 ) -> dict[str, float]:
     found: dict[str, float] = {}
@@ -169,9 +180,9 @@ def _against_features(
 
 
 class Reference(NamedTuple):
-    """What samples are compared with: statistics, and features f[n,F] where they are known.
+    """What samples are compared with: statistics, and features f[n,F] if they are known.
 
-    `name` is for a reader; `record` fixes what it is and goes into the protocol.
+    `name` is for readers; `record` identifies the reference and is part of the protocol.
     """
 
     statistics: Statistics
@@ -181,14 +192,15 @@ class Reference(NamedTuple):
 
 
 def open_reference(
-    text: str, extractor: Extractor, side: int, data_dir: str = "", keep: str | Path = ""
+    text: str, extractor: Extractor, side: int, data_dir: str = "", save_to: str | Path = ""
 ) -> Reference:
-    """Statistics, images or a data set by name ('imagenet2012/validation'), seen by `extractor`.
+    """Open a reference: statistics, images, or a data set ('imagenet2012/validation') by name.
 
-    A data set's images get the centre crop and are brought to side x side; what was seen of them is
-    kept beside the data. `keep` is a file that gets the reference in any case. Statistics of others
-    do not say what features they are of: their SHA-256 is on record.
-    Raises UserError for what is none of them, and for statistics of ours by other features.
+    Features of images come from `extractor`. A data set's images are centre-cropped to
+    side x side, and their statistics are cached beside the data. `save_to` is a file to save the
+    reference to in any case. Statistics of other programs do not say what features they are of, so
+    their SHA-256 is recorded. Raises UserError for anything else, and for statistics by ditjax
+    with other features.
     """
     path = Path(text)
     if path.is_file() and _holds_statistics(path):
@@ -196,20 +208,20 @@ def open_reference(
     elif path.exists():
         images = open_images(path)
         batches = images.batches(extractor.batch_size)
-        found = _looked_at(batches, images.count, extractor, path.name)
+        found = _from_images(batches, images.count, extractor, path.name)
     elif path.is_absolute() or path.suffix == ".npz":
         raise UserError(
             f"reference {text} does not exist: expected statistics or images there, or the name of"
-            " a data set, as imagenet2012/validation."
+            " a data set, such as imagenet2012/validation."
         )
     else:
-        found = _of_data_set(text, extractor, extractor.side or side, data_dir)
-    if keep and is_primary():
-        save_statistics(keep, found.statistics, found.pool)
+        found = _from_dataset(text, extractor, extractor.side or side, data_dir)
+    if save_to and is_primary():
+        save_statistics(save_to, found.statistics, found.pool)
     return found
 
 
-def _of_data_set(text: str, extractor: Extractor, side: int, data_dir: str) -> Reference:
+def _from_dataset(text: str, extractor: Extractor, side: int, data_dir: str) -> Reference:
     name, split = split_of(text)
     spec = source.DataSpec(
         name=name,
@@ -226,35 +238,39 @@ def _of_data_set(text: str, extractor: Extractor, side: int, data_dir: str) -> R
     words = f"{title} {info.num_examples} {sorted(extractor.record.items())}"
     key = hashlib.sha256(words.encode()).hexdigest()[:12]
     file = re.sub(r"[^\w.-]", "_", f"{title}-{key}.npz")
-    kept = source.data_root(spec.data_dir) / "references" / file
-    # Looking is the work of all processes: none may read while another waits for it.
-    if processes.everywhere(kept.exists()):
-        return _from_statistics(kept, extractor)
+    cached = source.data_root(spec.data_dir) / "references" / file
+    # All processes extract features together: none may load the cache while another extracts.
+    if processes.everywhere(cached.exists()):
+        return _from_statistics(cached, extractor)
     batches = (_as_uint8(rows["image"]) for rows in stream.in_order(spec, extractor.batch_size))
-    found = _looked_at(batches, info.num_examples, extractor, f"{name}/{split}, {side}x{side}")
+    found = _from_images(batches, info.num_examples, extractor, f"{name}/{split}, {side}x{side}")
     if is_primary():
-        save_statistics(kept, found.statistics, found.pool)
+        save_statistics(cached, found.statistics, found.pool)
     return found
 
 
-def _looked_at(
+def _from_images(
     batches: Iterable[np.ndarray], count: int, extractor: Extractor, name: str
 ) -> Reference:
     digest = hashlib.sha256()
-    seen = look(
-        extractor, _digested(batches, digest), count, title="reference", keep=REFERENCE_FEATURES
+    extracted = extract_features(
+        extractor,
+        _hash_batches(batches, digest),
+        count,
+        title="reference",
+        max_pool=REFERENCE_FEATURES,
     )
     record = {
         "reference_sha256": digest.hexdigest(),
         "reference_count": count,
-        "reference_features": len(seen.pool),
+        "reference_features": len(extracted.pool),
     }
-    statistics = statistics_of(seen, {**extractor.record, **record, "reference": name})
-    return Reference(statistics, seen.pool, name, record)
+    statistics = statistics_of(extracted, {**extractor.record, **record, "reference": name})
+    return Reference(statistics, extracted.pool, name, record)
 
 
-def _digested(batches: Iterable[np.ndarray], digest: Any) -> Iterator[np.ndarray]:
-    """The same; their bytes go into the digest, which knows a set whatever machine looks at it."""
+def _hash_batches(batches: Iterable[np.ndarray], digest: Any) -> Iterator[np.ndarray]:
+    """Yield the batches and add their bytes to a digest, which is the same on every machine."""
     for k, images in enumerate(batches):
         if k == 0:
             digest.update(f"{images.shape[1:]}".encode())
@@ -263,7 +279,7 @@ def _digested(batches: Iterable[np.ndarray], digest: Any) -> Iterator[np.ndarray
 
 
 def _as_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] as the readers give it -> the bytes that it was made of."""
+    """Convert images in [-1, 1], as the readers yield them, back to their bytes."""
     return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
@@ -274,22 +290,24 @@ def _holds_statistics(path: Path) -> bool:
 
 def _from_statistics(path: Path, extractor: Extractor) -> Reference:
     found = load_statistics(path)
-    said = found.provenance
-    if said.get("features_sha256") not in (None, extractor.record["features_sha256"]):
+    provenance = found.provenance
+    if provenance.get("features_sha256") not in (None, extractor.record["features_sha256"]):
         raise UserError(
-            f"{path} is of features {said['features_sha256'][:12]}, the samples' are"
-            f" {extractor.record['features_sha256'][:12]}: make the reference again with these."
+            f"{path} has features {provenance['features_sha256'][:12]}, the samples have"
+            f" {extractor.record['features_sha256'][:12]}: make the reference again with those."
         )
-    if "reference_sha256" in said:  # ours: it is still the set that it was made of
-        record = {key: said[key] for key in said if key.startswith("reference_")}
+    if "reference_sha256" in provenance:  # written by ditjax, which recorded the set of images
+        record = {key: provenance[key] for key in provenance if key.startswith("reference_")}
         pool = load_features(path) if "features" in found.arrays else None
-        return Reference(found, pool, str(said.get("reference", path.name)), record)
+        return Reference(found, pool, str(provenance.get("reference", path.name)), record)
     pool = None
     if "arr_0" in found.arrays:
         images = open_images(path)
         batches = images.batches(extractor.batch_size)
-        seen = look(extractor, batches, images.count, title="reference", keep=REFERENCE_FEATURES)
-        pool = seen.pool
+        extracted = extract_features(
+            extractor, batches, images.count, title="reference", max_pool=REFERENCE_FEATURES
+        )
+        pool = extracted.pool
     record = {
         "reference_sha256": statistics_hash(found),
         "reference_features": 0 if pool is None else len(pool),

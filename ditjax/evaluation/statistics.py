@@ -1,9 +1,9 @@
 """Reference statistics of features, in the npz files that ADM and pytorch-fid read and write.
 
 ADM's files hold mu and sigma of pool_3, mu_s and sigma_s of the spatial features, and often arr_0,
-the reference images themselves; pytorch-fid's hold mu and sigma alone. Ours are ADM's, with two
-more arrays, which other readers ignore: `provenance`, a JSON text that describes the statistics,
-and, for precision and recall, `features` f32[n,d].
+the reference images themselves; pytorch-fid's hold only mu and sigma. ditjax writes ADM's format
+with two more arrays, which other readers ignore: `provenance`, a JSON text that describes the
+statistics, and `features` f32[n,d] for precision and recall.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ditjax.files import npz
 from ditjax.files.atomic import write_atomic
 from ditjax.files.npz import provenance_text, read_provenance
 
-Array = NDArray[np.float64]
+Float64Array = NDArray[np.float64]
 
 
 class Statistics(NamedTuple):
@@ -30,10 +30,10 @@ class Statistics(NamedTuple):
     `provenance` is {} in files of other programs; `arrays` names the other arrays in the file.
     """
 
-    mu: Array
-    sigma: Array
-    mu_s: Array | None = None
-    sigma_s: Array | None = None
+    mu: Float64Array
+    sigma: Float64Array
+    mu_s: Float64Array | None = None
+    sigma_s: Float64Array | None = None
     provenance: Mapping[str, Any] = {}
     arrays: tuple[str, ...] = ()
 
@@ -43,7 +43,7 @@ def save_statistics(
     statistics: Statistics,
     features: NDArray[np.floating[Any]] | None = None,
 ) -> Path:
-    """Write statistics in float64, and `features` f[n,d] in float32, for `load_statistics`.
+    """Write statistics in float64 and `features` f[n,d] in float32, for `load_statistics`.
 
     Raises UserError for statistics that could not be read again, or a provenance that is not plain
     JSON.
@@ -63,24 +63,22 @@ def save_statistics(
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
-    """The statistics in an npz of ADM, of pytorch-fid or of ours.
+    """Load the statistics in an npz of ADM, pytorch-fid or ditjax.
 
-    Raises a UserError that names the file, and the array that is missing, pickled, not of floats,
+    Raises a UserError that names the file and the array if one is missing, pickled, not of floats,
     of the wrong shape, not finite, or not a covariance.
     """
     with npz.reading(path) as archive:
         names = npz.names(archive)
         if "mu" not in names and "arr_0" in names:
             raise UserError(
-                f"{path} holds samples (arr_0) and no statistics (mu, sigma): give a reference"
+                f"{path} holds samples (arr_0) but no statistics (mu, sigma): give a reference"
                 " file, or make statistics of these images first."
             )
         found = {name: npz.read_array(archive, name) for name in ("mu", "sigma")}
         spatial = [name for name in ("mu_s", "sigma_s") if name in names]
         if len(spatial) == 1:
-            raise UserError(
-                f"{path} has {spatial[0]} alone: expected mu_s and sigma_s, or neither."
-            )
+            raise UserError(f"{path} has only {spatial[0]}: expected mu_s and sigma_s, or neither.")
         found |= {name: npz.read_array(archive, name) for name in spatial}
         provenance = read_provenance(archive)
     others = tuple(sorted(set(names) - {*found, "provenance"}))
@@ -88,7 +86,7 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
 
 
 def load_features(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """The `features` f32[n,d] in a file that `save_statistics` wrote.
+    """Load the `features` f32[n,d] in a file that `save_statistics` wrote.
 
     Raises UserError if there are none, or if they are not a finite float array.
     """
@@ -98,7 +96,7 @@ def load_features(path: str | os.PathLike[str]) -> NDArray[np.float32]:
 
 
 def statistics_hash(statistics: Statistics) -> str:
-    """First 12 hex digits of SHA-256 of the numbers alone, which identify a reference.
+    """Return the first 12 hex digits of the SHA-256 that identifies a reference.
 
     The digest covers the float64 little-endian bytes of mu, sigma and, if any, mu_s and sigma_s.
     """
@@ -121,7 +119,7 @@ def _checked(statistics: Statistics, where: str) -> Statistics:
 
 def _gaussian(
     mu: NDArray[Any], sigma: NDArray[Any], mu_name: str, sigma_name: str, where: str
-) -> tuple[Array, Array]:
+) -> tuple[Float64Array, Float64Array]:
     for name, array in ((mu_name, mu), (sigma_name, sigma)):
         if array.dtype not in (np.float32, np.float64):
             raise UserError(f"{where}: {name} is {array.dtype}, expected float64 or float32.")
@@ -134,10 +132,10 @@ def _gaussian(
         if not np.isfinite(array).all():
             raise UserError(f"{where}: {name} is not finite: make the statistics again.")
     sigma = sigma.astype(np.float64)
-    # The halves may differ by a rounding of float32, from sums in another order.
+    # The halves may differ by a rounding of float32, because sums have another order.
     if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
         raise UserError(
-            f"{where}: {sigma_name} is no covariance: expected a symmetric matrix without"
+            f"{where}: {sigma_name} is not a covariance: expected a symmetric matrix without"
             " negative variances."
         )
     return mu.astype(np.float64), (sigma + sigma.T) / 2

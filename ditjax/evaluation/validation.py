@@ -1,8 +1,8 @@
-"""Numbers of held-out examples: the task's own score, as L_simple at fixed (t, eps) or a PSNR.
+"""Scores of held-out examples: the task's score, such as L_simple at fixed (t, eps) or PSNR.
 
-What is drawn with example i is a function of (seed, i) with the seed of the samples: every model,
-however trained and at whatever step, is measured on the same draws, on any number of devices and in
-any batch. So the difference of two models is far more certain than either value.
+The random draws of example i are a function of (seed, i), with the seed of the samples: all models
+at all steps are measured on the same draws, on any number of devices and in any batch. So the
+difference of two models is far more certain than either value.
 """
 
 import dataclasses
@@ -24,14 +24,16 @@ from ditjax.runs import opening
 from ditjax.tasks import make_task
 from ditjax.training import keys
 from ditjax.training.program import precise
-from ditjax.training.task import Frozen, Score
+from ditjax.training.task import Frozen, ValidationScore
 
 # (params, first example, rows of at most B) -> name: f32[rows]
 Measure = Callable[[Any, int, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
-def measure_of(c: Config, score: Score, mesh: Mesh, frozen: Frozen, batch_size: int) -> Measure:
-    """The jitted measure of a score, with the keys of each example's index."""
+def measure_of(
+    c: Config, score: ValidationScore, mesh: Mesh, frozen: Frozen, batch_size: int
+) -> Measure:
+    """Return the jitted measure of a score; example i gets the random key of its index."""
     batch_sharding = rules.batch_sharding(mesh)
 
     def of_batch(
@@ -68,13 +70,13 @@ def measure_of(c: Config, score: Score, mesh: Mesh, frozen: Frozen, batch_size: 
 
 
 def held_out_means(c: Config, mesh: Mesh, params: Any) -> tuple[dict[str, float], dict[str, Any]]:
-    """(means over every example of config.evaluate.split, their protocol), by the task's score.
+    """Return (means of the task's score over config.evaluate.split, their protocol).
 
-    Raises UserError for a task that has none.
+    Raises UserError for a task without a score.
     """
     score = make_task(c, mesh).score
     if score is None:
-        raise UserError(f"config.task is {c.task!r}: it has no score, and it draws no samples.")
+        raise UserError(f"config.task is {c.task!r}: it has no score and draws no samples.")
     size, start = c.train.batch_size, 0
     rules.check_batch(size, mesh, "config.train.batch_size")
     measure = measure_of(c, score, mesh, {}, size)
@@ -91,20 +93,20 @@ def held_out_means(c: Config, mesh: Mesh, params: Any) -> tuple[dict[str, float]
 
 
 class Validator:
-    """Measures networks that share a mesh and frozen weights; each program compiles once."""
+    """Measures the validation loss on one mesh with frozen weights; each program compiles once."""
 
     def __init__(self, mesh: Mesh, frozen: Frozen) -> None:
         self._mesh, self._frozen = mesh, frozen
-        self._programs: dict[Any, tuple[Score, Measure]] = {}
+        self._programs: dict[Any, tuple[ValidationScore, Measure]] = {}
         self._infos: dict[source.DataSpec, source.DatasetInfo] = {}
         self._kept: dict[Any, list[HostBatch]] = {}
 
     def __call__(self, c: Config, params: Any) -> dict[str, float]:
-        """val_loss (L_simple), of a learned variance val_vlb (bits/dim at t), their _stderr.
+        """Return val_loss (L_simple), val_vlb (bits/dim at t) of a learned variance, and _stderr.
 
-        Means over config.evaluate.val_loss_num pairs; {} for 0. The standard error is over other
-        draws with these images. Raises UserError for a split that is not there, or a damaged
-        record.
+        They are means over config.evaluate.val_loss_num pairs; {} for 0. The standard error is
+        that over other draws with the same images. Raises UserError for a missing split or a
+        damaged record.
         """
         n = c.evaluate.val_loss_num
         if not n:
@@ -125,9 +127,9 @@ class Validator:
         return found
 
     def protocol(self, c: Config) -> dict[str, Any]:
-        """What two validation losses must share to be compared; {} where there is none.
+        """Return what two validation losses must share to be compared; {} if there is no loss.
 
-        Raises UserError as a call does, before anything is computed.
+        Raises UserError like a call, but before anything is computed.
         """
         if not c.evaluate.val_loss_num:
             return {}
@@ -138,7 +140,7 @@ class Validator:
             **(score.protocol if score else {}),
         }
 
-    def _program(self, c: Config) -> tuple[Score, Measure]:
+    def _program(self, c: Config) -> tuple[ValidationScore, Measure]:
         key = (c.task, c.model, c.diffusion, c.data, c.autoencoder, c.evaluate, c.sample.batch_size)
         if key not in self._programs:
             score = make_task(c, self._mesh).score
@@ -159,7 +161,7 @@ class Validator:
         return self._infos[spec]
 
     def _images(self, c: Config) -> Iterator[HostBatch]:
-        """The images of the pairs; small sets stay in memory for the next time."""
+        """Yield batches of the pairs' images; small sets stay in memory for the next call."""
         spec, size = held_out(c), c.sample.batch_size
         records = stream.records_of_step(
             c.evaluate.seed, 1, c.evaluate.val_loss_num, self._info(c).num_examples
@@ -175,9 +177,9 @@ class Validator:
 
 
 def held_out(c: Config) -> source.DataSpec:
-    """The images that a recipe's validation loss is of: of encoded latents, those behind them.
+    """Return the images of a recipe's validation loss; for latents, the images they encode.
 
-    A damaged one is an error: a loss of others in their place would be another loss.
+    A damaged image is an error, because a loss over other images would be another metric.
     """
     name = c.data.name
     if is_latents(name):

@@ -1,1 +1,1 @@
-"""Cells of a study, their status, and published figures beside them."""
+"""The cells of a study, their status, and the published figures that belong to them."""

@@ -1,4 +1,4 @@
-"""The cells of a study: what a recipe's grid, lists, zips, seeds and budget make of it."""
+"""The cells of a study, from the grid, lists, zips, seeds and budget of a recipe."""
 
 import copy
 import hashlib
@@ -23,44 +23,43 @@ SCHEMA = 1
 
 
 class Cell(NamedTuple):
-    """One run of a study: its name is its directory below WORKDIR/runs."""
+    """One run of a study; its name is its directory below WORKDIR/runs."""
 
     number: int
     name: str
     recipe: dict[str, Any]
     config: Config
     overrides: tuple[Override, ...] = ()
-    published: PublishedFigures | None = None  # what others have measured of such a run
+    published: PublishedFigures | None = None  # figures of other authors for this run
 
     @property
     def model(self) -> str:
-        """As in the paper: 'DiT-XL/2'."""
+        """The model's name as in the paper, such as 'DiT-XL/2'."""
         return make_task(self.config).name
 
     @property
     def params(self) -> int:
-        """Trainable parameters; 0 where no closed form is known."""
+        """Trainable parameters; 0 if there is no closed form."""
         cost = make_task(self.config).cost
         return cost.parameters if cost else 0
 
     @property
     def gflops(self) -> float:
-        """The paper's: multiply-accumulates of one forward pass / 10⁹; 0 where not known."""
+        """The paper's Gflops: multiply-accumulates of one forward pass / 10⁹; 0 if unknown."""
         cost = make_task(self.config).cost
         return cost.gflops if cost else 0.0
 
     @property
     def training_gflops(self) -> float:
-        """3 · forward Gflops · batch · steps: what schedules and estimates go by."""
+        """3 · forward Gflops · batch · steps, the unit of schedules and estimates."""
         c = self.config.train
         return training_gflops(self.gflops, c.batch_size * c.steps)
 
 
 def cells(recipe: Mapping[str, Any]) -> list[Cell]:
-    """The runs of a recipe, all checked: in the order of grid, lists, zips and seeds, the last
-    varying fastest.
+    """Return the checked runs of a recipe, by grid, lists, zips and seeds, the last fastest.
 
-    Raises UserError for a recipe that is one run, an illegal cell, or two that are the same.
+    Raises UserError for a recipe of a single run, an illegal cell, or two equal cells.
     """
     whole = read(recipe)
     recipe = as_tree(whole)
@@ -68,17 +67,17 @@ def cells(recipe: Mapping[str, Any]) -> list[Cell]:
     choices = _choices(study)
     if not choices:
         raise UserError(
-            "config.sweep is empty: it has no grid, lists, zips or seeds, and this recipe is one"
-            " run; use ditjax.train."
+            "config.sweep is empty: without a grid, lists, zips or seeds this recipe is one run;"
+            " use ditjax.train."
         )
     made: list[Cell] = []
-    words = _words(study)
+    labels = _key_labels(study)
     for number, parts in enumerate(itertools.product(*choices)):
         overrides = tuple(itertools.chain(*parts))
         cell = copy.deepcopy(dict(recipe))
         cell["sweep"] = {}
         try:
-            # The network first: it says which keys there are.
+            # The network comes first: it decides which keys exist.
             for key, value in sorted(overrides, key=lambda each: each[0] != "model.kind"):
                 _set(cell, key, value)
             if study.budget:
@@ -86,14 +85,14 @@ def cells(recipe: Mapping[str, Any]) -> list[Cell]:
             config = read(cell)
             cell = as_tree(config)
         except UserError as error:
-            raise UserError(f"cell {number} ({_said(overrides)}): {error}") from None
-        name = _name(overrides, words, study.budget, config)
+            raise UserError(f"cell {number} ({_override_text(overrides)}): {error}") from None
+        name = _name(overrides, labels, study.budget, config)
         made.append(Cell(number, name, cell, config, overrides, published_of(whole, config)))
-    return _named_apart(made)
+    return _with_unique_names(made)
 
 
 def _choices(study: Sweep) -> list[list[tuple[Override, ...]]]:
-    """Of each thing that varies by itself: the sets of overrides that it has to offer."""
+    """Return, for each axis that varies independently, its alternative sets of overrides."""
     choices: list[list[tuple[Override, ...]]] = []
     choices += [[((key, value),) for value in values] for key, values in study.grid]
     if study.lists:
@@ -119,16 +118,18 @@ def _set(recipe: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _read_for_cost(cell: dict[str, Any]) -> Config:
-    """The cell with as many steps as it may have: those that the recipe has are not used, and may
-    be fewer than its warm-up."""
+    """Read a cell with the largest number of steps.
+
+    A budget replaces the recipe's steps, which may be fewer than its warm-up.
+    """
     return read({**cell, "train": {**cell["train"], "steps": 2**31 - 1}})
 
 
 def steps_within(budget: tuple[str, float], c: Config) -> int:
-    """The training steps that a budget pays for, to the nearest whole one.
+    """Return the number of training steps in a budget, rounded to the nearest integer.
 
     'images' are steps · batch; 'gflops' are training Gflops, 3 · forward Gflops · batch · steps.
-    Raises UserError for none.
+    Raises UserError if the budget is less than one step.
     """
     unit, number = budget
     cost = Fraction(1)
@@ -145,14 +146,14 @@ def steps_within(budget: tuple[str, float], c: Config) -> int:
     return steps
 
 
-def _said(overrides: Iterable[Override]) -> str:
+def _override_text(overrides: Iterable[Override]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in overrides) or "the recipe as it is"
 
 
-def _words(study: Sweep) -> dict[str, str]:
-    """What a varied key is called in names: its last part, but for two that share it.
+def _key_labels(study: Sweep) -> dict[str, str]:
+    """Return the label of each varied key in names: its last part, or the key if two share it.
 
-    Axes of a grid stand in one order, which tells them apart.
+    Keys of a grid always use the last part: their order distinguishes them.
     """
     in_grid = {key for key, _ in study.grid}
     varied = {key for choice in _choices(study) for part in choice for key, _ in part}
@@ -162,39 +163,39 @@ def _words(study: Sweep) -> dict[str, str]:
 
 
 def _name(
-    overrides: Iterable[Override], words: Mapping[str, str], budget: tuple[Any, ...], c: Config
+    overrides: Iterable[Override], labels: Mapping[str, str], budget: tuple[Any, ...], c: Config
 ) -> str:
-    """DiT-4x96x3-p1-seed0, the other overrides as key_value, and the budget: a legal name."""
+    """Return a legal name: DiT-4x96x3-p1-seed0, other overrides as key_value, and the budget."""
     name = f"{make_task(c).name.replace('/', '-p')}-seed{c.seed}"
     for key, value in overrides:
-        if key not in in_every_name(c):
-            name += f"-{words[key]}_{value}"
+        if key not in keys_in_every_name(c):
+            name += f"-{labels[key]}_{value}"
     if budget:
         name += f"-{budget[0]}_{_short(budget[1])}"
     return rundir.legal_name(name)
 
 
-def in_every_name(c: Config) -> tuple[str, ...]:
-    """The keys that every cell's name tells: those in its network's name, and the seed."""
+def keys_in_every_name(c: Config) -> tuple[str, ...]:
+    """Return the keys in every cell's name: those of its network's name, and the seed."""
     varied = network_module(c.model.kind).NETWORK.varied
     return (*(f"model.{key}" for key in varied), "seed")
 
 
 def _short(number: float) -> str:
-    """1e6 -> '1e6', 250 -> '250', 0.1234567 whole."""
+    """Format a number exactly but short: 1e6 -> '1e6', 250 -> '250', 0.1234567 in full."""
     text = f"{number:g}" if float(f"{number:g}") == number else repr(number)
     return re.sub(r"e[+]?(-?)0*", r"e\1", text)
 
 
-def _named_apart(made: list[Cell]) -> list[Cell]:
-    """The cells, each with a name of its own. Raises UserError for two of one recipe."""
+def _with_unique_names(made: list[Cell]) -> list[Cell]:
+    """Return the cells with unique names. Raises UserError for two cells with equal recipes."""
     first: dict[Config, Cell] = {}
     for cell in made:
         same = first.setdefault(cell.config, cell)
         if same is not cell:
             raise UserError(
-                f"cells {same.number} ({_said(same.overrides)}) and {cell.number}"
-                f" ({_said(cell.overrides)}) are one and the same run: leave one out."
+                f"cells {same.number} ({_override_text(same.overrides)}) and {cell.number}"
+                f" ({_override_text(cell.overrides)}) are the same run: leave one out."
             )
     names = Counter(cell.name for cell in made)
     return [
@@ -210,12 +211,13 @@ def _digest(overrides: Iterable[Override]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def chosen(
+def select_cells(
     study: Sequence[Cell], models: str = "", numbers: str = "", shard: str = ""
 ) -> list[Cell]:
-    """The cells of some models ('S/8,B/4'), with some numbers ('0,3-5'), or one share ('0/4').
+    """Select cells by models ('S/8,B/4'), by numbers ('0,3-5'), or one share of them ('0/4').
 
-    What is not given chooses all; a shard is one of what the others choose. Raises UserError.
+    An empty filter selects all cells. The shard is a share of what the other two select. Raises
+    UserError.
     """
     left = list(study)
     if models:
@@ -225,12 +227,14 @@ def chosen(
         wanted_numbers = _numbers(numbers, len(study))
         left = [cell for cell in left if cell.number in wanted_numbers]
     if models and numbers and not left:
-        raise UserError(f"--models={models} --cells={numbers}: no cell is both; leave one out.")
+        raise UserError(
+            f"--models={models} --cells={numbers}: no cell matches both; leave one out."
+        )
     return _shard(left, shard) if shard else left
 
 
 def _model(name: str, study: Sequence[Cell]) -> str:
-    """'S/8' or 'DiT-S/8' -> 'DiT-S/8', a model of the study."""
+    """Return the study's model that 'S/8' or 'DiT-S/8' names: 'DiT-S/8'."""
     whole = {each.partition("-")[2]: each for each in dict.fromkeys(c.model for c in study)}
     short, models = name.strip(), list(whole)
     if short in whole.values():
@@ -245,7 +249,7 @@ def _model(name: str, study: Sequence[Cell]) -> str:
 
 
 def _numbers(text: str, count: int) -> set[int]:
-    """'0,3-5' -> {0, 3, 4, 5}."""
+    """Parse cell numbers: '0,3-5' -> {0, 3, 4, 5}."""
     found: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", part)
@@ -259,24 +263,24 @@ def _numbers(text: str, count: int) -> set[int]:
 
 
 def _shard(left: list[Cell], text: str) -> list[Cell]:
-    """Every N-th cell by falling work, the K-th first: shares of about the same work."""
+    """Return share K of N: every N-th cell by falling work, so that shares are about equal."""
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     part, parts = (int(match[1]), int(match[2])) if match else (1, 0)
     if part >= parts:
         raise UserError(
-            f"--shard={text[:100]}: expected K/N, the share K of N, counted from 0: 0/4 to 3/4 are"
-            " four machines."
+            f"--shard={text[:100]}: expected K/N, share K of N, counted from 0: 0/4 to 3/4 for four"
+            " machines."
         )
     return sorted(by_work(left)[part::parts], key=lambda cell: cell.number)
 
 
 def by_work(study: Iterable[Cell]) -> list[Cell]:
-    """The dearest first, so that the last to finish is small."""
+    """Sort by falling work, so that the last cell to finish is small."""
     return sorted(study, key=lambda cell: (-cell.training_gflops, cell.number))
 
 
-def record(recipe: Mapping[str, Any], study: Sequence[Cell], command: str) -> dict[str, Any]:
-    """sweep.json: every cell of the study, whether it has been run or not."""
+def study_record(recipe: Mapping[str, Any], study: Sequence[Cell], command: str) -> dict[str, Any]:
+    """Return the content of sweep.json: every cell of the study, run or not."""
     return {
         "schema": SCHEMA,
         "title": recipe["sweep"].get("title", ""),
@@ -298,19 +302,19 @@ def record(recipe: Mapping[str, Any], study: Sequence[Cell], command: str) -> di
 
 
 def check_result(cell: Cell, folder: Path, found: Mapping[str, Any]) -> None:
-    """Raises UserError for a result that is another recipe's."""
-    # A training may be gone on with for more steps; the cell of a study has its own.
+    """Raise UserError for a result of another recipe."""
+    # A single run may be extended by more steps; the steps of a cell are fixed.
     rundir.check_same(folder, found["config"], cell.recipe, also=("train.steps",))
 
 
 def check_same_study(
     workdir: Path, recorded: Mapping[str, Any], recipe: Mapping[str, Any], study: Sequence[Cell]
 ) -> None:
-    """A directory's study may grow; what no name of its cells tells stays. Raises UserError."""
-    told = {key for cell in study for key, _ in cell.overrides}
-    told |= {key for cell in study for key in in_every_name(cell.config)}
+    """Raise UserError if a directory's study changes in keys that are not in its cells' names."""
+    named = {key for cell in study for key, _ in cell.overrides}
+    named |= {key for cell in study for key in keys_in_every_name(cell.config)}
     for key, before, now in rundir.differences(recorded, recipe):
-        if key not in told:
+        if key not in named:
             raise UserError(
                 f"{workdir} holds a study with {key}={before!r}, this command says {now!r}: give"
                 " another --workdir, or the recipe it was started with."

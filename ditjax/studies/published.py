@@ -1,7 +1,7 @@
-"""Figures that others have published, beside the cells of ours that they belong to.
+"""Published figures of other authors, matched to the cells of a study.
 
-A recipe names them (config.sweep.published), a sweep writes those of a cell into its `result.json`,
-and everywhere they go by the name of *published*.
+A recipe lists them (config.sweep.published) and a sweep writes those of a cell to its
+`result.json`. The term for them is *published* everywhere.
 """
 
 import operator
@@ -12,10 +12,10 @@ from ditjax.runs.results import PublishedFigures
 
 
 def published_of(study: Config, cell: Config) -> PublishedFigures | None:
-    """What `study.sweep.published` says of a cell, or None where it says nothing.
+    """Return the figures of `study.sweep.published` that belong to a cell, or None.
 
-    A figure belongs to every cell that has all of its keys' values, so to all seeds of it. Raises
-    UserError where two figures of one metric belong to a cell.
+    A figure belongs to every cell that has the values of all its keys, and so to all seeds. Raises
+    UserError if two figures of one metric belong to a cell.
     """
     values: dict[str, float] = {}
     for keys, metric, value in study.sweep.published:
@@ -24,8 +24,8 @@ def published_of(study: Config, cell: Config) -> PublishedFigures | None:
         if metric in values:
             named = ", ".join(f"{key}={wanted!r}" for key, wanted in keys)
             raise UserError(
-                f"config.sweep.published says {metric} {values[metric]:g} and {value:g} of the"
-                f" cells with {named}: give the figures more keys, so that one belongs to each."
+                f"config.sweep.published lists {metric} {values[metric]:g} and {value:g} for the"
+                f" cells with {named}: add keys so that one figure belongs to each cell."
             )
         values[metric] = value
     if not values:

@@ -1,7 +1,7 @@
-"""How a study stands: what its directory says of each cell, read from anywhere, nothing touched.
+"""The state of a study, read from its directory on any machine, without changing anything.
 
-A cell is done when its result is there, and running while a process has its lease. Otherwise what
-it left says how it ended: `ended.json`, or the last line of its log.
+A cell is done if it has a result, and running while a process holds its lease. Otherwise
+`ended.json` or the last line of its log says how it ended.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from ditjax.runs.log import newest_metrics
 from ditjax.studies.cells import Cell, check_result
 from ditjax.studies.words import OF_A_METRIC, aligned, metric_name, number
 
-LEASES = ".sweep*.lease"  # of the processes that start cells
+LEASES = ".sweep*.lease"  # leases of the processes that start cells
 
 DONE, RUNNING, FAILED, STOPPED, NOT_RUN = "done", "running", "failed", "stopped", "not run"
-SILENT = "ended without a word"
+SILENT = "ended without a message"
 _STATES = (DONE, RUNNING, FAILED, STOPPED, NOT_RUN)
 _ENDINGS = (FAILED, STOPPED)
-_INTERVALS = 8  # of a log: what a rate is taken from
-_LONGEST = 160  # characters of a line that is told
+_INTERVALS = 8  # logged intervals that a rate is computed from
+_LONGEST = 160  # characters of a printed line
 
 
 class State(NamedTuple):
-    """One cell: `step` of its training so far, steps/s and seconds left of it, NaN for unknown."""
+    """The state of one cell: training step, rate in steps/s (NaN if unknown), and a remark."""
 
     cell: Cell
     stage: str
@@ -41,19 +41,21 @@ class State(NamedTuple):
 
     @property
     def left(self) -> float:
-        """Seconds of training at this rate."""
+        """Remaining seconds of training at this rate; NaN if unknown."""
         steps = self.cell.config.train.steps - self.step
         return steps / self.rate if self.rate > 0 else math.nan
 
     @property
     def share(self) -> float:
-        """Of its training, 0 to 1."""
+        """The finished share of training, 0 to 1."""
         return 1.0 if self.stage == DONE else min(1.0, self.step / self.cell.config.train.steps)
 
 
-def look(study: Iterable[Cell], workdir: Path, *, waits: bool = False) -> list[State]:
-    """The state of each cell. With `waits`, whether processes on other machines live, too: up to
-    15 seconds."""
+def read_states(study: Iterable[Cell], workdir: Path, *, waits: bool = False) -> list[State]:
+    """Return the state of each cell.
+
+    With `waits`, up to 15 seconds are spent to find out whether processes on other machines live.
+    """
     folders = [(cell, workdir / rundir.RUNS / cell.name) for cell in study]
     sweeps = sorted(workdir.glob(LEASES))
     files = [*sweeps, *(folder / lease.FILE for _, folder in folders)]
@@ -78,9 +80,9 @@ def _state(cell: Cell, folder: Path, holder: lease.Holder | None, sweeping: bool
         doing = "" if 0 < step < cell.config.train.steps else "evaluates, " if step else "starts, "
         return State(cell, RUNNING, step, rate, f"{doing}{holder}")
     if bad:
-        return State(cell, FAILED, step, words=_told(bad, folder))
+        return State(cell, FAILED, step, words=_shorten(bad, folder))
     if ending := read_ending(folder):
-        return State(cell, ending["how"], step, words=_told(ending["line"], folder))
+        return State(cell, ending["how"], step, words=_shorten(ending["line"], folder))
     if not any(
         (folder / name).exists()
         for name in (rundir.LOG_FILE, results.METRICS_FILE, rundir.RECIPE_FILE)
@@ -88,34 +90,34 @@ def _state(cell: Cell, folder: Path, holder: lease.Holder | None, sweeping: bool
         return State(cell, NOT_RUN)
     if sweeping:
         return State(cell, RUNNING, step, words="starts")
-    words = _told(f"{SILENT}; its log: {last_line(folder)}", folder)
+    words = _shorten(f"{SILENT}; its log: {last_line(folder)}", folder)
     return State(cell, FAILED, step, words=words)
 
 
-def note_ending(folder: Path, how: str, line: str) -> None:
-    """Records how a cell ended that has no result. A disk that takes no more keeps it out."""
+def record_ending(folder: Path, how: str, line: str) -> None:
+    """Record how a cell without a result ended. A full disk is ignored."""
     record = {"how": how, "line": one_line(line)[:2000]}
     with contextlib.suppress(OSError, UserError, FaultError):
         atomic.write_json(folder / rundir.ENDED_FILE, record)
 
 
-def keep(states: Iterable[State], workdir: Path) -> None:
-    """Records what was only to be told by nobody's being there: from now on a sweep is."""
+def record_failures(states: Iterable[State], workdir: Path) -> None:
+    """Record failures that are visible only while no sweep runs, before one starts."""
     for each in states:
         folder = workdir / rundir.RUNS / each.cell.name
-        told = (folder / results.RESULT_FILE).exists() or read_ending(folder)
-        if each.stage == FAILED and not told:
-            note_ending(folder, FAILED, each.words)
+        known = (folder / results.RESULT_FILE).exists() or read_ending(folder)
+        if each.stage == FAILED and not known:
+            record_ending(folder, FAILED, each.words)
 
 
-def forget_ending(folder: Path) -> None:
-    """A cell begins, or goes on."""
+def clear_ending(folder: Path) -> None:
+    """Remove the record of how a cell ended, because it starts or resumes."""
     with contextlib.suppress(OSError):
         (folder / rundir.ENDED_FILE).unlink(missing_ok=True)
 
 
 def read_ending(folder: Path) -> dict[str, str] | None:
-    """{'how': 'failed' or 'stopped', 'line': ...}; None where nothing legible is told."""
+    """Return {'how': 'failed' or 'stopped', 'line': ...}, or None if nothing legible exists."""
     with contextlib.suppress(OSError, ValueError):
         found = atomic.load_json(folder / rundir.ENDED_FILE)
         if isinstance(found, dict) and found.get("how") in _ENDINGS:
@@ -124,7 +126,7 @@ def read_ending(folder: Path) -> dict[str, str] | None:
 
 
 def last_line(folder: Path) -> str:
-    """Of the cell's log."""
+    """Return the last line of a cell's log, 'empty' or 'none'."""
     with contextlib.suppress(OSError), (folder / rundir.LOG_FILE).open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 14)))
         lines = file.read().decode("utf-8", errors="replace").replace("\r", "\n").split("\n")
@@ -133,7 +135,7 @@ def last_line(folder: Path) -> str:
 
 
 def _pace(folder: Path) -> tuple[int, float]:
-    """(newest step, steps/s over the newest lines of the log), (0, NaN) before the first."""
+    """Return (newest step, steps/s over the newest log lines); (0, NaN) before the first line."""
     points: list[tuple[int, float]] = []
     for line in newest_metrics(folder, _INTERVALS + 1):
         step, seconds = line.get("step"), line.get("seconds")
@@ -148,22 +150,22 @@ def _pace(folder: Path) -> tuple[int, float]:
 
 
 def _metric(metrics: Mapping[str, float]) -> str:
-    """The distance that a study is about, or the first metric there is."""
+    """Return the distance that the study measures, or else the first metric, as text."""
     names = [name for name in metrics if not name.endswith(OF_A_METRIC)]
     distances = [name for name in names if name == "fid" or name.startswith("fd_")]
-    # Of fd_digits and fd_digits_floor the first.
+    # Prefers fd_digits to fd_digits_floor.
     name = min(distances, key=len) if distances else next(iter(names), "")
     return f"{metric_name(name)} {number(metrics[name])}" if name else ""
 
 
-def _told(line: str, folder: Path) -> str:
-    """On one line that is not long; where the cell lies is known."""
+def _shorten(line: str, folder: Path) -> str:
+    """Return one short line without the cell's folder, which the reader knows."""
     line = one_line(line).replace(f"{folder}{os.sep}", "").replace(f"{folder} ", "")
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
-def text(states: Sequence[State], failed: bool = False) -> str:
-    """A line a cell, with `failed` of those alone, and the totals of all."""
+def status_text(states: Sequence[State], failed: bool = False) -> str:
+    """Return one line per cell, or per failed cell with `failed`, and the totals of all."""
     rows = [["cell", "run", "state", "step", "rate", "left", ""]]
     for each in states:
         if failed and each.stage != FAILED:
@@ -179,9 +181,9 @@ def text(states: Sequence[State], failed: bool = False) -> str:
 
 
 def totals(states: Sequence[State]) -> str:
-    """'9 cells: 4 done, 2 running, 3 not run; 61 % of the training is done, 0:34 left of it'."""
+    """Summarize: '9 cells: 4 done, 5 not run; 61 % of the training is done, 0:34 left of it'."""
     counts = Counter(each.stage for each in states)
-    said = ", ".join(f"{counts[name]} {name}" for name in _STATES if counts[name])
+    parts = ", ".join(f"{counts[name]} {name}" for name in _STATES if counts[name])
     work = sum(each.cell.training_gflops for each in states)
     done = sum(each.cell.training_gflops * each.share for each in states)
     speed = sum(
@@ -189,14 +191,14 @@ def totals(states: Sequence[State]) -> str:
         for each in states
         if each.stage == RUNNING and each.rate > 0 and each.left > 0
     )
-    line = f"{len(states)} cells: {said}; {100 * done / work:.0f} % of the training is done"
+    line = f"{len(states)} cells: {parts}; {100 * done / work:.0f} % of the training is done"
     if done < work and speed > 0:
-        line += f", {clock((work - done) / speed)} left of it at the rate of now"
+        line += f", {clock((work - done) / speed)} left of it at the current rate"
     return line
 
 
 def plan_text(states: Sequence[State]) -> str:
-    """What would run: a line a cell with what it costs, and the totals."""
+    """Return what would run: one line per cell with its cost, and the totals."""
     titles = ["cell", "run", "model", "parameters", "Gflops", "training Gflops", "state"]
     rows = [titles]
     for each in states:

@@ -1,1 +1,1 @@
-"""One recipe for each table and figure of the DiT paper, its published figures beside the cells."""
+"""One recipe for each table and figure of the DiT paper, with its published figures."""

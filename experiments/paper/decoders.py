@@ -6,15 +6,15 @@
         --config.autoencoder.path=$DECODER
     done
 
-$RUN is imagenet256.py's of this folder: nothing is trained anew, the encoder is the same in all
-three. $DECODER is vae-ft-mse-840000-ema-pruned.ckpt, vae-ft-ema-560000-ema-pruned.ckpt, or the f8
-autoencoder of latent diffusion as Stable Diffusion 1 has it (a folder named kl-f8, say): a result
-knows a decoder by the SHA-256 of its weights, and which of the three it is by its file's name.
+$RUN is the run of imagenet256.py in this folder: nothing is trained, because all three share the
+encoder. $DECODER is vae-ft-mse-840000-ema-pruned.ckpt, vae-ft-ema-560000-ema-pruned.ckpt, or the f8
+autoencoder of latent diffusion, as in Stable Diffusion 1 (a folder named kl-f8, for example). A
+result identifies a decoder by the SHA-256 of its weights, and its name by the file's name.
 
 Published (FID, sFID, IS, precision, recall): original 2.46, 5.18, 271.56, .82, .57; ft-MSE 2.30,
 4.73, 276.09, .83, .57; ft-EMA 2.27, 4.60, 278.24, .83, .57.
 Hardware and hours, computed and not measured: each on h100:8 (8 chips), .208 hours of sampling at
-best. Never run by us.
+best. Not run.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,10 @@ FILES = {"ft-MSE": table4.DECODER, "ft-EMA": imagenet256.DECODER, "original": "k
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The run's recipe with one of 'ft-mse', 'ft-ema' (unless given) and 'original'."""
+    """Return the run's recipe with decoder 'ft-mse', 'ft-ema' (default) or 'original'.
+
+    Raises ValueError for other names.
+    """
     names = {name.lower(): name for name in FILES}
     name = names.get(arg or "ft-ema")
     if name is None:

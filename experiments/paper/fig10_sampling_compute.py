@@ -4,13 +4,13 @@
     python -m ditjax.grid --workdir=$STUDY --steps=16,32,64,128,256,1000 --num=10000 \
       --published=$C --out=$STUDY/fig10
 
-$STUDY is the directory of table4.py's sweep: its twelve checkpoints are drawn from, nothing is
-trained. Without it, `sweep --config=$C` trains the same models.
+$STUDY is the directory of table4.py's sweep: the grid samples its twelve checkpoints and trains
+nothing. Without that sweep, `sweep --config=$C` trains the same models.
 
 Published (FID-10K): L/2 with 1,000 steps, 80.7 Tflops an image, 25.9; XL/2 with 128 steps, 15.2
-Tflops, 23.7. The other 70 points are only drawn.
+Tflops, 23.7. The other 70 points are only plotted.
 Hardware and hours, computed and not measured: the 72 cells on a v5e:4x4 (16 chips), .787 hours of
-sampling at best. Never run by us.
+sampling at best. Not run.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ STEPS = ("16", "32", "64", "128", "256", "1000")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The models' recipe, with figures of the grid's cells."""
+    """Return the models' recipe, with the published figures of the grid's cells."""
     config = table4.get_config(arg)
     config.evaluate.num_samples = 10_000
     config.sweep.title = "DiT figure 10: FID-10K against sampling compute"

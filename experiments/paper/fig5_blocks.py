@@ -3,13 +3,13 @@
     python -m ditjax.sweep --config=experiments/paper/fig5_blocks.py --workdir=$STUDY \
       --config.data.name=latents:$LATENTS
 
-Files and protocol as table4.py. The figure draws FID along training: add
+Files and protocol are those of table4.py. The figure plots FID over training: add
 --config.train.evaluate_every_steps=50000 --config.train.evaluate_num=50000.
 
 Published (FID-50K, table 4): in-context 35.24, cross-attention 26.14, adaLN 25.21, adaLN-Zero
 19.47.
 Hardware and hours, computed and not measured: all four on h100:8 (8 chips), 10.7 hours of training
-at best (14.7 with nothing hidden) and .434 hours of sampling. Never run by us.
+at best (14.7 with nothing hidden) and .434 hours of sampling. Not run.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ from . import published, table4
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The sweep; 'SIZE/PATCH' takes another model, of which nothing is published."""
+    """Return the sweep; 'SIZE/PATCH' selects another model, which has no published figures."""
     config = table4.get_config(arg)
     config.sweep.grid = (("model.block", tuple(published.BLOCKS)),)
     config.sweep.title = "DiT figure 5: four blocks, XL/2 at 400,000 steps"

@@ -1,9 +1,9 @@
-"""What Peebles & Xie 2023 (arXiv 2212.09748) publish, as data: figures of others, none of ours.
+"""The figures that Peebles & Xie 2023 (arXiv 2212.09748) publish, as data.
 
-Tables 2 to 5 and every figure that the text gives were compared on 2026-11-23 with two independent
+Tables 2 to 5 and every number in the text were compared on 2026-11-23 with two independent
 transcriptions of the paper and with the README of the public release (facebookresearch/DiT, commit
-ed81ce2): every digit is the same. The curves of figures 5, 6, 9, 10 and 12 are drawings: of them
-only what the text says is here.
+ed81ce2): every digit agrees. The curves of figures 5, 6, 9, 10 and 12 are only plotted: this file
+holds the numbers that the text states about them.
 """
 
 PAPER = "Peebles & Xie 2023, arXiv 2212.09748"
@@ -60,38 +60,40 @@ DECODERS = {
     "ft-EMA": (2.27, 4.60, 278.24, 0.83, 0.57),
 }
 
-# Section 5.2: FID-10K at 400,000 steps, by size, patch and sampling steps; the rest is figure 10.
+# Section 5.2: FID-10K at 400,000 steps, by size, patch and sampling steps. The other
+# points are only plotted, in figure 10.
 SAMPLING = {("L", 2, "1000"): 25.9, ("XL", 2, "128"): 23.7}
 
-# What stands in the way of comparing letter by letter: nothing says it.
+# Value of protocol fields that the paper does not state; they prevent an exact comparison.
 NOT_STATED = "not stated"
 
 
 def figures(values: dict[str, float], **keys: object) -> tuple[tuple[object, ...], ...]:
-    """Rows of config.sweep.published: metric -> value of the cells with `keys` (a__b is a.b)."""
+    """Return rows of config.sweep.published: metrics of the cells with `keys` (a__b means a.b)."""
     named = tuple((key.replace("__", "."), value) for key, value in keys.items())
     return tuple((named, metric, value) for metric, value in values.items())
 
 
 def scores(row: tuple[float, ...]) -> dict[str, float]:
-    """A row of tables 2, 3 or 5 by metric."""
+    """Return a row of tables 2, 3 or 5 by metric."""
     return dict(zip(_METRICS, row, strict=True))
 
 
 def protocol(
     image_size: int = 256, *, leave: tuple[str, ...] = (), **changes: str
 ) -> tuple[tuple[str, str], ...]:
-    """How the paper measures and trains, as config.sweep.published_protocol.
+    """Return the paper's protocol of training and evaluation, as config.sweep.published_protocol.
 
-    Sections 4 and A; the labels are the release's sample_ddp.py's, the reference that of ADM's
-    evaluator, which the paper used. `leave` names fields that the figures' own keys say.
+    Source: section 4 and appendix A; the labels follow the release's sample_ddp.py, the reference
+    is that of ADM's evaluator, which the paper used. `leave` names fields that the figures' keys
+    state.
     """
     large = image_size == 512
     fields = {
         "metric": "FID",
         "features": "FID's Inception (2015)",
         "reference": f"VIRTUAL_imagenet{'512' if large else '256_labeled'}.npz",
-        # Of precision and recall; table 3 says so, and for 256 it is what ADM's file holds.
+        # For precision and recall: stated in table 3; for 256 pixels, the size of ADM's file.
         "reference_features": "1000" if large else "10000",
         "num_samples": "50000",
         "sampler": "ddpm",
@@ -110,7 +112,7 @@ def protocol(
         "steps": "400000",
         "batch_size": "256",
         "learning_rate": "0.0001",
-        # What has no field here is as experiments/base.py has it.
+        # Everything without a field here is as in experiments/base.py.
         "recipe": "the paper's",
         "seed": NOT_STATED,
         **changes,

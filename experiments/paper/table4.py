@@ -6,18 +6,19 @@
       --models=S/8,B/4 --dry_run
 
 Read from the working directory unless overridden: the ft-MSE autoencoder (config.autoencoder.path),
-FID's Inception (config.evaluate.features) and ADM's reference (config.evaluate.reference). README,
-Published weights and Evaluation, says where they are; $LATENTS is what `encode` made of ImageNet.
+FID's Inception (config.evaluate.features) and ADM's reference (config.evaluate.reference).
+docs/weights.md and docs/evaluation.md say where to get them; $LATENTS is the output of `encode`.
 
 Protocol: 50,000 samples, uniform labels, 250 DDPM steps, no guidance, averaged weights, ft-MSE
-decoder, ADM's evaluator; batch 256, AdamW 1e-4 constant. Neither precision nor seed are stated; the
-authors trained in JAX on TPU v3, XL/2 at 5.7 steps/s on a v3-256. Here the compute is bfloat16.
+decoder, ADM's evaluator; batch 256, AdamW 1e-4 constant. The paper states neither precision nor
+seed; the authors trained in JAX on TPU v3, XL/2 at 5.7 steps/s on a v3-256. This recipe computes in
+bfloat16.
 
 Published (FID-50K): S 153.60, 100.41, 68.40 at patch 8, 4, 2; B 122.74, 68.38, 43.47; L 118.87,
 45.64, 23.33; XL 106.41, 43.01, 19.47. Correlation of log Gflops and FID -0.93.
 Hardware and hours, computed and not measured: all twelve on a v5e:4x4 (16 chips), 23.6 hours of
-training at best (56.1 with nothing hidden) and .657 hours of sampling. Never run by us: nobody here
-had the data.
+training at best (56.1 with nothing hidden) and .657 hours of sampling. Not run: the data was not
+available.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +30,7 @@ DECODER = "vae-ft-mse-840000-ema-pruned.ckpt"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The sweep; 'SIZE/PATCH' picks the model that `train` alone would train."""
+    """Return the sweep; 'SIZE/PATCH' selects the model that `train` trains."""
     config = imagenet256.get_config(arg)
     config.autoencoder.path = DECODER
     config.evaluate.features = "inception:pt_inception-2015-12-05-6726825d.pth"

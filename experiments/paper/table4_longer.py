@@ -1,4 +1,4 @@
-"""DiT table 4, its last rows: XL/2 trained on, FID-50K without guidance. ':256' or ':512' pixels.
+"""DiT table 4, last rows: XL/2 trained longer, FID-50K without guidance. ':256' or ':512' pixels.
 
     C=experiments/paper/table4_longer.py:256
     for STEPS in 2352000 7000000; do
@@ -7,16 +7,16 @@
       python -m ditjax.grid --workdir=$RUN --published=$C --out=$RUN/grid-$STEPS
     done
 
-One run, taken up again with more steps: `sweep` would train every cell from its start. Files and
-protocol as table4.py; of 512 pixels the steps are 1301000 and 3000000 and the reference is
-VIRTUAL_imagenet512.npz.
+This is one run, resumed with more steps; `sweep` would train every cell from the start. Files and
+protocol are those of table4.py; at 512 pixels the steps are 1301000 and 3000000, and the reference
+is VIRTUAL_imagenet512.npz.
 
 Published (FID-50K): 256 pixels 10.67 after 2,352,000 steps and 9.62 after 7,000,000; 512 pixels
 13.78 after 1,301,000 and 11.93 after 3,000,000, with the ft-MSE decoder (table 3 has 12.03 with
 ft-EMA).
 Hardware and hours, computed and not measured: 256 pixels to 7,000,000 steps on h100:8 (8 chips),
-44.8 hours of training at best (65.2 with nothing hidden); 512 pixels to 3,000,000, 84.8 (93.6).
-Never run by us.
+44.8 hours of training at best (65.2 with nothing hidden); 512 pixels to 3,000,000, 84.8 (93.6). Not
+run.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,7 @@ from . import published, table4
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The recipe of 256 pixels unless given."""
+    """Return the recipe for '256' (default) or '512' pixels. Raises ValueError."""
     size = arg or "256"
     if size not in ("256", "512"):
         raise ValueError(f"{arg!r}: expected '256' or '512' pixels")

@@ -1,1 +1,1 @@
-"""The studies of the DiT paper at a size that two cores do within the hour."""
+"""The studies of the DiT paper at a size that two CPU cores finish within an hour."""

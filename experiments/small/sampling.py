@@ -6,9 +6,9 @@
     python -m ditjax.grid --workdir=$RUNS --steps=ddim4,ddim10,ddim25,ddim50 --out=$S/sampling
     python -m ditjax.report --runs=$S
 
-Asks whether more sampling compute makes up for a small model; the report finds the grid beside the
-runs. This recipe is the scaling study's.
-Two cores: 9 minutes after the training. Expected result: see README.
+It asks whether more sampling compute makes up for a small model. The report finds the grid beside
+the runs. The recipe is that of the scaling study.
+Two cores: 9 minutes after the training. Expected result: docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -17,5 +17,5 @@ from . import scaling
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The scaling study's recipe."""
+    """Return the scaling study's recipe."""
     return scaling.get_config(arg)
