@@ -1,4 +1,4 @@
-"""What the commands share: flags, the recipe with its overrides, and how a user's mistake ends."""
+"""Shared parts of the commands: flags, the recipe with its overrides, and error handling."""
 
 import argparse
 import json
@@ -35,31 +35,32 @@ from ditjax.runs.checkpoint import Step
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors, so that they read like all the others."""
+    """An ArgumentParser that raises UserError, so that its errors are printed like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
 
 def parser(command: str, description: str, *, config: bool = True) -> Parser:
-    """A command's parser; with `config`, `parse` also takes --config and its overrides."""
+    """Make a command's parser; with `config`, its help describes --config and its overrides."""
     epilog = None
     if config:
         epilog = (
             "--config=NAME[:ARG] names a recipe: a shipped one, such as digits or small/scaling, or"
-            " a FILE.py of yours. --config.a.b=value overrides one of its keys. The same command"
-            " again resumes."
+            " your own FILE.py. --config.a.b=value overrides one of its keys. Run the same command"
+            " again to resume."
         )
     return Parser(f"ditjax {command}", description=description, epilog=epilog)
 
 
 def add_step(parser: Parser) -> None:
-    """--step of a run: which checkpoint."""
+    """Add --step, the checkpoint of a run."""
     parser.add_argument(
         "--step",
         type=_step,
         default="latest",
-        help="of a run: latest (default), best (by the evaluation in training) or a step's number",
+        help="checkpoint of a run: latest (default), best (by evaluation during training) or a"
+        " step number",
     )
 
 
@@ -68,62 +69,73 @@ def _step(text: str) -> Step:
         return cast(Step, text)
     if text.isdecimal():
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected latest, best or a step's number")
+    raise argparse.ArgumentTypeError(f"{text!r}: expected latest, best or a step number")
 
 
-def add_reading_of_weights(parser: Parser) -> None:
-    """--which, --heads and --numerics: what a weights file leaves open."""
+def add_weights_options(parser: Parser) -> None:
+    """Add --which, --heads and --numerics: choices that a weights file may leave open."""
     parser.add_argument(
-        "--which", default="ema", choices=("ema", "model"), help="of a training checkpoint"
+        "--which",
+        default="ema",
+        choices=("ema", "model"),
+        help="averaged or raw weights of a training checkpoint",
     )
-    parser.add_argument("--heads", type=int, default=0, help="of --weights that do not say it")
+    parser.add_argument(
+        "--heads", type=int, default=0, help="number of heads, if the weights file lacks it"
+    )
     parser.add_argument(
         "--numerics",
         default="auto",
         choices=("auto", "release", "diffusers"),
-        help="whose timestep embedding the weights were trained with (see README); auto: the file's"
-        " own program's",
+        help="the program whose timestep embedding the weights were trained with (see"
+        " docs/weights.md); auto: the program that the file's layout belongs to",
     )
 
 
 def add_processes(parser: Parser) -> None:
-    """--distributed, or --coordinator, --processes and --process: `parse` starts them."""
+    """Add --distributed, --coordinator, --processes and --process, which `parse` acts on."""
     group = parser.add_argument_group(
-        "several processes", "one on each host: the same command on all, but for --process"
+        "several processes", "one per host: the same command on all, except for --process"
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="the others are found by JAX: on TPU pods, Slurm, Open MPI, Kubernetes",
+        help="let JAX detect the other processes: on TPU pods, Slurm, Open MPI, Kubernetes",
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is met")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
     parser.set_defaults(starts_processes=True)
 
 
 def start_processes(args: argparse.Namespace, bounds: Distributed) -> None:
-    """Meets the processes that the flags of `add_processes` tell of, if they do."""
-    given = {flag: getattr(args, flag) for flag in ("coordinator", "processes", "process")}
-    missing = [f"--{flag}" for flag, value in given.items() if value is None]
-    if len(missing) < len(given) and args.distributed:
-        raise UserError("--distributed finds the others: leave --coordinator and its like out.")
-    if 0 < len(missing) < len(given):
-        raise UserError(f"{' and '.join(missing)} missing: --coordinator, --processes, --process.")
+    """Connect to the processes that the flags of `add_processes` name, if any."""
+    flags = {flag: getattr(args, flag) for flag in ("coordinator", "processes", "process")}
+    missing = [f"--{flag}" for flag, value in flags.items() if value is None]
+    if len(missing) < len(flags) and args.distributed:
+        raise UserError(
+            "--distributed detects the other processes: remove --coordinator, --processes and"
+            " --process."
+        )
+    if 0 < len(missing) < len(flags):
+        raise UserError(
+            f"{' and '.join(missing)} missing: expected all of --coordinator, --processes and"
+            " --process."
+        )
     if missing and not args.distributed:
         return
     if args.distributed:
         place = processes.detect_place(bounds.initialization_seconds)
     else:
         place = processes.parse_place(args.coordinator, args.processes, args.process)
-    own = ("process", "coordinator", "recipe")
-    said = {f"--{key}": value for key, value in vars(args).items() if key not in own}
-    said |= {f"config.{key}": value for key, value in rundir.leaves(args.recipe)}
-    # As the others will have it from JSON.
-    said = json.loads(json.dumps(said, default=str))
+    local = ("process", "coordinator", "recipe")
+    shared = {f"--{key}": value for key, value in vars(args).items() if key not in local}
+    shared |= {f"config.{key}": value for key, value in rundir.leaves(args.recipe)}
+    # As the other processes decode it from JSON.
+    shared = json.loads(json.dumps(shared, default=str))
     processes.start(
         place,
-        said,
+        shared,
         initialization_seconds=bounds.initialization_seconds,
         heartbeat_seconds=bounds.heartbeat_seconds,
     )
@@ -134,17 +146,17 @@ def parse(
     argv: Sequence[str],
     source: Callable[[argparse.Namespace], Mapping[str, Any]] | None = None,
 ) -> tuple[argparse.Namespace, Config]:
-    """(the command's own flags, its checked recipe); `args.recipe` is the recipe's plain dict.
+    """Return the command's flags and its checked recipe; `args.recipe` is the recipe as a dict.
 
-    Of several processes this is where they meet: no JAX computation may come before.
+    With several processes, this connects them: no JAX computation may come before.
 
-    Without --config=FILE the recipe is the run's, or what `source` makes of the flags.
+    Without --config=NAME, the recipe is that of the run, or `source(args)`.
     """
-    args, rest = parser.parse_known_args(joined(argv))
+    args, rest = parser.parse_known_args(join_overrides(argv))
     known = [option for action in parser._actions for option in action.option_strings]
     for word in rest:
         if not word.startswith("--config") or word[8:9] not in ("", "=", "."):
-            raise UserError(f"{word!r} is no flag of this command.{nearest(word, known)}")
+            raise UserError(f"{word!r} is not a flag of this command.{nearest(word, known)}")
     named = any(word.startswith("--config=") for word in rest)
     recorded = source(args) if source else None
     if getattr(args, "reads_run", False) and not named:
@@ -159,26 +171,26 @@ def parse(
 def load_recipe(words: Sequence[str], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """['--config=NAME[:ARG]', '--config.a.b=value', ...] -> every key of the recipe, not checked.
 
-    With a `recorded` recipe, the one a run was started with, no file is named.
+    A `recorded` recipe, with which a run was started, takes the place of --config=NAME.
     """
-    options = [word.removeprefix("--config").partition("=") for word in joined(words)]
+    options = [word.removeprefix("--config").partition("=") for word in join_overrides(words)]
     names = [value for key, _, value in options if not key]
     if recorded is None and len(names) != 1:
         raise UserError(
             f"{len(names) or 'no'} --config=NAME given: expected one, such as --config=digits or"
             " --config=experiments/digits.py"
         )
-    tree = completed(_tuples(recorded) if recorded is not None else recipes.load(names[0]))
-    given = {key[1:]: value for key, _, value in options if key}
-    if "task" in given and given["task"] != tree["task"]:
+    tree = completed(_tuples(recorded) if recorded is not None else recipes.build(names[0]))
+    overrides = {key[1:]: value for key, _, value in options if key}
+    if "task" in overrides and overrides["task"] != tree["task"]:
         raise UserError(
-            f"--config.task={given['task']}: the recipe's is {tree['task']!r}, and its keys are"
-            " that task's; name a recipe of the other."
+            f"--config.task={overrides['task']}: the recipe's is {tree['task']!r}, and its keys"
+            " belong to that task; name a recipe of the other task."
         )
-    if "model.kind" in given:
-        tree["model"] = of_network(tree, given["model.kind"])
+    if "model.kind" in overrides:
+        tree["model"] = of_network(tree, overrides["model.kind"])
     schema = schema_of(tree)
-    for key, text in given.items():
+    for key, text in overrides.items():
         hint = type_of(schema, key)
         if hint is None:
             legal = leaf_keys(schema)
@@ -192,9 +204,9 @@ def load_recipe(words: Sequence[str], recorded: Mapping[str, Any] | None = None)
     return tree
 
 
-def joined(words: Sequence[str]) -> list[str]:
-    """The words with '--config.a.b VALUE' as one, '--config.a.b=VALUE'."""
-    made: list[str] = []
+def join_overrides(words: Sequence[str]) -> list[str]:
+    """Join '--config.a.b VALUE' into '--config.a.b=VALUE'."""
+    joined: list[str] = []
     rest = iter(words)
     for word in rest:
         if word.startswith("--config") and word[8:9] in ("", ".") and "=" not in word:
@@ -202,35 +214,35 @@ def joined(words: Sequence[str]) -> list[str]:
             if value is None or value.startswith("--"):
                 raise UserError(f"{word!r}: expected --config.KEY=VALUE, or --config.KEY VALUE.")
             word = f"{word}={value}"
-        made.append(word)
-    return made
+        joined.append(word)
+    return joined
 
 
 def _tuples(tree: Any) -> Any:
-    """JSON's lists as the tuples that recipes hold."""
+    """Convert JSON's lists to the tuples of recipes."""
     if isinstance(tree, Mapping):
         return {key: _tuples(value) for key, value in tree.items()}
     return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree
 
 
 def _one_line(error: Any) -> str:
-    """On one line, and nothing that a terminal would obey: a name may be out of a hostile file."""
+    """The message on one line, without control characters: a file's names may be hostile."""
     return masked(one_line(error))
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """Runs a command and exits: 0 done or stopped in good order, 1 a fault, 2 a user's mistake.
+    """Run a command and exit: 0 done or stopped cleanly, 1 a fault, 2 a user's mistake.
 
-    Faults and mistakes are one line, 130 is interrupted.
+    Faults and mistakes are printed on one line. The status of an interrupted command is 130.
     """
     host.keep_freed_memory()
-    # Orbax and tfds tell their housekeeping as warnings, and as errors what they raise anyway.
+    # Orbax and tfds log their housekeeping as warnings, and log errors that they also raise.
     logging.set_verbosity(logging.FATAL)
-    getLogger("asyncio").setLevel(CRITICAL)  # of a save that failed, each leaf once more
-    sys.unraisablehook = _without_late_writes
-    # Here and not at an import: tests and programs that import us keep their own settings. JAX is
-    # imported by now, so that an environment variable would come too late; it opens its cache at
-    # the first compilation.
+    getLogger("asyncio").setLevel(CRITICAL)  # it repeats the error of a failed save for each leaf
+    sys.unraisablehook = _ignore_late_writes
+    # Here and not at import, so that tests and programs that import ditjax keep their settings. JAX
+    # is imported already, so an environment variable would be too late; JAX opens its cache at the
+    # first compilation.
     compilations.enable_cache()
     try:
         status = main(sys.argv[1:])
@@ -240,35 +252,35 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except FaultError as error:
         _end(_one_line(error), 1)
     except StoppedError as stopped:
-        tells = not processes.is_distributed() or is_primary()
+        prints = not processes.is_distributed() or is_primary()
         processes.finish()
-        if tells:
+        if prints:
             print(_one_line(stopped), flush=True)
         sys.exit(stopped.status)
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in atomic.FULL:
-            _end(atomic.full_disk(error.filename or "what this run leaves", error), 1)
+            _end(atomic.full_disk(error.filename or "the output", error), 1)
         processes.wait_for_abort()
         print(printable(masked(traceback.format_exc()), keep="\n"), end="", file=sys.stderr)
-        _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, said=True)
+        _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, printed=True)
     sys.exit(status)
 
 
-def _without_late_writes(unraisable: Any) -> None:
-    """TensorStore's writes that end after another has failed find orbax's event loop closed.
+def _ignore_late_writes(unraisable: Any) -> None:
+    """Ignore the errors of TensorStore's writes that end after another write has failed.
 
-    Its C++ prints what it is told then; what failed has been raised where it was asked for.
+    They find Orbax's event loop closed. The failure itself has been raised already.
     """
     error = unraisable.exc_value
     if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
 
 
-def _end(line: str, status: int, *, said: bool = False) -> NoReturn:
-    """Exits with one line; the other processes of the run, if there are any, end with it."""
+def _end(line: str, status: int, *, printed: bool = False) -> NoReturn:
+    """Print one line and exit; the other processes of the run, if any, end too."""
     processes.abort(line, status)
-    if not said:
+    if not printed:
         print("interrupted" if status == 130 else f"error: {line}", file=sys.stderr)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Classes as users write them, numbers, names or WordNet ids, and the names of ImageNet's classes.
+"""Parse classes given as numbers, names or WordNet ids; the names of ImageNet's classes.
 
 The classes of ILSVRC-2012 are synsets of WordNet 3.0 in the order of their ids. The lemmas, their
 source and WordNet's notice are in assets/imagenet_classes.txt.

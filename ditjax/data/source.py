@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from ditjax.config import imported
+from ditjax.config import import_attribute
 from ditjax.data import latents, scenes
 from ditjax.data.builders import (
     Digits,
@@ -267,7 +267,7 @@ def _prepare_scenes(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilder
 
 def _prepare_builder(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilder:
     """A data set of the user's own: a builder class of tensorflow-datasets, by its dotted name."""
-    cls: Any = imported(parsed.text)
+    cls: Any = import_attribute(parsed.text)
     if not (isinstance(cls, type) and issubclass(cls, tfds.core.GeneratorBasedBuilder)):
         raise UserError(
             f"data set {parsed.text!r}: expected a subclass of"

@@ -29,6 +29,7 @@ from ditjax.data.records import (
 )
 from ditjax.data.source import DataSpec, open_split
 from ditjax.errors import UserError
+from ditjax.files.masking import masked
 
 # Philox streams of one seed: 0, 1, 2, ... order the epochs, and the last one draws the flips.
 _FLIPS = 2**64 - 1
@@ -98,6 +99,7 @@ def record_warnings(path: Path) -> Warn:
     """Print warnings, and append each to a file once, however often the run is resumed."""
 
     def warn(line: str) -> None:
+        line = masked(line)
         print_warning(line)
         recorded = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         if line not in recorded:

@@ -1,7 +1,7 @@
 """Masking of secrets: tokens, passwords and keys become *** in every text that is written.
 
-The writers call this (`files/atomic.py`, `files/npz.py`, `runs/log.py`, `ditjax.cli`); code that
-hands them a value need not.
+The writers call this (`files/atomic.py`, `files/npz.py`, `runs/log.py`, `data/stream.py`,
+`ditjax.cli`); code that hands them a value need not.
 """
 
 import os

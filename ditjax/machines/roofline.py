@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ditjax.models.network import Cost, training_flops
+from ditjax.models.network import NetworkCost, training_flops
 
 
 class StepTime(NamedTuple):
@@ -23,7 +23,7 @@ class StepTime(NamedTuple):
         return max(self.compute, self.memory) + self.wires
 
 
-def hardware_flops(cost: Cost, images: int) -> float:
+def hardware_flops(cost: NetworkCost, images: int) -> float:
     """FLOPs that the devices compute for a training step: the model's, and what is repeated."""
     return training_flops(cost.macs, images) + 2.0 * cost.repeated_macs * images
 

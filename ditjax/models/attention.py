@@ -13,16 +13,16 @@ from ditjax.models.embed import ANYWHERE, Linear, Placement
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Vaswani et al. 2017 Eq. 1: q [B,H,N,d], k and v [B,H,M,d] -> [B,H,N,d].
 
-    Heads are a leading axis of explicit batched products: on CPUs this is faster than
-    `jax.nn.dot_product_attention`. The softmax is taken in float32. Its denominator divides the d
-    values of a token's result and not its M weights, in the gradient too, which JAX would not find:
-    two passes fewer over the largest arrays, and one of them less to keep.
+    Heads are a leading axis of batched products: on CPUs this is faster than
+    `jax.nn.dot_product_attention`. The softmax is computed in float32. Its denominator divides the
+    d values of a token's output instead of its M weights, in the gradient too. That saves two
+    passes over the largest arrays and the memory of one of them; JAX's own gradient would not.
     """
     return _attend(q, k, v)[0]
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """(y, what the gradient takes): weights are not yet divided by their `total`."""
+    """Return y and the residuals of the gradient: weights are not divided by their `total`."""
     q = q * q.shape[-1] ** -0.5
     logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
@@ -54,14 +54,14 @@ def _heads_first(x: jax.Array) -> jax.Array:
 
 
 def _scaled(q: jax.Array, by: float) -> jax.Array:
-    """Queries are what is scaled: every kernel has 1 / √d of its own."""
+    """Scale the queries; the attention kernels apply 1 / √d themselves."""
     return q if by == 1 else q * by
 
 
 class SelfAttention(nn.Module):
-    """x [B, N, D] -> [B, N, D]; one fused qkv product, kernel [D, 3, H, d], with bias.
+    """x [B, N, D] -> [B, N, D], with one fused qkv product: kernel [D, 3, H, d] and bias.
 
-    Its logits are q kᵀ / √d times `query_scale`.
+    The logits are q kᵀ / √d times `query_scale`.
     """
 
     heads: int
@@ -86,8 +86,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """x [B, N, D] attends to context [B, M, D_c] -> [B, N, D].
 
-    Kernels q [D, H, d] and kv [D_c, 2, H, d]. Always plain: a kernel would pad the two keys to 128.
-    Its logits are q kᵀ / √d times `query_scale`.
+    Kernels q [D, H, d] and kv [D_c, 2, H, d]. Always plain attention: a fused kernel would pad the
+    two keys to 128. The logits are q kᵀ / √d times `query_scale`.
     """
 
     heads: int

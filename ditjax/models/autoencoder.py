@@ -1,9 +1,9 @@
 """LDM Sec. 3.1: the KL autoencoder of latent diffusion (Rombach et al. 2022), channels last.
 
-The layout is Stable Diffusion's at any width, so one module reads the published weights
-(`AutoencoderConfig()`: sd-vae-ft-mse and -ema) and trains small ones.
+The architecture is Stable Diffusion's at any width, so that the same module loads the published
+weights (`AutoencoderConfig()`: sd-vae-ft-mse and -ema) and trains small autoencoders.
 
-Parameter paths follow diffusers' `AutoencoderKL`, one to one:
+Parameter paths match those of diffusers' `AutoencoderKL`, one to one:
 
     encoder/down_blocks_0/resnets_1/conv1/kernel  <->  encoder.down_blocks.0.resnets.1.conv1.weight
 
@@ -12,8 +12,8 @@ Parameter paths follow diffusers' `AutoencoderKL`, one to one:
 - a convolution kernel [kh, kw, in, out] is transposed to [out, in, kh, kw] and a dense kernel
   [in, out] to [out, in].
 
-Files written before diffusers 0.14 call the attention's to_q, to_k, to_v and to_out.0 query, key,
-value and proj_attn, and may keep them as 1x1 convolutions.
+Files written before diffusers 0.14 name the attention's to_q, to_k, to_v and to_out.0 query, key,
+value and proj_attn, and may store them as 1x1 convolutions.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ _LOG_VARIANCE_MIN, _LOG_VARIANCE_MAX = -30.0, 20.0
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """The widths of an autoencoder; the defaults are Stable Diffusion's (83,653,863 parameters).
+    """The architecture of an autoencoder; the default is Stable Diffusion's, 83,653,863 parameters.
 
-    Level i has base_width * multipliers[i] channels; the image is halved between levels.
-    Raises UserError for a size below 1 or a width that the norm's groups do not divide.
+    Level i has base_width * multipliers[i] channels; the resolution is halved between levels.
+    Raises UserError for a number below 1, or a width that `groups` does not divide.
     """
 
     base_width: int = 128
@@ -48,11 +48,11 @@ class AutoencoderConfig:
     groups: int = 32
 
     def __post_init__(self) -> None:
-        # A config file gives a list; a module's attributes must be hashable.
+        # The argument may be a list, but the attributes of a Linen module must be hashable.
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         if not self.multipliers:
             raise UserError(
-                "autoencoder multipliers are empty: give one per level, such as (1, 2)."
+                "autoencoder multipliers are empty: expected one per level, such as (1, 2)."
             )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -71,12 +71,12 @@ class AutoencoderConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level, from the image inwards."""
+        """Channels of each level, starting at the image."""
         return tuple(self.base_width * multiplier for multiplier in self.multipliers)
 
     @property
     def downsample(self) -> int:
-        """The factor f = H / h between image and latent sides."""
+        """The downsampling factor f = H / h from image to latent."""
         return 2 ** (len(self.multipliers) - 1)
 
 
@@ -92,8 +92,8 @@ def _conv(width: int, kernel: int, dtype: DTypeLike, name: str | None = None) ->
 
 
 def _norm(x: jax.Array, groups: int, name: str) -> jax.Array:
-    # E[x^2] - E[x]^2 cancels where |mean| >> deviation: take the variance about the mean, as
-    # PyTorch does, and in float32 at any compute dtype.
+    # E[x^2] - E[x]^2 cancels where |mean| >> deviation: use the variance about the mean, as PyTorch
+    # does, in float32 for any compute dtype.
     norm = nn.GroupNorm(groups, epsilon=_NORM_EPSILON, use_fast_variance=False, name=name)
     return norm(x.astype(jnp.float32)).astype(x.dtype)
 
@@ -129,7 +129,7 @@ class AttentionBlock(nn.Module):
         q = nn.Dense(C, dtype=self.dtype, name="to_q")(h)
         k = nn.Dense(C, dtype=self.dtype, name="to_k")(h)
         v = nn.Dense(C, dtype=self.dtype, name="to_v")(h)
-        # Logits and softmax stay in float32 at any compute dtype: bfloat16 carries 8 bits.
+        # Logits and softmax are float32 for any compute dtype: bfloat16 has 8 significant bits.
         logits = jnp.einsum("bnc,bmc->bnm", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits * C**-0.5, axis=-1).astype(v.dtype)
         h = jnp.einsum("bnm,bmc->bnc", weights, v)
@@ -138,7 +138,7 @@ class AttentionBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention, residual block at the narrowest resolution."""
+    """Residual block, attention, residual block at the lowest resolution."""
 
     groups: int
     dtype: DTypeLike = jnp.float32
@@ -158,7 +158,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # The release pads after the last row and column only.
+        # Stable Diffusion pads after the last row and column only.
         padding = ((0, 1), (0, 1))
         return nn.Conv(
             x.shape[-1], (3, 3), strides=2, padding=padding, dtype=self.dtype, name="conv"
@@ -166,7 +166,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to twice the side, then a 3x3 convolution: f[B,H,W,C] -> f[B,2H,2W,C]."""
+    """Nearest-neighbour upsampling, then a 3x3 convolution: f[B,H,W,C] -> f[B,2H,2W,C]."""
 
     dtype: DTypeLike = jnp.float32
 
@@ -177,7 +177,7 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """One level of the encoder: `blocks` residual blocks, then half the side unless it is last."""
+    """One level of the encoder: `blocks` residual blocks, then `Downsample` unless `last`."""
 
     width: int
     blocks: int
@@ -193,7 +193,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the decoder: `blocks` residual blocks, then twice the side unless it is last."""
+    """One level of the decoder: `blocks` residual blocks, then `Upsample` unless `last`."""
 
     width: int
     blocks: int
@@ -227,7 +227,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z f[B,h,w,latent_channels] -> f[B,H,W,image_channels]; one more residual block a level."""
+    """z f[B,h,w,latent_channels] -> f[B,H,W,image_channels]; res_blocks + 1 blocks per level."""
 
     config: AutoencoderConfig
     dtype: DTypeLike = jnp.float32
@@ -245,11 +245,11 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """LDM Sec. 3.1: encode(x) gives q(z|x), decode(z) the image; images are in [-1, 1].
+    """LDM Sec. 3.1: encode(x) returns q(z|x), decode(z) the image; images are in [-1, 1].
 
-    Latents come unscaled: the factor that a diffusion model is trained at (0.18215 for Stable
-    Diffusion's) is the caller's. `dtype` is the dtype of compute; parameters, moments and images
-    are float32. `init` wants the arguments of `__call__`.
+    Latents are not scaled: the caller applies the factor of a diffusion model (0.18215 for Stable
+    Diffusion's). `dtype` is the compute dtype; parameters, moments and images are float32. `init`
+    takes the arguments of `__call__`.
     """
 
     config: AutoencoderConfig
@@ -265,7 +265,7 @@ class AutoencoderKL(nn.Module):
     def encode(self, x: jax.Array) -> Moments:
         """q(z|x): x f32[B,H,W,image_channels] -> Moments f32[B,H/f,W/f,latent_channels].
 
-        Raises UserError when f does not divide H and W, or for another channel count.
+        Raises UserError if f does not divide H and W, or for another number of channels.
         """
         f = self.config.downsample
         _check_channels("image", x, self.config.image_channels)
@@ -282,13 +282,13 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: jax.Array) -> jax.Array:
         """z f32[B,h,w,latent_channels] -> x f32[B,h*f,w*f,image_channels], not clipped to [-1, 1].
 
-        Raises UserError for another channel count.
+        Raises UserError for another number of channels.
         """
         _check_channels("latent", z, self.config.latent_channels)
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
     def __call__(self, x: jax.Array, key: jax.Array) -> tuple[jax.Array, Moments]:
-        """x, key -> (decode(z), q(z|x)), z ~ q(z|x): what L_rec and L_reg of LDM App. G take."""
+        """x, key -> (decode(z), q(z|x)) with z ~ q(z|x), for L_rec and L_reg of LDM App. G."""
         moments = self.encode(x)
         eps = jax.random.normal(key, moments.mean.shape, moments.mean.dtype)
         return self.decode(sample_posterior(moments, eps)), moments
@@ -305,7 +305,7 @@ def _check_channels(what: str, x: jax.Array, channels: int) -> None:
 def sample_posterior(moments: Moments, eps: jax.Array) -> jax.Array:
     """z = mean + exp(log_variance / 2) eps, eps ~ N(0, I) of mean's shape -> f32[B,h,w,c].
 
-    The noise is an argument, so that it can be drawn per image whatever the batch.
+    The noise is an argument, so that it can be drawn per image, independently of the batch.
     """
     return moments.mean + jnp.exp(0.5 * moments.log_variance) * eps
 
@@ -319,13 +319,13 @@ def kl_to_standard_normal(moments: Moments) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKeys(Model):
-    """The section `config.model` of an autoencoder; its widths are in `config.autoencoder`."""
+    """The keys of `config.model` for an autoencoder; its widths are in `config.autoencoder`."""
 
     kind: str = key("autoencoder")
 
 
 def module(k: Model, section: Autoencoder, image_channels: int) -> AutoencoderKL:
-    """The autoencoder of a recipe."""
+    """Build the autoencoder of a recipe."""
     widths = AutoencoderConfig(
         base_width=section.base_width,
         multipliers=section.multipliers,

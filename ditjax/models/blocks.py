@@ -1,7 +1,6 @@
-"""The four transformer blocks of the paper (DiT Fig. 3): what differs is where conditioning enters.
+"""The four transformer blocks of the paper (DiT Fig. 3), which differ in how they are conditioned.
 
-Every block is `(tokens [B,N,D], Conditioning) -> tokens`, so that the stack does not know which
-one it scans.
+Every block maps `(tokens [B,N,D], Conditioning) -> tokens`, so that one stack can scan any of them.
 """
 
 from typing import Any, NamedTuple
@@ -17,16 +16,16 @@ LAYER_NORM_EPS = 1e-6
 
 
 class Conditioning(NamedTuple):
-    """What a block may look at: `vector` [B, D] by adaLN, `context` [B, M, D] by attention."""
+    """Conditioning of a block: `vector` [B, D] for adaLN, `context` [B, M, D] for attention."""
 
     vector: jax.Array
     context: jax.Array
 
 
 def layer_norm(x: jax.Array, eps: float = LAYER_NORM_EPS) -> jax.Array:
-    """(x - E[x]) / sqrt(Var[x] + eps) over the last axis, no affine, statistics in float32.
+    """(x - E[x]) / sqrt(Var[x] + eps) over the last axis, without affine, statistics in float32.
 
-    The variance is the mean of squared deviations, as in PyTorch; E[x²] - E[x]² differs visibly.
+    The variance is the mean of squared deviations, as in PyTorch; E[x²] - E[x]² is less accurate.
     """
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(-1, keepdims=True)
@@ -35,7 +34,7 @@ def layer_norm(x: jax.Array, eps: float = LAYER_NORM_EPS) -> jax.Array:
 
 
 class AffineLayerNorm(nn.Module):
-    """`layer_norm` with a learned scale and bias [D]: for the blocks without adaLN."""
+    """`layer_norm` with a learned scale and bias [D], for the blocks without adaLN."""
 
     eps: float = LAYER_NORM_EPS
 
@@ -86,7 +85,7 @@ class MLP(nn.Module):
 
 
 class BlockConfig(NamedTuple):
-    """What the four blocks share. `query_scale` multiplies queries beyond 1 / √d (`mup.py`)."""
+    """Hyperparameters of a block. `query_scale` multiplies queries in addition to 1 / √d (μP)."""
 
     heads: int
     mlp_ratio: float
@@ -97,7 +96,7 @@ class BlockConfig(NamedTuple):
 
 
 class Block(nn.Module):
-    """(tokens [B,N,D], Conditioning) -> tokens: what the four blocks have in common."""
+    """Base class of the four blocks: (tokens [B,N,D], Conditioning) -> tokens."""
 
     config: BlockConfig
 
@@ -118,7 +117,7 @@ class Block(nn.Module):
 
 
 class InContextBlock(Block):
-    """A plain pre-norm ViT block: conditioning is already among the tokens."""
+    """A plain pre-norm ViT block; the conditioning tokens are part of the sequence."""
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
@@ -133,14 +132,14 @@ class CrossAttentionBlock(Block):
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
         c = self.config
         x = x + self.attend(AffineLayerNorm(name="norm1")(x))
-        # No affine here: with it, the paper's 598.2M parameters for XL/2 would read 598.3M.
+        # Without affine: with it, XL/2 would have 598.3M parameters instead of the paper's 598.2M.
         cross = CrossAttention(c.heads, c.dtype, c.place, c.query_scale, name="cross")
         x = x + cross(layer_norm(x), cond.context)
         return x + self.mlp(AffineLayerNorm(c.norm2_eps, name="norm2")(x))
 
 
 class AdaLNBlock(Block):
-    """Shift and scale regressed from c before attention and MLP; no gates, standard init."""
+    """Shift and scale before attention and MLP, regressed from c; no gates, standard init."""
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
@@ -151,7 +150,7 @@ class AdaLNBlock(Block):
 
 
 class AdaLNZeroBlock(Block):
-    """adaLN with gates, all six regressed from zero weights: the block is the identity at init."""
+    """adaLN with gates; all six vectors start at zero, so the block is the identity at init."""
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Two digit classifiers for 8x8 images, built unlike each other on purpose.
+"""Two digit classifiers for 8x8 images, with deliberately different architectures.
 
-`DigitsConvNet` gives the features of FD-digits. `DigitsMixer` judges the class of a sample: it sees
-16 patches and has no 3x3 convolution, so that a blind spot of one is less likely one of the other.
+`DigitsConvNet` computes the features of FD-digits. `DigitsMixer` predicts the class of a sample: it
+has 16 patches and no 3x3 convolution, so the two are unlikely to share a blind spot.
 `ditjax.classify` trains both.
 """
 
@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from ditjax.errors import UserError
 
-SIDE = 8
+DIGIT_SIDE = 8
 NUM_CLASSES = 10
 
 
@@ -27,8 +27,8 @@ class Recognition(NamedTuple):
 class DigitsConvNet(nn.Module):
     """Four 3x3 convolutions, 8x8 -> 4x4 -> 2x2, and a dense layer.
 
-    x f32[B,8,8,1] in [-1,1] -> features f32[B,64], logits f32[B,10]. SiLU, because a ReLU that
-    dies is a feature of variance zero.
+    x f32[B,8,8,1] in [-1,1] -> features f32[B,64], logits f32[B,10]. SiLU, because a dead ReLU is a
+    feature with zero variance.
     Raises UserError for another image shape.
     """
 
@@ -59,8 +59,12 @@ class DigitsMixer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> Recognition:
         _check_images(x)
-        B, tokens = x.shape[0], (SIDE // 2) ** 2
-        h = x.reshape(B, SIDE // 2, 2, SIDE // 2, 2).transpose(0, 1, 3, 2, 4).reshape(B, tokens, 4)
+        B, tokens = x.shape[0], (DIGIT_SIDE // 2) ** 2
+        h = (
+            x.reshape(B, DIGIT_SIDE // 2, 2, DIGIT_SIDE // 2, 2)
+            .transpose(0, 1, 3, 2, 4)
+            .reshape(B, tokens, 4)
+        )
         h = nn.Dense(self.width, name="patches")(h)  # [B,N,D]
         h = h + self.param("positions", nn.initializers.normal(0.02), (1, tokens, self.width))
         for i in range(self.blocks):
@@ -75,7 +79,7 @@ class DigitsMixer(nn.Module):
 
 
 def _check_images(x: jax.Array) -> None:
-    if x.ndim != 4 or x.shape[1:] != (SIDE, SIDE, 1):
+    if x.ndim != 4 or x.shape[1:] != (DIGIT_SIDE, DIGIT_SIDE, 1):
         raise UserError(
             f"images of shape {tuple(x.shape)}: the digit classifiers expect [batch, 8, 8, 1] in"
             " [-1, 1]; resize and convert to grey first."

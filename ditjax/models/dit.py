@@ -1,7 +1,7 @@
 """DiT: patchify -> position -> L blocks -> final layer -> unpatchify (DiT Fig. 3).
 
-All that is true of this network is here: its keys and sizes, the module, its cost in closed form,
-where a mesh has its parameters, and what width does to their learning rates.
+This module defines everything about the network: its keys and sizes, the Linen module, its cost in
+closed form, the sharding rules of its parameters, and the scaling of their learning rates by width.
 """
 
 import functools
@@ -43,11 +43,11 @@ from ditjax.models.network import (
     DTYPES,
     Attention,
     Conditions,
-    Cost,
     Denoiser,
     Hook,
     Inputs,
     Network,
+    NetworkCost,
     Rules,
 )
 
@@ -75,9 +75,9 @@ _EXPLICIT = re.compile(r"(\d{1,4})x(\d{1,6})x(\d{1,4})")
 
 
 def parse_size(name: str) -> Size:
-    """'XL' -> Size(28, 1152, 16); any other network as depth x width x heads: '4x96x3'.
+    """'XL' -> Size(28, 1152, 16); other sizes are depth x width x heads, such as '4x96x3'.
 
-    Raises UserError for an unknown name, a zero, or a width that the heads do not divide.
+    Raises UserError for an unknown name, a zero, or a width that the heads or 4 do not divide.
     """
     if name in PAPER_SIZES:
         return PAPER_SIZES[name]
@@ -104,13 +104,13 @@ def parse_size(name: str) -> Size:
 
 
 def _is_size(name: str) -> bool:
-    parse_size(name)  # raises with its own, better message
+    parse_size(name)  # raises an error with a better message
     return True
 
 
 @dataclass(frozen=True)
 class DiTKeys(Denoiser):
-    """The section `config.model` of a DiT."""
+    """The keys of `config.model` for a DiT."""
 
     # 'S', 'B', 'L', 'XL' or depth x width x heads: '4x96x3'
     size: str = key("XL", Rule(_is_size, "a model size"))
@@ -118,14 +118,14 @@ class DiTKeys(Denoiser):
     block: Literal["adaln_zero", "adaln", "cross_attention", "in_context"] = key("adaln_zero")
     mlp_ratio: float = key(4.0, above(0), at_most(64))
     remat: Literal["none", "dots", "full"] = key("none", free=True)
-    # auto: the best of the backend
+    # auto: the fastest of the backend
     attention: Literal["auto", "plain", "cudnn", "flash"] = key("auto", free=True)
-    unroll: int = positive(1, free=True)  # blocks per scan step; depth and more: no loop at all
-    # Where public implementations differ; the release has 0 and 1e-6, diffusers 1 and 1e-5.
+    unroll: int = positive(1, free=True)  # blocks per scan step; at least the depth: no loop
+    # Public implementations differ in these: the release uses 0 and 1e-6, diffusers 1 and 1e-5.
     frequency_shift: Literal[0, 1] = key(0)  # timestep frequencies exp(-ln 10^4 i / (128 - shift))
     norm2_eps: float = key(1e-6, above(0))  # of the LayerNorm before a block's MLP
-    # mup: initial weights, learning rates and attention scale with width, so that the learning rate
-    # which is best at base_width and base_head_width is best at any (`models/mup.py`).
+    # mup: initial weights, learning rates and attention logits scale with width, so that the best
+    # learning rate at base_width and base_head_width is the best at any width (`models/mup.py`).
     parametrization: Literal["standard", "mup"] = key("standard")
     base_width: int = positive(384)
     base_head_width: int = positive(64)
@@ -135,7 +135,7 @@ _MAX_TOKENS = 2**20
 
 
 def check(k: DiTKeys, inputs: Inputs) -> None:
-    """Raise UserError for a network that its inputs do not suit."""
+    """Raise UserError if the network cannot process its inputs."""
     H, W, _ = inputs.shape
     if H % k.patch or W % k.patch:
         raise UserError(
@@ -144,14 +144,14 @@ def check(k: DiTKeys, inputs: Inputs) -> None:
         )
     if (tokens := shape(k, inputs).tokens) > _MAX_TOKENS:
         raise UserError(
-            f"an input of {H}x{W} with config.model.patch={k.patch} is {tokens} tokens; expected at"
-            f" most {_MAX_TOKENS}."
+            f"an input of {H}x{W} with config.model.patch={k.patch} has {tokens} tokens; expected"
+            f" at most {_MAX_TOKENS}."
         )
     width = parse_size(k.size).width
     if int(width * k.mlp_ratio) < 1:
         raise UserError(
-            f"config.model.mlp_ratio is {k.mlp_ratio}: no hidden unit is left of width {width};"
-            " raise it."
+            f"config.model.mlp_ratio is {k.mlp_ratio}: with width {width}, the MLP would have no"
+            " hidden unit; increase it."
         )
 
 
@@ -159,7 +159,7 @@ def check(k: DiTKeys, inputs: Inputs) -> None:
 
 
 class Shape(NamedTuple):
-    """All that the cost of a DiT depends on. `input_size` is the side of x (latent or pixels)."""
+    """Everything that a DiT's cost depends on. `input_size` is the side of x, latent or pixels."""
 
     size: Size
     patch: int
@@ -183,17 +183,17 @@ class Shape(NamedTuple):
 
 
 def paper_shape(size: Size, patch: int, resolution: int = 256) -> Shape:
-    """A model of the paper: latents of resolution/8 with 4 channels, 8 out, 1,000 classes."""
+    """A model of the paper: latents of side resolution/8, 4 channels in, 8 out, 1,000 classes."""
     return Shape(size, patch, resolution // 8, in_channels=4, out_channels=8, num_classes=1000)
 
 
-# Vectors of width D that a block, and the final layer, regress from the conditioning.
+# Number of width-D vectors that a block, or the final layer, regresses from the conditioning.
 _BLOCK_MODULATIONS = {"in_context": 0, "cross_attention": 0, "adaln": 4, "adaln_zero": 6}
 _FINAL_MODULATIONS = {"in_context": 0, "cross_attention": 0, "adaln": 2, "adaln_zero": 2}
 
 
 def trainable_parameters(s: Shape) -> int:
-    """Every weight and bias that the optimizer sees; the frozen position table is not one."""
+    """The number of trainable weights and biases, without the frozen position table."""
     L, D, _ = s.size
     attention = (3 * D * D + 3 * D) + (D * D + D)
     mlp = (D * s.mlp_width + s.mlp_width) + (s.mlp_width * D + D)
@@ -235,7 +235,7 @@ def gflops(s: Shape) -> float:
 
 
 def shape(k: DiTKeys, inputs: Inputs) -> Shape:
-    """All that the cost of a recipe's DiT depends on."""
+    """The `Shape` of a recipe's DiT."""
     H, _, C = inputs.shape
     return Shape(
         size=parse_size(k.size),
@@ -250,14 +250,14 @@ def shape(k: DiTKeys, inputs: Inputs) -> Shape:
     )
 
 
-def cost(k: DiTKeys, inputs: Inputs) -> Cost:
-    """What a recipe's DiT costs."""
+def cost(k: DiTKeys, inputs: Inputs) -> NetworkCost:
+    """The cost of a recipe's DiT."""
     s = shape(k, inputs)
     L, D, heads = s.size
     tokens = s.tokens + (2 if s.block == "in_context" else 0)
-    # 'full' repeats the blocks' whole forward pass, 'dots' attention's two products.
+    # 'full' repeats the whole forward pass of the blocks, 'dots' the two products of attention.
     repeated = {"none": 0, "dots": 2 * L * tokens**2 * D, "full": forward_macs(s)}[k.remat]
-    return Cost(
+    return NetworkCost(
         name=f"DiT-{k.size}/{k.patch}",
         parameters=trainable_parameters(s),
         macs=forward_macs(s),
@@ -275,10 +275,10 @@ def cost(k: DiTKeys, inputs: Inputs) -> Cost:
     )
 
 
-# ---- the module, its parameters on a mesh, its learning rates
+# ---- the module, its sharding rules and its learning rates
 
 
-# What a block keeps for its backward pass: everything, nothing, or the weight products.
+# What a block stores for its backward pass: everything, nothing, or the products with weights.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -309,13 +309,12 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """x f32[B,H,W,C], t i32[B], label i32[B] -> f32[B,H,W,out_channels].
 
-    `out_channels` is C, or 2C with the variance fraction in [C:2C]. Parameters of the L blocks are
-    stacked on a leading axis whether the stack is scanned (`unroll=1`: fast to compile) or unrolled
-    (`unroll=L`: fast on CPUs); `unroll` divides freely and does not change the parameters. A label
-    may be `num_classes`, the null label, when `null_label`. `place` is where a mesh wants
-    activations. With a `base` it is initialised and its attention scaled by `models/mup.py`. After
-    each block `hook`, if there is one, gets its tokens and its part of `per_block`, whose arrays
-    have a leading axis of L.
+    `out_channels` is C, or 2C with the variance fraction in [C:2C]. The parameters of the L blocks
+    are stacked on a leading axis, whether the blocks are scanned (`unroll=1`: fast to compile) or
+    unrolled (`unroll=L`: fast on CPUs); any `unroll` is valid. With `null_label`, a label may be
+    `num_classes`, the null label. `place` says where a mesh has the activations. `base` sets the
+    initialisation and the scale of attention as in `models/mup.py`. After each block, `hook` maps
+    its tokens and its slice of `per_block`, whose arrays have a leading axis of L, to new tokens.
     """
 
     depth: int
@@ -345,7 +344,7 @@ class DiT(nn.Module):
             raise ValueError("per_block is given to a DiT without a hook")
         label = conditions.label
         if label is None:
-            raise ValueError("a DiT is conditioned on a label: give the null label for none")
+            raise ValueError("a DiT needs a label: use the null label for unconditional outputs")
         _, H, W, _ = x.shape
         if H % self.patch or W % self.patch:
             raise UserError(
@@ -392,18 +391,18 @@ class DiT(nn.Module):
         """The L blocks as one scan over stacked parameters."""
         block = BLOCKS[self.block]
         if self.remat != "none":
-            # prevent_cse only guards against what a scan already rules out.
+            # prevent_cse is not needed inside a scan.
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
 
         def body(
-            module: nn.Module, tokens: jax.Array, cond: Conditioning, given: Any
+            module: nn.Module, tokens: jax.Array, cond: Conditioning, hook_input: Any
         ) -> tuple[Any, None]:
             tokens = self.place.put("tokens", module(tokens, cond))
-            return (tokens if self.hook is None else self.hook(tokens, given)), None
+            return (tokens if self.hook is None else self.hook(tokens, hook_input)), None
 
         scan = nn.scan(
             body,
-            # What `capture_intermediates` asks for is stacked as the parameters are.
+            # The results of `capture_intermediates` are stacked as the parameters are.
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
@@ -424,13 +423,14 @@ class DiT(nn.Module):
         return self.base or mup.Base(self.width, self.width // self.heads)
 
 
-# First match wins; specs are over the leaf's last axes (a scanned stack adds a leading one).
-# `fsdp` splits an axis that every product contracts or gathers whole. `tensor` is Megatron's
-# (Shoeybi et al. 2019, Sec. 3): the first product of a pair by columns, whole heads in attention,
-# with its bias; the second by rows, so that one sum over `tensor` ends the pair. adaLN's kernel is
-# never gathered: conditioning is B rows, not B·N, so they are what moves, split by `fsdp` as the
-# kernel's input is, summed over it, and gathered over `tensor`. Its "6" and qkv's "3" are unsplit
-# axes of their own: no split crosses them. Other biases, D numbers each, stay whole.
+# The first match wins; the specs are for the last axes of a leaf (a scanned stack adds a leading
+# one). `fsdp` splits an axis that every product contracts or gathers whole. `tensor` follows
+# Megatron (Shoeybi et al. 2019, Sec. 3): the first product of a pair is split by columns (whole
+# heads in attention), with its bias; the second by rows, so that each pair needs one sum over
+# `tensor`. adaLN's kernel is never gathered. The conditioning has B rows, not B·N, so it is moved
+# instead: split by `fsdp` like the kernel's input, summed over it, and gathered over `tensor`. The
+# "6" of adaLN and the "3" of qkv are separate axes, so that no split crosses them. All other biases
+# have D numbers and are replicated.
 RULES: Rules = (
     (r"x_embedder/kernel", (None, "fsdp")),
     (r"final_layer/linear/kernel", ("fsdp", None)),
@@ -448,7 +448,7 @@ RULES: Rules = (
     (r"y_embedder/table", (None, "fsdp")),
 )
 
-# Exactly one matches the path of a parameter.
+# Exactly one pattern matches the path of each parameter.
 KINDS: mup.Kinds = (
     (r"(x_embedder|t_embedder/in)/kernel", "input"),
     (r"y_embedder/table", "input"),
@@ -460,7 +460,7 @@ KINDS: mup.Kinds = (
 
 
 def module(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:
-    """The denoiser of a recipe; the parameters are the same wherever `place` has activations."""
+    """Build the denoiser of a recipe; its parameters do not depend on `place`."""
     size = parse_size(k.size)
     return DiT(
         depth=size.depth,
@@ -483,18 +483,18 @@ def module(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:
 
 
 def base(k: DiTKeys) -> mup.Base | None:
-    """The network that μP scales from; None for the standard parametrization."""
+    """The base widths of μP, or None for the standard parametrization."""
     return mup.Base(k.base_width, k.base_head_width) if k.parametrization == "mup" else None
 
 
-def query_scale(k: DiTKeys) -> float:
-    """The factor of a recipe's queries, beyond 1 / √d."""
+def query_factor(k: DiTKeys) -> float:
+    """The factor of a recipe's queries, in addition to 1 / √d."""
     size, relative = parse_size(k.size), base(k)
     return 1.0 if relative is None else mup.query_scale(relative, size.width // size.heads)
 
 
 def rates(k: DiTKeys) -> Callable[[str], float] | None:
-    """The multiplier of a parameter's learning rate by its path; None for one rate."""
+    """The learning-rate multiplier of each parameter by its path, or None if all are 1."""
     relative = base(k)
     if relative is None:
         return None
@@ -503,7 +503,7 @@ def rates(k: DiTKeys) -> Callable[[str], float] | None:
 
 
 def attention(k: DiTKeys, inputs: Inputs) -> Attention:
-    """Tokens and heads that a mesh may split."""
+    """The tokens and heads that a mesh may split."""
     size = parse_size(k.size)
     extra = 2 if k.block == "in_context" else 0
     tokens = shape(k, inputs).tokens

@@ -1,4 +1,4 @@
-"""Patches, positions, timesteps and labels, as the network sees them."""
+"""Embeddings of patches, positions, timesteps and labels, and the linear layer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,9 +21,9 @@ def xavier_uniform(
 ) -> jax.Array:
     """Glorot & Bengio 2010 Eq. 16: U(-b, b), b = sqrt(6 / (fan_in + fan_out)).
 
-    The first axis is fan_in, all the others together are fan_out: a fused qkv or modulation
-    kernel [D, 3, H, d] has fan_out 3D, as the flat matrix of the public release. A `fan_out` that
-    is given is another network's, whose bound this one shall have.
+    The first axis is fan_in, the product of the others is fan_out: a fused qkv or modulation
+    kernel [D, 3, H, d] has fan_out 3D, as the flat matrix of the public release. The `fan_out`
+    argument overrides it, to use the bound of a network of another width (μP).
     """
     if fan_out is None:
         fan_out = int(np.prod(shape[1:]))
@@ -31,21 +31,21 @@ def xavier_uniform(
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _stay(name: str, x: jax.Array) -> jax.Array:
+def _unplaced(name: str, x: jax.Array) -> jax.Array:
     return x
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """What a mesh asks of a network that knows none.
+    """How a network places its activations on a mesh.
 
-    `put(name, x)` is x where activations of that name live. Tokens that are split are not merged
-    with the batch (`merge_rows`), nor heads with the 3 of qkv (`merge_columns`): it takes gathering
-    them first. `attend` computes the self-attention by a kernel of the devices; None is the plain
-    form.
+    `put(name, x)` constrains the sharding of the activations of that name. `merge_rows`: whether
+    tokens may be merged with the batch; `merge_columns`: whether heads may be merged with the 3 of
+    qkv. Merging an axis that is split would gather it first. `attend` is the devices' kernel for
+    self-attention; None is the plain form.
     """
 
-    put: Callable[[str, jax.Array], jax.Array] = _stay
+    put: Callable[[str, jax.Array], jax.Array] = _unplaced
     merge_rows: bool = True
     merge_columns: bool = True
     attend: Attend | None = None
@@ -57,11 +57,12 @@ ANYWHERE = Placement()
 class Linear(nn.Module):
     """y = x W + b over the last axis; kernel [D_in, *features], bias [*features].
 
-    The product is of two matrices where a mesh allows it. Leading axes are merged before it: a
-    weight gradient that contracts batch and tokens as two axes runs at half speed on CPUs. Factored
-    features ((3, H, d), (6, D)) keep an axis of their own in the parameter, so that sharding rules
-    can name heads and never split a fused 6D. In the product they are merged, and before the cast:
-    else a TPU sums their gradient over `fsdp` whole and then splits it, at twice the bytes.
+    Where the mesh allows it, this is a product of two matrices. The leading axes are merged first:
+    on CPUs, a weight gradient that contracts batch and tokens as two axes runs at half speed.
+    Factored features such as (3, H, d) and (6, D) remain separate axes in the parameter, so that
+    sharding rules can name the heads and never split a fused 6D. They are merged in the product,
+    and before the cast: otherwise a TPU sums the whole gradient over `fsdp` and splits it
+    afterwards, which moves twice the bytes.
     """
 
     features: int | tuple[int, ...]
@@ -87,8 +88,8 @@ class Linear(nn.Module):
 def patchify(x: jax.Array, patch: int) -> jax.Array:
     """DiT Sec. 3.2: x [B, H, W, C] -> tokens [B, N, p*p*C], row-major over patches.
 
-    Within a token the channel is fastest, then the column. A strided convolution with kernel and
-    stride p is this reshape followed by a Linear.
+    Within a token the channel is the fastest axis, then the column. A convolution with kernel size
+    and stride p is this reshape followed by a Linear.
     """
     B, H, W, C = x.shape
     h, w = H // patch, W // patch
@@ -110,7 +111,7 @@ def sincos_position_embedding(width: int, rows: int, columns: int) -> np.ndarray
     Per axis [sin(ωp), cos(ωp)] with ω_i = 10000^(-i / (D/4)), in float64; the column index fills
     the first half of the width, the row index the second.
     """
-    # 1 / 10000^x, not 10000^-x: the last bit is then the release's too.
+    # 1 / 10000^x, not 10000^-x, so that the last bit matches the release.
     omega = 1.0 / 10000.0 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
     row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     halves = []
@@ -126,7 +127,7 @@ def timestep_frequencies(
     """[cos(tω), sin(tω)], ω_i = exp(-ln(10^4) i / (width/2 - shift)): t [B] -> f32[B, width].
 
     t is the original integer timestep in [0, T-1], also when sampling is respaced. `shift` is 0 in
-    the release and in ADM, and 1 in diffusers' DiT, which therefore embeds the same t otherwise.
+    the release and in ADM, and 1 in diffusers' DiT, which therefore embeds the same t differently.
     """
     half = width // 2
     omega = np.exp(-np.log(10000.0) * np.arange(half, dtype=np.float64) / (half - shift))
@@ -135,9 +136,9 @@ def timestep_frequencies(
 
 
 class TimestepEmbedder(nn.Module):
-    """t i32[B] -> [B, D]: sinusoids -> Linear -> SiLU -> Linear, weights N(0, 0.02²).
+    """t i32[B] -> [B, D]: sinusoids -> Linear -> SiLU -> Linear.
 
-    Those of the second Linear have `out_std`.
+    Initial weights are N(0, 0.02²) in the first Linear and N(0, `out_std`²) in the second.
     """
 
     width: int
@@ -154,9 +155,9 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """y i32[B] -> [B, D]: one row a class, and a last row for "no class" when labels are dropped.
+    """y i32[B] -> [B, D]: one row per class, and with `null` a last row for "no class".
 
-    Table N(0, 0.02²). With `null` the index num_classes is legal and means unconditional.
+    The table starts as N(0, 0.02²). With `null`, the label num_classes means unconditional.
     """
 
     num_classes: int
@@ -172,5 +173,5 @@ class LabelEmbedder(nn.Module):
 
 
 def drop_labels(key: jax.Array, y: jax.Array, rate: float, num_classes: int) -> jax.Array:
-    """Ho & Salimans 2022 Alg. 1: y -> num_classes, the null label, with probability `rate`."""
+    """Ho & Salimans 2022 Alg. 1: y -> the null label, num_classes, with probability `rate`."""
     return jnp.where(jax.random.bernoulli(key, rate, y.shape), num_classes, y)

@@ -1,7 +1,7 @@
-"""FID's Inception: Szegedy et al. 2015 (arXiv 1512.00567) as the graph of 2015-12-05 froze it.
+"""The Inception network of FID: Szegedy et al. 2015 (arXiv 1512.00567), frozen on 2015-12-05.
 
-Every published FID, sFID and Inception Score is made of this one network's activations. It is not
-the Inception-v3 of model libraries: its weights are others, it has 1,008 logits, and
+Every published FID, sFID and Inception Score is computed from this network's activations. It is not
+the Inception-v3 of model libraries: its weights are different, it has 1,008 logits, and
 
 - the average pools of blocks A, C and the first E leave padding out of the mean
   (count_include_pad=False);
@@ -19,7 +19,7 @@ Parameter paths follow the state dict that pytorch-fid and torch-fidelity read, 
 - a convolution kernel [kh, kw, in, out] is transposed to [out, in, kh, kw] and `fc`'s [in, out] to
   [out, in].
 
-A state dict may also hold `*.bn.num_batches_tracked`, which no inference reads.
+A state dict may also hold `*.bn.num_batches_tracked`, which inference does not read.
 """
 
 import functools
@@ -33,10 +33,10 @@ from flax import linen as nn
 
 from ditjax.errors import UserError, nearest
 
-SIDE = 299
+INPUT_SIDE = 299
 NUM_LOGITS = 1008
 POOL_FEATURES = 2048
-# ADM's evaluator keeps 7 channels of the 17x17 map, for about as many numbers as pool_3 has.
+# ADM's evaluator keeps 7 channels of the 17x17 map: about as many numbers as pool_3 has.
 SPATIAL_CHANNELS = 7
 SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS
 
@@ -45,8 +45,8 @@ _BN_EPSILON = 1e-3
 Convention = Literal["tf1", "pytorch-fid"]
 
 
-class Features(NamedTuple):
-    """What the metrics take.
+class InceptionFeatures(NamedTuple):
+    """The activations that the metrics are computed from.
 
     pool f32[B,2048]            pool_3: FID, precision and recall
     spatial f32[B,2023]         sFID: 17 x 17 x 7, row-major, channels fastest
@@ -62,18 +62,18 @@ class Features(NamedTuple):
 
 
 def preprocess(images: jax.Array, convention: Convention = "tf1") -> jax.Array:
-    """The graph's own resize and scale: images u8[B,H,W,3] -> x f32[B,299,299,3].
+    """Resize and scale images as the graph does: u8[B,H,W,3] -> x f32[B,299,299,3].
 
     Two conventions are in use, and FIDs made with different ones differ:
 
-    - "tf1" (the graph itself, so ADM's evaluator; torch-fidelity): output pixel i reads input
-      position i * H/299, pixel corners aligned at the top left; then (x - 128) / 128, so white
+    - "tf1" (the graph itself, and so ADM's evaluator; torch-fidelity): output pixel i reads input
+      position i * H/299, with pixel corners aligned at the top left; then (x - 128) / 128, so white
       is 127/128.
     - "pytorch-fid": output pixel i reads (i + 1/2) * H/299 - 1/2, pixel centres aligned; values
       are x / 255 and then 2x - 1, so white is 1.
 
-    Both take two neighbours a side however far they shrink (no antialiasing). At 299x299 neither
-    resizes, and only the scale differs.
+    Both interpolate between two neighbours along each axis at any scale, without antialiasing. At
+    299x299 neither resizes, and only the scale differs.
     Raises UserError for another dtype, shape or convention.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape or images.dtype != jnp.uint8:
@@ -95,17 +95,19 @@ def preprocess(images: jax.Array, convention: Convention = "tf1") -> jax.Array:
 
 
 def _corner_positions(size: int) -> np.ndarray:
-    # In float32 as TensorFlow computes them: a position beside a whole number decides its pair.
-    return np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
+    # In float32, as TensorFlow computes them: rounding next to a whole number changes the pixels.
+    return np.arange(INPUT_SIDE, dtype=np.float32) * np.float32(size / INPUT_SIDE)
 
 
 def _centre_positions(size: int) -> np.ndarray:
-    centres = (np.arange(SIDE, dtype=np.float32) + np.float32(0.5)) * np.float32(size / SIDE)
+    centres = (np.arange(INPUT_SIDE, dtype=np.float32) + np.float32(0.5)) * np.float32(
+        size / INPUT_SIDE
+    )
     return np.maximum(centres - np.float32(0.5), np.float32(0.0))
 
 
 def _interpolate(x: jax.Array, positions: np.ndarray, axis: int) -> jax.Array:
-    """x[p] + (x[p + 1] - x[p]) * fraction along an axis; beyond the last pixel, the last pixel."""
+    """x[p] + (x[p + 1] - x[p]) * fraction along an axis; the last pixel is repeated at the end."""
     last = x.shape[axis] - 1
     low = np.minimum(positions.astype(np.int32), last)
     fraction = positions - low.astype(np.float32)
@@ -136,9 +138,9 @@ class FrozenBatchNorm(nn.Module):
 def _without_padding(
     x: jax.Array, kernel: jax.Array, stride: int, precision: jax.lax.Precision | None
 ) -> jax.Array:
-    """The convolution that reads no padding: f32[B,H,W,C], f32[kh,kw,C,width] -> f32[B,h,w,width].
+    """Convolution without padding: f32[B,H,W,C], f32[kh,kw,C,width] -> f32[B,h,w,width].
 
-    XLA's CPU backend runs the 149x149 one four times faster once a row of zeros is below it.
+    XLA's CPU backend runs the 149x149 one four times faster with a row of zeros below the image.
     """
     convolve = functools.partial(
         jax.lax.conv_general_dilated,
@@ -158,7 +160,7 @@ def _without_padding(
 
 
 class Conv(nn.Module):
-    """A convolution without bias, zeros around it or none: f32[B,H,W,C] -> f32[B,h,w,width]."""
+    """Convolution without bias, zero-padded if `same`: f32[B,H,W,C] -> f32[B,h,w,width]."""
 
     width: int
     kernel: tuple[int, int]
@@ -171,7 +173,7 @@ class Conv(nn.Module):
         shape = (*self.kernel, x.shape[-1], self.width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         if self.kernel == (1, 1) and self.stride == 1:
-            # XLA's CPU backend does not see that this is a product of matrices: twice as fast.
+            # Twice as fast: XLA's CPU backend does not recognise a matrix product here.
             return jnp.dot(x, kernel[0, 0], precision=self.precision)
         if not self.same:
             return _without_padding(x, kernel, self.stride, self.precision)
@@ -218,7 +220,7 @@ def _border(x: jax.Array, value: float) -> jax.Array:
 
 
 def _average_pool(x: jax.Array) -> jax.Array:
-    """Mean of the 3x3 neighbours that exist, at stride 1: f32[B,H,W,C] -> same."""
+    """Mean over the 3x3 neighbours inside the image, at stride 1: f32[B,H,W,C] -> same."""
 
     def total(x: jax.Array) -> jax.Array:
         x = _border(x, 0.0)
@@ -238,7 +240,7 @@ def _max_neighbour(x: jax.Array) -> jax.Array:
 
 
 class InceptionA(nn.Module):
-    """Szegedy et al. 2015 Fig. 5, 35x35, a 5x5 kept: f32[B,H,W,C] -> f32[B,H,W,224+pool_width]."""
+    """Szegedy et al. 2015 Fig. 5, 35x35, with a 5x5: f32[B,H,W,C] -> f32[B,H,W,224+pool_width]."""
 
     pool_width: int
     precision: jax.lax.Precision | None = None
@@ -312,7 +314,7 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """Szegedy et al. 2015 Fig. 7, 8x8, split at the ends: f32[B,H,W,C] -> f32[B,H,W,2048]."""
+    """Szegedy et al. 2015 Fig. 7 at 8x8, with split branches: f32[B,H,W,C] -> f32[B,H,W,2048]."""
 
     pool: Callable[[jax.Array], jax.Array]
     precision: jax.lax.Precision | None = None
@@ -333,7 +335,7 @@ class InceptionE(nn.Module):
 
 
 class BiasApart(nn.Module):
-    """A dense layer whose bias is not yet added: f32[B,C] -> f32[B,width], f32[1,width]."""
+    """A dense layer that returns its bias separately: f32[B,C] -> f32[B,width], f32[1,width]."""
 
     width: int
     precision: jax.lax.Precision | None = None
@@ -346,28 +348,28 @@ class BiasApart(nn.Module):
 
 
 class FIDInception(nn.Module):
-    """Szegedy et al. 2015 Table 1, frozen: x f32[B,299,299,3] of `preprocess` -> Features.
+    """Szegedy et al. 2015 Table 1, frozen: x f32[B,299,299,3] of `preprocess` -> InceptionFeatures.
 
-    sFID's map is the tensor mixed_6/conv:0 (FID_SPATIAL_NAME of ADM's evaluator): the 1x1 branch of
-    Mixed_6d, after its ReLU. A unit of that graph is the nodes conv2d_params, Conv2D, batchnorm,
-    CheckNumerics, control_dependency and last its bare name, so the bare name is the ReLU; and
-    torch-fidelity's weight converter maps mixed_6/conv to Mixed_6d.branch1x1, as mixed is Mixed_5b.
-    The branch comes first in the block's output. Ports that take Mixed_6e, or the convolution
-    before its norm, compute another number.
+    The map of sFID is the tensor mixed_6/conv:0 (FID_SPATIAL_NAME of ADM's evaluator): the 1x1
+    branch of Mixed_6d after its ReLU. Each unit of that graph consists of the nodes conv2d_params,
+    Conv2D, batchnorm, CheckNumerics, control_dependency and finally its bare name, so the bare name
+    is the ReLU; and torch-fidelity's weight converter maps mixed_6/conv to Mixed_6d.branch1x1, as
+    mixed is Mixed_5b. The branch comes first in the block's output. Ports that use Mixed_6e, or the
+    convolution before its norm, compute a different number.
 
-    `precision` is that of every convolution and product. HIGHEST keeps float32 where hardware would
-    take fewer bits unasked, which moves an FID; None leaves it to `jax_default_matmul_precision`.
+    `precision` is used by every convolution and product. HIGHEST keeps float32 where hardware would
+    otherwise use fewer bits, which changes an FID; None uses `jax_default_matmul_precision`.
     Raises UserError for another image shape.
     """
 
     precision: jax.lax.Precision | None = jax.lax.Precision.HIGHEST
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> Features:
-        if x.ndim != 4 or x.shape[1:] != (SIDE, SIDE, 3):
+    def __call__(self, x: jax.Array) -> InceptionFeatures:
+        if x.ndim != 4 or x.shape[1:] != (INPUT_SIDE, INPUT_SIDE, 3):
             raise UserError(
-                f"array of shape {tuple(x.shape)}: Inception expects [batch, {SIDE}, {SIDE}, 3];"
-                " give it what preprocess makes of uint8 images."
+                f"array of shape {tuple(x.shape)}: Inception expects"
+                f" [batch, {INPUT_SIDE}, {INPUT_SIDE}, 3]; preprocess the uint8 images first."
             )
         p = self.precision
         unit = functools.partial(ConvNormRelu, precision=p)
@@ -393,4 +395,4 @@ class FIDInception(nn.Module):
         x = InceptionE(_max_neighbour, p, name="Mixed_7c")(x)
         pool = jnp.mean(x, axis=(1, 2))
         logits_unbiased, bias = BiasApart(NUM_LOGITS, p, name="fc")(pool)
-        return Features(pool, spatial, logits_unbiased + bias, logits_unbiased)
+        return InceptionFeatures(pool, spatial, logits_unbiased + bias, logits_unbiased)

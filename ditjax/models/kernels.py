@@ -1,8 +1,8 @@
-"""Attention by a backend's own kernels, and which of them a device is given.
+"""Fused attention kernels of the backends, and the choice between them.
 
-All are q [B,H,N,d], k and v [B,H,M,d] -> softmax(q kᵀ / √d) v [B,H,N,d] with a float32 softmax, as
-`attention.attend`, and keep no [N, M] array for the backward pass. XLA cannot partition a kernel:
-on several devices each computes its own rows and heads (`parallel/rules.by_heads`).
+All map q [B,H,N,d], k and v [B,H,M,d] -> softmax(q kᵀ / √d) v [B,H,N,d] with a float32 softmax, as
+`attention.attend` does, and store no [N, M] array for the backward pass. XLA cannot partition a
+kernel, so with several devices each computes its own rows and heads (`parallel/rules.by_heads`).
 """
 
 from typing import Any
@@ -15,20 +15,20 @@ from ditjax.errors import UserError
 from ditjax.models.attention import attend
 from ditjax.models.embed import Attend
 
-LANES = 128  # a TPU register's minor axis: what sequence blocks and padded head widths are made of
-QUERY_BLOCK, KEY_BLOCK = 512, 1024  # float32 logits of a block are 2 MiB: v5e grants a kernel 16
+LANES = 128  # minor axis of a TPU register: sequence blocks and head widths are multiples of it
+QUERY_BLOCK, KEY_BLOCK = 512, 1024  # float32 logits of a block: 2 MiB of the 16 that v5e allows
 
-# Fewer tokens get the plain form on a TPU. Compiled for v5e, not run: temporaries of XL's step in
-# bfloat16 without remat, 4,096 tokens a chip, flash against plain: N = 64, 17.0 and 16.0 GB (keys
-# padded to 128); 256, 12.8 and 16.7; 1,024, 12.8 and 24.7. The bytes that attention moves are
-# equal at 256 and half at 1,024.
+# With fewer tokens, a TPU uses the plain form. Temporaries of a step of XL compiled for v5e (not
+# run) in bfloat16 without remat, with 4,096 tokens per chip, flash and plain: N = 64, 17.0 and
+# 16.0 GB (keys padded to 128); 256, 12.8 and 16.7; 1,024, 12.8 and 24.7. Flash moves as many bytes
+# for attention at 256 and half as many at 1,024.
 FLASH_TOKENS = 256
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Flash attention of cuDNN, forward and backward, in bfloat16 on NVIDIA GPUs.
 
-    It wants [B,N,H,d]: XLA cancels the transposes against those that made the heads lead.
+    cuDNN takes [B,N,H,d]: XLA cancels these transposes with those in `models/attention.py`.
     """
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
@@ -38,11 +38,11 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def flash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
     """Dao et al. 2022, as JAX's Pallas kernel for TPUs ("splash"), forward and backward.
 
-    Any N, M and d: tokens are padded to whole blocks, their keys masked; d is padded with zeros to
-    the 128 lanes that a TPU's memory tiles take anyway, and scaled by its true width. `interpret`
-    runs the kernel's program on any device.
+    Works for any N, M and d. Tokens are padded to whole blocks, and padded keys are masked. d is
+    padded with zeros to 128 lanes, which a TPU's memory tiles occupy anyway; the scale uses the
+    true d. `interpret` runs the kernel on any device.
     """
-    # Pallas takes most of a second to import, and only TPUs want it.
+    # Importing Pallas takes most of a second, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     N, M, d = q.shape[2], k.shape[2], q.shape[3]
@@ -50,8 +50,8 @@ def flash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) 
     k, v = _padded(k), _padded(v)
     rows, keys = q.shape[2], k.shape[2]
     block_q, block_kv = _block(rows, QUERY_BLOCK), _block(keys, KEY_BLOCK)
-    # With all keys in one block the backward pass is one kernel that makes dq, dk and dv from one
-    # recomputed softmax; with several, its dq would be summed in q's precision.
+    # With all keys in one block, the backward pass is one kernel that recomputes the softmax once
+    # for dq, dk and dv; with several blocks, that kernel would sum dq in q's precision.
     one = block_kv == keys
     blocks = splash.BlockSizes(
         block_q=block_q,
@@ -66,7 +66,7 @@ def flash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) 
     kernel = splash.make_splash_mha(
         mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
     )
-    # Padded queries look at the true keys too: a row without keys would be 0 / 0.
+    # Padded queries attend to the true keys too: a row without keys would be 0 / 0.
     segments = splash.SegmentIds(
         jnp.zeros(rows, jnp.int32), jnp.asarray(np.arange(keys) >= M, jnp.int32)
     )
@@ -75,7 +75,7 @@ def flash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) 
 
 
 def _padded(x: jax.Array) -> jax.Array:
-    """[B,H,N,d] with zeros up to the next multiples of 128 of N and d."""
+    """Pad N and d of [B,H,N,d] with zeros to the next multiples of 128."""
     *_, N, d = x.shape
     return jnp.pad(x, ((0, 0), (0, 0), (0, -N % LANES), (0, -d % LANES)))
 
@@ -86,22 +86,22 @@ def _block(length: int, most: int) -> int:
 
 
 def choose(name: str, device: Any, *, tokens: int, head_width: int, dtype: Any) -> Attend:
-    """`model.attention` of a recipe on a device, which may be the description of one.
+    """Choose the attention of `config.model.attention` for a device or a description of one.
 
-    'auto' takes the kernel of the platform where it is legal and pays, and the plain form
-    otherwise. Raises UserError for a kernel that the device or the recipe does not allow.
+    'auto' uses the platform's kernel where it is supported and faster, and the plain form
+    otherwise. Raises UserError for a kernel that the device or the recipe does not support.
     """
     platform = device.platform
     if name == "auto":
         if platform == "tpu" and tokens >= FLASH_TOKENS:
             return flash
-        fits = _cudnn_refuses(device, head_width, dtype) is None
-        return cudnn if fits else attend
-    if name == "cudnn" and (reason := _cudnn_refuses(device, head_width, dtype)):
+        supported = _cudnn_unsupported(device, head_width, dtype) is None
+        return cudnn if supported else attend
+    if name == "cudnn" and (reason := _cudnn_unsupported(device, head_width, dtype)):
         legal = "'auto' or 'plain'" + (" or 'flash'" if platform == "tpu" else "")
         raise UserError(f"config.model.attention is 'cudnn' and {reason}. Set it to {legal}.")
     if name == "flash" and platform != "tpu":
-        instead = "" if _cudnn_refuses(device, head_width, dtype) else " or 'cudnn'"
+        instead = "" if _cudnn_unsupported(device, head_width, dtype) else " or 'cudnn'"
         raise UserError(
             f"config.model.attention is 'flash' and the devices are {platform}: it is a kernel for"
             f" TPUs. Set it to 'auto' or 'plain'{instead}."
@@ -110,8 +110,8 @@ def choose(name: str, device: Any, *, tokens: int, head_width: int, dtype: Any) 
     return known[name]
 
 
-def _cudnn_refuses(device: Any, head_width: int, dtype: Any) -> str | None:
-    """Why cuDNN's attention cannot be had, or None where it can."""
+def _cudnn_unsupported(device: Any, head_width: int, dtype: Any) -> str | None:
+    """The reason that cuDNN's attention is not supported, or None if it is."""
     if device.platform != "gpu":
         return f"the devices are {device.platform}: it is a kernel for NVIDIA GPUs"
     capability = str(device.compute_capability)  # '9.0', or 'gfx90a' of AMD

@@ -1,7 +1,7 @@
-"""Maximal update parametrization (μP): the best learning rate stays where it is as D grows.
+"""Maximal update parametrization (μP): the best learning rate does not change with the width D.
 
-Yang et al. 2022 (Tensor Programs V), Table 8, the column of Adam. With r = D / D_base and heads d
-wide, relative to the standard network of width D_base:
+Yang et al. 2022 (Tensor Programs V), Table 8, the column of Adam. With r = D / D_base and heads of
+width d, relative to the standard network of width D_base:
 
     kind     shape                      init variance    Adam's rate
     input    [fixed, D]                 1                1
@@ -10,14 +10,15 @@ wide, relative to the standard network of width D_base:
     vector   biases, norms' scales      -                1
     logits   q·k √d_base / d instead of q·k / √d
 
-At D_base and d_base all of it is 1, and the network is the standard one to the bit. An output layer
-has a multiplier 1 / r and a rate of 1 in the table: under Adam, from zero weights, its outputs are
-then the same as with a rate of 1 / r alone (the paper's Lemma J.1), which changes no forward pass.
+At D_base and d_base every factor is 1, and the network is bit for bit the standard one. The table
+gives an output layer a multiplier 1 / r and a rate of 1. With Adam and zero initial weights, a rate
+of 1 / r alone gives the same outputs (the paper's Lemma J.1) and leaves the forward pass unchanged.
 
-Zheng et al. 2025 show that the table is DiT's too; the modulations of adaLN are hidden layers. What
-begins at zero (they, and the final layer) is below the table's variance at any width. Adam's first
-update of each of its weights is of size 1 / r and lines up with its input, so that D of them add up
-to a step that no width changes; what is behind it gets its first gradient one update later.
+Zheng et al. 2025 show that the table applies to DiT; the modulations of adaLN are hidden layers.
+Weights that start at zero (the modulations and the final layer) have less than the table's variance
+at any width. Adam's first update of each such weight has size 1 / r and is aligned with its input,
+so that the sum over D of them does not depend on the width; the layers before it get their first
+gradient one update later.
 """
 
 import re
@@ -25,31 +26,30 @@ from typing import Literal, NamedTuple
 
 Kind = Literal["input", "hidden", "output", "vector"]
 
-# Path pattern -> what a parameter is to the width; exactly one matches each. A network's file has
-# its own.
+# Path pattern -> kind of a parameter; exactly one pattern matches each. Every network has a table.
 Kinds = tuple[tuple[str, Kind], ...]
 
 
 class Base(NamedTuple):
-    """Widths of the network, and of its heads, where this is the standard parametrization."""
+    """Widths of the network and of its heads at which μP equals the standard parametrization."""
 
     width: int
     head_width: int
 
 
 def kind_of(path: str, table: Kinds) -> Kind:
-    """What a parameter is to the width, by its path 'a/b/c'. ValueError when the table has none."""
+    """The kind of a parameter by its path 'a/b/c'. Raises ValueError unless one pattern matches."""
     kinds = [kind for pattern, kind in table if re.search(rf"(^|/)(?:{pattern})$", path)]
     if len(kinds) != 1:
-        raise ValueError(f"{path}: {len(kinds)} rules of its network match it; expected one")
+        raise ValueError(f"{path}: {len(kinds)} rules of its network match; expected one")
     return kinds[0]
 
 
 def rate_multiplier(path: str, ratio: float, table: Kinds) -> float:
-    """What Adam's rate of a parameter is multiplied by, of a network `ratio` times as wide."""
+    """The multiplier of a parameter's Adam rate in a network that is `ratio` times as wide."""
     return 1 / ratio if kind_of(path, table) in ("hidden", "output") else 1.0
 
 
 def query_scale(base: Base, head_width: int) -> float:
-    """√(d_base / d): with it on the queries, attention's own 1 / √d becomes √d_base / d."""
+    """√(d_base / d): multiplying the queries by it turns attention's 1 / √d into √d_base / d."""
     return (base.head_width / head_width) ** 0.5

@@ -1,6 +1,7 @@
-"""What a network is to the rest of ditjax: one `Network`, defined at the end of its file.
+"""The interface of a network: the `Network` that its module defines.
 
-A recipe names it by `config.model.kind`: a module of `ditjax.models`, or a dotted name of yours.
+A recipe selects it with `config.model.kind`: a module of `ditjax.models`, or your own module by its
+dotted name.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,46 +15,47 @@ from flax import linen as nn
 
 from ditjax.config import FRACTION, Model, key
 
-Array = jax.Array | np.ndarray
+AnyArray = jax.Array | np.ndarray
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # of config.model.dtype
 
 # Path pattern of a parameter -> the mesh axis of each of its last axes (`parallel/rules.py`).
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
-# (h, what it is given for this block) -> h, after a block: residuals of control, patching, steering
+# (h, the block's slice of `per_block`) -> h, after each block: for control residuals or steering
 Hook = Callable[[jax.Array, Any], jax.Array]
 
 
 @dataclass(frozen=True)
 class Denoiser(Model):
-    """The keys of every network that predicts from a noisy x."""
+    """The keys of `config.model` that all denoisers share."""
 
-    label_dropout: float = key(0.1, FRACTION)  # > 0 makes a null label, for guidance
+    label_dropout: float = key(0.1, FRACTION)  # > 0 adds a null label, for guidance
 
 
 class Conditions(NamedTuple):
-    """The doors of a network, each optional: what a sample is conditioned on.
+    """Conditions of a sample, all optional.
 
-    label i32[B] and vector f[B,D] join the timestep; context f[B,M,D] (context_mask bool[B,M]) is
-    attended to; prefix f[B,M,D] are tokens that join the sequence and leave it at the end; channels
-    f[B,H,W,C] are concatenated to x. A network raises ValueError for a door that it lacks.
+    label i32[B] and vector f[B,D] are added to the timestep's embedding; context f[B,M,D], with
+    context_mask bool[B,M], is the input of cross-attention; prefix f[B,M,D] are tokens that are
+    added to the sequence and removed at the end; channels f[B,H,W,C] are concatenated to x. A
+    network raises ValueError for a condition that it does not support.
     """
 
-    label: Array | None = None
-    vector: Array | None = None
-    context: Array | None = None
-    context_mask: Array | None = None
-    prefix: Array | None = None
-    channels: Array | None = None
+    label: AnyArray | None = None
+    vector: AnyArray | None = None
+    context: AnyArray | None = None
+    context_mask: AnyArray | None = None
+    prefix: AnyArray | None = None
+    channels: AnyArray | None = None
 
-    def only(self, *doors: str) -> None:
-        """Raise ValueError for a condition that is given and is not among `doors`."""
-        closed = [d for d, value in self._asdict().items() if value is not None and d not in doors]
-        if closed:
-            raise ValueError(f"this network has no door for {', '.join(closed)}: only for {doors}")
+    def only(self, *names: str) -> None:
+        """Raise ValueError if a condition that is not among `names` is set."""
+        wrong = [n for n, value in self._asdict().items() if value is not None and n not in names]
+        if wrong:
+            raise ValueError(f"this network takes no {', '.join(wrong)}: expected only {names}")
 
 
 class Inputs(NamedTuple):
-    """One example as a task gives it to its network, and what it wants back."""
+    """The shape of one example, and the number of output channels and classes."""
 
     shape: tuple[int, ...]  # (H, W, C)
     out_channels: int
@@ -61,9 +63,9 @@ class Inputs(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What a mesh may split of a network's self-attention.
+    """The dimensions of a network's self-attention, which a mesh may split.
 
-    `extra` tokens of conditioning join `tokens` in the blocks and leave them after.
+    The blocks also process `extra` conditioning tokens, which are removed afterwards.
     """
 
     tokens: int
@@ -72,11 +74,11 @@ class Attention(NamedTuple):
     head_width: int
 
 
-class Cost(NamedTuple):
-    """What a network costs, in closed form, and how it describes itself in a `result.json`.
+class NetworkCost(NamedTuple):
+    """The cost of a network in closed form, and its description in `result.json`.
 
-    `macs` are multiply-accumulates of one forward pass of one example, `repeated_macs` those that
-    rematerialisation repeats in a training step.
+    `macs` are the multiply-accumulates of one forward pass of one example, `repeated_macs` those
+    that rematerialisation repeats in a training step.
     """
 
     name: str  # as in the paper: 'DiT-XL/2'
@@ -93,34 +95,34 @@ class Cost(NamedTuple):
 
 
 def training_flops(macs: int, examples: int) -> float:
-    """FLOPs of training on `examples`: forward + backward = 3 forwards, 2 a multiply-accumulate.
+    """FLOPs of training on `examples`: forward and backward = 3 forwards, 2 FLOPs per MAC.
 
-    What MFU counts (Chowdhery et al. 2022 App. B): nothing that rematerialisation repeats.
+    As counted by MFU (Chowdhery et al. 2022 App. B): without what rematerialisation repeats.
     """
     return 6.0 * macs * examples
 
 
 def training_gflops(gflops: float, examples: Any) -> Any:
-    """Multiply-accumulates / 10⁹ of training: forward + backward = 3 forwards of `gflops` each.
+    """Multiply-accumulates / 10⁹ of training: forward and backward = 3 forwards of `gflops` each.
 
-    examples: a number, or f64[n] of them.
+    examples: a number, or f64[n].
     """
     return 3.0 * gflops * examples
 
 
 class Network(NamedTuple):
-    """A network as its file describes it.
+    """The definition of a network.
 
-    `k` are the keys of `config.model`. `module` makes the Linen module; a denoiser's takes
-    (k, inputs, place), `place` being an `embed.Placement`, and applies to (params, x, t,
-    Conditions). `cost` is None where no closed form is known. `rules` say where a mesh has its
-    parameters. `rates(k)` maps a parameter's path to the multiplier of its learning rate, or is
-    None for one rate. `varied` are the keys that `Cost.name` shows, in the order of the name.
+    `k` are the keys of `config.model`. `module` builds the Linen module; for a denoiser it takes
+    (k, inputs, place), where `place` is an `embed.Placement`, and the module applies to (params, x,
+    t, Conditions). `cost` is None if no closed form is known. `rules` are the sharding rules of the
+    parameters. `rates(k)` maps a parameter's path to its learning-rate multiplier, or is None if
+    all are 1. `varied` are the keys that `NetworkCost.name` shows, in that order.
     """
 
     keys: type[Model]
     module: Callable[..., nn.Module]
-    cost: Callable[[Any, Inputs], Cost] | None = None
+    cost: Callable[[Any, Inputs], NetworkCost] | None = None
     check: Callable[[Any, Inputs], None] = lambda k, inputs: None
     attention: Callable[[Any, Inputs], Attention | None] = lambda k, inputs: None
     kernel: Callable[[Any], str] = lambda k: "plain"  # of attention: auto, plain, cudnn or flash

@@ -104,24 +104,35 @@ def start(
         _watch = watch.lead(place.port, place.count, shared, *bounds, port, bind=local)
     else:
         _watch = watch.join(place.host, place.port, place.index, place.count, shared, *bounds)
+    _initialize_jax(place, local, _watch.go["port"], *bounds)
+    _check_devices(place, _watch.name(place.index))
+
+
+def _initialize_jax(
+    place: Place, local: str, port: int, initialization_seconds: float, heartbeat_seconds: float
+) -> None:
     # Otherwise JAX would catch SIGTERM, and expect the program to poll for it.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        f"{bracketed(place.host)}:{_watch.go['port']}",
+        f"{bracketed(place.host)}:{port}",
         place.count,
         place.index,
         place.device_ids,
         cluster_detection_method="deactivate",
         initialization_timeout=max(1, int(initialization_seconds)),
-        coordinator_bind_address=f"{bracketed(local)}:{_watch.go['port']}" if local else None,
+        coordinator_bind_address=f"{bracketed(local)}:{port}" if local else None,
         heartbeat_timeout_seconds=int(heartbeat_seconds) + _LATER_SECONDS,
     )
+
+
+def _check_devices(place: Place, name: str) -> None:
+    """Raise UserError unless every process has devices."""
     try:
         count = jax.process_count()
     except RuntimeError as error:
         raise UserError(
-            f"{_watch.name(place.index)} found no device of its own ({error}): expected one process"
-            " for each host, or for each GPU."
+            f"{name} found no device ({error}): expected one process for each host, or for each"
+            " GPU."
         ) from None
     if count != place.count:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The shipped recipes, `experiments/` of the repository: `--config=NAME` takes one by name."""
+"""The shipped recipes (`experiments/` in the repository), selected by `--config=NAME`."""
 
 import importlib
 import importlib.util
@@ -16,8 +16,8 @@ _FOLDERS = (Path(__file__).resolve().parents[2] / "experiments", Path(__file__).
 __path__ = [str(next(folder for folder in _FOLDERS if (folder / "base.py").is_file()))]
 
 
-def names() -> list[str]:
-    """Every shipped recipe: 'digits', 'small/scaling', ..."""
+def list_recipes() -> list[str]:
+    """The names of all shipped recipes: 'digits', 'small/scaling', ..."""
     root = Path(__path__[0])
     files = (path.relative_to(root).with_suffix("") for path in sorted(root.rglob("*.py")))
     return [
@@ -28,17 +28,17 @@ def names() -> list[str]:
     ]
 
 
-def load(text: str) -> dict[str, Any]:
-    """'NAME[:ARG]' or 'FILE.py[:ARG]' -> what the recipe's get_config(ARG) returns, as plain dicts.
+def build(text: str) -> dict[str, Any]:
+    """'NAME[:ARG]' or 'FILE.py[:ARG]' -> the result of the recipe's get_config(ARG), as dicts.
 
-    Raises UserError for a name that is none, and for a recipe that fails, with its line.
+    Raises UserError for an unknown name, and for a recipe that fails, with the line where it does.
     """
-    name, given, arg = text.partition(":")
+    name, colon, arg = text.partition(":")
     try:
-        tree = _module(name).get_config(*([arg] if given else []))
+        tree = _module(name).get_config(*([arg] if colon else []))
     except UserError:
         raise
-    except Exception as error:  # a recipe is the user's own code
+    except Exception as error:  # a recipe is the user's code
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
             f"recipe {name!r} failed at {frame.filename}:{frame.lineno}:"
@@ -55,7 +55,7 @@ def load(text: str) -> dict[str, Any]:
 
 def _module(name: str) -> ModuleType:
     if not name.endswith(".py"):
-        known = names()
+        known = list_recipes()
         if name not in known:
             raise UserError(
                 f"recipe {name!r} does not exist: expected one of {', '.join(known)}, or a FILE.py"
@@ -65,7 +65,7 @@ def _module(name: str) -> ModuleType:
     path = Path(name).resolve()
     if not path.is_file():
         raise UserError(f"recipe {name!r} does not exist: expected a file with a get_config().")
-    # A recipe imports its neighbours, from wherever the command runs.
+    # A recipe can import its neighbours, whatever the working directory is.
     package = path.parent
     while (package / "__init__.py").is_file():
         package = package.parent
@@ -73,7 +73,7 @@ def _module(name: str) -> ModuleType:
         sys.path.insert(0, str(package))
     if package != path.parent:
         return importlib.import_module(".".join(path.with_suffix("").relative_to(package).parts))
-    # Not by its name, which another module may have.
+    # Not under its own name, which another module may have.
     spec = importlib.util.spec_from_file_location(f"ditjax_recipe_{path.stem}", path)
     assert spec
     assert spec.loader

@@ -204,7 +204,8 @@ class GroupPlots:
                 ax.plot(x[best], y[best], color=INK, lw=5, alpha=0.2, zorder=1.5, label=words)
 
         caption = "One line a run. Training costs 3 forward passes an image."
-        return Plot(f"{name} along training, against {_TITLES[TRAINING]}", caption, draw)
+        title = f"{name[:1].upper()}{name[1:]} along training, against {_TITLES[TRAINING]}"
+        return Plot(title, caption, draw)
 
     def losses(self, curves: Sequence[TrainingCurve]) -> Plot:
         """The smoothed training loss against steps."""

@@ -1,4 +1,4 @@
-"""What a run stands on: its recipe, its data set, its weights, a frozen autoencoder."""
+"""Open runs: check the recipe and the data set, acquire leases, load checkpoints."""
 
 import hashlib
 import os
@@ -23,14 +23,14 @@ from ditjax.runs.checkpoint import Checkpoints, DamagedError, Step
 from ditjax.training.program import abstract_state
 from ditjax.training.task import Task
 
-# Whose are the samples in a folder, while they are drawn and scored: a training there goes on.
+# The lease of the samples in a run's folder. Training holds another lease and can continue.
 SAMPLES_LEASE = ".samples.lease"
 # The field of the training state that config.sample.weights names.
 WEIGHTS = {"ema": "ema", "model": "params"}
 
 
 def data_spec(c: Config) -> source.DataSpec:
-    """The data set of a recipe, as the readers take it."""
+    """The data set of a recipe, as the readers expect it."""
     d = c.data
     return source.DataSpec(
         name=d.name,
@@ -46,13 +46,13 @@ def data_spec(c: Config) -> source.DataSpec:
 
 
 def check_data(c: Config) -> source.DatasetInfo:
-    """The data set is whole and has the recipe's classes and size. Raises UserError otherwise."""
+    """Raise UserError unless the data set is complete and has the recipe's classes and size."""
     d = c.data
     info = source.dataset_info(d.name, d.split, d.data_dir or None, d.max_damaged)
     if info.num_classes != c.data.num_classes:
         raise UserError(
-            f"config.data.num_classes is {c.data.num_classes}, and data set {c.data.name!r} has"
-            f" {info.num_classes} classes: set it to that."
+            f"config.data.num_classes is {c.data.num_classes}, but data set {c.data.name!r} has"
+            f" {info.num_classes} classes: set it to {info.num_classes}."
         )
     if is_latents(d.name):
         expected, found = (
@@ -61,51 +61,53 @@ def check_data(c: Config) -> source.DatasetInfo:
         )
         if found != expected:
             raise UserError(
-                f"data set {d.name!r} holds latents of {list(found)}, and the recipe's are"
-                f" {list(expected)}: set config.data.image_size and config.autoencoder to what it"
-                " was encoded with, or encode it again."
+                f"data set {d.name!r} holds latents of {list(found)}, but the recipe's are"
+                f" {list(expected)}: set config.data.image_size and config.autoencoder as for the"
+                " encoding, or encode the data set again."
             )
     return info
 
 
 def open_run(workdir: str | os.PathLike[str], c: Config) -> Path:
-    """`rundir.open_run` by the first process; the others only read what it wrote.
+    """Open a run's directory: the first process writes the recipe, and the others read it.
 
-    The directory is this run's alone until the `lease.scope` around the call ends. Raises UserError
-    where another process has it, and for a directory that not all processes see.
+    The directory is leased until the `lease.scope` around the call ends. Raises UserError if
+    another run holds the lease, or if not all processes share the directory.
     """
-    own(workdir)
+    acquire_lease(workdir)
     if is_primary():
-        rundir.open_run(workdir, as_tree(c))
+        rundir.open_directory(workdir, as_tree(c))
     processes.barrier()
     if not is_primary():
         if not (Path(workdir) / rundir.RECIPE_FILE).exists():
             raise UserError(
                 f"{processes.name()} does not see the {rundir.RECIPE_FILE} that process 0 wrote to"
-                f" {workdir}: give a --workdir that all share."
+                f" {workdir}: use a --workdir that all processes share."
             )
         rundir.check_same(Path(workdir), rundir.read_recipe(workdir), as_tree(c))
     return Path(workdir)
 
 
-def own(folder: str | os.PathLike[str], file: str = lease.FILE, *, waits: bool = False) -> None:
-    """`lease.acquire` of a directory, or of what the lease is named after, by the first process."""
+def acquire_lease(
+    folder: str | os.PathLike[str], file: str = lease.FILE, *, waits: bool = False
+) -> None:
+    """Acquire the lease `file` of a directory, in the first process only."""
     if is_primary():
         lease.acquire(Path(folder) / file, str(folder), waits=waits, lost=_end)
 
 
 def _end(line: str) -> None:
-    """The lease is lost: all processes end, and write nothing more."""
+    """End all processes after the lease is lost, without further writes."""
     processes.abort(line, 1)
     lease.end_process(line)
 
 
-def newest(checkpoints: Checkpoints, abstract: Any) -> tuple[Any, Mapping[str, Any]] | None:
-    """(state, data position) of the newest sound checkpoint, on every process; None without any.
+def restore_newest(checkpoints: Checkpoints, abstract: Any) -> tuple[Any, Mapping[str, Any]] | None:
+    """Restore (state, data position) of the newest intact checkpoint; None if there are none.
 
-    Damaged ones after it are set aside. Raises UserError when no other is left, for a run must not
-    begin anew where one has been: whatever cannot read any of them, it changes nothing then.
-    FaultError when only one of several processes cannot read one.
+    Damaged checkpoints after it are set aside. Raises UserError, without changing anything, if all
+    are damaged, because a run must not silently start over. Raises FaultError if only some of the
+    processes cannot read a checkpoint.
     """
     damaged: list[DamagedError] = []
     for step, _ in reversed(processes.broadcast_ranges([(step, 0) for step in checkpoints.steps])):
@@ -113,11 +115,11 @@ def newest(checkpoints: Checkpoints, abstract: Any) -> tuple[Any, Mapping[str, A
             found = checkpoints.restore(abstract, step)
         except DamagedError as error:
             if jax.process_count() > 1 and not error.everywhere:
-                # The others wait for this one within the restore: all end, and start again.
+                # The others wait inside the restore: all processes must end and start again.
                 checkpoints.set_aside(error)
                 raise FaultError(
-                    f"checkpoint {step} in {checkpoints.directory} is damaged: {error.what}; the"
-                    " same command on all goes on from the one before it"
+                    f"checkpoint {step} in {checkpoints.directory} is damaged: {error.what}; run"
+                    " the same command on all hosts to resume from the one before it"
                 ) from error
             damaged.append(error)
             continue
@@ -129,9 +131,9 @@ def newest(checkpoints: Checkpoints, abstract: Any) -> tuple[Any, Mapping[str, A
     aside = checkpoints.damaged
     if damaged or processes.broadcast_step(len(aside) or None):
         raise UserError(
-            f"{checkpoints.directory} has no sound checkpoint left: {', '.join(found_bad + aside)}."
-            " Nothing was changed. Bring one back from a copy, or give another --workdir to begin"
-            " anew."
+            f"{checkpoints.directory} has no intact checkpoint: {', '.join(found_bad + aside)}."
+            " Nothing was changed. Restore one from a copy, or give another --workdir to start"
+            " over."
         )
     return None
 
@@ -139,33 +141,33 @@ def newest(checkpoints: Checkpoints, abstract: Any) -> tuple[Any, Mapping[str, A
 def load_weights(
     c: Config, task: Task, workdir: str | os.PathLike[str], mesh: Mesh, step: Step = "latest"
 ) -> tuple[Any, int]:
-    """(parameters on the mesh, step) of a run's checkpoint: its newest, its best or one step's.
+    """Load (parameters on the mesh, step) of a run's latest or best checkpoint, or of a step.
 
-    `config.sample.weights` chooses the average or the parameters themselves. Raises UserError.
+    `config.sample.weights` selects the averaged or the raw parameters. Raises UserError.
     """
     abstract = abstract_state(c, task, mesh)
     part = weights_field(c)
     with Checkpoints(Path(workdir) / rundir.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
-        # Of a run in training one process may see a newer checkpoint than another.
+        # While a run trains, one process may see a newer checkpoint than another.
         found = processes.broadcast_step(checkpoints.find(step) if is_primary() else None)
         assert found is not None
         return checkpoints.restore_part(part, getattr(abstract, part), found)
 
 
 def weights_field(c: Config) -> str:
-    """The field of the training state that samples are drawn with: the average, unless asked."""
+    """The field of the training state that samples are drawn with, by default the average."""
     sample = getattr(c, "sample", None)
     return "ema" if sample is None else WEIGHTS[sample.weights]
 
 
-def no_step(path: str | os.PathLike[str], step: Step) -> None:
-    """Raises UserError for the step of what is no run."""
+def check_no_step(path: str | os.PathLike[str], step: Step) -> None:
+    """Raise UserError for a step of something other than a run."""
     if step != "latest":
-        raise UserError(f"--step={step} is for a run, and {path} is none: leave it out.")
+        raise UserError(f"--step={step} is for runs, and {path} is not a run: remove --step.")
 
 
 def digest(params: Any) -> str:
-    """SHA-256 of all parameters, by path: what is on record of the weights behind a number."""
+    """The SHA-256 of all parameters by path, which identifies the weights in records."""
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         value = np.ascontiguousarray(processes.gather(leaf))
@@ -174,8 +176,8 @@ def digest(params: Any) -> str:
     return found.hexdigest()
 
 
-def put(params: Any, mesh: Mesh, table: Rules = ()) -> Any:
-    """Host arrays on the mesh, by their network's sharding rules; without any, on every device."""
+def put_on_mesh(params: Any, mesh: Mesh, table: Rules = ()) -> Any:
+    """Put host arrays on the mesh by a network's sharding rules; without rules, replicate them."""
     return jax.device_put(params, rules.state_shardings(params, mesh, table))
 
 

@@ -1,4 +1,4 @@
-"""A run's directory and its recipe: how "the same command again" is told from another."""
+"""A run's directory and its recipe, and whether a command resumes the run in a directory."""
 
 import contextlib
 import hashlib
@@ -16,17 +16,17 @@ from ditjax.files.atomic import json_text, load_json, recordable, write_atomic
 RECIPE_FILE = "config.json"
 STUDY_FILE = "sweep.json"
 CHECKPOINTS = "checkpoints"
-RUNS = "runs"  # of a study: the folder of its cells
-LOG_FILE = "log.txt"  # what a cell of a sweep prints
-ENDED_FILE = "ended.json"  # how it ended, where it has no result
+RUNS = "runs"  # the folder of a study's cells
+LOG_FILE = "log.txt"  # the output of a cell of a sweep
+ENDED_FILE = "ended.json"  # the reason that a cell ended without a result
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def legal_name(text: str, longest: int = 128) -> str:
-    """A text as the name of a directory or file: ASCII letters, digits and '._-', no dot in front.
+    """Turn a text into a file name of ASCII letters, digits and '._-' that starts with no dot.
 
-    Where it is longer it ends in a hash of all of it.
+    A name longer than `longest` is cut and ends in a hash of the whole text.
     """
     name = re.sub(r"[^A-Za-z0-9._-]", "_", text)
     if not re.match("[A-Za-z0-9]", name):
@@ -37,29 +37,29 @@ def legal_name(text: str, longest: int = 128) -> str:
 
 
 def inside(root: str | os.PathLike[str], name: str) -> Path:
-    """root/name, the directory of a run. Raises UserError for a name or a link that leads out."""
+    """root/name, the directory of a run. Raises UserError if a name or link leads out of root."""
     folder = Path(root) / name
     if not _NAME.fullmatch(name):
         raise UserError(
-            f"run name {name[:140]!r}: expected 1 to 128 ASCII letters, digits and '._-', a letter"
-            " or digit first."
+            f"run name {name[:140]!r}: expected 1 to 128 ASCII letters, digits and '._-', starting"
+            " with a letter or digit."
         )
     if folder.resolve().parent != Path(root).resolve():
         raise UserError(
-            f"{folder} is a link to {folder.resolve()}, out of {root}: remove it, or give another"
-            " --workdir."
+            f"{folder} is a link to {folder.resolve()}, outside of {root}: remove it, or give"
+            " another --workdir."
         )
     return folder
 
 
-def open_run(
+def open_directory(
     workdir: str | os.PathLike[str],
     recipe: Mapping[str, Any],
 ) -> Path:
-    """Makes the directory and writes its recipe, or checks that it is the same run.
+    """Create a run's directory with its recipe, or check that it holds a run of the same recipe.
 
-    A recipe that was refused before its run began makes room for another. Raises UserError when
-    the directory cannot be written, or holds a run of another recipe.
+    The recipe of a run that has not started is overwritten. Raises UserError if the directory
+    cannot be written, or holds a run of another recipe.
     """
     folder = Path(workdir)
     path = folder / RECIPE_FILE
@@ -73,7 +73,7 @@ def open_run(
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether more is in a directory than a recipe, what a sweep says of it, and no checkpoint."""
+    """Whether a directory has more than a recipe, the files of a sweep, and no checkpoint."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     checkpoints = folder / CHECKPOINTS
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
@@ -84,16 +84,18 @@ def _has_begun(folder: Path) -> bool:
 def open_study(
     workdir: str | os.PathLike[str], recipe: Mapping[str, Any], cells: Mapping[str, Any]
 ) -> Path:
-    """Makes a sweep's directory and records its recipe and cells: both may grow from call to call.
+    """Create a sweep's directory and record its recipe and cells, which later calls may change.
 
-    Raises UserError when the directory cannot be written or is a single run's.
+    Raises UserError if the directory cannot be written or belongs to a single run.
     """
     folder = Path(workdir)
     if (folder / CHECKPOINTS).exists():
-        raise UserError(f"--workdir={folder} is a single run's: give a study its own directory.")
+        raise UserError(
+            f"--workdir={folder} holds a single run: use another directory for the study."
+        )
     for name, value in ((RECIPE_FILE, recipe), (STUDY_FILE, cells)):
         text = _text(value)
-        # Many processes of one study say the same: the first has written it.
+        # The processes of a study write the same content: the first one has written it.
         with contextlib.suppress(OSError):
             if (folder / name).read_bytes() == text:
                 continue
@@ -106,9 +108,9 @@ def _text(recipe: Mapping[str, Any]) -> bytes:
 
 
 def tidy(workdir: str | os.PathLike[str]) -> None:
-    """Removes what a process that died while writing left in a run's directory (`results.atomic`).
+    """Remove the temporary files of interrupted writes (`files/atomic.py`) from a run's directory.
 
-    By its one owner.
+    Only the holder of the lease may call it.
     """
     for pattern in (".*.tmp", "*/.*.tmp"):
         for path in Path(workdir).glob(pattern):
@@ -117,19 +119,19 @@ def tidy(workdir: str | os.PathLike[str]) -> None:
 
 
 def is_run(workdir: str | os.PathLike[str]) -> bool:
-    """Whether a directory is a run's: a model folder of diffusers has a config.json too."""
-    # Not Path.exists, which raises for a name that is too long.
+    """Whether a directory holds a run; a model folder of diffusers has a config.json too."""
+    # Not Path.exists, which raises an error if the name is too long.
     return all(os.path.exists(Path(workdir) / name) for name in (RECIPE_FILE, CHECKPOINTS))
 
 
 def read_recipe(workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The recipe that a run was started with. Raises UserError when there is none."""
+    """The recipe that a run was started with. Raises UserError if there is none."""
     path = Path(workdir) / RECIPE_FILE
     try:
         recipe = load_json(path)
     except OSError as error:
         raise UserError(
-            f"{workdir} is no run directory: cannot read {path.name} ({error.strerror})."
+            f"{workdir} is not a run directory: cannot read {path.name} ({error.strerror})."
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}. Restore it, or remove the run.") from None
@@ -141,37 +143,37 @@ def read_recipe(workdir: str | os.PathLike[str]) -> dict[str, Any]:
 def check_same(
     folder: Path, recorded: Mapping[str, Any], recipe: Mapping[str, Any], also: Sequence[str] = ()
 ) -> None:
-    """Raises UserError when the run in a directory was started with another recipe.
+    """Raise UserError if the run in a directory was started with another recipe.
 
-    `also` are free keys that count, too.
+    `also` are free keys that are compared, too.
     """
     for key, before, now in differences(recorded, recipe, also):
         raise UserError(
-            f"{folder} holds a run with {key}={before!r}, this command says"
-            f" {now!r}: give another --workdir, or the recipe it was started with."
+            f"{folder} holds a run with {key}={before!r}, but this command has {now!r}: give"
+            " another --workdir, or the recipe that the run was started with."
         )
 
 
 def differences(
     recorded: Mapping[str, Any], recipe: Mapping[str, Any], also: Sequence[str] = ()
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(key, recorded value, asked value) where two recipes learn another thing.
+    """Yield (key, recorded value, requested value) for keys that affect what is learned and differ.
 
-    `recorded` may be of an older version. None stands for a key that one does not have; `also` are
-    free keys that count, too.
+    `recorded` may be of an older version. The value of a missing key is None. `also` are free keys
+    that are compared, too.
     """
     schema = schema_of(recipe)
     started = dict(leaves(json.loads(json.dumps(migrated(recorded)))))
     # As it would be recorded.
-    asked = dict(leaves(recordable(completed(recipe))))
-    # Of two tasks no other key says more.
-    for key in sorted(started.keys() | asked.keys(), key=lambda key: (key != "task", key)):
-        if started.get(key) != asked.get(key) and (key in also or not is_free(schema, key)):
-            yield key, started.get(key), asked.get(key)
+    requested = dict(leaves(recordable(completed(recipe))))
+    # The task comes first: if it differs, it explains the other differences.
+    for key in sorted(started.keys() | requested.keys(), key=lambda key: (key != "task", key)):
+        if started.get(key) != requested.get(key) and (key in also or not is_free(schema, key)):
+            yield key, started.get(key), requested.get(key)
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """('a.b', value) for every leaf of nested mappings."""
+    """Yield ('a.b', value) for every leaf of nested mappings."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}.")

@@ -1,1 +1,1 @@
-"""Drawing images."""
+"""Sampling: the jitted sampler, sample files, and the pipeline."""

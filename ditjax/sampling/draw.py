@@ -1,4 +1,4 @@
-"""Draw samples: in memory, or to an npz as they come; and the protocol of a sample set."""
+"""Draw samples in memory or into an npz file, and describe their protocol."""
 
 import os
 import time
@@ -29,10 +29,10 @@ class Drawn(NamedTuple):
 
 
 class Drawer:
-    """Draws samples of recipes that share their network, mesh and frozen weights.
+    """Draw samples of recipes that share their network, mesh and frozen weights.
 
-    A sampler compiles once: seed, count, weights, labels and the guidance's scale and interval are
-    its arguments.
+    A sampler compiles once: seed, weights, labels, and the scale and interval of guidance are its
+    arguments.
     """
 
     def __init__(self, mesh: Mesh, frozen: Frozen) -> None:
@@ -50,10 +50,10 @@ class Drawer:
         title: str = "",
         num: int = 0,
     ) -> Iterator[Drawn]:
-        """Samples of each range [start, stop), by config.sample.
+        """Yield the samples of each range [start, stop), drawn by config.sample.
 
-        Sample i depends on (seed, i) and its label alone: label_of[i % len], or a uniform one. With
-        a title the progress to `num` samples is reported.
+        Sample i depends only on (seed, i) and its label, which is label_of[i % len], or uniform if
+        `label_of` is None. With a title, progress towards `num` samples is reported.
         """
         sampler = self.sampler(c)
         guidance = sampling_of(c, make_task(c)).guidance
@@ -82,7 +82,7 @@ class Drawer:
         label_of: Sequence[int] | None = None,
         title: str = "",
     ) -> Drawn:
-        """Samples 0 to num - 1 in memory; with a title the progress is reported."""
+        """Draw samples 0 to num - 1 in memory; with a title, progress is reported."""
         parts = list(
             self(c, params, [(0, num)], seed=seed, label_of=label_of, title=title, num=num)
         )
@@ -90,7 +90,7 @@ class Drawer:
         return Drawn(0, images, label)
 
     def sampler(self, c: Config) -> BatchSampler:
-        """The sampler of a recipe. Raises UserError for a batch or steps that cannot be."""
+        """The sampler of a recipe. Raises UserError for an illegal batch size or steps."""
         key = sampling_of(c, make_task(c)).compiled
         if key not in self._programs:
             task = make_task(c, self.mesh)
@@ -99,10 +99,10 @@ class Drawer:
 
 
 def sampling_protocol(c: Config, *, seed: int, labels: str, decoder: str) -> dict[str, Any]:
-    """All that two sample sets must share for their scores to be compared, but for their number.
+    """Everything but the count that two sample sets must share for their scores to be compared.
 
-    `labels`: 'uniform', 'balanced' or the classes asked for. `decoder`: the SHA-256 of the
-    autoencoder's parameters, or 'pixels'. What model it is, is not part of it.
+    `labels`: 'uniform', 'balanced' or the requested classes. `decoder`: the SHA-256 of the
+    autoencoder's parameters, or 'pixels'. The model itself is not part of the protocol.
     """
     s = c.sample
     guided = s.cfg_scale != 1
@@ -135,14 +135,14 @@ def draw_to(
     label_of: Sequence[int] | None = None,
     title: str = "sample",
 ) -> float:
-    """config.sample.num samples to the npz at `path`, a batch on disk before the next is drawn.
+    """Draw config.sample.num samples into the npz at `path`, writing each batch before the next.
 
-    Samples of the same provenance that are there already are not drawn again; others are replaced.
-    Returns the seconds that it took. Every process draws, the first one writes.
+    Existing samples of the same provenance are kept; others are replaced. Every process draws, and
+    the first one writes. Returns the duration in seconds.
     """
     began, num = time.monotonic(), c.sample.num
     shape = (c.data.image_size, c.data.image_size, c.data.channels)
-    drawer.sampler(c)  # what cannot be drawn leaves no trace on disk
+    drawer.sampler(c)  # raises before anything is written
     writer, ranges = None, []
     if is_primary():
         writer = SampleWriter(path, num, shape, provenance, labelled=True, replace=True)
@@ -153,10 +153,10 @@ def draw_to(
             writer.write(part.start, part.images, part.label)
     if writer:
         writer.finish()
-    processes.barrier()  # the others may read it
+    processes.barrier()  # now the other processes can read the file
     return time.monotonic() - began
 
 
 def decoder_of(frozen: Frozen) -> str:
-    """What a protocol says of the decoder."""
+    """The decoder's entry in a protocol: the digest of its parameters, or 'pixels'."""
     return opening.digest(frozen["autoencoder"]) if "autoencoder" in frozen else "pixels"

@@ -1,4 +1,4 @@
-"""Images from trained weights: a run's directory, a weights file or a diffusers folder.
+"""Draw images from trained weights: a run's directory, a weights file or a diffusers folder.
 
 from ditjax.sampling.pipeline import Pipeline
 
@@ -31,24 +31,23 @@ from ditjax.sampling.draw import Drawer, decoder_of, draw_to, sampling_protocol
 from ditjax.tasks import make_task
 from ditjax.training.task import Frozen
 from ditjax.weights import networks, reading, tensors, vocabulary
-from ditjax.weights.networks import Network
+from ditjax.weights.networks import LoadedNetwork
 
-# Compute type, and what products of float32 are made of where the backend has a faster form.
+# Name -> compute dtype and precision of float32 products (config.model.dtype and matmul).
 PRECISIONS = {
     "float32": ("float32", "float32"),
     "fast": ("float32", "default"),
     "bfloat16": ("bfloat16", "default"),
 }
-DEFAULT_CFG_SCALE = 4.0  # of published weights, as the release's own sampling script
+DEFAULT_CFG_SCALE = 4.0  # for published weights, as in the release's sampling script
 
 ClassNames = Sequence[Sequence[str]]
 
 
 class Source(NamedTuple):
-    """Where networks come from: their recipe, and how to put them on a mesh.
+    """The recipe of trained networks, and the function that loads them.
 
-    `load(config, mesh)` -> (parameters, frozen weights). `record` says what
-    the weights are.
+    `load(config, mesh)` -> (parameters, frozen weights). `record` identifies the weights.
     """
 
     config: Config
@@ -66,39 +65,39 @@ def open_source(
     numerics: reading.Numerics = "auto",
     step: Step = "latest",
 ) -> Source:
-    """A run's directory, a DiT's weights with its autoencoder's, or a whole diffusers pipeline.
+    """Open a run's directory, a DiT's weights with its autoencoder's, or a diffusers pipeline.
 
-    Raises UserError for what is none of them, and for networks that do not fit together.
+    Raises UserError for any other path, and for networks that do not fit together.
     """
     if rundir.is_run(path):
         if autoencoder:
             raise UserError(
-                f"{path} is a run, whose recipe names its autoencoder: leave --autoencoder out, or"
+                f"{path} is a run, whose recipe names its autoencoder: remove --autoencoder, or"
                 " set --config.autoencoder.path."
             )
-        return open_run(path, step)
-    opening.no_step(path, step)
+        return open_run_source(path, step)
+    opening.check_no_step(path, step)
     names: ClassNames | None = None
-    decoder: Network | None = None
+    decoder: LoadedNetwork | None = None
     if os.path.exists(Path(path) / vocabulary.MODEL_INDEX):
         folder = reading.load_pipeline(path, numerics=numerics)
         dit, decoder, names = folder
     else:
-        dit = reading.load(path, which=which, heads=heads, numerics=numerics)
+        dit = reading.load_network(path, which=which, heads=heads, numerics=numerics)
     if dit.decodes:
-        raise UserError(f"{path} holds a {dit.name}: give it as --autoencoder, and a DiT here.")
+        raise UserError(f"{path} holds a {dit.name}: expected a DiT; use --autoencoder for it.")
     if autoencoder:
-        decoder = reading.load(autoencoder, which=which)
+        decoder = reading.load_network(autoencoder, which=which)
     if decoder is None and dit.config.latent:
         raise UserError(
             f"{path} is a {dit.name} on latents: give the autoencoder that decodes them with"
-            " --autoencoder=FILE (see README, Published weights)."
+            " --autoencoder=FILE (see docs/weights.md)."
         )
-    config = networks.joined(dit, decoder) if decoder else dit.config
+    config = networks.combined_recipe(dit, decoder) if decoder else dit.config
     if dit.layout != "ditjax" and config.model.label_dropout > 0:
         sample = dataclasses.replace(config.sample, cfg_scale=DEFAULT_CFG_SCALE)
         config = replaced(config, sample=sample)
-    # The numbers of another program are met by exact products only; a TPU's own would round.
+    # Only exact products reproduce the results of another program; a TPU rounds by default.
     config = changed(config, {"model": precision_keys("float32")})
     if names is None and config.data.num_classes == len(class_names()):
         names = class_names()
@@ -115,17 +114,17 @@ def open_source(
     return Source(config, names, record, load)
 
 
-def _placed(network: Network, c: Config, mesh: Mesh, rules: Rules = ()) -> Any:
-    """A network's weights on the mesh. Raises UserError where the recipe describes another one."""
+def _placed(network: LoadedNetwork, c: Config, mesh: Mesh, rules: Rules = ()) -> Any:
+    """Put a network's weights on the mesh. Raises UserError if the recipe's network differs."""
     if networks.shapes_of(c) != network.shapes:
         raise UserError(
             f"the recipe describes another network than the weights at {network.files[0]}, a"
-            f" {network.name}: leave the keys of its architecture as they are."
+            f" {network.name}: do not change the keys of its architecture."
         )
-    return opening.put(networks.as_float32(network.params), mesh, rules)
+    return opening.put_on_mesh(networks.as_float32(network.params), mesh, rules)
 
 
-def _file_record(network: Network, which: str) -> dict[str, Any]:
+def _file_record(network: LoadedNetwork, which: str) -> dict[str, Any]:
     return {
         "which": which,
         "files": [str(path) for path in network.files],
@@ -136,12 +135,12 @@ def _file_record(network: Network, which: str) -> dict[str, Any]:
     }
 
 
-def open_run(path: str | os.PathLike[str], step: Step = "latest") -> Source:
-    """A run of ours: the averaged weights of a checkpoint. Raises UserError."""
+def open_run_source(path: str | os.PathLike[str], step: Step = "latest") -> Source:
+    """Open a run: the averaged weights of a checkpoint. Raises UserError."""
     config = opening.recipe_of(path)
     task = make_task(config)
     if task.sampling is None:
-        raise UserError(f"{path} is a run of a {task.name}: it draws no samples.")
+        raise UserError(f"{path} is a run of a {task.name}, which draws no samples.")
     record: dict[str, Any] = {"run": str(path)}
 
     def load(c: Config, mesh: Mesh) -> tuple[Any, Frozen]:
@@ -155,7 +154,7 @@ def open_run(path: str | os.PathLike[str], step: Step = "latest") -> Source:
 
 
 class Output(NamedTuple):
-    """PIL images, the same as u8[N,H,W,C], labels i32[N], and all that made them."""
+    """PIL images, the same images as u8[N,H,W,C], labels i32[N], and a record of the settings."""
 
     images: list[Image.Image]
     array: np.ndarray
@@ -164,10 +163,10 @@ class Output(NamedTuple):
 
 
 class Pipeline:
-    """A DiT and its autoencoder on a mesh, ready to draw; compiled once a set of arguments."""
+    """A DiT and its autoencoder on a mesh; sampling compiles once per set of arguments."""
 
     def __init__(self, source: Source, config: Config | None = None) -> None:
-        """Puts the networks on the devices of `config.mesh`; `config` changes the source's own."""
+        """Put the networks on the devices of `config.mesh`; `config` replaces the source's."""
         self.config = config or source.config
         self.class_names = source.class_names
         self._mesh = mesh_of(self.config)
@@ -187,11 +186,11 @@ class Pipeline:
         numerics: reading.Numerics = "auto",
         step: Step = "latest",
     ) -> "Pipeline":
-        """From a run's directory, a weights file or a diffusers folder; see `open_source`.
+        """Load a run's directory, a weights file or a diffusers folder; see `open_source`.
 
         `precision`: 'float32' (exact products on every backend), 'fast' (float32 with the
-        backend's own, rounded products) or 'bfloat16'. `step`: of a run, 'latest', 'best' or a
-        number. Raises UserError.
+        backend's default, possibly rounded products) or 'bfloat16'. `step` of a run: 'latest',
+        'best' or a number. Raises UserError.
         """
         source = open_source(
             path, autoencoder, which=which, heads=heads, numerics=numerics, step=step
@@ -212,13 +211,13 @@ class Pipeline:
         batch_size: int | None = None,
         quiet: bool = False,
     ) -> Output:
-        """Draws `num` images (one a class where not given); image i takes classes[i % len].
+        """Draw `num` images, by default one per class; image i has class classes[i % len].
 
-        Classes are numbers, names or WordNet ids; None draws uniform ones. Image i depends on
-        (seed, i) and its class alone, not on the batch or the devices. What is not given is the
+        Classes are numbers, names or WordNet ids; None draws them uniformly. Image i depends only
+        on (seed, i) and its class, not on the batch or the devices. Other arguments default to the
         recipe's (`self.config.sample`). Raises UserError.
         """
-        c, label_of = self._asked(
+        c, label_of = self._request(
             classes,
             num=num,
             seed=seed,
@@ -251,13 +250,13 @@ class Pipeline:
         num: int | None = None,
         batch_size: int | None = None,
     ) -> dict[str, Any]:
-        """Draws to an npz (arr_0, label) as the images come, and returns what made them.
+        """Draw images into an npz (arr_0, label), batch by batch, and return their record.
 
-        Cut off, the same call again draws what is missing. Another set at `path` is replaced.
-        Raises UserError, also while another process writes samples to the same folder.
+        After an interruption, the same call draws what is missing. A different set at `path` is
+        replaced. Raises UserError, also if another process is writing samples to the same folder.
         """
-        c, label_of = self._asked(classes, num=num, batch_size=batch_size)
-        opening.own(Path(path).parent, opening.SAMPLES_LEASE)
+        c, label_of = self._request(classes, num=num, batch_size=batch_size)
+        opening.acquire_lease(Path(path).parent, opening.SAMPLES_LEASE)
         record = self._record(c, label_of, 0.0)
         labels = "uniform" if label_of is None else f"classes {label_of}"
         provenance = {
@@ -271,7 +270,7 @@ class Pipeline:
         )
         return {**record, "protocol": provenance["sampling"], "seconds": round(seconds, 3)}
 
-    def _asked(
+    def _request(
         self,
         classes: Sequence[int | str] | str | None,
         *,
@@ -288,13 +287,13 @@ class Pipeline:
         seed = self.config.seed if seed is None else seed
         c = changed(self.config, {"seed": seed, "sample": {**given, "num": num}})
         if batch_size is None:
-            # No more than asked for, and a row for every device: a batch is computed whole.
+            # No larger than needed, and a multiple of the devices: batches are padded to this size.
             devices = self._mesh.size
             batch_size = -(-min(c.sample.batch_size, num) // devices) * devices
         return changed(c, {"sample": {"batch_size": batch_size}}), label_of
 
     def labels(self, classes: Sequence[int | str] | str | None) -> list[int] | None:
-        """Class numbers of numbers, names and WordNet ids. Raises UserError."""
+        """Convert class numbers, names and WordNet ids to class numbers. Raises UserError."""
         if classes is None or (isinstance(classes, str) and not classes):
             return None
         text = classes if isinstance(classes, str) else ",".join(str(word) for word in classes)
@@ -320,7 +319,7 @@ class Pipeline:
 
 
 def precision_keys(precision: str) -> dict[str, str]:
-    """The recipe's keys of a precision by name. Raises UserError for an unknown one."""
+    """The keys of config.model for a named precision. Raises UserError for an unknown name."""
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}.")
     dtype, matmul = PRECISIONS[precision]

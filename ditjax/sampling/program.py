@@ -17,18 +17,18 @@ from ditjax.training.task import Frozen, Sampling, Task
 
 
 def sampling_of(c: Config, task: Task) -> Sampling:
-    """How a task's outputs are drawn. Raises UserError for a task that draws nothing."""
+    """The sampling of a task. Raises UserError for a task that draws no samples."""
     if task.sampling is None:
-        raise UserError(f"config.task is {c.task!r}, a {task.name}: it draws no samples.")
+        raise UserError(f"config.task is {c.task!r}, a {task.name}, which draws no samples.")
     return task.sampling
 
 
 class BatchSampler(NamedTuple):
     """The jitted sampler of `batch_size` samples at a time.
 
-    `place(seed, start, labels i[B] or None)` gives the arguments for samples start to start + B on
-    the mesh: (keys, conditions, labels i32[B]). `program(params, frozen, keys, conditions,
-    guidance)` gives the images u8[B,H,W,C]; it is called inside `precise` and `compiling()`.
+    `place(seed, start, labels i[B] or None)` returns the arguments for samples start to start + B
+    on the mesh: (keys, conditions, labels i32[B]). `program(params, frozen, keys, conditions,
+    guidance)` returns the images u8[B,H,W,C]; call it inside `precise` and `compiling()`.
     """
 
     program: Callable[[Any, Frozen, Any, Conditions, Any], jax.Array]
@@ -38,11 +38,11 @@ class BatchSampler(NamedTuple):
 
 
 def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
-    """The sampler of a recipe on a mesh.
+    """Build the sampler of a recipe on a mesh.
 
-    Sample i depends on (seed, i) and its label only: not on the batch, not on the mesh. Without
-    labels, label i is uniform over the classes, from (seed, i) too. Another seed or guidance
-    compiles nothing anew as long as `Sampling.compiled` is the same.
+    Sample i depends only on (seed, i) and its label, not on the batch or the mesh. Without labels,
+    label i is uniform over the classes and also depends only on (seed, i). Another seed or guidance
+    does not recompile as long as `Sampling.compiled` is the same.
     """
     draw = sampling_of(c, task).draw
     B = c.sample.batch_size

@@ -1,24 +1,24 @@
-"""What is learned: one file each, found by name (`config.task`)."""
+"""Tasks: one module each, selected by `config.task`."""
 
 from jax.sharding import Mesh
 
 from ditjax.config import Config, task_module
 from ditjax.errors import UserError
-from ditjax.models.network import Cost
+from ditjax.models.network import NetworkCost
 from ditjax.training.task import Task
 
 
 def make_task(c: Config, mesh: Mesh | None = None) -> Task:
-    """What a recipe learns, on a mesh or one device. Raises UserError for a mesh it cannot have."""
+    """Build the task of a recipe for a mesh or one device. Raises UserError for an unfit mesh."""
     task: Task = task_module(c.task).TASK.make(c, mesh)
     return task
 
 
 def sampling_gflops(c: Config) -> float:
-    """Multiply-accumulates / 1e9 of the network for one sample: a forward pass, two when guided.
+    """Multiply-accumulates / 1e9 of the network for one sample: a forward pass per step, or two.
 
-    The decoder's are not counted, as in the paper's figure 10. Raises UserError where the task
-    draws nothing, or its network's cost is not known.
+    Guided steps need two. The decoder is not counted, as in the paper's figure 10. Raises UserError
+    if the task draws no samples, or if its network's cost is not known in closed form.
     """
     sampling = make_task(c).sampling
     if sampling is None:
@@ -26,8 +26,8 @@ def sampling_gflops(c: Config) -> float:
     return cost_of(c).gflops * (len(sampling.timesteps) + sampling.guided)
 
 
-def cost_of(c: Config) -> Cost:
-    """What the network of a recipe costs. Raises UserError where no closed form is known."""
+def cost_of(c: Config) -> NetworkCost:
+    """The cost of a recipe's network. Raises UserError if no closed form is known."""
     task = make_task(c)
     if task.cost is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The KL autoencoder of latent diffusion: trained here, frozen in front of a latent DiT."""
+"""The KL autoencoder of latent diffusion: its training, and its use, frozen, by other tasks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from ditjax.models.autoencoder import (
 from ditjax.parallel import rules
 from ditjax.runs import opening, rundir
 from ditjax.training.step import Batch, Metrics
-from ditjax.training.task import Definition, Frozen, Score, Task
+from ditjax.training.task import Definition, Frozen, Task, ValidationScore
 from ditjax.weights import networks, reading
 
 
 def make(c: Config, mesh: Mesh | None = None) -> Task:
-    """The autoencoder that a recipe trains, over data alone."""
+    """Build the task that trains an autoencoder; its mesh may only split the data."""
     if mesh is not None:
         rules.check_data_only(mesh, "the autoencoder")
     module = network_module(c.model.kind).NETWORK.module(c.model, c.autoencoder, c.data.channels)
@@ -35,15 +35,15 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
     image = jax.ShapeDtypeStruct((side, side, c.data.channels), jnp.float32)
 
     def draw(batch: Batch, key: jax.Array) -> Batch:
-        """The noise of z ~ q(z|x), of the moments' shape."""
+        """Draw the noise of z ~ q(z|x), in the moments' shape."""
         x0, f = batch["x0"], module.config.downsample
         shape = (len(x0), x0.shape[1] // f, x0.shape[2] // f, module.config.latent_channels)
         return {"x0": x0, "eps": jax.random.normal(key, shape, jnp.float32)}
 
     def loss(params: Any, frozen: Frozen, drawn: Batch) -> tuple[jax.Array, Metrics]:
-        """LDM App. G without its adversary: mean (x - x̂)² + kl_weight · KL(q(z|x) || N(0, I)).
+        """LDM App. G without the adversarial loss: mean (x - x̂)² + kl_weight · KL(q(z|x)||N(0, I)).
 
-        The KL is per latent value, so that its weight means the same at any size.
+        The KL is averaged over latent values, so that its weight does not depend on the size.
         """
         moments = apply(params, drawn["x0"], method="encode")
         z = sample_posterior(moments, drawn["eps"])
@@ -54,10 +54,10 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         return mse + c.autoencoder.kl_weight * kl, {"mse": mse, "kl": kl, "psnr_db": psnr}
 
     def measure(params: Any, frozen: Frozen, keys: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """10 log10(2² / mse) dB of each image, decoded from the posterior's mean and clipped."""
+        """10 log10(2² / mse) dB of each image, decoded from the posterior mean and clipped."""
         x = batch["image"]
-        again = apply(params, apply(params, x, method="encode").mean, method="decode")
-        mse = jnp.square(jnp.clip(again, -1, 1) - x).mean(axis=(1, 2, 3))
+        decoded = apply(params, apply(params, x, method="encode").mean, method="decode")
+        mse = jnp.square(jnp.clip(decoded, -1, 1) - x).mean(axis=(1, 2, 3))
         return {"psnr_db": 10 * jnp.log10(4 / mse)}
 
     return Task(
@@ -67,7 +67,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         prepare=lambda frozen, batch, key: {"x0": batch["image"], "label": batch["label"]},
         draw=draw,
         loss=loss,
-        score=Score(
+        score=ValidationScore(
             measure,
             names={"psnr_db": "psnr_db"},
             protocol={
@@ -80,7 +80,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
 
 
 def check(c: Config) -> None:
-    """Raise UserError for data that an autoencoder cannot learn."""
+    """Raise UserError for data or settings that this task does not support."""
     if is_latents(c.data.name):
         raise UserError(
             f"config.data.name is {c.data.name!r}, encoded latents, and the recipe trains an"
@@ -89,7 +89,8 @@ def check(c: Config) -> None:
     if c.train.evaluate_every_steps:
         raise UserError(
             f"config.train.evaluate_every_steps is {c.train.evaluate_every_steps} and config.task"
-            f" is {c.task!r}: only what draws samples is evaluated while it trains. Set it to 0."
+            f" is {c.task!r}: only tasks that draw samples are evaluated during training. Set it to"
+            " 0."
         )
 
 
@@ -98,44 +99,43 @@ TASK = Definition(
 )
 
 
-# ---- frozen, in front of another network
+# ---- the frozen autoencoder of other tasks
 
 
-def module_of_recipe(c: Config) -> AutoencoderKL:
-    """The frozen autoencoder of a latent recipe."""
+def _frozen_module(c: Config) -> AutoencoderKL:
     return network.module(c.model, c.autoencoder, c.data.channels)
 
 
-def encode(c: Config, params: Any, images: jax.Array) -> Moments:
+def encode_images(c: Config, params: Any, images: jax.Array) -> Moments:
     """The posterior q(z|x) of images f32[B,H,W,C] in [-1, 1]."""
-    apply: Callable[..., Any] = module_of_recipe(c).apply
+    apply: Callable[..., Any] = _frozen_module(c).apply
     return apply(params, images, method="encode")
 
 
 def draw_latents(c: Config, moments: Moments, key: jax.Array) -> jax.Array:
-    """z ~ q(z|x), scaled to about unit variance: what a denoiser is trained on."""
+    """Draw z ~ q(z|x), scaled to about unit variance, for the training of a denoiser."""
     eps = jax.random.normal(key, moments.mean.shape, jnp.float32)
     return sample_posterior(moments, eps) * c.autoencoder.scale
 
 
-def decode(c: Config, params: Any, z: jax.Array) -> jax.Array:
-    """Scaled latents f32[B,h,w,c] -> images f32[B,H,W,C], about [-1, 1]."""
-    apply: Callable[..., Any] = module_of_recipe(c).apply
+def decode_latents(c: Config, params: Any, z: jax.Array) -> jax.Array:
+    """Decode scaled latents f32[B,h,w,c] to images f32[B,H,W,C], approximately in [-1, 1]."""
+    apply: Callable[..., Any] = _frozen_module(c).apply
     return apply(params, z / c.autoencoder.scale, method="decode")
 
 
-def load(c: Config, mesh: Mesh) -> Any:
-    """The parameters of the autoencoder at config.autoencoder.path: a run, or published weights.
+def load_frozen(c: Config, mesh: Mesh) -> Any:
+    """Load the autoencoder at config.autoencoder.path: a run's directory, or published weights.
 
-    Raises UserError when it has another architecture than the recipe says.
+    Raises UserError if its architecture differs from the recipe's.
     """
     path = c.autoencoder.path
     if not path:
         raise UserError(
-            "config.autoencoder.path is '': a latent recipe needs the work directory of a trained"
-            " autoencoder, or its weights (docs/weights.md)."
+            "config.autoencoder.path is '': a latent recipe needs the directory of a run that"
+            " trained an autoencoder, or a file of weights (docs/weights.md)."
         )
-    published = None if rundir.is_run(path) else reading.load(path)
+    published = None if rundir.is_run(path) else reading.load_network(path)
     trained = published.config if published else opening.recipe_of(path)
     theirs = getattr(trained, "autoencoder", None)
     if theirs is None or theirs.FROZEN:
@@ -157,13 +157,13 @@ def load(c: Config, mesh: Mesh) -> Any:
             f" on {trained.data.channels}."
         )
     if published:
-        return opening.put(networks.as_float32(published.params), mesh)
-    # Samples of any weights are decoded by the same average of the autoencoder.
+        return opening.put_on_mesh(networks.as_float32(published.params), mesh)
+    # The averaged weights, whatever config.sample.weights is.
     return opening.load_weights(trained, make(trained), path, mesh)[0]
 
 
 def in_front_of(c: Config, trained: Config) -> Config:
-    """A latent recipe with the architecture of an autoencoder's recipe; the path stays its own."""
+    """Set the architecture of a latent recipe's autoencoder to a trained one's; keep the path."""
     section = dataclasses.replace(
         c.autoencoder,
         **{

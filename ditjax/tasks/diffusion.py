@@ -21,8 +21,8 @@ from ditjax.config import (
     at_most,
     key,
     lookup,
-    named,
     network_module,
+    registered,
 )
 from ditjax.data.names import is_latents
 from ditjax.diffusion import losses, samplers
@@ -44,23 +44,25 @@ from ditjax.training.task import (
     Frozen,
     Guidance,
     Sampling,
-    Score,
     Task,
+    ValidationScore,
 )
 
-LOSSES = "ditjax.diffusion.losses.LOSSES"
-SAMPLERS = "ditjax.diffusion.samplers.SAMPLERS"
+LOSS_REGISTRY = "ditjax.diffusion.losses.LOSSES"
+SAMPLER_REGISTRY = "ditjax.diffusion.samplers.SAMPLERS"
 
 
 @dataclass(frozen=True)
 class Diffusion(Section):
-    """The process and its objective (`diffusion/`)."""
+    """The diffusion process and the training objective (`diffusion/`)."""
 
     timesteps: int = key(1000, at_least(2), at_most(100_000))
     schedule: Literal["linear", "cosine"] = key("linear")
     prediction: Literal["eps", "x0", "v"] = key("eps")
     variance: Literal["learned_range", "fixed_small", "fixed_large"] = key("learned_range")
-    loss: str = key("hybrid", named(LOSSES))  # 'hybrid', 'simple', 'vlb' or a dotted name of yours
+    loss: str = key(
+        "hybrid", registered(LOSS_REGISTRY)
+    )  # 'hybrid', 'simple', 'vlb' or a dotted name of yours
 
     def check(self, c: Config) -> None:
         if self.schedule == "linear" and self.timesteps <= 20:
@@ -84,13 +86,13 @@ class Diffusion(Section):
 
 
 def network_of(c: Config) -> Network:
-    """What the recipe's network is, by config.model.kind."""
+    """The network of a recipe, by config.model.kind."""
     network: Network = network_module(c.model.kind).NETWORK
     return network
 
 
 def inputs_of(c: Config) -> Inputs:
-    """What the network sees of one example, and what it gives back."""
+    """The shape of the network's input, and the number of its output channels."""
     learned = c.diffusion.variance == "learned_range"
     channels = c.input_channels
     return Inputs(
@@ -101,10 +103,10 @@ def inputs_of(c: Config) -> Inputs:
 
 
 def placement(c: Config, mesh: Mesh) -> Placement:
-    """Where a mesh wants the network's activations.
+    """The placement of the network's activations on a mesh, of real or described devices.
 
-    Raises UserError when the mesh does not divide its tokens or heads, or when its devices lack the
-    kernel that the recipe names. A mesh may be of devices that are only described.
+    Raises UserError if the mesh does not divide the tokens or heads, or if the devices do not
+    support the attention kernel of the recipe.
     """
     split = network_of(c).attention(c.model, inputs_of(c))
     if split is None:
@@ -129,7 +131,7 @@ def placement(c: Config, mesh: Mesh) -> Placement:
 
 
 def denoiser_module(c: Config, mesh: Mesh | None = None) -> Any:
-    """The network of a recipe, on a mesh or one device; the parameters are the same."""
+    """Build the network of a recipe for a mesh or one device; the parameters are the same."""
     place = ANYWHERE if mesh is None else placement(c, mesh)
     return network_of(c).module(c.model, inputs_of(c), place)
 
@@ -153,9 +155,9 @@ def sampling_schedule(c: Config) -> Schedule:
 
 
 def make(c: Config, mesh: Mesh | None = None) -> Task:
-    """What a class-conditional recipe learns, on a mesh or one device."""
+    """Build the class-conditional diffusion task of a recipe, for a mesh or one device."""
     network, inputs = network_of(c), inputs_of(c)
-    # One row is no batch that a mesh divides: parameters are made without it.
+    # Without the mesh, which could not divide the batch of one that initialises the parameters.
     model = denoiser_module(c)
 
     def init(key: jax.Array) -> Any:
@@ -165,11 +167,11 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
     images = c.latent and not is_latents(c.data.name)
 
     def prepare(frozen: Frozen, batch: Batch, key: jax.Array) -> Batch:
-        """Images or moments -> x0."""
+        """Turn images or moments into x0."""
         if "mean" in batch:
             moments = Moments(batch["mean"], batch["log_variance"])
         elif c.latent:
-            moments = autoencoder.encode(c, frozen["autoencoder"], batch["image"])
+            moments = autoencoder.encode_images(c, frozen["autoencoder"], batch["image"])
         else:
             return {"x0": batch["image"], "label": batch["label"]}
         return {"x0": autoencoder.draw_latents(c, moments, key), "label": batch["label"]}
@@ -184,8 +186,8 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         init=init,
         prepare=prepare,
         draw=functools.partial(draw, c),
-        loss=loss_of(c, mesh),
-        frozen=lambda mesh: {"autoencoder": autoencoder.load(c, mesh)} if c.latent else {},
+        loss=make_loss(c, mesh),
+        frozen=lambda mesh: {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {},
         reads=("autoencoder",) if images else (),
         rules=network.rules,
         rates=network.rates(c.model),
@@ -196,7 +198,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
 
 
 def draw(c: Config, batch: Batch, key: jax.Array) -> Batch:
-    """t ~ U, eps ~ N(0, I), and the labels that are dropped."""
+    """Draw t ~ U and eps ~ N(0, I), and drop labels at random."""
     key_t, key_eps, key_drop = jax.random.split(key, 3)
     x0, label = batch["x0"], batch["label"]
     return {
@@ -207,12 +209,12 @@ def draw(c: Config, batch: Batch, key: jax.Array) -> Batch:
     }
 
 
-def loss_of(
+def make_loss(
     c: Config, mesh: Mesh | None
 ) -> Callable[[Any, Frozen, Batch], tuple[jax.Array, Metrics]]:
-    """The mean over the batch of the recipe's objective."""
+    """Build the loss function of a recipe: the mean of its objective over the batch."""
     apply: Callable[..., Any] = denoiser_module(c, mesh).apply
-    objective, objective_loss = objective_of(c), lookup(c.diffusion.loss, LOSSES)
+    objective, objective_loss = objective_of(c), lookup(c.diffusion.loss, LOSS_REGISTRY)
 
     def loss(trained: Any, frozen: Frozen, drawn: Batch) -> tuple[jax.Array, Metrics]:
         params = IDENTITY.join(frozen.get("base"), trained)
@@ -225,20 +227,20 @@ def loss_of(
 
 
 def check(c: Config) -> None:
-    """Raise UserError for what a recipe's keys say against one another."""
+    """Raise UserError for keys that contradict each other."""
     if is_latents(c.data.name) and not c.latent:
         raise UserError(
             f"config.data.name is {c.data.name!r}, encoded latents, and the recipe trains on"
             " pixels: name a data set of images, or set config.autoencoder.kind to 'kl'."
         )
     network_of(c).check(c.model, inputs_of(c))
-    sampling_schedule(c)  # and not at the first sample grid, hours later
+    sampling_schedule(c)  # raises here rather than at the first sample grid, hours later
     guided = c.sample.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
     if guided and c.model.label_dropout == 0:
         raise UserError(
             "guidance needs the null label: config.sample.cfg_scale or config.evaluate.guided_scale"
-            " asks for it, and config.model.label_dropout is 0. Set label_dropout, or the scales to"
-            " 1 and 0."
+            " enables guidance, and config.model.label_dropout is 0. Set label_dropout above 0, or"
+            " the scales to 1 and 0."
         )
     if c.sample.cfg_channels == "three" and c.input_channels < 3 and guided:
         raise UserError(
@@ -251,8 +253,8 @@ def check(c: Config) -> None:
 
 
 def guidance_of(c: Config) -> Guidance:
-    """A recipe's guidance, for a sampler that was made for its `guided`."""
-    # Rounded first: 0.3 * 1000 must be timestep 300 and not the one after.
+    """The guidance arguments of a recipe, for a sampler compiled for the same `guided` mode."""
+    # Rounded first: 0.3 * 1000 must be timestep 300, not 301.
     low, high = (
         math.ceil(round(share * c.diffusion.timesteps, 6)) for share in c.sample.cfg_interval
     )
@@ -260,7 +262,7 @@ def guidance_of(c: Config) -> Guidance:
 
 
 def guided(c: Config) -> Literal["never", "always", "within"]:
-    """When a recipe's sampler evaluates the unconditional half: what it is compiled for."""
+    """At which steps a recipe's sampler evaluates the unconditional half; fixed at compile time."""
     if c.sample.cfg_scale == 1:
         return "never"
     return "always" if c.sample.cfg_interval == (0.0, 1.0) else "within"
@@ -269,9 +271,9 @@ def guided(c: Config) -> Literal["never", "always", "within"]:
 def denoiser(
     c: Config, apply: Callable[..., Any], params: Any, conditions: Conditions, g: Guidance
 ) -> Denoise:
-    """The network with parameters and conditions closed over, guided as the recipe says.
+    """Build the denoising function from parameters and conditions, guided as in the recipe.
 
-    Guidance evaluates both halves as one doubled batch.
+    With guidance, the conditional and the unconditional half are evaluated as one doubled batch.
     """
     labels = conditions.label
     assert labels is not None
@@ -297,7 +299,7 @@ def denoiser(
 
 
 def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
-    """How the recipe's samples are drawn, on a mesh or one device."""
+    """The sampling of a recipe, on a mesh or one device."""
     process = sampling_schedule(c)
     g, t = guidance_of(c), process.timesteps
     sample = dataclasses.replace(c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema")
@@ -315,12 +317,12 @@ def sampler(
 ) -> Callable[[Any, Frozen, jax.Array, Conditions, Guidance], jax.Array]:
     """(trained, frozen, keys key[B], conditions, guidance) -> images u8[B,H,W,C].
 
-    Sample b depends on (keys[b], its label) alone, whatever the batch it is drawn in.
+    Sample b depends only on keys[b] and its label, not on the batch that it is drawn in.
     """
     process = sampling_schedule(c)
     apply: Callable[..., Any] = denoiser_module(c, mesh).apply
     shape = inputs_of(c).shape
-    solve = lookup(c.sample.sampler, SAMPLERS)
+    solve = lookup(c.sample.sampler, SAMPLER_REGISTRY)
 
     def sample(
         trained: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, g: Guidance
@@ -336,15 +338,17 @@ def sampler(
             clip_x0=c.sample.clip_x0,
             eta=c.sample.eta,
         )
-        return to_uint8(autoencoder.decode(c, frozen["autoencoder"], x0) if c.latent else x0)
+        return to_uint8(
+            autoencoder.decode_latents(c, frozen["autoencoder"], x0) if c.latent else x0
+        )
 
     return sample
 
 
 def to_uint8(x: jax.Array) -> jax.Array:
-    """Images of about [-1, 1] -> u8, truncated and not rounded: as the release and ADM's evaluator.
+    """Convert images in about [-1, 1] to bytes: f32[B,H,W,C] -> u8[B,H,W,C].
 
-    f32[B,H,W,C] -> u8[B,H,W,C].
+    Values are truncated, not rounded, as in the release and ADM's evaluator.
     """
     return jnp.clip(127.5 * x + 128.0, 0, 255).astype(jnp.uint8)
 
@@ -352,17 +356,18 @@ def to_uint8(x: jax.Array) -> jax.Array:
 # ---- validation loss
 
 
-def validation(c: Config, mesh: Mesh | None = None) -> Score:
-    """DDPM Eq. 14 of held-out (image, t, eps), labels never dropped: mse; vlb where Σ is learned.
+def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
+    """DDPM Eq. 14 on held-out triples (image, t, eps): mse, and vlb if Σ is learned.
 
-    `hybrid_loss`'s parts, whatever the recipe is trained on. Pair i is a function of (seed, i): its
-    image, timestep and noise, and of a latent recipe also that of z ~ q(z|x).
+    These are the parts of `hybrid_loss`, whatever the training objective is; labels are never
+    dropped. The image, the timestep and the noise of triple i depend only on (seed, i), as does the
+    noise of z ~ q(z|x) for latents.
     """
     apply: Callable[..., Any] = denoiser_module(c, mesh).apply
     objective, shape, d = objective_of(c), inputs_of(c).shape, c.diffusion
     learned = d.variance == "learned_range"
     loss = losses.hybrid_loss if learned else losses.simple_loss
-    # NumPy promises never to change SeedSequence's words.
+    # NumPy guarantees that SeedSequence's output never changes.
     shift = int(np.random.SeedSequence(c.evaluate.seed).generate_state(1)[0])
 
     def measure(
@@ -372,19 +377,19 @@ def validation(c: Config, mesh: Mesh | None = None) -> Score:
         x0 = batch["image"]
         if c.latent:
             noise = samplers.per_sample_noise(keys, shape)(jnp.int32(0))
-            moments = autoencoder.encode(c, frozen["autoencoder"], x0)
+            moments = autoencoder.encode_images(c, frozen["autoencoder"], x0)
             x0 = sample_posterior(moments, noise) * c.autoencoder.scale
         denoise = functools.partial(apply, params, conditions=Conditions(label=batch["label"]))
         eps = samplers.initial_noise(keys, shape)
         found = loss(objective, denoise, x0, batch["t"], eps)
         return {name: found[name] for name in ("mse", "vlb") if name in found}
 
-    return Score(
+    return ValidationScore(
         measure,
         names={"mse": "val_loss", "vlb": "val_vlb"} if learned else {"mse": "val_loss"},
         protocol={"val_loss_target": f"{d.prediction}, {d.schedule}, {d.timesteps} steps"},
         num=c.evaluate.val_loss_num,
-        # Timesteps are spread evenly over the pairs.
+        # Timesteps are spread evenly over the examples.
         drawn=lambda indices: {"t": losses.stratified_timesteps(indices, d.timesteps, shift)},
     )
 

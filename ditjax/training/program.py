@@ -1,4 +1,4 @@
-"""The jitted programs of a training: initialise, prepare a batch, update."""
+"""The jitted programs of training: initialise, prepare a batch, update."""
 
 import contextlib
 import functools
@@ -20,14 +20,14 @@ from ditjax.training.task import Frozen, Task
 
 
 def precise(c: Config) -> AbstractContextManager[None]:
-    """The recipe's precision of float32 products: under 'default' a TPU rounds them to bfloat16."""
+    """Set a recipe's precision of float32 products; with 'default', TPUs round to bfloat16."""
     return jax.default_matmul_precision(None if c.model.matmul == "default" else "float32")
 
 
 def optimizer_of(
     c: Config, rates: Callable[[str], float] | None = None
 ) -> optax.GradientTransformation:
-    """The optax chain of a recipe; `rates` multiply learning rates by a parameter's path."""
+    """The optax chain of a recipe; `rates` maps a parameter's path to its rate's multiplier."""
     o = c.optim
     rate = learning_rate_schedule(o.learning_rate, o.schedule, o.warmup_steps, c.train.steps)
     return make_optimizer(
@@ -43,30 +43,30 @@ def optimizer_of(
 
 
 def _scaled(rates: Callable[[str], float], updates: Any) -> Any:
-    """Updates with learning rates of their own."""
+    """Multiply each parameter's update by the multiplier of its learning rate."""
 
-    def one(path: Any, update: jax.Array) -> jax.Array:
+    def scale(path: Any, update: jax.Array) -> jax.Array:
         multiplier = rates(rules.path_of(path))
         return update if multiplier == 1 else update * multiplier
 
-    return jax.tree_util.tree_map_with_path(one, updates)
+    return jax.tree_util.tree_map_with_path(scale, updates)
 
 
 class Training(NamedTuple):
-    """What a training loop calls, inside of `precise`. `state` is donated to `step`."""
+    """The functions of a training loop, called inside `precise`. `step` donates its state."""
 
     init: Callable[[], TrainState]
     abstract_state: TrainState  # shapes, dtypes and shardings: the target of a restore
-    rows: np.ndarray  # of the global batch, those that this process's devices hold
+    rows: np.ndarray  # the rows of the global batch that this process's devices hold
     put: Callable[[Mapping[str, np.ndarray]], Batch]  # these rows -> global arrays
-    prepare: Callable[[Frozen, Batch, jax.Array], Batch]  # of a step's number -> its examples
+    prepare: Callable[[Frozen, Batch, jax.Array], Batch]  # (.., batch, step) -> examples
     step: Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
     compiling: Callable[[bool], AbstractContextManager[None]]  # around `step`; True: the first
-    lower: Callable[[], jax.stages.Lowered]  # the update of prepared examples, of shapes alone
+    lower: Callable[[], jax.stages.Lowered]  # `step` for the shapes of prepared examples
 
 
 def abstract_state(c: Config, task: Task, mesh: Mesh) -> TrainState:
-    """The training state's shapes, dtypes and shardings, by the task's rules."""
+    """The shapes, dtypes and shardings of the training state, by the task's rules."""
     tx = optimizer_of(c, task.rates)
     shapes = jax.eval_shape(lambda: init_state(task.init(keys.stream(c.seed, keys.INIT)), tx))
     return jax.tree.map(
@@ -76,10 +76,31 @@ def abstract_state(c: Config, task: Task, mesh: Mesh) -> TrainState:
     )
 
 
+def _jit_step(c: Config, task: Task, mesh: Mesh, shardings: TrainState) -> jax.stages.Wrapped:
+    """The jitted training step; it donates its state."""
+    factor = c.optim.spike_factor
+    step = make_step(
+        task.draw,
+        task.loss,
+        optimizer_of(c, task.rates),
+        c.train.ema_decay,
+        keys.stream(c.seed, keys.TRAIN),
+        parts=c.train.microbatches,
+        place=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
+        limit=functools.partial(spike_limit, factor=factor) if factor else no_limit,
+    )
+    return jax.jit(
+        step,
+        in_shardings=(shardings, None, rules.batch_sharding(mesh)),
+        out_shardings=(shardings, rules.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
 def training(c: Config, task: Task, mesh: Mesh) -> Training:
     """The training programs of a recipe's task on a mesh.
 
-    Raises UserError for a batch that the mesh does not divide, or parameters that it leaves whole.
+    Raises UserError if the mesh does not divide the batch, or does not split the parameters.
     """
     _check_microbatches(c, mesh)
     tx = optimizer_of(c, task.rates)
@@ -91,27 +112,11 @@ def training(c: Config, task: Task, mesh: Mesh) -> Training:
     )
     batch_sharding = rules.batch_sharding(mesh)
     rows = processes.local_rows(batch_sharding, c.train.batch_size)
-    factor = c.optim.spike_factor
-    step = make_step(
-        task.draw,
-        task.loss,
-        tx,
-        c.train.ema_decay,
-        keys.stream(c.seed, keys.TRAIN),
-        parts=c.train.microbatches,
-        place=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
-        limit=functools.partial(spike_limit, factor=factor) if factor else no_limit,
-    )
-    jit_step = jax.jit(
-        step,
-        in_shardings=(shardings, None, batch_sharding),
-        out_shardings=(shardings, rules.replicated(mesh)),
-        donate_argnums=0,
-    )
+    jit_step = _jit_step(c, task, mesh, shardings)
 
     @jax.jit
     def prepare(frozen: Frozen, batch: Batch, step: jax.Array) -> Batch:
-        """Rows of the data set -> examples of this step, on the mesh."""
+        """Turn rows of the data set into the examples of a step, on the mesh."""
         return task.prepare(
             frozen, batch, jax.random.fold_in(keys.stream(c.seed, keys.LATENTS), step)
         )
@@ -144,7 +149,7 @@ def training(c: Config, task: Task, mesh: Mesh) -> Training:
 
 
 def _check_microbatches(c: Config, mesh: Mesh) -> None:
-    """Raise UserError when the devices do not divide the parts that a step's batch is cut into."""
+    """Raise UserError if the devices do not divide the microbatches of a step."""
     B, parts = c.train.batch_size, c.train.microbatches
     if parts == 1:
         rules.check_batch(B, mesh, "config.train.batch_size")

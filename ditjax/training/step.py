@@ -1,6 +1,6 @@
-"""TrainState and the pure step (state, batch, key) -> (state, metrics).
+"""TrainState, and the pure training step (state, frozen weights, batch) -> (state, metrics).
 
-A step whose loss or gradient is not finite changes nothing but the step's number.
+A step with a non-finite loss or gradient changes only the step counter.
 """
 
 from collections.abc import Callable
@@ -12,19 +12,19 @@ import optax
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-# (batch, key) -> the batch with all that is random in a step, drawn for the whole of it
+# (batch, key) -> the batch with all of a step's random numbers
 Draw = Callable[[Batch, jax.Array], Batch]
-# (params, frozen weights, what was drawn) -> (scalar loss, scalars to log)
+# (params, frozen weights, drawn batch) -> (scalar loss, scalars to log)
 LossFn = Callable[[Any, Any, Batch], tuple[jax.Array, Metrics]]
-# optimizer's state -> the largest norm of a gradient that it takes
+# optimizer state -> the largest gradient norm that is not skipped
 Limit = Callable[[Any], jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step.
+    """The state of training.
 
-    `step` counts the batches seen, those of skipped updates too: data and noise go on from it. The
-    optimizer counts updates.
+    `step` counts batches, including those of skipped updates: it determines the data and the noise.
+    The optimizer counts updates.
     """
 
     step: jax.Array
@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """Step 0; the average starts as a copy of the parameters."""
+    """The state at step 0; the average starts as a copy of the parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -44,14 +44,14 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
 
 
 def ema_update(ema: Any, params: Any, decay: float) -> Any:
-    """θ̄ <- decay·θ̄ + (1 - decay)·θ with the *updated* θ, from step 0, no warm-up."""
+    """θ̄ <- decay·θ̄ + (1 - decay)·θ with the updated θ, from step 0, without warm-up."""
     return jax.tree.map(lambda a, p: a * decay + p * (1 - decay), ema, params)
 
 
 def microbatches(batch: Batch, parts: int) -> Batch:
     """[B, ...] -> [parts, B/parts, ...]: part j has the rows j, j + parts, j + 2 parts, ...
 
-    So a device that holds a run of rows holds an equal share of every part: nothing moves.
+    A device that holds consecutive rows then holds an equal share of every part: no data moves.
     """
     return jax.tree.map(
         lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
@@ -64,10 +64,10 @@ def mean_gradient(
     parts: int,
     place: Callable[[Any], Any],
 ) -> tuple[Any, Metrics]:
-    """The mean of the parts' `gradient`, one part after another: (gradient, metrics).
+    """The mean of (gradient, metrics) over the parts of a batch, one part after another.
 
-    Only one part's activations are alive at a time. Gradients are summed in their own dtype,
-    float32.
+    Only one part's activations are in memory at a time. Gradients are summed in float32, their
+    dtype.
     """
 
     def add(total: Any, part: Batch) -> tuple[Any, None]:
@@ -81,7 +81,7 @@ def mean_gradient(
 
 
 def no_limit(opt_state: Any) -> jax.Array:
-    """Any gradient that is finite will do."""
+    """Accept every finite gradient."""
     return jnp.array(jnp.inf)
 
 
@@ -96,28 +96,29 @@ def make_step(
     place: Callable[[Any], Any] = lambda gradient: gradient,
     limit: Limit = no_limit,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """One update, (state, frozen weights, batch) -> (state, metrics): gradient, Adam, average.
+    """Build the training step (state, frozen weights, batch) -> (state, metrics).
 
-    It is skipped when the loss or the gradient's global norm is not finite, or the norm is above
-    `limit`: parameters, average and optimizer then keep their bits, and metrics "skipped" bool[] is
-    true.
+    A step computes the gradient, updates the parameters with the optimizer, and updates the
+    average. The update is skipped if the loss or the gradient's global norm is not finite, or if
+    the norm is above `limit`: then parameters, average and optimizer state keep their bits, and the
+    metric "skipped" bool[] is true.
 
-    `key` is the run's key. It is folded with the step here and nowhere else, so that a step's
-    randomness is a function of (seed, step). It is drawn before the batch is cut into `parts`: the
-    update is the same for any number of them, but for rounding. `place` puts gradients where the
-    parameters are.
+    `key` is the run's key. It is folded with the step only here, so that a step's random numbers
+    depend only on (seed, step). They are drawn before the batch is split into `parts`: the update
+    is the same for any number of parts, up to rounding. `place` shards gradients as the parameters
+    are.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         drawn = draw(batch, jax.random.fold_in(key, state.step))
-        of_loss = jax.value_and_grad(loss_fn, has_aux=True)
+        loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         if parts == 1:
-            (loss, metrics), grads = of_loss(state.params, frozen, drawn)
+            (loss, metrics), grads = loss_and_grad(state.params, frozen, drawn)
             grads, metrics = place(grads), {**metrics, "loss": loss}
         else:
 
             def gradient(part: Batch) -> tuple[Any, Metrics]:
-                (loss, metrics), grads = of_loss(state.params, frozen, part)
+                (loss, metrics), grads = loss_and_grad(state.params, frozen, part)
                 return place(grads), {**metrics, "loss": loss}
 
             grads, metrics = mean_gradient(gradient, drawn, parts, place)
@@ -129,7 +130,7 @@ def make_step(
             params = optax.apply_updates(state.params, updates)
             return params, ema_update(state.ema, params, ema_decay), opt_state
 
-        # A branch and not a choice of every number: on CPUs that doubled the update's time.
+        # A branch instead of a select for every number: on CPUs that doubled the update's time.
         params, ema, opt_state = jax.lax.cond(
             good, update, lambda: (state.params, state.ema, state.opt_state)
         )

@@ -1,7 +1,7 @@
-"""What is learned, as training, sampling and evaluation see it: one `Task`.
+"""The interface of a task for training, sampling and evaluation.
 
-A recipe names it by `config.task`: a module of `ditjax.tasks`, or a dotted name of yours. The
-module defines `TASK`, a `Definition`, whose `make` turns a recipe into a `Task`.
+A recipe selects its task with `config.task`: a module of `ditjax.tasks`, or your own module by its
+dotted name. The module defines `TASK`, a `Definition`, whose `make` turns a recipe into a `Task`.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,20 +12,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ditjax.config import Config, Section
-from ditjax.models.network import Conditions, Cost, Rules
+from ditjax.models.network import Conditions, NetworkCost, Rules
 from ditjax.training.step import Batch, Metrics
 
-# Frozen weights by name, as "autoencoder": read, never trained, an argument of jitted programs.
+# Frozen weights by name, such as "autoencoder": not trained, but an argument of jitted programs.
 Frozen = dict[str, Any]
 
 
 class Transform(NamedTuple):
-    """What is trained of a network: `join(base, trained)` are the parameters that it runs with.
+    """The trained part of a network: `join(base, trained)` are the parameters that it runs with.
 
-    `base` are frozen weights, or None. Optimizer, average and checkpoints hold `trained` alone.
+    `base` are frozen weights, or None. Optimizer, average and checkpoints hold only `trained`.
     """
 
-    init: Callable[[Any, jax.Array], Any]  # (initial parameters, key) -> what is trained
+    init: Callable[[Any, jax.Array], Any]  # (initial parameters, key) -> the trained part
     join: Callable[[Any, Any], Any]
 
 
@@ -33,7 +33,7 @@ IDENTITY = Transform(init=lambda params, key: params, join=lambda base, trained:
 
 
 class Guidance(NamedTuple):
-    """Arguments of guidance, f32[] each: its scale, and the timesteps low <= t < high of it."""
+    """Arguments of guidance, f32[] each: the scale, and its timesteps low <= t < high."""
 
     scale: jax.Array | np.float32
     low: jax.Array | np.float32
@@ -41,12 +41,12 @@ class Guidance(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How outputs are drawn.
+    """The sampling of a task.
 
     `draw(trained, frozen, keys key[B], conditions, guidance)` -> images u8[B,H,W,C]; output b
-    depends on (keys[b], its conditions) alone. `guidance` are this recipe's arguments.
-    Recipes of equal `compiled` share a program. `timesteps` i32[n] are those at which the network
-    is evaluated, at `guided` of them twice.
+    depends only on keys[b] and its conditions. `guidance` are the arguments of this recipe.
+    Recipes with equal `compiled` share a program. The network is evaluated at `timesteps` i32[n],
+    twice at `guided` of them.
     """
 
     draw: Callable[[Any, Frozen, jax.Array, Conditions, Any], jax.Array]
@@ -56,13 +56,13 @@ class Sampling(NamedTuple):
     guided: int
 
 
-class Score(NamedTuple):
-    """Numbers of held-out examples, whose means are a model's.
+class ValidationScore(NamedTuple):
+    """Scores of held-out examples, whose means are reported for a model.
 
-    `measure(trained, frozen, keys key[B], batch)` -> name: f32[B]. With `num` > 0 that many
-    examples are drawn, `drawn(indices i[n])` adding to them what depends on their index alone; with
-    0 every example of the split is taken once. `names` are what the means are called. `protocol` is
-    what two values must share to be compared.
+    `measure(trained, frozen, keys key[B], batch)` -> {name: f32[B]}. If `num` > 0, that many
+    examples are drawn, and `drawn(indices i[n])` adds arrays that depend only on an example's
+    index; if 0, every example of the split is used once. `names` maps each score to the name of its
+    mean. Two values can be compared if their `protocol` is equal.
     """
 
     measure: Callable[[Any, Frozen, jax.Array, Batch], dict[str, jax.Array]]
@@ -73,35 +73,35 @@ class Score(NamedTuple):
 
 
 class Task(NamedTuple):
-    """All that the commands know of what is learned.
+    """A task, as the commands use it.
 
-    A batch of a data set (`image` or the moments of latents, `label`) goes through `prepare` (of
-    frozen weights, on the devices) to one of `inputs`, and through `draw`, which adds all that is
-    random in a step. `reads` names the frozen weights that `prepare` and `loss` take: without them
-    none is loaded before something is drawn.
+    `prepare` turns a batch of a data set (`image` or the moments of latents, and `label`) into a
+    batch of `inputs`, on the devices and with the frozen weights; `draw` adds all random numbers of
+    a step. `reads` names the frozen weights that `prepare` and `loss` need; if it is empty, they
+    are loaded only for sampling.
     """
 
     name: str  # of the network, as in the paper: 'DiT-XL/2'
     inputs: dict[str, jax.ShapeDtypeStruct]  # one example
-    init: Callable[[jax.Array], Any]  # key -> what is trained
+    init: Callable[[jax.Array], Any]  # key -> the trained parameters
     prepare: Callable[[Frozen, Batch, jax.Array], Batch]
     draw: Callable[[Batch, jax.Array], Batch]
     loss: Callable[[Any, Frozen, Batch], tuple[jax.Array, Metrics]]
     frozen: Callable[[Mesh], Frozen] = lambda mesh: {}
     reads: tuple[str, ...] = ()
-    rules: Rules = ()  # where a mesh has what is trained
+    rules: Rules = ()  # sharding rules of the trained parameters
     rates: Callable[[str], float] | None = None  # a parameter's path -> multiplier of its rate
-    cost: Cost | None = None
+    cost: NetworkCost | None = None
     sampling: Sampling | None = None
-    score: Score | None = None
+    score: ValidationScore | None = None
 
 
 class Definition(NamedTuple):
-    """A task as its module defines it.
+    """The definition of a task by its module.
 
-    `make(c, mesh)` builds the task of a recipe, on a mesh or, with None, one device. `sections` are
-    groups of keys that its recipes have beside those of `Config`. `network` is the default of
-    config.model.kind. `check` raises UserError for a recipe that contradicts itself.
+    `make(c, mesh)` builds the task of a recipe for a mesh, or for one device if `mesh` is None.
+    `sections` are the sections that its recipes have in addition to those of `Config`. `network` is
+    the default of config.model.kind. `check` raises UserError for keys that contradict each other.
     """
 
     make: Callable[[Config, Mesh | None], Task]

@@ -10,7 +10,7 @@ import numpy as np
 
 from ditjax.errors import UserError
 from ditjax.files.assets import unflatten
-from ditjax.models.inception import SIDE, FIDInception
+from ditjax.models.inception import INPUT_SIDE, FIDInception
 from ditjax.weights import layouts
 from ditjax.weights import tensors as weights
 from ditjax.weights.networks import initial_shapes
@@ -28,7 +28,7 @@ class Inception(NamedTuple):
 
 def inception_shapes() -> dict[str, tuple[int, ...]]:
     """The shapes of our leaves, by path."""
-    x = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.float32)
+    x = jax.ShapeDtypeStruct((1, INPUT_SIDE, INPUT_SIDE, 3), np.float32)
     return initial_shapes(FIDInception().init, x)
 
 

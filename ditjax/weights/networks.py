@@ -1,4 +1,4 @@
-"""What a network out of a file is: its weights, and the recipe that computes them."""
+"""A network loaded from a file: its weights, and the recipe that describes it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from ditjax.parallel.rules import path_of
 from ditjax.training.task import Task
 
 
-class Network(NamedTuple):
-    """A network's weights: `params` of NumPy arrays in the file's own floating type.
+class LoadedNetwork(NamedTuple):
+    """A network's weights: `params` are NumPy arrays in the file's floating-point type.
 
-    `config` is a whole recipe: the keys that the weights fix are theirs, the others the paper's.
+    `config` is a whole recipe: some keys follow from the weights, the others are the paper's.
     """
 
     config: Config
@@ -28,7 +28,7 @@ class Network(NamedTuple):
 
     @property
     def leaves(self) -> dict[str, np.ndarray]:
-        """Our leaves by path, without the leading 'params'."""
+        """The parameters by path, without the leading 'params'."""
         return flatten(self.params["params"])
 
     @property
@@ -38,17 +38,17 @@ class Network(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype:
-        """The floating type of the weights."""
+        """The floating-point type of the weights."""
         return next(iter(self.leaves.values())).dtype
 
     @property
     def num_parameters(self) -> int:
-        """Weights and biases."""
+        """The number of weights and biases."""
         return sum(leaf.size for leaf in self.leaves.values())
 
     @property
     def decodes(self) -> bool:
-        """Whether it is an autoencoder: what decodes the latents of another network."""
+        """Whether this is an autoencoder, which decodes the latents of another network."""
         section = getattr(self.config, "autoencoder", None)
         return section is not None and not section.FROZEN
 
@@ -59,32 +59,32 @@ class Network(NamedTuple):
 
 
 def task_of(c: Config) -> Task:
-    """What a recipe learns, on one device."""
+    """The task of a recipe, on one device."""
     task: Task = task_module(c.task).TASK.make(c, None)
     return task
 
 
 def shapes_of(c: Config) -> dict[str, tuple[int, ...]]:
-    """Our leaves of the network that a recipe trains, by path. None depends on the image's size."""
-    # Of a DiT one token, of an autoencoder one latent: nothing large is made for a hostile file.
+    """The shapes of a recipe's parameters by path. None depends on the image size."""
+    # One token of a DiT or one latent of an autoencoder, so that a hostile file cannot use memory.
     factor = c.downsample
     if section := getattr(c, "autoencoder", None):
         factor = factor if section.FROZEN else 2 ** (len(section.multipliers) - 1)
     side = getattr(c.model, "patch", 1) * factor
     small = replaced(c, data=dataclasses.replace(c.data, image_size=side))
-    # Traced from the recipe on: even the example input is only a shape.
+    # Everything is traced: even the example input is only a shape.
     return initial_shapes(lambda key: task_of(small).init(key))
 
 
 def initial_shapes(init: Callable[..., Any], *inputs: Any) -> dict[str, tuple[int, ...]]:
-    """Leaves by path of what `init(key, *inputs)` would make: nothing is computed."""
-    # The key is made in here: nothing is computed, so several processes may still be started.
+    """The shapes of what `init(key, *inputs)` would return, by path, without computing it."""
+    # The key is made inside eval_shape: JAX must not compute before `processes.start`.
     tree = jax.eval_shape(lambda *x: init(jax.random.key(0), *x), *inputs)["params"]
     return {path_of(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def decoder_recipe(c: Config) -> Config:
-    """The recipe of the autoencoder in front of a latent recipe."""
+    """The recipe of the frozen autoencoder of a latent recipe."""
     return read(
         {
             "task": "autoencoder",
@@ -95,14 +95,14 @@ def decoder_recipe(c: Config) -> Config:
     )
 
 
-def of_run(config: Config, params: Any, files: tuple[Path, ...] = ()) -> Network:
-    """The network of a training run of ours: parameters as `opening.load_weights` gives them."""
+def from_run(config: Config, params: Any, files: tuple[Path, ...] = ()) -> LoadedNetwork:
+    """The network of a training run, from the parameters that `opening.load_weights` returns."""
     host = jax.tree.map(np.asarray, params)
-    return Network(config, {"params": host["params"]}, "ditjax", files)
+    return LoadedNetwork(config, {"params": host["params"]}, "ditjax", files)
 
 
-def check_fit(dit: Network, autoencoder: Network) -> None:
-    """Raises UserError when one is not what it should be, or their latents differ."""
+def check_fit(dit: LoadedNetwork, autoencoder: LoadedNetwork) -> None:
+    """Raise UserError unless these are a DiT and an autoencoder whose latents match."""
     expected = ((dit, False, "a DiT"), (autoencoder, True, "an autoencoder"))
     for network, decodes, what in expected:
         if network.decodes != decodes:
@@ -111,16 +111,16 @@ def check_fit(dit: Network, autoencoder: Network) -> None:
     theirs = autoencoder.config.autoencoder.latent_channels
     if not dit.config.latent or ours != theirs:
         raise UserError(
-            f"the DiT works on {ours} channels and the autoencoder's latents have {theirs}: they"
+            f"the DiT has {ours} input channels and the autoencoder's latents have {theirs}: they"
             " do not belong together."
         )
 
 
-def joined(dit: Network, autoencoder: Network) -> Config:
-    """The DiT's recipe with its autoencoder's architecture in it.
+def combined_recipe(dit: LoadedNetwork, autoencoder: LoadedNetwork) -> Config:
+    """The DiT's recipe with the architecture of its autoencoder.
 
-    The scale of the latents is what the DiT was trained at; where its file does not say, it is the
-    autoencoder's own.
+    The scale of the latents is the one that the DiT was trained with, or the autoencoder's if the
+    DiT's file does not contain it.
     """
     check_fit(dit, autoencoder)
     a = FrozenAutoencoder(**dataclasses.asdict(autoencoder.config.autoencoder))
@@ -137,5 +137,5 @@ def joined(dit: Network, autoencoder: Network) -> Config:
 
 
 def as_float32(params: Any) -> Any:
-    """Weights as the networks hold them."""
+    """Convert weights to float32, the type of a network's parameters."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)

@@ -1,8 +1,8 @@
-"""Networks out of files: the public release's, diffusers', latent diffusion's, ours.
+"""Load networks from files of the public release, diffusers, latent diffusion and ditjax.
 
-A file is read as named tensors (`weights/tensors.py`), its layout is told from the names, its
-architecture from the shapes, every tensor is checked against the architecture, and the rules of
-`weights/layouts.py` bring them into our tree.
+A file is read as named tensors (`weights/tensors.py`). The names determine its layout and the
+shapes its architecture; every tensor is checked against the architecture, and the rules of
+`weights/layouts.py` convert the tensors to ditjax's parameters.
 """
 
 import json
@@ -19,38 +19,39 @@ from ditjax.config import Config, changed, check_no_imports, migrated, read
 from ditjax.errors import UserError
 from ditjax.files.assets import unflatten
 from ditjax.files.atomic import read_json
-from ditjax.models.dit import PAPER_SIZES, Size
+from ditjax.models.dit import PAPER_SIZES, Size, parse_size
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.weights import layouts, vocabulary
 from ditjax.weights import tensors as weights
-from ditjax.weights.networks import Network, check_fit, shapes_of, task_of
+from ditjax.weights.networks import LoadedNetwork, check_fit, shapes_of, task_of
 
 Numerics = Literal["auto", "release", "diffusers"]
 
 _TABLE = {"release": "pos_embed", "diffusers": "pos_embed.pos_embed"}
 
 _MAX_TIMESTEPS = 1_000_000
-_MAX_SIDE = 2048  # of latents: far above any DiT, and no table is made for a hostile file's
+_MAX_SIDE = 2048  # of latents: far above any DiT's; bounds the position table for a hostile file
 
 _DIT_LAYOUTS = {"release": layouts.DIT_RELEASE, "diffusers": layouts.DIT_DIFFUSERS}
 
 
-def load(
+def load_network(
     path: str | os.PathLike[str],
     *,
     which: str = "ema",
     heads: int = 0,
     numerics: Numerics = "auto",
-) -> Network:
-    """A DiT or a KL autoencoder from a weights file or a model folder of diffusers.
+) -> LoadedNetwork:
+    """Load a DiT or a KL autoencoder from a weights file or a model folder of diffusers.
 
-    `which`: the averaged ('ema') or the raw ('model') state of a training checkpoint. `heads`: of a
-    size that is not the paper's, where the file does not say. `numerics`: 'auto' computes what the
-    file's own program computes (see `Model.frequency_shift`); 'release' or 'diffusers' overrides.
-    Raises UserError for what is no such network, with every fault listed.
+    `which`: the averaged ('ema') or the raw ('model') weights of a training checkpoint. `heads`:
+    the number of heads, if the size is not the paper's and the file does not contain it.
+    `numerics`: 'auto' computes what the file's own program computes (see
+    `DiTKeys.frequency_shift`); 'release' or 'diffusers' overrides it. Raises UserError for any
+    other file, with a list of all faults.
     """
     if os.path.exists(Path(path) / vocabulary.MODEL_INDEX):
-        raise UserError(f"{path} is a whole pipeline: give its folder 'transformer' or 'vae' here.")
+        raise UserError(f"{path} is a whole pipeline: expected its folder 'transformer' or 'vae'.")
     file = weights.read_tensors(path, which)
     names = file.tensors.keys()
     if vocabulary.METADATA in file.metadata:
@@ -63,53 +64,53 @@ def load(
         return _load_autoencoder(file)
     some = ", ".join(weights.collapse(names)[:4]) or "nothing"
     raise UserError(
-        f"{path} holds no network that is known here: expected a DiT (of the public release or of"
-        f" diffusers) or a KL autoencoder (of diffusers or latent diffusion); it holds {some}."
+        f"{path} holds no known network: expected a DiT (of the public release or of diffusers) or"
+        f" a KL autoencoder (of diffusers or latent diffusion); it holds {some}."
     )
 
 
-def _load_ours(file: weights.TensorFile) -> Network:
+def _load_ours(file: weights.TensorFile) -> LoadedNetwork:
     try:
         kept = json.loads(file.metadata[vocabulary.METADATA])
         sections = kept["config"]
-        # Files of before config.task name their network.
+        # Files older than config.task name their network.
         task = {"task": kept["task"]} if "task" in kept else {"train": {"network": kept["network"]}}
         check_no_imports({**sections, **task}, "its recipe")
-        # Of a training it says nothing: what runs of before tasks trained with is not its own.
+        # The metadata have no section train; the values that `migrated` adds for it are not theirs.
         config = read({**migrated({**sections, **task}), "train": {}})
         shapes = shapes_of(config)
     except UserError as error:
         raise UserError(f"{file.path}: {error}") from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{file.path}: its metadata are not ditjax's: {error!r}.") from None
+        raise UserError(f"{file.path}: illegal metadata for a ditjax file: {error!r}.") from None
     weights.check_tensors(file.path, f"{task_of(config).name} of ditjax", file.tensors, shapes)
     tree = unflatten({name: np.asarray(file.tensors[name]) for name in shapes})
-    return Network(config, {"params": tree}, "ditjax", file.files)
+    return LoadedNetwork(config, {"params": tree}, "ditjax", file.files)
 
 
 def _shape(file: weights.TensorFile, name: str, rank: int) -> tuple[int, ...]:
-    """The shape of a tensor that the architecture is told from."""
+    """The shape of a tensor that determines the architecture."""
     tensor = file.tensors.get(name)
     if tensor is None or tensor.ndim != rank or 0 in tensor.shape:
         found = "missing" if tensor is None else f"of shape {tensor.shape}"
         raise UserError(
-            f"{file.path}: {name} is {found}; the architecture is told from it. The file is"
-            " incomplete, or of another network."
+            f"{file.path}: {name} is {found}, but its shape determines the architecture. The file"
+            " is incomplete, or of another network."
         )
     return tensor.shape
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """1 + the largest number that a pattern finds in the names; never more than there are names."""
+    """1 + the largest number that a pattern matches in the names, at most the number of names."""
     names = list(names)
     found = [int(m[1]) for name in names if (m := re.match(pattern, name))]
     return min(1 + max(found, default=0), len(names))
 
 
 def _recipe(file: weights.TensorFile, changes: Mapping[str, Any]) -> Config:
-    """The paper's recipe with keys changed; a UserError names the file.
+    """The paper's recipe with keys changed. Raises UserError that names the file.
 
-    A JSON integer may be too large for a float.
+    OverflowError is caught because a JSON integer may be too large for a float.
     """
     try:
         return read(changes)
@@ -117,7 +118,8 @@ def _recipe(file: weights.TensorFile, changes: Mapping[str, Any]) -> Config:
         raise UserError(f"{file.path}: {error}") from None
 
 
-def _load_dit(file: weights.TensorFile, layout: str, heads: int, numerics: Numerics) -> Network:
+def _dit_recipe(file: weights.TensorFile, layout: str, heads: int, numerics: Numerics) -> Config:
+    """The recipe of a DiT, from the shapes of its tensors and the folder's config."""
     release = layout == "release"
     prefix = "x_embedder" if release else "pos_embed"
     D, C, p, _ = _shape(file, f"{prefix}.proj.weight", 4)
@@ -143,7 +145,7 @@ def _load_dit(file: weights.TensorFile, layout: str, heads: int, numerics: Numer
     of_diffusers = (layout if numerics == "auto" else numerics) == "diffusers"
     norm2_eps = file.config.get("norm_eps", 1e-5) if of_diffusers else 1e-6
     latent = C not in (1, 3)
-    config = _recipe(
+    return _recipe(
         file,
         {
             "model": {
@@ -169,21 +171,29 @@ def _load_dit(file: weights.TensorFile, layout: str, heads: int, numerics: Numer
             },
         },
     )
-    what = f"DiT of {depth} layers, width {D}, patch {p} in the layout of {_program(layout)}"
-    ours = shapes_of(config)
+
+
+def _load_dit(
+    file: weights.TensorFile, layout: str, heads: int, numerics: Numerics
+) -> LoadedNetwork:
+    config = _dit_recipe(file, layout, heads, numerics)
+    size, p = parse_size(config.model.size), config.model.patch
+    side = config.input_size // p
+    what = f"DiT of {size.depth} layers, width {size.width}, patch {p} in the layout of"
+    shapes = shapes_of(config)
     rules = _DIT_LAYOUTS[layout]
-    expected = dict(layouts.expected_shapes(rules, ours, patch=p, depth=depth))
+    expected = dict(layouts.expected_shapes(rules, shapes, patch=p, depth=size.depth))
     table = _TABLE[layout]
-    if release or table in file.tensors:
-        expected[table] = (1, (input_size // p) ** 2, D)
-    weights.check_tensors(file.path, what, file.tensors, expected)
+    if layout == "release" or table in file.tensors:
+        expected[table] = (1, side**2, size.width)
+    weights.check_tensors(file.path, f"{what} {_program(layout)}", file.tensors, expected)
     if table in expected:
-        _check_table(file.path, table, file.tensors[table], D, input_size // p)
-    return Network(config, _params(file, rules, ours), layout, file.files)
+        _check_table(file.path, table, file.tensors[table], size.width, side)
+    return LoadedNetwork(config, _params(file, rules, shapes), layout, file.files)
 
 
 def _mlp_ratio(hidden: int, width: int) -> float:
-    """The ratio whose product with the width, cut to a whole number, is `hidden`."""
+    """The ratio whose product with the width, truncated to an integer, is `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -198,13 +208,13 @@ def _program(layout: str) -> str:
 
 
 def _params(
-    file: weights.TensorFile, rules: layouts.Layout, ours: layouts.Shapes
+    file: weights.TensorFile, rules: layouts.Layout, shapes: layouts.Shapes
 ) -> dict[str, Any]:
     try:
-        return {"params": unflatten(layouts.to_ours(rules, file.tensors, ours))}
+        return {"params": unflatten(layouts.to_ours(rules, file.tensors, shapes))}
     except ValueError as error:
         raise UserError(
-            f"{file.path}: {error}: one network holds it once, so this file cannot be read here."
+            f"{file.path}: {error}: ditjax stores it once, so this file is not supported."
         ) from None
 
 
@@ -213,9 +223,9 @@ def _input_size(file: weights.TensorFile, layout: str, patch: int) -> int:
         side = file.config.get("sample_size")
         if type(side) is not int or not 1 <= side <= _MAX_SIDE or side % patch:
             raise UserError(
-                f"{file.path}: its {weights.CONFIG_FILE} says sample_size {side!r}: expected the"
+                f"{file.path}: sample_size in {weights.CONFIG_FILE} is {side!r}: expected the"
                 f" side of the latents, at most {_MAX_SIDE} and a multiple of the patch size"
-                f" {patch}. A bare weights file of diffusers does not say it: give its folder."
+                f" {patch}. A single weights file of diffusers lacks it: give its folder."
             )
         return side
     _, N, _ = _shape(file, "pos_embed", 3)
@@ -225,27 +235,30 @@ def _input_size(file: weights.TensorFile, layout: str, patch: int) -> int:
 
 
 def _heads(file: weights.TensorFile, depth: int, width: int, given: int) -> int:
-    """Shapes do not tell the heads: the folder's config, the paper's table or the user does."""
-    said = file.config.get("num_attention_heads")
+    """The number of heads, from the user, the folder's config or the paper's sizes.
+
+    Tensor shapes do not determine it.
+    """
+    configured = file.config.get("num_attention_heads")
     known = [s.heads for s in PAPER_SIZES.values() if (s.depth, s.width) == (depth, width)]
-    heads = given or said or (known[0] if known else 0)
+    heads = given or configured or (known[0] if known else 0)
     if not heads:
         raise UserError(
-            f"{file.path}: {depth} layers of width {width} are no size of the paper, and the file"
-            " does not tell the number of attention heads: give --heads=N."
+            f"{file.path}: {depth} layers of width {width} are not a size of the paper, and the"
+            " file does not contain the number of attention heads: give --heads=N."
         )
-    if given and said and given != said:
-        raise UserError(f"{file.path} says {said!r} attention heads, --heads says {given}.")
+    if given and configured and given != configured:
+        raise UserError(f"{file.path} has {configured!r} attention heads, but --heads is {given}.")
     if type(heads) is not int or heads < 1 or width % heads:
         raise UserError(
-            f"{file.path}: {heads!r} attention heads for a width of {width}: expected a number"
-            " that divides it."
+            f"{file.path}: {heads!r} attention heads for a width of {width}: expected a divisor"
+            " of the width."
         )
     each = file.config.get("attention_head_dim", width // heads)
     if each != width // heads:
         raise UserError(
-            f"{file.path}: its {weights.CONFIG_FILE} says {heads} attention heads of {each!r},"
-            f" and the width is {width}."
+            f"{file.path}: {weights.CONFIG_FILE} has {heads} attention heads of width {each!r},"
+            f" but the total width is {width}."
         )
     return heads
 
@@ -256,26 +269,26 @@ def _size_name(size: Size) -> str:
 
 
 def _check_table(path: Path, name: str, table: np.ndarray, width: int, side: int) -> None:
-    """A position table is frozen, and made here from its formula: another one cannot be kept."""
+    """Raise UserError unless a position table is the frozen one that ditjax computes."""
     expected = sincos_position_embedding(width, side, side)
     error = np.abs(table[0].astype(np.float32) - expected).max()
-    # Half a unit in the last place of a number below 1, and a libm's difference.
+    # Half a unit in the last place of a number below 1, plus differences between math libraries.
     tolerance = {2: 1e-2, 4: 2e-6, 8: 2e-6}[table.dtype.itemsize]
     if not error <= tolerance:
         raise UserError(
-            f"{path}: {name} differs from the 2-D sin-cos table by {error:.2g}: a learned or"
-            " otherwise made table is not supported."
+            f"{path}: {name} differs from the 2-D sin-cos table by {error:.2g}: learned or other"
+            " tables are not supported."
         )
 
 
-def _load_autoencoder(file: weights.TensorFile) -> Network:
-    # In a whole Stable Diffusion checkpoint the other networks' tensors are not ours.
+def _load_autoencoder(file: weights.TensorFile) -> LoadedNetwork:
+    # A whole Stable Diffusion checkpoint also has the tensors of other networks.
     whole = any(name.startswith("first_stage_model.") for name in file.tensors)
     prefix = "first_stage_model." if whole else ""
     tensors = {
         name.removeprefix(prefix): tensor
         for name, tensor in file.tensors.items()
-        # The autoencoder's own training leaves its discriminator and its average's counters.
+        # The autoencoder's training checkpoint also has a discriminator and counters of the EMA.
         if name.startswith(prefix) and not name.startswith(("loss.", "model_ema."), len(prefix))
     }
     file = file._replace(tensors=tensors)
@@ -296,7 +309,7 @@ def _load_autoencoder(file: weights.TensorFile) -> Network:
     latent, _, _, _ = _shape(file, "post_quant_conv.weight", 4)
     if any(w % width for w in widths):
         raise UserError(f"{file.path}: level widths {widths} are no multiples of {width}.")
-    said = {**file.config, **file.extra}
+    options = {**file.config, **file.extra}
     config = _recipe(
         file,
         {
@@ -307,14 +320,14 @@ def _load_autoencoder(file: weights.TensorFile) -> Network:
                 "multipliers": tuple(w // width for w in widths),
                 "res_blocks": res_blocks,
                 "latent_channels": latent,
-                "groups": said.get("norm_num_groups", 32),
-                "scale": said.get("scaling_factor", 0.18215),
+                "groups": options.get("norm_num_groups", 32),
+                "scale": options.get("scaling_factor", 0.18215),
             },
         },
     )
-    ours = shapes_of(config)
-    rules = layouts.autoencoder_layout(ours, layout)
-    # Before 0.14 the attention was of matrices or of 1x1 convolutions, as the file was made.
+    shapes = shapes_of(config)
+    rules = layouts.autoencoder_layout(shapes, layout)
+    # Before 0.14, attention weights were stored as matrices or as 1x1 convolutions.
     if layout == "diffusers_old":
         file = file._replace(
             tensors={
@@ -323,11 +336,11 @@ def _load_autoencoder(file: weights.TensorFile) -> Network:
             }
         )
     what = f"KL autoencoder of widths {widths} in the layout of {_program(layout)}"
-    weights.check_tensors(file.path, what, file.tensors, layouts.expected_shapes(rules, ours))
-    return Network(config, _params(file, rules, ours), layout, file.files)
+    weights.check_tensors(file.path, what, file.tensors, layouts.expected_shapes(rules, shapes))
+    return LoadedNetwork(config, _params(file, rules, shapes), layout, file.files)
 
 
-# What diffusers' classes can be configured to that tensors do not tell, and what is computed here.
+# Options of diffusers' classes that tensors do not determine, and their supported values.
 _AUTOENCODER_CONFIG: Mapping[str, tuple[Any, ...]] = {
     "_class_name": ("AutoencoderKL",),
     "act_fn": ("silu",),
@@ -351,7 +364,7 @@ def _check_config(file: weights.TensorFile, supported: Mapping[str, tuple[Any, .
     for key, values in supported.items():
         if file.config.get(key, values[0]) not in values:
             raise UserError(
-                f"{file.path}: its {weights.CONFIG_FILE} says {key} {file.config[key]!r}: only"
+                f"{file.path}: {key} in {weights.CONFIG_FILE} is {file.config[key]!r}: only"
                 f" {' or '.join(map(repr, values))} is supported."
             )
 
@@ -359,22 +372,22 @@ def _check_config(file: weights.TensorFile, supported: Mapping[str, tuple[Any, .
 class PipelineFolder(NamedTuple):
     """A DiTPipeline of diffusers: both networks, and the class names by index."""
 
-    dit: Network
-    autoencoder: Network
+    dit: LoadedNetwork
+    autoencoder: LoadedNetwork
     class_names: tuple[tuple[str, ...], ...]
 
 
 def load_pipeline(folder: str | os.PathLike[str], *, numerics: Numerics = "auto") -> PipelineFolder:
-    """A DiTPipeline folder, whole. Raises UserError for what is none."""
+    """Load a whole DiTPipeline folder. Raises UserError for any other folder."""
     folder = Path(folder)
     index = read_json(folder / vocabulary.MODEL_INDEX)
     if index.get("_class_name") != "DiTPipeline":
         raise UserError(
-            f"{folder}/{vocabulary.MODEL_INDEX} is of a {index.get('_class_name')}: expected a"
+            f"{folder}/{vocabulary.MODEL_INDEX} describes a {index.get('_class_name')}: expected a"
             " DiTPipeline."
         )
-    dit = load(folder / "transformer", numerics=numerics)
-    autoencoder = load(folder / "vae")
+    dit = load_network(folder / "transformer", numerics=numerics)
+    autoencoder = load_network(folder / "vae")
     check_fit(dit, autoencoder)
     dit = dit._replace(config=_with_scheduler(dit.config, folder / "scheduler"))
     return PipelineFolder(dit, autoencoder, _class_names(folder, index, dit.config))
@@ -383,7 +396,7 @@ def load_pipeline(folder: str | os.PathLike[str], *, numerics: Numerics = "auto"
 def _class_names(folder: Path, index: Mapping[str, Any], c: Config) -> tuple[tuple[str, ...], ...]:
     id2label = index.get("id2label") or {}
     if not isinstance(id2label, Mapping):
-        raise UserError(f"{folder}/{vocabulary.MODEL_INDEX}: id2label is no table.")
+        raise UserError(f"{folder}/{vocabulary.MODEL_INDEX}: id2label is not a JSON object.")
     return tuple(
         tuple(name.strip() for name in str(id2label.get(str(i), "")).split(",") if name.strip())
         for i in range(c.data.num_classes)
@@ -391,14 +404,14 @@ def _class_names(folder: Path, index: Mapping[str, Any], c: Config) -> tuple[tup
 
 
 def _with_scheduler(c: Config, folder: Path) -> Config:
-    """The recipe with the process that a scheduler's config tells."""
-    said = read_json(folder / "scheduler_config.json")
-    predictions = {theirs: ours for ours, theirs in vocabulary.PREDICTIONS.items()}
-    schedules = {theirs: ours for ours, theirs in vocabulary.SCHEDULES.items()}
-    # str: a hostile value need not be hashable.
-    schedule = schedules.get(str(said.get("beta_schedule", "linear")))
-    prediction = predictions.get(str(said.get("prediction_type", "epsilon")))
-    steps = said.get("num_train_timesteps", 1000)
+    """The recipe with the diffusion process of a scheduler's config."""
+    scheduler = read_json(folder / "scheduler_config.json")
+    predictions = {theirs: name for name, theirs in vocabulary.PREDICTIONS.items()}
+    schedules = {theirs: name for name, theirs in vocabulary.SCHEDULES.items()}
+    # str, because a hostile value may not be hashable.
+    schedule = schedules.get(str(scheduler.get("beta_schedule", "linear")))
+    prediction = predictions.get(str(scheduler.get("prediction_type", "epsilon")))
+    steps = scheduler.get("num_train_timesteps", 1000)
     if (
         schedule is None
         or prediction is None
@@ -406,33 +419,33 @@ def _with_scheduler(c: Config, folder: Path) -> Config:
         or not 2 <= steps <= _MAX_TIMESTEPS
     ):
         raise UserError(
-            f"{folder}: beta_schedule {said.get('beta_schedule')!r}, prediction_type"
-            f" {said.get('prediction_type')!r}, num_train_timesteps {steps!r}: expected one of"
+            f"{folder}: beta_schedule {scheduler.get('beta_schedule')!r}, prediction_type"
+            f" {scheduler.get('prediction_type')!r}, num_train_timesteps {steps!r}: expected one of"
             f" {', '.join(schedules)}; one of {', '.join(predictions)}; from 2 to"
             f" {_MAX_TIMESTEPS}."
         )
-    # A table of its own, or one made over: no schedule of ours.
-    odd = {key: said[key] for key in ("trained_betas", "rescale_betas_zero_snr") if said.get(key)}
-    if odd:
-        raise UserError(f"{folder}: {', '.join(odd)} is set: this schedule is not supported.")
-    ends = (said.get("beta_start", 1e-4), said.get("beta_end", 0.02))
+
+    custom = [key for key in ("trained_betas", "rescale_betas_zero_snr") if scheduler.get(key)]
+    if custom:
+        raise UserError(f"{folder}: {', '.join(custom)} is set: this schedule is not supported.")
+    ends = (scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
     if schedule == "linear" and not (
         all(isinstance(end, float) for end in ends)
         and np.allclose(np.multiply(ends, steps / 1000), (1e-4, 0.02), rtol=1e-6, atol=0)
     ):
         raise UserError(
             f"{folder}: beta from {ends[0]!r} to {ends[1]!r}: only the linear schedule of the"
-            " paper, 0.0001 to 0.02 at 1000 steps, is supported."
+            " paper, 0.0001 to 0.02 for 1000 steps, is supported."
         )
     return changed(
         c,
         {
             "diffusion": {"schedule": schedule, "prediction": prediction, "timesteps": steps},
-            # diffusers' own default is to clip, in the schedulers that can.
-            "sample": {"clip_x0": bool(said.get("clip_sample", _clips(said)))},
+            # The default of those schedulers of diffusers that can clip is to do so.
+            "sample": {"clip_x0": bool(scheduler.get("clip_sample", _clips(scheduler)))},
         },
     )
 
 
-def _clips(said: Mapping[str, Any]) -> bool:
-    return said.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")
+def _clips(scheduler: Mapping[str, Any]) -> bool:
+    return scheduler.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")

@@ -1,4 +1,4 @@
-"""Networks into files that other programs load, and into our own."""
+"""Write networks to ditjax's own files and to the formats of other programs."""
 
 import dataclasses
 import json
@@ -17,20 +17,20 @@ from ditjax.models import dit
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.weights import layouts, vocabulary
 from ditjax.weights import tensors as weights
-from ditjax.weights.networks import Network, joined
+from ditjax.weights.networks import LoadedNetwork, combined_recipe
 from ditjax.weights.torch_file import write_torch
 
-# What a weights file of ours keeps of its recipe: the function that it computes, and how it is
-# meant to be sampled.
+# The sections of the recipe that a ditjax weights file stores: the function that the network
+# computes, and how to sample from it.
 _KEPT = ("model", "diffusion", "autoencoder", "sample")
 
 _KEPT_DATA = ("image_size", "channels", "num_classes")
 
-_DIFFUSERS_VERSION = "0.42.1"  # whose folders ours were compared with
+_DIFFUSERS_VERSION = "0.42.1"  # the version that these folders were tested with
 
 
-def write_ditjax(path: str | os.PathLike[str], network: Network) -> Path:
-    """One safetensors file: our paths as names, the recipe's decisive keys as metadata."""
+def write_ditjax(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
+    """Write one safetensors file: parameter paths as names, the recipe's main keys as metadata."""
     tree = dataclasses.asdict(network.config)
     kept = {section: tree[section] for section in _KEPT if section in tree}
     if "autoencoder" in kept:
@@ -42,10 +42,10 @@ def write_ditjax(path: str | os.PathLike[str], network: Network) -> Path:
     )
 
 
-def write_release(path: str | os.PathLike[str], network: Network) -> Path:
-    """A state dict in the public release's names: `torch.load` and its `load_state_dict` take it.
+def write_release(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
+    """Write a state dict with the public release's names, for `torch.load` and `load_state_dict`.
 
-    Raises UserError for a network that the release's code does not have.
+    Raises UserError for a network that the release's code cannot express.
     """
     m, network = _expressible(network, "the public release"), folded(network)
     tensors = layouts.to_theirs(layouts.DIT_RELEASE, network.leaves, patch=m.patch)
@@ -55,8 +55,8 @@ def write_release(path: str | os.PathLike[str], network: Network) -> Path:
     return Path(path)
 
 
-def write_diffusers(folder: str | os.PathLike[str], network: Network) -> Path:
-    """A model folder of diffusers: config.json and diffusion_pytorch_model.safetensors."""
+def write_diffusers(folder: str | os.PathLike[str], network: LoadedNetwork) -> Path:
+    """Write a model folder of diffusers: config.json and diffusion_pytorch_model.safetensors."""
     folder = Path(folder)
     if not network.decodes:
         m, network = _expressible(network, "diffusers"), folded(network)
@@ -76,24 +76,24 @@ def write_diffusers(folder: str | os.PathLike[str], network: Network) -> Path:
     return folder
 
 
-def write_ldm(path: str | os.PathLike[str], network: Network) -> Path:
-    """An autoencoder's checkpoint in the names of latent diffusion, under 'state_dict'.
+def write_ldm(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
+    """Write an autoencoder's checkpoint with latent diffusion's names, under 'state_dict'.
 
-    Beside it what shapes do not tell: the norms' groups and the latents' scale.
+    The file also has the norms' groups and the latents' scale, which shapes do not determine.
     """
     rules = layouts.autoencoder_layout(network.shapes, "ldm")
     a = network.config.autoencoder
-    said = {"norm_num_groups": a.groups, "scaling_factor": a.scale}
-    write_torch(path, {"state_dict": layouts.to_theirs(rules, network.leaves), **said})
+    metadata = {"norm_num_groups": a.groups, "scaling_factor": a.scale}
+    write_torch(path, {"state_dict": layouts.to_theirs(rules, network.leaves), **metadata})
     return Path(path)
 
 
-def folded(network: Network) -> Network:
-    """A DiT of the standard parametrization that computes the same: its queries need no scale.
+def folded(network: LoadedNetwork) -> LoadedNetwork:
+    """Convert a μP DiT to the standard parametrization without changing its outputs.
 
-    Their weights and bias take it, each rounded once.
+    The scale of the queries is multiplied into their weights and biases, each rounded once.
     """
-    scale = dit.query_scale(network.config.model)
+    scale = dit.query_factor(network.config.model)
     if scale == 1:
         return network
     by = np.array([scale, 1.0, 1.0])[:, None, None]  # of [..., 3, H, d]
@@ -105,8 +105,8 @@ def folded(network: Network) -> Network:
     return network._replace(config=config, params={"params": params})
 
 
-def _expressible(network: Network, program: str) -> Any:
-    """Raises UserError for what another program's DiT cannot be."""
+def _expressible(network: LoadedNetwork, program: str) -> Any:
+    """Raise UserError for a DiT that another program's code cannot express."""
     m = network.config.model
     for key, value, wanted in (
         ("block", m.block, "adaln_zero"),
@@ -116,13 +116,13 @@ def _expressible(network: Network, program: str) -> Any:
         if value != wanted:
             raise UserError(
                 f"{program} has no such DiT: config.model.{key} is {getattr(m, key)!r}, and its"
-                f" code knows {'only a null label' if key == 'label_dropout' else repr(wanted)}."
+                f" code requires {'a null label' if key == 'label_dropout' else repr(wanted)}."
                 " Convert to ditjax's own format."
             )
     return m
 
 
-def _transformer_config(network: Network) -> dict[str, Any]:
+def _transformer_config(network: LoadedNetwork) -> dict[str, Any]:
     c = network.config
     size, channels = dit.parse_size(c.model.size), c.input_channels
     learned = c.diffusion.variance == "learned_range"
@@ -148,7 +148,7 @@ def _transformer_config(network: Network) -> dict[str, Any]:
     }
 
 
-def _vae_config(network: Network) -> dict[str, Any]:
+def _vae_config(network: LoadedNetwork) -> dict[str, Any]:
     a = network.config.autoencoder
     n = len(a.multipliers)
     return {
@@ -170,18 +170,18 @@ def _vae_config(network: Network) -> dict[str, Any]:
 
 def write_pipeline(
     folder: str | os.PathLike[str],
-    denoiser: Network,
-    autoencoder: Network,
+    denoiser: LoadedNetwork,
+    autoencoder: LoadedNetwork,
     class_names: Sequence[Sequence[str]],
 ) -> Path:
-    """A folder that `DiTPipeline.from_pretrained` loads.
+    """Write a folder for `DiTPipeline.from_pretrained`.
 
     Raises UserError for networks that do not fit together, or that the pipeline cannot run.
     """
     folder, c = Path(folder), denoiser.config
     if c.data.num_classes != len(class_names):
         raise UserError(f"{len(class_names)} class names for {c.data.num_classes} classes.")
-    config = joined(denoiser, autoencoder)  # before anything is written
+    config = combined_recipe(denoiser, autoencoder)  # before anything is written
     vae = changed(
         autoencoder.config,
         {
@@ -200,7 +200,8 @@ def write_pipeline(
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    write_json(folder / vocabulary.MODEL_INDEX, index)  # last: a folder without it is no pipeline
+    # Last, because a folder without it is not a pipeline.
+    write_json(folder / vocabulary.MODEL_INDEX, index)
     return folder
 
 
@@ -209,7 +210,7 @@ def _scheduler_config(c: Config) -> dict[str, Any]:
         "_class_name": "DDIMScheduler",
         "_diffusers_version": _DIFFUSERS_VERSION,
         "num_train_timesteps": c.diffusion.timesteps,
-        # The linear schedule of any T has the ends of T = 1000 scaled, as in the release.
+        # For any T, the linear schedule scales the ends of T = 1000, as in the release.
         "beta_start": 1e-4 * 1000 / c.diffusion.timesteps,
         "beta_end": 0.02 * 1000 / c.diffusion.timesteps,
         "beta_schedule": vocabulary.SCHEDULES[c.diffusion.schedule],
