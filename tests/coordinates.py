@@ -16,7 +16,7 @@ import optax
 from ditjax.cli import load_recipe
 from ditjax.config import Config, read
 from ditjax.models.blocks import BLOCKS
-from ditjax.models.dit import query_scale
+from ditjax.models.dit import query_factor
 from ditjax.models.network import Conditions
 from ditjax.parallel.rules import path_of
 from ditjax.tasks import make_task
@@ -67,7 +67,7 @@ def sizes(c: Config, steps: int = STEPS) -> dict[str, np.ndarray]:
             params, x, t, y, capture_intermediates=True, mutable=["intermediates"]
         )
         # x_t is nearly eps at most t: a network that learns learns its input.
-        return jnp.square(out - x).mean(), _means(seen["intermediates"], query_scale(c.model))
+        return jnp.square(out - x).mean(), _means(seen["intermediates"], query_factor(c.model))
 
     @jax.jit
     def step(params: Any, state: Any) -> tuple[Any, Any, Any]:

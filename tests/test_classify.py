@@ -16,7 +16,7 @@ from ditjax.files.assets import SHIPPED, load_asset
 from ditjax.metrics.frechet import batch_moments, frechet_distance
 from ditjax.models import classifier
 
-NAMES = (at_work.FEATURES, at_work.JUDGE)
+NAMES = (at_work.FEATURE_CLASSIFIER, at_work.JUDGE)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def optax_promotion():
 
 @pytest.fixture(scope="module")
 def features():
-    network, params, _ = shipped(at_work.FEATURES)
+    network, params, _ = shipped(at_work.FEATURE_CLASSIFIER)
     return lambda images: batch_moments(at_work.recognise(network, params, images)[0])
 
 
@@ -89,7 +89,7 @@ def test_fd_digits_is_small_between_real_splits_and_large_to_noise(digits, featu
     train, test = (features(split["image"]) for split in digits)
     noise = np.random.default_rng(0).integers(0, 256, (359, 8, 8, 1)).astype(np.uint8)
     floor = frechet_distance(train, test)
-    _, record = load_asset(at_work.FEATURES)
+    _, record = load_asset(at_work.FEATURE_CLASSIFIER)
     assert floor == pytest.approx(record["frechet_train_test"], rel=1e-3)
     assert frechet_distance(train, features(noise)) > 10 * floor
     threes = digits[0]["image"][digits[0]["label"] == 3]
@@ -141,7 +141,7 @@ def test_the_same_seed_gives_the_same_weights(digits):
     # A network of two layers: it compiles quickly.
     network = classifier.DigitsMixer(width=8, blocks=0)
     recipe = dataclasses.replace(classify.RECIPES[at_work.JUDGE], network=network, epochs=1)
-    first, again = (classify.train(recipe, images, labels) for _ in range(2))
+    first, again = (classify.train_classifier(recipe, images, labels) for _ in range(2))
     assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
     # From equal weights, another seed draws other images and augmentation.
     x, y = jnp.asarray(normalize(images)), jnp.asarray(labels)
@@ -180,7 +180,7 @@ def test_the_command_learns_and_writes_weights_that_load(digits, tmp_path, monke
 
 
 def test_mistakes_are_told_before_any_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(classify, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(classify, "train_classifier", lambda *_: pytest.fail("trained"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         classify.main([f"--out={tmp_path / 'file'}"])

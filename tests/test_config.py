@@ -110,7 +110,7 @@ BAD = [
     ({"sweep__grid": (("model.sizes", ("S",)),)}, "Did you mean 'model.size'"),
     ({"sweep__grid": (("model.patch", ()),)}, "expected its values"),
     ({"sweep__grid": (("model.patch", (1, 1)),)}, "twice"),
-    ({"sweep__grid": (("model.patch", (1,)), ("model.patch", (2,)))}, "a key twice"),
+    ({"sweep__grid": (("model.patch", (1,)), ("model.patch", (2,)))}, "a key appears twice"),
     ({"sweep__grid": ("model.patch",)}, "expected pairs"),
     ({"optim": 3}, "expected a group of keys"),
     ({"optim__learning_rate": 10**400}, "expected a finite number"),
@@ -134,7 +134,7 @@ BAD = [
     ({"autoencoder__multipliers": (1,) * 13}, "1 to 12 numbers"),
     ({"autoencoder__multipliers": (1, 0)}, "each at least 1"),
     ({"model__mlp_ratio": 65}, "at most 64"),
-    ({"model__mlp_ratio": 1e-3}, "no hidden unit is left of width 96"),
+    ({"model__mlp_ratio": 1e-3}, "with width 96, the MLP would have no hidden unit"),
     ({"data__image_size": 4096, "model__patch": 1}, "16777216 tokens; expected at most 1048576"),
     ({"diffusion__timesteps": 20}, "linear schedule needs at least 21"),
     ({"diffusion__timesteps": 10**6}, "at most 100000"),
@@ -156,8 +156,8 @@ BAD = [
     ({"sweep__lists": (("model.patch", 4),)}, r"holds \('model.patch', 4\): expected a run's"),
     ({"sweep__lists": ((("model.patches", 4),),)}, r"lists names .* Did you mean 'model.patch'"),
     ({"sweep__lists": ((("model.block", "adalm"),),)}, "lists: config.model.block is 'adalm': exp"),
-    ({"sweep__lists": ((("seed", 1), ("seed", 2)),)}, "a key stands twice in it"),
-    ({"sweep__lists": ((("sweep.grid", ()),),)}, "no key of a recipe"),
+    ({"sweep__lists": ((("seed", 1), ("seed", 2)),)}, "a key appears twice"),
+    ({"sweep__lists": ((("sweep.grid", ()),),)}, "expected a key of a recipe"),
     ({"sweep__lists": ((("model.patch", 4),),)}, "lists sets model.patch, which config.sweep.grid"),
     ({"sweep__zips": (("seed", (1, 2)),)}, "zips holds 'seed': expected pairs"),
     ({"sweep__zips": ((),)}, "expected axes that are walked together"),
@@ -169,7 +169,7 @@ BAD = [
     ({"sweep__seeds": 3}, r"seeds is 3: expected integers, such as \(0, 1\)"),
     ({"sweep__seeds": (1, -1)}, r"seeds: config\.seed is -1: expected at least 0"),
     ({"sweep__seeds": (1, True)}, "of type bool"),
-    ({"sweep__seeds": (1, 1)}, "a seed stands twice"),
+    ({"sweep__seeds": (1, 1)}, "a seed appears twice"),
     ({"sweep__seeds": (1,), "sweep__grid": (("seed", (1,)),)}, "seeds sets seed, which"),
     ({"sweep__budget": ("hours", 3)}, "a unit of steps, images, gflops and a number above 0"),
     ({"sweep__budget": ("steps", 2.5)}, "whole but for gflops"),
@@ -216,7 +216,9 @@ def test_a_hostile_name_cannot_write_to_the_terminal():
 
 def test_unknown_keys():
     recipe = changed(optim__learning_rat=1.0)
-    with pytest.raises(UserError, match=r"learning_rat is no key .* Did you mean 'learning_rate'"):
+    with pytest.raises(
+        UserError, match=r"learning_rat is not a key .* Did you mean 'learning_rate'"
+    ):
         read(recipe)
 
 
@@ -244,8 +246,8 @@ def test_a_task_has_its_own_keys_alone():
     assert c.model.kind == "autoencoder"
     assert not {"diffusion", "sample"} & {key.partition(".")[0] for key in leaf_keys(type(c))}
     for sections, message in (
-        ({"sample": {"num": 4}}, r"config\.sample is no key of a recipe"),
-        ({"model": {"patch": 2}}, r"config\.model\.patch is no key"),
+        ({"sample": {"num": 4}}, r"config\.sample is not a key of a recipe"),
+        ({"model": {"patch": 2}}, r"config\.model\.patch is not a key"),
         ({"autoencoder": {"kind": "none"}}, "set it to 'kl'"),
         ({"train": {"evaluate_every_steps": 5}, "evaluate": {"features": "digits"}}, "Set it to 0"),
         ({"data": {"name": "latents:x", "image_size": 16}}, "name a data set of images"),
@@ -350,8 +352,8 @@ def test_overrides():
         ([DIGITS, "--config.sweep.grid=((1"], "expected a Python tuple"),
         (["--config=base:2x32x2"], "expected SIZE/PATCH, such as 'XL/2'"),
         ([DIGITS, "--config.train"], "expected --config.KEY=VALUE"),
-        ([DIGITS, "--confg.train.steps=1"], "'--confg.train.steps=1' is no flag"),
-        ([DIGITS, "stray"], "'stray' is no flag"),
+        ([DIGITS, "--confg.train.steps=1"], "'--confg.train.steps=1' is not a flag"),
+        ([DIGITS, "stray"], "'stray' is not a flag"),
     ],
 )
 def test_bad_command_lines(words, message):

@@ -190,7 +190,7 @@ def check_command(words: list[str]) -> None:
     command, *flags = words
 
     def parse(parser: cli.Parser, argv: Any = None, namespace: Any = None) -> Any:
-        _, rest = argparse.ArgumentParser.parse_known_args(parser, cli.joined(argv))
+        _, rest = argparse.ArgumentParser.parse_known_args(parser, cli.join_overrides(argv))
         for word in rest:
             if not word.startswith("--config"):
                 raise UserError(f"{word!r} is no flag of {command}")
@@ -326,7 +326,7 @@ def _value(text: str) -> Any:
 
 def test_the_page_of_recipes_lists_those_that_ship():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert all(re.search(rf"`{name}[:`]", text) for name in recipes.names())
+    assert all(re.search(rf"`{name}[:`]", text) for name in recipes.list_recipes())
 
 
 def test_the_recipe_that_the_manual_writes_is_legal(tmp_path):

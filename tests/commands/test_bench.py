@@ -81,7 +81,7 @@ def test_the_peer_is_asked_in_turns(monkeypatch):
         told.append(name)
         return float(len(told))
 
-    found = bench.turns({name: functools.partial(side, name) for name in "ab"}, 3)
+    found = bench.alternate({name: functools.partial(side, name) for name in "ab"}, 3)
     assert told == ["a", "b", *"abbaab"]  # the first round is not counted
     assert found == {"a": [3.0, 6.0, 7.0], "b": [4.0, 5.0, 8.0]}
 

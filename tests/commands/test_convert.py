@@ -132,10 +132,10 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     recipe = cli.load_recipe([*TINY, "--config.sample.batch_size=8"])
     c, mesh = read(recipe), make_mesh(-1, 1)
-    rundir.open_run(workdir, recipe)
+    rundir.open_directory(workdir, recipe)
     state = training(c, make_task(c, mesh), mesh).init()
     shapes = {path: leaf.shape for path, leaf in flatten(state.ema["params"]).items()}
-    ema = opening.put({"params": unflatten(seeded_state(shapes, 3))}, mesh)
+    ema = opening.put_on_mesh({"params": unflatten(seeded_state(shapes, 3))}, mesh)
     with Checkpoints(workdir / rundir.CHECKPOINTS, keep=1) as checkpoints:
         checkpoints.save(20, state._replace(ema=ema), {})
     return workdir
@@ -149,8 +149,8 @@ def test_a_run(finished, tmp_path, capsys):
     config = opening.recipe_of(finished)
     params, step = opening.load_weights(config, make_task(config), finished, make_mesh(-1, 1))
     assert step == 20
-    network = networks.of_run(config, params)
-    assert_same(reading.load(out).leaves, network.leaves)
+    network = networks.from_run(config, params)
+    assert_same(reading.load_network(out).leaves, network.leaves)
     theirs, ours = Pipeline.from_pretrained(finished), Pipeline.from_pretrained(out)
     assert ours.config.model == theirs.config.model
     assert ours.config.sample == theirs.config.sample
@@ -163,7 +163,7 @@ def test_a_run(finished, tmp_path, capsys):
     }
     np.testing.assert_array_equal(ours(**arguments).array, theirs(**arguments).array)
     run(f"--weights={finished}", "--to=release", f"--out={tmp_path}/run.pt")
-    again = reading.load(tmp_path / "run.pt", heads=2)
+    again = reading.load_network(tmp_path / "run.pt", heads=2)
     assert_same(again.leaves, network.leaves)
     vae = diffusers_folder(tmp_path / "vae", "autoencoder")
     with pytest.raises(UserError, match="do not belong together"):
@@ -182,7 +182,7 @@ def test_sampling_a_run_as_weights(finished, tmp_path):
 def test_another_block_has_only_our_format(tmp_path):
     c = read({"model": {"size": "1x16x2", "block": "in_context"}})
     leaves = seeded_state(networks.shapes_of(c), 0)
-    network = networks.Network(c, {"params": unflatten(leaves)}, "ditjax", ())
+    network = networks.LoadedNetwork(c, {"params": unflatten(leaves)}, "ditjax", ())
     source = writing.write_ditjax(tmp_path / "a.safetensors", network)
     for target in ("release", "diffusers"):
         with pytest.raises(UserError, match=r"config\.model\.block is 'in_context'"):
@@ -209,9 +209,9 @@ def files(tmp_path):
 @pytest.mark.parametrize(
     ("source", "words", "match"),
     [
-        ("dit", ("--to=ldm",), "holds a DiT-2x48x3/4: --to=ldm is for the other network"),
-        ("vae", ("--to=release",), "holds a KL autoencoder .*: --to=release is for"),
-        ("vae", ("--to=pipeline",), "--to=pipeline is for the other"),
+        ("dit", ("--to=ldm",), "holds a DiT-2x48x3/4: --to=ldm takes the other kind"),
+        ("vae", ("--to=release",), "holds a KL autoencoder .*: --to=release takes the other kind"),
+        ("vae", ("--to=pipeline",), "--to=pipeline takes the other kind"),
         ("dit", ("--to=pipeline",), "--to=pipeline needs the DiT's --autoencoder"),
         ("dit", ("--to=pipeline", "--autoencoder=dit"), "expected an autoencoder"),
         ("dit", ("--to=release", "--autoencoder=vae"), "--autoencoder goes with --to=pipeline"),
@@ -245,7 +245,7 @@ def test_refusals_write_nothing(source, words, match, files, monkeypatch, capsys
 def test_a_pipelines_networks_are_converted_one_by_one(files):
     (files / "folder" / "model_index.json").write_text("{}")
     with pytest.raises(
-        UserError, match=r"folder/transformer or .*folder/vae, or say --to=pipeline"
+        UserError, match=r"folder/transformer or .*folder/vae, or give --to=pipeline"
     ):
         convert.main([f"--weights={files / 'folder'}", "--to=ditjax", f"--out={files / 'out'}"])
 

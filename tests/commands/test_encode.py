@@ -36,7 +36,7 @@ def vae(tmp_path_factory):
     # Means that tell images apart, and a posterior that is neither a point nor all noise.
     leaves["quant_conv/kernel"][..., :4] *= 10
     leaves["quant_conv/bias"][4:] -= 2
-    network = networks.Network(c, {"params": unflatten(leaves)}, "ditjax", ())
+    network = networks.LoadedNetwork(c, {"params": unflatten(leaves)}, "ditjax", ())
     folder = tmp_path_factory.mktemp("files") / "vae"
     writing.write_diffusers(folder, network)
     return folder
@@ -135,7 +135,7 @@ def test_a_killed_encoding_goes_on_where_it_was(vae, whole, tmp_path, read, caps
 def test_an_array_job_writes_the_same_files(vae, whole, tmp_path, read, capsys):
     command = [*words(vae), f"--out={tmp_path}", "--shard_mb=1", "--count=2"]
     assert encode.main([*command, "--index=1"]) == 0
-    assert "this job's shards are written, 3 of other jobs are to come" in capsys.readouterr().out
+    assert "this job's shards are written, 3 of other jobs are missing" in capsys.readouterr().out
     assert read == [i for shard in SHARDS[1::2] for i in shard]
     assert encode.main([*command, "--index=0"]) == 0
     assert "train on it" in capsys.readouterr().out
@@ -223,7 +223,7 @@ def test_training_on_latents_is_training_on_images(vae, whole):
 
 def test_latents_of_another_shape_are_refused_before_a_compilation(vae, whole, tmp_path):
     run = tmp_path / "run"
-    with pytest.raises(UserError, match=r"latents of \[16, 16, 4\], and the recipe's are \[32, 32"):
+    with pytest.raises(UserError, match=r"latents of \[16, 16, 4\], but the recipe's are \[32, 32"):
         train.main(
             [
                 *words(vae, "--config.data.image_size=64"),

@@ -70,7 +70,7 @@ def test_the_reference_is_kept_and_read_again(sample_file, tmp_path):
     # Statistics by other features are not compared with.
     other = load_statistics(kept)
     save_statistics(kept, other._replace(provenance={"features_sha256": "0" * 64}))
-    with pytest.raises(UserError, match="is of features 000000000000"):
+    with pytest.raises(UserError, match="has features 000000000000"):
         run(sample_file, kept, tmp_path / "c.json")
 
 

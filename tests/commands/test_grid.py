@@ -255,8 +255,8 @@ def test_a_stale_or_damaged_cell_is_done_again_and_others_are_not(made, finished
     err = capsys.readouterr().err
     assert f"{before[0]['name']} is stale (step 10, now 20, params_sha256 000000000000, now" in err
     assert f"{before[2]['name']} is stale (reference_sha256 111111111111, now" in err
-    assert "seed 5, now 0): it is done again." in err
-    assert "is no whole cell (JSONDecodeError" in err
+    assert "seed 5, now 0): it is computed again." in err
+    assert "is not a complete cell (JSONDecodeError" in err
     assert numbers(out) == before
     again = [cell["name"] for cell in before if _stamp(out, cell) != stamp[cell["name"]]]
     assert again == [cell["name"] for cell in before[:3]]
@@ -330,11 +330,14 @@ def test_runs_of_one_protocol_share_a_grid(made, finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["--cfg_scale=1,two"], "--cfg_scale=1,two: 'two' is none of its values; expected a comma"),
-        (["--cfg_scale="], "--cfg_scale=: '' is none"),
-        (["--cfg_scale=nan"], "'nan' is none"),
+        (
+            ["--cfg_scale=1,two"],
+            "--cfg_scale=1,two: 'two' is not a value of this axis; expected a comma",
+        ),
+        (["--cfg_scale="], "--cfg_scale=: '' is not a value"),
+        (["--cfg_scale=nan"], "'nan' is not a value"),
         (["--cfg_scale=1,-2"], r"cfg_scale is -2.0: expected at least 0"),
-        (["--cfg_interval=0.3"], "'0.3' is none of its values; .* LOW:HIGH"),
+        (["--cfg_interval=0.3"], "'0.3' is not a value of this axis; .* LOW:HIGH"),
         (["--cfg_interval=0.7:0.3", "--cfg_scale=1,2"], "expected .low, high. with"),
         (["--sampler=ddim,dpm"], "config.sample.sampler: 'dpm': expected one of"),
         (["--steps=ddim25,ddim499"], "no integer stride over 1000 timesteps gives 499"),
@@ -342,11 +345,11 @@ def test_runs_of_one_protocol_share_a_grid(made, finished, tmp_path, capsys):
         (["--cfg_channels=three", "--cfg_scale=2"], "'three' and the input has 1"),
         (["--num=1"], "num_samples is 1: expected at least 2"),
         (["--num=many"], "invalid int value"),
-        (["--config=experiments/digits.py"], "a grid takes each run's own recipe"),
+        (["--config=experiments/digits.py"], "a grid uses each run's recipe"),
         (["--config.sample.cfg_scal=2"], "with a key of the recipe"),
-        (["--cfg_scales=2"], "is no flag of this command. Did you mean '--cfg_scale'"),
+        (["--cfg_scales=2"], "is not a flag of this command. Did you mean '--cfg_scale'"),
         (["--features=none"], "config.evaluate.features is 'none'"),
-        (["--workdir=/nowhere"], "/nowhere is no run directory"),
+        (["--workdir=/nowhere"], "/nowhere is not a run directory"),
         (["--workdir="], "expected the directories of runs"),
         (["--out=README.md"], "--out=README.md is a file"),
     ],
@@ -361,7 +364,7 @@ def test_a_users_mistake_is_one_line(finished, tmp_path, words, match):
 def test_runs_of_one_name_get_their_parents():
     folders = [Path(p) for p in ("/s/a/x", "/s/b/x", "/t/b/x", "/t/y", "/u/d e")]
     assert grid._names(folders) == ["a_x", "s_b_x", "t_b_x", "y", "d_e"]
-    with pytest.raises(UserError, match="cannot be told from another"):
+    with pytest.raises(UserError, match="has the name of another run"):
         grid._names([Path("/a b"), Path("/a:b")])
 
 

@@ -17,14 +17,14 @@ from ditjax.errors import UserError
 from ditjax.evaluation import evaluator
 from ditjax.evaluation.digits import predict_digit
 from ditjax.evaluation.features import digits_extractor
-from ditjax.evaluation.scoring import look, open_reference, score
+from ditjax.evaluation.scoring import extract_features, open_reference, score
 from ditjax.models import autoencoder as network
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
 from ditjax.runs.results import load_samples
 from ditjax.tasks import autoencoder as autoencoder_task
 from ditjax.tasks import make_task
-from ditjax.tasks.autoencoder import load
+from ditjax.tasks.autoencoder import load_frozen
 from tests.commands.conftest import TINY
 
 
@@ -50,7 +50,7 @@ def test_classes_that_are_none(finished, classes):
 
 def test_no_such_run(tmp_path):
     for command in (sample, evaluate):
-        with pytest.raises(UserError, match="is no run directory"):
+        with pytest.raises(UserError, match="is not a run directory"):
             command.main([*TINY, f"--workdir={tmp_path / 'none'}"])
 
 
@@ -83,10 +83,10 @@ def test_real_digits_score_as_real(data_dir):
     reference = open_reference("digits/train", extractor, 8, str(data_dir))
 
     def fd_digits(images):
-        seen = look(extractor, [images], len(images))
+        seen = extract_features(extractor, [images], len(images))
         return score(seen, reference.statistics, None, family="digits")["fd_digits"]
 
-    floor = evaluator.floor("digits", "digits", "digits/train", str(data_dir))
+    floor = evaluator.real_distance("digits", "digits", "digits/train", str(data_dir))
     assert fd_digits(real["image"]) == pytest.approx(floor)
     assert np.mean(predict_digit(real["image"]) == real["label"]) > 0.98
     noise = np.random.default_rng(0).integers(0, 256, real["image"].shape, np.uint8)
@@ -175,7 +175,7 @@ def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
     words = latent_words(autoencoder)
     c = read(load_recipe(words))
     encode.main([*words, f"--out={tmp_path}"])
-    frozen = load(c, make_mesh(-1, 1))
+    frozen = load_frozen(c, make_mesh(-1, 1))
     images = records.load_arrays("digits", "train", None, 16)
     name = f"latents:{tmp_path}"
     spec = source.DataSpec(name, "train", 16, 1, flip=True)
@@ -185,7 +185,7 @@ def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
     assert 0 < mirrored.sum() < 24
     x = images["image"][batch["index"]]
     x[mirrored] = x[mirrored, :, ::-1]
-    encoded = jax.jit(functools.partial(autoencoder_task.encode, c))
+    encoded = jax.jit(functools.partial(autoencoder_task.encode_images, c))
     moments = encoded(frozen, x.astype(np.float32) / 127.5 - 1)
     np.testing.assert_allclose(batch["mean"], moments.mean, atol=1e-4)
     np.testing.assert_allclose(batch["log_variance"], moments.log_variance, atol=1e-4)
@@ -211,7 +211,7 @@ def test_images_encoded_on_the_way_train_too(autoencoder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (["--config.autoencoder.path="], "needs the work directory of a trained"),
+        (["--config.autoencoder.path="], "needs the directory of a run that"),
         (["--config.autoencoder.path=/nowhere"], "/nowhere does not exist: expected a weights"),
         (["--config.autoencoder.base_width=16"], r"base_width is 16, and .* with 8"),
         (["--config.data.name=latents:/nowhere"], "no encoded latents at /nowhere"),

@@ -15,7 +15,7 @@ from ditjax.files.assets import unflatten
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs.results import load_samples
 from ditjax.sampling.draw import decoder_of
-from ditjax.sampling.pipeline import open_run
+from ditjax.sampling.pipeline import open_run_source
 from ditjax.tasks import make_task
 from ditjax.weights import networks, reading, writing
 from ditjax.weights.torch_file import write_torch
@@ -29,12 +29,12 @@ def files(tmp_path_factory):
     """Small folders of diffusers: a latent DiT, and the autoencoder of its latents."""
     root = tmp_path_factory.mktemp("files")
     write_torch(root / "dit.pt", release_state(depth=1, width=16, patch=2, side=4))
-    dit = reading.load(root / "dit.pt", heads=2, numerics="diffusers")
+    dit = reading.load_network(root / "dit.pt", heads=2, numerics="diffusers")
     writing.write_diffusers(root / "dit", dit)
     sections = {"base_width": 4, "multipliers": (1, 2), "res_blocks": 1, "groups": 2}
     c = read({"task": "autoencoder", "autoencoder": sections})
     leaves = seeded_state(networks.shapes_of(c), 0)
-    vae = networks.Network(c, {"params": unflatten(leaves)}, "ditjax", ())
+    vae = networks.LoadedNetwork(c, {"params": unflatten(leaves)}, "ditjax", ())
     writing.write_diffusers(root / "vae", vae)
     return root
 
@@ -113,7 +113,9 @@ def test_a_whole_recipe_beside_weights(files, tmp_path):
     record = record_of(tmp_path)
     assert record["sample"]["cfg_scale"] == 2.0
     assert record["sample"]["cfg_channels"] == "three", "the recipe's, not the weights'"
-    match = "the recipe describes another network than the weights at .*, a DiT-1x16x2/2: leave"
+    match = (
+        "the recipe describes another network than the weights at .*, a DiT-1x16x2/2: do not change"
+    )
     with pytest.raises(UserError, match=match):
         sample.main(words(files, tmp_path, *recipe, "--config.data.num_classes=11"))
 
@@ -181,7 +183,7 @@ def test_numerics_are_on_record(tmp_path):
         (("--config.model.size=2x16x2",), "describes another network than .* a DiT-1x16x2/2"),
         (("--config.sample.nun=1",), "Did you mean 'sample.num'"),
         (("--weight=x", "--workdir=y"), "not allowed with argument"),
-        (("--numb=1",), "'--numb=1' is no flag of this command"),
+        (("--numb=1",), "'--numb=1' is not a flag of this command"),
     ],
 )
 def test_flags_out_of_range(more, match, files, tmp_path):
@@ -239,7 +241,7 @@ def test_a_published_autoencoder_in_a_recipe(files, tmp_path):
     assert len(digests) == 1
     workdir = tmp_path / "run"
     assert train.main([*latent_words(vae), f"--workdir={workdir}"]) == 0
-    source = open_run(workdir)
+    source = open_run_source(workdir)
     _, decoder = source.load(source.config, make_mesh(-1, 1))
     assert decoder_of(decoder) in digests
     assert source.record == {"run": str(workdir), "step": 3, "autoencoder": vae}

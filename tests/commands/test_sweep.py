@@ -40,9 +40,9 @@ def test_a_grid_that_cannot_run(tmp_path):
         ([GRID, "--index=1", "--shard=0/2"], "--index=1 runs one cell: leave --shard out"),
         ([GRID, "--index=1", "--dry_run"], "leave --dry_run out"),
         ([GRID, "--status", "--dry_run"], "give one of them"),
-        ([GRID, "--watch=5"], "and --status beside it"),
+        ([GRID, "--watch=5"], "together with --status"),
         ([GRID, "--status", "--watch=0"], "1 to 86400 seconds"),
-        ([GRID, "--distributed"], "several processes train one cell"),
+        ([GRID, "--distributed"], "train one cell in several processes"),
     ):
         with pytest.raises(UserError, match=match):
             sweep.main([*TINY, f"--workdir={tmp_path / 'study'}", *words])
@@ -81,7 +81,7 @@ def test_a_sweep_that_is_told_to_stop_tells_its_cells_and_waits_for_them(tmp_pat
         process.stdout.readline()
         if cell.number == waiting[-1].number:
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        return sweep._Running(cell, process, cpus)
+        return sweep._Job(cell, process, cpus)
 
     waiting = by_work(cells(load_recipe([*TINY, GRID]))[:2])
     monkeypatch.setattr(sweep, "_start", start)
@@ -89,22 +89,22 @@ def test_a_sweep_that_is_told_to_stop_tells_its_cells_and_waits_for_them(tmp_pat
         pytest.raises(StoppedError, match="stopped by SIGTERM") as stopped,
         stopping.raise_on_sigterm(),
     ):
-        sweep.run_grid(waiting, tmp_path, [], 2)
+        sweep.run_cells(waiting, tmp_path, [], 2)
     assert stopped.value.status == 143
     assert [path.read_text() for path in saved] == ["saved", "saved"]
-    assert [each.stage for each in status.look(waiting, tmp_path)] == ["stopped", "stopped"]
+    assert [each.stage for each in status.read_states(waiting, tmp_path)] == ["stopped", "stopped"]
 
 
 def test_a_cell_that_was_stopped_is_not_done(tmp_path, monkeypatch, capfd):
     def start(cell, workdir, argv, cpus, told):
         process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-        return sweep._Running(cell, process, cpus)
+        return sweep._Job(cell, process, cpus)
 
     some = cells(load_recipe([*TINY, GRID]))[:1]
     monkeypatch.setattr(sweep, "_start", start)
-    assert sweep.run_grid(some, tmp_path, [], 1) == some
+    assert sweep.run_cells(some, tmp_path, [], 1) == some
     assert f"{some[0].name} stopped before its end" in capfd.readouterr().err
-    assert status.look(some, tmp_path)[0].stage == "stopped"
+    assert status.read_states(some, tmp_path)[0].stage == "stopped"
 
 
 def test_a_cell_that_was_killed_has_failed(tmp_path, monkeypatch, capfd):
@@ -115,13 +115,13 @@ def test_a_cell_that_was_killed_has_failed(tmp_path, monkeypatch, capfd):
         process = subprocess.Popen(
             [sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"]
         )
-        return sweep._Running(cell, process, cpus)
+        return sweep._Job(cell, process, cpus)
 
     some = cells(load_recipe([*TINY, GRID]))[:1]
     monkeypatch.setattr(sweep, "_start", start)
-    assert sweep.run_grid(some, tmp_path, [], 1) == some
+    assert sweep.run_cells(some, tmp_path, [], 1) == some
     assert f"{some[0].name} FAILED (status -9): trains" in capfd.readouterr().err
-    (state,) = status.look(some, tmp_path)
+    (state,) = status.read_states(some, tmp_path)
     assert (state.stage, state.words) == ("failed", "ended by SIGKILL; its log: trains")
 
 
@@ -139,12 +139,12 @@ def test_machines_share_a_directory(tmp_path, monkeypatch, capfd):
                     workdir / "runs" / cell.name, a_result(run=cell.name, config=cell.recipe)
                 )
             else:
-                status.note_ending(workdir / "runs" / cell.name, status.FAILED, "no luck")
+                status.record_ending(workdir / "runs" / cell.name, status.FAILED, "no luck")
         assert argv == [*TINY, GRID, f"--workdir={workdir}"]
         assert shlex.split(command)[2:] == ["ditjax.sweep", *TINY, GRID, told, "--workdir=DIR"]
         return [cell for cell in grid if cell.number == breaks]
 
-    monkeypatch.setattr(sweep, "run_grid", run)
+    monkeypatch.setattr(sweep, "run_cells", run)
     monkeypatch.setattr(sweep, "make_report", lambda *_: SimpleNamespace(text="a report"))
     words, study = [*TINY, GRID, "--workdir", str(tmp_path)], tmp_path / "sweep.json"
     held = Lease(tmp_path / sweep.LEASE, "the whole study")
@@ -193,7 +193,7 @@ def test_a_study_from_end_to_end(tmp_path, capfd, monkeypatch):
     assert sweep.main(words) == 1
     said = capfd.readouterr().err
     assert "DiT-1x32x2-p4-seed0 FAILED (status 2): error: " in said
-    assert "this command says 's3://***@host/***'" in said
+    assert "this command has 's3://***@host/***'" in said
     results, problems = find_results([tmp_path / "runs"])
     assert [found.folder for found in results] == [finished]
     assert sweep.main([*words[:-1], "--status"]) == 0
@@ -260,14 +260,14 @@ def test_the_result_of_another_recipe_is_no_result(tmp_path):
     sweep.run_cell(cell, tmp_path)
     assert os.listdir(folder) == ["result.json"]
     (other,) = cells(load_recipe([*TINY, ONE, "--config.optim.learning_rate=1.0"]))
-    with pytest.raises(UserError, match=r"learning_rate=0\.005, this command says 1\.0"):
+    with pytest.raises(UserError, match=r"learning_rate=0\.005, but this command has 1\.0"):
         sweep.run_cell(other, tmp_path)
 
 
 ORPHAN = """
 import time
 from ditjax import sweep
-sweep._end_with_the_sweep()
+sweep._exit_with_parent()
 print("here", flush=True)
 time.sleep(60)
 """
@@ -290,4 +290,4 @@ def test_a_cell_ends_with_the_sweep_that_started_it():
     finally:
         process.kill()
     assert process.returncode == -signal.SIGTERM
-    assert said == "the sweep that started this cell is gone: it ends\n"
+    assert said == "the sweep of this cell is gone: the cell stops\n"

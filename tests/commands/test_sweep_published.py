@@ -111,7 +111,7 @@ def test_the_figures_of_a_cell_are_in_its_result(tmp_path, monkeypatch):
 
 def test_the_studys_record_lists_figures_of_cells_that_were_not_run():
     recipe = load_recipe([*TINY, *FIGURES])
-    listed = json.loads(json.dumps(studies.record(recipe, studies.cells(recipe), "typed")))
+    listed = json.loads(json.dumps(studies.study_record(recipe, studies.cells(recipe), "typed")))
     four, eight = scored_rows([], listed), listed["cells"][1]["published"]
     assert eight is None
     assert [(row.cell, row.published, row.verdict) for row in four] == [

@@ -144,7 +144,7 @@ def test_a_process_that_is_not_the_first_only_reads_the_directory(tmp_path, monk
         opening.open_run(tmp_path, read(recipe))
         assert (path.read_bytes(), path.stat().st_ino) == before
         recipe["seed"] += 1
-        with pytest.raises(UserError, match=r"holds a run with seed=0, this command says 1"):
+        with pytest.raises(UserError, match=r"holds a run with seed=0, but this command has 1"):
             opening.open_run(tmp_path, read(recipe))
 
 
@@ -171,7 +171,7 @@ def refused(words, tmp_path, match):
     [
         (["--config.data.name=digit"], r"'digit' is unknown.* Did you mean 'digits'"),
         (["--config.data.split=training"], r"no such split.*test, train"),
-        (["--config.data.num_classes=12"], r"num_classes is 12, and data set 'digits' has 10"),
+        (["--config.data.num_classes=12"], r"num_classes is 12, but data set 'digits' has 10"),
         (
             ["--config.train.batch_size=12"],
             r"batch_size is 12: not divisible .* fsdp = 8",
@@ -195,7 +195,7 @@ def test_mistakes_are_refused_before_anything_is_written(words, match, tmp_path)
 
 def test_another_recipe_in_the_same_directory_is_refused(finished):
     before = lines(finished)
-    with pytest.raises(UserError, match=r"optim\.learning_rate=0\.005, this command says 0\.1"):
+    with pytest.raises(UserError, match=r"optim\.learning_rate=0\.005, but this command has 0\.1"):
         train.main([*TINY, f"--workdir={finished}", "--config.optim.learning_rate=0.1"])
     with pytest.raises(UserError, match=r"holds a run with seed=0"):
         train.main([*TINY, f"--workdir={finished}", "--config.seed=1"])

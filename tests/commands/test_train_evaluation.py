@@ -179,7 +179,7 @@ def test_commands_take_a_step(watched, tmp_path):
     assert convert.main([f"--weights={run}", "--to=ditjax", f"--out={out}", "--step=best"]) == 0
     config = opening.recipe_of(run)
     params, _ = opening.load_weights(config, make_task(config), run, make_mesh(-1, 1), 10)
-    leaves, expected = reading.load(out).leaves, networks.of_run(config, params).leaves
+    leaves, expected = reading.load_network(out).leaves, networks.from_run(config, params).leaves
     assert leaves.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(leaves[name], value)
@@ -196,12 +196,12 @@ def test_steps_that_are_refused(watched, tmp_path):
     cases: list[tuple[Any, list[str], str]] = [
         (sample, [f"--workdir={watched.folder}", "--step=7"], "of step 7: it has 10, 20"),
         (sample, [f"--workdir={watched.folder}", "--step=newest"], words),
-        (sample, [f"--weights={npz}", "--step=best"], "best is for a run, and .* is none"),
+        (sample, [f"--weights={npz}", "--step=best"], "best is for runs, and .* is not a run"),
         (evaluate, [f"--workdir={watched.folder}", "--step=-1"], words),
         (evaluate, [f"--samples={watched.folder}", "--step=15"], "of step 15: it has 10, 20"),
-        (evaluate, [f"--samples={npz}", "--step=10"], "10 is for a run, and .* is none"),
+        (evaluate, [f"--samples={npz}", "--step=10"], "10 is for runs, and .* is not a run"),
         (convert, [f"--weights={watched.folder}", "--to=ditjax", out, "--step=3"], "of step 3"),
-        (convert, [f"--weights={npz}", "--to=ditjax", out, "--step=3"], "3 is for a run, and"),
+        (convert, [f"--weights={npz}", "--to=ditjax", out, "--step=3"], "3 is for runs, and"),
     ]
     for command, arguments, match in cases:
         with pytest.raises(UserError, match=match) as error:

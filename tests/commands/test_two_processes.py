@@ -159,7 +159,7 @@ def test_a_process_that_is_killed_ends_the_other_with_one_clear_line(pair):
     [
         (["--coordinator=10.0.0.1:1"], "--processes and --process missing"),
         (["--processes=2", "--process=0"], "--coordinator missing"),
-        (["--distributed", "--process=0"], "leave --coordinator and its like out"),
+        (["--distributed", "--process=0"], "remove --coordinator, --processes and"),
         (["--distributed"], "JAX detected no other processes"),
         (["--coordinator=here", "--processes=2", "--process=0"], "expected HOST:PORT"),
         (["--coordinator=h:99999", "--processes=2", "--process=0"], "expected HOST:PORT"),

@@ -214,7 +214,7 @@ def test_what_cannot_be_evaluated():
 
 
 def test_the_floor_is_of_real_digits():
-    assert 10 < evaluation.floor("digits", "digits", "digits/train", "") < 20
+    assert 10 < evaluation.real_distance("digits", "digits", "digits/train", "") < 20
 
 
 def test_scenes_are_seen_in_windows(tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ditjax.errors import UserError
-from ditjax.evaluation.features import Extractor, Features
-from ditjax.evaluation.scoring import look, open_reference, score, statistics_of
+from ditjax.evaluation.features import Extractor, ImageFeatures
+from ditjax.evaluation.scoring import extract_features, open_reference, score, statistics_of
 from ditjax.evaluation.statistics import save_statistics
 from ditjax.metrics import frechet, scores
 from tests.sample_files import save_samples
@@ -19,7 +19,7 @@ def extract(images):
     """Linear features of 4x4x3 images: as far as the scores can tell, an Inception."""
     flat = images.reshape(len(images), -1) / 255.0
     pool, spatial, logits = ((flat @ MIX[name]).astype(np.float32) for name in "psl")
-    return Features(pool, spatial, logits)
+    return ImageFeatures(pool, spatial, logits)
 
 
 EXTRACTOR = Extractor("inception", extract, 16, {"features_sha256": "a" * 64})
@@ -36,7 +36,7 @@ def batches(array, size):
 @pytest.fixture(scope="module")
 def reference():
     array = images(300, 1)
-    seen = look(EXTRACTOR, batches(array, 16), 300)
+    seen = extract_features(EXTRACTOR, batches(array, 16), 300)
     return extract(array), statistics_of(seen, {}), seen.pool
 
 
@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_definitions(reference):
     theirs, statistics, pool = reference
     array = images(200, 2) // 2
     ours = extract(array)
-    found = score(look(EXTRACTOR, batches(array, 7), 200), statistics, pool, family="")
+    found = score(extract_features(EXTRACTOR, batches(array, 7), 200), statistics, pool, family="")
     assert found["fid"] == pytest.approx(
         frechet.frechet_distance(
             frechet.batch_moments(ours.pool), frechet.batch_moments(theirs.pool)
@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_definitions(reference):
 
 def test_brief_is_the_same_distance(reference):
     _, statistics, pool = reference
-    seen = look(EXTRACTOR, [images(50, 2)], 50)
+    seen = extract_features(EXTRACTOR, [images(50, 2)], 50)
     whole = score(seen, statistics, pool, family="")
     brief = score(seen, statistics, pool, family="", brief=True)
     assert brief.keys() < whole.keys()
@@ -80,24 +80,24 @@ def test_brief_is_the_same_distance(reference):
 
 def test_kept_features_are_spread_evenly():
     array = images(100, 5)
-    seen = look(EXTRACTOR, batches(array, 7), 100, keep=12)
+    seen = extract_features(EXTRACTOR, batches(array, 7), 100, max_pool=12)
     rows = np.linspace(0, 99, 12).astype(int)
     np.testing.assert_array_equal(seen.pool, extract(array).pool[rows])
     assert rows[-1] == 99
-    whole = look(EXTRACTOR, batches(array, 7), 100)
+    whole = extract_features(EXTRACTOR, batches(array, 7), 100)
     np.testing.assert_array_equal(seen.moments.mean, whole.moments.mean)
 
 
 @pytest.mark.parametrize("given", [9, 11])
 def test_another_number_than_announced(given):
     with pytest.raises(UserError, match="10"):
-        look(EXTRACTOR, batches(images(given, 0), 4), 10)
+        extract_features(EXTRACTOR, batches(images(given, 0), 4), 10)
 
 
 def test_features_that_are_not_finite():
     broken = EXTRACTOR._replace(extract=lambda x: extract(x)._replace(pool=np.full((4, 6), np.nan)))
     with pytest.raises(UserError, match="finite"):
-        look(broken, [images(4, 0)], 4)
+        extract_features(broken, [images(4, 0)], 4)
 
 
 def test_a_reference_is_known_by_its_images(tmp_path):
@@ -107,7 +107,7 @@ def test_a_reference_is_known_by_its_images(tmp_path):
         save_samples(tmp_path / name, array, np.zeros(40, np.int32))
     save_samples(tmp_path / "c.npz", array[::-1], np.zeros(40, np.int32))
     kept = tmp_path / "kept.npz"
-    first = open_reference(str(tmp_path / "a.npz"), EXTRACTOR, 4, keep=kept)
+    first = open_reference(str(tmp_path / "a.npz"), EXTRACTOR, 4, save_to=kept)
     smaller = open_reference(str(tmp_path / "b.npz"), EXTRACTOR._replace(batch_size=3), 4)
     again = open_reference(str(kept), EXTRACTOR, 4)
     assert first.record == smaller.record == again.record
@@ -134,7 +134,7 @@ def test_statistics_of_others_come_with_images_or_without(tmp_path, reference):
     assert found["bare"].pool is None
     np.testing.assert_array_equal(found["full"].pool, extract(images(30, 1)).pool)
     assert found["bare"].record["reference_sha256"] != found["full"].record["reference_sha256"]
-    seen = look(EXTRACTOR, [images(50, 2)], 50)
+    seen = extract_features(EXTRACTOR, [images(50, 2)], 50)
     for name, has in (("bare", False), ("full", True)):
         metrics = score(seen, found[name].statistics, found[name].pool, family="")
         assert ("sfid" in metrics, "precision" in metrics) == (has, has)
@@ -144,5 +144,5 @@ def test_statistics_by_other_features_are_refused(tmp_path, reference):
     _, statistics, pool = reference
     path = tmp_path / "ours.npz"
     save_statistics(path, statistics._replace(provenance={"features_sha256": "b" * 64}), pool)
-    with pytest.raises(UserError, match="bbbbbbbbbbbb, the samples' are aaaaaaaaaaaa"):
+    with pytest.raises(UserError, match="bbbbbbbbbbbb, the samples have aaaaaaaaaaaa"):
         open_reference(str(path), EXTRACTOR, 4)

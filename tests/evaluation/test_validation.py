@@ -136,7 +136,7 @@ def test_of_latents_the_posterior_is_drawn_by_the_pair_too():
     weights = jax.tree.map(
         lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), trainee.init(jax.random.key(0))
     )
-    encode = jax.jit(lambda x: autoencoder.encode(c, weights, x))
+    encode = jax.jit(lambda x: autoencoder.encode_images(c, weights, x))
 
     def x0_of(x, key):
         moments = encode(x[None])

@@ -11,7 +11,7 @@ from ditjax.cli import load_recipe
 from ditjax.config import completed, read
 from ditjax.runs.rundir import leaves
 
-NAMES = recipes.names()
+NAMES = recipes.list_recipes()
 # Another argument, another recipe: of the names that take a word and not only a model.
 ARGUMENTS = [*NAMES, "base:S/4", "digits_latent:autoencoder", "paper/decoders:original"]
 # What an argument such as XL/2 says, whatever the paper's is.
@@ -30,10 +30,10 @@ def test_a_recipe_is_loaded_by_its_name(name):
     word, found, arg = name.partition(":")
     tree = load_recipe([f"--config={name}"])
     assert tree == load_recipe([f"--config=experiments/{word}.py{found}{arg}"])
-    assert tree == completed(recipes.load(name))
+    assert tree == completed(recipes.build(name))
     c = read(tree)
     assert c.task == ("autoencoder" if arg == "autoencoder" else "diffusion")
-    assert read(recipes.load(name)) == c
+    assert read(recipes.build(name)) == c
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -42,7 +42,7 @@ def test_a_recipe_states_only_what_differs(name):
 
     So may the same file without the argument. An empty section says nothing.
     """
-    stated = dict(leaves(recipes.load(name)))
+    stated = dict(leaves(recipes.build(name)))
     task = stated.pop("task", "diffusion")
     assert (task == "diffusion") == (name != "digits_latent:autoencoder")
     defaults = dict(leaves(completed({"task": task})))

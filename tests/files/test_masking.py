@@ -86,9 +86,9 @@ def test_recipes_are_written_as_they_are(name):
 
 def test_a_recipe_with_a_secret_comes_in_again(tmp_path):
     recipe = {"data": {"name": f"x:{SECRETS[1]}", "sizes": (1, 2)}}
-    rundir.open_run(tmp_path, recipe)
+    rundir.open_directory(tmp_path, recipe)
     assert rundir.read_recipe(tmp_path) == {"data": {"name": "x:***", "sizes": [1, 2]}}
-    rundir.open_run(tmp_path, recipe)
+    rundir.open_directory(tmp_path, recipe)
     rundir.open_study(tmp_path / "study", recipe, {"command": SECRETS[1]})
     for name in ("config.json", "sweep.json"):
         assert SECRETS[1] not in (tmp_path / "study" / name).read_text()

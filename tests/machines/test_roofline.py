@@ -4,11 +4,11 @@ import pytest
 
 from ditjax.config import read
 from ditjax.machines import roofline
-from ditjax.models.network import Cost, training_flops
+from ditjax.models.network import NetworkCost, training_flops
 from ditjax.tasks import cost_of
 
 
-def xl(remat: str) -> Cost:
+def xl(remat: str) -> NetworkCost:
     return cost_of(read({"model": {"size": "XL", "patch": 2, "remat": remat}}))
 
 

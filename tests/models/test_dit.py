@@ -414,13 +414,13 @@ def test_a_condition_without_a_door_is_refused(door):
     """What a network is given it never drops in silence."""
     x, t, labels = inputs()
     given = Conditions(label=labels.label, **{door: jnp.zeros((2, 4))})
-    with pytest.raises(ValueError, match=rf"no door for {door}: only for \('label',\)"):
+    with pytest.raises(ValueError, match=rf"takes no {door}: expected only \('label',\)"):
         jax.eval_shape(network().init, jax.random.key(0), x, t, given)
-    with pytest.raises(ValueError, match=f"no door for {door}"):
+    with pytest.raises(ValueError, match=f"takes no {door}"):
         jax.eval_shape(network().init, jax.random.key(0), x, t, given._replace(label=None))
 
 
 def test_a_label_is_always_given():
     x, t, _ = inputs()
-    with pytest.raises(ValueError, match="give the null label for none"):
+    with pytest.raises(ValueError, match="use the null label"):
         jax.eval_shape(network().init, jax.random.key(0), x, t, Conditions())

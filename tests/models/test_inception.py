@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from ditjax.errors import UserError
 from ditjax.models.inception import (
-    SIDE,
+    INPUT_SIDE,
     Conv,
     FIDInception,
     InceptionA,
@@ -65,7 +65,7 @@ def shapes(module: Any, *inputs: Any) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def layout():
-    return shapes(FIDInception(), jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32))
+    return shapes(FIDInception(), jax.ShapeDtypeStruct((1, INPUT_SIDE, INPUT_SIDE, 3), jnp.float32))
 
 
 def relative(ours: Any, theirs: np.ndarray) -> float:
@@ -85,7 +85,7 @@ def ramp(H: int, W: int) -> np.ndarray:
 def test_resize_reads_the_position_that_its_convention_says(H, W):
     # Interpolation is exact on a ramp: each output pixel is the position that it reads.
     def positions(size: int, offset: float) -> np.ndarray:
-        return np.clip((np.arange(SIDE) + offset) * size / SIDE - offset, 0, size - 1)
+        return np.clip((np.arange(INPUT_SIDE) + offset) * size / INPUT_SIDE - offset, 0, size - 1)
 
     tf1 = np.asarray(preprocess(jnp.asarray(ramp(H, W))))[0] * 128 + 128
     np.testing.assert_allclose(tf1[:, 5, 0], positions(H, 0.0), atol=1e-4)
@@ -96,11 +96,11 @@ def test_resize_reads_the_position_that_its_convention_says(H, W):
 
 
 def test_twice_the_side_drops_every_other_pixel_or_averages_pairs():
-    images = seeded_images((1, 2 * SIDE, 2 * SIDE, 3), 3)
+    images = seeded_images((1, 2 * INPUT_SIDE, 2 * INPUT_SIDE, 3), 3)
     tf1 = np.asarray(preprocess(jnp.asarray(images))) * 128 + 128
     np.testing.assert_array_equal(tf1, images[:, ::2, ::2])
     torch = (np.asarray(preprocess(jnp.asarray(images), "pytorch-fid")) + 1) * 127.5
-    pairs = images.reshape(1, SIDE, 2, SIDE, 2, 3).mean(axis=(2, 4))
+    pairs = images.reshape(1, INPUT_SIDE, 2, INPUT_SIDE, 2, 3).mean(axis=(2, 4))
     np.testing.assert_allclose(torch, pairs, atol=1e-4)
 
 
@@ -108,7 +108,7 @@ def test_black_and_white():
     images = np.zeros((2, 40, 30, 3), np.uint8)
     images[1] = 255
     tf1 = np.asarray(preprocess(jnp.asarray(images)))
-    assert tf1.shape == (2, SIDE, SIDE, 3)
+    assert tf1.shape == (2, INPUT_SIDE, INPUT_SIDE, 3)
     assert tf1.dtype == np.float32
     assert set(tf1[0].flat) == {-1.0}
     assert set(tf1[1].flat) == {127 / 128}
@@ -278,13 +278,13 @@ def test_unbiased_logits_lack_the_bias(outputs):
 
 
 def test_network_refuses_another_shape():
-    for shape in [(1, 256, 256, 3), (SIDE, SIDE, 3), (1, SIDE, SIDE, 1)]:
+    for shape in [(1, 256, 256, 3), (INPUT_SIDE, INPUT_SIDE, 3), (1, INPUT_SIDE, INPUT_SIDE, 1)]:
         with pytest.raises(UserError, match="preprocess"):
             FIDInception().init(jax.random.key(0), jnp.zeros(shape))
 
 
 def test_products_are_full_float32_unless_said_otherwise():
-    x = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, INPUT_SIDE, INPUT_SIDE, 3), jnp.float32)
 
     def precisions(module: FIDInception) -> set[str]:
         variables = jax.eval_shape(module.init, jax.random.key(0), x)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ditjax.models.inception import SIDE, FIDInception, preprocess
+from ditjax.models.inception import INPUT_SIDE, FIDInception, preprocess
 from tests.models.test_inception import from_torch, relative, shapes
 from tests.oracles.inception import (
     GAIN,
@@ -20,7 +20,7 @@ FEATURES = {"tf1": torch_fidelity_features, "pytorch-fid": pytorch_fid_features}
 
 
 def test_layout_is_that_of_torch_fidelity():
-    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, INPUT_SIDE, INPUT_SIDE, 3), jnp.float32)
     assert shapes(FIDInception(), image) == layout()
 
 

@@ -18,11 +18,11 @@ from ditjax.data.classes import class_names
 from ditjax.diffusion import samplers
 from ditjax.models.network import Conditions
 from ditjax.sampling.pipeline import Pipeline
-from ditjax.tasks.autoencoder import decode, encode
+from ditjax.tasks.autoencoder import decode_latents, encode_images
 from ditjax.tasks.diffusion import denoiser_module
 from ditjax.training import keys
 from ditjax.weights import reading, writing
-from ditjax.weights.networks import Network
+from ditjax.weights.networks import LoadedNetwork
 from tests.oracles import networks
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -36,7 +36,7 @@ def nhwc(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 2, 3, 1)
 
 
-def apply_dit(network: Network, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> np.ndarray:
+def apply_dit(network: LoadedNetwork, x: np.ndarray, t: np.ndarray, y: np.ndarray) -> np.ndarray:
     model = denoiser_module(network.config)
     labels = Conditions(label=jnp.asarray(y))
     out = model.apply(network.params, jnp.asarray(nhwc(x)), jnp.asarray(t), labels)
@@ -58,12 +58,12 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 def test_dit(config, tmp_path):
     theirs = networks.dit(config)
     theirs.save_pretrained(tmp_path / "theirs")
-    network = reading.load(tmp_path / "theirs")
+    network = reading.load_network(tmp_path / "theirs")
     expected = networks.dit_output(theirs, config)
     assert relative(apply_dit(network, *networks.dit_inputs(config)), expected) < 1e-4
 
     # Its own timestep embedding is not the release's: the same weights, another function.
-    release = reading.load(tmp_path / "theirs", numerics="release")
+    release = reading.load_network(tmp_path / "theirs", numerics="release")
     assert relative(apply_dit(release, *networks.dit_inputs(config)), expected) > 0.05
 
     writing.write_diffusers(tmp_path / "ours", network)
@@ -75,13 +75,13 @@ def test_dit(config, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_folders_there_and_back(dtype, tmp_path):
     networks.dit(networks.SMALL_DIT).to(dtype).save_pretrained(tmp_path / "theirs")
-    writing.write_diffusers(tmp_path / "ours", reading.load(tmp_path / "theirs"))
+    writing.write_diffusers(tmp_path / "ours", reading.load_network(tmp_path / "theirs"))
     assert_same(state_of(tmp_path / "theirs"), state_of(tmp_path / "ours"))
 
 
 def test_release_state_dict_loads_in_torch(tmp_path):
     networks.dit(networks.SMALL_DIT).save_pretrained(tmp_path / "theirs")
-    network = reading.load(tmp_path / "theirs", numerics="release")
+    network = reading.load_network(tmp_path / "theirs", numerics="release")
     writing.write_release(tmp_path / "dit.pt", network)
     state = torch.load(tmp_path / "dit.pt", weights_only=True)
     theirs = state_of(tmp_path / "theirs")
@@ -89,7 +89,7 @@ def test_release_state_dict_loads_in_torch(tmp_path):
     assert torch.equal(state["blocks.1.attn.qkv.weight"], torch.cat(qkv))
     # And what torch saves of it, wrapped as the training script does, is read back.
     torch.save({"model": state, "ema": state, "args": {"model": "x"}}, tmp_path / "checkpoint.pt")
-    back = reading.load(tmp_path / "checkpoint.pt", heads=3)
+    back = reading.load_network(tmp_path / "checkpoint.pt", heads=3)
     writing.write_diffusers(tmp_path / "back", back)
     assert_same(theirs, state_of(tmp_path / "back"))
 
@@ -100,15 +100,15 @@ def test_release_state_dict_loads_in_torch(tmp_path):
 def test_autoencoder(width, levels, side, tmp_path):
     theirs = networks.autoencoder(networks.autoencoder_config(width, levels, 32))
     theirs.save_pretrained(tmp_path / "theirs")
-    network = reading.load(tmp_path / "theirs")
+    network = reading.load_network(tmp_path / "theirs")
     x = networks.image(side, side + 16)
     mean, log_variance, again = networks.autoencoder_output(theirs, x)
     c = network.config
-    moments = jax.jit(lambda p, x: encode(c, p, x))(network.params, nhwc(x))
+    moments = jax.jit(lambda p, x: encode_images(c, p, x))(network.params, nhwc(x))
     assert relative(np.asarray(moments.mean), nhwc(mean)) < 1e-4
     assert relative(np.asarray(moments.log_variance), nhwc(log_variance)) < 1e-4
     z = moments.mean * c.autoencoder.scale
-    decoded = jax.jit(lambda p, z: decode(c, p, z))(network.params, z)
+    decoded = jax.jit(lambda p, z: decode_latents(c, p, z))(network.params, z)
     assert relative(np.asarray(decoded), nhwc(again)) < 1e-4
 
     writing.write_diffusers(tmp_path / "ours", network)
@@ -120,7 +120,7 @@ def test_autoencoder_in_its_other_names(tmp_path):
     """diffusers itself translates latent diffusion's names and its own old ones."""
     theirs = networks.autoencoder(networks.autoencoder_config(32, 4, 32))
     theirs.save_pretrained(tmp_path / "theirs")
-    network = reading.load(tmp_path / "theirs")
+    network = reading.load_network(tmp_path / "theirs")
 
     writing.write_ldm(tmp_path / "vae.ckpt", network)
     state = torch.load(tmp_path / "vae.ckpt", weights_only=True)["state_dict"]
@@ -144,7 +144,7 @@ def test_autoencoder_in_its_other_names(tmp_path):
     assert_same(AutoencoderKL.from_pretrained(tmp_path / "old").state_dict(), theirs.state_dict())
 
     for path, layout in (("sd.ckpt", "ldm"), ("vae.ckpt", "ldm"), ("old", "diffusers_old")):
-        again = reading.load(tmp_path / path)
+        again = reading.load_network(tmp_path / path)
         assert again.layout == layout
         writing.write_diffusers(tmp_path / f"{path}.ours", again)
         assert_same(state_of(tmp_path / f"{path}.ours"), state_of(tmp_path / "theirs"))
@@ -158,8 +158,8 @@ def test_pipeline_folder(cfg_scale, tmp_path):
     networks.autoencoder(networks.autoencoder_config(32, 4, 32)).save_pretrained(tmp_path / "vae")
     writing.write_pipeline(
         tmp_path / "pipeline",
-        reading.load(tmp_path / "dit"),
-        reading.load(tmp_path / "vae"),
+        reading.load_network(tmp_path / "dit"),
+        reading.load_network(tmp_path / "vae"),
         class_names(),
     )
     ours = Pipeline.from_pretrained(tmp_path / "pipeline")

@@ -89,7 +89,9 @@ def test_other_studies_are_refused(small, recipe, study):
     other["config"]["seed"] = other["train"]["seed"] = 7
     other["config"]["train"]["batch_size"] = 8
     (twice / "result.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match=r"train\.batch_size=16 and .* 8: name runs that differ in"):
+    with pytest.raises(
+        UserError, match=r"train\.batch_size=16 and .* 8: name runs that differ only in"
+    ):
         transfer.main([f"--runs={small}"])
     (small / "empty").mkdir()
     with pytest.raises(UserError, match="no readable result"):

@@ -23,7 +23,7 @@ from ditjax.training.step import TrainState
 
 def newest(checkpoints, abstract_state):
     """`runs.newest`, where there is one."""
-    found = opening.newest(checkpoints, abstract_state)
+    found = opening.restore_newest(checkpoints, abstract_state)
     assert found
     return found
 
@@ -302,7 +302,7 @@ def test_a_run_with_no_sound_checkpoint_does_not_begin_anew(folder):
     for _ in range(2):
         with (
             Checkpoints(folder, keep=3) as checkpoints,
-            pytest.raises(UserError, match=r"no sound checkpoint left: 3 \(position/metadata can"),
+            pytest.raises(UserError, match=r"no intact checkpoint: 3 \(position/metadata can"),
         ):
             newest(checkpoints, abstract(make_mesh(8, 1)))
     assert kept(folder) == [1, 2, 3]
@@ -310,11 +310,11 @@ def test_a_run_with_no_sound_checkpoint_does_not_begin_anew(folder):
         (folder / str(step)).rename(folder / f"damaged-{step}")
     with (
         Checkpoints(folder, keep=3) as checkpoints,
-        pytest.raises(UserError, match="no sound checkpoint left: damaged-1, damaged-2, damaged-3"),
+        pytest.raises(UserError, match="no intact checkpoint: damaged-1, damaged-2, damaged-3"),
     ):
         newest(checkpoints, abstract(make_mesh(8, 1)))
     with Checkpoints(folder.parent / "new", keep=3) as checkpoints:
-        assert opening.newest(checkpoints, abstract(make_mesh(8, 1))) is None
+        assert opening.restore_newest(checkpoints, abstract(make_mesh(8, 1))) is None
 
 
 def flip(data: bytes) -> bytes:

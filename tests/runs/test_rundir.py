@@ -25,43 +25,43 @@ def begun(folder):
 
 
 def test_the_same_recipe_comes_in_again(tmp_path):
-    folder = begun(rundir.open_run(tmp_path / "a" / "run", RECIPE))
+    folder = begun(rundir.open_directory(tmp_path / "a" / "run", RECIPE))
     assert rundir.read_recipe(folder) == json.loads(json.dumps(RECIPE))
-    rundir.open_run(folder, RECIPE)
-    rundir.open_run(folder, {**RECIPE, "train": {"steps": 20, "batch_size": 4}})
+    rundir.open_directory(folder, RECIPE)
+    rundir.open_directory(folder, {**RECIPE, "train": {"steps": 20, "batch_size": 4}})
     assert rundir.read_recipe(folder)["train"]["steps"] == 10
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, "seed=0, this command says 1"),
-        ({"train": {"steps": 10, "batch_size": 8}}, r"train\.batch_size=4, this command says 8"),
+        ({"seed": 1}, "seed=0, but this command has 1"),
+        ({"train": {"steps": 10, "batch_size": 8}}, r"train\.batch_size=4, but this command has 8"),
         (
             {"autoencoder": {"multipliers": (1, 4)}},
-            r"autoencoder\.multipliers=\[1, 2\], this command says \[1, 4\]",
+            r"autoencoder\.multipliers=\[1, 2\], but this command has \[1, 4\]",
         ),
-        ({"model": {"patch": 4}}, r"model\.patch=2, this command says 4"),
-        ({"task": "autoencoder"}, "task='diffusion', this command says 'autoencoder'"),
-        ({"new": 3}, "new=None, this command says 3"),
+        ({"model": {"patch": 4}}, r"model\.patch=2, but this command has 4"),
+        ({"task": "autoencoder"}, "task='diffusion', but this command has 'autoencoder'"),
+        ({"new": 3}, "new=None, but this command has 3"),
     ],
 )
 def test_another_recipe_does_not(tmp_path, change, message):
-    begun(rundir.open_run(tmp_path, RECIPE))
+    begun(rundir.open_directory(tmp_path, RECIPE))
     with pytest.raises(UserError, match=message):
-        rundir.open_run(tmp_path, {**RECIPE, **change})
+        rundir.open_directory(tmp_path, {**RECIPE, **change})
 
 
 @pytest.mark.parametrize("left", [(), ("checkpoints",), ("checkpoints", "log.txt", ".lease")])
 def test_one_that_was_refused_before_it_began_makes_room(tmp_path, left):
-    rundir.open_run(tmp_path, RECIPE)
+    rundir.open_directory(tmp_path, RECIPE)
     for name in left:
         (tmp_path / name).mkdir() if name == "checkpoints" else (tmp_path / name).touch()
-    rundir.open_run(tmp_path, {**RECIPE, "seed": 1})
+    rundir.open_directory(tmp_path, {**RECIPE, "seed": 1})
     assert rundir.read_recipe(tmp_path)["seed"] == 1
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    with pytest.raises(UserError, match="seed=1, this command says 2"):
-        rundir.open_run(tmp_path, {**RECIPE, "seed": 2})
+    with pytest.raises(UserError, match="seed=1, but this command has 2"):
+        rundir.open_directory(tmp_path, {**RECIPE, "seed": 2})
 
 
 def test_a_run_of_before_a_key_comes_in_with_what_it_ran_with(tmp_path):
@@ -72,21 +72,21 @@ def test_a_run_of_before_a_key_comes_in_with_what_it_ran_with(tmp_path):
         "autoencoder": {"multipliers": (1, 2)},
     }
     (begun(tmp_path) / "config.json").write_text(json.dumps(old))
-    rundir.open_run(tmp_path, RECIPE)
-    rundir.open_run(tmp_path, {**RECIPE, "data": {"flip": True}})
-    with pytest.raises(UserError, match=r"data\.flip=True, this command says False"):
-        rundir.open_run(tmp_path, {**RECIPE, "data": {"flip": False}})
+    rundir.open_directory(tmp_path, RECIPE)
+    rundir.open_directory(tmp_path, {**RECIPE, "data": {"flip": True}})
+    with pytest.raises(UserError, match=r"data\.flip=True, but this command has False"):
+        rundir.open_directory(tmp_path, {**RECIPE, "data": {"flip": False}})
     old["train"]["network"] = "autoencoder"
     (tmp_path / "config.json").write_text(json.dumps(old))
-    with pytest.raises(UserError, match="task='autoencoder', this command says 'diffusion'"):
-        rundir.open_run(tmp_path, RECIPE)
+    with pytest.raises(UserError, match="task='autoencoder', but this command has 'diffusion'"):
+        rundir.open_directory(tmp_path, RECIPE)
 
 
 def test_what_a_resumed_run_may_change_is_said_by_the_keys(tmp_path):
     """A whole section of them, and one key of a section that is otherwise what is learned."""
-    begun(rundir.open_run(tmp_path, RECIPE))
+    begun(rundir.open_directory(tmp_path, RECIPE))
     changes = {"mesh": {"fsdp": 8}, "sample": {"num": 3}, "model": {"remat": "full"}}
-    rundir.open_run(tmp_path, {**RECIPE, **changes})
+    rundir.open_directory(tmp_path, {**RECIPE, **changes})
     found = rundir.differences(RECIPE, {**RECIPE, **changes}, also=("model.remat", "sample.num"))
     assert list(found) == [("model.remat", "none", "full"), ("sample.num", 64, 3)]
 
@@ -94,11 +94,11 @@ def test_what_a_resumed_run_may_change_is_said_by_the_keys(tmp_path):
 def test_damage_is_named(tmp_path):
     (begun(tmp_path) / "config.json").write_text('{"seed": ')
     with pytest.raises(UserError, match=r"config\.json is damaged"):
-        rundir.open_run(tmp_path, RECIPE)
+        rundir.open_directory(tmp_path, RECIPE)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match="holds no recipe"):
         rundir.read_recipe(tmp_path)
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="not a run directory"):
         rundir.read_recipe(tmp_path / "none")
 
 
@@ -111,7 +111,7 @@ def test_a_study_is_not_a_run(tmp_path):
     assert (tmp_path / "study" / "sweep.json").stat().st_ino == written, "it says the same"
     assert rundir.read_recipe(tmp_path / "study")["new"] == 1
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="is a single run's"):
+    with pytest.raises(UserError, match="holds a single run"):
         rundir.open_study(tmp_path / "run", RECIPE, {})
 
 
@@ -152,7 +152,7 @@ def test_a_link_out_of_the_root_is_refused(tmp_path):
     (root / "out").symlink_to(tmp_path)
     (root / "other").symlink_to(root / "there" / "deep")
     for name in ("out", "other"):
-        with pytest.raises(UserError, match=f"{name} is a link to .*, out of .*: remove it"):
+        with pytest.raises(UserError, match=f"{name} is a link to .*, outside of .*: remove it"):
             rundir.inside(root, name)
 
 
@@ -168,7 +168,7 @@ def test_a_link_out_of_the_root_is_refused(tmp_path):
 def test_recipes_that_nest_too_deep_or_are_no_text(tmp_path, content, match):
     (begun(tmp_path) / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"config\.json is damaged: .*{match}"):
-        rundir.open_run(tmp_path, RECIPE)
+        rundir.open_directory(tmp_path, RECIPE)
 
 
 def test_a_recipe_is_of_a_bounded_size(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def ours(path, *, channels=1, classes=10, **sections):
         }
     )
     leaves = seeded_state(networks.shapes_of(c), 5)
-    network = networks.Network(c, {"params": unflatten(leaves)}, "ditjax", (path,))
+    network = networks.LoadedNetwork(c, {"params": unflatten(leaves)}, "ditjax", (path,))
     return writing.write_ditjax(path, network)
 
 
@@ -244,7 +244,7 @@ def test_products_are_computed_as_the_recipe_says(matmul, pixels, monkeypatch):
 
 
 def test_a_pipeline_folder_gives_the_same_images(latent, folders, tmp_path):
-    dit, vae = reading.load(folders / "dit"), reading.load(folders / "vae")
+    dit, vae = reading.load_network(folders / "dit"), reading.load_network(folders / "vae")
     names = [(f"kind {i}", f"sort-{i}") for i in range(10)]
     writing.write_pipeline(tmp_path / "p", dit, vae, names)
     again = Pipeline.from_pretrained(tmp_path / "p")
@@ -254,7 +254,7 @@ def test_a_pipeline_folder_gives_the_same_images(latent, folders, tmp_path):
 
 
 def test_an_autoencoder_given_replaces_the_folders_own(folders, tmp_path):
-    dit, vae = reading.load(folders / "dit"), reading.load(folders / "vae")
+    dit, vae = reading.load_network(folders / "dit"), reading.load_network(folders / "vae")
     writing.write_pipeline(tmp_path / "p", dit, vae, [("x",)] * 10)
     other = writing.write_ldm(tmp_path / "vae.ckpt", vae)
     source = open_source(tmp_path / "p", other)
@@ -272,7 +272,10 @@ def test_the_recipes_seed_is_taken_where_none_is_given(pixels, monkeypatch):
 def test_a_folders_own_names_go_before_imagenets(folders, tmp_path):
     write_torch(tmp_path / "x.pt", release_state(classes=1000))
     names = [(f"kind {i}",) for i in range(1000)]
-    dit, vae = reading.load(tmp_path / "x.pt", heads=3), reading.load(folders / "vae")
+    dit, vae = (
+        reading.load_network(tmp_path / "x.pt", heads=3),
+        reading.load_network(folders / "vae"),
+    )
     writing.write_pipeline(tmp_path / "p", dit, vae, names)
     assert open_source(tmp_path / "p").class_names == tuple(names)
 
@@ -287,7 +290,7 @@ def test_imagenet_names(tmp_path):
     ("dit", "vae", "words"),
     [
         ("dit", "", "is a DiT-2x48x3/4 on latents: give the autoencoder .* --autoencoder=FILE"),
-        ("vae", "", "holds a KL autoencoder .*: give it as --autoencoder"),
+        ("vae", "", "holds a KL autoencoder .*: expected a DiT"),
         ("dit", "dit", "holds a DiT-2x48x3/4: expected an autoencoder"),
         ("none", "", "does not exist"),
         ("x" * 300, "", "does not exist"),
@@ -321,6 +324,6 @@ def test_a_recipe_of_another_network_is_refused(sections, name, folders):
     source = open_source(folders / "dit", folders / "vae")
     plain = dataclasses.replace(source.config.sample, cfg_scale=1.0)
     c = replaced(source.config, sample=plain)
-    words = rf"the recipe describes another network than the weights at .*, a {name}: leave"
+    words = rf"the recipe describes another network than the weights at .*, a {name}: do not change"
     with pytest.raises(UserError, match=words):
         Pipeline(source, changed(c, sections))

@@ -93,7 +93,7 @@ def test_default_labels_are_uniform():
 
 def test_a_task_that_draws_nothing_has_no_sampler():
     c = read({"task": "autoencoder"})
-    with pytest.raises(UserError, match=r"'autoencoder', a KL autoencoder \(f=8\): it draws no"):
+    with pytest.raises(UserError, match=r"'autoencoder', a KL autoencoder \(f=8\), which draws no"):
         batch_sampler(c, make_task(c), make_mesh(8, 1))
 
 

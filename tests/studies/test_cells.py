@@ -19,8 +19,8 @@ from ditjax.studies.cells import (
     cells,
     check_result,
     check_same_study,
-    chosen,
-    record,
+    select_cells,
+    study_record,
 )
 from ditjax.tasks import cost_of
 
@@ -214,11 +214,11 @@ def test_a_study_that_is_none():
 
 def test_cells_are_picked_by_model_and_number():
     study = of(grid=NINE, seeds=(0, 1))
-    picked = chosen(study, models="1x32x2/4, DiT-3x64x2/1")
+    picked = select_cells(study, models="1x32x2/4, DiT-3x64x2/1")
     assert [cell.number for cell in picked] == [0, 1, 16, 17]
-    assert [cell.number for cell in chosen(study, numbers="0,3-5,4")] == [0, 3, 4, 5]
-    assert [c.number for c in chosen(study, models="1x32x2/4", numbers="1-9")] == [1]
-    assert chosen(study) == study
+    assert [cell.number for cell in select_cells(study, numbers="0,3-5,4")] == [0, 3, 4, 5]
+    assert [c.number for c in select_cells(study, models="1x32x2/4", numbers="1-9")] == [1]
+    assert select_cells(study) == study
     for flags, match in (
         (
             {"models": "1x32x2/3"},
@@ -229,19 +229,19 @@ def test_cells_are_picked_by_model_and_number():
         ({"numbers": "5-3"}, "ranges such as 0,3-5"),
         ({"numbers": "-1"}, "ranges such as"),
         ({"numbers": "٣"}, "ranges such as"),
-        ({"models": "1x32x2/4", "numbers": "5"}, "no cell is both"),
+        ({"models": "1x32x2/4", "numbers": "5"}, "no cell matches both"),
         ({"shard": "4/4"}, r"--shard=4/4: expected K/N, .* from 0"),
         ({"shard": "1"}, "expected K/N"),
         ({"shard": "0/0"}, "expected K/N"),
     ):
         with pytest.raises(UserError, match=match):
-            chosen(study, **flags)
+            select_cells(study, **flags)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5, 30])
 def test_shards_are_disjoint_and_all_of_it(parts):
     study = of(grid=NINE, seeds=(0, 1))
-    shards = [chosen(study, shard=f"{k}/{parts}") for k in range(parts)]
+    shards = [select_cells(study, shard=f"{k}/{parts}") for k in range(parts)]
     assert Counter(cell.name for shard in shards for cell in shard) == Counter(
         cell.name for cell in study
     )
@@ -255,7 +255,7 @@ def test_shards_are_disjoint_and_all_of_it(parts):
 
 def test_the_record_of_a_study():
     study = of(grid=NINE, budget=("steps", 500))
-    said = json.loads(json.dumps(record(DIGITS, study, "a command")))
+    said = json.loads(json.dumps(study_record(DIGITS, study, "a command")))
     assert (said["schema"], said["title"], said["command"]) == (1, "", "a command")
     assert said["cells"][1] == {
         "number": 1,
@@ -292,5 +292,5 @@ def test_a_result_of_other_steps_is_another_cells(tmp_path):
     (cell,) = of(seeds=(0,))
     check_result(cell, tmp_path, {"config": cell.recipe})
     more = Cell(0, cell.name, with_train(steps=9000), cell.config)
-    with pytest.raises(UserError, match=r"train\.steps=4000, this command says 9000"):
+    with pytest.raises(UserError, match=r"train\.steps=4000, but this command has 9000"):
         check_result(more, tmp_path, {"config": cell.recipe})

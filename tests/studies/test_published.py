@@ -46,7 +46,7 @@ def test_a_figure_is_given_to_the_cells_with_its_keys():
 
 def test_two_figures_of_one_cell_are_refused():
     study = read(with_figures(A, ((("model.patch", 4),), "fd_digits", 6.0)))
-    with pytest.raises(UserError, match=r"fd_digits 5 and 6 of the cells with model\.patch=4"):
+    with pytest.raises(UserError, match=r"fd_digits 5 and 6 for the cells with model\.patch=4"):
         published_of(study, cell_of(study, model={"size": "2x32x2", "patch": 4}))
 
 
@@ -60,9 +60,9 @@ KEYS = (("model.patch", 4),)
         (((KEYS, "fid"),), "expected"),
         (((("model.patch", 4), "fid", 1.0),), "expected"),
         ((((("model.patches", 4),), "fid", 1.0),), "Did you mean 'model.patch'"),
-        ((((("sweep.title", "x"),), "fid", 1.0),), "no key of a recipe"),
+        ((((("sweep.title", "x"),), "fid", 1.0),), "expected a key of a recipe"),
         ((((("model.patch", 0),), "fid", 1.0),), "model.patch is 0"),
-        ((((*KEYS, *KEYS), "fid", 1.0),), "a key stands twice"),
+        ((((*KEYS, *KEYS), "fid", 1.0),), "a key appears twice"),
         (((KEYS, 3, 1.0),), "expected a string"),
         (((KEYS, "fid", "low"),), "expected a number"),
         (((KEYS, "fid", 0.0),), "above 0"),
@@ -79,10 +79,10 @@ def test_figures_that_are_none(figures, match):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"protocol": ()}, "is of image_size not said"),
+        ({"protocol": ()}, "is for image_size not stated"),
         ({"protocol": (("image_size", "256"), ("num_classes", "10"))}, "data.image_size is 8"),
         ({"protocol": (("image_size", "8"), ("num_classes", "1000"))}, "data.num_classes is 10"),
-        ({"protocol": (*OF_DIGITS, *OF_DIGITS)}, "a field twice"),
+        ({"protocol": (*OF_DIGITS, *OF_DIGITS)}, "a field appears twice"),
         ({"protocol": (("image_size", 8),)}, "expected a string"),
         ({"protocol": ("image_size",)}, "expected pairs"),
         ({"source": ""}, "published_source is empty"),

@@ -42,7 +42,7 @@ def contents(root):
 
 def seen(study, tmp_path, **flags):
     before = contents(tmp_path)
-    states = status.look(study, tmp_path, **flags)
+    states = status.read_states(study, tmp_path, **flags)
     assert contents(tmp_path) == before, "looking changed something"
     return states
 
@@ -83,7 +83,7 @@ def test_running_says_how_fast_and_where(study, tmp_path, folder):
         (state,) = seen(study[:1], tmp_path)
         assert (state.step, state.rate, state.left) == (15, 5.0, 1.0)  # compiling left out
         assert f"process {os.getpid()} on " in state.words
-        line = status.text([state]).splitlines()[1]
+        line = status.status_text([state]).splitlines()[1]
         assert line.split()[2:7] == ["running", "15/20", "5/s", "0:01", "process"]
         log(folder, (10, 41.0), (20, 43.0))
         (state,) = seen(study[:1], tmp_path)
@@ -103,29 +103,29 @@ def test_a_holder_on_another_machine_is_told_by_its_lease_moving(
 
     move(0)
     (folder / "log.txt").write_text("trains\n")
-    (state,) = status.look(study[:1], tmp_path)
+    (state,) = status.read_states(study[:1], tmp_path)
     assert (state.stage, state.words) == ("running", "starts, process 7 on far, since then")
     monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.05)
-    (state,) = status.look(study[:1], tmp_path, waits=True)
+    (state,) = status.read_states(study[:1], tmp_path, waits=True)
     assert state.stage == "failed"
     monkeypatch.setattr(lease, "PATIENCE_SECONDS", 5.0)
     monkeypatch.setattr("time.sleep", lambda _: move(1))
-    (state,) = status.look(study[:1], tmp_path, waits=True)
+    (state,) = status.read_states(study[:1], tmp_path, waits=True)
     assert state.stage == "running"
 
 
 def test_failed_and_stopped_say_why(study, tmp_path, folder):
     log(folder, (5, 1.0))
-    status.note_ending(folder, status.FAILED, "no\nroom\x1b[2J")
+    status.record_ending(folder, status.FAILED, "no\nroom\x1b[2J")
     (state,) = seen(study[:1], tmp_path)
     assert (state.stage, state.step, state.words) == ("failed", 5, r"no room\x1b[2J")
-    status.note_ending(folder, status.STOPPED, "stopped at step 5 by SIGTERM")
+    status.record_ending(folder, status.STOPPED, "stopped at step 5 by SIGTERM")
     assert seen(study[:1], tmp_path)[0].stage == "stopped"
-    status.forget_ending(folder)
+    status.clear_ending(folder)
     (folder / "log.txt").write_text("trains\nKilled\n\n")
     (state,) = seen(study[:1], tmp_path)
     assert state.stage == "failed"
-    assert state.words == "ended without a word; its log: Killed"
+    assert state.words == "ended without a message; its log: Killed"
     for text in ("{", "[]", '{"how": "done", "line": ""}'):
         (folder / rundir.ENDED_FILE).write_text(text)
         assert seen(study[:1], tmp_path)[0].words == state.words, "no ending of ours"
@@ -137,7 +137,7 @@ def test_a_cell_told_to_stop_in_its_evaluation_has_stopped(study, tmp_path, fold
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr(sweep, "_make", told)
+    monkeypatch.setattr(sweep, "_train_and_evaluate", told)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with pytest.raises(
@@ -158,11 +158,11 @@ def test_a_cell_of_a_sweep_that_lives_starts(study, tmp_path, folder):
     (folder / "log.txt").write_text("")
     states = seen(study[:1], tmp_path)
     assert states[0].stage == "failed"
-    status.keep(states, tmp_path)  # as the sweep does before it begins
+    status.record_failures(states, tmp_path)  # as the sweep does before it begins
     held = Lease(tmp_path / sweep.LEASE, "the study")
     try:
         assert seen(study[:1], tmp_path)[0].stage == "failed"
-        status.forget_ending(folder)  # as it does when it starts the cell
+        status.clear_ending(folder)  # as it does when it starts the cell
         assert seen(study[:1], tmp_path)[0].stage == "running"
     finally:
         held.release()
@@ -179,7 +179,7 @@ def test_results_that_are_none(study, tmp_path):
     assert first.stage == second.stage == "failed"
     assert first.words.startswith("result.json is not whole JSON")
     assert second.words.startswith("holds a run with data.")
-    status.keep([first, second], tmp_path)
+    status.record_failures([first, second], tmp_path)
     assert not list(tmp_path.rglob(rundir.ENDED_FILE)), "what they hold says it"
 
 
@@ -194,10 +194,10 @@ def test_totals(study):
     # 10 steps are left here, 30 elsewhere; all four cost the same.
     assert status.totals(states) == (
         "4 cells: 1 done, 1 running, 1 failed, 1 stopped; 50 % of the training is done, 1:20 left"
-        " of it at the rate of now"
+        " of it at the current rate"
     )
     assert math.isnan(states[2].left)
-    lines = status.text(states, failed=True).splitlines()
+    lines = status.status_text(states, failed=True).splitlines()
     assert len(lines) == 3
     assert study[2].name in lines[1]
     assert lines[2] == status.totals(states)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ditjax.diffusion import losses, samplers
 from ditjax.diffusion.gaussian import Denoise
 from ditjax.diffusion.schedule import Schedule
-from ditjax.evaluation.features import Extractor, Features
+from ditjax.evaluation.features import Extractor, ImageFeatures
 
 
 def twice(
@@ -32,10 +32,10 @@ def absolute(
 def halves(mesh: Mesh, batch_size: int) -> Extractor:
     """The means of an image's halves: the toy data set's two classes, seen."""
 
-    def extract(images: np.ndarray) -> Features:
+    def extract(images: np.ndarray) -> ImageFeatures:
         x = images.astype(np.float32).mean(3) / np.float32(255)
         pool = np.stack([x[:, :, :4].mean((1, 2)), x[:, :, 4:].mean((1, 2))], 1)
-        return Features(pool, None, pool)
+        return ImageFeatures(pool, None, pool)
 
     record = {"features": "means of halves", "features_sha256": "of no file"}
     return Extractor("halves", extract, batch_size or 32, record, side=8, family="halves")

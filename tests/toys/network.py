@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ditjax.config import positive
-from ditjax.models.network import Conditions, Cost, Denoiser, Inputs, Network
+from ditjax.models.network import Conditions, Denoiser, Inputs, Network, NetworkCost
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ def module(k: ConvKeys, inputs: Inputs, place: Any = None) -> Conv:
     return Conv(k.width, inputs.out_channels, inputs.num_classes)
 
 
-def cost(k: ConvKeys, inputs: Inputs) -> Cost:
+def cost(k: ConvKeys, inputs: Inputs) -> NetworkCost:
     H, W, C = inputs.shape
     kernels = 9 * C * k.width + 9 * k.width * inputs.out_channels
     biases = k.width + inputs.out_channels
     embeddings = (inputs.num_classes + 1) * k.width + 2 * k.width
-    return Cost(
+    return NetworkCost(
         name=f"Conv-{k.width}",
         parameters=kernels + biases + embeddings,
         macs=H * W * kernels + k.width,

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ditjax.config import Config, Section, above, key
-from ditjax.models.network import Cost
+from ditjax.models.network import NetworkCost
 from ditjax.training.step import Batch, Metrics
-from ditjax.training.task import Definition, Frozen, Score, Task
+from ditjax.training.task import Definition, Frozen, Task, ValidationScore
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         prepare=lambda frozen, batch, key: {"x0": batch["image"]},
         draw=lambda batch, key: batch,
         loss=loss,
-        cost=Cost("Brightness", size, size),
-        score=Score(measure, names={"error": "mse"}, protocol={"metric": "MSE"}),
+        cost=NetworkCost("Brightness", size, size),
+        score=ValidationScore(measure, names={"error": "mse"}, protocol={"metric": "MSE"}),
     )
 
 

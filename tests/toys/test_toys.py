@@ -121,7 +121,7 @@ def test_a_task_of_its_own(tmp_path, capsys):
     assert evaluate.main([f"--workdir={run}"]) == 0
     record = json.loads((run / "evaluation.json").read_text())
     assert 0 < record["metrics"]["mse"] < 0.1
-    with pytest.raises(UserError, match="is a run of a Brightness: it draws no samples"):
+    with pytest.raises(UserError, match="is a run of a Brightness, which draws no samples"):
         sample.main([f"--workdir={run}"])
     assert flops.main([f"--config={recipe}", *words]) == 0
     assert "Brightness" in capsys.readouterr().out

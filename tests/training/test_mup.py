@@ -168,22 +168,22 @@ def test_attention_is_of_logits_over_the_width_of_a_head(kind):
 def of_noise(c):
     """A network with weights of noise: nothing is hidden by a zero."""
     shapes = jax.eval_shape(make_task(c).init, jax.random.key(0))
-    return networks.Network(c, noise(shapes, 0.1), "ditjax", ())
+    return networks.LoadedNetwork(c, noise(shapes, 0.1), "ditjax", ())
 
 
 def test_other_programs_get_a_network_that_computes_the_same(tmp_path):
     """They know no scale of queries: it is in their weights. Ours keeps it, and its weights."""
     network = of_noise(coordinates.recipe(64, "mup"))  # heads 32 wide, of 16: a scale of √½
     writing.write_ditjax(tmp_path / "ours.safetensors", network)
-    ours = reading.load(tmp_path / "ours.safetensors")
+    ours = reading.load_network(tmp_path / "ours.safetensors")
     assert ours.config.model == network.config.model
     assert_same(ours.leaves, network.leaves)
     assert writing.folded(network).config.model.parametrization == "standard"
     writing.write_release(tmp_path / "release.pt", network)
     writing.write_diffusers(tmp_path / "diffusers", network)
-    other = reading.load(tmp_path / "release.pt", heads=2)
+    other = reading.load_network(tmp_path / "release.pt", heads=2)
     assert other.config.model.parametrization == "standard"
-    assert_same(reading.load(tmp_path / "diffusers").leaves, other.leaves)
+    assert_same(reading.load_network(tmp_path / "diffusers").leaves, other.leaves)
 
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
     labels = np.array([3, 7], np.int32)

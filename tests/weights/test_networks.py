@@ -89,8 +89,8 @@ def test_the_autoencoder_in_front_of_a_recipe():
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     return (
-        reading.load(diffusers_folder(folder / "dit", "dit")),
-        reading.load(diffusers_folder(folder / "vae", "autoencoder")),
+        reading.load_network(diffusers_folder(folder / "dit", "dit")),
+        reading.load_network(diffusers_folder(folder / "vae", "autoencoder")),
     )
 
 
@@ -112,7 +112,7 @@ def test_what_a_network_says_of_itself(pair):
 
 def test_a_pair_is_joined(pair):
     dit, autoencoder = pair
-    c = networks.joined(dit, autoencoder)
+    c = networks.combined_recipe(dit, autoencoder)
     assert (c.data.image_size, c.input_size, c.data.channels) == (32, 16, 3)
     assert c.autoencoder.multipliers == (1, 2)
     assert c.autoencoder.groups == 8
@@ -124,24 +124,24 @@ def test_the_scale_is_the_dits_where_its_file_says_it(pair):
     other = autoencoder._replace(
         config=changed(autoencoder.config, {"autoencoder": {"scale": 0.5}})
     )
-    assert networks.joined(dit, other).autoencoder.scale == 0.5
+    assert networks.combined_recipe(dit, other).autoencoder.scale == 0.5
     ours = dit._replace(
         layout="ditjax", config=changed(dit.config, {"autoencoder": {"scale": 2.0}})
     )
-    assert networks.joined(ours, other).autoencoder.scale == 2.0
+    assert networks.combined_recipe(ours, other).autoencoder.scale == 2.0
 
 
 def test_what_does_not_belong_together_is_refused(pair):
     dit, autoencoder = pair
     with pytest.raises(UserError, match=r"holds a KL autoencoder .*: expected a DiT"):
-        networks.joined(autoencoder, autoencoder)
+        networks.combined_recipe(autoencoder, autoencoder)
     with pytest.raises(UserError, match="holds a DiT-2x48x3/4: expected an autoencoder"):
-        networks.joined(dit, dit)
+        networks.combined_recipe(dit, dit)
     c = autoencoder.config
     wide = autoencoder._replace(
         config=replaced(c, autoencoder=dataclasses.replace(c.autoencoder, latent_channels=16))
     )
-    with pytest.raises(UserError, match=r"works on 4 channels .* have 16"):
+    with pytest.raises(UserError, match=r"has 4 input channels .* have 16"):
         networks.check_fit(dit, wide)
 
 
@@ -157,7 +157,7 @@ def test_pixels_belong_to_no_autoencoder(pair):
 
 
 def test_half_precision_weights_are_computed_with_as_float32(tmp_path):
-    network = reading.load(diffusers_folder(tmp_path, "dit", np.float16))
+    network = reading.load_network(diffusers_folder(tmp_path, "dit", np.float16))
     assert network.dtype == np.float16
     flat = networks.as_float32(network.params)["params"]["x_embedder"]["kernel"]
     assert flat.dtype == np.float32

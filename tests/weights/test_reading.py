@@ -19,7 +19,7 @@ from ditjax.errors import UserError
 from ditjax.models.dit import PAPER_PATCHES, PAPER_SIZES
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.models.network import Conditions
-from ditjax.tasks.autoencoder import decode, encode
+from ditjax.tasks.autoencoder import decode_latents, encode_images
 from ditjax.tasks.diffusion import denoiser_module
 from ditjax.weights import layouts, reading, writing
 from ditjax.weights import tensors as weights
@@ -49,7 +49,7 @@ def nhwc(x: np.ndarray) -> np.ndarray:
 def refusal(path, **kwargs):
     """The one line that loading a path ends in."""
     with pytest.raises(UserError) as caught:
-        reading.load(path, **kwargs)
+        reading.load_network(path, **kwargs)
     text = str(caught.value)
     assert "\n" not in text
     assert str(path) in text
@@ -71,7 +71,7 @@ def apply_dit(network, params=None):
 
 
 def test_a_dit_of_diffusers(tmp_path):
-    network = reading.load(diffusers_folder(tmp_path, "dit"))
+    network = reading.load_network(diffusers_folder(tmp_path, "dit"))
     expected = nhwc(golden("dit_output"))
     assert relative(apply_dit(network), expected) < 1e-4
     c = network.config
@@ -83,19 +83,19 @@ def test_a_dit_of_diffusers(tmp_path):
     assert c.sample.cfg_channels == "all"
     assert not c.sample.clip_x0
     # The release's embedding of the same t is another function.
-    release = reading.load(tmp_path, numerics="release")
+    release = reading.load_network(tmp_path, numerics="release")
     assert (release.config.model.frequency_shift, release.config.model.norm2_eps) == (0, 1e-6)
     assert relative(apply_dit(release), expected) > 0.05
 
 
 def test_an_autoencoder_of_diffusers(tmp_path):
-    network = reading.load(diffusers_folder(tmp_path, "autoencoder"))
+    network = reading.load_network(diffusers_folder(tmp_path, "autoencoder"))
     c, x = network.config, nhwc(golden("autoencoder_x"))
-    moments = jax.jit(lambda p, x: encode(c, p, x))(network.params, x)
+    moments = jax.jit(lambda p, x: encode_images(c, p, x))(network.params, x)
     assert relative(moments.mean, nhwc(golden("autoencoder_mean"))) < 1e-4
     assert relative(moments.log_variance, nhwc(golden("autoencoder_log_variance"))) < 1e-4
     z = moments.mean * c.autoencoder.scale
-    again = jax.jit(lambda p, z: decode(c, p, z))(network.params, z)
+    again = jax.jit(lambda p, z: decode_latents(c, p, z))(network.params, z)
     assert relative(again, nhwc(golden("autoencoder_again"))) < 1e-4
     a = c.autoencoder
     assert (a.base_width, a.multipliers, a.res_blocks, a.groups) == (16, (1, 2), 2, 8)
@@ -121,7 +121,7 @@ def architecture_of(monkeypatch):
     def found(tensors, config=None, metadata=None, **kwargs):
         file = weights.TensorFile(Path("fake"), tensors, (), config or {}, metadata or {}, {})
         monkeypatch.setattr(weights, "read_tensors", lambda path, which: file)
-        return reading.load("fake", **kwargs)
+        return reading.load_network("fake", **kwargs)
 
     return found
 
@@ -173,7 +173,7 @@ def test_any_mlp(width, hidden, architecture_of):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_a_release_file(dtype, tmp_path):
     state = release_state(dtype)
-    network = reading.load(release_file(tmp_path / "x.pt", state), heads=3)
+    network = reading.load_network(release_file(tmp_path / "x.pt", state), heads=3)
     assert network.layout == "release"
     assert network.dtype == dtype
     assert network.files == (tmp_path / "x.pt",)
@@ -195,7 +195,7 @@ def test_the_states_of_a_training_checkpoint(tmp_path):
     }
     path = release_file(tmp_path / "0400000.pt", saved)
     for which, expected in (("ema", ema), ("model", model)):
-        bias = reading.load(path, heads=3, which=which).leaves["x_embedder/bias"]
+        bias = reading.load_network(path, heads=3, which=which).leaves["x_embedder/bias"]
         np.testing.assert_array_equal(bias, expected["x_embedder.proj.bias"])
     assert "no 'ema': choose with --which=model" in refusal(
         release_file(tmp_path / "raw.pt", {"model": model}), heads=3
@@ -204,7 +204,7 @@ def test_the_states_of_a_training_checkpoint(tmp_path):
 
 def test_numerics_override_the_files(tmp_path):
     path = release_file(tmp_path / "x.pt")
-    c = reading.load(path, heads=3, numerics="diffusers").config
+    c = reading.load_network(path, heads=3, numerics="diffusers").config
     assert (c.model.frequency_shift, c.model.norm2_eps) == (1, 1e-5)
 
 
@@ -235,7 +235,7 @@ def test_the_position_table_is_checked(dtype, error, refused, tmp_path):
     if refused:
         assert "pos_embed differs from the 2-D sin-cos table by" in refusal(path, heads=3)
     else:
-        reading.load(path, heads=3)
+        reading.load_network(path, heads=3)
 
 
 def test_a_transposed_table_is_another(tmp_path):
@@ -250,7 +250,7 @@ def test_a_transposed_table_is_another(tmp_path):
 def test_diffusers_table_is_checked_where_it_is_saved(tmp_path):
     state = diffusers_state("dit")
     state["pos_embed.pos_embed"] = position_table(48, 4)
-    network = reading.load(write_folder(tmp_path, state, golden("dit_config")))
+    network = reading.load_network(write_folder(tmp_path, state, golden("dit_config")))
     assert "pos_embed/pos_embed" not in network.leaves
     state["pos_embed.pos_embed"] = position_table(48, 4)[:, ::-1]
     assert "pos_embed.pos_embed differs" in refusal(
@@ -260,19 +260,19 @@ def test_diffusers_table_is_checked_where_it_is_saved(tmp_path):
 
 def test_heads(tmp_path):
     path = release_file(tmp_path / "x.pt")
-    assert "no size of the paper, and the file does not tell the number" in refusal(path)
+    assert "not a size of the paper, and the file does not contain the number" in refusal(path)
     for heads in (5, -3):
         assert f"{heads} attention heads for a width of 48" in refusal(path, heads=heads)
     folder = diffusers_folder(tmp_path / "folder", "dit")
-    assert reading.load(folder, heads=3).config.model.size == "2x48x3"
-    assert "says 3 attention heads, --heads says 4" in refusal(folder, heads=4)
+    assert reading.load_network(folder, heads=3).config.model.size == "2x48x3"
+    assert "has 3 attention heads, but --heads is 4" in refusal(folder, heads=4)
 
 
 def test_nan_weights_are_kept(tmp_path):
     """They are someone's weights: a reader does not judge them."""
     state = release_state()
     state["blocks.1.mlp.fc1.weight"][3, 4] = np.nan
-    network = reading.load(release_file(tmp_path / "x.pt", state), heads=3)
+    network = reading.load_network(release_file(tmp_path / "x.pt", state), heads=3)
     assert np.argwhere(np.isnan(network.leaves["blocks/mlp/in/kernel"])).tolist() == [[1, 4, 3]]
 
 
@@ -307,7 +307,10 @@ def changed_state(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"x_embedder.proj.weight": None}, "x_embedder.proj.weight is missing; the architecture"),
+        (
+            {"x_embedder.proj.weight": None},
+            "x_embedder.proj.weight is missing, but its shape",
+        ),
         ({"x_embedder.proj.weight": (48, 64)}, "x_embedder.proj.weight is of shape (48, 64)"),
         ({"x_embedder.proj.weight": (48, 4, 4, 2)}, "mis-shaped: x_embedder.proj.weight"),
         ({"x_embedder.proj.weight": (48, 4, 0, 4)}, "is of shape (48, 4, 0, 4)"),
@@ -348,9 +351,7 @@ FOREIGN = {
 def test_other_networks(name, tmp_path):
     weights.write_safetensors(tmp_path / "x.safetensors", fake(FOREIGN[name]))
     text = refusal(tmp_path / "x.safetensors")
-    assert ("no network that is known here" in text) == (
-        name in ("an Inception", "a UNet", "nothing")
-    )
+    assert ("holds no known network" in text) == (name in ("an Inception", "a UNet", "nothing"))
 
 
 def config_with(**changes):
@@ -360,19 +361,19 @@ def config_with(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sample_size": "16"}, "says sample_size '16'"),
-        ({"sample_size": None}, "says sample_size None"),
-        ({"sample_size": True}, "says sample_size True"),
-        ({"sample_size": 18}, "says sample_size 18"),
-        ({"sample_size": -16}, "says sample_size -16"),
-        ({"sample_size": 16.0}, "says sample_size 16.0"),
+        ({"sample_size": "16"}, "sample_size in config.json is '16'"),
+        ({"sample_size": None}, "sample_size in config.json is None"),
+        ({"sample_size": True}, "sample_size in config.json is True"),
+        ({"sample_size": 18}, "sample_size in config.json is 18"),
+        ({"sample_size": -16}, "sample_size in config.json is -16"),
+        ({"sample_size": 16.0}, "sample_size in config.json is 16.0"),
         ({"sample_size": 10**400}, "at most 2048"),
         ({"sample_size": 4096}, "at most 2048"),
-        ({"sample_size": [16, 16]}, "says sample_size [16, 16]"),
+        ({"sample_size": [16, 16]}, "sample_size in config.json is [16, 16]"),
         ({"num_attention_heads": 0.5}, "0.5 attention heads"),
         ({"num_attention_heads": "3"}, "'3' attention heads"),
         ({"num_attention_heads": True}, "True attention heads"),
-        ({"num_attention_heads": 4}, "says 4 attention heads of 16"),
+        ({"num_attention_heads": 4}, "has 4 attention heads of width 16"),
         ({"num_attention_heads": [3]}, "[3] attention heads"),
         ({"norm_eps": float("nan")}, "norm2_eps is nan"),
         ({"norm_eps": float("inf")}, "norm2_eps is inf"),
@@ -380,11 +381,11 @@ def config_with(**changes):
         ({"norm_eps": "1e-5"}, "norm2_eps is '1e-5'"),
         ({"norm_eps": 10**400}, "expected a finite number"),
         ({"norm_eps": {"a": 1}}, "norm2_eps is {'a': 1}"),
-        ({"activation_fn": "gelu"}, "says activation_fn 'gelu'"),
-        ({"norm_elementwise_affine": True}, "says norm_elementwise_affine True"),
-        ({"norm_type": "ada_norm_single"}, "says norm_type"),
-        ({"_class_name": "UNet2DModel"}, "says _class_name"),
-        ({"_class_name": ["x"]}, "says _class_name"),
+        ({"activation_fn": "gelu"}, "activation_fn in config.json is 'gelu'"),
+        ({"norm_elementwise_affine": True}, "norm_elementwise_affine in config.json is True"),
+        ({"norm_type": "ada_norm_single"}, "norm_type in config.json is"),
+        ({"_class_name": "UNet2DModel"}, "_class_name in config.json is"),
+        ({"_class_name": ["x"]}, "_class_name in config.json is"),
     ],
     ids=str,
 )
@@ -410,7 +411,7 @@ def test_any_config_is_read_or_refused(kind, tmp_path):
     def check(changes):
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
         with contextlib.suppress(UserError):
-            reading.load(folder)
+            reading.load_network(folder)
 
     check()
 
@@ -420,7 +421,8 @@ def test_the_config_of_the_published_folders(tmp_path):
     config = config_with(_class_name="Transformer2DModel", num_vector_embeds=None)
     del config["norm_eps"]
     assert (
-        reading.load(write_folder(tmp_path, diffusers_state("dit"), config)).name == "DiT-2x48x3/4"
+        reading.load_network(write_folder(tmp_path, diffusers_state("dit"), config)).name
+        == "DiT-2x48x3/4"
     )
 
 
@@ -435,7 +437,7 @@ def test_a_block_that_differs_cannot_be_read(tmp_path):
     state[name] = state[name] + 1
     text = refusal(write_folder(tmp_path, state, golden("dit_config")))
     assert name in text
-    assert "one network holds it once" in text
+    assert "ditjax stores it once" in text
 
 
 # Autoencoders.
@@ -466,7 +468,7 @@ def test_checkpoints_of_latent_diffusion(prefix, more, tmp_path):
     """The published ft-MSE file counts its average's updates; a whole checkpoint has a UNet."""
     state = ldm_state(prefix, **more)
     write_torch(tmp_path / "x.ckpt", {"state_dict": state, "global_step": 7})
-    network = reading.load(tmp_path / "x.ckpt")
+    network = reading.load_network(tmp_path / "x.ckpt")
     assert (network.decodes, network.layout) == (True, "ldm")
     assert network.config.autoencoder.multipliers == (1, 2)
     assert network.config.autoencoder.groups == 32
@@ -488,7 +490,7 @@ def test_what_does_not_belong_to_an_autoencoder_is_told(prefix, tmp_path):
 @pytest.mark.parametrize("convolutions", [True, False])
 def test_old_names_of_diffusers(convolutions, tmp_path):
     state = diffusers_state("autoencoder")
-    expected = reading.load(diffusers_folder(tmp_path / "new", "autoencoder")).leaves
+    expected = reading.load_network(diffusers_folder(tmp_path / "new", "autoencoder")).leaves
     old = {}
     for name, x in state.items():
         if ".attentions.0.to_" in name and name.endswith("weight") and convolutions:
@@ -496,7 +498,9 @@ def test_old_names_of_diffusers(convolutions, tmp_path):
         for new, before in (("q", "query"), ("k", "key"), ("v", "value"), ("out.0", "proj_attn")):
             name = name.replace(f".to_{new}.", f".{before}.")
         old[name] = x
-    network = reading.load(write_folder(tmp_path / "old", old, golden("autoencoder_config")))
+    network = reading.load_network(
+        write_folder(tmp_path / "old", old, golden("autoencoder_config"))
+    )
     assert network.layout == "diffusers_old"
     assert_same(network.leaves, expected)
 
@@ -513,14 +517,14 @@ def test_old_names_of_diffusers(convolutions, tmp_path):
         ({"scaling_factor": None}, "scale is None"),
         ({"scaling_factor": -1}, "scale is -1"),
         ({"scaling_factor": [0.18215]}, "scale is [0.18215]"),
-        ({"_class_name": "AsymmetricAutoencoderKL"}, "says _class_name"),
-        ({"act_fn": "relu"}, "says act_fn 'relu'"),
-        ({"shift_factor": 0.1}, "says shift_factor 0.1"),
-        ({"latents_mean": [0.0]}, "says latents_mean"),
-        ({"latents_std": [1.0]}, "says latents_std"),
-        ({"use_quant_conv": False}, "says use_quant_conv False"),
-        ({"use_post_quant_conv": False}, "says use_post_quant_conv False"),
-        ({"mid_block_add_attention": False}, "says mid_block_add_attention False"),
+        ({"_class_name": "AsymmetricAutoencoderKL"}, "_class_name in config.json is"),
+        ({"act_fn": "relu"}, "act_fn in config.json is 'relu'"),
+        ({"shift_factor": 0.1}, "shift_factor in config.json is 0.1"),
+        ({"latents_mean": [0.0]}, "latents_mean in config.json is"),
+        ({"latents_std": [1.0]}, "latents_std in config.json is"),
+        ({"use_quant_conv": False}, "use_quant_conv in config.json is False"),
+        ({"use_post_quant_conv": False}, "use_post_quant_conv in config.json is False"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention in config.json is False"),
     ],
     ids=str,
 )
@@ -660,7 +664,7 @@ def test_files_of_before_tasks_are_read(network, sections, now, tmp_path):
     expected = read(merged({k: v for k, v in sections.items() if k not in only}, now))
     leaves = seeded_state(shapes_of(expected), 4)
     path = our_file(tmp_path / "x.safetensors", old_metadata(network, **sections), leaves)
-    found = reading.load(path)
+    found = reading.load_network(path)
     assert found.config == expected
     assert_same(found.leaves, leaves)
     assert (found.layout, found.decodes) == ("ditjax", network == "autoencoder")
@@ -669,7 +673,7 @@ def test_files_of_before_tasks_are_read(network, sections, now, tmp_path):
     said = json.loads(weights.read_tensors(tmp_path / "y.safetensors").metadata["ditjax"])
     assert "network" not in said
     assert said["task"] == expected.task
-    assert reading.load(tmp_path / "y.safetensors").config == expected
+    assert reading.load_network(tmp_path / "y.safetensors").config == expected
 
 
 def test_of_the_paper_an_old_file_says_nothing_new(architecture_of):
@@ -702,31 +706,31 @@ def test_a_module_that_a_file_names_is_not_imported(change, tmp_path, monkeypatc
     with pytest.raises(
         UserError, match=r"x\.safetensors: its recipe names '(evil\.names|os\.).*trust it"
     ):
-        reading.load(path)
+        reading.load_network(path)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "its metadata are not ditjax's"),
-        ("[]", "its metadata are not ditjax's"),
-        ("{}", "its metadata are not ditjax's: KeyError('config')"),
-        ('{"config": {}}', "its metadata are not ditjax's: KeyError('network')"),
-        ("[" * 100_000, "its metadata are not ditjax's"),
-        (json.dumps({"network": "dit", "config": None}), "its metadata are not"),
+        ("", "illegal metadata for a ditjax file"),
+        ("[]", "illegal metadata for a ditjax file"),
+        ("{}", "illegal metadata for a ditjax file: KeyError('config')"),
+        ('{"config": {}}', "illegal metadata for a ditjax file: KeyError('network')"),
+        ("[" * 100_000, "illegal metadata for a ditjax file"),
+        (json.dumps({"network": "dit", "config": None}), "illegal metadata"),
         (json.dumps({"network": "dit", "config": {"model": 3}}), "config.model is 3"),
-        (json.dumps({"network": "dit", "config": [3]}), "its metadata are not"),
+        (json.dumps({"network": "dit", "config": [3]}), "illegal metadata"),
         (json.dumps({"network": [], "config": {}}), "config.task is []"),
         (json.dumps({"network": "gan", "config": {}}), "config.task: 'gan': expected one of"),
         (json.dumps(old_metadata("gan")), "config.task: 'gan': expected one of"),
         (json.dumps(our_metadata(task=None)), "config.task is None"),
         (json.dumps(our_metadata(task="gan")), "config.task: 'gan': expected one of"),
-        (json.dumps(our_metadata(task="os.path")), "its recipe names 'os.path', a module"),
-        (json.dumps(our_metadata(task="autoencoder")), "config.diffusion is no key"),
+        (json.dumps(our_metadata(task="os.path")), "names 'os.path', a module outside of ditjax"),
+        (json.dumps(our_metadata(task="autoencoder")), "config.diffusion is not a key"),
         (json.dumps(our_metadata(config={"model": {"kind": "gan"}})), "config.model.kind: 'gan'"),
         (json.dumps(our_metadata(config={"model": {"size": "7"}})), "model size '7' is unknown"),
-        (json.dumps(our_metadata(config={"model": {"colour": 7}})), "colour is no key"),
+        (json.dumps(our_metadata(config={"model": {"colour": 7}})), "colour is not a key"),
         (json.dumps(our_metadata(config={"model": {"patch": 2**61}})), ""),
         (json.dumps(our_metadata(config={"data": {"image_size": 2**60}})), "at most 16384"),
         (json.dumps(our_metadata()), "missing: blocks/adaln/linear/bias"),
@@ -776,7 +780,7 @@ def test_a_pipeline(tmp_path):
     assert found.class_names[0] == ("dog", "cat")
     assert found.class_names[2] == ("Tinca tinca", "tench")
     assert found.class_names[1] == ()
-    assert "give its folder 'transformer' or 'vae'" in refusal(folder)
+    assert "expected its folder 'transformer' or 'vae'" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -833,10 +837,12 @@ def test_schedulers_that_are_not_supported(scheduler, words, tmp_path):
 
 def test_pipelines_that_are_none(tmp_path):
     folder = pipeline_folder(tmp_path, {"_class_name": "StableDiffusionPipeline"})
-    with pytest.raises(UserError, match="is of a StableDiffusionPipeline: expected a DiTPipeline"):
+    with pytest.raises(
+        UserError, match="describes a StableDiffusionPipeline: expected a DiTPipeline"
+    ):
         reading.load_pipeline(folder)
     (folder / "model_index.json").write_text('{"_class_name": "DiTPipeline", "id2label": [1]}')
-    with pytest.raises(UserError, match="id2label is no table"):
+    with pytest.raises(UserError, match="id2label is not a JSON object"):
         reading.load_pipeline(folder)
     diffusers_folder(folder / "vae", "dit")
     with pytest.raises(UserError, match="expected an autoencoder"):

@@ -30,14 +30,14 @@ def tensors_of(path):
 def test_release_to_everything_and_back(dtype, tmp_path):
     state = release_state(dtype)
     write_torch(tmp_path / "a.pt", state)
-    first = reading.load(tmp_path / "a.pt", heads=3)
+    first = reading.load_network(tmp_path / "a.pt", heads=3)
     writing.write_ditjax(tmp_path / "b.safetensors", first)
-    second = reading.load(tmp_path / "b.safetensors")
+    second = reading.load_network(tmp_path / "b.safetensors")
     assert second.layout == "ditjax"
     assert second.config == first.config
     assert_same(second.leaves, first.leaves)
     writing.write_diffusers(tmp_path / "c", second)
-    third = reading.load(tmp_path / "c")
+    third = reading.load_network(tmp_path / "c")
     assert third.layout == "diffusers"
     writing.write_release(tmp_path / "d.pt", third)
     assert_same(tensors_of(tmp_path / "d.pt"), state)
@@ -47,10 +47,10 @@ def test_release_to_everything_and_back(dtype, tmp_path):
 @DTYPES
 def test_diffusers_to_everything_and_back(dtype, tmp_path):
     folder = diffusers_folder(tmp_path / "a", "dit", dtype)
-    writing.write_release(tmp_path / "b.pt", reading.load(folder))
-    release = reading.load(tmp_path / "b.pt", heads=3, numerics="diffusers")
+    writing.write_release(tmp_path / "b.pt", reading.load_network(folder))
+    release = reading.load_network(tmp_path / "b.pt", heads=3, numerics="diffusers")
     writing.write_ditjax(tmp_path / "c.safetensors", release)
-    writing.write_diffusers(tmp_path / "d", reading.load(tmp_path / "c.safetensors"))
+    writing.write_diffusers(tmp_path / "d", reading.load_network(tmp_path / "c.safetensors"))
     assert_same(load_file(tmp_path / "d" / FOLDER_WEIGHTS), load_file(folder / FOLDER_WEIGHTS))
     theirs, ours = golden("dit_config"), json.loads((tmp_path / "d" / "config.json").read_text())
     assert {k: v for k, v in ours.items() if k[0] != "_"} == {
@@ -62,12 +62,12 @@ def test_diffusers_to_everything_and_back(dtype, tmp_path):
 @DTYPES
 def test_an_autoencoder_to_everything_and_back(dtype, tmp_path):
     folder = diffusers_folder(tmp_path / "a", "autoencoder", dtype)
-    first = reading.load(folder)
+    first = reading.load_network(folder)
     writing.write_ldm(tmp_path / "b.ckpt", first)
-    second = reading.load(tmp_path / "b.ckpt")
+    second = reading.load_network(tmp_path / "b.ckpt")
     assert (second.layout, second.config) == ("ldm", first.config)
     writing.write_ditjax(tmp_path / "c.safetensors", second)
-    third = reading.load(tmp_path / "c.safetensors")
+    third = reading.load_network(tmp_path / "c.safetensors")
     assert third.config == first.config
     writing.write_diffusers(tmp_path / "d", third)
     assert_same(load_file(tmp_path / "d" / FOLDER_WEIGHTS), load_file(folder / FOLDER_WEIGHTS))
@@ -79,12 +79,12 @@ def test_an_autoencoder_to_everything_and_back(dtype, tmp_path):
 
 @pytest.fixture
 def dit(tmp_path):
-    return reading.load(diffusers_folder(tmp_path / "dit", "dit"))
+    return reading.load_network(diffusers_folder(tmp_path / "dit", "dit"))
 
 
 @pytest.fixture
 def autoencoder(tmp_path):
-    return reading.load(diffusers_folder(tmp_path / "vae", "autoencoder"))
+    return reading.load_network(diffusers_folder(tmp_path / "vae", "autoencoder"))
 
 
 def with_keys(network, **sections):
@@ -101,7 +101,7 @@ def test_what_our_own_files_keep(dit, autoencoder, tmp_path):
     }
     network = with_keys(dit, **changes)
     writing.write_ditjax(tmp_path / "x.safetensors", network)
-    c = reading.load(tmp_path / "x.safetensors").config
+    c = reading.load_network(tmp_path / "x.safetensors").config
     for section in ("model", "diffusion", "sample"):
         assert getattr(c, section) == getattr(network.config, section)
     assert c.autoencoder.scale == 0.7
@@ -123,7 +123,7 @@ def tensors_metadata(path):
         ({"mlp_ratio": 2.0}, "config.model.mlp_ratio is 2.0"),
         (
             {"label_dropout": 0.0},
-            "config.model.label_dropout is 0.0, and its code knows only a null",
+            "config.model.label_dropout is 0.0, and its code requires a null",
         ),
     ],
 )
