@@ -133,7 +133,8 @@ def of_run(evaluator, tmp_path_factory, data_root):
 def test_in_memory_and_by_way_of_the_disk_agree(evaluator, of_run):
     _, by_disk = of_run
     in_memory = evaluator.in_memory(recipe(), params(), NUM)
-    assert in_memory.metrics["fd_digits"] == by_disk.metrics["fd_digits"]
+    # Moments are merged over other batches: equal but for the rounding of float64.
+    assert in_memory.metrics["fd_digits"] == pytest.approx(by_disk.metrics["fd_digits"], rel=1e-13)
     assert in_memory.metrics["accuracy"] == by_disk.metrics["accuracy"]
     guided = {"guided_scale": 2.0, "guided_num": 30}
     assert {**in_memory.protocol, **guided} == by_disk.protocol
