@@ -178,3 +178,33 @@ def test_the_table_of_commands_is_the_root():
     assert set(COMMANDS_TABLE) == set(COMMANDS)
     for name in COMMANDS:
         assert callable(importlib.import_module(f"ditjax.{name}").main)
+
+
+# What every file of its kind defines, to be found by name.
+DOORS = {"main", "TASK", "NETWORK", "make", "check", "module", "cost"}
+
+
+def test_a_public_name_is_defined_once():
+    places: dict[str, list[str]] = {}
+    for path in modules():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = []
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names = [node.name]
+            elif isinstance(node, ast.Assign):
+                names = [each.id for each in node.targets if isinstance(each, ast.Name)]
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names = [node.target.id]
+            for name in {name for name in names if name[0] != "_"} - DOORS:
+                places.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_no_function_is_longer_than_a_page():
+    long = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+    assert not long

@@ -34,8 +34,7 @@ from ditjax.scaling.fit import (
     pearson_interval,
     spearman,
 )
-from ditjax.scaling.isoflop import ComputeOptimal, Profile, compute_optimal, isoflop
-from ditjax.scaling.isoflop import TrainingCurve as ComputeCurve
+from ditjax.scaling.isoflop import ComputeCurve, ComputeOptimal, Profile, compute_optimal, isoflop
 from ditjax.scaling.joint import JointLaw, fit_joint
 from ditjax.studies.words import (
     interval_words,

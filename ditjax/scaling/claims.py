@@ -21,7 +21,7 @@ from scipy import stats
 from ditjax.errors import UserError
 from ditjax.scaling.fit import pearson, pearson_interval, spearman
 from ditjax.scaling.frontier import crossing, interpolate
-from ditjax.scaling.isoflop import TrainingCurve
+from ditjax.scaling.isoflop import ComputeCurve
 from ditjax.scaling.points import Vector, positive_points
 from ditjax.scaling.spread import Spread, spread
 
@@ -144,7 +144,7 @@ def gflops_not_parameters(
 
 
 def larger_models_use_compute_better(
-    curves: Iterable[TrainingCurve | tuple[float, ArrayLike, ArrayLike]],
+    curves: Iterable[ComputeCurve | tuple[float, ArrayLike, ArrayLike]],
 ) -> Claim:
     """DiT Fig. 9: at equal training compute, a larger model ends up with the lower y.
 
@@ -153,8 +153,8 @@ def larger_models_use_compute_better(
     the point where the larger overtakes. Curves of one size are its seeds, averaged where all of
     them have values.
     """
-    by_size: dict[float, list[TrainingCurve]] = defaultdict(list)
-    for curve in (TrainingCurve(*each) for each in curves):
+    by_size: dict[float, list[ComputeCurve]] = defaultdict(list)
+    for curve in (ComputeCurve(*each) for each in curves):
         by_size[float(curve.size)].append(curve)
     sizes = sorted(by_size)
     averaged = {size: _averaged(by_size[size]) for size in sizes}
@@ -304,7 +304,7 @@ def _named(names: Names, n: int) -> list[Any]:
     return list(names)
 
 
-def _averaged(runs: Sequence[TrainingCurve]) -> tuple[Vector, Vector]:
+def _averaged(runs: Sequence[ComputeCurve]) -> tuple[Vector, Vector]:
     """The x of any run that all runs cover, and the geometric mean of y there."""
     logs = []
     for run in runs:

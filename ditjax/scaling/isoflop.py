@@ -20,7 +20,7 @@ from ditjax.scaling.frontier import interpolate
 from ditjax.scaling.points import Vector, check_level, positive_points
 
 
-class TrainingCurve(NamedTuple):
+class ComputeCurve(NamedTuple):
     """One run: the size N of its model, and a metric (lower is better) against training compute.
 
     `per_image` is the compute of training on one image, in the unit of `compute`; None means 3·N,
@@ -79,7 +79,7 @@ class ComputeOptimal:
 
 
 def isoflop(
-    curves: Iterable[TrainingCurve | tuple[float, ArrayLike, ArrayLike]],
+    curves: Iterable[ComputeCurve | tuple[float, ArrayLike, ArrayLike]],
     budgets: Sequence[float],
     *,
     level: float = 0.95,
@@ -94,8 +94,8 @@ def isoflop(
     it is unbounded. Raises UserError for a budget, size or metric that is not positive.
     """
     check_level(level)
-    by_size: dict[float, list[TrainingCurve]] = defaultdict(list)
-    for curve in (TrainingCurve(*each) for each in curves):
+    by_size: dict[float, list[ComputeCurve]] = defaultdict(list)
+    for curve in (ComputeCurve(*each) for each in curves):
         positive_points(curve.compute, curve.metric, at_least=1)
         positive_points([curve.size], [_per_image(curve)], at_least=1)
         same = by_size[float(curve.size)]
@@ -110,11 +110,11 @@ def isoflop(
     return tuple(_profile(by_size, float(budget), level) for budget in budgets)
 
 
-def _per_image(curve: TrainingCurve) -> float:
+def _per_image(curve: ComputeCurve) -> float:
     return float(3 * curve.size if curve.per_image is None else curve.per_image)
 
 
-def _profile(by_size: dict[float, list[TrainingCurve]], budget: float, level: float) -> Profile:
+def _profile(by_size: dict[float, list[ComputeCurve]], budget: float, level: float) -> Profile:
     sizes, images, metrics = [], [], []
     for size in sorted(by_size):
         reached = [interpolate(curve.compute, curve.metric, budget) for curve in by_size[size]]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ditjax.scaling.isoflop import TrainingCurve
+from ditjax.scaling.isoflop import ComputeCurve
 from ditjax.scaling.joint import JointLaw
 
 Vector = NDArray[np.float64]
@@ -59,7 +59,7 @@ def curves(
     sigma: float = 0.0,
     law: JointLaw = LAW,
     steps: int = 40,
-) -> list[TrainingCurve]:
+) -> list[ComputeCurve]:
     """Training curves along the law of models of 0.03 to 3 Gflops, 3·10³ to 3·10⁸ images each.
 
     A run deviates from the law by one factor e^(sigma·normal), the same all along its curve.
@@ -69,7 +69,7 @@ def curves(
     for size in np.geomspace(0.03, 3, models):
         for _ in range(seeds):
             value = law(size, images) * np.exp(sigma * rng.normal())
-            found.append(TrainingCurve(float(size), 3 * size * images, value))
+            found.append(ComputeCurve(float(size), 3 * size * images, value))
     return found
 
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import optimize
 
 from ditjax.errors import UserError
-from ditjax.scaling.isoflop import TrainingCurve, compute_optimal, isoflop
+from ditjax.scaling.isoflop import ComputeCurve, compute_optimal, isoflop
 from ditjax.scaling.joint import JointLaw, fit_joint
 from tests.scaling.coverage import of_isoflop
 from tests.scaling.planted import LAW, budgets, curves
@@ -17,7 +17,7 @@ SIZES = (1.0, 2.0, 4.0, 8.0, 16.0)
 def at_budget(metrics, sizes=SIZES, budget=100.0):
     """Curves that have these metrics at the budget."""
     ends = np.array([budget / 10, budget * 10])
-    return [TrainingCurve(n, ends, np.full(2, m)) for n, m in zip(sizes, metrics, strict=True)]
+    return [ComputeCurve(n, ends, np.full(2, m)) for n, m in zip(sizes, metrics, strict=True)]
 
 
 def parabola(bottom, curvature=0.3, sizes=SIZES):
@@ -104,8 +104,7 @@ def test_parameters_as_size_take_the_cost_of_an_image():
     """The best number of images is the budget over what an image costs the best size."""
     of_gflops = isoflop(at_budget(parabola(5.0)), [100.0])[0]
     renamed = [
-        TrainingCurve(c.size**1.5, c.compute, c.metric, 3 * c.size)
-        for c in at_budget(parabola(5.0))
+        ComputeCurve(c.size**1.5, c.compute, c.metric, 3 * c.size) for c in at_budget(parabola(5.0))
     ]
     of_parameters = isoflop(renamed, [100.0])[0]
     assert of_parameters.best_size == pytest.approx(5.0**1.5)
@@ -171,7 +170,7 @@ def test_optimal_growth_by_hand():
 
 
 def test_isoflop_refusals():
-    two = [TrainingCurve(1.0, [1, 2], [1, 1], 3.0), TrainingCurve(1.0, [1, 2], [1, 1], 9.0)]
+    two = [ComputeCurve(1.0, [1, 2], [1, 1], 3.0), ComputeCurve(1.0, [1, 2], [1, 1], 9.0)]
     with pytest.raises(UserError, match="two models of size 1 cost 3 and 9 an image"):
         isoflop(two, [1.0])
     with pytest.raises(UserError, match=r"y\[0\] is nan"):
