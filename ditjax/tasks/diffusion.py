@@ -60,9 +60,8 @@ class Diffusion(Section):
     schedule: Literal["linear", "cosine"] = key("linear")
     prediction: Literal["eps", "x0", "v"] = key("eps")
     variance: Literal["learned_range", "fixed_small", "fixed_large"] = key("learned_range")
-    loss: str = key(
-        "hybrid", registered(LOSS_REGISTRY)
-    )  # 'hybrid', 'simple', 'vlb' or a dotted name of yours
+    # 'hybrid', 'simple', 'vlb' or the dotted name of your own function
+    loss: str = key("hybrid", registered(LOSS_REGISTRY))
 
     def check(self, c: Config) -> None:
         if self.schedule == "linear" and self.timesteps <= 20:
