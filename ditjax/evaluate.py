@@ -10,6 +10,7 @@ import numpy as np
 
 from ditjax import cli
 from ditjax.config import Config, changed, migrated
+from ditjax.data.folders import report_reading
 from ditjax.data.images import open_images
 from ditjax.errors import UserError
 from ditjax.evaluation import scoring
@@ -82,6 +83,7 @@ def evaluate_samples(
     """
     mesh = make_mesh(-1, 1)
     images = open_images(samples)
+    report_reading(f"samples: {images}")
     extractor = open_extractor(features, mesh, batch_size)
     against = open_reference(reference, extractor, images.height, save_to=save_reference)
     batches = images.batches(extractor.batch_size)

@@ -10,23 +10,19 @@ import io
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import grain
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from ditjax.data import scenes
-from ditjax.data.images import open_picture
+from ditjax.data.folders import Content, ListedImage, Listing, read_bytes, read_together
+from ditjax.data.pictures import converted, decode_image, peculiarities
 from ditjax.errors import UserError
-
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MAX_FILE = 1 << 28  # bytes of an encoded image
-_EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-_SPLIT_FOLDERS = ("train", "val", "validation", "test")
 
 
 def expand_home(path: str) -> str:
@@ -35,22 +31,6 @@ def expand_home(path: str) -> str:
         return os.fspath(Path(path).expanduser())
     except RuntimeError as error:
         raise UserError(f"path {path!r}: {error} Give the whole path.") from None
-
-
-def decode_image(encoded: bytes) -> Image.Image:
-    """Encoded bytes -> a fully decoded PIL image, in the mode of the file.
-
-    Raises ValueError for bytes that are damaged, truncated, of an unknown format, or that decode to
-    more than MAX_PIXELS pixels.
-    """
-    try:
-        image = open_picture(io.BytesIO(encoded), _FORMATS)
-        image.load()
-    except Exception as error:  # Pillow raises a dozen types for damaged files
-        raise ValueError(
-            re.sub(r"\s*<_io\.BytesIO[^>]*>", "", str(error)) or repr(error)
-        ) from error
-    return image
 
 
 # ---- digits
@@ -108,69 +88,6 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 # ---- a folder of class folders
 
 
-class Listing(NamedTuple):
-    """The contents of a folder of class folders: split -> [(class, file)], with a digest of all."""
-
-    root: Path
-    class_names: tuple[str, ...]
-    files: dict[str, list[tuple[str, Path]]]
-    digest: str
-
-
-def list_folder(root: Path) -> Listing:
-    """ROOT/class/**/image, or ROOT/{train,val,validation,test}/class/**/image -> Listing.
-
-    The second layout is read if ROOT/train holds class folders. Images are .jpg, .jpeg, .png, .webp
-    and .bmp in any case; hidden entries and other files are skipped. Class names are the sorted
-    names of the class folders, those of 'train' if there are splits. The digest covers the path,
-    size and modification time of every image. Raises UserError for a folder without images, or a
-    class that 'train' lacks.
-    """
-    try:
-        splits = {"train": root}
-        if _class_folders(root / "train"):
-            splits = {s: root / s for s in _SPLIT_FOLDERS if _class_folders(root / s)}
-        class_names = tuple(folder.name for folder in _class_folders(splits["train"]))
-        if not class_names:
-            raise UserError(
-                f"{root} holds no class folders with images: expected {root}/CLASS/IMAGE with"
-                f" {', '.join(sorted(_EXTENSIONS))}, or the same below {root}/train."
-            )
-        files: dict[str, list[tuple[str, Path]]] = {}
-        digest = hashlib.sha256()
-        for split, folder in splits.items():
-            files[split] = []
-            for class_folder in _class_folders(folder):
-                if class_folder.name not in class_names:
-                    raise UserError(
-                        f"{class_folder} is a class that {splits['train']} does not have:"
-                        " every split takes its class numbers from train; add or remove the class."
-                    )
-                for image in _images(class_folder):
-                    status = image.stat()
-                    line = f"{image.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n"
-                    digest.update(line.encode(errors="surrogateescape"))
-                    files[split].append((class_folder.name, image))
-    except OSError as error:
-        raise UserError(f"{error.filename or root} cannot be read: {error.strerror}.") from error
-    return Listing(root, class_names, files, digest.hexdigest())
-
-
-def _class_folders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    children = (child for child in folder.iterdir() if not child.name.startswith("."))
-    return sorted(c for c in children if c.is_dir() and next(_images(c), None) is not None)
-
-
-def _images(class_folder: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(class_folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if os.path.splitext(name)[1].lower() in _EXTENSIONS and not name.startswith("."):
-                yield Path(folder, name)
-
-
 class ImageFolder(
     tfds.core.GeneratorBasedBuilder,
     skip_registration=True,  # type: ignore[call-arg]
@@ -178,16 +95,23 @@ class ImageFolder(
     """A folder of class folders, converted once. The files' own encoded bytes are stored.
 
     Features are imagenet2012's: image, label, file_name (relative to the folder). The name of the
-    configuration carries a hash of the folder's resolved path, so that two folders never mix.
+    configuration is a digest of the content, so that a copy of the folder is the same data set
+    wherever it is.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {
+        "2.0.0": "Named by content, not by path; images are shown upright.",
+        "1.0.0": "First release.",
+    }
 
-    def __init__(self, listing: Listing, data_dir: Path, max_damaged: int = 0) -> None:
-        self._listing, self._left = listing, max_damaged
+    def __init__(
+        self, listing: Listing, content: dict[str, str], data_dir: Path, max_damaged: int = 0
+    ) -> None:
+        self._listing, self._content, self._left = listing, content, max_damaged
+        self._peculiar: Counter[str] = Counter()
         config = tfds.core.BuilderConfig(
-            name=folder_identity(listing.root), description=f"Converted from {listing.root}."
+            name=content_name(content), description=f"Converted from {listing.root}."
         )
         super().__init__(data_dir=data_dir, config=config, file_format="array_record")
 
@@ -203,9 +127,7 @@ class ImageFolder(
                 }
             ),
             supervised_keys=("image", "label"),
-            metadata=tfds.core.MetadataDict(
-                root=os.fspath(self._listing.root), digest=self._listing.digest
-            ),
+            metadata=tfds.core.MetadataDict(root=os.fspath(self._listing.root)),
             # Records are in hashed order of their file names instead: the images need not pass
             # through the shuffler, and a slice such as train[:10%] still holds every class.
             disable_shuffling=True,
@@ -216,49 +138,46 @@ class ImageFolder(
         return {split: self._generate_examples(split) for split in self._listing.files}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        root = self._listing.root
+        def hashed(image: ListedImage) -> bytes:
+            return hashlib.sha256(os.fsencode(image.name)).digest()
 
-        def hashed(entry: tuple[str, Path]) -> bytes:
-            name = os.fsencode(entry[1].relative_to(root))
-            return hashlib.sha256(name).digest()
-
-        entries = sorted(self._listing.files[split], key=hashed)
-        workers = os.cpu_count() or 1
-        chunk = 16 * workers  # Bounds the memory: ThreadPoolExecutor.map runs ahead freely.
-        with ThreadPoolExecutor(workers) as pool:
-            for start in range(0, len(entries), chunk):
-                part = entries[start : start + chunk]
-                encoded = pool.map(_read_image, (path for _, path in part))
-                for i, ((class_name, path), (image, fault)) in enumerate(
-                    zip(part, encoded, strict=True)
-                ):
-                    if fault and not self._left:
-                        raise UserError(
-                            f"{path} is not a sound image ({fault}): repair or remove the file,"
-                            " then run again, or set config.data.max_damaged to skip it."
-                        )
-                    self._left -= bool(fault)
-                    name = os.fsencode(path.relative_to(root)).decode(errors="replace")
-                    yield start + i, {"image": image, "label": class_name, "file_name": name}
-
-
-def _read_image(path: Path) -> tuple[bytes, str]:
-    """The bytes of an image file, and what is wrong with them, '' for a sound image."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE:
+        content = Content()
+        images = read_together(sorted(self._listing.files[split], key=hashed), _inspected)
+        for i, (image, (encoded, fault, peculiar)) in enumerate(images):
+            if fault and not self._left:
+                raise UserError(
+                    f"{image.file.path} is not a sound image ({fault}): repair or remove the file,"
+                    " then run again, or set config.data.max_damaged to skip it."
+                )
+            self._left -= bool(fault)
+            self._peculiar.update(peculiar)
+            content.add(image, encoded)
+            name = os.fsencode(image.name).decode(errors="replace")
+            yield i, {"image": encoded, "label": image.class_name, "file_name": name}
+        if str(content) != self._content[split]:
             raise UserError(
-                f"{path} has {size} bytes: expected an image of at most {MAX_FILE}; save it"
-                " smaller, or remove it."
+                f"files in {self._listing.root} changed while they were read: run the same command"
+                " again."
             )
-        encoded = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        # tensorflow-datasets writes the metadata after the last record.
+        self.info.metadata["peculiar"] = dict(sorted(self._peculiar.items()))
+
+
+def _inspected(image: ListedImage) -> tuple[bytes, str, list[str]]:
+    """The bytes of an image file, what is wrong with them ('' if nothing), its peculiarities."""
+    encoded = read_bytes(image)
     try:
-        decode_image(encoded)
+        decoded = decode_image(encoded)
+        converted(decoded, "RGB")
     except ValueError as error:
-        return encoded, str(error)
-    return encoded, ""
+        return encoded, str(error), []
+    return encoded, "", peculiarities(decoded)
+
+
+def content_name(content: dict[str, str]) -> str:
+    """The configuration's name of a folder's content: split -> digest."""
+    text = "".join(f"{split}\0{digest}\n" for split, digest in sorted(content.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def folder_identity(root: Path) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from ditjax.data.images import MAX_PIXELS
+from ditjax.data.pictures import MAX_PIXELS, converted
 from ditjax.errors import UserError
 
 _MODES = {1: "L", 3: "RGB"}
@@ -34,12 +34,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def crop_pixels(image: Image.Image, size: int, channels: int) -> np.ndarray:
     """A PIL image of any mode -> u8[size,size,channels], grey for 1 channel and RGB for 3.
 
-    The mode is converted first: a palette's numbers must not be averaged. Raises UserError or
+    The mode is converted first: a palette's numbers must not be averaged. Raises ValueError or
     OSError for an image that cannot be converted.
     """
-    if image.mode.startswith("I"):  # a 16-bit PNG, which convert() would clip to white
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    cropped = center_crop(image.convert(_MODES[channels]), size)
+    cropped = center_crop(converted(image, _MODES[channels]), size)
     return np.asarray(cropped).reshape(size, size, channels)
 
 

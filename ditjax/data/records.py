@@ -12,8 +12,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ditjax.data.builders import decode_image
+from ditjax.data.builders import ImageFolder
 from ditjax.data.crop import check_pixels, crop_pixels, mirror, normalize
+from ditjax.data.pictures import decode_image, upright
 from ditjax.data.source import DataDir, DataSpec, OpenSplit, open_split
 from ditjax.errors import UserError, reason
 
@@ -62,6 +63,7 @@ class ImageRecords:
         if not opened.image:
             raise UserError(f"{opened.title}: it holds encoded latents; name a data set of images.")
         self.info, self._opened = opened.info, opened
+        self._shown = _way_of_showing(opened.builder)
         # The bytes are decoded here and not by tensorflow-datasets, so that errors name the record.
         skip = {opened.image: tfds.decode.SkipDecoding()}
         self._source = _Source(lambda: opened.builder.as_data_source(opened.split, decoders=skip))
@@ -71,7 +73,7 @@ class ImageRecords:
         record: Any = {}
         try:
             record = self._source.read(index)
-            image = decode_image(record[self._opened.image])
+            image = self._shown(decode_image(record[self._opened.image]))
         except Exception as error:  # bad bytes fail in several ways
             raise self.damaged(index, error, record) from error
         label = int(record[self._opened.label]) if self._opened.label else 0
@@ -92,6 +94,18 @@ class ImageRecords:
             {index: f"{which} is damaged ({reason(error)})"},
             f"delete {self._opened.builder.data_dir} and prepare the data set again.",
         )
+
+
+def _way_of_showing(builder: Any) -> Callable[[Image.Image], Image.Image]:
+    """Images of folders are upright; others as stored, as in the pipelines of ADM and DiT.
+
+    A folder's conversion of version 1.0.0 keeps the pixels that its runs began with.
+    """
+    if builder.name != ImageFolder.name:
+        return lambda image: image
+    if builder.version >= ImageFolder.VERSION:
+        return upright
+    return lambda image: image.convert("RGB") if image.has_transparency_data else image
 
 
 class ImageReader:
@@ -151,7 +165,7 @@ class ImageReader:
             return error
         try:
             return crop_pixels(image, size, channels), label
-        except (UserError, OSError) as error:
+        except (ValueError, OSError) as error:
             return self._split.damaged(index, error)
 
 

@@ -27,17 +27,19 @@ from ditjax.data import latents, scenes
 from ditjax.data.builders import (
     Digits,
     ImageFolder,
+    content_name,
     count_records,
     expand_home,
     folder_identity,
     is_complete,
-    list_folder,
     write_whole,
 )
 from ditjax.data.crop import check_pixels
+from ditjax.data.folders import Listing, list_folder, read_content, report_reading
 from ditjax.data.names import VERSION, DatasetName, is_latents, parse_name
 from ditjax.data.scenes import DigitScenes
 from ditjax.errors import UserError, nearest, reason
+from ditjax.files.atomic import load_json, write_json
 
 DataDir = str | os.PathLike[str] | None
 
@@ -281,30 +283,130 @@ def _prepare_builder(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilde
     return _open(parsed.text, folder)
 
 
+# ---- folders of images
+
+
+class _Conversion(NamedTuple):
+    """What a folder held when it was last read, and where that lies, converted, below the root.
+
+    The record of a path is a file beside the conversions. While the folder's `digest` is the same,
+    its files need not be read again. A folder's `content` names its conversion, so that a folder
+    that is moved, copied or touched is not converted again.
+    """
+
+    digest: str
+    content: str
+    place: str
+
+
 def _prepare_folder(parsed: DatasetName, root: Path, max_damaged: int) -> tfds.core.DatasetBuilder:
-    name, given = parsed.text, parsed.path
-    try:
-        folder = Path(expand_home(given)).resolve()
-    except (RuntimeError, OSError, ValueError) as error:  # a loop of links, a name too long
-        raise UserError(f"data set {name!r}: {error}; give the folder's own path.") from None
-    converted = root / ImageFolder.name / folder_identity(folder) / str(ImageFolder.VERSION)
-    # The identity depends on the path alone, so a conversion outlives its folder: the originals may
-    # be deleted or left on another machine.
-    if not given or not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
-        if given and is_complete(converted):
-            return _open(name, converted)
+    name, folder = parsed.text, _resolved(parsed)
+    found = _converted(folder, root)
+    # A conversion outlives its folder: the originals may be deleted or left on another machine.
+    if not parsed.path or not os.path.isdir(folder):  # Path.is_dir raises for too long a name
+        if parsed.path and found:
+            report_reading(f"data: {folder} is gone; its conversion in {root} is read")
+            return _open(name, root / found.place)
         raise UserError(
-            f"data set {name!r}: there is no folder '{folder if given else ''}';"
+            f"data set {name!r}: there is no folder '{folder if parsed.path else ''}';"
             " expected 'folder:/path/to/class/folders'."
         )
     listing = list_folder(folder)
-    builder = _own(name, root, converted, lambda: ImageFolder(listing, root, max_damaged))
-    if (builder.info.metadata or {}).get("digest") != listing.digest:
-        raise UserError(
-            f"data set {name!r}: files were added, removed or changed since {folder} was converted;"
-            f" undo that, or convert it anew after: rm -r '{converted}'"
+    if not found or found.digest != listing.digest:
+        # Files are read to see whether their content changed; a folder that cannot be written to
+        # can hold what another process prepared.
+        writable = os.access(root, os.W_OK) or not root.exists()
+        with _exclusive(name, root) if writable else contextlib.nullcontext():
+            found = _convert(name, listing, root, max_damaged)
+    builder = _open(name, root / found.place)
+    if builder.version < ImageFolder.VERSION:
+        report_reading(
+            f"data: {folder} was converted by an older ditjax: images are not turned upright, and"
+            f" colours under transparency are seen; convert anew after: rm -r"
+            f" '{builder.data_dir}' '{_record_of(folder, root)}'"
         )
+    peculiar = (builder.info.metadata or {}).get("peculiar") or {}
+    also = "".join(f"; {count} {what}" for what, count in peculiar.items())
+    report_reading(f"data: {listing}{also}")
     return builder
+
+
+def left_out_of(name: str) -> str:
+    """What a folder of images holds and is not read, '' for other data. Raises UserError."""
+    parsed = parse_name(name)
+    if parsed.kind != "folder" or not os.path.isdir(folder := _resolved(parsed)):
+        return ""
+    return str(list_folder(folder).left_out)
+
+
+def _resolved(parsed: DatasetName) -> Path:
+    try:
+        return Path(expand_home(parsed.path)).resolve()
+    except (RuntimeError, OSError, ValueError) as error:  # a loop of links, a name too long
+        raise UserError(f"data set {parsed.text!r}: {error}; give the folder's own path.") from None
+
+
+def _record_of(folder: Path, root: Path) -> Path:
+    return root / ImageFolder.name / f"{folder_identity(folder)}.json"
+
+
+def _converted(folder: Path, root: Path) -> _Conversion | None:
+    """The last conversion of the folder at a path, if it is there."""
+    try:
+        found = _Conversion(**load_json(_record_of(folder, root)))
+    except (OSError, ValueError, TypeError):
+        # Before version 2.0.0 a conversion was named by the path, and had no record.
+        place = f"{ImageFolder.name}/{folder_identity(folder)}/1.0.0"
+        return _Conversion("", "", place) if is_complete(root / place) else None
+    return found if is_complete(root / found.place) else None
+
+
+def _convert(name: str, listing: Listing, root: Path, max_damaged: int) -> _Conversion:
+    """Convert the folder unless its content is there; record where it is. Raises UserError."""
+    before = _converted(listing.root, root)
+    if before and before.digest == listing.digest:  # another process did it meanwhile
+        return before
+    content = read_content(listing)
+    text = content_name(content)
+    if before:
+        old = root / before.place
+        same = text == before.content if before.content else _same_as_records(name, old, listing)
+        if not same:
+            raise UserError(
+                f"data set {name!r}: files were added, removed or changed since {listing.root} was"
+                " converted; undo that, or convert it anew after: rm -r"
+                f" '{_record_of(listing.root, root)}'"
+                + ("" if before.content else f" '{root / before.place}'")
+            )
+    place = before.place if before else f"{ImageFolder.name}/{text}/{ImageFolder.VERSION}"
+    if not is_complete(root / place):
+        write_whole(ImageFolder(listing, content, root, max_damaged))
+    found = _Conversion(listing.digest, before.content if before else text, place)
+    with contextlib.suppress(UserError):  # prepared for us in a folder that is read only
+        write_json(_record_of(listing.root, root), found._asdict())
+    return found
+
+
+def _same_as_records(name: str, folder: Path, listing: Listing) -> bool:
+    """Whether a conversion of version 1.0.0 holds the files of a folder as they are now."""
+    builder = _open(name, folder)
+    names: set[str] = set()
+    for split in builder.info.splits:
+        skip = {"image": tfds.decode.SkipDecoding()}
+        records = builder.as_data_source(split, decoders=skip)
+        for k in range(len(records)):
+            record: Any = records[k]
+            path = listing.root / record["file_name"].decode()
+            if not path.is_file() or path.read_bytes() != record["image"]:
+                return False
+            names.add(record["file_name"].decode())
+    # What version 1.0.0 read: a file that is more was added.
+    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+    return all(
+        image.name in names or not image.name.lower().endswith(suffixes)
+        for split in builder.info.splits
+        for image in listing.files.get(split, ())
+    )
 
 
 # The command line of tensorflow-datasets needs Apache Beam too; its library does not.

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ditjax.config import Config, as_tree, migrated, read
 from ditjax.data import source
 from ditjax.data.names import is_latents
-from ditjax.errors import FaultError, UserError
+from ditjax.errors import FaultError, UserError, first_few
 from ditjax.files import lease
 from ditjax.models.network import Rules
 from ditjax.parallel import processes, rules
@@ -50,9 +50,13 @@ def check_data(c: Config) -> source.DatasetInfo:
     d = c.data
     info = source.dataset_info(d.name, d.split, d.data_dir or None, d.max_damaged)
     if info.num_classes != c.data.num_classes:
+        left_out = source.left_out_of(d.name)
         raise UserError(
-            f"config.data.num_classes is {c.data.num_classes}, but data set {c.data.name!r} has"
-            f" {info.num_classes} classes: set it to {info.num_classes}."
+            f"config.data.num_classes is {d.num_classes}, but data set {d.name!r} has"
+            f" {info.num_classes} class{'es' * (info.num_classes > 1)}"
+            f" ({first_few(info.class_names, 5)})"
+            + (f" and, left out: {left_out}; mend the folder, or" if left_out else ":")
+            + f" set it to {info.num_classes}."
         )
     if is_latents(d.name):
         expected, found = (

@@ -1,8 +1,8 @@
 """What is prepared is exactly what was given, once, and every mistake is told with its remedy."""
 
-import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -15,8 +15,10 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ditjax.data import images, source
-from ditjax.data.builders import decode_image, is_complete, list_folder
+from ditjax.data import folders, pictures, source
+from ditjax.data.builders import is_complete
+from ditjax.data.folders import list_folder
+from ditjax.data.pictures import decode_image
 from ditjax.data.source import data_root, prepare
 from ditjax.errors import UserError
 
@@ -187,7 +189,7 @@ def test_folders_of_one_name_never_mix(tmp_path):
 @pytest.mark.parametrize("change", ["add", "remove", "touch"])
 def test_a_changed_folder_is_refused(photographs, tmp_path, change):
     name = f"folder:{photographs}"
-    converted = prepare(name, tmp_path / "data").data_dir
+    prepare(name, tmp_path / "data")
     prepare(name, tmp_path / "data")
     if change == "add":
         photograph(9).save(photographs / "ant" / "new.png")
@@ -197,8 +199,9 @@ def test_a_changed_folder_is_refused(photographs, tmp_path, change):
         (photographs / "zebra" / "a.PNG").write_bytes(encoded(photograph(7)))
     with pytest.raises(UserError, match="changed since") as told:
         prepare(name, tmp_path / "data")
-    assert f"rm -r '{converted}'" in str(told.value)
-    shutil.rmtree(converted)  # the remedy
+    (record,) = (tmp_path / "data" / "image_folder").glob("photographs-*.json")
+    assert f"rm -r '{record}'" in str(told.value)
+    record.unlink()  # the remedy
     assert (
         prepare(name, tmp_path / "data").info.splits["train"].num_examples
         == 4 + ({"add": 1, "remove": -1, "touch": 0}[change])
@@ -229,9 +232,9 @@ def test_a_damaged_image_is_named_and_nothing_is_left(photographs, tmp_path):
 
 def test_too_many_pixels(monkeypatch):
     picture = encoded(photograph(0, 12, 9))
-    monkeypatch.setattr(images, "MAX_PIXELS", 108)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 108)
     assert decode_image(picture).size == (12, 9)
-    monkeypatch.setattr(images, "MAX_PIXELS", 107)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 107)
     with pytest.raises(ValueError, match="12x9 is more than 107 pixels"):
         decode_image(picture)
 
@@ -242,12 +245,11 @@ def test_only_image_formats_are_opened():
         decode_image(postscript)
 
 
-@pytest.mark.parametrize("content", ["nothing", "images at the top"])
-def test_a_folder_without_classes(tmp_path, content):
-    if content != "nothing":
-        photograph(0).save(tmp_path / "0.png")
-    with pytest.raises(UserError, match="no class folders"):
-        prepare(f"folder:{tmp_path}", tmp_path / "data")
+def test_a_folder_without_images(tmp_path):
+    (tmp_path / "f" / "cat").mkdir(parents=True)
+    (tmp_path / "f" / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match=r"f holds no image: .*It holds: folders without images 1"):
+        prepare(f"folder:{tmp_path / 'f'}", tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -332,12 +334,111 @@ def test_another_file_format_or_a_broken_description(digits_dir, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_the_folders_identity_is_its_resolved_path(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "a").mkdir()
-    photograph(0).save(tmp_path / "real" / "a" / "0.png")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    by_link = prepare(f"folder:{tmp_path / 'link'}", tmp_path / "data").data_dir
-    by_path = prepare(f"folder:{tmp_path}/x/../real", tmp_path / "data").data_dir
-    assert by_link == by_path
-    assert hashlib.sha256(str(tmp_path / "real").encode()).hexdigest()[:16] in str(by_link)
+def copied(root, place):
+    """A copy with the same bytes and other times."""
+    shutil.copytree(root, place, copy_function=shutil.copyfile)
+    return place
+
+
+def touched(root):
+    os.utime(root / "ant" / "d.bmp")
+    return root
+
+
+SPELLINGS = {
+    "by a link": lambda f, t: (t / "link").symlink_to(f) or t / "link",
+    "with dots": lambda f, t: f"{t}/x/../{f.name}",
+    "with a slash": lambda f, t: f"{f}/",
+    "copied": lambda f, t: copied(f, t / "copy"),
+    "moved": lambda f, t: f.rename(t / "moved"),
+    "touched": lambda f, t: touched(f),
+    "rewritten": lambda f, t: (
+        (f / "ant" / "d.bmp").write_bytes((f / "ant" / "d.bmp").read_bytes()) and f
+    ),
+    "with a note beside": lambda f, t: (f / "ant" / "more.txt").write_text("none") and f,
+}
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_a_folder_is_its_content_wherever_it_is(photographs, tmp_path, kind, monkeypatch):
+    first = prepare(f"folder:{photographs}", tmp_path / "data")
+    monkeypatch.setattr(source, "write_whole", None)  # nothing is converted again
+    again = prepare(f"folder:{SPELLINGS[kind](photographs, tmp_path)}", tmp_path / "data")
+    assert again.data_dir == first.data_dir
+    assert again.info.full_name == first.info.full_name
+
+
+def test_the_files_are_read_again_only_if_one_was_touched(photographs, tmp_path, monkeypatch):
+    read = []
+
+    def counted(listing):
+        read.append(1)
+        return folders.read_content(listing)
+
+    monkeypatch.setattr(source, "read_content", counted)
+    for touches in (False, False, True, False):
+        if touches:
+            touched(photographs)
+        prepare(f"folder:{photographs}", tmp_path / "data")
+    assert len(read) == 2
+
+
+def test_other_content_of_the_same_names_and_sizes_is_another_set(tmp_path):
+    """Also if an archive restored equal times."""
+    for name, value in (("x", 0), ("y", 1)):
+        (tmp_path / name / "a").mkdir(parents=True)
+        Image.fromarray(np.full((4, 4), value, np.uint8)).save(tmp_path / name / "a" / "0.bmp")
+        os.utime(tmp_path / name / "a" / "0.bmp", (0, 0))
+    found = [prepare(f"folder:{tmp_path / name}", tmp_path / "data") for name in "xy"]
+    assert len({builder.info.full_name for builder in found}) == 2
+
+
+def test_a_conversion_that_was_prepared_elsewhere_is_found_by_content(photographs, tmp_path):
+    """In a root that has no record of this path, and that may not be written to."""
+    prepare(f"folder:{photographs}", tmp_path / "data")
+    moved = photographs.rename(tmp_path / "moved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        patch.setattr(source, "_exclusive", None)
+        patch.setattr(source, "write_whole", None)
+        assert prepare(f"folder:{moved}", tmp_path / "data").info.splits["train"].num_examples == 4
+
+
+def converted_by_version_1(folder, root):
+    """As ditjax 0.x left a conversion: named by the path, without a record."""
+    builder = prepare(f"folder:{folder}", root)
+    (record,) = (root / "image_folder").glob("*.json")
+    old = root / "image_folder" / record.stem / "1.0.0"
+    old.parent.mkdir()
+    Path(builder.data_dir).rename(old)
+    record.unlink()
+    for file in old.iterdir():
+        if file.suffix == ".json":
+            text = file.read_text().replace('"version": "2.0.0"', '"version": "1.0.0"')
+            file.write_text(text.replace('"2.0.0":', '"0.9.9":'))
+    return old
+
+
+def test_a_conversion_of_version_1_is_read_as_it_was(photographs, tmp_path, capsys):
+    root = tmp_path / "data"
+    old = converted_by_version_1(photographs, root)
+    for _ in range(2):
+        os.utime(photographs / "ant" / "d.bmp")
+        assert prepare(f"folder:{photographs}", root).data_dir == str(old)
+    assert "converted by an older ditjax: images are not turned upright" in capsys.readouterr().err
+    photograph(9).save(photographs / "ant" / "new.png")
+    with pytest.raises(UserError, match="changed since") as told:
+        prepare(f"folder:{photographs}", root)
+    assert f"'{old}'" in str(told.value)
+
+
+def test_files_that_change_while_they_are_read(photographs, tmp_path, monkeypatch):
+    def then_changed(listing):
+        found = folders.read_content(listing)
+        photograph(9).save(photographs / "zebra" / "a.PNG")
+        return found
+
+    monkeypatch.setattr(source, "read_content", then_changed)
+    with pytest.raises(UserError, match="changed while they were read: run the same command"):
+        prepare(f"folder:{photographs}", tmp_path / "data")
+    assert not list((tmp_path / "data").rglob("*array_record*"))
