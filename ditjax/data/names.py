@@ -28,6 +28,20 @@ class DatasetName(NamedTuple):
     version: str | None = None
 
 
+class Split(NamedTuple):
+    """A split of a data set, or a slice of one: 'train[:10%]'.
+
+    Name and split travel apart: joined to one text, 'folder:/data/birds' and 'train' cannot be told
+    from the folder /data/birds/train.
+    """
+
+    name: str
+    split: str = "train"
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.split}"
+
+
 def parse_name(text: str) -> DatasetName:
     """Any of the forms of `DatasetName`. Raises UserError for another."""
     if is_latents(text):
@@ -49,11 +63,3 @@ def parse_name(text: str) -> DatasetName:
 def is_latents(name: str) -> bool:
     """Whether a name is that of encoded latents, 'latents:PATH'."""
     return name.startswith(LATENTS)
-
-
-def split_of(text: str) -> tuple[str, str]:
-    """'NAME/SPLIT' -> (name, split); a name alone, or a folder, means its split 'train'."""
-    if "/" not in text or text.startswith(_FOLDER):
-        return text, "train"
-    name, _, split = text.rpartition("/")
-    return name, split

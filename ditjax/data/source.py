@@ -35,8 +35,8 @@ from ditjax.data.builders import (
     write_whole,
 )
 from ditjax.data.crop import check_pixels
-from ditjax.data.folders import Listing, list_folder, read_content, report_reading
-from ditjax.data.names import VERSION, DatasetName, is_latents, parse_name
+from ditjax.data.folders import Listing, list_folder, read_content, report_reading, split_above
+from ditjax.data.names import LATENTS, VERSION, DatasetName, Split, is_latents, parse_name
 from ditjax.data.scenes import DigitScenes
 from ditjax.errors import UserError, nearest, reason
 from ditjax.files.atomic import load_json, write_json
@@ -166,15 +166,61 @@ def _check_files(builder: Any, split: str, title: str) -> None:
             )
 
 
-def images_of_latents(name: str) -> str:
-    """'latents:PATH' -> 'NAME/SPLIT' of the images that were encoded. Raises UserError."""
-    metadata = latents.open_latents(parse_name(name).path).info.metadata or {}
+def images_of(split: Split) -> Split:
+    """The images of a split: those that were encoded for 'latents:PATH', else the split itself.
+
+    Latents are in the order of their images, so that a slice of them is the same slice of images.
+    Raises UserError.
+    """
+    if not is_latents(split.name):
+        return split
+    metadata = latents.open_latents(parse_name(split.name).path).info.metadata or {}
     if not {"images", "split"} <= metadata.keys():
         raise UserError(
-            f"data set {name!r}: its metadata.json does not name the images that it was made of:"
-            " encode them again."
+            f"data set {split.name!r}: its metadata.json does not name the images that it was made"
+            " of: encode them again."
         )
-    return f"{str(metadata['images']).rpartition('/')[0]}/{metadata['split']}"
+    # name[/config]/version, as tensorflow-datasets calls a data set in full
+    name, _, version = str(metadata["images"]).rpartition("/")
+    return Split(f"{name}:{version}", split.split)
+
+
+def parse_split(text: str, data_dir: DataDir = None) -> Split:
+    """'NAME/SPLIT' or 'NAME', which means its split 'train'. Raises UserError.
+
+    NAME may hold slashes, so it is the longest part that names a data set: a folder that exists or
+    was converted, encoded latents, a configuration that is prepared. Only a folder that is a split
+    of the folder above it, such as 'folder:/data/birds/val', is that split.
+    """
+    root = data_root(data_dir)
+    name, slash, split = text.rstrip("/").rpartition("/")
+    if not slash:
+        return Split(text)
+    if _names_a_dataset(text, root):
+        of_folder = text.startswith("folder:") and split_above(
+            Path(expand_home(parse_name(text).path))
+        )
+        return Split(name, of_folder) if of_folder else Split(text)
+    if _names_a_dataset(name, root) or not text.startswith(("folder:", LATENTS)):
+        parse_name(name)
+        return Split(name, split)
+    return Split(text)  # neither is there: the error shall show what was given
+
+
+def _names_a_dataset(text: str, root: Path) -> bool:
+    """Whether a text as a whole names a data set that is there, or of a size that can be made."""
+    try:
+        parsed = parse_name(text)
+        if parsed.kind == "folder":
+            folder = _resolved(parsed)
+            return os.path.isdir(folder) or _converted(folder, root) is not None
+        if parsed.kind == "latents":
+            return os.path.isdir(expand_home(parsed.path))
+        if parsed.base == DigitScenes.name and parsed.config:
+            return bool(scenes.parse_scene_set(parsed.config))
+        return parsed.kind == "prepared" and _find(parsed, root) is not None
+    except UserError:
+        return False
 
 
 def latent_shape(name: str) -> tuple[int, ...]:

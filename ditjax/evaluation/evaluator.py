@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ditjax.config import Config, replaced
 from ditjax.data import records, source
 from ditjax.data.images import open_images
-from ditjax.data.names import is_latents
+from ditjax.data.names import Split
 from ditjax.errors import UserError
 from ditjax.evaluation import scoring
 from ditjax.evaluation.features import Extractor, digits_extractor, open_extractor, scenes_extractor
@@ -72,6 +72,8 @@ class Evaluator:
         self.reference = reference_of(c, self.extractor)
         self._validate = Validator(mesh, frozen)
         self._validate.protocol(c)  # raises now if the split is missing
+        if self.extractor.shipped:
+            source.dataset_info(*_real_splits(c, self.extractor)[0], c.data.data_dir or None)
 
     @property
     def distance(self) -> str:
@@ -173,10 +175,7 @@ class Evaluator:
         self, c: Config, params: Any, folder: Path, model: dict[str, Any]
     ) -> dict[str, float]:
         """Return the distance of real digits to real digits, and the accuracy under guidance."""
-        name, reference = "digits", "digits/train"
-        if self.extractor.name == "scenes":
-            name, reference = held_out(c).name, _reference_name(c)
-        real = real_distance(self.extractor.name, name, reference, c.data.data_dir)
+        real = real_distance(self.extractor.name, *_real_splits(c, self.extractor), c.data.data_dir)
         found = {"fd_digits_floor": real}
         if c.evaluate.guided_scale not in (0, c.sample.cfg_scale):
             path = folder / GUIDED_FILE
@@ -206,24 +205,30 @@ def reference_of(c: Config, extractor: Extractor) -> Reference:
 
     The statistics of a data set are cached. Raises UserError.
     """
-    return open_reference(_reference_name(c), extractor, c.data.image_size, c.data.data_dir)
+    return open_reference(_reference(c), extractor, c.data.image_size, c.data.data_dir)
 
 
-def _reference_name(c: Config) -> str:
-    if c.evaluate.reference:
-        return c.evaluate.reference
-    if is_latents(c.data.name):
-        return source.images_of_latents(c.data.name)
-    return f"{c.data.name}/{c.data.split}"
+def _reference(c: Config) -> str | Split:
+    """Return config.evaluate.reference, or the images that the recipe trains on."""
+    return c.evaluate.reference or source.images_of(Split(c.data.name, c.data.split))
+
+
+def _real_splits(c: Config, extractor: Extractor) -> tuple[Split, str | Split]:
+    """Return real images, and the reference whose distance to them is the floor of the metric."""
+    if extractor.name == "digits":
+        return Split("digits", "test"), Split("digits")
+    held = held_out(c)
+    splits = source.prepare(held.name, held.data_dir).info.splits
+    return Split(held.name, "test" if "test" in splits else held.split), _reference(c)
 
 
 @functools.cache
-def real_distance(features: str, name: str, against: str, data_dir: str) -> float:
-    """Return FD-digits of a data set's test images to `against`: the floor of that metric."""
+def real_distance(features: str, real: Split, against: str | Split, data_dir: str) -> float:
+    """Return FD-digits of real images that were not trained on: the floor of that metric."""
     extractor = scenes_extractor() if features == "scenes" else digits_extractor()
     assert extractor.side is not None
     reference = open_reference(against, extractor, extractor.side, data_dir)
-    images = records.load_arrays(name, "test", data_dir or None)["image"]
+    images = records.load_arrays(*real, data_dir or None, extractor.side)["image"]
     extracted = extract_features(extractor, [images], len(images))
     return score(extracted, reference.statistics, None, family="digits", brief=True)["fd_digits"]
 

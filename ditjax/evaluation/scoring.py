@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ditjax.data import source, stream
+from ditjax.data.folders import report_reading
 from ditjax.data.images import open_images
-from ditjax.data.names import split_of
+from ditjax.data.names import Split, parse_name
 from ditjax.errors import UserError
 from ditjax.evaluation.features import Extractor
 from ditjax.evaluation.statistics import (
@@ -192,9 +193,13 @@ class Reference(NamedTuple):
 
 
 def open_reference(
-    text: str, extractor: Extractor, side: int, data_dir: str = "", save_to: str | Path = ""
+    reference: str | Split,
+    extractor: Extractor,
+    side: int,
+    data_dir: str = "",
+    save_to: str | Path = "",
 ) -> Reference:
-    """Open a reference: statistics, images, or a data set ('imagenet2012/validation') by name.
+    """Open a reference: statistics, images, or a split of a data set ('imagenet2012/validation').
 
     Features of images come from `extractor`. A data set's images are centre-cropped to
     side x side, and their statistics are cached beside the data. `save_to` is a file to save the
@@ -202,48 +207,56 @@ def open_reference(
     their SHA-256 is recorded. Raises UserError for anything else, and for statistics by ditjax
     with other features.
     """
-    path = Path(text)
-    if path.is_file() and _holds_statistics(path):
-        found = _from_statistics(path, extractor)
-    elif path.exists():
-        images = open_images(path)
-        batches = images.batches(extractor.batch_size)
-        found = _from_images(batches, images.count, extractor, path.name)
-    elif path.is_absolute() or path.suffix == ".npz":
-        raise UserError(
-            f"reference {text} does not exist: expected statistics or images there, or the name of"
-            " a data set, such as imagenet2012/validation."
-        )
+    if isinstance(reference, Split):
+        found = _from_dataset(reference, extractor, extractor.side or side, data_dir)
     else:
-        found = _from_dataset(text, extractor, extractor.side or side, data_dir)
+        found = _by_name(reference, extractor, extractor.side or side, data_dir)
     if save_to and is_primary():
         save_statistics(save_to, found.statistics, found.pool)
     return found
 
 
-def _from_dataset(text: str, extractor: Extractor, side: int, data_dir: str) -> Reference:
-    name, split = split_of(text)
+def _by_name(text: str, extractor: Extractor, side: int, data_dir: str) -> Reference:
+    path = Path(text)
+    if path.is_file() and _holds_statistics(path):
+        return _from_statistics(path, extractor)
+    if path.exists():
+        images = open_images(path)
+        report_reading(f"reference: {images}")
+        batches = images.batches(extractor.batch_size)
+        return _from_images(batches, images.count, extractor, path.name)
+    if path.is_absolute() or path.suffix == ".npz":
+        raise UserError(
+            f"reference {text} does not exist: expected statistics or images there, or the name of"
+            " a data set, such as imagenet2012/validation."
+        )
+    images_of = source.images_of(source.parse_split(text, data_dir or None))
+    return _from_dataset(images_of, extractor, side, data_dir)
+
+
+def _from_dataset(of: Split, extractor: Extractor, side: int, data_dir: str) -> Reference:
     spec = source.DataSpec(
-        name=name,
-        split=split,
+        name=of.name,
+        split=of.split,
         image_size=side,
-        channels=1 if name == "digits" else 3,
+        channels=1 if parse_name(of.name).base == "digits" else 3,
         flip=False,
         data_dir=data_dir or None,
         cache_mb=0,
         threads=4,
     )
-    info = source.dataset_info(name, split, spec.data_dir)
-    title = f"{info.full_name}-{split}-{side}"
+    info = source.dataset_info(of.name, of.split, spec.data_dir)
+    title = f"{info.full_name}-{of.split}-{side}"
     words = f"{title} {info.num_examples} {sorted(extractor.record.items())}"
     key = hashlib.sha256(words.encode()).hexdigest()[:12]
     file = re.sub(r"[^\w.-]", "_", f"{title}-{key}.npz")
+    name = f"{of}, {side}x{side}"
     cached = source.data_root(spec.data_dir) / "references" / file
     # All processes extract features together: none may load the cache while another extracts.
     if processes.everywhere(cached.exists()):
-        return _from_statistics(cached, extractor)
+        return _from_statistics(cached, extractor)._replace(name=name)
     batches = (_as_uint8(rows["image"]) for rows in stream.in_order(spec, extractor.batch_size))
-    found = _from_images(batches, info.num_examples, extractor, f"{name}/{split}, {side}x{side}")
+    found = _from_images(batches, info.num_examples, extractor, name)
     if is_primary():
         save_statistics(cached, found.statistics, found.pool)
     return found

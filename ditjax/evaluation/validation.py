@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ditjax.config import Config
 from ditjax.data import source, stream
-from ditjax.data.names import is_latents
+from ditjax.data.names import Split
 from ditjax.data.records import HostBatch
 from ditjax.errors import UserError
 from ditjax.metrics.uncertainty import systematic_error
@@ -181,9 +181,7 @@ def held_out(c: Config) -> source.DataSpec:
 
     A damaged image is an error, because a loss over other images would be another metric.
     """
-    name = c.data.name
-    if is_latents(name):
-        name = source.images_of_latents(name).rpartition("/")[0]
+    name, split = source.images_of(Split(c.data.name, c.evaluate.split))
     return dataclasses.replace(
-        opening.data_spec(c), name=name, split=c.evaluate.split, flip=False, max_damaged=0
+        opening.data_spec(c), name=name, split=split, flip=False, max_damaged=0
     )

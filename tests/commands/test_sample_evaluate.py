@@ -13,6 +13,7 @@ from ditjax import encode, evaluate, sample, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.data import crop, records, source, stream
+from ditjax.data.names import Split
 from ditjax.errors import UserError
 from ditjax.evaluation import evaluator
 from ditjax.evaluation.digits import predict_digit
@@ -86,7 +87,8 @@ def test_real_digits_score_as_real(data_dir):
         seen = extract_features(extractor, [images], len(images))
         return score(seen, reference.statistics, None, family="digits")["fd_digits"]
 
-    floor = evaluator.real_distance("digits", "digits", "digits/train", str(data_dir))
+    test_split = Split("digits", "test")
+    floor = evaluator.real_distance("digits", test_split, "digits/train", str(data_dir))
     assert fd_digits(real["image"]) == pytest.approx(floor)
     assert np.mean(predict_digit(real["image"]) == real["label"]) > 0.98
     noise = np.random.default_rng(0).integers(0, 256, real["image"].shape, np.uint8)

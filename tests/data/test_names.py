@@ -2,7 +2,7 @@
 
 import pytest
 
-from ditjax.data.names import DatasetName, is_latents, parse_name, split_of
+from ditjax.data.names import DatasetName, is_latents, parse_name
 from ditjax.errors import UserError
 
 
@@ -26,16 +26,3 @@ def test_parts(text, parts):
 def test_others_are_refused(text):
     with pytest.raises(UserError, match="is not a name"):
         parse_name(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("digits", ("digits", "train")),
-        ("digits/test", ("digits", "test")),
-        ("imagenet_resized/64x64/validation", ("imagenet_resized/64x64", "validation")),
-        ("folder:/data/photos", ("folder:/data/photos", "train")),
-    ],
-)
-def test_names_with_a_split(text, expected):
-    assert split_of(text) == expected

@@ -10,6 +10,7 @@ import pytest
 
 from ditjax.cli import load_recipe
 from ditjax.config import changed, read
+from ditjax.data.names import Split
 from ditjax.errors import UserError
 from ditjax.evaluation import evaluator as evaluation
 from ditjax.evaluation.digits import predict_digit
@@ -215,7 +216,7 @@ def test_what_cannot_be_evaluated():
 
 
 def test_the_floor_is_of_real_digits():
-    assert 10 < evaluation.real_distance("digits", "digits", "digits/train", "") < 20
+    assert 10 < evaluation.real_distance("digits", Split("digits", "test"), "digits/train", "") < 20
 
 
 def test_scenes_are_seen_in_windows(tmp_path):

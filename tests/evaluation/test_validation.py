@@ -10,6 +10,7 @@ import pytest
 from ditjax.cli import load_recipe
 from ditjax.config import changed, read
 from ditjax.data import records, source, stream
+from ditjax.data.names import Split
 from ditjax.diffusion import samplers
 from ditjax.errors import UserError
 from ditjax.evaluation.evaluator import Evaluator
@@ -174,7 +175,7 @@ def test_the_protocol_says_what_it_is_of_and_only_where_it_is():
 
 def test_of_encoded_latents_the_images_behind_them_are_held_out(monkeypatch):
     c = changed(recipe("digits_latent.py"), {"data": {"name": "latents:/of/digits", "flip": True}})
-    monkeypatch.setattr(source, "images_of_latents", {"latents:/of/digits": "digits/train"}.get)
+    monkeypatch.setattr(source, "images_of", lambda split: Split("digits", split.split))
     spec = held_out(c)
     assert (spec.name, spec.split, spec.flip) == ("digits", f"test[:{HELD_OUT}]", False)
 
