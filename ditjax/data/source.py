@@ -8,7 +8,9 @@ tensorflow-datasets, and is then read without TensorFlow. The builders of our ow
 import contextlib
 import errno
 import fcntl
+import hashlib
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -221,6 +223,38 @@ def _names_a_dataset(text: str, root: Path) -> bool:
         return parsed.kind == "prepared" and _find(parsed, root) is not None
     except UserError:
         return False
+
+
+def known_content(name: str, data_dir: DataDir = None) -> str | None:
+    """What identifies the content of a data set, wherever it is and however its name is spelled.
+
+    None if it is not prepared: nothing is prepared here. The builder classes of users have none.
+    """
+    try:
+        parsed, root = parse_name(name), data_root(data_dir)
+        if parsed.kind == "latents":
+            return _latents_content(parsed.path)
+        place = None
+        if parsed.kind == "folder":
+            found = _converted(_resolved(parsed), root)
+            place = root / found.place if found else None
+        elif parsed.base == DigitScenes.name:
+            size = scenes.parse_scene_set(parsed.config or str(scenes.DEFAULT_EXAMPLES))
+            place = root / DigitScenes.name / size.name / str(DigitScenes.VERSION)
+        elif parsed.kind == "prepared":
+            place = _find(parsed, root)
+        return str(_open(name, place).info.full_name) if place else None
+    except UserError:
+        return None
+
+
+def _latents_content(path: str) -> str:
+    """What latents were made of: the images, the autoencoder, and how they were encoded."""
+    info = latents.open_latents(path).info
+    made_of: dict[str, Any] = {str(key): value for key, value in (info.metadata or {}).items()}
+    counts = {split: info.splits[split].num_examples for split in info.splits}
+    text = json.dumps([made_of, counts, list(info.features["label"].names)], sort_keys=True)
+    return f"latents of {made_of.get('images')}, {hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
 def latent_shape(name: str) -> tuple[int, ...]:

@@ -18,10 +18,10 @@ from ditjax.files import lease
 from ditjax.models.network import Rules
 from ditjax.parallel import processes, rules
 from ditjax.parallel.processes import is_primary
-from ditjax.runs import rundir
+from ditjax.runs import contents, rundir
 from ditjax.runs.checkpoint import Checkpoints, DamagedError, Step
 from ditjax.training.program import abstract_state
-from ditjax.training.task import Task
+from ditjax.training.task import Frozen, Task
 
 # The lease of the samples in a run's folder. Training holds another lease and can continue.
 SAMPLES_LEASE = ".samples.lease"
@@ -72,15 +72,24 @@ def check_data(c: Config) -> source.DatasetInfo:
     return info
 
 
-def open_run(workdir: str | os.PathLike[str], c: Config) -> Path:
+def open_run(workdir: str | os.PathLike[str], c: Config, frozen: Frozen | None = None) -> Path:
     """Open a run's directory: the first process writes the recipe, and the others read it.
+
+    `frozen` are the frozen weights, if they were loaded: what lies at the places in the recipe is
+    recorded, and compared when the run resumes.
 
     The directory is leased until the `lease.scope` around the call ends. Raises UserError if
     another run holds the lease, or if not all processes share the directory.
     """
     acquire_lease(workdir)
+    found = contents.data_contents(c)
+    if frozen and "autoencoder" in frozen:
+        found[contents.AUTOENCODER] = digest(frozen["autoencoder"])
+    same = contents.same_content(Path(workdir), found, c.data.data_dir)
     if is_primary():
-        rundir.open_directory(workdir, as_tree(c))
+        folder = rundir.open_directory(workdir, as_tree(c), same)
+        contents.check_contents(folder, found)
+        contents.record_contents(folder, found)
     processes.barrier()
     if not is_primary():
         if not (Path(workdir) / rundir.RECIPE_FILE).exists():
@@ -88,7 +97,7 @@ def open_run(workdir: str | os.PathLike[str], c: Config) -> Path:
                 f"{processes.name()} does not see the {rundir.RECIPE_FILE} that process 0 wrote to"
                 f" {workdir}: use a --workdir that all processes share."
             )
-        rundir.check_same(Path(workdir), rundir.read_recipe(workdir), as_tree(c))
+        rundir.check_same(Path(workdir), rundir.read_recipe(workdir), as_tree(c), same=same)
     return Path(workdir)
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ from ditjax.errors import UserError
 from ditjax.files.atomic import json_text, load_json, recordable, write_atomic
 
 RECIPE_FILE = "config.json"
+CONTENTS_FILE = "contents.json"  # what the places in the recipe held (`runs/contents.py`)
 STUDY_FILE = "sweep.json"
 CHECKPOINTS = "checkpoints"
 RUNS = "runs"  # the folder of a study's cells
 LOG_FILE = "log.txt"  # the output of a cell of a sweep
 ENDED_FILE = "ended.json"  # the reason that a cell ended without a result
+
+# (key, recorded value, requested value) -> whether both are places of the same content
+SameContent = Callable[[str, Any, Any], bool]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -55,6 +59,7 @@ def inside(root: str | os.PathLike[str], name: str) -> Path:
 def open_directory(
     workdir: str | os.PathLike[str],
     recipe: Mapping[str, Any],
+    same: SameContent | None = None,
 ) -> Path:
     """Create a run's directory with its recipe, or check that it holds a run of the same recipe.
 
@@ -64,10 +69,11 @@ def open_directory(
     folder = Path(workdir)
     path = folder / RECIPE_FILE
     if path.exists() and _has_begun(folder):
-        check_same(folder, read_recipe(folder), recipe)
+        check_same(folder, read_recipe(folder), recipe, same=same)
         return folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={folder} is a file: give a directory.")
+    (folder / CONTENTS_FILE).unlink(missing_ok=True)  # of a recipe that did not begin
     write_atomic(path, _text(recipe))
     return folder
 
@@ -78,7 +84,7 @@ def _has_begun(folder: Path) -> bool:
     checkpoints = folder / CHECKPOINTS
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
         names.discard(CHECKPOINTS)
-    return bool(names - {RECIPE_FILE, LOG_FILE, ENDED_FILE})
+    return bool(names - {RECIPE_FILE, CONTENTS_FILE, LOG_FILE, ENDED_FILE})
 
 
 def open_study(
@@ -141,13 +147,19 @@ def read_recipe(workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_same(
-    folder: Path, recorded: Mapping[str, Any], recipe: Mapping[str, Any], also: Sequence[str] = ()
+    folder: Path,
+    recorded: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    also: Sequence[str] = (),
+    same: SameContent | None = None,
 ) -> None:
     """Raise UserError if the run in a directory was started with another recipe.
 
-    `also` are free keys that are compared, too.
+    `also` are free keys that are compared, too. Places of the `same` content do not differ.
     """
     for key, before, now in differences(recorded, recipe, also):
+        if same and same(key, before, now):
+            continue
         raise UserError(
             f"{folder} holds a run with {key}={before!r}, but this command has {now!r}: give"
             " another --workdir, or the recipe that the run was started with."

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ditjax.data.images import Images
 from ditjax.errors import UserError
 from ditjax.files import npz
-from ditjax.files.atomic import atomic, write_atomic
+from ditjax.files.atomic import atomic, load_json, write_atomic
 from ditjax.files.npz import provenance_text, read_provenance
 
 _PART = re.compile(r"(\d{9})-(\d{9})\.npz")
@@ -54,6 +54,7 @@ class SampleWriter:
         self.path, self.count, self.shape, self.labelled = Path(path), count, tuple(shape), labelled
         self.parts = self.path.with_name(f"{self.path.name}.parts")
         self._provenance = provenance_text(provenance)
+        self._identity = _identity(json.loads(str(self._provenance)))
         self._record = json.dumps(
             [count, list(shape), labelled, str(self._provenance)], sort_keys=True
         )
@@ -172,12 +173,20 @@ class SampleWriter:
 
     def _begin(self, replace: bool) -> None:
         record = self.parts / "record.json"
-        if record.exists() and record.read_bytes() != self._record.encode():
+        if record.exists() and not self._is_record(record):
             if not replace:
                 raise UserError(_differs(f"{self.parts} holds part of other samples"))
             shutil.rmtree(self.parts)
         if not record.exists():
             write_atomic(record, self._record.encode())
+
+    def _is_record(self, path: Path) -> bool:
+        try:
+            *theirs, text = load_json(path)
+            *ours, _ = json.loads(self._record)
+            return theirs == ours and _identity(json.loads(text)) == self._identity
+        except (OSError, ValueError, TypeError):
+            return False
 
     def _is_finished(self, replace: bool) -> bool:
         if not self.path.exists():
@@ -187,7 +196,7 @@ class SampleWriter:
                 same = (
                     npz.shape_and_dtype(archive, "arr_0")[0] == (self.count, *self.shape)
                     and ("label" in npz.names(archive)) == self.labelled
-                    and read_provenance(archive) == json.loads(str(self._provenance))
+                    and _identity(read_provenance(archive)) == self._identity
                 )
         except UserError:
             if not replace:
@@ -196,6 +205,14 @@ class SampleWriter:
         if not (same or replace):
             raise UserError(_differs(f"{self.path} holds other samples"))
         return same
+
+
+def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance without the path of the run: a model is known by its weights."""
+    model = provenance.get("model")
+    if not isinstance(model, dict) or "params_sha256" not in model:
+        return dict(provenance)
+    return {**provenance, "model": {k: v for k, v in model.items() if k != "run"}}
 
 
 def _differs(what: str) -> str:

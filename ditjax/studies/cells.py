@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ditjax.config import Config, Override, Sweep, as_tree, network_module, of_network, read
 from ditjax.errors import UserError, nearest
 from ditjax.models.network import training_gflops
-from ditjax.runs import rundir
+from ditjax.runs import contents, rundir
 from ditjax.runs.results import PublishedFigures
 from ditjax.studies.published import published_of
 from ditjax.tasks import cost_of, make_task
@@ -304,7 +304,8 @@ def study_record(recipe: Mapping[str, Any], study: Sequence[Cell], command: str)
 def check_result(cell: Cell, folder: Path, found: Mapping[str, Any]) -> None:
     """Raise UserError for a result of another recipe."""
     # A single run may be extended by more steps; the steps of a cell are fixed.
-    rundir.check_same(folder, found["config"], cell.recipe, also=("train.steps",))
+    same = contents.same_content(folder, {}, cell.config.data.data_dir)
+    rundir.check_same(folder, found["config"], cell.recipe, also=("train.steps",), same=same)
 
 
 def check_same_study(
@@ -313,8 +314,9 @@ def check_same_study(
     """Raise UserError if a directory's study changes in keys that are not in its cells' names."""
     named = {key for cell in study for key, _ in cell.overrides}
     named |= {key for cell in study for key in keys_in_every_name(cell.config)}
+    same = contents.same_content(workdir, {}, recipe.get("data", {}).get("data_dir", ""))
     for key, before, now in rundir.differences(recorded, recipe):
-        if key not in named:
+        if key not in named and not same(key, before, now):
             raise UserError(
                 f"{workdir} holds a study with {key}={before!r}, this command says {now!r}: give"
                 " another --workdir, or the recipe it was started with."

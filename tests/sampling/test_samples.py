@@ -249,3 +249,21 @@ def test_killed_again_and_again(tmp_path):
     assert last[-1] == "done"
     assert not set(last) & set(seen)
     check(tmp_path / "a.npz", 400)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_model_is_known_by_its_weights_not_by_its_place(tmp_path, finished):
+    """A run whose directory is moved or spelled otherwise keeps what was drawn."""
+
+    def writer(run, sha256="ab"):
+        model = {"run": run, "step": 1, "params_sha256": sha256}
+        path, shape = tmp_path / "x.npz", (4, 4, 3)
+        return SampleWriter(path, 2, shape, {"model": model}, labelled=False, replace=True)
+
+    first = writer("runs/one")
+    first.write(0, np.zeros((2 if finished else 1, 4, 4, 3), np.uint8))
+    if finished:
+        first.finish()
+    for run in ("./runs/one/", "/moved/one"):
+        assert list(writer(run).missing(2)) == ([] if finished else [(1, 2)])
+    assert list(writer("runs/one", "cd").missing(2)) == [(0, 2)]
