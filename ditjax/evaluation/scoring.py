@@ -225,7 +225,7 @@ def _by_name(text: str, extractor: Extractor, side: int, data_dir: str) -> Refer
         report_reading(f"reference: {images}")
         batches = images.batches(extractor.batch_size)
         return _from_images(batches, images.count, extractor, path.name)
-    if path.is_absolute() or path.suffix == ".npz":
+    if path.is_absolute() or path.suffix in (".npz", ".npy", ".pkl", ".zip"):
         raise UserError(
             f"reference {text} does not exist: expected statistics or images there, or the name of"
             " a data set, such as imagenet2012/validation."

@@ -38,7 +38,11 @@ def reading(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
 
 def _archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
     with contextlib.ExitStack() as stack, _damage():
-        archive = stack.enter_context(zipfile.ZipFile(path))
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+        except zipfile.BadZipFile:
+            _check_kind(path)
+            raise
         entries, length = archive.infolist(), os.stat(path).st_size
         if any(entry.compress_size > length for entry in entries):
             raise ValueError("it claims more than its own length")
@@ -47,8 +51,52 @@ def _archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
                 f"{path} holds {len(entries)} files: an npz of at most {MAX_MEMBERS} arrays was"
                 " expected; write it as several."
             )
+        if entries and not names(archive):
+            raise UserError(
+                f"{path} is a zip of {len(entries)} files, such as"
+                f" {one_line(entries[0].filename)}, and no npz of arrays: unpack it, and give the"
+                " folder if they are images."
+            )
         stack.pop_all()  # keep it open
     return archive
+
+
+# What a file of another kind begins with -> what it is, and how its content is read.
+_PICKLE = (
+    "a pickle, which may run code and is not loaded",
+    "save its statistics as npz where you trust it, for EDM2's: import pickle, numpy as np;"
+    " s = pickle.load(open(PATH, 'rb'))['fid']; np.savez('OUT.npz', mu=s['mu'], sigma=s['sigma'])",
+)
+_IMAGE = ("a single image", "give a folder of images")
+_PACKED = ("a packed archive", "unpack it, and give the folder if it holds images")
+_KINDS = {
+    b"\x93NUMPY": (
+        "a single array (.npy)",
+        "pack it: import numpy as np; np.savez('OUT.npz', arr_0=np.load(PATH))",
+    ),
+    **{bytes([0x80, protocol]): _PICKLE for protocol in range(2, 6)},
+    b"\x89PNG": _IMAGE,
+    b"\xff\xd8\xff": _IMAGE,
+    b"GIF8": _IMAGE,
+    b"\x1f\x8b": _PACKED,
+    b"BZh": _PACKED,
+    b"\xfd7zXZ": _PACKED,
+    b"\x28\xb5\x2f\xfd": _PACKED,
+    b"7z\xbc\xaf": _PACKED,
+    b"\x89HDF": ("an HDF5 file", "save its array of images as arr_0 of an npz"),
+    b"PAR1": ("a Parquet file", "save its images as files in a folder"),
+}
+
+
+def _check_kind(path: str | os.PathLike[str]) -> None:
+    """Raise UserError, with the remedy, for a file of another well-known kind."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    for magic, (what, remedy) in _KINDS.items():
+        if start.startswith(magic):
+            raise UserError(f"{path} is {what}, not an npz: {remedy}.")
+    if start[257:262] == b"ustar":
+        raise UserError(f"{path} is {_PACKED[0]}, not an npz: {_PACKED[1]}.")
 
 
 @contextlib.contextmanager
@@ -79,12 +127,13 @@ def read_array(archive: zipfile.ZipFile, name: str, limit: int | None = None) ->
     Raises UserError for an unknown name, and ValueError for a pickled or damaged array.
     """
     with _open(archive, name) as (file, shape, fortran_order, dtype):
+        if limit is not None and not shape:
+            raise ValueError(f"{name} is a single number")
+        if fortran_order:
+            return _take_transposed(archive, file, name, shape, dtype)[:limit]
         if limit is not None:
-            _check_rows(name, shape, fortran_order)
             shape = (min(limit, shape[0]), *shape[1:])
         _check_size(archive, name, shape, dtype)
-        if fortran_order:
-            return _take(file, name, shape[::-1], dtype).T
         return _take(file, name, shape, dtype)
 
 
@@ -95,9 +144,18 @@ def load_array(path: str | os.PathLike[str], name: str) -> NDArray[Any]:
 
 
 def rows(archive: zipfile.ZipFile, name: str, size: int) -> Iterator[NDArray[Any]]:
-    """An array `size` rows at a time, in order. Raises as `read_array`."""
+    """An array `size` rows at a time, in order. Raises as `read_array`.
+
+    The rows of an array in Fortran order lie scattered: it is read whole.
+    """
     with _open(archive, name) as (file, shape, fortran_order, dtype):
-        _check_rows(name, shape, fortran_order)
+        if not shape:
+            raise ValueError(f"{name} is a single number")
+        if fortran_order:
+            whole = _take_transposed(archive, file, name, shape, dtype)
+            for first in range(0, shape[0], size):
+                yield np.ascontiguousarray(whole[first : first + size])
+            return
         _check_size(archive, name, (min(size, shape[0]), *shape[1:]), dtype)
         for first in range(0, shape[0], size):
             yield _take(file, name, (min(size, shape[0] - first), *shape[1:]), dtype)
@@ -149,9 +207,16 @@ def _check_entry(entry: zipfile.ZipInfo, name: str) -> None:
         raise ValueError(f"{name} claims {entry.file_size} bytes in {entry.compress_size}")
 
 
-def _check_rows(name: str, shape: tuple[int, ...], fortran_order: bool) -> None:
-    if not shape or fortran_order:
-        raise ValueError(f"{name} is not a plain C-ordered array")
+def _take_transposed(
+    archive: zipfile.ZipFile,
+    file: IO[bytes],
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+) -> NDArray[Any]:
+    """A whole array in Fortran order."""
+    _check_size(archive, name, shape, dtype)
+    return _take(file, name, shape[::-1], dtype).T
 
 
 def _take(file: IO[bytes], name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

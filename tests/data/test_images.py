@@ -42,6 +42,19 @@ def test_an_npz_by_batches(tmp_path, save, size):
     np.testing.assert_array_equal(all_of(images), IMAGES)  # and a second time
 
 
+def test_an_npz_in_fortran_order(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.asfortranarray(IMAGES))
+    images = open_images(tmp_path / "a.npz")
+    np.testing.assert_array_equal(all_of(images), IMAGES)
+    assert str(images) == f"11 images of 6x5 in {tmp_path / 'a.npz'}"
+
+
+def test_arrays_that_are_not_read_are_named(tmp_path):
+    """ADM's samples have their labels in arr_1."""
+    np.savez(tmp_path / "a.npz", arr_0=IMAGES, arr_1=np.arange(11), label=np.arange(11))
+    assert str(open_images(tmp_path / "a.npz")).endswith("; arrays left out: arr_1")
+
+
 def test_a_folder_in_the_order_of_its_paths(tmp_path):
     images = open_images(folder(tmp_path, IMAGES))
     assert (images.count, images.height, images.width) == (11, 6, 5)

@@ -1,6 +1,8 @@
 """Arrays in npz files: by rows, whole, and every kind of damage told as such."""
 
+import pickle
 import struct
+import tarfile
 import zipfile
 
 import numpy as np
@@ -57,18 +59,83 @@ def test_what_is_no_array_of_numbers(tmp_path):
     with pytest.raises(UserError, match=r"a\.npz is not a whole npz file \(x holds pickled"):
         read(path)
     assert not ran.exists()
-    for name in ("fortran", "scalar"):
-        with pytest.raises(UserError, match=f"{name} is not a plain C-ordered"):
-            read(path, name)
+    with pytest.raises(UserError, match="scalar is a single number"):
+        read(path, "scalar")
     with pytest.raises(UserError, match=r"no array 'scalr', only x, fortran, scalar. Did you mean"):
         read(path, "scalr")
     with pytest.raises(UserError, match=r"cannot read .*No such file"):
         read(tmp_path / "b.npz")
     with pytest.raises(UserError, match=r"cannot read .*Is a directory"):
         read(tmp_path)
-    np.save(tmp_path / "c.npy", X)
-    with pytest.raises(UserError, match="not a whole npz file"):
-        read(tmp_path / "c.npy")
+
+
+def array_file(path):
+    np.save(path, X)
+
+
+def pickle_of(protocol):
+    return lambda path: path.write_bytes(pickle.dumps({"fid": {"mu": [0.0]}}, protocol))
+
+
+def zip_of_images(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("00000/img00000000.png", b"\x89PNG")
+
+
+def tar_of_images(mode):
+    def write(path):
+        with tarfile.open(path, mode) as archive:
+            archive.add(__file__, "img.png")
+
+    return write
+
+
+# Files that people give as samples or as a reference -> what is said of them.
+OTHERS = {
+    "x.npy": (array_file, r"single array \(\.npy\), not an npz: pack it: .*np\.savez"),
+    "edm2.pkl": (pickle_of(5), r"a pickle, which may run code .* mu=s\['mu'\]"),
+    "old.pkl": (pickle_of(2), "a pickle, which may run code and is not loaded"),
+    "images.zip": (zip_of_images, r"a zip of 1 files, such as 00000/img00000000\.png, and no npz"),
+    "images.tar": (tar_of_images("w"), "a packed archive, not an npz: unpack it"),
+    "images.tar.gz": (tar_of_images("w:gz"), "a packed archive, not an npz: unpack it"),
+    "images.tar.bz2": (tar_of_images("w:bz2"), "a packed archive, not an npz: unpack it"),
+    "images.tar.xz": (tar_of_images("w:xz"), "a packed archive, not an npz: unpack it"),
+    "one.png": (
+        lambda p: p.write_bytes(b"\x89PNG\r\n"),
+        "a single image.* give a folder of images",
+    ),
+    "one.jpg": (lambda p: p.write_bytes(b"\xff\xd8\xff\xe0"), "a single image"),
+    "x.h5": (lambda p: p.write_bytes(b"\x89HDF\r\n"), "an HDF5 file"),
+    "x.parquet": (lambda p: p.write_bytes(b"PAR1"), "a Parquet file"),
+    "x.txt": (lambda p: p.write_bytes(b"text"), "is not a whole npz file"),
+    "empty": (lambda p: p.write_bytes(b""), "is not a whole npz file"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_of_another_kind_gets_its_remedy(tmp_path, name):
+    write, words = OTHERS[name]
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=words) as told:
+        read(tmp_path / name)
+    assert "\n" not in str(told.value)
+    assert str(tmp_path / name) in str(told.value)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_fortran_order(tmp_path, save, monkeypatch):
+    whole = np.arange(5 * 4 * 3 * 2, dtype=np.uint8).reshape(5, 4, 3, 2)
+    save(tmp_path / "a.npz", x=np.asfortranarray(whole))
+    with npz.reading(tmp_path / "a.npz") as archive:
+        np.testing.assert_array_equal(npz.read_array(archive, "x"), whole)
+        np.testing.assert_array_equal(npz.read_array(archive, "x", 2), whole[:2])
+        for size in (1, 2, 5, 9):
+            parts = list(npz.rows(archive, "x", size))
+            assert all(part.flags.c_contiguous for part in parts)
+            np.testing.assert_array_equal(np.concatenate(parts), whole)
+        monkeypatch.setenv(npz.MAX_GIB_VARIABLE, "1e-8")
+        with pytest.raises(UserError, match="are read at once"):
+            next(npz.rows(archive, "x", 1))
 
 
 def test_a_length_that_is_not_the_header_s(tmp_path):
