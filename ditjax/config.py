@@ -1038,8 +1038,13 @@ def parse_value(text: str, hint: Any, key: str) -> Any:
     """
     if typing.get_origin(hint) is Literal:
         hint = type(typing.get_args(hint)[0])
-    if hint is str:
+    if hint is str and text not in ("None", "null"):
         return text
+    if hint is str:
+        raise UserError(
+            f"--config.{key}={text}: expected a text; give nothing after the equals sign,"
+            f" --config.{key}=, for an empty one."
+        )
     if hint is bool and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
     if hint is int and (match := _NUMBER.fullmatch(text)):

@@ -26,8 +26,8 @@ SECTIONS = (
 def get_config(arg: str = "XL/2") -> ConfigDict:
     """Return the recipe of DiT-SIZE/PATCH, as the paper trains it. Raises ValueError."""
     size, _, patch = arg.partition("/")
-    if not patch.isdecimal():
-        raise ValueError(f"{arg!r}: expected SIZE/PATCH, such as 'XL/2' or '4x96x3/1'")
+    if not (size and patch.isdecimal() and len(patch) < 7):
+        raise ValueError(f"{arg!r}: expected SIZE/PATCH, such as '{size or 'XL'}/2' or '4x96x3/1'")
     config = ConfigDict({section: {} for section in SECTIONS})
     config.model.size = size
     config.model.patch = int(patch)

@@ -268,9 +268,15 @@ def latent_shape(name: str) -> tuple[int, ...]:
 def data_root(data_dir: DataDir = None) -> Path:
     """The folder of prepared data sets: data_dir, else $DITJAX_DATA, else ~/.cache/ditjax/data.
 
-    Raises UserError for a URL: array_record files are read from file systems only.
+    Raises UserError for a URL: array_record files are read from file systems only; and for 'None'.
     """
     chosen = os.fspath(data_dir or os.environ.get("DITJAX_DATA") or "~/.cache/ditjax/data")
+    if chosen in ("None", "none", "null"):
+        where = "data_dir" if data_dir else "$DITJAX_DATA"
+        raise UserError(
+            f"{where} is {chosen!r}: expected a folder; leave it empty for the default, or write"
+            f" ./{chosen} for a folder of that name."
+        )
     if "://" in chosen:
         raise UserError(
             f"data_dir {chosen!r} is a URL: array_record is read from a file system only;"

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ditjax.errors import UserError, nearest, reason
+from ditjax.errors import UserError, nearest, reason, shown
 
 # In a checkout the recipes are in `experiments/`; an installed package has a copy of it.
 _FOLDERS = (Path(__file__).resolve().parents[2] / "experiments", Path(__file__).parent / "shipped")
@@ -35,11 +36,16 @@ def build(text: str) -> dict[str, Any]:
     """
     name, colon, arg = text.partition(":")
     try:
-        tree = _module(name).get_config(*([arg] if colon else []))
+        get_config = _module(name).get_config
+        if colon and not inspect.signature(get_config).parameters:
+            raise UserError(f"--config={text}: recipe {name!r} takes nothing after a colon.")
+        tree = get_config(*([arg] if colon else []))
     except UserError:
         raise
     except Exception as error:  # a recipe is the user's code
         frame = traceback.extract_tb(error.__traceback__)[-1]
+        if colon and (frame.line or "").startswith("raise ValueError"):  # refuses its argument
+            raise UserError(f"--config={shown(text)[1:-1]}: {reason(error)}.") from None
         raise UserError(
             f"recipe {name!r} failed at {frame.filename}:{frame.lineno}:"
             f" {type(error).__name__}: {reason(error)}"

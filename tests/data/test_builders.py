@@ -130,6 +130,12 @@ def test_data_root(monkeypatch):
     assert data_root() == Path.home() / ".cache/ditjax/data"
     with pytest.raises(UserError, match="gcsfuse"):
         data_root("gs://bucket/data")
+    with pytest.raises(UserError, match=r"data_dir is 'None': expected a folder; leave it empty"):
+        data_root("None")
+    monkeypatch.setenv("DITJAX_DATA", "None")
+    with pytest.raises(UserError, match=r"\$DITJAX_DATA is 'None': .* write \./None for"):
+        data_root()
+    assert data_root("./None") == Path.cwd() / "None"
 
 
 def test_folder_keeps_the_files_own_bytes(photographs, tmp_path):
