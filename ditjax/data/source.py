@@ -316,6 +316,11 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
         folder = root / Digits.name / str(Digits.VERSION)
         return _own(name, root, folder, lambda: Digits(data_dir=root, file_format="array_record"))
     found = _find(parsed, root)
+    if found is None and parsed.base == ImageFolder.name:
+        raise UserError(
+            f"data set {name!r} is the conversion of a folder that is not under {root}: name the"
+            " folder, 'folder:/path', or set data_dir."
+        )
     if found is None:
         known = [*tfds.list_builders(with_community_datasets=False), DigitScenes.name]
         if parsed.base not in known:

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from ditjax.config import Config, as_tree, migrated, read
 from ditjax.data import source
-from ditjax.data.names import is_latents
+from ditjax.data.folders import report_reading
+from ditjax.data.names import is_latents, parse_name
 from ditjax.errors import FaultError, UserError, first_few
 from ditjax.files import lease
 from ditjax.models.network import Rules
@@ -49,14 +50,18 @@ def check_data(c: Config) -> source.DatasetInfo:
     """Raise UserError unless the data set is complete and has the recipe's classes and size."""
     d = c.data
     info = source.dataset_info(d.name, d.split, d.data_dir or None, d.max_damaged)
+    many = f"{info.num_classes} class{'es' * (info.num_classes > 1)}"
     if info.num_classes != c.data.num_classes:
         left_out = source.left_out_of(d.name)
         raise UserError(
             f"config.data.num_classes is {d.num_classes}, but data set {d.name!r} has"
-            f" {info.num_classes} class{'es' * (info.num_classes > 1)}"
-            f" ({first_few(info.class_names, 5)})"
+            f" {many} ({first_few(info.class_names, 5)})"
             + (f" and, left out: {left_out}; mend the folder, or" if left_out else ":")
             + f" set it to {info.num_classes}."
+        )
+    if is_primary() and parse_name(d.name).kind != "folder":  # whose line says more
+        report_reading(
+            f"data: {d.name}, {d.split}: {info.num_examples:,} records of {many}; nothing left out"
         )
     if is_latents(d.name):
         expected, found = (

@@ -116,6 +116,7 @@ def test_the_first_process_writes_what_is_written_once(pair):
     assert [name for name in names if name not in events] == [
         "checkpoints",
         "config.json",
+        "contents.json",
         "drawn",
         "metrics.jsonl",
         "parameters.txt",

@@ -189,6 +189,7 @@ def test_a_folder_of_any_name_is_itself(tmp_path, last):
         ("tiny/64x64", "split '64x64': there is no such split"),
         ("digits/tset", "there is no such split, or it is empty; there are test, train"),
         ("a/b/c/d", "is not a name"),
+        ("image_folder/0123:2.0.0/train", "is the conversion of a folder that is not under"),
     ],
 )
 def test_what_is_not_there_is_named_as_it_was_given(root, text, words):
