@@ -105,7 +105,14 @@ def _way_of_showing(builder: Any) -> Callable[[Image.Image], Image.Image]:
         return lambda image: image
     if builder.version >= ImageFolder.VERSION:
         return upright
-    return lambda image: image.convert("RGB") if image.has_transparency_data else image
+    return _without_alpha
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data and not image.mode.startswith("I"):
+        image = image.convert("RGB")
+    image.info.pop("transparency", None)  # which converting a palette keeps
+    return image
 
 
 class ImageReader:

@@ -411,11 +411,14 @@ def _prepare_folder(parsed: DatasetName, root: Path, max_damaged: int) -> tfds.c
             found = _convert(name, listing, root, max_damaged)
     builder = _open(name, root / found.place)
     if builder.version < ImageFolder.VERSION:
+        splits = builder.info.splits
+        counts = ", ".join(f"{splits[split].num_examples:,} in {split}" for split in sorted(splits))
         report_reading(
-            f"data: {folder} was converted by an older ditjax: images are not turned upright, and"
-            f" colours under transparency are seen; convert anew after: rm -r"
-            f" '{builder.data_dir}' '{_record_of(folder, root)}'"
+            f"data: {folder} was converted by an older ditjax, which is read: {counts}; images are"
+            " not turned upright, and colours under transparency are seen; convert anew after: rm"
+            f" -r '{builder.data_dir}' '{_record_of(folder, root)}'"
         )
+        return builder
     peculiar = (builder.info.metadata or {}).get("peculiar") or {}
     also = "".join(f"; {count} {what}" for what, count in peculiar.items())
     report_reading(f"data: {listing}{also}")

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ditjax.data import folders, pictures, source
 from ditjax.data.builders import is_complete
 from ditjax.data.folders import list_folder
 from ditjax.data.pictures import decode_image
+from ditjax.data.records import load_arrays
 from ditjax.data.source import data_root, prepare
 from ditjax.errors import UserError
 
@@ -431,11 +433,41 @@ def test_a_conversion_of_version_1_is_read_as_it_was(photographs, tmp_path, caps
     for _ in range(2):
         os.utime(photographs / "ant" / "d.bmp")
         assert prepare(f"folder:{photographs}", root).data_dir == str(old)
-    assert "converted by an older ditjax: images are not turned upright" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "an older ditjax, which is read: 4 in train; images are not turned upright" in told
     photograph(9).save(photographs / "ant" / "new.png")
     with pytest.raises(UserError, match="changed since") as told:
         prepare(f"folder:{photographs}", root)
     assert f"'{old}'" in str(told.value)
+
+
+def test_pixels_of_version_1_are_what_they_were(tmp_path):
+    """Converted to RGB, whatever is transparent, and turned by nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture, alpha = photograph(0, 8, 8), photograph(1, 8, 8).convert("L")
+    files: dict[str, tuple[Image.Image, dict[str, Any]]] = {"exif.png": (picture, {"exif": exif})}
+    for name, mode in (("rgba.png", "RGBA"), ("la.png", "LA")):
+        image = picture.convert(mode)
+        image.putalpha(alpha)
+        files[name] = (image, {})
+    files["palette.png"] = (picture.quantize(8), {"transparency": 2})
+    files["key.png"] = (picture, {"transparency": picture.getpixel((0, 0))})
+    deep = Image.fromarray(np.full((8, 8), 0x4321, np.uint16))
+    files["deep.png"] = (deep, {"transparency": 0x4321})
+    (tmp_path / "f" / "a").mkdir(parents=True)
+    for name, (image, options) in files.items():
+        image.save(tmp_path / "f" / "a" / name, **options)
+    converted_by_version_1(tmp_path / "f", tmp_path / "data")
+    name = f"folder:{tmp_path / 'f'}"
+    for channels, mode in ((1, "L"), (3, "RGB")):
+        found = load_arrays(name, "train", tmp_path / "data", 8, channels)["image"]
+        raw = records(prepare(name, tmp_path / "data"))
+        for pixels, record in zip(found, raw, strict=True):
+            image, _ = files[record["file_name"].decode()[2:]]
+            seen = Image.new("L", (8, 8), 0x43) if image is deep else image
+            expected = np.asarray(seen.convert(mode)).reshape(8, 8, channels)
+            np.testing.assert_array_equal(pixels, expected)
 
 
 def test_files_that_change_while_they_are_read(photographs, tmp_path, monkeypatch):
