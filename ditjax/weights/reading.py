@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from ditjax.config import Config, changed, check_no_imports, migrated, read
@@ -30,6 +31,9 @@ Numerics = Literal["auto", "release", "diffusers"]
 _TABLE = {"release": "pos_embed", "diffusers": "pos_embed.pos_embed"}
 
 _MAX_TIMESTEPS = 1_000_000
+# Of averaging in float32, relative to a value. Each update rounds twice by at most 2^-24, until the
+# pull towards the value balances it. Measured: 1.7e-4 at a decay of 0.9999, 1.4e-3 at 0.99999.
+_AVERAGING_DRIFT = 2e-3
 _MAX_SIDE = 2048  # of latents: far above any DiT's; bounds the position table for a hostile file
 
 _DIT_LAYOUTS = {"release": layouts.DIT_RELEASE, "diffusers": layouts.DIT_DIFFUSERS}
@@ -186,7 +190,10 @@ def _load_dit(
     table = _TABLE[layout]
     if layout == "release" or table in file.tensors:
         expected[table] = (1, side**2, size.width)
-    weights.check_tensors(file.path, f"{what} {_program(layout)}", file.tensors, expected)
+    # The table is compared and not used: its type does not matter.
+    weights.check_tensors(
+        file.path, f"{what} {_program(layout)}", file.tensors, expected, any_float={table}
+    )
     if table in expected:
         _check_table(file.path, table, file.tensors[table], size.width, side)
     return LoadedNetwork(config, _params(file, rules, shapes), layout, file.files)
@@ -269,15 +276,25 @@ def _size_name(size: Size) -> str:
 
 
 def _check_table(path: Path, name: str, table: np.ndarray, width: int, side: int) -> None:
-    """Raise UserError unless a position table is the frozen one that ditjax computes."""
-    expected = sincos_position_embedding(width, side, side)
-    error = np.abs(table[0].astype(np.float32) - expected).max()
-    # Half a unit in the last place of a number below 1, plus differences between math libraries.
-    tolerance = {2: 1e-2, 4: 2e-6, 8: 2e-6}[table.dtype.itemsize]
-    if not error <= tolerance:
+    """Raise UserError unless a position table is the frozen one that ditjax computes.
+
+    A training script that averages all parameters averages this table too, and it drifts by
+    rounding. Rounding depends on the value alone, so the table keeps its form: the first half of
+    the width depends on the column only, the second on the row only. A learned table does not.
+    """
+    expected = sincos_position_embedding(width, side, side).reshape(side, side, width)
+    found = table.astype(np.float32).reshape(side, side, width)
+    # One unit in the last place below 1, plus differences between math libraries.
+    unit = {2: 2.0**-8 if table.dtype == ml_dtypes.bfloat16 else 2.0**-11}.get(
+        table.dtype.itemsize, 2e-6
+    )
+    error = np.abs(found - expected)
+    half = width // 2
+    uneven = max(np.ptp(found[..., :half], axis=0).max(), np.ptp(found[..., half:], axis=1).max())
+    if not ((error <= unit + _AVERAGING_DRIFT * np.abs(expected)).all() and uneven <= unit):
         raise UserError(
-            f"{path}: {name} differs from the 2-D sin-cos table by {error:.2g}: learned or other"
-            " tables are not supported."
+            f"{path}: {name} differs from the 2-D sin-cos table by {error.max():.2g}, and not as"
+            " averaging makes it: learned or other tables are not supported."
         )
 
 

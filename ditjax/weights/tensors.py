@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,20 +192,30 @@ def _unwrap(path: Path, saved: Any, which: str) -> tuple[dict[str, np.ndarray], 
 
 
 def check_tensors(
-    path: str | os.PathLike[str], what: str, tensors: Tensors, expected: Shapes
+    path: str | os.PathLike[str],
+    what: str,
+    tensors: Tensors,
+    expected: Shapes,
+    any_float: Container[str] = (),
 ) -> np.dtype:
     """Check names, shapes and types of tensors. Returns their one floating type.
 
+    Those named in `any_float` may be of another floating type.
     Raises one UserError that lists every missing, extra, mis-shaped and differently typed tensor.
     """
     common = [name for name in tensors if name in expected]
     types = Counter(tensors[name].dtype for name in common if tensors[name].dtype in FLOATS)
     dtype = types.most_common(1)[0][0] if types else np.dtype(np.float32)
+
+    def differs(name: str) -> bool:
+        found = tensors[name].dtype
+        return found != dtype and not (name in any_float and found in FLOATS)
+
     faults = []
     for fault, names in (
         ("missing", expected.keys() - tensors.keys()),
         ("extra", tensors.keys() - expected.keys()),
-        (f"not {dtype}", {name for name in common if tensors[name].dtype != dtype}),
+        (f"not {dtype}", {name for name in common if differs(name)}),
     ):
         if names:
             faults.append(f"{len(names)} {fault}: {', '.join(collapse(names))}")

@@ -238,6 +238,63 @@ def test_the_position_table_is_checked(dtype, error, refused, tmp_path):
         reading.load_network(path, heads=3)
 
 
+def averaged(table, updates, decay):
+    """The release's update_ema of a parameter that never changes: mul_(decay), add_(alpha)."""
+    # The update depends on the value alone: each value once is enough.
+    values, where = np.unique(table.astype(np.float32), return_inverse=True)
+    mean, pull = values.copy(), values * np.float32(1 - decay)
+    for _ in range(updates):
+        mean *= np.float32(decay)
+        mean += pull
+    return mean[where].reshape(table.shape)
+
+
+@pytest.mark.parametrize(
+    ("updates", "decay", "drift"),
+    [
+        (34, 0.9999, 2e-6),
+        (100_000, 0.9999, 1.5e-4),
+        (20_000, 0.999, 8e-6),
+        (100_000, 0.99999, 3e-4),
+    ],
+)
+def test_an_averaged_table_is_the_frozen_one(updates, decay, drift, tmp_path):
+    """The release's train.py averages `pos_embed` with all other parameters."""
+    state = release_state()
+    state["pos_embed"] = averaged(state["pos_embed"], updates, decay)
+    assert np.abs(state["pos_embed"] - position_table(48, 4)).max() > drift
+    reading.load_network(release_file(tmp_path / "x.pt", {"ema": state}), heads=3)
+    # The same table rounded to the type of the other weights, and in another type than theirs.
+    half = {name: x.astype(np.float16) for name, x in state.items()}
+    reading.load_network(release_file(tmp_path / "half.pt", half), heads=3)
+    mixed = half | {"pos_embed": state["pos_embed"]}
+    assert reading.load_network(release_file(tmp_path / "m.pt", mixed), heads=3).dtype == np.float16
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_the_tables_type_does_not_matter(dtype, tmp_path):
+    state = release_state()
+    state["pos_embed"] = state["pos_embed"].astype(dtype)
+    network = reading.load_network(release_file(tmp_path / "x.pt", state), heads=3)
+    assert network.dtype == np.float32
+    state["pos_embed"] = np.ones_like(state["pos_embed"], np.int32)
+    assert "1 not float32: pos_embed" in refusal(release_file(tmp_path / "i.pt", state), heads=3)
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3, 0.02])
+@pytest.mark.parametrize("axis", ["all", "rows", "scale", "offset"])
+def test_a_learned_table_is_refused(size, axis, tmp_path):
+    """However little it was trained; of the size of the drift, too."""
+    state, rng = release_state(), np.random.default_rng(0)
+    table = state["pos_embed"].reshape(4, 4, 48)
+    shape = {"all": (4, 4, 48), "rows": (4, 1, 48), "scale": (4, 4, 1), "offset": (1, 4, 48)}[axis]
+    learned = size * rng.standard_normal(shape)
+    table = table * (1 + learned) if axis == "scale" else table + learned
+    state["pos_embed"] = table.astype(np.float32).reshape(1, 16, 48)
+    path = release_file(tmp_path / "x.pt", state)
+    assert "not as averaging makes it: learned or other tables" in refusal(path, heads=3)
+
+
 def test_a_transposed_table_is_another(tmp_path):
     """Row first, as a plausible port would have it."""
     state = release_state()
