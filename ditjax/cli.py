@@ -73,7 +73,7 @@ def _step(text: str) -> Step:
 
 
 def add_weights_options(parser: Parser) -> None:
-    """Add --which, --heads and --numerics: choices that a weights file may leave open."""
+    """Add the flags of `weights_options`: choices that a weights file may leave open."""
     parser.add_argument(
         "--which",
         default="ema",
@@ -84,12 +84,29 @@ def add_weights_options(parser: Parser) -> None:
         "--heads", type=int, default=0, help="number of heads, if the weights file lacks it"
     )
     parser.add_argument(
+        "--num_classes",
+        type=int,
+        default=0,
+        help="number of classes, if the weights file lacks it: a label table of one row more ends"
+        " with the null label",
+    )
+    parser.add_argument(
         "--numerics",
         default="auto",
         choices=("auto", "release", "diffusers"),
         help="the program whose timestep embedding the weights were trained with (see"
         " docs/weights.md); auto: the program that the file's layout belongs to",
     )
+
+
+def weights_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of the flags of `add_weights_options`, as the readers of weights take them."""
+    return {
+        "which": args.which,
+        "heads": args.heads,
+        "num_classes": args.num_classes,
+        "numerics": args.numerics,
+    }
 
 
 def add_processes(parser: Parser) -> None:

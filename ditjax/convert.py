@@ -30,12 +30,15 @@ def read_network(
     *,
     which: str = "ema",
     heads: int = 0,
+    num_classes: int = 0,
     numerics: reading.Numerics = "auto",
     step: Step = "latest",
 ) -> LoadedNetwork:
     """Read a network from a run (averaged weights), a weights file or a model folder."""
     if not rundir.is_run(path):
-        return reading.load_network(path, which=which, heads=heads, numerics=numerics)
+        return reading.load_network(
+            path, which=which, heads=heads, num_classes=num_classes, numerics=numerics
+        )
     config = opening.recipe_of(path)
     mesh = make_mesh(-1, 1)
     params, _ = opening.load_weights(config, make_task(config), path, mesh, step)
@@ -51,6 +54,7 @@ def convert(
     autoencoder: str = "",
     which: str = "ema",
     heads: int = 0,
+    num_classes: int = 0,
     numerics: reading.Numerics = "auto",
     step: Step = "latest",
 ) -> str:
@@ -74,7 +78,9 @@ def convert(
             decoder = read_network(autoencoder, which=which)
         writing.write_pipeline(out, network, decoder, names)
         return _summary(source, out, network, target)
-    network = read_network(source, which=which, heads=heads, numerics=numerics, step=step)
+    network = read_network(
+        source, which=which, heads=heads, num_classes=num_classes, numerics=numerics, step=step
+    )
     decodes = {"ldm": True, "release": False, "pipeline": False}.get(target, network.decodes)
     if network.decodes != decodes:
         raise UserError(
@@ -104,7 +110,9 @@ def _summary(source: str, out: str, network: LoadedNetwork, target: str) -> str:
         f"{network.name}, {network.num_parameters:,} parameters of {network.dtype}:"
         f" {source} ({network.layout}) -> {out} ({target})"
     )
+    text = "\n".join((text, *network.notes))
     if not network.decodes:
+        text += f"\n{networks.labels_text(network.config)}"
         theirs = {"release": 0, "diffusers": 1, "pipeline": 1}.get(target)
         ours = network.config.model.frequency_shift
         if theirs is not None and theirs != ours:
@@ -157,9 +165,7 @@ def main(argv: list[str]) -> int:
             args.to,
             args.out,
             autoencoder=args.autoencoder,
-            which=args.which,
-            heads=args.heads,
-            numerics=args.numerics,
+            **cli.weights_options(args),
             step=args.step,
         )
     )

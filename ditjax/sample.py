@@ -20,6 +20,7 @@ from ditjax.sampling.pipeline import (
     open_source,
     precision_keys,
 )
+from ditjax.weights.networks import labels_text
 
 SAMPLES = "samples.npz"
 GRID_IMAGES = 100
@@ -105,9 +106,7 @@ def main(argv: list[str]) -> int:
                 open_source(
                     args.weights,
                     args.autoencoder,
-                    which=args.which,
-                    heads=args.heads,
-                    numerics=args.numerics,
+                    **cli.weights_options(args),
                     step=args.step,
                 )
             )
@@ -120,6 +119,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--out={folder} is a file: give a folder.")
     pipeline = Pipeline(opened[0], config)
     num = config.sample.num
+    if is_primary():
+        print("\n".join((*opened[0].notes, labels_text(config))), flush=True)
     record = pipeline.write(folder / SAMPLES, args.classes, num=num, batch_size=args.batch_size)
     if is_primary():
         save_sample_record(folder, record)

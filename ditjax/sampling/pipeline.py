@@ -8,6 +8,7 @@ pipeline(classes=[207, "golden_retriever"], cfg_scale=4.0).images[0].save("x.png
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -47,13 +48,15 @@ ClassNames = Sequence[Sequence[str]]
 class Source(NamedTuple):
     """The recipe of trained networks, and the function that loads them.
 
-    `load(config, mesh)` -> (parameters, frozen weights). `record` identifies the weights.
+    `load(config, mesh)` -> (parameters, frozen weights). `record` identifies the weights. `notes`
+    are lines to print: what was taken from the files, left out and assumed.
     """
 
     config: Config
     class_names: ClassNames | None
     record: dict[str, Any]
     load: Callable[[Config, Mesh], tuple[Any, Frozen]]
+    notes: tuple[str, ...] = ()
 
 
 def open_source(
@@ -62,6 +65,7 @@ def open_source(
     *,
     which: str = "ema",
     heads: int = 0,
+    num_classes: int = 0,
     numerics: reading.Numerics = "auto",
     step: Step = "latest",
 ) -> Source:
@@ -83,7 +87,9 @@ def open_source(
         folder = reading.load_pipeline(path, numerics=numerics)
         dit, decoder, names = folder
     else:
-        dit = reading.load_network(path, which=which, heads=heads, numerics=numerics)
+        dit = reading.load_network(
+            path, which=which, heads=heads, num_classes=num_classes, numerics=numerics
+        )
     if dit.decodes:
         raise UserError(f"{path} holds a {dit.name}: expected a DiT; use --autoencoder for it.")
     if autoencoder:
@@ -111,7 +117,8 @@ def open_source(
             return params, {}
         return params, {"autoencoder": _placed(decoder, networks.decoder_recipe(c), mesh)}
 
-    return Source(config, names, record, load)
+    notes = (*dit.notes, *(decoder.notes if decoder else ()))
+    return Source(config, names, record, load, notes)
 
 
 def _placed(network: LoadedNetwork, c: Config, mesh: Mesh, rules: Rules = ()) -> Any:
@@ -183,6 +190,7 @@ class Pipeline:
         precision: str = "float32",
         which: str = "ema",
         heads: int = 0,
+        num_classes: int = 0,
         numerics: reading.Numerics = "auto",
         step: Step = "latest",
     ) -> "Pipeline":
@@ -193,8 +201,16 @@ class Pipeline:
         'best' or a number. Raises UserError.
         """
         source = open_source(
-            path, autoencoder, which=which, heads=heads, numerics=numerics, step=step
+            path,
+            autoencoder,
+            which=which,
+            heads=heads,
+            num_classes=num_classes,
+            numerics=numerics,
+            step=step,
         )
+        for note in source.notes:
+            print(note, file=sys.stderr, flush=True)
         return cls(source, changed(source.config, {"model": precision_keys(precision)}))
 
     def __call__(

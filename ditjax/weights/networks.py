@@ -19,12 +19,14 @@ class LoadedNetwork(NamedTuple):
     """A network's weights: `params` are NumPy arrays in the file's floating-point type.
 
     `config` is a whole recipe: some keys follow from the weights, the others are the paper's.
+    `notes` are lines to print: what was taken from the files, left out and assumed.
     """
 
     config: Config
     params: dict[str, Any]
     layout: str
     files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def leaves(self) -> dict[str, np.ndarray]:
@@ -81,6 +83,12 @@ def initial_shapes(init: Callable[..., Any], *inputs: Any) -> dict[str, tuple[in
     # The key is made inside eval_shape: JAX must not compute before `processes.start`.
     tree = jax.eval_shape(lambda *x: init(jax.random.key(0), *x), *inputs)["params"]
     return {path_of(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def labels_text(c: Config) -> str:
+    """'classes: 1000, and a null label' or 'classes: 10, no null label'."""
+    null = "and a null label" if getattr(c.model, "label_dropout", 0) > 0 else "no null label"
+    return f"classes: {c.data.num_classes}, {null}"
 
 
 def decoder_recipe(c: Config) -> Config:

@@ -20,10 +20,11 @@ from ditjax.config import Config, changed, check_no_imports, migrated, read
 from ditjax.errors import UserError
 from ditjax.files.assets import unflatten
 from ditjax.files.atomic import read_json
-from ditjax.models.dit import PAPER_SIZES, Size, parse_size
+from ditjax.models.dit import PAPER_SIZES, DiTKeys, Size, parse_size
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.weights import layouts, vocabulary
 from ditjax.weights import tensors as weights
+from ditjax.weights.arguments import Arguments, Labels, labels_of, process_of
 from ditjax.weights.networks import LoadedNetwork, check_fit, shapes_of, task_of
 
 Numerics = Literal["auto", "release", "diffusers"]
@@ -36,7 +37,17 @@ _MAX_TIMESTEPS = 1_000_000
 _AVERAGING_DRIFT = 2e-3
 _MAX_SIDE = 2048  # of latents: far above any DiT's; bounds the position table for a hostile file
 
+_FIRST = "transformer_blocks.0"
+
 _DIT_LAYOUTS = {"release": layouts.DIT_RELEASE, "diffusers": layouts.DIT_DIFFUSERS}
+
+
+class Given(NamedTuple):
+    """What the user says of a DiT; 0 leaves it to the file."""
+
+    heads: int
+    num_classes: int
+    numerics: Numerics
 
 
 def load_network(
@@ -45,12 +56,14 @@ def load_network(
     which: str = "ema",
     heads: int = 0,
     numerics: Numerics = "auto",
+    num_classes: int = 0,
 ) -> LoadedNetwork:
     """Load a DiT or a KL autoencoder from a weights file or a model folder of diffusers.
 
     `which`: the averaged ('ema') or the raw ('model') weights of a training checkpoint. `heads`:
     the number of heads, if the size is not the paper's and the file does not contain it.
-    `numerics`: 'auto' computes what the file's own program computes (see
+    `num_classes`: if the file does not contain it; a label table of one row more ends with the null
+    label. `numerics`: 'auto' computes what the file's own program computes (see
     `DiTKeys.frequency_shift`); 'release' or 'diffusers' overrides it. Raises UserError for any
     other file, with a list of all faults.
     """
@@ -61,9 +74,9 @@ def load_network(
     if vocabulary.METADATA in file.metadata:
         return _load_ours(file)
     if any(name.startswith(("x_embedder.", "t_embedder.", "blocks.0.attn.")) for name in names):
-        return _load_dit(file, "release", heads, numerics)
+        return _load_dit(file, "release", Given(heads, num_classes, numerics))
     if any(name.startswith("transformer_blocks.0.") for name in names):
-        return _load_dit(file, "diffusers", heads, numerics)
+        return _load_dit(file, "diffusers", Given(heads, num_classes, numerics))
     if any(re.match(r"(first_stage_model\.)?(encoder|decoder)\.", name) for name in names):
         return _load_autoencoder(file)
     some = ", ".join(weights.collapse(names)[:4]) or "nothing"
@@ -122,14 +135,14 @@ def _recipe(file: weights.TensorFile, changes: Mapping[str, Any]) -> Config:
         raise UserError(f"{file.path}: {error}") from None
 
 
-def _dit_recipe(file: weights.TensorFile, layout: str, heads: int, numerics: Numerics) -> Config:
-    """The recipe of a DiT, from the shapes of its tensors and the folder's config."""
+def _dit_recipe(
+    file: weights.TensorFile, layout: str, given: Given, arguments: Arguments, labels: Labels
+) -> Config:
+    """The recipe of a DiT, from the shapes of its tensors and what the file says in words."""
     release = layout == "release"
     prefix = "x_embedder" if release else "pos_embed"
     D, C, p, _ = _shape(file, f"{prefix}.proj.weight", 4)
     depth = _count(file.tensors, r"(?:transformer_)?blocks\.([0-9]{1,9})\.")
-    label = "y_embedder" if release else "transformer_blocks.0.norm1.emb.class_embedder"
-    rows, _ = _shape(file, f"{label}.embedding_table.weight", 2)
     out, _ = _shape(file, "final_layer.linear.weight" if release else "proj_out_2.weight", 2)
     hidden, _ = _shape(
         file,
@@ -144,9 +157,8 @@ def _dit_recipe(file: weights.TensorFile, layout: str, heads: int, numerics: Num
     if not release:
         _check_config(file, _DIT_CONFIG)
     input_size = _input_size(file, layout, p)
-    size = Size(depth, D, _heads(file, depth, D, heads))
-    classes = rows - 1  # the last row is the null label
-    of_diffusers = (layout if numerics == "auto" else numerics) == "diffusers"
+    size = Size(depth, D, _heads(file, depth, D, given.heads, arguments))
+    of_diffusers = (layout if given.numerics == "auto" else given.numerics) == "diffusers"
     norm2_eps = file.config.get("norm_eps", 1e-5) if of_diffusers else 1e-6
     latent = C not in (1, 3)
     return _recipe(
@@ -158,14 +170,16 @@ def _dit_recipe(file: weights.TensorFile, layout: str, heads: int, numerics: Num
                 "mlp_ratio": _mlp_ratio(hidden, D),
                 "frequency_shift": int(of_diffusers),
                 "norm2_eps": norm2_eps,
+                "label_dropout": labels.dropout,
             },
             "diffusion": {
+                **process_of(arguments),
                 "variance": "learned_range" if out == 2 * p * p * C else "fixed_small",
                 "loss": "hybrid" if out == 2 * p * p * C else "simple",
             },
             "data": {
                 "image_size": input_size * (8 if latent else 1),
-                "num_classes": classes,
+                "num_classes": labels.classes,
                 "channels": 3 if latent else C,
             },
             "autoencoder": {"kind": "kl" if latent else "none", "latent_channels": C},
@@ -177,10 +191,12 @@ def _dit_recipe(file: weights.TensorFile, layout: str, heads: int, numerics: Num
     )
 
 
-def _load_dit(
-    file: weights.TensorFile, layout: str, heads: int, numerics: Numerics
-) -> LoadedNetwork:
-    config = _dit_recipe(file, layout, heads, numerics)
+def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetwork:
+    arguments = Arguments(file.path, file.config, file.extra)
+    of_table = {"release": "y_embedder", "diffusers": f"{_FIRST}.norm1.emb.class_embedder"}
+    rows, _ = _shape(file, f"{of_table[layout]}.embedding_table.weight", 2)
+    labels = labels_of(arguments, rows, given.num_classes, DiTKeys().label_dropout)
+    config = _dit_recipe(file, layout, given, arguments, labels)
     size, p = parse_size(config.model.size), config.model.patch
     side = config.input_size // p
     what = f"DiT of {size.depth} layers, width {size.width}, patch {p} in the layout of"
@@ -196,7 +212,15 @@ def _load_dit(
     )
     if table in expected:
         _check_table(file.path, table, file.tensors[table], size.width, side)
-    return LoadedNetwork(config, _params(file, rules, shapes), layout, file.files)
+    notes = () if labels.stated else (_unstated_labels(rows),)
+    return LoadedNetwork(config, _params(file, rules, shapes), layout, file.files, notes)
+
+
+def _unstated_labels(rows: int) -> str:
+    return (
+        f"the file does not say how many classes it has: the last of {rows} rows of its label table"
+        f" is taken for the null label; give --num_classes={rows} if it is a class"
+    )
 
 
 def _mlp_ratio(hidden: int, width: int) -> float:
@@ -241,12 +265,16 @@ def _input_size(file: weights.TensorFile, layout: str, patch: int) -> int:
     return math.isqrt(N) * patch
 
 
-def _heads(file: weights.TensorFile, depth: int, width: int, given: int) -> int:
-    """The number of heads, from the user, the folder's config or the paper's sizes.
+def _heads(
+    file: weights.TensorFile, depth: int, width: int, given: int, arguments: Arguments
+) -> int:
+    """The number of heads, from the user, the file's arguments or the paper's sizes.
 
     Tensor shapes do not determine it.
     """
-    configured = file.config.get("num_attention_heads")
+    there = arguments.values("heads")
+    stated = None if given in there else arguments.get("heads")
+    configured = stated.value if stated else None
     known = [s.heads for s in PAPER_SIZES.values() if (s.depth, s.width) == (depth, width)]
     heads = given or configured or (known[0] if known else 0)
     if not heads:

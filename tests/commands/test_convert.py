@@ -119,7 +119,7 @@ def test_imagenet_pipelines_are_named(tmp_path, capsys):
         "--heads=3",
         f"--autoencoder={vae}",
     )
-    assert "null label" not in capsys.readouterr().out
+    assert "DiTPipeline takes class" not in capsys.readouterr().out
     labels = json.loads((tmp_path / "p" / "model_index.json").read_text())["id2label"]
     assert labels["207"] == "golden retriever"
     assert labels["0"] == "tench, Tinca tinca"

@@ -58,7 +58,9 @@ def record_of(folder):
 def test_sample_from_weights(files, tmp_path, capsys):
     more = ("--classes=7,3", "--cfg_scale=1.5", "--seed=5", "--precision=float32", "--eta=0.5")
     assert sample.main(words(files, tmp_path / "a", *more)) == 0
-    assert f"8 images in {tmp_path}/a" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"8 images in {tmp_path}/a" in out
+    assert "classes: 10, and a null label\n" in out
     images, label = load_samples(tmp_path / "a" / "samples.npz")
     assert images.shape == (8, 8, 8, 3)
     assert images.std() > 5
@@ -149,6 +151,23 @@ def test_the_state_of_a_checkpoint_is_on_record(tmp_path):
         assert record_of(out)["weights"]["which"] == which
         images.append(load_samples(out / "samples.npz")[0])
     assert (images[0] != images[1]).any()
+
+
+def test_a_dit_without_a_null_label_is_not_guided(tmp_path, capsys):
+    """Its last row is a class like the others."""
+    write_torch(tmp_path / "x.pt", {"ema": release_state(**TINY_RELEASE), "args": {}})
+    words = pixel_words(tmp_path / "x.pt", tmp_path / "out", "--num_classes=11")
+    words = [word for word in words if not word.startswith(("--cfg_scale", "--classes"))]
+    assert sample.main([*words, "--classes=10"]) == 0
+    assert "classes: 11, no null label\n" in capsys.readouterr().out
+    assert record_of(tmp_path / "out")["sample"]["cfg_scale"] == 1.0
+    np.testing.assert_array_equal(load_samples(tmp_path / "out" / "samples.npz")[1], [10] * 8)
+    with pytest.raises(UserError, match="guidance needs the null label"):
+        sample.main([*words, "--cfg_scale=4"])
+    assert sample.main(pixel_words(tmp_path / "x.pt", tmp_path / "bare")) == 0
+    out = capsys.readouterr().out
+    assert "the last of 11 rows of its label table is taken for the null label" in out
+    assert "classes: 10, and a null label\n" in out
 
 
 def test_numerics_are_on_record(tmp_path):

@@ -333,6 +333,157 @@ def test_nan_weights_are_kept(tmp_path):
     assert np.argwhere(np.isnan(network.leaves["blocks/mlp/in/kernel"])).tolist() == [[1, 4, 3]]
 
 
+# What a file says in words.
+
+
+def labels(path, saved_args=None, *, rows=11, **kwargs):
+    """(classes, label dropout, notes) of a release file with a label table of that many rows."""
+    saved = {"ema": release_state(classes=rows - 1)}
+    saved |= {} if saved_args is None else {"args": saved_args}
+    network = reading.load_network(release_file(path, saved), heads=3, **kwargs)
+    assert network.leaves["y_embedder/table"].shape[0] == rows
+    c = network.config
+    return c.data.num_classes, c.model.label_dropout, network.notes
+
+
+@pytest.mark.parametrize(
+    ("args", "classes", "dropout"),
+    [
+        ({"num_classes": 10}, 10, 0.1),
+        ({"num_classes": 11}, 11, 0.0),
+        ({"num_classes": np.int64(11)}, 11, 0.0),
+        ({"n_classes": 11}, 11, 0.0),
+        ({"class_dropout_prob": 0.0}, 11, 0.0),
+        ({"class_dropout_prob": 0}, 11, 0.0),
+        ({"class_dropout_prob": 0.25}, 10, 0.25),
+        ({"cfg-prob": 0.0, "num-classes": 11}, 11, 0.0),
+        ({"model": {"params": {"class_dropout_prob": 0.0}}, "data": {"num_classes": 11}}, 11, 0.0),
+        ({"num_classes": None, "label_dropout": 0.2}, 10, 0.2),
+    ],
+    ids=str,
+)
+def test_the_classes_that_the_arguments_state(args, classes, dropout, tmp_path):
+    """Without label dropout, the release's label table has no row for the null label."""
+    found = labels(tmp_path / "x.pt", args)
+    assert found[:2] == (classes, dropout)
+    assert not any("null label" in note for note in found[2])
+
+
+def test_the_classes_of_a_bare_file(tmp_path):
+    """As in the release, and it says so; the user may know better."""
+    path = tmp_path / "x.pt"
+    classes, dropout, notes = labels(path)
+    assert (classes, dropout) == (10, 0.1)
+    (note,) = [note for note in notes if "null label" in note]
+    assert "the last of 11 rows of its label table is taken for the null label" in note
+    assert "--num_classes=11 if it is a class" in note
+    assert labels(path, num_classes=10)[:2] == (10, 0.1)
+    assert labels(path, num_classes=11)[:2] == (11, 0.0)
+    for few in (9, 12, -1):
+        assert f"has 11 rows, but --num_classes is {few}: expected 11, or 10" in refusal(
+            path, heads=3, num_classes=few
+        )
+
+
+def test_a_network_of_one_class(tmp_path):
+    assert labels(tmp_path / "x.pt", rows=1)[:2] == (1, 0.0)
+    assert labels(tmp_path / "y.pt", rows=2)[:2] == (1, 0.1)
+    assert labels(tmp_path / "z.pt", {"num_classes": 2}, rows=2)[:2] == (2, 0.0)
+    assert labels(tmp_path / "a.pt", {"num_classes": 1}, rows=2)[:2] == (1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("args", "given", "words"),
+    [
+        ({"num_classes": 1000}, 0, "has 11 rows, but its arguments say num_classes 1000"),
+        ({"num_classes": 10}, 11, "has 10 classes by its own arguments, but --num_classes is 11"),
+        ({"num_classes": 10, "class_dropout_prob": 0.0}, 0, "only with label dropout"),
+        ({"num_classes": 11, "class_dropout_prob": 0.1}, 0, "only with label dropout"),
+        ({"class_dropout_prob": 0.1}, 11, "only with label dropout"),
+        ({"num_classes": 10, "a": {"num_classes": 11}}, 0, "contradicts itself"),
+        ({"num_classes": "10"}, 0, "num_classes '10': expected a whole number"),
+        ({"num_classes": True}, 0, "num_classes True: expected a whole number"),
+        ({"num_classes": 10**400}, 0, "has 11 rows"),
+        ({"class_dropout_prob": 2}, 0, "class_dropout_prob 2: expected 0 to 1"),
+        ({"class_dropout_prob": float("nan")}, 0, "class_dropout_prob nan: expected 0 to 1"),
+        ({"class_dropout_prob": [0]}, 0, "class_dropout_prob [0]: expected 0 to 1"),
+    ],
+    ids=str,
+)
+def test_classes_that_contradict_the_file(args, given, words, tmp_path):
+    saved = {"ema": release_state(), "args": args}
+    path = release_file(tmp_path / "x.pt", saved)
+    assert words in refusal(path, heads=3, num_classes=given)
+
+
+def test_two_statements_are_settled_by_the_user(tmp_path):
+    """A recipe that was begun from another network's may hold both numbers."""
+    args = {"num_classes": 10, "pretrained": {"num_classes": 1000}}
+    assert labels(tmp_path / "x.pt", args, num_classes=10)[:2] == (10, 0.1)
+    args = {"num_classes": 1000}
+    assert labels(tmp_path / "y.pt", args, num_classes=11)[:2] == (11, 0.0)
+
+
+def test_the_classes_of_a_diffusers_folder(tmp_path):
+    state = diffusers_state("dit")
+    folder = write_folder(tmp_path / "a", state, config_with(num_embeds_ada_norm=11))
+    c = reading.load_network(folder).config
+    assert (c.data.num_classes, c.model.label_dropout) == (11, 0.0)
+    folder = write_folder(tmp_path / "b", state, config_with(num_embeds_ada_norm=1000))
+    assert "has 11 rows, but its arguments say num_embeds_ada_norm 1000" in refusal(folder)
+
+
+def test_the_heads_that_the_arguments_state(tmp_path):
+    saved = {"ema": release_state(), "args": {"num_heads": 4}}
+    path = release_file(tmp_path / "x.pt", saved)
+    assert reading.load_network(path).config.model.size == "2x48x4"
+    assert "has 4 attention heads, but --heads is 3" in refusal(path, heads=3)
+
+
+@pytest.mark.parametrize(
+    ("args", "keys"),
+    [
+        ({"noise_schedule": "linear", "diffusion_steps": 1000}, ("linear", "eps", 1000)),
+        ({"noise_schedule": "cosine"}, ("cosine", "eps", 1000)),
+        ({"noise_schedule": "squaredcos_cap_v2", "diffusion_steps": 500}, ("cosine", "eps", 500)),
+        ({"predict_xstart": True}, ("linear", "x0", 1000)),
+        ({"predict_xstart": False}, ("linear", "eps", 1000)),
+        ({"prediction_type": "v_prediction"}, ("linear", "v", 1000)),
+    ],
+    ids=str,
+)
+def test_the_process_that_the_arguments_state(args, keys, tmp_path):
+    path = release_file(tmp_path / "x.pt", {"ema": release_state(), "args": args})
+    d = reading.load_network(path, heads=3).config.diffusion
+    assert (d.schedule, d.prediction, d.timesteps) == keys
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"path_type": "Linear", "prediction": "velocity"}, "path_type 'Linear', prediction 'vel"),
+        ({"path_type": "GVP", "prediction": "score"}, "path_type 'GVP', prediction 'score'"),
+        ({"path_type": "VP", "prediction": "noise"}, "path_type 'VP', prediction 'noise'"),
+        ({"path-type": "linear", "prediction": "v"}, "path-type 'linear', prediction 'v'"),
+        ({"prediction": "velocity"}, "say prediction 'velocity'"),
+        ({"prediction": "noise"}, "say prediction 'noise'"),
+        ({"transport": {"path_type": "Linear", "loss_weight": None}}, "say path_type 'Linear'"),
+        ({"model": {"precond": "edm"}}, "say precond 'edm'"),
+        ({"prediction": ["v"]}, "say prediction ['v']"),
+        ({"noise_schedule": "sigmoid"}, "noise_schedule 'sigmoid': only 'linear' or"),
+        ({"linear_start": 0.0015, "linear_end": 0.0195}, "linear_start 0.0015 and linear_end"),
+        ({"linear_start": 0.0015}, "linear_start 0.0015: only the linear and the cosine"),
+        ({"diffusion_steps": 1}, "diffusion_steps 1: expected 2 to"),
+        ({"diffusion_steps": 1.5}, "diffusion_steps 1.5: expected a whole number"),
+    ],
+    ids=str,
+)
+def test_a_process_that_is_not_sampled(args, words, tmp_path):
+    """A SiT's tensors are a DiT's: as DDPM it draws noise."""
+    path = release_file(tmp_path / "x.pt", {"ema": release_state(), "args": args})
+    assert words in refusal(path, heads=3)
+
+
 # What is no such network.
 
 
@@ -375,7 +526,7 @@ def changed_state(**changes):
         ({"pos_embed": (2, 16, 48)}, "mis-shaped: pos_embed is (2, 16, 48)"),
         ({"pos_embed": None}, "pos_embed is missing"),
         ({"final_layer.linear.weight": (100, 48)}, "100 outputs: expected 64, or 128"),
-        ({"y_embedder.embedding_table.weight": (1, 48)}, "num_classes is 0"),
+        ({"y_embedder.embedding_table.weight": (0, 48)}, "is of shape (0, 48)"),
         ({"blocks.7.mlp.fc1.weight": (192, 48)}, "missing: blocks.{2-7}.adaLN_modulation.1.bias"),
         ({"blocks.999999999.x": (1,)}, "extra: blocks.999999999.x"),
         ({f"blocks.{'9' * 5000}.x": (1,)}, "1 extra: blocks.999"),
