@@ -77,8 +77,15 @@ def add_weights_options(parser: Parser) -> None:
     parser.add_argument(
         "--which",
         default="ema",
-        choices=("ema", "model"),
-        help="averaged or raw weights of a training checkpoint",
+        help="ema: averaged weights of a training checkpoint (default); model: raw ones; a.b.c:"
+        " those below these keys; in a folder also a variant, such as fp16 or non_ema",
+    )
+    parser.add_argument(
+        "--leave_out",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="NAMES",
+        help="tensors or modules in the file that the network does not use, separated by commas",
     )
     parser.add_argument(
         "--heads", type=int, default=0, help="number of heads, if the weights file lacks it"
@@ -103,6 +110,7 @@ def weights_options(args: argparse.Namespace) -> dict[str, Any]:
     """The values of the flags of `add_weights_options`, as the readers of weights take them."""
     return {
         "which": args.which,
+        "leave_out": args.leave_out,
         "heads": args.heads,
         "num_classes": args.num_classes,
         "numerics": args.numerics,

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Unpack
 
 from ditjax import cli
 from ditjax.data.classes import class_names
@@ -22,27 +23,34 @@ TARGETS = {
     "ldm": "an autoencoder's checkpoint (.ckpt) with the names of latent diffusion",
     "pipeline": "a DiTPipeline folder; needs the --autoencoder of the latent DiT",
 }
+_WANTED: dict[str, reading.Wanted] = {
+    "release": "dit",
+    "pipeline": "dit",
+    "ldm": "autoencoder",
+}
 FOLDERS = ("diffusers", "pipeline")
 
 
 def read_network(
     path: str,
     *,
-    which: str = "ema",
-    heads: int = 0,
-    num_classes: int = 0,
-    numerics: reading.Numerics = "auto",
     step: Step = "latest",
+    wanted: reading.Wanted = "any",
+    **options: Unpack[reading.WeightsOptions],
 ) -> LoadedNetwork:
     """Read a network from a run (averaged weights), a weights file or a model folder."""
     if not rundir.is_run(path):
-        return reading.load_network(
-            path, which=which, heads=heads, num_classes=num_classes, numerics=numerics
-        )
+        return reading.load_network(path, wanted=wanted, **options)
+    reading.check_no_options(path, "a run", options)
     config = opening.recipe_of(path)
     mesh = make_mesh(-1, 1)
     params, _ = opening.load_weights(config, make_task(config), path, mesh, step)
     return networks.from_run(config, params, (Path(path),))
+
+
+def read_decoder(path: str, which: str) -> LoadedNetwork:
+    """Read the autoencoder of a pipeline from a run, a weights file or a model folder."""
+    return read_network(path) if rundir.is_run(path) else reading.load_autoencoder(path, which)
 
 
 @lease.scope()
@@ -52,11 +60,8 @@ def convert(
     out: str,
     *,
     autoencoder: str = "",
-    which: str = "ema",
-    heads: int = 0,
-    num_classes: int = 0,
-    numerics: reading.Numerics = "auto",
     step: Step = "latest",
+    **options: Unpack[reading.WeightsOptions],
 ) -> str:
     """Write `out` in the layout `target`. Returns a summary to print.
 
@@ -64,7 +69,8 @@ def convert(
     """
     if not rundir.is_run(source):
         opening.check_no_step(source, step)
-    names = class_names()
+    names, which = class_names(), options.get("which", "ema")
+    decoder: LoadedNetwork | None = None
     if target in FOLDERS:
         lease.acquire(Path(out) / lease.FILE, out)
     if os.path.exists(Path(source) / vocabulary.MODEL_INDEX):
@@ -73,16 +79,17 @@ def convert(
                 f"{source} is a whole pipeline: convert {source}/transformer or {source}/vae, or"
                 " give --to=pipeline."
             )
-        network, decoder, names = reading.load_pipeline(source, numerics=numerics)
+        reading.check_no_options(source, "a whole pipeline", options, ("numerics", "which"))
+        network, decoder, names = reading.load_pipeline(
+            source, numerics=options.get("numerics", "auto")
+        )
         if autoencoder:
-            decoder = read_network(autoencoder, which=which)
+            decoder = read_decoder(autoencoder, which)
         writing.write_pipeline(out, network, decoder, names)
-        return _summary(source, out, network, target)
-    network = read_network(
-        source, which=which, heads=heads, num_classes=num_classes, numerics=numerics, step=step
-    )
-    decodes = {"ldm": True, "release": False, "pipeline": False}.get(target, network.decodes)
-    if network.decodes != decodes:
+        return _summary(source, out, network, target, decoder)
+    wanted = _WANTED.get(target, "any")
+    network = read_network(source, step=step, wanted=wanted, **options)
+    if wanted != ("autoencoder" if network.decodes else "dit") and wanted != "any":
         raise UserError(
             f"{source} holds a {network.name}: --to={target} takes the other kind of network."
         )
@@ -93,7 +100,8 @@ def convert(
             raise UserError("--to=pipeline needs the DiT's --autoencoder.")
         classes = network.config.data.num_classes
         named = names if classes == len(names) else tuple((str(i),) for i in range(classes))
-        writing.write_pipeline(out, network, read_network(autoencoder, which=which), named)
+        decoder = read_decoder(autoencoder, which)
+        writing.write_pipeline(out, network, decoder, named)
     else:
         write = {
             "ditjax": writing.write_ditjax,
@@ -102,15 +110,21 @@ def convert(
             "ldm": writing.write_ldm,
         }[target]
         write(out, network)
-    return _summary(source, out, network, target)
+    return _summary(source, out, network, target, decoder)
 
 
-def _summary(source: str, out: str, network: LoadedNetwork, target: str) -> str:
+def _summary(
+    source: str,
+    out: str,
+    network: LoadedNetwork,
+    target: str,
+    decoder: LoadedNetwork | None = None,
+) -> str:
     text = (
         f"{network.name}, {network.num_parameters:,} parameters of {network.dtype}:"
         f" {source} ({network.layout}) -> {out} ({target})"
     )
-    text = "\n".join((text, *network.notes))
+    text = "\n".join((text, *network.notes, *(decoder.notes if decoder else ())))
     if not network.decodes:
         text += f"\n{networks.labels_text(network.config)}"
         theirs = {"release": 0, "diffusers": 1, "pipeline": 1}.get(target)

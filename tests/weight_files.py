@@ -1,6 +1,12 @@
 """Files in other programs' layouts, spelled out here from those programs and not by our tables."""
 
+import collections
+import io
 import json
+import pickle
+import sys
+import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +115,63 @@ def release_state(dtype: Any = np.float32, **kwargs: Any) -> dict[str, np.ndarra
     _, N, width = shapes["pos_embed"]
     state["pos_embed"] = position_table(width, round(N**0.5))
     return {name: x.astype(dtype) for name, x in state.items()}
+
+
+class _Pickler(pickle.Pickler):
+    """Arrays as torch.save writes float32 tensors; other objects as Python does."""
+
+    def __init__(self, stream: io.BytesIO, protocol: int) -> None:
+        super().__init__(stream, protocol)
+        self.storages: dict[str, bytes] = {}
+
+    def persistent_id(self, value: Any) -> Any:
+        return value.pid if isinstance(value, _Storage) else None
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return NotImplemented
+        key = str(len(self.storages))
+        self.storages[key] = np.ascontiguousarray(value, np.float32).tobytes()
+        kind = sys.modules["torch"].FloatStorage
+        storage = _Storage(("storage", kind, key, "cpu", value.size))
+        strides = tuple(np.empty(value.shape, np.int8).strides)
+        rebuild = sys.modules["torch._utils"]._rebuild_tensor_v2
+        return rebuild, (storage, 0, value.shape, strides, False, collections.OrderedDict())
+
+
+class _Storage:
+    def __init__(self, pid: Any) -> None:
+        self.pid = pid
+
+
+def foreign(name: str, base: type = object) -> type:
+    """A class that pickles as another package's 'module.Name', or a function of that name."""
+    module, _, last = name.rpartition(".")
+    made = type(last, (base,), {"__module__": module})
+    for depth, part in enumerate(parts := module.split(".")):
+        sys.modules.setdefault(".".join(parts[: depth + 1]), types.ModuleType(part))
+    setattr(sys.modules[module], last, made)
+    return made
+
+
+def save_as_torch(path: Path, tree: Any, protocol: int = 2) -> Path:
+    """What torch.save(tree, path) writes, with objects of any class in the tree."""
+    held = dict(sys.modules)
+    try:
+        foreign("torch.FloatStorage")
+        foreign("torch._utils._rebuild_tensor_v2")
+        stream = io.BytesIO()
+        pickler = _Pickler(stream, protocol)
+        pickler.dump(tree)
+    finally:
+        for name in sys.modules.keys() - held.keys():
+            del sys.modules[name]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", stream.getvalue())
+        archive.writestr("x/byteorder", b"little")
+        for key, raw in pickler.storages.items():
+            archive.writestr(f"x/data/{key}", raw)
+    return path
 
 
 def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:

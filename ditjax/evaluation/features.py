@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,6 +65,8 @@ def inception_extractor(
     Raises UserError for a file of another network.
     """
     network = load_inception(path)
+    if processes.is_primary():
+        print(network.account, file=sys.stderr, flush=True)
     params = jax.device_put(network.params, rules.replicated(mesh))
     size = batch_size or BATCH_PER_DEVICE * mesh.size
     rules.check_batch(size, mesh, "the features' batch size")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 from jax.sharding import Mesh
@@ -63,11 +63,8 @@ def open_source(
     path: str | os.PathLike[str],
     autoencoder: str | os.PathLike[str] = "",
     *,
-    which: str = "ema",
-    heads: int = 0,
-    num_classes: int = 0,
-    numerics: reading.Numerics = "auto",
     step: Step = "latest",
+    **options: Unpack[reading.WeightsOptions],
 ) -> Source:
     """Open a run's directory, a DiT's weights with its autoencoder's, or a diffusers pipeline.
 
@@ -79,21 +76,22 @@ def open_source(
                 f"{path} is a run, whose recipe names its autoencoder: remove --autoencoder, or"
                 " set --config.autoencoder.path."
             )
+        reading.check_no_options(path, "a run", options)
         return open_run_source(path, step)
     opening.check_no_step(path, step)
+    which = options.get("which", "ema")
     names: ClassNames | None = None
     decoder: LoadedNetwork | None = None
     if os.path.exists(Path(path) / vocabulary.MODEL_INDEX):
-        folder = reading.load_pipeline(path, numerics=numerics)
+        reading.check_no_options(path, "a whole pipeline", options, ("numerics", "which"))
+        folder = reading.load_pipeline(path, numerics=options.get("numerics", "auto"))
         dit, decoder, names = folder
     else:
-        dit = reading.load_network(
-            path, which=which, heads=heads, num_classes=num_classes, numerics=numerics
-        )
+        dit = reading.load_network(path, wanted="dit", **options)
     if dit.decodes:
         raise UserError(f"{path} holds a {dit.name}: expected a DiT; use --autoencoder for it.")
     if autoencoder:
-        decoder = reading.load_network(autoencoder, which=which)
+        decoder = reading.load_autoencoder(autoencoder, which)
     if decoder is None and dit.config.latent:
         raise UserError(
             f"{path} is a {dit.name} on latents: give the autoencoder that decodes them with"
@@ -188,11 +186,8 @@ class Pipeline:
         autoencoder: str | os.PathLike[str] = "",
         *,
         precision: str = "float32",
-        which: str = "ema",
-        heads: int = 0,
-        num_classes: int = 0,
-        numerics: reading.Numerics = "auto",
         step: Step = "latest",
+        **options: Unpack[reading.WeightsOptions],
     ) -> "Pipeline":
         """Load a run's directory, a weights file or a diffusers folder; see `open_source`.
 
@@ -200,15 +195,7 @@ class Pipeline:
         backend's default, possibly rounded products) or 'bfloat16'. `step` of a run: 'latest',
         'best' or a number. Raises UserError.
         """
-        source = open_source(
-            path,
-            autoencoder,
-            which=which,
-            heads=heads,
-            num_classes=num_classes,
-            numerics=numerics,
-            step=step,
-        )
+        source = open_source(path, autoencoder, step=step, **options)
         for note in source.notes:
             print(note, file=sys.stderr, flush=True)
         return cls(source, changed(source.config, {"model": precision_keys(precision)}))

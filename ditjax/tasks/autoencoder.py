@@ -1,6 +1,7 @@
 """The KL autoencoder of latent diffusion: its training, and its use, frozen, by other tasks."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from ditjax.models.autoencoder import (
     sample_posterior,
 )
 from ditjax.parallel import rules
+from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.training.step import Batch, Metrics
 from ditjax.training.task import Definition, Frozen, Task, ValidationScore
@@ -135,7 +137,11 @@ def load_frozen(c: Config, mesh: Mesh) -> Any:
             "config.autoencoder.path is '': a latent recipe needs the directory of a run that"
             " trained an autoencoder, or a file of weights (docs/weights.md)."
         )
-    published = None if rundir.is_run(path) else reading.load_network(path)
+    published = None
+    if not rundir.is_run(path):
+        published = reading.load_autoencoder(path)
+        if is_primary():
+            print("\n".join(published.notes), file=sys.stderr, flush=True)
     trained = published.config if published else opening.recipe_of(path)
     theirs = getattr(trained, "autoencoder", None)
     if theirs is None or theirs.FROZEN:

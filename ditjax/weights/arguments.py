@@ -116,6 +116,8 @@ class Arguments:
 def _leaves(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     """Every named value in nested mappings. Lists, such as an optimizer's groups, are not read."""
     for name, value in tree.items():
+        if isinstance(value, Mapping) and "_val" in value:
+            value = value["_val"]  # of OmegaConf's nodes
         if isinstance(name, str):
             yield name, value
         if isinstance(value, Mapping):

@@ -1,7 +1,6 @@
 """FID's Inception, from the state dict that pytorch-fid and torch-fidelity read."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +19,11 @@ _LEAVES = {"kernel": "weight", "scale": "weight"}
 
 
 class Inception(NamedTuple):
-    """The variables of `FIDInception` f32, and the files that hold them."""
+    """The variables of `FIDInception` f32, the files that hold them, and a line to print."""
 
     params: dict[str, Any]
     files: tuple[Path, ...]
+    account: str  # how many tensors were taken and left out
 
 
 def inception_shapes() -> dict[str, tuple[int, ...]]:
@@ -48,18 +48,14 @@ def load_inception(path: str | os.PathLike[str]) -> Inception:
     Raises a UserError that lists every missing, extra, mis-shaped and differently typed tensor.
     """
     file = weights.read_tensors(path)
-    # A counter that only training reads.
-    tensors = {
-        name: tensor
-        for name, tensor in file.tensors.items()
-        if not re.fullmatch(r".*\.num_batches_tracked", name)
-    }
     rules, ours = inception_layout(), inception_shapes()
     expected = layouts.expected_shapes(rules, ours)
-    dtype = weights.check_tensors(file.path, "FID's Inception", tensors, expected)
+    dtype = weights.check_tensors(file.path, "FID's Inception", file.tensors, expected)
     if dtype != np.float32:
         raise UserError(
             f"{file.path} is of {dtype}: FID's Inception is of float32, and rounded weights give"
             " another FID."
         )
-    return Inception({"params": unflatten(layouts.to_ours(rules, tensors, ours))}, file.files)
+    return Inception(
+        {"params": unflatten(layouts.to_ours(rules, file.tensors, ours))}, file.files, file.account
+    )

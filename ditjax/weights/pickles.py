@@ -61,12 +61,24 @@ class Ordered(dict[Any, Any]):
     """An OrderedDict or its like: its attributes, such as `_metadata`, are dropped."""
 
 
+class Unknown(dict[Any, Any]):
+    """An object of a class that is not known, held inert: nothing of it is run.
+
+    The items are its attributes or its own items; '()' holds its constructor's arguments, '[]' what
+    was appended to it.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
 class Machine:
     """The pickle in `data` from byte `start` on: `run` returns its object, `position` is its end.
 
     `calls` maps the 'module.name' of each global that may be called to its constructor; `names`
-    decides whether any other global may be mentioned; `persistent` takes the argument of BINPERSID.
-    Raises Refusal.
+    decides whether any other global may be mentioned, and `inert` whether objects of it become
+    `Unknown`; `persistent` takes the argument of BINPERSID. Raises Refusal.
     """
 
     def __init__(
@@ -77,6 +89,7 @@ class Machine:
         calls: Mapping[str, Callable[..., Any]] | None = None,
         names: Callable[[str], bool] = lambda name: False,
         persistent: Callable[[Any], Any] | None = None,
+        inert: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.data = data
         self.position = start
@@ -84,6 +97,7 @@ class Machine:
         self.calls = calls or {}
         self.names = names
         self.persistent = persistent
+        self.inert = inert
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -96,6 +110,8 @@ class Machine:
                 opcode = self.take(1)
                 if opcode == b".":
                     (result,) = self.stack
+                    if isinstance(result, Unknown | Global) and not self.knows(result.name):
+                        raise _asks_for(result.name)
                     return result
                 step = self.OPCODES.get(opcode)
                 if step is None:
@@ -173,6 +189,8 @@ class Machine:
 
     def append(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Unknown):
+            target = target.setdefault("[]", [])
         if type(target) is not list:
             raise TypeError("not a list")
         target.extend(items)
@@ -187,6 +205,9 @@ class Machine:
     def add_items(self) -> None:
         items = self.since_mark()
         target = self.stack[-1]
+        if isinstance(target, Unknown):
+            self.append(items)
+            return
         if type(target) is not set:
             raise TypeError("not a set")
         target.update(map(hashable, items))
@@ -213,12 +234,12 @@ class Machine:
         if not (type(module) is str and type(name) is str):
             raise TypeError("not a name")
         full = f"{module}.{name}"
-        if full not in self.calls and not self.names(full):
-            raise Refusal(
-                f"asks for {shown(full)}, which is not plain data and was not run. If you trust"
-                " the file, save its tensors alone in PyTorch: torch.save(model.state_dict(), path)"
-            )
+        if not self.knows(full) and not self.inert(full):
+            raise _asks_for(full)
         self.push(Global(full))
+
+    def knows(self, name: str) -> bool:
+        return name in self.calls or self.names(name)
 
     def global_line(self) -> None:
         module = self.line()
@@ -231,23 +252,43 @@ class Machine:
     def call(self) -> None:
         arguments = self.stack.pop()
         function = self.stack.pop()
-        if type(arguments) is not tuple or type(function) is not Global:
+        if type(arguments) is not tuple or not isinstance(function, Global | Unknown):
             raise TypeError("not a call")
-        if function.name not in self.calls:
-            raise Refusal(f"calls {shown(function.name)}, which may only be named")
         for argument in arguments:
             self.spend(len(argument) if hasattr(argument, "__len__") else 1)
+        if isinstance(function, Unknown) or not self.knows(function.name):
+            made = Unknown(function.name)
+            if arguments:
+                made["()"] = arguments
+            self.push(made)
+            return
+        if function.name not in self.calls:
+            raise Refusal(f"calls {shown(function.name)}, which may only be named")
         self.push(self.calls[function.name](*arguments))
 
     def call_keywords(self) -> None:
-        if self.stack.pop() != {}:
+        keywords = self.stack.pop()
+        if type(keywords) is not dict:
             raise TypeError("keywords")
         self.call()
+        made = self.stack[-1]
+        if keywords and not isinstance(made, Unknown):
+            raise TypeError("keywords")
+        if keywords:
+            made.update(keywords)
 
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if isinstance(target, Attributes) and type(state) is dict:
+        if isinstance(target, Unknown):
+            # Of a class with slots: (attributes or None, those of the slots).
+            parts = state if type(state) is tuple and len(state) == 2 else (state,)
+            if not all(type(part) is dict or part is None for part in parts):
+                parts = ({"state": state},)
+            for part in parts:
+                self.spend(len(part or ()))
+                target.update(part or {})
+        elif isinstance(target, Attributes) and type(state) is dict:
             self.spend(len(state))
             target.update(state)
         elif isinstance(target, Node):
@@ -322,11 +363,21 @@ def check_protocol(protocol: int) -> None:
         raise Refusal(f"holds a pickle of protocol {protocol}; torch.save writes 2 to 5")
 
 
+def _asks_for(name: str) -> Refusal:
+    return Refusal(
+        f"asks for {shown(name)}, which is not plain data and was not run. If you trust the file,"
+        " save its tensors alone in PyTorch: torch.save(model.state_dict(), path)"
+    )
+
+
 def hashable(key: Any) -> Any:
     """Check a key of a dict or set: a scalar, or a flat tuple of scalars.
 
-    Deeper tuples are refused, because hashing them recurses in C without a limit.
+    Deeper tuples are refused, because hashing them recurses in C without a limit. An unknown
+    object, such as a member of an enumeration, becomes its description.
     """
+    if isinstance(key, Unknown):
+        return f"{key.name}{shown(dict(key))}"
     if isinstance(key, _SCALARS) or type(key) is Global:
         return key
     if type(key) is tuple and all(isinstance(item, _SCALARS) for item in key):
@@ -341,13 +392,17 @@ def frozenset_of(items: Any) -> frozenset[Any]:
 def resolve(root: Any) -> Any:
     """The tree with every Node and Global replaced by its value; dicts of any kind become dict.
 
-    Raises Refusal for a container that holds itself, and for sharing or nesting that would blow up
-    when the tree is walked.
+    An Unknown stays one, and what it holds of its own parents becomes None. Raises Refusal for any
+    other container that holds itself, and for sharing or nesting that would blow up when the tree
+    is walked.
     """
     done: dict[int, tuple[Any, int]] = {}
     within: set[int] = set()
 
+    unknown = 0
+
     def visit(item: Any, depth: int) -> tuple[Any, int]:
+        nonlocal unknown
         if type(item) is Global:
             return item.name, 1
         if not isinstance(item, (dict, list, tuple, set, frozenset, Node)):
@@ -355,16 +410,19 @@ def resolve(root: Any) -> Any:
         if id(item) in done:
             return done[id(item)]
         if id(item) in within:
+            if unknown:
+                return None, 1
             raise Refusal("holds a container that contains itself")
         if depth > MAX_NESTING:
             raise Refusal(f"nests its containers more than {MAX_NESTING} deep")
         within.add(id(item))
+        unknown += isinstance(item, Unknown)
         leaves = 1
         value: Any
         if isinstance(item, Node):
             value = item.value()
         elif isinstance(item, dict):
-            value = {}
+            value = Unknown(item.name) if isinstance(item, Unknown) else {}
             for key, child in item.items():
                 value[visit(key, depth + 1)[0]], count = visit(child, depth + 1)
                 leaves += count
@@ -376,6 +434,7 @@ def resolve(root: Any) -> Any:
         if leaves > MAX_LEAVES:
             raise Refusal(f"unfolds to more than {MAX_LEAVES} values")
         within.discard(id(item))
+        unknown -= isinstance(item, Unknown)
         done[id(item)] = value, leaves
         return value, leaves
 

@@ -5,19 +5,20 @@ shapes its architecture; every tensor is checked against the architecture, and t
 `weights/layouts.py` convert the tensors to ditjax's parameters.
 """
 
+import fnmatch
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import ml_dtypes
 import numpy as np
 
 from ditjax.config import Config, changed, check_no_imports, migrated, read
-from ditjax.errors import UserError
+from ditjax.errors import UserError, shown
 from ditjax.files.assets import unflatten
 from ditjax.files.atomic import read_json
 from ditjax.models.dit import PAPER_SIZES, DiTKeys, Size, parse_size
@@ -28,6 +29,7 @@ from ditjax.weights.arguments import Arguments, Labels, labels_of, process_of
 from ditjax.weights.networks import LoadedNetwork, check_fit, shapes_of, task_of
 
 Numerics = Literal["auto", "release", "diffusers"]
+Wanted = Literal["dit", "autoencoder", "any"]
 
 _TABLE = {"release": "pos_embed", "diffusers": "pos_embed.pos_embed"}
 
@@ -37,9 +39,48 @@ _MAX_TIMESTEPS = 1_000_000
 _AVERAGING_DRIFT = 2e-3
 _MAX_SIDE = 2048  # of latents: far above any DiT's; bounds the position table for a hostile file
 
+# Tensors by which a network is recognised below any prefix.
+_DITS = ("x_embedder.proj.weight", "pos_embed.proj.weight")
+_AUTOENCODERS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
+_MARKS = {
+    "dit": (_DITS,),
+    "autoencoder": (_AUTOENCODERS,),
+    "any": (_DITS, _AUTOENCODERS),
+}
+
 _FIRST = "transformer_blocks.0"
 
 _DIT_LAYOUTS = {"release": layouts.DIT_RELEASE, "diffusers": layouts.DIT_DIFFUSERS}
+
+
+class WeightsOptions(TypedDict, total=False):
+    """Choices that a weights file may leave open; see `load_network`."""
+
+    which: str
+    heads: int
+    num_classes: int
+    numerics: Numerics
+    leave_out: Sequence[str]
+
+
+_NOT_GIVEN: WeightsOptions = {
+    "which": "ema",
+    "heads": 0,
+    "num_classes": 0,
+    "numerics": "auto",
+    "leave_out": (),
+}
+
+
+def check_no_options(
+    path: str | os.PathLike[str], what: str, options: WeightsOptions, allowed: Sequence[str] = ()
+) -> None:
+    """Raise UserError for an option of weights files that is given and would have no effect."""
+    for name, value in options.items():
+        if name not in allowed and value != _NOT_GIVEN.get(name):
+            raise UserError(
+                f"--{name} is for weights files, and {path} is {what}: remove --{name}."
+            )
 
 
 class Given(NamedTuple):
@@ -57,19 +98,24 @@ def load_network(
     heads: int = 0,
     numerics: Numerics = "auto",
     num_classes: int = 0,
+    leave_out: Sequence[str] = (),
+    wanted: Wanted = "any",
 ) -> LoadedNetwork:
     """Load a DiT or a KL autoencoder from a weights file or a model folder of diffusers.
 
-    `which`: the averaged ('ema') or the raw ('model') weights of a training checkpoint. `heads`:
-    the number of heads, if the size is not the paper's and the file does not contain it.
-    `num_classes`: if the file does not contain it; a label table of one row more ends with the null
-    label. `numerics`: 'auto' computes what the file's own program computes (see
-    `DiTKeys.frequency_shift`); 'release' or 'diffusers' overrides it. Raises UserError for any
-    other file, with a list of all faults.
+    `which`: the averaged ('ema') or the raw ('model') weights of a training checkpoint, the dotted
+    path of others, or a folder's variant. `heads`, `num_classes`: for a file that does not contain
+    them; a label table of one row more ends with the null label. `numerics`: 'auto' computes what
+    the file's own program computes (see `DiTKeys.frequency_shift`); 'release' or 'diffusers'
+    overrides it. `leave_out`: tensors or modules that the network does not use. `wanted`: the
+    network to choose where a file holds several.
+
+    Raises UserError for any other file, with a list of all faults.
     """
     if os.path.exists(Path(path) / vocabulary.MODEL_INDEX):
         raise UserError(f"{path} is a whole pipeline: expected its folder 'transformer' or 'vae'.")
-    file = weights.read_tensors(path, which)
+    file = weights.read_tensors(path, which, _MARKS[wanted])
+    file = _without(file, leave_out)
     names = file.tensors.keys()
     if vocabulary.METADATA in file.metadata:
         return _load_ours(file)
@@ -84,6 +130,24 @@ def load_network(
         f"{path} holds no known network: expected a DiT (of the public release or of diffusers) or"
         f" a KL autoencoder (of diffusers or latent diffusion); it holds {some}."
     )
+
+
+def load_autoencoder(path: str | os.PathLike[str], which: str = "ema") -> LoadedNetwork:
+    """Load the autoencoder of a DiT. A `which` other than 'ema' and 'model' is the DiT's alone."""
+    which = which if which in ("ema", "model") else "ema"
+    return load_network(path, which=which, wanted="autoencoder")
+
+
+def _without(file: weights.TensorFile, leave_out: Sequence[str]) -> weights.TensorFile:
+    """Leave out tensors by name, by the module that they are in, or by a pattern such as '*.x'."""
+
+    def matches(name: str, pattern: str) -> bool:
+        return name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+
+    for pattern in leave_out:
+        if not any(matches(name, pattern) for name in file.tensors):
+            raise UserError(f"{file.path} has no tensor {shown(pattern)} to leave out.")
+    return file.without(lambda name: any(matches(name, pattern) for pattern in leave_out))
 
 
 def _load_ours(file: weights.TensorFile) -> LoadedNetwork:
@@ -102,7 +166,7 @@ def _load_ours(file: weights.TensorFile) -> LoadedNetwork:
         raise UserError(f"{file.path}: illegal metadata for a ditjax file: {error!r}.") from None
     weights.check_tensors(file.path, f"{task_of(config).name} of ditjax", file.tensors, shapes)
     tree = unflatten({name: np.asarray(file.tensors[name]) for name in shapes})
-    return LoadedNetwork(config, {"params": tree}, "ditjax", file.files)
+    return LoadedNetwork(config, {"params": tree}, "ditjax", file.files, (file.account,))
 
 
 def _shape(file: weights.TensorFile, name: str, rank: int) -> tuple[int, ...]:
@@ -212,7 +276,7 @@ def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetw
     )
     if table in expected:
         _check_table(file.path, table, file.tensors[table], size.width, side)
-    notes = () if labels.stated else (_unstated_labels(rows),)
+    notes = (file.account, *(() if labels.stated else (_unstated_labels(rows),)))
     return LoadedNetwork(config, _params(file, rules, shapes), layout, file.files, notes)
 
 
@@ -327,16 +391,11 @@ def _check_table(path: Path, name: str, table: np.ndarray, width: int, side: int
 
 
 def _load_autoencoder(file: weights.TensorFile) -> LoadedNetwork:
-    # A whole Stable Diffusion checkpoint also has the tensors of other networks.
-    whole = any(name.startswith("first_stage_model.") for name in file.tensors)
-    prefix = "first_stage_model." if whole else ""
-    tensors = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in file.tensors.items()
-        # The autoencoder's training checkpoint also has a discriminator and counters of the EMA.
-        if name.startswith(prefix) and not name.startswith(("loss.", "model_ema."), len(prefix))
-    }
-    file = file._replace(tensors=tensors)
+    # The autoencoder's training checkpoint also has a discriminator and another average.
+    file = file.without(
+        lambda name: name.startswith(("loss.", "model_ema.")), lambda name: name.partition(".")[0]
+    )
+    tensors = file.tensors
     if any(name.startswith(("encoder.down.", "decoder.up.")) for name in tensors):
         layout: Literal["diffusers", "diffusers_old", "ldm"] = "ldm"
         level, block = r"encoder\.down\.([0-9]{1,9})\.", "encoder.down.{i}.block"
@@ -382,7 +441,8 @@ def _load_autoencoder(file: weights.TensorFile) -> LoadedNetwork:
         )
     what = f"KL autoencoder of widths {widths} in the layout of {_program(layout)}"
     weights.check_tensors(file.path, what, file.tensors, layouts.expected_shapes(rules, shapes))
-    return LoadedNetwork(config, _params(file, rules, shapes), layout, file.files)
+    params = _params(file, rules, shapes)
+    return LoadedNetwork(config, params, layout, file.files, (file.account,))
 
 
 # Options of diffusers' classes that tensors do not determine, and their supported values.
@@ -431,8 +491,8 @@ def load_pipeline(folder: str | os.PathLike[str], *, numerics: Numerics = "auto"
             f"{folder}/{vocabulary.MODEL_INDEX} describes a {index.get('_class_name')}: expected a"
             " DiTPipeline."
         )
-    dit = load_network(folder / "transformer", numerics=numerics)
-    autoencoder = load_network(folder / "vae")
+    dit = load_network(folder / "transformer", numerics=numerics, wanted="dit")
+    autoencoder = load_network(folder / "vae", wanted="autoencoder")
     check_fit(dit, autoencoder)
     dit = dit._replace(config=_with_scheduler(dit.config, folder / "scheduler"))
     return PipelineFolder(dit, autoencoder, _class_names(folder, index, dit.config))
@@ -470,7 +530,11 @@ def _with_scheduler(c: Config, folder: Path) -> Config:
             f" {_MAX_TIMESTEPS}."
         )
 
-    custom = [key for key in ("trained_betas", "rescale_betas_zero_snr") if scheduler.get(key)]
+    kind = str(scheduler.get("_class_name", ""))
+    if re.search("Flow|EDM|Consistency|LCM|Karras|ScoreSde|VQ", kind):
+        raise UserError(f"{folder} is a {kind}: only schedulers of DDPM's process are supported.")
+    odd = ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas")
+    custom = [key for key in odd if scheduler.get(key)]
     if custom:
         raise UserError(f"{folder}: {', '.join(custom)} is set: this schedule is not supported.")
     ends = (scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,18 +19,18 @@ from safetensors import SafetensorError, safe_open
 from ditjax.errors import UserError, first_few, reason, shown
 from ditjax.files.atomic import atomic, read_json
 from ditjax.weights.layouts import Shapes
+from ditjax.weights.states import Marks, find_network
 from ditjax.weights.torch_file import read_torch
+from ditjax.weights.vocabulary import METADATA
 
 Tensors = Mapping[str, np.ndarray]
 
-# Names of the weights in a diffusers folder, in the order in which diffusers searches for them.
-_FOLDER_FILES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.bin",
-    "diffusion_pytorch_model.fp16.bin",
+# The weights in a model folder: of diffusers, and of the hub's mixin for any PyTorch model. Shards
+# are listed in an index; a variant, such as fp16 or non_ema, is a word before the suffix.
+_FOLDER_FILE = re.compile(
+    r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(?P<variant>\w+))?"
+    r"\.(?P<suffix>safetensors|bin)(?P<index>\.index(?:\.(?P<of_index>\w+))?\.json)?"
 )
-_SHARDS = "diffusion_pytorch_model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 
 _SAFETENSORS_TYPES = {
@@ -57,6 +57,7 @@ class TensorFile(NamedTuple):
 
     `files` hold the tensors. `config` is the folder's config.json, `metadata` that of a safetensors
     file, and `extra` the rest of a PyTorch checkpoint, such as a training script's arguments.
+    `label` is where in the file the network is, and `left` counts the tensors that are not its.
     """
 
     path: Path
@@ -65,51 +66,144 @@ class TensorFile(NamedTuple):
     config: dict[str, Any]
     metadata: dict[str, str]
     extra: dict[str, Any]
+    label: str = ""
+    left: Mapping[str, int] = {}
+    not_read: tuple[str, ...] = ()  # other weights in the folder
+
+    def without(
+        self, leave_out: Callable[[str], bool], counted_as: Callable[[str], str] = lambda name: name
+    ) -> "TensorFile":
+        """Leave out tensors by name; `left` counts each by its own name, or as `counted_as`."""
+        out = {name for name in self.tensors if leave_out(name)}
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in out}
+        left = Counter(self.left) + Counter(map(counted_as, out))
+        return self._replace(tensors=kept, left=left)
+
+    @property
+    def account(self) -> str:
+        """'x.pt: 151 tensors of 'ema' taken; 302 left out: 151 of 'model', ...'."""
+        label = f" of {shown(self.label)}" if self.label else ""
+        text = f"{self.path}: {len(self.tensors)} tensors{label} taken"
+        named = collapse(name for name, count in self.left.items() if count <= 1)
+        counted = [f"{count} of {name}" for name, count in self.left.items() if count > 1]
+        if self.left:
+            text += f"; {sum(self.left.values())} left out: {', '.join(counted + named)}"
+        else:
+            text += ", none left out"
+        return f"{text}; not read: {', '.join(self.not_read)}" if self.not_read else text
 
 
-def read_tensors(path: str | os.PathLike[str], which: str = "ema") -> TensorFile:
-    """The named tensors of a file or of a diffusers folder.
+def read_tensors(path: str | os.PathLike[str], which: str = "ema", marks: Marks = ()) -> TensorFile:
+    """The named tensors of a network in a file or in a diffusers folder.
 
-    `which` selects the state of a training checkpoint: 'ema' (averaged) or 'model'. Raises
-    UserError for a path that is missing, unreadable, or does not hold weights.
+    `which` selects a network of a training checkpoint: 'ema' (averaged), 'model' (raw), or the
+    dotted path of any other; `marks` are names by which it is recognised (`weights/states.py`).
+    Raises UserError for a path that is missing, unreadable, or does not hold weights.
     """
     path = Path(path)
-    return _read_folder(path, which) if os.path.isdir(path) else _read_file(path, which)
+    read = _read_folder if os.path.isdir(path) else _read_file
+    return read(path, which, marks)
 
 
-def _read_file(path: Path, which: str) -> TensorFile:
+def _read_file(path: Path, which: str, marks: Marks) -> TensorFile:
+    saved, metadata = _saved(path)
+    if metadata is not None and (not saved or METADATA in metadata):
+        return TensorFile(path, dict(saved), (path,), {}, metadata, {})
+    found = find_network(path, saved, which, marks)
+    return TensorFile(
+        path, found.tensors, (path,), {}, metadata or {}, found.extra, found.label, found.left
+    )
+
+
+def _saved(path: Path) -> tuple[Mapping[Any, Any], dict[str, str] | None]:
+    """The tree that a file holds, and the metadata of a safetensors file."""
     if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise UserError(
             f"{path} does not exist: expected a weights file, a model folder of diffusers or a"
             " run's directory."
         )
     if _looks_like_safetensors(path):
-        tensors, metadata = _read_safetensors(path)
-        return TensorFile(path, tensors, (path,), {}, metadata, {})
-    tensors, extra = _unwrap(path, read_torch(path), which)
-    return TensorFile(path, tensors, (path,), {}, {}, extra)
-
-
-def _read_folder(folder: Path, which: str) -> TensorFile:
-    if not (folder / CONFIG_FILE).exists():
+        return _read_safetensors(path)
+    saved = read_torch(path)
+    if not isinstance(saved, Mapping):
         raise UserError(
-            f"{folder} has no {CONFIG_FILE}: expected a model folder of diffusers, a run's"
-            " directory, or a weights file."
+            f"{path} holds a {type(saved).__name__}: expected a state dict (tensors by name)."
         )
-    config = read_json(folder / CONFIG_FILE)
-    names: Iterable[str] = [name for name in _FOLDER_FILES if (folder / name).exists()][:1]
-    if (folder / _SHARDS).exists():
-        shards = read_json(folder / _SHARDS).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise UserError(f"{folder / _SHARDS} has no weight_map: the download is incomplete.")
-        names = sorted({os.path.basename(str(name)) for name in shards.values()})
-    if not names:
-        raise UserError(f"{folder} holds no weights: expected one of {', '.join(_FOLDER_FILES)}.")
-    tensors: dict[str, np.ndarray] = {}
-    for name in names:
-        tensors |= _read_file(folder / name, which).tensors
-    files = tuple(folder / name for name in names)
-    return TensorFile(folder, tensors, files, config, {}, {})
+    return saved, None
+
+
+def _read_folder(folder: Path, which: str, marks: Marks) -> TensorFile:
+    there = sorted(os.listdir(folder))
+    name, inner = _folder_file(folder, there, which)
+    config = read_json(folder / CONFIG_FILE) if CONFIG_FILE in there else {}
+    names = _shards(folder / name) if name.endswith(".json") else [name]
+    merged: dict[Any, Any] = {}
+    metadata: dict[str, str] | None = {}
+    for shard in names:
+        saved, metadata = _saved(folder / shard)
+        if twice := merged.keys() & saved.keys():
+            raise UserError(f"{folder / shard} holds {shown(min(twice))}, as another shard does.")
+        merged |= saved
+    if metadata is not None and METADATA in metadata:
+        raise UserError(f"{folder / name} is a file that ditjax wrote: give the file itself.")
+    found = find_network(folder, merged, inner, marks)
+    others = tuple(each for each in there if _FOLDER_FILE.fullmatch(each) and each != name)
+    return TensorFile(
+        folder,
+        found.tensors,
+        tuple(folder / shard for shard in names),
+        config,
+        {},
+        found.extra,
+        found.label,
+        found.left,
+        tuple(each for each in others if each not in names),
+    )
+
+
+def _folder_file(folder: Path, there: Sequence[str], which: str) -> tuple[str, str]:
+    """The name of the weights or their index in a folder, and what of `which` is left to choose.
+
+    In diffusers' order; of the variants, `which` 'ema' takes no 'non_ema', and 'model' no 'ema'.
+    """
+    files: dict[tuple[str, str], str] = {}
+    for name in there:
+        if match := _FOLDER_FILE.fullmatch(name):
+            kind = match["suffix"], match["variant"] or match["of_index"] or ""
+            if match["index"] or kind not in files:
+                files[kind] = name
+    suffixes = ("safetensors", "bin")
+    if any((suffix, which) in files for suffix in suffixes):
+        name = next(files[kind] for suffix in suffixes if (kind := (suffix, which)) in files)
+        return name, which if which in ("ema", "model") else "ema"
+    refused = {"ema": "non_ema", "model": "ema"}.get(which)
+    first = [("safetensors", "non_ema"), ("bin", "non_ema")] if which == "model" else []
+    first += [(suffix, variant) for suffix in suffixes for variant in ("", "fp16")]
+    for kind in (*first, *files):
+        if kind in files and kind[1] != refused:
+            return files[kind], which
+    if files:
+        raise UserError(
+            f"{folder} holds {first_few(files.values(), 8)} and no other variant: choose with"
+            f" --which={refused}."
+        )
+    held = first_few(
+        (each + "/" * os.path.isdir(folder / each) for each in there if each != CONFIG_FILE), 8
+    )
+    lacks = "holds no weights" if CONFIG_FILE in there else f"has no {CONFIG_FILE} and no weights"
+    raise UserError(
+        f"{folder} {lacks}: expected one of diffusion_pytorch_model.safetensors, model.safetensors,"
+        " the same in .bin, in shards or in a variant such as .fp16.safetensors; or give a weights"
+        f" file, or a run's directory. It holds {held or 'nothing else'}."
+    )
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the files that an index lists, all of its own folder."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{index} has no weight_map: the download is incomplete.")
+    return sorted({os.path.basename(str(name)) for name in shards.values()})
 
 
 def _looks_like_safetensors(path: Path) -> bool:
@@ -151,46 +245,6 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
     return tensors, metadata
 
 
-def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(v, np.ndarray) for v in value.values())
-
-
-def _unwrap(path: Path, saved: Any, which: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A state dict out of {'ema', 'model', 'args'} or {'state_dict'}, without DDP's 'module.'."""
-    if not isinstance(saved, Mapping):
-        raise UserError(
-            f"{path} holds a {type(saved).__name__}: expected a state dict (tensors by name)."
-        )
-    extra: dict[str, Any] = {}
-    state: Any = saved
-    if not _is_state(saved):
-        wrappers = [key for key in ("ema", "model", "state_dict") if _is_state(saved.get(key))]
-        if not wrappers:
-            keys = first_few(map(shown, saved), 8) or "nothing"
-            raise UserError(
-                f"{path} holds no tensors by name: its keys are {keys}; expected a state dict, or"
-                " one under 'ema', 'model' or 'state_dict'."
-            )
-        chosen = next((key for key in (which, "state_dict") if key in wrappers), None)
-        if chosen is None:
-            raise UserError(
-                f"{path} holds {', '.join(map(repr, wrappers))} and no {which!r}:"
-                f" choose with --which={wrappers[0]}."
-            )
-        state = saved[chosen]
-        extra = {key: value for key, value in saved.items() if key not in wrappers}
-    odd = [
-        shown(key)
-        for key, value in state.items()
-        if not (isinstance(value, np.ndarray) and isinstance(key, str))
-    ]
-    if odd:
-        raise UserError(f"{path}: {first_few(odd, 8)} are not tensors: expected tensors by name.")
-    # DistributedDataParallel adds this prefix.
-    prefix = "module." if all(name.startswith("module.") for name in state) else ""
-    return {name.removeprefix(prefix): value for name, value in state.items()}, extra
-
-
 def check_tensors(
     path: str | os.PathLike[str],
     what: str,
@@ -227,7 +281,14 @@ def check_tensors(
     if shapes:
         faults.append(f"{len(shapes)} mis-shaped: {', '.join(shapes.values())}")
     if faults:
-        raise UserError(f"{path} is no {what}: {'; '.join(faults)}.")
+        extra = sorted({name.partition(".")[0] for name in tensors.keys() - expected.keys()})
+        remedy = ""
+        if len(faults) == 1 and extra:
+            remedy = (
+                f"; if the network does not use them, --leave_out={','.join(extra[:8])} leaves them"
+                " out"
+            )
+        raise UserError(f"{path} is no {what}: {'; '.join(faults)}{remedy}.")
     return dtype
 
 

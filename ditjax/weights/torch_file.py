@@ -32,6 +32,7 @@ from ditjax.weights.torch_objects import (
     TORCH_DTYPES,
     Storage,
     is_size,
+    may_hold,
     may_name,
     stored,
 )
@@ -50,10 +51,11 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     Tensors and Parameters become read-only arrays mapped from the file: nothing is copied, views of
     one storage share its bytes, and the file must not change while they are used. The storages of a
     zip are checked against its checksums. OrderedDict, defaultdict and argparse.Namespace become
-    dict, torch.Size tuple, and torch.device, torch.dtype and paths str.
+    dict, torch.Size tuple, and torch.device, torch.dtype and paths str. An object of any other
+    class becomes `pickles.Unknown`, its attributes as items.
 
-    Raises UserError for a file that cannot be read, is not of this format, is damaged, or asks for
-    anything but plain data.
+    Raises UserError for a file that cannot be read, is not of this format, is damaged, or is one
+    such object; and for one that asks for what no data needs, such as os.system.
     """
     path = Path(path)
     try:
@@ -79,7 +81,8 @@ def _read(file: IO[bytes], data: mmap.mmap) -> Any:
         return _read_legacy(data)
     if head[:1] == b"\x80":
         # Read anyway, so that the error names a global that would have been run.
-        Machine(data, end=min(len(data), _MAX_PICKLE), calls=CALLS, names=may_name).run()
+        end = min(len(data), _MAX_PICKLE)
+        Machine(data, end=end, calls=CALLS, names=may_name, inert=may_hold).run()
         raise Refusal("is a bare pickle, not a file of torch.save: save it with torch.save")
     raise Refusal(_guess(head, len(data)))
 
@@ -159,7 +162,8 @@ def _read_zip(file: IO[bytes], data: mmap.mmap) -> Any:
         return storage
 
     end = pickle.start + pickle.size
-    tree = pickles.resolve(Machine(data, pickle.start, end, CALLS, may_name, persistent).run())
+    machine = Machine(data, pickle.start, end, CALLS, may_name, persistent, may_hold)
+    tree = pickles.resolve(machine.run())
     for name in storages:
         _verify(file, records[name], name)
     return tree
@@ -236,7 +240,7 @@ def _read_legacy(data: mmap.mmap) -> Any:
     def load(persistent: Callable[[Any], Any] | None = None) -> Any:
         nonlocal position
         end = min(len(data), position + _MAX_PICKLE)
-        machine = Machine(data, position, end, CALLS, may_name, persistent)
+        machine = Machine(data, position, end, CALLS, may_name, persistent, may_hold)
         value = machine.run()
         position = machine.position
         return value

@@ -7,6 +7,7 @@ a name that `may_name` does not know is refused.
 import mmap
 import pathlib
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -225,6 +226,14 @@ def _numpy_frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> NumpyArra
     return NumpyArray().fill(raw, dtype, shape, order)
 
 
+def _subclass(function: Any, kind: Any, arguments: Any, state: Any) -> Tensor:
+    """A tensor of a subclass, or with attributes, which are dropped."""
+    if not isinstance(function, Global) or not function.name.startswith("torch._utils._rebuild_"):
+        raise TypeError("not a tensor")
+    tensor: Tensor = CALLS[function.name](*arguments)
+    return tensor
+
+
 # Python's own classes.
 
 
@@ -267,6 +276,12 @@ def _set(items: Any = ()) -> set[Any]:
     return set(pickles.frozenset_of(items))
 
 
+def _range(*ends: Any) -> range:
+    if not all(type(end) is int and abs(end) < 1 << 48 for end in ends):
+        raise TypeError("not a range")
+    return range(*ends)
+
+
 def _size(sizes: Any = ()) -> tuple[int, ...]:
     if not all(is_size(size) for size in sizes):
         raise TypeError("not a size")
@@ -295,6 +310,7 @@ _NOW: Final[dict[str, Callable[..., Any]]] = {
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _subclass,
     "torch.Size": _size,
     "torch.device": _device,
     "torch.torch_version.TorchVersion": _string,
@@ -312,6 +328,8 @@ _NOW: Final[dict[str, Callable[..., Any]]] = {
     "builtins.set": _set,
     "builtins.frozenset": pickles.frozenset_of,
     "builtins.complex": _complex,
+    "builtins.range": _range,
+    "__builtin__.xrange": _range,
     "builtins.bytes": _bytes,
     "builtins.bytearray": _bytes,
     "_codecs.encode": _bytes,
@@ -340,10 +358,16 @@ _WORDS: Final = {
     *UNTYPED,
     "numpy.ndarray",
     "torch.bool",
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+    # Protocol 2 names the types of Python 3 as Python 2 did.
+    "__builtin__.long",
+    "__builtin__.unicode",
     *(
         f"{module}.{name}"
         for module in ("builtins", "__builtin__")
-        for name in ("list", "dict", "int", "float", "str", "bool", "tuple")
+        for name in ("list", "dict", "int", "float", "str", "bool", "tuple", "bytes", "set")
     ),
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
@@ -356,3 +380,30 @@ def may_name(name: str) -> bool:
     This includes every storage and number type; an unknown one is refused later, more plainly.
     """
     return name in _WORDS or bool(re.fullmatch(r"torch\.(\w+Storage|[a-z]+\d+\w*)", name))
+
+
+# Modules of the standard library whose classes scripts leave in checkpoints. Others have no place
+# in one, and are what hostile files are made of: they are refused, although nothing would be run.
+_HELD_MODULES: Final = {
+    *("abc", "argparse", "array", "collections", "copy_reg", "copyreg", "dataclasses", "datetime"),
+    *("decimal", "enum", "fractions", "functools", "ipaddress", "itertools", "logging", "numbers"),
+    *("random", "re", "signal", "string", "time", "types", "typing", "uuid", "zoneinfo"),
+}
+_HELD_BUILTINS: Final = {
+    *("object", "type", "slice", "Ellipsis", "NotImplemented", "NotImplementedType"),
+}
+_STANDARD: Final = sys.stdlib_module_names | {"__builtin__", "copy_reg", "nt", "commands"}
+
+
+def may_hold(name: str) -> bool:
+    """Whether an object of an unknown class or function is held inert, as `pickles.Unknown`.
+
+    Those of other packages are: nothing of them is imported. Of the standard library, only classes
+    that scripts leave in checkpoints.
+    """
+    module, _, rest = name.partition(".")
+    if module in ("builtins", "__builtin__"):
+        return rest in _HELD_BUILTINS
+    if module in _STANDARD:
+        return module in _HELD_MODULES and "." not in rest
+    return True

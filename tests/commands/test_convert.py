@@ -35,6 +35,7 @@ def test_round_trip_of_a_release_checkpoint(tmp_path, capsys):
     write_torch(tmp_path / "a.pt", {"ema": state, "model": {}, "args": {"lr": 1}})
     run(f"--weights={tmp_path}/a.pt", "--to=diffusers", f"--out={tmp_path}/b", "--heads=3")
     out = capsys.readouterr().out
+    assert f"{len(state)} tensors of 'ema' taken, none left out" in out
     count = sum(x.size for name, x in state.items() if name != "pos_embed")
     assert f"DiT-2x48x3/4, {count:,} parameters of float16" in out
     assert "(release) ->" in out
@@ -177,6 +178,16 @@ def test_sampling_a_run_as_weights(finished, tmp_path):
     assert sample.main([f"--weights={finished}", *more]) == 0
     record = json.loads((tmp_path / "samples.json").read_text())
     assert (record["run"], record["step"]) == (str(finished), 20)
+
+
+def test_flags_of_weights_files_for_a_run(finished, tmp_path):
+    """They would have no effect."""
+    for flag in ("--which=model", "--heads=2", "--num_classes=10", "--leave_out=x"):
+        name = flag.partition("=")[0]
+        with pytest.raises(UserError, match=f"{name} is for weights files, and .* is a run"):
+            run(f"--weights={finished}", "--to=release", f"--out={tmp_path}/x.pt", flag)
+        with pytest.raises(UserError, match=f"{name} is for weights files, and .* is a run"):
+            sample.main([f"--weights={finished}", f"--out={tmp_path}/out", flag])
 
 
 def test_another_block_has_only_our_format(tmp_path):

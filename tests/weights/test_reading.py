@@ -120,7 +120,7 @@ def architecture_of(monkeypatch):
 
     def found(tensors, config=None, metadata=None, **kwargs):
         file = weights.TensorFile(Path("fake"), tensors, (), config or {}, metadata or {}, {})
-        monkeypatch.setattr(weights, "read_tensors", lambda path, which: file)
+        monkeypatch.setattr(weights, "read_tensors", lambda path, which, marks: file)
         return reading.load_network("fake", **kwargs)
 
     return found
@@ -1035,6 +1035,9 @@ def test_clipping_where_the_scheduler_does_not_say(name, clips, tmp_path):
         ({"beta_start": 0.00085}, "beta from 0.00085"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas is set"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is set"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas is set"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is a FlowMatchEulerDiscreteSched"),
+        ({"_class_name": "EDMEulerScheduler"}, "is a EDMEulerScheduler: only schedulers of DDPM"),
     ],
     ids=str,
 )
