@@ -224,6 +224,18 @@ class Data(Section):
     max_damaged: int = non_negative(0, free=True)  # damaged records to skip and report; 0 = stop
 
 
+def _per_channel(path: str) -> Callable[[Any, "Schemas"], tuple[float, ...]]:
+    """A reader of a number for each channel, or () for none."""
+
+    def numbers(value: Any, schemas: "Schemas") -> tuple[float, ...]:
+        if isinstance(value, tuple | list) and not value:
+            return ()
+        found: tuple[float, ...] = _typed(tuple[float, ...], value, path)
+        return found
+
+    return numbers
+
+
 @dataclass(frozen=True)
 class Autoencoder(Section):
     """The KL autoencoder: the network that is trained, or the frozen one of a latent DiT."""
@@ -240,8 +252,24 @@ class Autoencoder(Section):
     res_blocks: int = positive(2)
     latent_channels: int = positive(4)
     groups: int = positive(32)
-    scale: float = key(0.18215, above(0))  # latents are multiplied by it: unit variance
+    quant_conv: bool = key(True)  # a 1x1 convolution after the encoder; SD3's and Flux's have none
+    post_quant_conv: bool = key(True)  # and before the decoder
+    # A network sees (z - shift) * scale, or (z - latent_mean) * scale / latent_std by channel.
+    scale: float = key(0.18215, above(0))
+    shift: float = key(0.0)
+    latent_mean: tuple[float, ...] = key((), read=_per_channel("autoencoder.latent_mean"))
+    latent_std: tuple[float, ...] = key((), read=_per_channel("autoencoder.latent_std"))
     kl_weight: float = key(1e-6, at_least(0))
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """The keys that normalise latents, as plain JSON."""
+        return {
+            "scale": self.scale,
+            "shift": self.shift,
+            "latent_mean": list(self.latent_mean),
+            "latent_std": list(self.latent_std),
+        }
 
     def check(self, c: "Config") -> None:
         if self.kind == "none":
@@ -251,6 +279,7 @@ class Autoencoder(Section):
                     " it to 'kl'."
                 )
             return
+        self._check_statistics()
         factor = 2 ** (len(self.multipliers) - 1)
         if c.data.image_size % factor:
             raise UserError(
@@ -263,6 +292,24 @@ class Autoencoder(Section):
                     f"config.autoencoder: width {self.base_width} x {m} is not divisible into"
                     f" {self.groups} groups: choose groups that divide every level's width."
                 )
+
+    def _check_statistics(self) -> None:
+        counts = {len(self.latent_mean), len(self.latent_std)}
+        if counts not in ({0}, {self.latent_channels}):
+            raise UserError(
+                f"config.autoencoder.latent_mean has {len(self.latent_mean)} numbers and latent_std"
+                f" {len(self.latent_std)}: expected one for each of the {self.latent_channels}"
+                " channels in both, or none."
+            )
+        if min(self.latent_std, default=1.0) <= 0:
+            raise UserError(
+                f"config.autoencoder.latent_std is {self.latent_std}: expected numbers above 0."
+            )
+        if self.shift and self.latent_mean:
+            raise UserError(
+                f"config.autoencoder.shift is {self.shift} and latent_mean is given, too: expected"
+                " one of them."
+            )
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ def convert(
         return _summary(source, out, network, target, decoder)
     wanted = _WANTED.get(target, "any")
     network = read_network(source, step=step, wanted=wanted, **options)
+    if network.decodes:
+        networks.check_stated(network)
     if wanted != ("autoencoder" if network.decodes else "dit") and wanted != "any":
         raise UserError(
             f"{source} holds a {network.name}: --to={target} takes the other kind of network."

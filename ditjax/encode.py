@@ -63,6 +63,7 @@ def encode_dataset(
         "autoencoder_sha256": opening.digest(frozen),
         "dtype": c.model.dtype,
         "matmul": c.model.matmul,
+        latents.STATISTICS: c.autoencoder.statistics,
     }
     shape = (side, side, c.input_channels)
     writer = latents.LatentWriter(

@@ -41,6 +41,7 @@ SHARD_MB = 128
 _NAME = "latents"
 _VERSION = "1.0.0"
 _METADATA = "metadata.json"
+STATISTICS = "statistics"  # the key of the metadata with the statistics of the latents
 _INFO = "dataset_info.json"
 
 
@@ -94,7 +95,8 @@ class LatentWriter:
         # The metadata file of tensorflow-datasets describes the shards while they are written.
         record = {**metadata, "num_examples": num_examples, "records_per_shard": per_shard}
         if (self._folder / _METADATA).exists():
-            self._check(record)
+            there = self._read_metadata()
+            self._check({k: v for k, v in record.items() if k in there or k != STATISTICS})
         else:
             write_json(self._folder / _METADATA, record)
 
@@ -267,6 +269,16 @@ def _features(
 
 def _prepared(folder: Path) -> Path:
     return Path(expand_home(os.fspath(folder))) / _NAME / _VERSION
+
+
+def recorded_statistics(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The statistics of the latents at `path`, as recorded; None for sets older than the record."""
+    try:
+        found = load_json(_prepared(Path(path)) / _METADATA)
+    except (OSError, ValueError):
+        return None
+    statistics = found.get(STATISTICS) if isinstance(found, dict) else None
+    return statistics if isinstance(statistics, dict) else None
 
 
 def open_latents(path: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:

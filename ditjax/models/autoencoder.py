@@ -36,7 +36,8 @@ _LOG_VARIANCE_MIN, _LOG_VARIANCE_MAX = -30.0, 20.0
 class AutoencoderConfig:
     """The architecture of an autoencoder; the default is Stable Diffusion's, 83,653,863 parameters.
 
-    Level i has base_width * multipliers[i] channels; the resolution is halved between levels.
+    Level i has base_width * multipliers[i] channels; the resolution is halved between levels. The
+    autoencoders of SD3 and Flux have 16 latent channels and no 1x1 convolutions around them.
     Raises UserError for a number below 1, or a width that `groups` does not divide.
     """
 
@@ -46,6 +47,8 @@ class AutoencoderConfig:
     latent_channels: int = 4
     image_channels: int = 3
     groups: int = 32
+    quant_conv: bool = True
+    post_quant_conv: bool = True
 
     def __post_init__(self) -> None:
         # The argument may be a list, but the attributes of a Linen module must be hashable.
@@ -56,6 +59,8 @@ class AutoencoderConfig:
             )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.type is bool:
+                continue
             for number in value if isinstance(value, tuple) else (value,):
                 if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                     raise UserError(
@@ -247,9 +252,9 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """LDM Sec. 3.1: encode(x) returns q(z|x), decode(z) the image; images are in [-1, 1].
 
-    Latents are not scaled: the caller applies the factor of a diffusion model (0.18215 for Stable
-    Diffusion's). `dtype` is the compute dtype; parameters, moments and images are float32. `init`
-    takes the arguments of `__call__`.
+    Latents are not normalised: the caller applies the statistics of a diffusion model (the factor
+    0.18215 for Stable Diffusion's). `dtype` is the compute dtype; parameters, moments and images
+    are float32. `init` takes the arguments of `__call__`.
     """
 
     config: AutoencoderConfig
@@ -258,8 +263,10 @@ class AutoencoderKL(nn.Module):
     def setup(self) -> None:
         latent = self.config.latent_channels
         self.encoder = Encoder(self.config, self.dtype)
-        self.quant_conv = _conv(2 * latent, 1, self.dtype)
-        self.post_quant_conv = _conv(latent, 1, self.dtype)
+        if self.config.quant_conv:
+            self.quant_conv = _conv(2 * latent, 1, self.dtype)
+        if self.config.post_quant_conv:
+            self.post_quant_conv = _conv(latent, 1, self.dtype)
         self.decoder = Decoder(self.config, self.dtype)
 
     def encode(self, x: jax.Array) -> Moments:
@@ -275,7 +282,10 @@ class AutoencoderKL(nn.Module):
                     f"image of {x.shape[1]}x{x.shape[2]} pixels: this autoencoder needs sides"
                     f" divisible by {f}; resize to {max(1, round(side / f)) * f} instead of {side}."
                 )
-        moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
+        moments = self.encoder(x)
+        if self.config.quant_conv:
+            moments = self.quant_conv(moments)
+        moments = moments.astype(jnp.float32)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return Moments(mean, jnp.clip(log_variance, _LOG_VARIANCE_MIN, _LOG_VARIANCE_MAX))
 
@@ -285,7 +295,9 @@ class AutoencoderKL(nn.Module):
         Raises UserError for another number of channels.
         """
         _check_channels("latent", z, self.config.latent_channels)
-        return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
+        if self.config.post_quant_conv:
+            z = self.post_quant_conv(z)
+        return self.decoder(z).astype(jnp.float32)
 
     def __call__(self, x: jax.Array, key: jax.Array) -> tuple[jax.Array, Moments]:
         """x, key -> (decode(z), q(z|x)) with z ~ q(z|x), for L_rec and L_reg of LDM App. G."""
@@ -333,6 +345,8 @@ def module(k: Model, section: Autoencoder, image_channels: int) -> AutoencoderKL
         latent_channels=section.latent_channels,
         image_channels=image_channels,
         groups=section.groups,
+        quant_conv=section.quant_conv,
+        post_quant_conv=section.post_quant_conv,
     )
     return AutoencoderKL(widths, dtype=DTYPES[k.dtype])
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ditjax.config import Config, as_tree, migrated, read
-from ditjax.data import source
+from ditjax.data import latents, source
 from ditjax.data.folders import report_reading
 from ditjax.data.names import is_latents, parse_name
 from ditjax.errors import FaultError, UserError, first_few
@@ -74,7 +74,23 @@ def check_data(c: Config) -> source.DatasetInfo:
                 f" {list(expected)}: set config.data.image_size and config.autoencoder as for the"
                 " encoding, or encode the data set again."
             )
+        _check_statistics(c)
     return info
+
+
+def _check_statistics(c: Config) -> None:
+    """Raise UserError unless encoded latents are normalised as at their encoding."""
+    recorded = latents.recorded_statistics(parse_name(c.data.name).path)
+    a = c.autoencoder
+    if recorded is None:  # older sets were all normalised by a scale alone
+        recorded = {**a.statistics, "shift": 0.0, "latent_mean": [], "latent_std": []}
+    for key, ours in a.statistics.items():
+        if recorded.get(key) != ours:
+            raise UserError(
+                f"data set {c.data.name!r} was encoded with autoencoder.{key}"
+                f" {recorded.get(key)!r}, but config.autoencoder.{key} is {ours!r}: set it to that,"
+                " or encode the data set again."
+            )
 
 
 def open_run(workdir: str | os.PathLike[str], c: Config, frozen: Frozen | None = None) -> Path:

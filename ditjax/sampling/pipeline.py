@@ -311,6 +311,7 @@ class Pipeline:
             "model": dataclasses.asdict(c.model),
             "diffusion": dataclasses.asdict(c.diffusion),
             "autoencoder_scale": c.autoencoder.scale if c.latent else None,
+            "autoencoder_statistics": c.autoencoder.statistics if c.latent else None,
             "image_size": c.data.image_size,
             "seconds": round(seconds, 3),
             "environment": {

@@ -115,21 +115,55 @@ def encode_images(c: Config, params: Any, images: jax.Array) -> Moments:
 
 
 def draw_latents(c: Config, moments: Moments, key: jax.Array) -> jax.Array:
-    """Draw z ~ q(z|x), scaled to about unit variance, for the training of a denoiser."""
+    """Draw z ~ q(z|x), normalised, for the training of a denoiser."""
     eps = jax.random.normal(key, moments.mean.shape, jnp.float32)
-    return sample_posterior(moments, eps) * c.autoencoder.scale
+    return normalized(c, sample_posterior(moments, eps))
+
+
+def normalized(c: Config, z: jax.Array) -> jax.Array:
+    """z f32[...,c] at about mean 0 and variance 1, by the statistics of the recipe.
+
+    As in diffusers: (z - shift) * scale, or (z - mean) * scale / std of each channel.
+    """
+    a = c.autoencoder
+    if a.latent_mean:
+        z = (z - _channels(a.latent_mean, z)) / _channels(a.latent_std, z)
+    if a.shift:
+        z = z - a.shift
+    return z * a.scale
+
+
+def denormalized(c: Config, z: jax.Array) -> jax.Array:
+    """The inverse of `normalized`."""
+    a = c.autoencoder
+    z = z / a.scale
+    if a.shift:
+        z = z + a.shift
+    if a.latent_mean:
+        z = z * _channels(a.latent_std, z) + _channels(a.latent_mean, z)
+    return z
+
+
+def _channels(values: tuple[float, ...], z: jax.Array) -> jax.Array:
+    return jnp.asarray(values, jnp.float32).reshape((1,) * (z.ndim - 1) + (-1,))
 
 
 def decode_latents(c: Config, params: Any, z: jax.Array) -> jax.Array:
-    """Decode scaled latents f32[B,h,w,c] to images f32[B,H,W,C], approximately in [-1, 1]."""
+    """Decode normalised latents f32[B,h,w,c] to images f32[B,H,W,C], approximately in [-1, 1]."""
     apply: Callable[..., Any] = _frozen_module(c).apply
-    return apply(params, z / c.autoencoder.scale, method="decode")
+    return apply(params, denormalized(c, z), method="decode")
+
+
+_ARCHITECTURE = (
+    *("base_width", "multipliers", "res_blocks", "latent_channels", "groups"),
+    *("quant_conv", "post_quant_conv"),
+)
 
 
 def load_frozen(c: Config, mesh: Mesh) -> Any:
     """Load the autoencoder at config.autoencoder.path: a run's directory, or published weights.
 
-    Raises UserError if its architecture differs from the recipe's.
+    Raises UserError if its architecture or the statistics of its latents differ from the recipe's.
     """
     path = c.autoencoder.path
     if not path:
@@ -150,7 +184,7 @@ def load_frozen(c: Config, mesh: Mesh) -> Any:
             f"config.autoencoder.path={path} {what} another network (task {trained.task!r}):"
             " expected an autoencoder."
         )
-    for field in ("base_width", "multipliers", "res_blocks", "latent_channels", "groups"):
+    for field in _ARCHITECTURE:
         value, ours = getattr(theirs, field), getattr(c.autoencoder, field)
         if value != ours:
             raise UserError(
@@ -163,6 +197,9 @@ def load_frozen(c: Config, mesh: Mesh) -> Any:
             f" on {trained.data.channels}."
         )
     if published:
+        networks.check_statistics(
+            path, published, c.autoencoder, "; set config.autoencoder.{key} to that"
+        )
         return opening.put_on_mesh(networks.as_float32(published.params), mesh)
     # The averaged weights, whatever config.sample.weights is.
     return opening.load_weights(trained, make(trained), path, mesh)[0]

@@ -377,7 +377,7 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
         if c.latent:
             noise = samplers.per_sample_noise(keys, shape)(jnp.int32(0))
             moments = autoencoder.encode_images(c, frozen["autoencoder"], x0)
-            x0 = sample_posterior(moments, noise) * c.autoencoder.scale
+            x0 = autoencoder.normalized(c, sample_posterior(moments, noise))
         denoise = functools.partial(apply, params, conditions=Conditions(label=batch["label"]))
         eps = samplers.initial_noise(keys, shape)
         found = loss(objective, denoise, x0, batch["t"], eps)
@@ -386,11 +386,20 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     return ValidationScore(
         measure,
         names={"mse": "val_loss", "vlb": "val_vlb"} if learned else {"mse": "val_loss"},
-        protocol={"val_loss_target": f"{d.prediction}, {d.schedule}, {d.timesteps} steps"},
+        protocol={
+            "val_loss_target": f"{d.prediction}, {d.schedule}, {d.timesteps} steps",
+            **_latent_protocol(c),
+        },
         num=c.evaluate.val_loss_num,
         # Timesteps are spread evenly over the examples.
         drawn=lambda indices: {"t": losses.stratified_timesteps(indices, d.timesteps, shift)},
     )
+
+
+def _latent_protocol(c: Config) -> dict[str, Any]:
+    """What a loss on latents depends on and older protocols did not have."""
+    a = c.autoencoder
+    return {"latent_statistics": a.statistics} if c.latent and (a.shift or a.latent_mean) else {}
 
 
 TASK = Definition(

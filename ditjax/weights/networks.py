@@ -1,6 +1,7 @@
 """A network loaded from a file: its weights, and the recipe that describes it."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ditjax.config import Config, FrozenAutoencoder, read, replaced, task_module
+from ditjax.config import Autoencoder, Config, FrozenAutoencoder, read, replaced, task_module
 from ditjax.errors import UserError
 from ditjax.files.assets import flatten
 from ditjax.parallel.rules import path_of
@@ -27,6 +28,7 @@ class LoadedNetwork(NamedTuple):
     layout: str
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    states_scale: bool = True  # whether an autoencoder's file has the statistics of its latents
 
     @property
     def leaves(self) -> dict[str, np.ndarray]:
@@ -124,16 +126,57 @@ def check_fit(dit: LoadedNetwork, autoencoder: LoadedNetwork) -> None:
         )
 
 
+def check_stated(autoencoder: LoadedNetwork) -> None:
+    """Raise UserError if an autoencoder's file does not say how its latents are normalised.
+
+    Stable Diffusion's, of four channels, are known.
+    """
+    a = autoencoder.config.autoencoder
+    if not autoencoder.states_scale and a.latent_channels != 4:
+        raise UserError(
+            f"{autoencoder.files[0]} does not say how its latents of {a.latent_channels} channels"
+            " are normalised: give its folder of diffusers, whose config.json has scaling_factor"
+            " and shift_factor, or put one beside it."
+        )
+
+
+def check_statistics(
+    path: str | os.PathLike[str], autoencoder: LoadedNetwork, ours: Autoencoder, remedy: str
+) -> None:
+    """Raise UserError if an autoencoder's shift, mean or deviation are others than `ours`.
+
+    One that ditjax trained states none, and its latents are normalised as the recipe says. A scale
+    may differ: it is the DiT's.
+    """
+    theirs = autoencoder.config.autoencoder
+    plain = not (theirs.shift or theirs.latent_mean)
+    if not autoencoder.states_scale or (plain and autoencoder.layout == "ditjax"):
+        return
+    for key in ("shift", "latent_mean", "latent_std"):
+        value, expected = getattr(theirs, key), getattr(ours, key)
+        if value != expected:
+            raise UserError(
+                f"the autoencoder at {path} has {key} {value}, and the recipe of its latents has"
+                f" {expected}: expected the same{remedy.format(key=key)}."
+            )
+
+
 def combined_recipe(dit: LoadedNetwork, autoencoder: LoadedNetwork) -> Config:
     """The DiT's recipe with the architecture of its autoencoder.
 
-    The scale of the latents is the one that the DiT was trained with, or the autoencoder's if the
-    DiT's file does not contain it.
+    The statistics of the latents are those that the DiT was trained with, or the autoencoder's if
+    the DiT's file does not contain them. Raises UserError if they differ in more than the scale.
     """
     check_fit(dit, autoencoder)
     a = FrozenAutoencoder(**dataclasses.asdict(autoencoder.config.autoencoder))
     if dit.layout == "ditjax":
-        a = dataclasses.replace(a, scale=dit.config.autoencoder.scale)
+        trained = dit.config.autoencoder
+        check_statistics(
+            autoencoder.files[0], autoencoder, trained, ", as the DiT was trained with"
+        )
+        a = dataclasses.replace(a, **{key: getattr(trained, key) for key in trained.statistics})
+    else:
+        check_stated(autoencoder)
     side = dit.config.input_size * 2 ** (len(a.multipliers) - 1)
     return replaced(
         dit.config,

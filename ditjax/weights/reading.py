@@ -390,31 +390,22 @@ def _check_table(path: Path, name: str, table: np.ndarray, width: int, side: int
         )
 
 
-def _load_autoencoder(file: weights.TensorFile) -> LoadedNetwork:
-    # The autoencoder's training checkpoint also has a discriminator and another average.
-    file = file.without(
-        lambda name: name.startswith(("loss.", "model_ema.")), lambda name: name.partition(".")[0]
-    )
-    tensors = file.tensors
-    if any(name.startswith(("encoder.down.", "decoder.up.")) for name in tensors):
-        layout: Literal["diffusers", "diffusers_old", "ldm"] = "ldm"
-        level, block = r"encoder\.down\.([0-9]{1,9})\.", "encoder.down.{i}.block"
-    else:
-        old = any(".attentions.0.query." in name for name in tensors)
-        layout = "diffusers_old" if old else "diffusers"
-        level = r"encoder\.down_blocks\.([0-9]{1,9})\."
-        block = "encoder.down_blocks.{i}.resnets"
-    _check_config(file, _AUTOENCODER_CONFIG)
-    levels = _count(tensors, level)
+def _autoencoder_recipe(file: weights.TensorFile, layout: str) -> Config:
+    """The recipe of an autoencoder, from the shapes of its tensors and what the file states."""
+    ldm = layout == "ldm"
+    level = r"encoder\.down\.([0-9]{1,9})\." if ldm else r"encoder\.down_blocks\.([0-9]{1,9})\."
+    block = "encoder.down.{i}.block" if ldm else "encoder.down_blocks.{i}.resnets"
+    levels = _count(file.tensors, level)
     width, channels, _, _ = _shape(file, "encoder.conv_in.weight", 4)
     widths = [_shape(file, f"{block.format(i=i)}.0.conv1.weight", 4)[0] for i in range(levels)]
     # One digit: each is traced, and a hostile name shall not ask for a million.
-    res_blocks = _count(tensors, re.escape(block.format(i=0)) + r"\.([0-9])\.")
-    latent, _, _, _ = _shape(file, "post_quant_conv.weight", 4)
+    res_blocks = _count(file.tensors, re.escape(block.format(i=0)) + r"\.([0-9])\.")
+    _, latent, _, _ = _shape(file, "decoder.conv_in.weight", 4)
     if any(w % width for w in widths):
         raise UserError(f"{file.path}: level widths {widths} are no multiples of {width}.")
     options = {**file.config, **file.extra}
-    config = _recipe(
+    statistics = {ours: options.get(theirs) for ours, theirs in _STATISTICS.items()}
+    return _recipe(
         file,
         {
             "task": "autoencoder",
@@ -425,10 +416,27 @@ def _load_autoencoder(file: weights.TensorFile) -> LoadedNetwork:
                 "res_blocks": res_blocks,
                 "latent_channels": latent,
                 "groups": options.get("norm_num_groups", 32),
+                **{name: _has_convolution(file, name) for name in _CONVOLUTIONS},
+                **{key: value for key, value in statistics.items() if value is not None},
                 "scale": options.get("scaling_factor", 0.18215),
             },
         },
     )
+
+
+def _load_autoencoder(file: weights.TensorFile) -> LoadedNetwork:
+    # The autoencoder's training checkpoint also has a discriminator and another average.
+    file = file.without(
+        lambda name: name.startswith(("loss.", "model_ema.")), lambda name: name.partition(".")[0]
+    )
+    tensors = file.tensors
+    if any(name.startswith(("encoder.down.", "decoder.up.")) for name in tensors):
+        layout: Literal["diffusers", "diffusers_old", "ldm"] = "ldm"
+    else:
+        old = any(".attentions.0.query." in name for name in tensors)
+        layout = "diffusers_old" if old else "diffusers"
+    _check_config(file, _AUTOENCODER_CONFIG)
+    config = _autoencoder_recipe(file, layout)
     shapes = shapes_of(config)
     rules = layouts.autoencoder_layout(shapes, layout)
     # Before 0.14, attention weights were stored as matrices or as 1x1 convolutions.
@@ -439,21 +447,47 @@ def _load_autoencoder(file: weights.TensorFile) -> LoadedNetwork:
                 for n, t in tensors.items()
             }
         )
+    a = config.autoencoder
+    widths = [a.base_width * m for m in a.multipliers]
     what = f"KL autoencoder of widths {widths} in the layout of {_program(layout)}"
     weights.check_tensors(file.path, what, file.tensors, layouts.expected_shapes(rules, shapes))
-    params = _params(file, rules, shapes)
-    return LoadedNetwork(config, params, layout, file.files, (file.account,))
+    params, notes = _params(file, rules, shapes), [file.account]
+    # diffusers' class has a default, and a bare file has none.
+    states_scale = bool(file.config) or "scaling_factor" in file.extra
+    if not states_scale and a.latent_channels == 4:
+        notes.append(f"{file.path} does not state the scale of its latents: 0.18215 is taken")
+    return LoadedNetwork(config, params, layout, file.files, tuple(notes), states_scale)
+
+
+_CONVOLUTIONS = ("quant_conv", "post_quant_conv")
+# Our keys, and the options of diffusers' AutoencoderKL.
+_STATISTICS = {
+    "shift": "shift_factor",
+    "latent_mean": "latents_mean",
+    "latent_std": "latents_std",
+}
+
+
+def _has_convolution(file: weights.TensorFile, name: str) -> bool:
+    """Whether an autoencoder has the 1x1 convolution of that name; a config must agree."""
+    there = any(each.startswith(f"{name}.") for each in file.tensors)
+    option = f"use_{name}"
+    # The class's default is that it has one; files that are no folder have no config.
+    stated = file.config.get(option, there if not file.config else True)
+    if stated is not there:
+        raise UserError(
+            f"{file.path}: {option} in {weights.CONFIG_FILE} is {stated!r}, but the file"
+            f" {'holds' if there else 'lacks'} {name}."
+        )
+    if there:
+        _shape(file, f"{name}.weight", 4)
+    return there
 
 
 # Options of diffusers' classes that tensors do not determine, and their supported values.
 _AUTOENCODER_CONFIG: Mapping[str, tuple[Any, ...]] = {
     "_class_name": ("AutoencoderKL",),
     "act_fn": ("silu",),
-    "shift_factor": (None,),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-    "use_quant_conv": (True,),
-    "use_post_quant_conv": (True,),
     "mid_block_add_attention": (True,),
 }
 _DIT_CONFIG: Mapping[str, tuple[Any, ...]] = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ditjax import __version__
-from ditjax.config import Config, changed
+from ditjax.config import Autoencoder, Config, changed
 from ditjax.errors import UserError
 from ditjax.files.atomic import write_json
 from ditjax.models import dit
@@ -83,7 +83,7 @@ def write_ldm(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     """
     rules = layouts.autoencoder_layout(network.shapes, "ldm")
     a = network.config.autoencoder
-    metadata = {"norm_num_groups": a.groups, "scaling_factor": a.scale}
+    metadata = {"norm_num_groups": a.groups, "scaling_factor": a.scale, **_statistics(a)}
     write_torch(path, {"state_dict": layouts.to_theirs(rules, network.leaves), **metadata})
     return Path(path)
 
@@ -148,6 +148,16 @@ def _transformer_config(network: LoadedNetwork) -> dict[str, Any]:
     }
 
 
+def _statistics(a: Autoencoder) -> dict[str, Any]:
+    """The options of AutoencoderKL that differ from its defaults."""
+    options: dict[str, Any] = {}
+    if a.shift:
+        options["shift_factor"] = a.shift
+    if a.latent_mean:
+        options |= {"latents_mean": list(a.latent_mean), "latents_std": list(a.latent_std)}
+    return options
+
+
 def _vae_config(network: LoadedNetwork) -> dict[str, Any]:
     a = network.config.autoencoder
     n = len(a.multipliers)
@@ -164,6 +174,9 @@ def _vae_config(network: LoadedNetwork) -> dict[str, Any]:
         "out_channels": network.config.data.channels,
         "sample_size": network.config.data.image_size,
         "scaling_factor": a.scale,
+        **_statistics(a),
+        **({} if a.quant_conv else {"use_quant_conv": False}),
+        **({} if a.post_quant_conv else {"use_post_quant_conv": False}),
         "up_block_types": ["UpDecoderBlock2D"] * n,
     }
 
@@ -182,6 +195,11 @@ def write_pipeline(
     if c.data.num_classes != len(class_names):
         raise UserError(f"{len(class_names)} class names for {c.data.num_classes} classes.")
     config = combined_recipe(denoiser, autoencoder)  # before anything is written
+    if config.autoencoder.shift or config.autoencoder.latent_mean:
+        raise UserError(
+            "DiTPipeline divides latents by their scale and knows no shift, mean or deviation:"
+            " convert the DiT and its autoencoder one by one, with --to=diffusers."
+        )
     vae = changed(
         autoencoder.config,
         {

@@ -1,6 +1,8 @@
 """encode: killed and gone on with; and training on its latents is training on the images."""
 
 import dataclasses
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,3 +234,73 @@ def test_latents_of_another_shape_are_refused_before_a_compilation(vae, whole, t
             ]
         )
     assert not run.exists()
+
+
+# The statistics of the latents.
+
+
+@pytest.fixture(scope="module")
+def shifted(vae, tmp_path_factory):
+    """The same autoencoder, whose latents have a mean."""
+    folder = tmp_path_factory.mktemp("files") / "shifted"
+    folder.mkdir()
+    for path in vae.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    described = {**json.loads((vae / "config.json").read_text()), "shift_factor": 0.5}
+    (folder / "config.json").write_text(json.dumps(described))
+    return folder
+
+
+def test_statistics_are_part_of_the_record(vae, shifted, whole, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("DITJAX_DATA", str(data_dir))
+    out, more = tmp_path / "latents", ["--config.autoencoder.shift=0.5"]
+    with pytest.raises(UserError, match=r"has shift 0\.5, and the recipe of its latents has 0\.0"):
+        encode.main([*words(shifted), f"--out={out}"])
+    assert encode.main([*words(shifted, *more), f"--out={out}", "--shard_mb=1"]) == 0
+    record = json.loads((out / "latents" / "1.0.0" / "metadata.json").read_text())
+    expected = {"scale": 0.66, "shift": 0.5, "latent_mean": [], "latent_std": []}
+    assert record["statistics"] == expected
+    # The moments are the same, and training subtracts the shift.
+    cached = words(shifted, *more, f"--config.data.name=latents:{out}")
+    plain = words(vae, f"--config.data.name=latents:{whole}")
+    x0, _ = x0_of_steps(cached, 0, 1)
+    unshifted, _ = x0_of_steps(plain, 0, 1)
+    np.testing.assert_allclose(x0, unshifted - 0.5 * 0.66, atol=1e-5)
+    images, _ = x0_of_steps(words(shifted, *more), 0, 1)
+    np.testing.assert_allclose(x0, images, atol=1e-4)
+    name = f"--config.data.name=latents:{out}"
+    for command, match in (
+        (words(shifted, name), r"was encoded with autoencoder\.shift 0\.5, but .*shift is 0\.0"),
+        (words(shifted, *more, name, "--config.autoencoder.scale=0.5"), "scale 0.66, but .* 0.5"),
+        (
+            words(
+                shifted,
+                name,
+                "--config.autoencoder.latent_mean=(0,0,0,0)",
+                "--config.autoencoder.latent_std=(1,1,1,1)",
+            ),
+            r"shift 0\.5, but .* is 0\.0: set it to that",
+        ),
+    ):
+        with pytest.raises(UserError, match=match):
+            train.main([*command, f"--workdir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_sets_older_than_the_record_are_read(vae, whole, tmp_path):
+    """They were normalised by a scale alone; with a shift they would be another network's."""
+    old = tmp_path / "old"
+    shutil.copytree(whole, old)
+    path = old / "latents" / "1.0.0" / "metadata.json"
+    record = json.loads(path.read_text())
+    del record["statistics"]
+    path.write_text(json.dumps(record))
+    name = f"--config.data.name=latents:{old}"
+    for more in ((), ("--config.autoencoder.scale=0.5",)):
+        opening.check_data(config.read(load_recipe(words(vae, name, *more))))
+    shifted = words(vae, name, "--config.autoencoder.shift=0.5")
+    with pytest.raises(UserError, match=r"autoencoder\.shift 0\.0, but config\.autoencoder\.shift"):
+        opening.check_data(config.read(load_recipe(shifted)))
+    before = contents(old)
+    assert encode.main([*words(vae), f"--out={old}", "--shard_mb=1"]) == 0
+    assert contents(old) == before
