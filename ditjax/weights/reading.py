@@ -142,7 +142,7 @@ def _without(file: weights.TensorFile, leave_out: Sequence[str]) -> weights.Tens
     """Leave out tensors by name, by the module that they are in, or by a pattern such as '*.x'."""
 
     def matches(name: str, pattern: str) -> bool:
-        return name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+        return any(fnmatch.fnmatchcase(name, each) for each in (pattern, f"{pattern}.*"))
 
     for pattern in leave_out:
         if not any(matches(name, pattern) for name in file.tensors):
@@ -276,13 +276,13 @@ def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetw
     )
     if table in expected:
         _check_table(file.path, table, file.tensors[table], size.width, side)
-    notes = (file.account, *(() if labels.stated else (_unstated_labels(rows),)))
+    notes = (file.account, *(() if labels.stated else (_unstated_labels(file.path, rows),)))
     return LoadedNetwork(config, _params(file, rules, shapes), layout, file.files, notes)
 
 
-def _unstated_labels(rows: int) -> str:
+def _unstated_labels(path: Path, rows: int) -> str:
     return (
-        f"the file does not say how many classes it has: the last of {rows} rows of its label table"
+        f"{path} does not say how many classes it has: the last of {rows} rows of its label table"
         f" is taken for the null label; give --num_classes={rows} if it is a class"
     )
 

@@ -105,6 +105,12 @@ def find_network(path: Path, tree: Mapping[Any, Any], which: str, marks: Marks) 
     tensors, counters = _take(path, nodes[chosen.path], chosen, others)
     left = _left(tree, chosen, others)
     left.update(counters)
+    averages = [name for name, n in left.items() if n > 3 and _AVERAGED.search(name.strip("'"))]
+    if which == "ema" and _kind(chosen.label) != "ema" and averages:
+        raise UserError(
+            f"{path} holds an average in {averages[0]} without the names of its tensors, which is"
+            " not read: choose the raw weights with --which=model."
+        )
     used = {each.path[0] for each in candidates if each.path}
     extra = {
         key: value

@@ -281,15 +281,31 @@ def check_tensors(
     if shapes:
         faults.append(f"{len(shapes)} mis-shaped: {', '.join(shapes.values())}")
     if faults:
-        extra = sorted({name.partition(".")[0] for name in tensors.keys() - expected.keys()})
         remedy = ""
-        if len(faults) == 1 and extra:
-            remedy = (
-                f"; if the network does not use them, --leave_out={','.join(extra[:8])} leaves them"
-                " out"
-            )
+        if len(faults) == 1 and (extra := tensors.keys() - expected.keys()):
+            named = ",".join(_unused_modules(extra, expected)[:8])
+            remedy = f"; if the network does not use them, --leave_out={named} leaves them out"
         raise UserError(f"{path} is no {what}: {'; '.join(faults)}{remedy}.")
     return dtype
+
+
+def _unused_modules(extra: Iterable[str], expected: Iterable[str]) -> list[str]:
+    """The outermost modules of extra tensors that hold none of the expected ones.
+
+    Those of all layers are one: blocks.*.attn.q_norm.
+    """
+    inside = {
+        ".".join(parts[:k])
+        for parts in (name.split(".") for name in expected)
+        for k in range(len(parts))
+    }
+    found = set()
+    for name in extra:
+        parts = name.split(".")
+        outside = (".".join(parts[:k]) for k in range(1, len(parts)))
+        module = next((each for each in outside if each not in inside), name)
+        found.add(re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", module))
+    return sorted(found)
 
 
 def _numbers_in_order(name: str) -> list[tuple[int, str]]:

@@ -45,6 +45,10 @@ def within(state, word):
     return {re.sub(r"^(blocks\.\d+)", rf"\1.{word}", name): x for name, x in state.items()}
 
 
+def lit_ema(state):
+    return {f"model_ema.{name.replace('.', '')}": x for name, x in state.items()}
+
+
 # As in docs/weights.md: a checkpoint, by the words of its row.
 ROWS = {
     "a state dict": GOOD,
@@ -172,8 +176,19 @@ def test_any_key_is_chosen(tree, which, good, tmp_path):
         ({"ema": {**GOOD, "x": None}}, "ema", "'x' are not tensors"),
         ({**GOOD, **under("module.", GOOD)}, "ema", "twice, inside and outside of a wrapper"),
         ({"ema": {"shadow_params": list(GOOD.values())}}, "ema", "holds no tensors by name"),
+        (
+            {"net": RAW, "ema": {"shadow_params": list(GOOD.values())}},
+            "ema",
+            "holds an average in 'ema' without the names of its tensors",
+        ),
+        (  # latent diffusion's LitEma
+            {"state_dict": under("net.", RAW) | lit_ema(GOOD)},
+            "ema",
+            "an average in 'model_ema' without the names of its tensors, which is not read: choose"
+            " the raw weights with --which=model",
+        ),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_what_cannot_be_chosen(tree, which, words, tmp_path):
     write_torch(tmp_path / "x.pt", tree)
@@ -215,6 +230,16 @@ def test_tensors_are_left_out_by_name(tmp_path):
     every = ["projectors", "logit_scale", "blocks.0.mlp.fc2"]
     with pytest.raises(UserError, match=r"2 missing: blocks\.0\.mlp\.fc2"):
         reading.load_network(tmp_path / "x.pt", heads=2, leave_out=every)
+
+
+def test_the_names_to_leave_out_hold_nothing_that_is_used(tmp_path):
+    norms = {f"blocks.{i}.attn.q_norm.weight": np.ones(8, np.float32) for i in range(2)}
+    state = release_state(**{**SMALL, "depth": 2})
+    write_torch(tmp_path / "x.pt", {**state, **norms})
+    with pytest.raises(UserError, match=re.escape("--leave_out=blocks.*.attn.q_norm leaves")):
+        reading.load_network(tmp_path / "x.pt", heads=2)
+    network = reading.load_network(tmp_path / "x.pt", heads=2, leave_out=["blocks.*.attn.q_norm"])
+    assert "left out: blocks.{0-1}.attn.q_norm.weight" in network.notes[0]
 
 
 # Objects of unknown classes.
