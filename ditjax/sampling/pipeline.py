@@ -26,6 +26,7 @@ from ditjax.errors import UserError
 from ditjax.files import lease
 from ditjax.models.network import Rules
 from ditjax.parallel.mesh import mesh_of
+from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
 from ditjax.sampling.draw import Drawer, decoder_of, draw_to, sampling_protocol
@@ -196,9 +197,11 @@ class Pipeline:
         'best' or a number. Raises UserError.
         """
         source = open_source(path, autoencoder, step=step, **options)
-        for note in source.notes:
-            print(note, file=sys.stderr, flush=True)
-        return cls(source, changed(source.config, {"model": precision_keys(precision)}))
+        pipeline = cls(source, changed(source.config, {"model": precision_keys(precision)}))
+        if is_primary():
+            lines = (*source.notes, networks.labels_text(source.config))
+            print("\n".join(lines), file=sys.stderr, flush=True)
+        return pipeline
 
     def __call__(
         self,

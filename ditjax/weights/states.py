@@ -33,7 +33,7 @@ _COUNTERS = {
     *("n_averaged", "num_updates", "updates", "decay", "initted", "num_batches_tracked"),
     *("step", "steps", "global_step", "train_steps", "epoch", "iteration"),
 }
-_AVERAGED = re.compile(r"(^|_)(ema|swa|avg|average|averaged)(_|$)")
+_AVERAGED = re.compile(r"(^|_)(ema[0-9]*|swa|avg|average|averaged)(_|$)")
 _RAW = re.compile(r"(^|_)(online|raw|non_ema)(_|$)")
 
 Keys = tuple[str, ...]
@@ -184,7 +184,9 @@ def _choose(path: Path, candidates: Sequence[Candidate], which: str) -> Candidat
         groups[_kind(label)].append(label)
     if which == "ema":
         tiers = [groups["ema"], groups[""]]
-        if len(by_label) == 1 and "model" not in by_label:
+        # A prefix may be of the module around the network; the release's key is of raw weights.
+        (sole, *more) = by_label.values()
+        if not more and sole.path != ("model",):
             tiers.append(groups["model"])
     elif which == "model":
         tiers = [groups["model"], groups[""]]

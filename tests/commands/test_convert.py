@@ -171,11 +171,12 @@ def test_a_run(finished, tmp_path, capsys):
         run(f"--weights={finished}", "--to=pipeline", f"--out={tmp_path}/p", f"--autoencoder={vae}")
 
 
-def test_sampling_a_run_as_weights(finished, tmp_path):
+def test_sampling_a_run_as_weights(finished, tmp_path, capsys):
     with pytest.raises(UserError, match="is a run, whose recipe names its autoencoder"):
         sample.main([f"--weights={finished}", "--autoencoder=x", "--out=x"])
     more = [f"--out={tmp_path}", "--num=2", "--steps=ddim2", "--cfg_scale=1"]
     assert sample.main([f"--weights={finished}", *more]) == 0
+    assert "classes: 10, and a null label\n" in capsys.readouterr().out
     record = json.loads((tmp_path / "samples.json").read_text())
     assert (record["run"], record["step"]) == (str(finished), 20)
 

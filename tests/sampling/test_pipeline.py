@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from ditjax.training.program import precise
 from ditjax.weights import networks, reading, writing
 from ditjax.weights.torch_file import write_torch
 from tests.seeded import seeded_state
-from tests.weight_files import FOLDER_WEIGHTS, diffusers_folder, release_state
+from tests.weight_files import FOLDER_WEIGHTS, diffusers_folder, golden, release_state
 
 FAST: dict[str, Any] = {"steps": "ddim2", "sampler": "ddim", "quiet": True}
 
@@ -135,6 +136,16 @@ def test_what_classes_may_be(pixels):
     for empty in ([], [""]):
         with pytest.raises(UserError, match="class numbers from 0 to 9"):
             pixels.labels(empty)
+
+
+def test_what_was_read_is_printed(folders, capsys):
+    Pipeline.from_pretrained(folders / "dit", folders / "vae")
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"^.*/", "", line) for line in lines] == [
+        f"dit: {len(golden('dit_shapes'))} tensors taken, none left out",
+        f"vae: {len(golden('autoencoder_shapes'))} tensors taken, none left out",
+        "classes: 10, and a null label",
+    ]
 
 
 def test_images(pixels, latent, tmp_path):

@@ -112,6 +112,7 @@ FLAT = {
     "compiled": under("_orig_mod.", GOOD),
     "both": under("_orig_mod.module._orig_mod.", GOOD),
     "a prefix": under("net.dit.", GOOD),
+    "a prefix of raw weights": under("model.", GOOD),
     "with a counter": {**under("module.", GOOD), "n_averaged": STEP},
     "both states": {**under("ema.", GOOD), **under("model.", RAW)},
     "an average beside": {**RAW, **under("ema_model.module.", GOOD)},
