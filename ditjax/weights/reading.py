@@ -336,10 +336,17 @@ def _heads(
 
     Tensor shapes do not determine it.
     """
-    there = arguments.values("heads")
-    stated = None if given in there else arguments.get("heads")
+    stated = Arguments(file.path, file.config).get("heads")
     configured = stated.value if stated else None
     known = [s.heads for s in PAPER_SIZES.values() if (s.depth, s.width) == (depth, width)]
+    # A script's arguments may be of another network, such as a teacher.
+    if not (given or configured) and (argument := arguments.get("heads")):
+        configured = argument.value
+        if known and configured != known[0]:
+            raise UserError(
+                f"{file.path}: {depth} layers of width {width} are the paper's with {known[0]}"
+                f" attention heads, but its arguments say {argument}: give --heads=N."
+            )
     heads = given or configured or (known[0] if known else 0)
     if not heads:
         raise UserError(

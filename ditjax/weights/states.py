@@ -11,7 +11,7 @@ to it, without the words that PyTorch's wrappers add:
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,9 +96,11 @@ def find_network(path: Path, tree: Mapping[Any, Any], which: str, marks: Marks) 
             f"{path} holds no tensors by name: its keys are {keys}; expected a state dict, or one"
             " under 'ema', 'model' or 'state_dict'."
         )
+    networks = {each.path for each in candidates}
     if which not in ("ema", "model"):
-        marked = {each.path for each in candidates}
-        candidates += [Candidate(at, "") for at in nodes if at not in marked and _holds(nodes[at])]
+        candidates += [
+            Candidate(at, "") for at in nodes if at not in networks and _holds(nodes[at])
+        ]
     chosen = _choose(path, candidates, which)
     beside = [each for each in candidates if each.path == chosen.path and each != chosen]
     others = tuple(each.prefix for each in beside if each.prefix.startswith(chosen.prefix))
@@ -111,12 +113,7 @@ def find_network(path: Path, tree: Mapping[Any, Any], which: str, marks: Marks) 
             f"{path} holds an average in {averages[0]} without the names of its tensors, which is"
             " not read: choose the raw weights with --which=model."
         )
-    used = {each.path[0] for each in candidates if each.path}
-    extra = {
-        key: value
-        for key, value in tree.items()
-        if key not in used and not isinstance(value, np.ndarray)
-    }
+    extra = _rest(tree, {*networks, chosen.path} - {()})
     return FoundNetwork(tensors, chosen.label, left, extra)
 
 
@@ -132,6 +129,18 @@ def _mappings(tree: Any, at: Keys = ()) -> Iterator[tuple[Keys, Mapping[Any, Any
     for key, value in items:
         if isinstance(value, Mapping | list | tuple):
             yield from _mappings(value, (*at, key if isinstance(key, str) else shown(key)))
+
+
+def _rest(tree: Mapping[Any, Any], networks: Container[Keys], at: Keys = ()) -> dict[Any, Any]:
+    """A tree without its networks and tensors."""
+    rest = {}
+    for key, value in tree.items():
+        below = (*at, key if isinstance(key, str) else shown(key))
+        if isinstance(value, Mapping) and below not in networks:
+            rest[key] = _rest(value, networks, below)
+        elif not isinstance(value, Mapping | np.ndarray):
+            rest[key] = value
+    return rest
 
 
 def _holds(node: Mapping[Any, Any]) -> bool:

@@ -437,7 +437,22 @@ def test_the_heads_that_the_arguments_state(tmp_path):
     saved = {"ema": release_state(), "args": {"num_heads": 4}}
     path = release_file(tmp_path / "x.pt", saved)
     assert reading.load_network(path).config.model.size == "2x48x4"
-    assert "has 4 attention heads, but --heads is 3" in refusal(path, heads=3)
+    # They may be of another network, such as a teacher.
+    assert reading.load_network(path, heads=3).config.model.size == "2x48x3"
+    write_folder(tmp_path / "hub", release_state(), {"num_heads": 4})
+    assert reading.load_network(tmp_path / "hub").config.model.size == "2x48x4"
+    assert "has 4 attention heads, but --heads is 3" in refusal(tmp_path / "hub", heads=3)
+
+
+def test_the_heads_of_another_network_in_the_arguments(architecture_of, monkeypatch):
+    shapes = release_shapes(12, 384, 2, 32, classes=1000)
+    assert architecture_of(fake(shapes)).name == "DiT-S/2"
+    file = weights.TensorFile(
+        Path("fake"), fake(shapes), (), {}, {}, {"args": {"encoder": {"num_heads": 12}}}
+    )
+    monkeypatch.setattr(weights, "read_tensors", lambda path, which, marks: file)
+    assert "with 6 attention heads, but its arguments say num_heads 12" in refusal("fake")
+    assert reading.load_network("fake", heads=6).name == "DiT-S/2"
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,22 @@ def test_what_cannot_be_chosen(tree, which, words, tmp_path):
         reading.load_network(tmp_path / "x.pt", heads=2, which=which)
 
 
+@pytest.mark.parametrize(
+    ("tree", "which"),
+    [
+        ({"checkpoint": {"ema": GOOD, "args": {"path_type": "Linear"}}}, "ema"),
+        ({"a": {"b": GOOD}, "args": {"path_type": "Linear", "mean": np.zeros(3, "f4")}}, "a.b"),
+        ({**GOOD, "args": {"transport": {"path_type": "Linear"}}}, "ema"),
+        ({"ema": GOOD, "opt": {"param_groups": []}, "x": {"y": {"path_type": "Linear"}}}, "ema"),
+    ],
+    ids=range(4),
+)
+def test_arguments_anywhere_beside_the_networks_are_read(tree, which, tmp_path):
+    write_torch(tmp_path / "x.pt", tree)
+    with pytest.raises(UserError, match="its arguments say path_type 'Linear'"):
+        reading.load_network(tmp_path / "x.pt", heads=2, which=which)
+
+
 def test_the_network_that_is_wanted_of_a_whole_checkpoint(tmp_path):
     """Latent diffusion saves the DiT and its autoencoder in one state dict."""
     vae = diffusers_state("autoencoder")
