@@ -28,7 +28,7 @@ from ditjax.config import Config, changed, migrated, read
 from ditjax.errors import UserError
 from ditjax.evaluate import EVALUATION_FILE, FLAGS, save_picture
 from ditjax.evaluation.evaluator import Evaluator
-from ditjax.files import atomic
+from ditjax.files import atomic, faults
 from ditjax.parallel import processes
 from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
@@ -285,7 +285,7 @@ def run_grid(
 def _is_done(folder: Path, identity: Mapping[str, Any], protocol: Mapping[str, Any]) -> bool:
     """Return whether the cell on disk is the one that would be made now. Logs a stale one."""
     path = folder / EVALUATION_FILE
-    if not path.exists():
+    if not faults.exists(path):
         return False
     try:
         record = read_cell(path)
@@ -324,7 +324,7 @@ _RECORD = {
 def read_cell(path: Path) -> dict[str, Any]:
     """Read a cell's evaluation.json, null metrics as NaN. Raises UserError for a damaged one."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = atomic.load_json(path)
         whole = all(isinstance(record[key], kind) for key, kind in _RECORD.items())
         metrics = {k: math.nan if v is None else float(v) for k, v in record["metrics"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

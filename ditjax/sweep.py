@@ -18,7 +18,7 @@ from ditjax.config import Config, migrated
 from ditjax.errors import FaultError, StoppedError, UserError, one_line
 from ditjax.evaluate import model_record, save_evaluation
 from ditjax.evaluation.evaluator import Evaluator
-from ditjax.files import atomic, lease
+from ditjax.files import atomic, faults, lease
 from ditjax.machines import costs
 from ditjax.machines import topology as machines
 from ditjax.machines.cost_text import cost_text
@@ -147,7 +147,7 @@ def has_result(cell: Cell, folder: Path) -> bool:
 
     Raises UserError for a result of another recipe.
     """
-    if not (folder / results.RESULT_FILE).exists():
+    if not faults.exists(folder / results.RESULT_FILE):
         return False
     try:
         found = results.read_result(folder)
@@ -269,7 +269,7 @@ def _log_end(job: _Job, workdir: Path, seconds: float) -> bool:
     folder, code, found = workdir / rundir.RUNS / job.cell.name, job.process.returncode, None
     if job.process.stdin:
         job.process.stdin.close()
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, FaultError):
         found = None if code else results.read_result(folder)
     if found:
         figures = ", ".join(

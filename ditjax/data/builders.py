@@ -22,7 +22,8 @@ from PIL import Image
 from ditjax.data import scenes
 from ditjax.data.folders import Content, ListedImage, Listing, read_bytes, read_together
 from ditjax.data.pictures import converted, decode_image, peculiarities
-from ditjax.errors import UserError
+from ditjax.errors import FaultError, UserError
+from ditjax.files import faults
 
 
 def expand_home(path: str) -> str:
@@ -219,13 +220,19 @@ def write_whole(builder: tfds.core.DatasetBuilder) -> None:
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds a whole data set in the layout of tensorflow-datasets."""
-    return (folder / "dataset_info.json").is_file() and (folder / "features.json").is_file()
+    return all(faults.exists(folder / name) for name in ("dataset_info.json", "features.json"))
 
 
 def count_records(path: str | os.PathLike[str]) -> int:
-    """The number of records in an array_record file; 0 if it is missing, truncated or damaged."""
+    """The number of records in an array_record file; 0 if it is missing, truncated or damaged.
+
+    Raises FaultError if the file system does not answer.
+    """
     try:
         # Given a bare path, and not the counts of dataset_info.json, grain reads the file itself.
-        return len(grain.sources.ArrayRecordDataSource([os.fspath(path)]))
+        paths = [os.fspath(path)]
+        return faults.retried(path, lambda: len(grain.sources.ArrayRecordDataSource(paths)))
+    except FaultError:
+        raise
     except Exception:  # A file without a sound header holds nothing that can be read.
         return 0

@@ -26,6 +26,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from ditjax.data.builders import count_records, expand_home
 from ditjax.data.names import LATENTS
 from ditjax.errors import UserError, reason
+from ditjax.files import faults
 from ditjax.files.atomic import (
     atomic_path,
     load_json,
@@ -86,7 +87,7 @@ class LatentWriter:
             range(start, min(start + per_shard, num_examples))
             for start in range(0, num_examples, per_shard)
         ]
-        self.finished = (self._folder / _INFO).is_file()
+        self.finished = faults.exists(self._folder / _INFO)
         if self.finished:
             # Older sets recorded fewer keys; the others are not compared.
             there = self._read_metadata()
@@ -94,7 +95,7 @@ class LatentWriter:
             return
         # The metadata file of tensorflow-datasets describes the shards while they are written.
         record = {**metadata, "num_examples": num_examples, "records_per_shard": per_shard}
-        if (self._folder / _METADATA).exists():
+        if faults.exists(self._folder / _METADATA):
             there = self._read_metadata()
             self._check({k: v for k, v in record.items() if k in there or k != STATISTICS})
         else:

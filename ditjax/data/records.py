@@ -16,7 +16,8 @@ from ditjax.data.builders import ImageFolder
 from ditjax.data.crop import check_pixels, crop_pixels, mirror, normalize
 from ditjax.data.pictures import decode_image, upright
 from ditjax.data.source import DataDir, DataSpec, OpenSplit, open_split
-from ditjax.errors import UserError, reason
+from ditjax.errors import FaultError, UserError, reason
+from ditjax.files import faults
 
 HostBatch = dict[str, np.ndarray]
 
@@ -69,11 +70,17 @@ class ImageRecords:
         self._source = _Source(lambda: opened.builder.as_data_source(opened.split, decoders=skip))
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Record index in the split -> (decoded PIL image, label). Raises DamagedRecordsError."""
+        """Record index in the split -> (decoded PIL image, label).
+
+        Raises DamagedRecordsError, and FaultError if the file system does not answer.
+        """
         record: Any = {}
         try:
-            record = self._source.read(index)
+            what = f"{self._opened.title}: record {index}"
+            record = faults.retried(what, lambda: self._source.read(index))
             image = self._shown(decode_image(record[self._opened.image]))
+        except FaultError:
+            raise
         except Exception as error:  # bad bytes fail in several ways
             raise self.damaged(index, error, record) from error
         label = int(record[self._opened.label]) if self._opened.label else 0
@@ -216,7 +223,10 @@ class LatentReader:
 
     def _read_one(self, index: int) -> Any:
         try:
-            return self._source.read(index)
+            what = f"{self._title}: record {index}"
+            return faults.retried(what, lambda: self._source.read(index))
+        except FaultError:
+            raise
         except Exception as error:
             self._damaged[index] = f"{self._title}: record {index} is damaged ({reason(error)})"
             return None

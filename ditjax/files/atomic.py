@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from ditjax.errors import FaultError, UserError
+from ditjax.files import faults
 from ditjax.files.masking import masked, masked_tree
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk that takes no more data
@@ -131,13 +132,17 @@ def finite_or_null(value: Any) -> Any:
 def load_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
     """The value of a JSON file of at most `limit` bytes and MAX_JSON_DEPTH levels.
 
-    Raises OSError if the file cannot be opened, and ValueError if it is not UTF-8, not JSON, too
-    long or nested too deep.
+    Raises OSError if the file cannot be opened, FaultError if the file system does not answer, and
+    ValueError if the file is not UTF-8, not JSON, too long or nested too deep.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
-    with open(path, "rb") as file:
-        data = file.read(limit + 1)
+
+    def read() -> bytes:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        with open(path, "rb") as file:
+            return file.read(limit + 1)
+
+    data = faults.retried(path, read)
     if len(data) > limit:
         raise ValueError(f"it has more than {limit} bytes")
     try:

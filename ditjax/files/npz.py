@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditjax.errors import UserError, first_few, nearest, one_line, reason, shown
+from ditjax.files import faults
 from ditjax.files.masking import masked_tree
 
 # A compressed file of some MB can unpack to any size, so what is read at once is bounded.
@@ -24,15 +25,20 @@ _DEFLATE = 1100  # the most bytes that one compressed byte can unpack to: 1032, 
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """The npz at `path`. Raises a UserError that names the file for anything wrong with it."""
+    """The npz at `path`. Raises a UserError that names the file for anything wrong with it.
+
+    Raises FaultError if the file system does not answer.
+    """
     try:
-        with _archive(path) as archive:
+        with faults.retried(path, lambda: _archive(path)) as archive:
             yield archive
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
     except UserError:
         raise
-    except ValueError as error:  # how the functions below report damage
+    except (OSError, ValueError) as error:  # ValueError: how the functions below report damage
+        if faults.is_fault(error) and not isinstance(error, PermissionError):
+            raise faults.unread(path, error) from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
         raise UserError(f"{path} is not a whole npz file ({reason(error)}).") from error
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditjax.errors import UserError
+from ditjax.errors import FaultError, UserError
 from ditjax.files.atomic import load_json
 from ditjax.runs.results import Found
 from ditjax.runs.rundir import RUNS
@@ -46,7 +46,7 @@ def read_sampled(
                     continue
                 if gflops > 0 and 0 < float(value) < math.inf:
                     kept.append((_same(cell), Sampled(run, gflops, float(value))))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (FaultError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             problems.append(f"{path} is no whole grid ({type(error).__name__}: {error}).")
     if not kept:
         return []

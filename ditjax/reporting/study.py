@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ditjax.config import is_free, migrated, schema_of
+from ditjax.errors import FaultError
 from ditjax.files.atomic import load_json
 from ditjax.runs import rundir
 from ditjax.runs.results import METRICS_FILE, RESULT_FILE, Found, Result
@@ -342,7 +343,7 @@ def read_plan(
             continue
         try:
             studies[path] = _checked_study(load_json(path))
-        except (OSError, ValueError) as error:
+        except (FaultError, OSError, ValueError) as error:
             problems.append(f"{path} is no list of a study's cells ({error}): it is ignored.")
     if not studies:
         return None

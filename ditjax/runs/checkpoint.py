@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple, Self
 import jax
 import orbax.checkpoint as ocp
 
-from ditjax.errors import FaultError, UserError, first_few, reason
-from ditjax.files import digests
+from ditjax.errors import FaultError, UserError, first_few, one_line, reason
+from ditjax.files import digests, faults
 from ditjax.files.atomic import protocol_hash, sync_folder
 from ditjax.parallel.processes import is_primary
 
@@ -114,8 +114,13 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """All complete checkpoints in ascending order, without unfinished ones."""
-        names = (path.name for path in self.directory.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+        def names() -> list[str]:
+            with os.scandir(self.directory) as entries:
+                return [entry.name for entry in entries if entry.is_dir()]
+
+        found = faults.retried(self.directory, names)
+        return sorted(int(name) for name in found if re.fullmatch("0|[1-9][0-9]*", name))
 
     @property
     def latest_step(self) -> int | None:
@@ -195,15 +200,15 @@ class Checkpoints:
     def restore(self, abstract_state: Any, step: Step = "latest") -> tuple[Any, dict[str, Any]]:
         """Read (state on the shardings of `abstract_state`, data position) of a step.
 
-        Raises UserError if there is no such step, or its dtypes or shapes differ, and DamagedError
-        if it does not hold what was saved.
+        Raises UserError if there is no such step, or its dtypes or shapes differ, DamagedError if
+        it does not hold what was saved, and FaultError if the file system does not answer.
         """
         step = self.find(step)
         position, saved = self._record(step)
         self._check_types(step, saved, abstract_state)
         args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract_state)})
-        with self._read(step):
-            state = self._orbax.restore(self._folder(step), args=args)[_STATE]
+        folder = self._folder(step)
+        state = self._read(step, lambda: self._orbax.restore(folder, args=args)[_STATE])
         self._check(step, saved, state)
         if saved is None and is_primary():
             print(
@@ -222,15 +227,19 @@ class Checkpoints:
         _, saved = self._record(step)
         target = {part: abstract}
         self._check_types(step, saved, target, part)
-        with self._read(step), ocp.PyTreeCheckpointer() as reader:
-            restored = reader.restore(
-                self._folder(step) / _STATE,
-                args=ocp.args.PyTreeRestore(
-                    target,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                    partial_restore=True,
-                ),
-            )
+
+        def read() -> Any:
+            with ocp.PyTreeCheckpointer() as reader:
+                return reader.restore(
+                    self._folder(step) / _STATE,
+                    args=ocp.args.PyTreeRestore(
+                        target,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                        partial_restore=True,
+                    ),
+                )
+
+        restored = self._read(step, read)
         self._check(step, saved, {part: restored[part]})
         return restored[part], step
 
@@ -286,8 +295,12 @@ class Checkpoints:
                 _sync_files(Path(inner))
 
     def _remove_superseded(self) -> None:
-        steps = self.steps
-        kept = {*steps[-self._keep :], *_best_of_each(self._scores(steps)).values()}
+        try:
+            steps = self.steps
+            kept = {*steps[-self._keep :], *_best_of_each(self._scores(steps)).values()}
+        except FaultError as error:  # it may hide the best one
+            print(f"warning: no checkpoint is removed now: {one_line(error)}", file=sys.stderr)
+            return
         if self._keep_every:
             kept |= {step for step in steps if step % self._keep_every == 0}
         for step in steps:
@@ -305,22 +318,23 @@ class Checkpoints:
         for step in steps:
             if step in self._known:
                 continue
-            self._known[step] = None
-            if (self._folder(step) / _METRICS).exists():
+            found = None
+            if faults.exists(self._folder(step) / _METRICS):
                 with contextlib.suppress(DamagedError):
                     metrics, saved = self._item(step, _METRICS), self._saved_digests(step)
                     if saved is None or saved["items"].get(_METRICS) == _digest(metrics):
-                        self._known[step] = metrics
+                        found = metrics
+            self._known[step] = found
         return {step: self._known[step] for step in steps}
 
     def _item(self, step: int, item: str) -> Any:
         """The value of a step's JSON item. Raises DamagedError."""
         folder = self._folder(step) / item
         # Orbax's CheckpointManager, which wrote older runs, gave the file of metrics this name.
-        old = item == _METRICS and (folder / item).exists()
+        old = item == _METRICS and faults.exists(folder / item)
         path = folder / (item if old else "metadata")
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(faults.retried(path, path.read_bytes).decode("utf-8"))
         except PermissionError as error:
             raise UserError(f"cannot read {path}: {error.strerror}.") from None
         except FileNotFoundError:
@@ -331,7 +345,7 @@ class Checkpoints:
 
     def _saved_digests(self, step: int) -> Any:
         """The digests of a step, None for an older one without. Raises DamagedError."""
-        if not (self._folder(step) / _DIGESTS).exists():
+        if not faults.exists(self._folder(step) / _DIGESTS):
             return None
         record = self._item(step, _DIGESTS)
         if isinstance(record, dict):
@@ -352,8 +366,7 @@ class Checkpoints:
     def _check_types(self, step: int, saved: Any, abstract: Any, part: str = "") -> None:
         """Raise UserError for a state of other leaves, dtypes or shapes, which orbax would cast."""
         if saved is None:
-            with self._read(step):
-                saved = _types(self._folder(step) / _STATE)
+            saved = self._read(step, lambda: _types(self._folder(step) / _STATE))
         prefix = part and f"{part}/"
         saved = {path: leaf for path, leaf in saved.items() if path.startswith(prefix)}
         if found := digests.type_differences(saved, digests.leaf_types(abstract)):
@@ -368,12 +381,13 @@ class Checkpoints:
             what = f"{first_few(bad)} {'is' if len(bad) == 1 else 'are'} not what was saved"
             raise self._damage(step, what)
 
-    @contextlib.contextmanager
-    def _read(self, step: int) -> Iterator[None]:
-        """Raise DamagedError for what orbax raises on a damaged file."""
+    def _read(self, step: int, read: Callable[[], Any]) -> Any:
+        """Raise DamagedError for what orbax raises on a damaged file, FaultError for a fault."""
+        # Several processes read together: one cannot start again alone.
+        waits = None if jax.process_count() == 1 else ()
         try:
-            yield
-        except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            return faults.retried(f"checkpoint {step} in {self.directory}", read, waits)
+        except (UserError, FaultError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
             raise self._damage(step, reason(error), everywhere=False) from error

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ditjax.errors import FaultError
+from ditjax.files import faults
 from ditjax.files.atomic import full_disk, write_atomic
 from ditjax.files.durations import clock
 from ditjax.files.masking import masked_tree
@@ -113,11 +114,11 @@ def _truncate(path: Path, last_step: int) -> dict[str, Any]:
 
     A damaged line and all that follow it are removed.
     """
-    if not path.exists():
+    if not faults.exists(path):
         return {}
     kept: list[str] = []
     last: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in faults.retried(path, path.read_bytes).decode(errors="replace").splitlines():
         try:
             values = json.loads(line)
             if values["step"] > last_step:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ditjax.errors import UserError, nearest, shown
+from ditjax.errors import FaultError, UserError, nearest, shown
 from ditjax.files import npz
 from ditjax.files.atomic import finite_or_null, load_json, write_atomic, write_json
 
@@ -106,7 +106,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     """Read a result.json, or the one in a folder.
 
     null becomes NaN, and keys beyond the schema are kept. Raises UserError with the file's name,
-    and with the key if one is missing or has the wrong type.
+    and with the key if one is missing or has the wrong type, and FaultError as `load_json`.
     """
     path = Path(path)
     if path.is_dir():
@@ -157,7 +157,7 @@ def find_results(
                 seen.add(here.resolve())
                 try:
                     found.append(Found(here, read_result(here / RESULT_FILE)))
-                except UserError as error:
+                except (UserError, FaultError) as error:
                     problems.append(str(error))
             elif METRICS_FILE in files:
                 subfolders.clear()

@@ -11,6 +11,7 @@ from typing import Any
 
 from ditjax.config import completed, is_free, migrated, schema_of
 from ditjax.errors import UserError
+from ditjax.files import faults
 from ditjax.files.atomic import json_text, load_json, recordable, write_atomic
 
 RECIPE_FILE = "config.json"
@@ -68,7 +69,7 @@ def open_directory(
     """
     folder = Path(workdir)
     path = folder / RECIPE_FILE
-    if path.exists() and _has_begun(folder):
+    if faults.exists(path) and _has_begun(folder):
         check_same(folder, read_recipe(folder), recipe, same=same)
         return folder
     if folder.exists() and not folder.is_dir():

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ditjax.data.images import Images
 from ditjax.errors import UserError
-from ditjax.files import npz
+from ditjax.files import faults, npz
 from ditjax.files.atomic import atomic, load_json, write_atomic
 from ditjax.files.npz import provenance_text, read_provenance
 
@@ -173,11 +173,13 @@ class SampleWriter:
 
     def _begin(self, replace: bool) -> None:
         record = self.parts / "record.json"
-        if record.exists() and not self._is_record(record):
+        there = faults.exists(record)
+        if there and not self._is_record(record):
             if not replace:
                 raise UserError(_differs(f"{self.parts} holds part of other samples"))
             shutil.rmtree(self.parts)
-        if not record.exists():
+            there = False
+        if not there:
             write_atomic(record, self._record.encode())
 
     def _is_record(self, path: Path) -> bool:
@@ -189,7 +191,7 @@ class SampleWriter:
             return False
 
     def _is_finished(self, replace: bool) -> bool:
-        if not self.path.exists():
+        if not faults.exists(self.path):
             return False
         try:
             with npz.reading(self.path) as archive:

@@ -73,7 +73,7 @@ def _state(cell: Cell, folder: Path, holder: lease.Holder | None, sweeping: bool
             found = results.read_result(folder)
             check_result(cell, folder, found)
             return State(cell, DONE, found["train"]["steps"], words=_metric(found["metrics"]))
-    except UserError as error:
+    except (UserError, FaultError) as error:
         bad = str(error)
     step, rate = _pace(folder)
     if holder:
@@ -118,7 +118,7 @@ def clear_ending(folder: Path) -> None:
 
 def read_ending(folder: Path) -> dict[str, str] | None:
     """Return {'how': 'failed' or 'stopped', 'line': ...}, or None if nothing legible exists."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, FaultError):
         found = atomic.load_json(folder / rundir.ENDED_FILE)
         if isinstance(found, dict) and found.get("how") in _ENDINGS:
             return {"how": found["how"], "line": str(found.get("line", ""))}

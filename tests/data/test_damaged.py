@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax.data import crop, stream
+from ditjax.data import builders, crop, stream
 from ditjax.data.latents import LatentWriter
+from ditjax.data.records import _Source
 from ditjax.data.source import DataSpec, dataset_info, prepare
 from ditjax.data.stream import epoch_order, flips, in_order, train_batches
-from ditjax.errors import UserError
+from ditjax.errors import FaultError, UserError
+from ditjax.files import faults
 
 N, SEED = 11, 3
 BAD = (2, 5, 6)
@@ -242,3 +244,46 @@ def test_an_image_too_long_to_be_scaled():
     with pytest.raises(UserError, match="1x9000 is too long to be scaled to 256"):
         crop.center_crop(Image.new("L", (1, 9000)), 256)
     assert crop.center_crop(Image.new("L", (4, 9000)), 4).size == (4, 4)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_a_fault_of_the_file_system_is_no_damaged_record(latent, broken, encoded, monkeypatch):
+    """It is neither skipped, which would change what is learned, nor counted."""
+    spec, _ = broken
+    if latent:
+        spec = DataSpec(f"latents:{encoded[0]}", "train", 8, 1, flip=False, cache_mb=0)
+    expected = take(spec, 3)
+    left = [0]
+    real = _Source.read, _Source.read_many
+
+    def fails(which):
+        def read(self, index):
+            if left[0]:
+                left[0] -= 1
+                raise RuntimeError("UNKNOWN: reading /data/shard: Stale file handle")
+            return real[which](self, index)
+
+        return read
+
+    monkeypatch.setattr(faults, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(_Source, "read", fails(0))
+    monkeypatch.setattr(_Source, "read_many", fails(1))
+    left[0] = 2
+    for a, b in zip(expected, take(spec, 3), strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    told: list[str] = []
+    left[0] = 10**6
+    with pytest.raises(FaultError, match=r"record \d+: .*Stale file handle.*Nothing was changed"):
+        take(spec, 3, warn=told.append)
+    assert not told
+
+
+def test_a_file_of_records_that_cannot_be_opened_now_is_not_empty(tmp_path, monkeypatch):
+    def fails(paths):
+        raise OSError(24, "Too many open files", paths[0])
+
+    monkeypatch.setattr(faults, "WAITS", (0.0,))
+    monkeypatch.setattr("grain.sources.ArrayRecordDataSource", fails)
+    with pytest.raises(FaultError, match="Too many open files"):
+        builders.count_records(tmp_path / "shard")

@@ -1,11 +1,14 @@
 """Checkpoints: what is kept, what comes back, and where it comes back to."""
 
+import contextlib
+import errno
 import math
 import os
 import resource
 import shutil
 import threading
 import time
+import tracemalloc  # noqa: F401 (pytest imports it for a warning, which needs a file)
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +16,14 @@ import numpy as np
 import pytest
 
 from ditjax.errors import FaultError, UserError
+from ditjax.files import faults
 from ditjax.models.dit import RULES
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
 from ditjax.runs.checkpoint import Checkpoints, DamagedError, Score, Step
 from ditjax.training.step import TrainState
+from tests.unstable import FOR_EVER, PASSING, Unstable
 
 
 def newest(checkpoints, abstract_state):
@@ -419,3 +424,103 @@ def test_a_changed_score_makes_no_best(folder):
     path.write_text(path.read_text().replace("3.0", "0.1"))
     with Checkpoints(folder, keep=3) as checkpoints:
         assert checkpoints.best_step == 3
+
+
+@pytest.mark.parametrize("code", PASSING)
+@pytest.mark.parametrize("part", ["3/position", "3/digests", "3/metrics"])
+def test_a_fault_that_passes_costs_no_checkpoint(folder, part, code, monkeypatch, capfd):
+    system = Unstable(monkeypatch, part, 2, code)
+    with Checkpoints(folder, keep=1) as checkpoints:
+        restored, _ = newest(checkpoints, abstract(make_mesh(8, 1)))
+        assert checkpoints.best_step == 3
+    assert int(restored.step) == 3
+    assert kept(folder) == [1, 2, 3]
+    assert system.left == 0
+    assert capfd.readouterr().err.count("trying again") == 2
+
+
+@pytest.mark.parametrize("part", ["3/position", "3/digests"])
+def test_a_fault_that_stays_ends_the_run_and_changes_nothing(folder, part, monkeypatch):
+    system = Unstable(monkeypatch, part, FOR_EVER)
+    with Checkpoints(folder, keep=1) as checkpoints:
+        for read in (
+            lambda: newest(checkpoints, abstract(make_mesh(8, 1))),
+            lambda: checkpoints.restore_part("ema", abstract(make_mesh(8, 1)).ema),
+        ):
+            with pytest.raises(FaultError, match=rf"{part}.*Stale file .*Nothing was changed"):
+                read()
+        assert kept(folder) == [1, 2, 3]
+        system.left = 0
+        assert int(newest(checkpoints, abstract(make_mesh(8, 1)))[0].step) == 3
+
+
+def test_a_fault_that_hides_a_score_removes_no_checkpoint(folder, monkeypatch, capfd):
+    """Step 1 would be the best of all; its metrics cannot be read when step 4 is written."""
+    path = folder / "1"
+    shutil.rmtree(path)
+    with Checkpoints(folder, keep=4) as checkpoints:
+        checkpoints.save(1, noisy(1), {"seed": 7}, scored(0.1))
+    system = Unstable(monkeypatch, "1/metrics", FOR_EVER)
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(4, noisy(4), {"seed": 7}, scored(2.0))
+        checkpoints.wait()
+        assert kept(folder) == [1, 2, 3, 4]
+        assert "no checkpoint is removed now: cannot read" in capfd.readouterr().err
+        with pytest.raises(FaultError, match="1/metrics"):
+            checkpoints.restore(abstract(make_mesh(8, 1)), "best")
+        system.left = 0
+        checkpoints.save(5, noisy(5), {"seed": 7}, scored(3.0))
+        checkpoints.wait()
+        assert checkpoints.best_step == 1
+    assert kept(folder) == [1, 5]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_too_many_open_files_are_no_damage(folder, monkeypatch):
+    """What orbax and TensorStore raise for it is told from damage by the system's words."""
+    monkeypatch.setattr(faults, "WAITS", ())
+    target = abstract(make_mesh(1, 1, jax.devices()[:1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Checkpoints(folder, keep=3) as checkpoints:
+        refused = 0
+        for free in range(8):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+            held = []
+            try:
+                with contextlib.suppress(OSError):
+                    while True:
+                        held.append(os.open("/dev/null", os.O_RDONLY))
+                for _ in range(free):
+                    os.close(held.pop())
+                restored, _ = newest(checkpoints, target)
+                assert int(restored.step) == 3
+            except FaultError as error:
+                refused += 1
+                assert "Too many open files" in str(error)  # noqa: PT017 (both ends are right)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                for descriptor in held:
+                    os.close(descriptor)
+            assert kept(folder) == [1, 2, 3]
+        assert refused
+        assert int(newest(checkpoints, target)[0].step) == 3
+
+
+def test_an_error_of_the_disk_while_the_state_is_read_is_no_damage(folder, monkeypatch):
+    monkeypatch.setattr(faults, "WAITS", (0.0,))
+    calls = []
+    with Checkpoints(folder, keep=3) as checkpoints:
+        real = checkpoints._orbax.restore
+
+        def fails(*args, **kwargs):
+            calls.append(args)
+            if len(calls) <= 2:
+                raise ValueError(f"DATA_LOSS: reading 'd/0': {os.strerror(errno.EIO)}")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(checkpoints._orbax, "restore", fails)
+        with pytest.raises(FaultError, match=rf"checkpoint 3 in .*{os.strerror(errno.EIO)}"):
+            newest(checkpoints, abstract(make_mesh(8, 1)))
+        assert int(newest(checkpoints, abstract(make_mesh(8, 1)))[0].step) == 3
+    assert kept(folder) == [1, 2, 3]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from ditjax.data.images import open_images
-from ditjax.errors import UserError
+from ditjax.errors import FaultError, UserError
 from ditjax.runs.results import load_samples
 from ditjax.sampling.samples import SampleWriter
+from tests.unstable import FOR_EVER, Unstable
 
 RECORD = {"seed": 0, "sampler": "ddpm", "weights": "0123"}
 
@@ -267,3 +268,18 @@ def test_a_model_is_known_by_its_weights_not_by_its_place(tmp_path, finished):
     for run in ("./runs/one/", "/moved/one"):
         assert list(writer(run).missing(2)) == ([] if finished else [(1, 2)])
     assert list(writer("runs/one", "cd").missing(2)) == [(0, 2)]
+def test_samples_that_cannot_be_read_now_are_neither_drawn_again_nor_replaced(
+    finished, tmp_path, monkeypatch
+):
+    to = writer(tmp_path / "a.npz")
+    fill(to, 10)
+    if finished:
+        to.finish()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    system = Unstable(monkeypatch, "npz", FOR_EVER)
+    with pytest.raises(FaultError, match="Stale file handle"):
+        list(SampleWriter(to.path, 23, to.shape, RECORD, labelled=True, replace=True).missing(10))
+    system.left = 0
+    assert {path: path.read_bytes() for path in before} == before
+    system.left = 2
+    assert list(writer(tmp_path / "a.npz").missing(10)) == []
