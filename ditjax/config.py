@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import itertools
 import math
 import pkgutil
 import re
@@ -73,15 +74,24 @@ def key(
     default: T,
     *rules: Rule,
     free: bool = False,
+    fixes: Mapping[Any, tuple[str, ...]] | None = None,
     protocol: bool = False,
     read: Callable[[Any, "Schemas"], Any] | None = None,
 ) -> T:
     """Define a key of a recipe by its default and the rules that a value must satisfy.
 
-    free: a resumed run may change it. protocol: it affects what a score means, so it is part of the
-    protocol. read: a function that parses and checks a value with no simple type.
+    free: a resumed run may change it. fixes: for a value of this key, the other keys that its
+    meaning depends on; a resumed run may not change these. protocol: it affects what a score means,
+    so it is part of the protocol. read: a function that parses and checks a value with no simple
+    type.
     """
-    metadata = {"rules": rules, "free": free, "protocol": protocol, "read": read}
+    metadata = {
+        "rules": rules,
+        "free": free,
+        "fixes": fixes or {},
+        "protocol": protocol,
+        "read": read,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -324,8 +334,11 @@ class Optim(Section):
     """AdamW (`training/optim.py`). The paper's: constant 1e-4, no weight decay, no clipping."""
 
     learning_rate: float = key(1e-4, above(0))
-    schedule: Literal["constant", "cosine"] = key("constant")
+    # A cosine reaches 0 at the last step: another last step is another schedule.
+    schedule: Literal["constant", "cosine"] = key("constant", fixes={"cosine": ("train.steps",)})
     warmup_steps: int = non_negative(0)
+    # Steps after which the schedule begins anew; the first ends at the first of them.
+    restarts: tuple[int, ...] = key((), read=lambda value, _: _read_restarts(value))
     b1: float = key(0.9, FRACTION)
     b2: float = key(0.999, FRACTION)
     eps: float = key(1e-8, above(0))
@@ -340,6 +353,26 @@ class Optim(Section):
                 f"config.optim.warmup_steps is {self.warmup_steps} and config.train.steps is"
                 f" {c.train.steps}: the warm-up must end before the training does."
             )
+        if not self.restarts:
+            return
+        if self.schedule == "constant":
+            raise UserError(
+                f"config.optim.restarts is {self.restarts} and config.optim.schedule is 'constant':"
+                " a constant rate needs no restart; raise config.train.steps alone."
+            )
+        bounds = (0, *self.restarts, c.train.steps)
+        for start, end in itertools.pairwise(bounds):
+            if end - start <= self.warmup_steps:
+                raise UserError(
+                    f"config.optim.restarts is {self.restarts}: the schedule from step {start} to"
+                    f" {end} must be longer than config.optim.warmup_steps={self.warmup_steps};"
+                    " expected rising steps below config.train.steps."
+                )
+
+
+def _read_restarts(value: Any) -> tuple[int, ...]:
+    """(4000, 8000), or ()."""
+    return () if value in ((), []) else _typed(tuple[int, ...], value, "optim.restarts")
 
 
 @dataclass(frozen=True)
@@ -945,17 +978,32 @@ def completed(tree: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def is_free(c: type[Config] | Config, dotted: str) -> bool:
-    """Whether a resumed run may change a key, because it does not affect what is learned."""
-    cls = c if isinstance(c, type) else type(c)
+def is_free(recipe: Mapping[str, Any], dotted: str) -> bool:
+    """Whether a resumed run of a recipe may change a key.
+
+    It may if the key does not affect what is learned, and no other key's meaning depends on it.
+    """
+    cls = schema_of(recipe)
     section, _, leaf = dotted.partition(".")
-    hint = hints(cls).get(section)
-    if hint is None or not leaf:
+    group: Any = hints(cls).get(section)
+    if group is None or not leaf:
         return False
-    group: Any = hint
-    return group.FREE or any(
-        each.name == leaf and each.metadata["free"] for each in dataclasses.fields(group)
+    return not fixed_by(recipe, dotted) and (
+        group.FREE
+        or any(each.name == leaf and each.metadata["free"] for each in dataclasses.fields(group))
     )
+
+
+def fixed_by(recipe: Mapping[str, Any], dotted: str) -> str:
+    """The key and value of a recipe whose meaning depends on another key, or ''."""
+    for section, group in hints(schema_of(recipe)).items():
+        found = recipe.get(section)
+        values = found if isinstance(found, Mapping) else {}
+        for each in dataclasses.fields(group) if dataclasses.is_dataclass(group) else ():
+            value = values.get(each.name, each.default)
+            if any(dotted in keys for of, keys in each.metadata["fixes"].items() if of == value):
+                return f"{section}.{each.name}={value!r}"
+    return ""
 
 
 def _hints(cls: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from ditjax.runs.results import save_grid, tile
 from ditjax.sampling.draw import Drawer
 from ditjax.tasks import make_task
 from ditjax.training.meter import Meter
-from ditjax.training.program import Training, precise, training
+from ditjax.training.program import Training, learning_rate_of, precise, training
 from ditjax.training.step import Batch, Metrics, TrainState
 from ditjax.training.task import Frozen
 
@@ -130,6 +130,9 @@ class Session:
         """Write one line of the log. Of two lines with the same step, the later one counts."""
         row = self.meter.row()
         self.loss = row.get("loss", self.loss)
+        # The optimizer counts updates: a skipped step does not move the schedule on.
+        updates = max(step - self.meter.total - 1, 0)
+        row["learning_rate"] = float(learning_rate_of(self.config)(updates))
         row["seconds"] = round(self.seconds, 3)
         score = None
         if self.evaluator and evaluates:
@@ -251,7 +254,13 @@ def _restore_or_init(
                 f"the checkpoint in {folder} has {key}={saved.get(key)!r}, this command has"
                 f" {value!r}: give another --workdir."
             )
-    return state, int(state.step), saved
+    start = int(state.step)
+    if start > c.train.steps:
+        raise UserError(
+            f"config.train.steps is {c.train.steps}, and the run in {folder} has done {start}:"
+            " give at least as many, or another --workdir."
+        )
+    return state, start, saved
 
 
 def position_of(c: Config) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A recipe says everything, and anything else is refused in one line with the remedy."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -10,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from ditjax.cli import _one_line, load_recipe, parse, parser
-from ditjax.config import Config, as_tree, completed, is_free, leaf_keys, migrated, read, schema
+from ditjax.config import (
+    Config,
+    as_tree,
+    completed,
+    hints,
+    is_free,
+    leaf_keys,
+    migrated,
+    read,
+    schema,
+)
 from ditjax.errors import UserError
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -275,10 +286,47 @@ def test_runs_of_before_tasks_are_migrated():
 
 
 def test_what_a_resumed_run_may_change():
-    free = {key for key in leaf_keys(schema()) if is_free(schema(), key)}
+    recipe = as_tree(read({}))
+    free = {key for key in leaf_keys(schema()) if is_free(recipe, key)}
     assert {"mesh.data", "sample.steps", "train.steps", "model.unroll", "data.threads"} <= free
     assert not free & {"seed", "task", "model.size", "data.name", "optim.learning_rate"}
-    assert not is_free(schema(), "model.sizes")
+    assert not is_free(recipe, "model.sizes")
+
+
+def test_a_key_that_another_one_depends_on_is_not_free():
+    cosine = as_tree(read({"optim": {"schedule": "cosine"}}))
+    constant = as_tree(read({}))
+    free = {key for key in leaf_keys(schema()) if is_free(constant, key)}
+    assert {key for key in free if not is_free(cosine, key)} == {"train.steps"}
+
+
+def test_what_a_value_fixes_are_keys_of_a_recipe():
+    named = [
+        key
+        for group in hints(schema()).values()
+        for each in (dataclasses.fields(group) if dataclasses.is_dataclass(group) else ())
+        for keys in each.metadata["fixes"].values()
+        for key in keys
+    ]
+    assert "train.steps" in named
+    assert set(named) <= set(leaf_keys(schema()))
+
+
+@pytest.mark.parametrize(
+    ("optim", "match"),
+    [
+        ({"restarts": (10,)}, "a constant rate needs no restart"),
+        ({"schedule": "cosine", "restarts": (100,)}, "from step 100 to 100 must be longer"),
+        ({"schedule": "cosine", "restarts": (50, 40)}, "from step 50 to 40"),
+        ({"schedule": "cosine", "restarts": (0,)}, "from step 0 to 0"),
+        ({"schedule": "cosine", "restarts": (10,), "warmup_steps": 20}, "longer than .*=20"),
+        ({"schedule": "cosine", "restarts": "10"}, "a list of int"),
+        ({"schedule": "cosine", "restarts": (1.5,)}, "expected an integer"),
+    ],
+)
+def test_restarts_that_make_no_schedule(optim, match):
+    with pytest.raises(UserError, match=match):
+        read({"optim": optim, "train": {"steps": 100}})
 
 
 def test_a_study_from_the_command_line():

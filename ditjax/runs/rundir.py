@@ -2,14 +2,13 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ditjax.config import completed, is_free, migrated, schema_of
+from ditjax.config import completed, fixed_by, is_free, merged, migrated
 from ditjax.errors import UserError
 from ditjax.files import faults
 from ditjax.files.atomic import json_text, load_json, recordable, write_atomic
@@ -70,7 +69,11 @@ def open_directory(
     folder = Path(workdir)
     path = folder / RECIPE_FILE
     if faults.exists(path) and _has_begun(folder):
-        check_same(folder, read_recipe(folder), recipe, same=same)
+        recorded = read_recipe(folder)
+        check_same(folder, recorded, recipe, same=same)
+        if _extends(_flat(migrated(recorded)), _flat(completed(recipe))):
+            changes = {name: {key: recipe[name][key]} for name, key in _SCHEDULE}
+            write_atomic(path, _text(merged(migrated(recorded), changes)))
         return folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={folder} is a file: give a directory.")
@@ -161,10 +164,20 @@ def check_same(
     for key, before, now in differences(recorded, recipe, also):
         if same and same(key, before, now):
             continue
+        by = fixed_by(recipe, key)
         raise UserError(
-            f"{folder} holds a run with {key}={before!r}, but this command has {now!r}: give"
-            " another --workdir, or the recipe that the run was started with."
+            f"{folder} holds a run with {key}={before!r}, but this command has {now!r}"
+            f"{f', and {by} depends on it' if by else ''}: give another --workdir, or the recipe"
+            f" that the run was started with{_how_to_extend(recorded, key)}."
         )
+
+
+def _how_to_extend(recorded: Mapping[str, Any], key: str) -> str:
+    """How a run whose schedule has an end is trained on, if a key concerns that."""
+    if tuple(key.split(".")) not in _SCHEDULE or not fixed_by(recorded, "train.steps"):
+        return ""
+    ends = "".join(f"{step}," for step in _schedule_ends(_flat(migrated(recorded))))
+    return f"; to train on, add a schedule with --config.optim.restarts={ends}"
 
 
 def differences(
@@ -173,16 +186,37 @@ def differences(
     """Yield (key, recorded value, requested value) for keys that affect what is learned and differ.
 
     `recorded` may be of an older version. The value of a missing key is None. `also` are free keys
-    that are compared, too.
+    that are compared, too. A schedule that begins where the recorded one ends is no difference.
     """
-    schema = schema_of(recipe)
-    started = dict(leaves(json.loads(json.dumps(migrated(recorded)))))
-    # As it would be recorded.
-    requested = dict(leaves(recordable(completed(recipe))))
+    started, requested = _flat(migrated(recorded)), _flat(completed(recipe))
+    extends = _extends(started, requested)
     # The task comes first: if it differs, it explains the other differences.
     for key in sorted(started.keys() | requested.keys(), key=lambda key: (key != "task", key)):
-        if started.get(key) != requested.get(key) and (key in also or not is_free(schema, key)):
+        if started.get(key) == requested.get(key):
+            continue
+        may_change = is_free(recipe, key) or (extends and tuple(key.split(".")) in _SCHEDULE)
+        if key in also or not may_change:
             yield key, started.get(key), requested.get(key)
+
+
+_SCHEDULE = (("train", "steps"), ("optim", "restarts"))
+
+
+def _schedule_ends(flat: Mapping[str, Any]) -> list[Any]:
+    """The steps at which the schedules of a recipe's learning rate end, in order."""
+    restarts = flat.get("optim.restarts")
+    return [*(restarts if isinstance(restarts, list) else ()), flat.get("train.steps")]
+
+
+def _extends(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> bool:
+    """Whether a recipe adds a schedule of the learning rate after those of the recorded one."""
+    before, now = _schedule_ends(recorded), _schedule_ends(requested)
+    return len(now) > len(before) and now[: len(before)] == before
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key of a recipe with its value as it is recorded."""
+    return dict(leaves(recordable(recipe)))
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 """The optimizer as one optax chain, and the guard against spikes of the gradient norm."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,24 @@ FIRST_NORMS = 100
 
 
 def learning_rate_schedule(
-    peak: float, schedule: str, warmup_steps: int, total_steps: int
+    peak: float,
+    schedule: str,
+    warmup_steps: int,
+    total_steps: int,
+    restarts: Sequence[int] = (),
 ) -> optax.Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, then constant or a half cosine to 0."""
-    after = total_steps - warmup_steps
+    """Linear warm-up from 0 over `warmup_steps`, then constant or a half cosine to 0.
+
+    At each of `restarts` the schedule ends, and another begins with its warm-up (compare Loshchilov
+    & Hutter 2017, which restarts without one).
+    """
+    bounds = itertools.pairwise((0, *restarts, total_steps))
+    phases = [_phase(peak, schedule, warmup_steps, end - start) for start, end in bounds]
+    return optax.join_schedules(phases, list(restarts)) if restarts else phases[0]
+
+
+def _phase(peak: float, schedule: str, warmup_steps: int, steps: int) -> optax.Schedule:
+    after = steps - warmup_steps
     main = (
         optax.cosine_decay_schedule(peak, after)
         if schedule == "cosine"

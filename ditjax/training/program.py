@@ -24,14 +24,21 @@ def precise(c: Config) -> AbstractContextManager[None]:
     return jax.default_matmul_precision(None if c.model.matmul == "default" else "float32")
 
 
+def learning_rate_of(c: Config) -> optax.Schedule:
+    """The learning rate of a recipe by the number of updates before."""
+    o = c.optim
+    return learning_rate_schedule(
+        o.learning_rate, o.schedule, o.warmup_steps, c.train.steps, o.restarts
+    )
+
+
 def optimizer_of(
     c: Config, rates: Callable[[str], float] | None = None
 ) -> optax.GradientTransformation:
     """The optax chain of a recipe; `rates` maps a parameter's path to its rate's multiplier."""
     o = c.optim
-    rate = learning_rate_schedule(o.learning_rate, o.schedule, o.warmup_steps, c.train.steps)
     return make_optimizer(
-        rate,
+        learning_rate_of(c),
         b1=o.b1,
         b2=o.b2,
         eps=o.eps,

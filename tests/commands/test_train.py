@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -93,6 +94,36 @@ def test_the_same_command_resumes_exactly(finished, tmp_path, capsys):
     assert "20 steps, loss" in capsys.readouterr().out
 
 
+def test_the_rate_of_the_last_update_is_logged(finished):
+    rates = [row["learning_rate"] for row in lines(finished)]
+    peak, ends = 5e-3, [4, 9, 14, 19]
+    expected = [peak * (1 + np.cos(np.pi * (k - 2) / 18)) / 2 for k in ends]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_a_finished_run_is_extended_as_if_its_recipe_had_said_so_from_the_start(finished, tmp_path):
+    extended = tmp_path / "extended"
+    shutil.copytree(finished, extended)
+    more = [*TINY, "--config.train.steps=30", "--config.optim.restarts=20,"]
+    assert train.main([*more, f"--workdir={extended}"]) == 0
+    assert train.main([*more, f"--workdir={tmp_path / 'whole'}"]) == 0
+    assert lines(extended) == lines(tmp_path / "whole")
+    peak = 5e-3
+    assert [row["learning_rate"] for row in lines(extended)][-2:] == pytest.approx(
+        [peak * (1 + np.cos(np.pi * (k - 2) / 8)) / 2 for k in (4, 9)], rel=1e-5
+    )
+    with pytest.raises(UserError, match=r"train.steps=20, but this command has 30, and optim"):
+        train.main([*TINY, f"--workdir={finished}", "--config.train.steps=30"])
+
+
+def test_fewer_steps_than_are_done_are_refused(finished, tmp_path):
+    words = [*TINY, f"--workdir={tmp_path}", "--config.optim.schedule=constant"]
+    assert train.main([*words, "--config.train.steps=4"]) == 0
+    with pytest.raises(UserError, match=r"config.train.steps is 3, and the run .* has done 4"):
+        train.main([*words, "--config.train.steps=3"])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
 def test_told_to_stop_it_saves_and_goes_on_as_if_nothing_had_been(finished, tmp_path):
     real = prefetch.ahead
 
@@ -140,7 +171,7 @@ def test_a_process_that_is_not_the_first_only_reads_the_directory(tmp_path, monk
     before = path.read_bytes(), path.stat().st_ino
     with monkeypatch.context() as patch:
         patch.setattr(opening, "is_primary", lambda: False)
-        recipe["train"]["steps"] += 1
+        recipe["train"]["log_every_steps"] += 1
         opening.open_run(tmp_path, read(recipe))
         assert (path.read_bytes(), path.stat().st_ino) == before
         recipe["seed"] += 1
@@ -243,6 +274,7 @@ def test_damaged_images_are_skipped_up_to_the_cap(tmp_path, capsys):
         f"--config.data.name=folder:{tmp_path / 'images'}",
         "--config.data.num_classes=2",
         "--config.train.steps=4",
+        "--config.optim.schedule=constant",
     ]
     assert train.main([*words, "--config.data.max_damaged=1"]) == 0
     (line,) = (tmp_path / "run" / "damaged.txt").read_text().splitlines()

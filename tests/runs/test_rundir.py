@@ -10,7 +10,7 @@ from ditjax.errors import UserError
 from ditjax.files import atomic
 from ditjax.runs import rundir
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "seed": 0,
     "task": "diffusion",
     "train": {"steps": 10, "batch_size": 4},
@@ -89,6 +89,53 @@ def test_what_a_resumed_run_may_change_is_said_by_the_keys(tmp_path):
     rundir.open_directory(tmp_path, {**RECIPE, **changes})
     found = rundir.differences(RECIPE, {**RECIPE, **changes}, also=("model.remat", "sample.num"))
     assert list(found) == [("model.remat", "none", "full"), ("sample.num", 64, 3)]
+
+
+def cosine(steps: int, *restarts: int) -> dict[str, Any]:
+    optim = {"schedule": "cosine", "restarts": restarts}
+    return {**RECIPE, "optim": optim, "train": {**RECIPE["train"], "steps": steps}}
+
+
+def test_another_end_of_a_cosine_is_another_recipe(tmp_path):
+    begun(rundir.open_directory(tmp_path, cosine(20)))
+    for steps in (10, 40):
+        with pytest.raises(
+            UserError,
+            match=rf"train.steps=20, but this command has {steps}, and optim.schedule='cosine'"
+            r" depends on it: .*--config.optim.restarts=20,\.",
+        ):
+            rundir.open_directory(tmp_path, cosine(steps))
+    # The first schedule must stay what it was, whether it is over or not.
+    for restarts in [(10,), (30,), (10, 20)]:
+        with pytest.raises(UserError, match=r"optim.restarts=\[\], but .*restarts=20,\."):
+            rundir.open_directory(tmp_path, cosine(40, *restarts))
+    assert rundir.read_recipe(tmp_path)["train"]["steps"] == 20
+
+
+def test_a_run_is_extended_by_a_new_schedule_and_that_is_recorded(tmp_path):
+    begun(rundir.open_directory(tmp_path, cosine(20)))
+    for steps, restarts in [(40, (20,)), (50, (20, 40))]:
+        for _ in range(2):
+            rundir.open_directory(tmp_path, cosine(steps, *restarts))
+        recorded = rundir.read_recipe(tmp_path)
+        assert recorded["optim"]["restarts"] == list(restarts)
+        assert recorded["train"]["steps"] == steps
+    with pytest.raises(UserError, match=r"optim.restarts=\[20, 40\], but .* has \[\]"):
+        rundir.open_directory(tmp_path, cosine(20))
+
+
+def test_the_steps_of_a_constant_rate_are_free(tmp_path):
+    begun(rundir.open_directory(tmp_path, RECIPE))
+    rundir.open_directory(tmp_path, {**RECIPE, "train": {**RECIPE["train"], "steps": 99}})
+
+
+def test_a_damaged_schedule_is_refused_in_one_line(tmp_path):
+    begun(rundir.open_directory(tmp_path, cosine(20)))
+    for damage in ({"optim": 3}, {"optim": {"restarts": 5}}, {"train": {"steps": "x"}}):
+        recorded = {**cosine(20), **damage}
+        (tmp_path / "config.json").write_text(json.dumps(recorded))
+        with pytest.raises(UserError, match="holds a run with"):
+            rundir.open_directory(tmp_path, cosine(20))
 
 
 def test_damage_is_named(tmp_path):

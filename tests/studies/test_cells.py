@@ -283,7 +283,12 @@ def test_a_study_may_grow_and_not_change(tmp_path):
         grid=(("optim.learning_rate", (1e-3,)),),
     )
     check({**DIGITS, "seed": 3}, grid=NINE)
-    check(with_train(steps=9000), grid=NINE)
+    with pytest.raises(UserError, match=r"holds a study with train.steps=4000, .* says 9000"):
+        check(with_train(steps=9000), grid=NINE)  # of a cosine that ends at 4,000
+    constant = {"optim": {**DIGITS["optim"], "schedule": "constant"}}
+    recorded = migrated({**old, **constant})
+    check({**with_train(steps=9000), **constant}, grid=NINE)
+    recorded = migrated(old)
     with pytest.raises(UserError, match=r"holds a study with train.batch_size=16, .* says 32"):
         check(with_train(batch_size=32), grid=NINE)
 

@@ -105,6 +105,17 @@ def test_schedules():
     assert learning_rate_schedule(1e-4, "constant", 0, 100)(0) == pytest.approx(1e-4)
 
 
+def test_a_restarted_schedule_is_the_first_one_and_then_a_whole_second_one():
+    first = learning_rate_schedule(2.0, "cosine", 5, 25)
+    second = learning_rate_schedule(2.0, "cosine", 5, 45)
+    both = learning_rate_schedule(2.0, "cosine", 5, 70, restarts=(25,))
+    assert [float(both(k)) for k in range(25)] == [float(first(k)) for k in range(25)]
+    assert [float(both(25 + k)) for k in range(46)] == [float(second(k)) for k in range(46)]
+    thrice = learning_rate_schedule(2.0, "cosine", 5, 95, restarts=(25, 70))
+    assert [float(thrice(k)) for k in range(70)] == [float(both(k)) for k in range(70)]
+    assert [float(thrice(70 + k)) for k in range(25)] == [float(first(k)) for k in range(25)]
+
+
 def test_ema_of_the_average_itself():
     same = ema_update({"a": jnp.ones(3)}, {"a": jnp.ones(3)}, 0.9999)
     np.testing.assert_allclose(same["a"], 1.0, rtol=1e-6)
