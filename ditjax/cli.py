@@ -104,6 +104,12 @@ def add_weights_options(parser: Parser) -> None:
         help="the program whose timestep embedding the weights were trained with (see"
         " docs/weights.md); auto: the program that the file's layout belongs to",
     )
+    parser.add_argument(
+        "--class_names",
+        default="auto",
+        choices=("auto", "imagenet", "none"),
+        help="names of the classes; auto: those recorded with the network",
+    )
 
 
 def weights_options(args: argparse.Namespace) -> dict[str, Any]:

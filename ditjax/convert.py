@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Unpack
 
 from ditjax import cli
-from ditjax.data.classes import class_names
 from ditjax.errors import UserError
 from ditjax.files import lease
 from ditjax.models.dit import query_factor
@@ -29,6 +28,7 @@ _WANTED: dict[str, reading.Wanted] = {
     "ldm": "autoencoder",
 }
 FOLDERS = ("diffusers", "pipeline")
+_NULL_LABEL = 1000  # of DiTPipeline, whatever the number of classes
 
 
 def read_network(
@@ -45,7 +45,8 @@ def read_network(
     config = opening.recipe_of(path)
     mesh = make_mesh(-1, 1)
     params, _ = opening.load_weights(config, make_task(config), path, mesh, step)
-    return networks.from_run(config, params, (Path(path),))
+    names = opening.class_names_of(path, config)
+    return networks.from_run(config, params, (Path(path),), names)
 
 
 def read_decoder(path: str, which: str) -> LoadedNetwork:
@@ -61,6 +62,7 @@ def convert(
     *,
     autoencoder: str = "",
     step: Step = "latest",
+    class_names: str = "auto",
     **options: Unpack[reading.WeightsOptions],
 ) -> str:
     """Write `out` in the layout `target`. Returns a summary to print.
@@ -69,7 +71,7 @@ def convert(
     """
     if not rundir.is_run(source):
         opening.check_no_step(source, step)
-    names, which = class_names(), options.get("which", "ema")
+    which = options.get("which", "ema")
     decoder: LoadedNetwork | None = None
     if target in FOLDERS:
         lease.acquire(Path(out) / lease.FILE, out)
@@ -85,12 +87,15 @@ def convert(
         )
         if autoencoder:
             decoder = read_decoder(autoencoder, which)
-        writing.write_pipeline(out, network, decoder, names)
+        network = network._replace(class_names=names if any(names) else None)
+        _write_pipeline(out, networks.with_class_names(network, class_names), decoder)
         return _summary(source, out, network, target, decoder)
     wanted = _WANTED.get(target, "any")
     network = read_network(source, step=step, wanted=wanted, **options)
     if network.decodes:
         networks.check_stated(network)
+    else:
+        network = networks.with_class_names(network, class_names)
     if wanted != ("autoencoder" if network.decodes else "dit") and wanted != "any":
         raise UserError(
             f"{source} holds a {network.name}: --to={target} takes the other kind of network."
@@ -100,10 +105,8 @@ def convert(
     if target == "pipeline":
         if not autoencoder:
             raise UserError("--to=pipeline needs the DiT's --autoencoder.")
-        classes = network.config.data.num_classes
-        named = names if classes == len(names) else tuple((str(i),) for i in range(classes))
         decoder = read_decoder(autoencoder, which)
-        writing.write_pipeline(out, network, decoder, named)
+        _write_pipeline(out, network, decoder)
     else:
         write = {
             "ditjax": writing.write_ditjax,
@@ -113,6 +116,12 @@ def convert(
         }[target]
         write(out, network)
     return _summary(source, out, network, target, decoder)
+
+
+def _write_pipeline(out: str, network: LoadedNetwork, decoder: LoadedNetwork) -> None:
+    """Write a DiTPipeline, whose classes have their numbers as names if they have no others."""
+    numbers = [(str(i),) for i in range(network.config.data.num_classes)]
+    writing.write_pipeline(out, network, decoder, network.class_names or numbers)
 
 
 def _summary(
@@ -144,9 +153,9 @@ def _summary(
                 f" the queries' weights and bias are scaled by {scale:.6g}, which is equivalent."
             )
     classes = network.config.data.num_classes
-    if target == "pipeline" and classes != len(class_names()):
+    if target == "pipeline" and classes != _NULL_LABEL:
         text += (
-            f"\nnote: DiTPipeline takes class {len(class_names())} for the null label, and this"
+            f"\nnote: DiTPipeline takes class {_NULL_LABEL} for the null label, and this"
             f" DiT's is {classes}: only guidance_scale=1 is correct there."
         )
     return text
@@ -183,6 +192,7 @@ def main(argv: list[str]) -> int:
             autoencoder=args.autoencoder,
             **cli.weights_options(args),
             step=args.step,
+            class_names=args.class_names,
         )
     )
     return 0

@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
 
     def recorded(args: argparse.Namespace) -> Mapping[str, Any]:
         if args.workdir:
-            opened.append(open_run_source(args.workdir, args.step))
+            opened.append(open_run_source(args.workdir, args.step, args.class_names))
         else:
             opened.append(
                 open_source(
@@ -108,6 +108,7 @@ def main(argv: list[str]) -> int:
                     args.autoencoder,
                     **cli.weights_options(args),
                     step=args.step,
+                    class_names=args.class_names,
                 )
             )
         return dataclasses.asdict(opened[0].config)

@@ -176,7 +176,7 @@ def open_training(
     drawer = Drawer(mesh, frozen)
     if c.train.evaluate_every_steps and evaluator is None:
         evaluator = Evaluator(c, mesh, frozen, drawer)
-    folder = opening.open_run(workdir, c, frozen)
+    folder = opening.open_run(workdir, c, frozen, dataset.class_names)
     if is_primary():
         rundir.tidy(folder)
     programs = training(c, task, mesh)

@@ -13,6 +13,8 @@ from ditjax.files.assets import SHIPPED
 
 IMAGENET_CLASSES = "imagenet_classes.txt"
 
+ClassNames = Sequence[Sequence[str]]  # of each class, its names
+
 
 @functools.cache
 def _imagenet() -> tuple[tuple[str, tuple[str, ...]], ...]:
@@ -42,19 +44,23 @@ def wordnet_ids() -> tuple[str, ...]:
     return tuple(wordnet_id for wordnet_id, _ in _imagenet())
 
 
-def parse_classes(
-    text: str, num_classes: int, names: Sequence[Sequence[str]] | None = None
-) -> list[int]:
+def names_of(labels: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """The names of a data set's classes: the label, and ImageNet's lemmas if it is a WordNet id."""
+    lemmas = dict(_imagenet())
+    return tuple((label, *lemmas.get(label, ())) for label in labels)
+
+
+def parse_classes(text: str, num_classes: int, names: ClassNames | None = None) -> list[int]:
     """The class numbers that --classes names: '207, Golden_Retriever,n02099601' -> [207, 207, 207].
 
     A word of digits is always a class number. A name is any of names[k]; case is ignored, and '_',
-    '-' and spaces are equal. The default names are ImageNet's for 1,000 classes, and none
-    otherwise. WordNet ids are accepted along with ImageNet's names.
+    '-' and spaces are equal. WordNet ids are accepted along with ImageNet's names. Without `names`
+    classes have numbers only.
 
     Raises UserError for an unknown word, a name of several classes, or a wrong number of names.
     """
     if names is None:
-        names = class_names() if num_classes == len(class_names()) else [()] * num_classes
+        names = [()] * num_classes
     if len(names) != num_classes:
         raise UserError(
             f"names of {len(names)} classes came with a network of {num_classes}: expected one"
@@ -84,6 +90,11 @@ def parse_classes(
             )
         if not found:
             hint = nearest(name, numbers) if re.search("[a-z]", name) else ""
+            if not numbers and re.search("[a-z]", name):
+                hint = (
+                    " No class names are recorded with this network."
+                    + " --class_names=imagenet takes ImageNet's." * (num_classes == 1000)
+                )
             raise UserError(
                 f"--classes holds {word!r}: expected {expected}, separated by commas.{hint}"
             )

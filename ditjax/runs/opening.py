@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from ditjax.config import Config, as_tree, migrated, read
 from ditjax.data import latents, source
+from ditjax.data.classes import ClassNames, class_names, names_of
 from ditjax.data.folders import report_reading
 from ditjax.data.names import is_latents, parse_name
 from ditjax.errors import FaultError, UserError, first_few
@@ -93,11 +95,17 @@ def _check_statistics(c: Config) -> None:
             )
 
 
-def open_run(workdir: str | os.PathLike[str], c: Config, frozen: Frozen | None = None) -> Path:
+def open_run(
+    workdir: str | os.PathLike[str],
+    c: Config,
+    frozen: Frozen | None = None,
+    classes: Sequence[str] = (),
+) -> Path:
     """Open a run's directory: the first process writes the recipe, and the others read it.
 
     `frozen` are the frozen weights, if they were loaded: what lies at the places in the recipe is
-    recorded, and compared when the run resumes.
+    recorded, and compared when the run resumes. `classes` are the names of the data set's classes,
+    which are recorded beside the recipe.
 
     The directory is leased until the `lease.scope` around the call ends. Raises UserError if
     another run holds the lease, or if not all processes share the directory.
@@ -108,7 +116,7 @@ def open_run(workdir: str | os.PathLike[str], c: Config, frozen: Frozen | None =
         found[contents.AUTOENCODER] = digest(frozen["autoencoder"])
     same = contents.same_content(Path(workdir), found, c.data.data_dir)
     if is_primary():
-        folder = rundir.open_directory(workdir, as_tree(c), same)
+        folder = rundir.open_directory(workdir, as_tree(c), same, classes)
         contents.check_contents(folder, found)
         contents.record_contents(folder, found)
     processes.barrier()
@@ -213,6 +221,23 @@ def digest(params: Any) -> str:
 def put_on_mesh(params: Any, mesh: Mesh, table: Rules = ()) -> Any:
     """Put host arrays on the mesh by a network's sharding rules; without rules, replicate them."""
     return jax.device_put(params, rules.state_shardings(params, mesh, table))
+
+
+def class_names_of(workdir: str | os.PathLike[str], c: Config) -> ClassNames | None:
+    """The names of the classes of a run, None if they are not known.
+
+    Raises UserError if the record is damaged.
+    """
+    labels = rundir.read_classes(workdir)
+    if labels is None:  # an older ditjax recorded none
+        of_imagenet = re.match(r"imagenet2012\b", c.data.name)
+        return class_names() if of_imagenet and c.data.num_classes == 1000 else None
+    if len(labels) != c.data.num_classes:
+        raise UserError(
+            f"{Path(workdir) / rundir.CLASSES_FILE} names {len(labels)} classes, and the run has"
+            f" {c.data.num_classes}: restore it, or remove it and use class numbers."
+        )
+    return names_of(labels)
 
 
 def recipe_of(workdir: str | os.PathLike[str]) -> Config:

@@ -5,16 +5,25 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ditjax.config import completed, fixed_by, is_free, merged, migrated
 from ditjax.errors import UserError
 from ditjax.files import faults
-from ditjax.files.atomic import json_text, load_json, recordable, write_atomic
+from ditjax.files.atomic import (
+    json_text,
+    load_json,
+    read_json,
+    recordable,
+    write_atomic,
+    write_json,
+)
 
 RECIPE_FILE = "config.json"
 CONTENTS_FILE = "contents.json"  # what the places in the recipe held (`runs/contents.py`)
+CLASSES_FILE = "classes.json"  # the names of the classes, by number
 STUDY_FILE = "sweep.json"
 CHECKPOINTS = "checkpoints"
 RUNS = "runs"  # the folder of a study's cells
@@ -60,11 +69,13 @@ def open_directory(
     workdir: str | os.PathLike[str],
     recipe: Mapping[str, Any],
     same: SameContent | None = None,
+    classes: Sequence[str] = (),
 ) -> Path:
     """Create a run's directory with its recipe, or check that it holds a run of the same recipe.
 
-    The recipe of a run that has not started is overwritten. Raises UserError if the directory
-    cannot be written, or holds a run of another recipe.
+    `classes` are the names of the data set's classes, by number. They are recorded beside the
+    recipe. The recipe of a run that has not started is overwritten. Raises UserError if the
+    directory cannot be written, or holds a run of another recipe or of other classes.
     """
     folder = Path(workdir)
     path = folder / RECIPE_FILE
@@ -74,12 +85,44 @@ def open_directory(
         if _extends(_flat(migrated(recorded)), _flat(completed(recipe))):
             changes = {name: {key: recipe[name][key]} for name, key in _SCHEDULE}
             write_atomic(path, _text(merged(migrated(recorded), changes)))
+        there = read_classes(folder)
+        if classes and there is None:  # an older ditjax began the run
+            write_json(folder / CLASSES_FILE, {"classes": classes})
+        elif classes:
+            _check_classes(folder, there, recordable(classes))
         return folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--workdir={folder} is a file: give a directory.")
     (folder / CONTENTS_FILE).unlink(missing_ok=True)  # of a recipe that did not begin
     write_atomic(path, _text(recipe))
+    if classes:
+        write_json(folder / CLASSES_FILE, {"classes": classes})
     return folder
+
+
+def read_classes(workdir: str | os.PathLike[str]) -> list[str] | None:
+    """The names of the classes that a run learns, by number; None if they are not recorded.
+
+    Raises UserError for a damaged file.
+    """
+    path = Path(workdir) / CLASSES_FILE
+    if not faults.exists(path):
+        return None
+    names = read_json(path, "restore it, or remove it and use class numbers").get("classes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is damaged: it holds no list of names.")
+    return names
+
+
+def _check_classes(folder: Path, recorded: list[str] | None, classes: list[str]) -> None:
+    """Raise UserError if a class number would mean another class than before."""
+    for k, (before, now) in enumerate(zip_longest(recorded or [], classes)):
+        if before != now:
+            raise UserError(
+                f"{folder} holds a run whose class {k} is {before!r}, but class {k} of the data"
+                f" set is {now!r}: give another --workdir, or the classes that the run was started"
+                f" with ({folder / CLASSES_FILE})."
+            )
 
 
 def _has_begun(folder: Path) -> bool:
@@ -88,7 +131,7 @@ def _has_begun(folder: Path) -> bool:
     checkpoints = folder / CHECKPOINTS
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
         names.discard(CHECKPOINTS)
-    return bool(names - {RECIPE_FILE, CONTENTS_FILE, LOG_FILE, ENDED_FILE})
+    return bool(names - {RECIPE_FILE, CONTENTS_FILE, CLASSES_FILE, LOG_FILE, ENDED_FILE})
 
 
 def open_study(

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ditjax import __version__
 from ditjax.config import Config, changed, replaced
-from ditjax.data.classes import class_names, parse_classes
+from ditjax.data.classes import ClassNames, parse_classes
 from ditjax.errors import UserError
 from ditjax.files import lease
 from ditjax.models.network import Rules
@@ -43,8 +43,6 @@ PRECISIONS = {
 }
 DEFAULT_CFG_SCALE = 4.0  # for published weights, as in the release's sampling script
 
-ClassNames = Sequence[Sequence[str]]
-
 
 class Source(NamedTuple):
     """The recipe of trained networks, and the function that loads them.
@@ -65,9 +63,12 @@ def open_source(
     autoencoder: str | os.PathLike[str] = "",
     *,
     step: Step = "latest",
+    class_names: str = "auto",
     **options: Unpack[reading.WeightsOptions],
 ) -> Source:
     """Open a run's directory, a DiT's weights with its autoencoder's, or a diffusers pipeline.
+
+    `class_names`: as in `networks.with_class_names`.
 
     Raises UserError for any other path, and for networks that do not fit together.
     """
@@ -78,19 +79,20 @@ def open_source(
                 " set --config.autoencoder.path."
             )
         reading.check_no_options(path, "a run", options)
-        return open_run_source(path, step)
+        return open_run_source(path, step, class_names)
     opening.check_no_step(path, step)
     which = options.get("which", "ema")
-    names: ClassNames | None = None
     decoder: LoadedNetwork | None = None
     if os.path.exists(Path(path) / vocabulary.MODEL_INDEX):
         reading.check_no_options(path, "a whole pipeline", options, ("numerics", "which"))
         folder = reading.load_pipeline(path, numerics=options.get("numerics", "auto"))
         dit, decoder, names = folder
+        dit = dit._replace(class_names=names if any(names) else None)
     else:
         dit = reading.load_network(path, wanted="dit", **options)
     if dit.decodes:
         raise UserError(f"{path} holds a {dit.name}: expected a DiT; use --autoencoder for it.")
+    dit = networks.with_class_names(dit, class_names)
     if autoencoder:
         decoder = reading.load_autoencoder(autoencoder, which)
     if decoder is None and dit.config.latent:
@@ -104,8 +106,6 @@ def open_source(
         config = replaced(config, sample=sample)
     # Only exact products reproduce the results of another program; a TPU rounds by default.
     config = changed(config, {"model": precision_keys("float32")})
-    if names is None and config.data.num_classes == len(class_names()):
-        names = class_names()
     record = {"weights": _file_record(dit, which)}
     if decoder:
         record["autoencoder"] = _file_record(decoder, which)
@@ -117,7 +117,7 @@ def open_source(
         return params, {"autoencoder": _placed(decoder, networks.decoder_recipe(c), mesh)}
 
     notes = (*dit.notes, *(decoder.notes if decoder else ()))
-    return Source(config, names, record, load, notes)
+    return Source(config, dit.class_names, record, load, notes)
 
 
 def _placed(network: LoadedNetwork, c: Config, mesh: Mesh, rules: Rules = ()) -> Any:
@@ -141,9 +141,14 @@ def _file_record(network: LoadedNetwork, which: str) -> dict[str, Any]:
     }
 
 
-def open_run_source(path: str | os.PathLike[str], step: Step = "latest") -> Source:
+def open_run_source(
+    path: str | os.PathLike[str], step: Step = "latest", class_names: str = "auto"
+) -> Source:
     """Open a run: the averaged weights of a checkpoint. Raises UserError."""
     config = opening.recipe_of(path)
+    names = networks.chosen_names(
+        opening.class_names_of(path, config), class_names, config.data.num_classes, path
+    )
     task = make_task(config)
     if task.sampling is None:
         raise UserError(f"{path} is a run of a {task.name}, which draws no samples.")
@@ -156,7 +161,7 @@ def open_run_source(path: str | os.PathLike[str], step: Step = "latest") -> Sour
             record["autoencoder"] = c.autoencoder.path
         return params, task.frozen(mesh)
 
-    return Source(config, None, record, load)
+    return Source(config, names, record, load)
 
 
 class Output(NamedTuple):
@@ -188,15 +193,17 @@ class Pipeline:
         *,
         precision: str = "float32",
         step: Step = "latest",
+        class_names: str = "auto",
         **options: Unpack[reading.WeightsOptions],
     ) -> "Pipeline":
         """Load a run's directory, a weights file or a diffusers folder; see `open_source`.
 
         `precision`: 'float32' (exact products on every backend), 'fast' (float32 with the
         backend's default, possibly rounded products) or 'bfloat16'. `step` of a run: 'latest',
-        'best' or a number. Raises UserError.
+        'best' or a number. `class_names`: those in the file ('auto'), 'imagenet' or 'none'. Raises
+        UserError.
         """
-        source = open_source(path, autoencoder, step=step, **options)
+        source = open_source(path, autoencoder, step=step, class_names=class_names, **options)
         pipeline = cls(source, changed(source.config, {"model": precision_keys(precision)}))
         if is_primary():
             lines = (*source.notes, networks.labels_text(source.config))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import jax
 import numpy as np
 
 from ditjax.config import Autoencoder, Config, FrozenAutoencoder, read, replaced, task_module
-from ditjax.errors import UserError
+from ditjax.data.classes import ClassNames, class_names
+from ditjax.errors import UserError, one_line
 from ditjax.files.assets import flatten
 from ditjax.parallel.rules import path_of
 from ditjax.training.task import Task
@@ -21,6 +23,8 @@ class LoadedNetwork(NamedTuple):
 
     `config` is a whole recipe: some keys follow from the weights, the others are the paper's.
     `notes` are lines to print: what was taken from the files, left out and assumed.
+    `class_names` are those in the file, None if it has none. `published`: the file may be one of
+    the published DiTs, whose classes are ImageNet's.
     """
 
     config: Config
@@ -29,6 +33,8 @@ class LoadedNetwork(NamedTuple):
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
     states_scale: bool = True  # whether an autoencoder's file has the statistics of its latents
+    class_names: ClassNames | None = None
+    published: bool = False
 
     @property
     def leaves(self) -> dict[str, np.ndarray]:
@@ -60,6 +66,41 @@ class LoadedNetwork(NamedTuple):
     def name(self) -> str:
         """'DiT-XL/2' or 'KL autoencoder (f=8)'."""
         return task_of(self.config).name
+
+
+def chosen_names(
+    found: ClassNames | None, choice: str, classes: int, path: str | os.PathLike[str]
+) -> ClassNames | None:
+    """The class names of a network of `path` by a choice: 'auto', 'imagenet' or 'none'.
+
+    'auto' takes those that were found with it. Raises UserError for ImageNet's names of another
+    number of classes.
+    """
+    if choice != "imagenet":
+        return None if choice == "none" else found
+    if classes != len(class_names()):
+        raise UserError(
+            f"--class_names=imagenet: ImageNet has {len(class_names())} classes, and {path} has"
+            f" {classes}: remove it."
+        )
+    return class_names()
+
+
+def with_class_names(network: LoadedNetwork, choice: str) -> LoadedNetwork:
+    """The network with `chosen_names`.
+
+    With 'auto', a file without names that may be one of the published DiTs takes ImageNet's, and a
+    line says so.
+    """
+    path, classes = network.files[0], network.config.data.num_classes
+    if choice == "auto" and network.class_names is None and network.published:
+        line = (
+            f"note: {path} names no classes. It looks like a published {network.name}, so they are"
+            " taken for ImageNet's; --class_names=none takes numbers only"
+        )
+        print(one_line(line), file=sys.stderr)
+        choice = "imagenet"
+    return network._replace(class_names=chosen_names(network.class_names, choice, classes, path))
 
 
 def task_of(c: Config) -> Task:
@@ -105,10 +146,17 @@ def decoder_recipe(c: Config) -> Config:
     )
 
 
-def from_run(config: Config, params: Any, files: tuple[Path, ...] = ()) -> LoadedNetwork:
+def from_run(
+    config: Config,
+    params: Any,
+    files: tuple[Path, ...] = (),
+    class_names: ClassNames | None = None,
+) -> LoadedNetwork:
     """The network of a training run, from the parameters that `opening.load_weights` returns."""
     host = jax.tree.map(np.asarray, params)
-    return LoadedNetwork(config, {"params": host["params"]}, "ditjax", files)
+    return LoadedNetwork(
+        config, {"params": host["params"]}, "ditjax", files, class_names=class_names
+    )
 
 
 def check_fit(dit: LoadedNetwork, autoencoder: LoadedNetwork) -> None:

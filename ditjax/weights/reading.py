@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from ditjax.config import Config, changed, check_no_imports, migrated, read
+from ditjax.data.classes import ClassNames
 from ditjax.errors import UserError, shown
 from ditjax.files.assets import unflatten
 from ditjax.files.atomic import read_json
@@ -166,7 +167,46 @@ def _load_ours(file: weights.TensorFile) -> LoadedNetwork:
         raise UserError(f"{file.path}: illegal metadata for a ditjax file: {error!r}.") from None
     weights.check_tensors(file.path, f"{task_of(config).name} of ditjax", file.tensors, shapes)
     tree = unflatten({name: np.asarray(file.tensors[name]) for name in shapes})
-    return LoadedNetwork(config, {"params": tree}, "ditjax", file.files, (file.account,))
+    return LoadedNetwork(
+        config,
+        {"params": tree},
+        "ditjax",
+        file.files,
+        (file.account,),
+        class_names=_named_in(file, config),
+    )
+
+
+def _named_in(file: weights.TensorFile, c: Config) -> ClassNames | None:
+    """The class names in the metadata of a safetensors file; None if there are none."""
+    if (text := file.metadata.get(vocabulary.CLASS_NAMES)) is None:
+        return None
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not (
+        isinstance(names, list)
+        and len(names) == c.data.num_classes
+        and all(
+            isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names
+        )
+    ):
+        raise UserError(
+            f"{file.path}: {vocabulary.CLASS_NAMES} in its metadata are not the names of"
+            f" {c.data.num_classes} classes."
+        )
+    return tuple(map(tuple, names))
+
+
+# The published DiTs are bare weights of this network. A training checkpoint also has arguments.
+_PUBLISHED = ("XL", 2, 1000, (256, 512))
+
+
+def _looks_published(file: weights.TensorFile, c: Config) -> bool:
+    size, patch, classes, sides = _PUBLISHED
+    ours = (c.model.size, c.model.patch, c.data.num_classes)
+    return not file.extra and ours == (size, patch, classes) and c.data.image_size in sides
 
 
 def _shape(file: weights.TensorFile, name: str, rank: int) -> tuple[int, ...]:
@@ -277,7 +317,15 @@ def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetw
     if table in expected:
         _check_table(file.path, table, file.tensors[table], size.width, side)
     notes = (file.account, *(() if labels.stated else (_unstated_labels(file.path, rows),)))
-    return LoadedNetwork(config, _params(file, rules, shapes), layout, file.files, notes)
+    return LoadedNetwork(
+        config,
+        _params(file, rules, shapes),
+        layout,
+        file.files,
+        notes,
+        class_names=_named_in(file, config),
+        published=_looks_published(file, config),
+    )
 
 
 def _unstated_labels(path: Path, rows: int) -> str:

@@ -2,6 +2,9 @@
 
 METADATA = "ditjax"
 
+# In the metadata of a safetensors file: a JSON list of each class's list of names.
+CLASS_NAMES = "class_names"
+
 MODEL_INDEX = "model_index.json"
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}

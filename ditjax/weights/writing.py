@@ -12,7 +12,7 @@ import numpy as np
 from ditjax import __version__
 from ditjax.config import Autoencoder, Config, changed
 from ditjax.errors import UserError
-from ditjax.files.atomic import write_json
+from ditjax.files.atomic import recordable, write_json
 from ditjax.models import dit
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.weights import layouts, vocabulary
@@ -38,8 +38,17 @@ def write_ditjax(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     kept["data"] = {key: tree["data"][key] for key in _KEPT_DATA}
     metadata = {"task": network.config.task, "config": kept, "version": __version__}
     return weights.write_safetensors(
-        path, network.leaves, {vocabulary.METADATA: json.dumps(metadata)}
+        path,
+        network.leaves,
+        {vocabulary.METADATA: json.dumps(metadata), **_class_names(network)},
     )
+
+
+def _class_names(network: LoadedNetwork) -> dict[str, str]:
+    """The class names as metadata of a safetensors file, if they are known."""
+    if network.class_names is None:
+        return {}
+    return {vocabulary.CLASS_NAMES: json.dumps(recordable(network.class_names))}
 
 
 def write_release(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
@@ -70,7 +79,9 @@ def write_diffusers(folder: str | os.PathLike[str], network: LoadedNetwork) -> P
         tensors = layouts.to_theirs(rules, network.leaves)
         description = _vae_config(network)
     weights.write_safetensors(
-        folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"}
+        folder / "diffusion_pytorch_model.safetensors",
+        tensors,
+        {"format": "pt", **_class_names(network)},
     )
     write_json(folder / weights.CONFIG_FILE, description)
     return folder
@@ -207,7 +218,7 @@ def write_pipeline(
             "data": {"image_size": config.data.image_size},
         },
     )
-    write_diffusers(folder / "transformer", denoiser)
+    write_diffusers(folder / "transformer", denoiser._replace(class_names=class_names))
     write_diffusers(folder / "vae", autoencoder._replace(config=vae))
     write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(c))
     index = {

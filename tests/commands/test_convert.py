@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from ditjax import cli, convert, sample
 from ditjax.config import read
+from ditjax.data.classes import class_names
 from ditjax.errors import UserError
 from ditjax.files.assets import flatten, unflatten
 from ditjax.parallel.mesh import make_mesh
@@ -119,12 +120,35 @@ def test_imagenet_pipelines_are_named(tmp_path, capsys):
         f"--out={tmp_path}/p",
         "--heads=3",
         f"--autoencoder={vae}",
+        "--class_names=imagenet",
     )
     assert "DiTPipeline takes class" not in capsys.readouterr().out
     labels = json.loads((tmp_path / "p" / "model_index.json").read_text())["id2label"]
     assert labels["207"] == "golden retriever"
     assert labels["0"] == "tench, Tinca tinca"
     assert len(labels) == 1000
+
+
+def test_class_names_travel_through_diffusers_files(tmp_path):
+    """Into the metadata of a model folder and a pipeline's labels, and back to a network."""
+    write_torch(tmp_path / "a.pt", release_state(classes=1000))
+    vae = diffusers_folder(tmp_path / "vae", "autoencoder")
+    words = ("--to=diffusers", f"--out={tmp_path}/b", "--heads=3", "--class_names=imagenet")
+    run(f"--weights={tmp_path}/a.pt", *words)
+    run(f"--weights={tmp_path}/b", "--to=ditjax", f"--out={tmp_path}/c.safetensors")
+    run(
+        f"--weights={tmp_path}/c.safetensors",
+        "--to=pipeline",
+        f"--out={tmp_path}/p",
+        f"--autoencoder={vae}",
+    )
+    names = [
+        reading.load_network(tmp_path / "b").class_names,
+        reading.load_network(tmp_path / "c.safetensors").class_names,
+        reading.load_network(tmp_path / "p" / "transformer").class_names,
+        reading.load_pipeline(tmp_path / "p").class_names,
+    ]
+    assert names == [class_names()] * 4
 
 
 @pytest.fixture(scope="module")

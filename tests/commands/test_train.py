@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax import train
+from ditjax import convert, sample, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.data import prefetch, stream
@@ -299,8 +299,23 @@ def test_a_folder_of_images_trains(tmp_path):
         "--config.data.flip=True",
         "--config.train.steps=4",
     ]
-    assert train.main([*TINY, f"--workdir={tmp_path / 'run'}", *words]) == 0
-    assert lines(tmp_path / "run")[-1]["step"] == 4
+    run, drawn = tmp_path / "run", tmp_path / "drawn"
+    assert train.main([*TINY, f"--workdir={run}", *words]) == 0
+    assert lines(run)[-1]["step"] == 4
+    # The names of the classes are recorded with the run, and travel with its weights.
+    assert json.loads((run / "classes.json").read_text()) == {"classes": ["cat", "dog"]}
+    weights = tmp_path / "run.safetensors"
+    assert convert.main([f"--weights={run}", "--to=ditjax", f"--out={weights}"]) == 0
+    for source in (f"--workdir={run}", f"--weights={weights}"):
+        asked = [source, f"--out={drawn}", "--steps=ddim2", "--num=8"]
+        assert sample.main([*asked, "--classes=Dog,0"]) == 0
+        assert json.loads((drawn / "samples.json").read_text())["classes"] == [1, 0]
+        with pytest.raises(UserError, match=r"holds 'robin': expected .* or names, separated"):
+            sample.main([*asked, "--classes=robin"])
+    # A class number keeps its meaning, or the run is refused.
+    (tmp_path / "images" / "cat").rename(tmp_path / "images" / "wolf")
+    with pytest.raises(UserError, match=r"whose class 0 is 'cat', but class 0 of .* is 'dog'"):
+        train.main([*TINY, f"--workdir={run}", *words, f"--config.data.data_dir={tmp_path}"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

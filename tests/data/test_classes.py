@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ditjax.data.classes import class_names, parse_classes, wordnet_ids
+from ditjax.data.classes import class_names, names_of, parse_classes, wordnet_ids
 from ditjax.errors import UserError
 
 # Every name that two of the classes have, as case and '-' are not told apart.
@@ -51,6 +51,9 @@ def test_the_lemmas_are_wordnets():
     assert digest == "b6e5b90376a998304703176bc829997a99fc461ecbb75e855db80b3d5b76d827"
 
 
+IMAGENET = class_names()
+
+
 def test_names_as_diffusers_writes_them():
     names = class_names()
     assert ", ".join(names[0]) == "tench, Tinca tinca"
@@ -62,8 +65,9 @@ def test_names_as_diffusers_writes_them():
 
 def test_numbers_names_and_wordnet_ids():
     words = "207,360,golden_retriever"
-    assert parse_classes(words, 1000) == [207, 360, 207]
-    assert parse_classes(" 0 ,tinca-TINCA,  Toilet  Paper ,n02099601,007,N02099601", 1000) == [
+    assert parse_classes(words, 1000, IMAGENET) == [207, 360, 207]
+    text = " 0 ,tinca-TINCA,  Toilet  Paper ,n02099601,007,N02099601"
+    assert parse_classes(text, 1000, IMAGENET) == [
         0,
         0,
         999,
@@ -71,7 +75,7 @@ def test_numbers_names_and_wordnet_ids():
         7,
         207,
     ]
-    assert parse_classes("black footed ferret,black-footed_ferret", 1000) == [359, 359]
+    assert parse_classes("black footed ferret,black-footed_ferret", 1000, IMAGENET) == [359, 359]
 
 
 def test_every_name_of_every_class_is_read_unless_shared():
@@ -82,15 +86,15 @@ def test_every_name_of_every_class_is_read_unless_shared():
                 words += [lemma, lemma.upper().replace(" ", "_"), lemma.replace("-", " ")]
                 classes += [k] * 3
     assert len(words) == 3 * (1860 - 38)
-    assert parse_classes(",".join(words), 1000) == classes
-    assert parse_classes(",".join(wordnet_ids()), 1000) == list(range(1000))
+    assert parse_classes(",".join(words), 1000, IMAGENET) == classes
+    assert parse_classes(",".join(wordnet_ids()), 1000, IMAGENET) == list(range(1000))
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_a_name_of_several_classes_is_refused_with_all_of_them(name):
     first, second = SHARED[name]
     with pytest.raises(UserError, match=rf"of 2 classes: {first} \(.*; {second} \(.*number"):
-        parse_classes(f"1,{name.title()}", 1000)
+        parse_classes(f"1,{name.title()}", 1000, IMAGENET)
 
 
 @pytest.mark.parametrize(
@@ -112,15 +116,16 @@ def test_a_name_of_several_classes_is_refused_with_all_of_them(name):
 )
 def test_what_is_no_class_is_refused(text, match):
     with pytest.raises(UserError, match=match) as refused:
-        parse_classes(text, 1000)
+        parse_classes(text, 1000, IMAGENET)
     assert "\n" not in str(refused.value)
 
 
 def test_other_data_has_numbers_and_its_own_names():
     assert parse_classes("9,0", 10) == [9, 0]
     for text in ("golden_retriever", "n02099601", "10"):
-        with pytest.raises(UserError, match=r"numbers from 0 to 9, separated by commas\.$"):
+        with pytest.raises(UserError, match=r"numbers from 0 to 9, separated by commas\.") as told:
             parse_classes(text, 10)
+        assert ("No class names are recorded" in str(told.value)) == (text != "10")
     names = [["cat", "house cat", "House_Cat"], ["dog", "0", "7"], [""]]
     # A number is a number whatever the names are.
     assert parse_classes("DOG,house-cat,0,2", 3, names) == [1, 0, 0, 2]
@@ -134,3 +139,20 @@ def test_other_data_has_numbers_and_its_own_names():
     assert parse_classes("class_12", 1000, other) == [12]
     with pytest.raises(UserError, match="or names, separated"):
         parse_classes("n02099601", 1000, other)
+
+
+def test_no_network_takes_imagenets_names_for_its_number_of_classes():
+    for text in ("golden_retriever", "n02099601"):
+        with pytest.raises(UserError, match=r"No class names .* --class_names=imagenet takes"):
+            parse_classes(text, 1000)
+    assert parse_classes("207", 1000) == [207]
+
+
+def test_a_label_that_is_a_wordnet_id_has_imagenets_names_wherever_it_is():
+    """A folder of some of ImageNet's class folders, and tfds' imagenet2012 with all of them."""
+    some = names_of(["n02099601", "robin", "n01440764"])
+    words = "Golden_Retriever,n02099601,robin,tench,tinca tinca,N01440764"
+    assert parse_classes(words, 3, some) == [0, 0, 1, 2, 2, 2]
+    every = names_of(wordnet_ids())
+    assert [each[1:] for each in every] == list(class_names())
+    assert parse_classes("golden retriever,n02099601", 1000, every) == [207, 207]

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from ditjax.config import read
+from ditjax.data.classes import class_names
 from ditjax.errors import UserError
 from ditjax.files import atomic
-from ditjax.runs import rundir
+from ditjax.runs import opening, rundir
 
 RECIPE: dict[str, Any] = {
     "seed": 0,
@@ -228,3 +230,51 @@ def test_a_recipe_is_of_a_bounded_size(tmp_path, monkeypatch):
     (tmp_path / "config.json").symlink_to("/dev/zero")
     with pytest.raises(UserError, match="not a regular file"):
         rundir.read_recipe(tmp_path)
+
+
+def test_the_names_of_the_classes_are_recorded_at_the_first_start(tmp_path):
+    rundir.open_directory(tmp_path, RECIPE, classes=["robin", "wren"])
+    assert rundir.read_classes(tmp_path) == ["robin", "wren"]
+    # It has not begun: another recipe and other classes may still take its place.
+    rundir.open_directory(tmp_path, {**RECIPE, "seed": 1}, classes=["wren", "token=abcdefgh1"])
+    begun(tmp_path)
+    rundir.open_directory(tmp_path, {**RECIPE, "seed": 1}, classes=["wren", "token=abcdefgh1"])
+    rundir.open_directory(tmp_path, {**RECIPE, "seed": 1})
+    for classes, k in ((["wren", "owl"], 1), (["wren"], 1), (["robin", "wren"], 0)):
+        with pytest.raises(UserError, match=rf"holds a run whose class {k} is "):
+            rundir.open_directory(tmp_path, {**RECIPE, "seed": 1}, classes=classes)
+
+
+def test_a_run_of_before_classes_were_recorded_records_them_when_it_resumes(tmp_path):
+    begun(rundir.open_directory(tmp_path, RECIPE))
+    assert rundir.read_classes(tmp_path) is None
+    rundir.open_directory(tmp_path, RECIPE, classes=["robin", "wren"])
+    assert rundir.read_classes(tmp_path) == ["robin", "wren"]
+
+
+def test_damaged_names_of_classes_are_refused(tmp_path):
+    c = read({"data": {"num_classes": 2}})
+    for text, match in [
+        ("[", "is not JSON"),
+        ('{"classes": 3}', "holds no list of names"),
+        ('{"classes": [1, 2]}', "holds no list of names"),
+        ('{"classes": ["a"]}', "names 1 classes, and the run has 2"),
+    ]:
+        (tmp_path / "classes.json").write_text(text)
+        with pytest.raises(UserError, match=match):
+            opening.class_names_of(tmp_path, c)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "known"),
+    [
+        ("imagenet2012", 1000, True),
+        ("imagenet2012:5.1.0", 1000, True),
+        ("imagenet2012_subset", 1000, False),
+        ("folder:/data/mine", 1000, False),
+        ("imagenet2012", 10, False),
+    ],
+)
+def test_an_old_run_has_imagenets_names_if_it_is_imagenets(tmp_path, name, classes, known):
+    c = read({"data": {"name": name, "num_classes": classes}})
+    assert opening.class_names_of(tmp_path, c) == (class_names() if known else None)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from ditjax import __version__
 from ditjax.config import changed, read, replaced
@@ -21,7 +22,7 @@ from ditjax.sampling import pipeline
 from ditjax.sampling.pipeline import Pipeline, open_source
 from ditjax.tasks import diffusion
 from ditjax.training.program import precise
-from ditjax.weights import networks, reading, writing
+from ditjax.weights import networks, reading, tensors, writing
 from ditjax.weights.torch_file import write_torch
 from tests.seeded import seeded_state
 from tests.weight_files import FOLDER_WEIGHTS, diffusers_folder, golden, release_state
@@ -292,9 +293,47 @@ def test_a_folders_own_names_go_before_imagenets(folders, tmp_path):
 
 
 def test_imagenet_names(tmp_path):
-    source = open_source(ours(tmp_path / "x.safetensors", classes=1000))
-    assert source.class_names == class_names()
-    assert open_source(ours(tmp_path / "y.safetensors", classes=10)).class_names is None
+    """Of a thousand classes, which need not be ImageNet's, they are taken on request only."""
+    path = ours(tmp_path / "x.safetensors", classes=1000)
+    assert open_source(path).class_names is None
+    assert open_source(path, class_names="imagenet").class_names == class_names()
+    other = ours(tmp_path / "y.safetensors", classes=10)
+    assert open_source(other).class_names is None
+    with pytest.raises(UserError, match=r"ImageNet has 1000 classes, and .*y\.saf.* has 10: rem"):
+        open_source(other, class_names="imagenet")
+
+
+def test_names_travel_with_ditjax_weights(tmp_path):
+    path = ours(tmp_path / "x.safetensors", classes=2)
+    network = reading.load_network(path)._replace(class_names=(("robin", "n1"), ("wren",)))
+    writing.write_ditjax(tmp_path / "y.safetensors", network)
+    source = open_source(tmp_path / "y.safetensors")
+    assert source.class_names == (("robin", "n1"), ("wren",))
+    assert Pipeline(source).labels(["wren", "N1", 0]) == [1, 0, 0]
+    assert open_source(tmp_path / "y.safetensors", class_names="none").class_names is None
+    for names in ([("a",)], "[", [["a"], 3], {"a": 1}):
+        text = names if isinstance(names, str) else json.dumps(names)
+        with safe_open(tmp_path / "y.safetensors", "numpy") as file:
+            metadata = {**file.metadata(), "class_names": text}
+        tensors.write_safetensors(tmp_path / "z.safetensors", network.leaves, metadata)
+        with pytest.raises(UserError, match="are not the names of 2 classes"):
+            open_source(tmp_path / "z.safetensors")
+
+
+def test_a_published_dit_has_imagenets_names_and_a_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reading, "_PUBLISHED", ("2x48x3", 4, 1000, (128,)))
+    write_torch(tmp_path / "bare.pt", release_state(classes=1000))
+    state = {"ema": release_state(classes=1000), "args": {"data_path": "/birds"}}
+    write_torch(tmp_path / "trained.pt", state)
+    taken = {}
+    for name in ("bare", "trained"):
+        network = reading.load_network(tmp_path / f"{name}.pt", heads=3)
+        taken[name] = networks.with_class_names(network, "auto").class_names
+        assert networks.with_class_names(network, "none").class_names is None
+    assert taken == {"bare": class_names(), "trained": None}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: {tmp_path}/bare.pt names no classes. It looks like a published")
+    assert reading.load_network(tmp_path / "bare.pt", heads=3).config.data.image_size == 128
 
 
 @pytest.mark.parametrize(
