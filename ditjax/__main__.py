@@ -5,6 +5,7 @@ import sys
 
 from ditjax import cli
 from ditjax.errors import UserError, nearest
+from ditjax.files.streams import keep_streams
 
 COMMANDS = {
     "train": "train one network; the same command again resumes",
@@ -25,6 +26,7 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the first argument names."""
+    keep_streams()
     name, *rest = sys.argv[1:] or [""]
     if name in ("", "-h", "--help", "help"):
         print(__doc__.partition(": ")[0].replace(", ", "\n"), end="\n\n")

@@ -26,7 +26,7 @@ from ditjax.config import (
     type_of,
 )
 from ditjax.errors import FaultError, StoppedError, UserError, nearest, one_line, printable
-from ditjax.files import atomic
+from ditjax.files import atomic, streams
 from ditjax.files.masking import masked
 from ditjax.parallel import compilations, host, processes
 from ditjax.parallel.processes import is_primary
@@ -266,6 +266,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
     Faults and mistakes are printed on one line. The status of an interrupted command is 130.
     """
+    streams.keep_streams()
     host.keep_freed_memory()
     # Orbax and tfds log their housekeeping as warnings, and log errors that they also raise.
     logging.set_verbosity(logging.FATAL)

@@ -282,7 +282,13 @@ def data_root(data_dir: DataDir = None) -> Path:
             f"data_dir {chosen!r} is a URL: array_record is read from a file system only;"
             " mount the bucket (gcsfuse, s3fs) and give the path of the mount."
         )
-    return Path(expand_home(chosen)).absolute()
+    try:
+        return Path(expand_home(chosen)).absolute()
+    except UserError as error:
+        raise UserError(
+            f"{error} Data sets are kept there unless DITJAX_DATA or config.data.data_dir names a"
+            " folder."
+        ) from None
 
 
 def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.core.DatasetBuilder:

@@ -1,12 +1,16 @@
 """JAX's persistent compilation cache: a program that was compiled once starts at once."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
+import sys
 from pathlib import Path
 
 import jax
+
+from ditjax.errors import one_line, reason
 
 OFF = "off"
 MAX_BYTES = 4 * 2**30
@@ -16,19 +20,26 @@ SECONDS = 0.1  # the shortest compilation to cache; JAX's own threshold, 1 s, le
 def enable_cache() -> None:
     """Enable the persistent compilation cache in $DITJAX_CACHE, by default ~/.cache/ditjax/xla.
 
-    DITJAX_CACHE=off disables it. JAX's own variable JAX_COMPILATION_CACHE_DIR takes precedence. A
-    folder that cannot be written is ignored silently: nothing is cached.
+    DITJAX_CACHE=off disables it. JAX's own variable JAX_COMPILATION_CACHE_DIR takes precedence. If
+    there is no home directory or the folder cannot be written, nothing is cached, and a line says
+    so.
     """
     chosen = os.environ.get("DITJAX_CACHE") or "~/.cache/ditjax/xla"
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or chosen == OFF:
         return
-    folder = Path(chosen).expanduser().absolute() / processor_kind()
     try:
+        folder = Path(chosen).expanduser().absolute() / processor_kind()
         folder.mkdir(parents=True, exist_ok=True)
         _prune(folder.parent)
-    except OSError:
-        return
-    if not os.access(folder, os.W_OK):
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        why = getattr(error, "strerror", None) or reason(error)
+        print(
+            f"note: compiled programs are not kept: {one_line(chosen)}: {one_line(why)}."
+            " DITJAX_CACHE=DIR names another folder, and DITJAX_CACHE=off none",
+            file=sys.stderr,
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

@@ -140,5 +140,7 @@ def _stderr_without(pattern: re.Pattern[bytes]) -> Iterator[list[re.Match[bytes]
 
 
 def _write(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+    # Without a reader the lines are lost; the thread must go on to the end of the redirection.
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(descriptor, data) :]

@@ -1,11 +1,14 @@
 """Where compiled programs are kept, who may say so, and that they stay few."""
 
 import os
+import pwd
 from pathlib import Path
 
 import jax
 import pytest
 
+from ditjax.data import source
+from ditjax.errors import UserError
 from ditjax.parallel import compilations
 
 
@@ -42,11 +45,34 @@ def test_it_can_be_switched_off_and_jaxs_own_variable_wins(settings, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_none(settings, monkeypatch, tmp_path):
+def no_home(monkeypatch):
+    """As in a container that runs under a number without a passwd entry."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.parametrize("place", ["{}/file", "", "~/cache", "~nobody_of_this_name/cache"])
+def test_a_place_that_cannot_be_written_is_none(place, settings, monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("DITJAX_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("DITJAX_CACHE", place.format(tmp_path))
+    no_home(monkeypatch)
     compilations.enable_cache()
     assert settings == {}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: compiled programs are not kept: ")
+    assert line.endswith("DITJAX_CACHE=DIR names another folder, and DITJAX_CACHE=off none")
+
+
+def test_without_a_home_data_sets_need_a_folder(monkeypatch, tmp_path):
+    no_home(monkeypatch)
+    monkeypatch.delenv("DITJAX_DATA", raising=False)
+    with pytest.raises(UserError, match=r"home directory.* unless DITJAX_DATA or config\.data"):
+        source.data_root()
+    assert source.data_root(tmp_path) == tmp_path
 
 
 def test_the_oldest_go_first(tmp_path):
