@@ -623,6 +623,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", help="JSON file for the figures")
     args, config = cli.parse(parser, argv)
+    if args.against == "none":
+        cli.check_unused(parser, argv, ["torch_python"], "without --against=torch")
     if args.steps < 0 or args.rounds < 1:
         raise UserError(
             f"--steps={args.steps} --rounds={args.rounds}: expected at least 0 and at least 1."

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import CRITICAL, getLogger
 from typing import Any, NoReturn, cast
 
@@ -15,6 +15,7 @@ from ditjax.config import (
     Config,
     Distributed,
     as_tree,
+    check_used,
     completed,
     leaf_keys,
     merged,
@@ -22,10 +23,19 @@ from ditjax.config import (
     of_network,
     parse_value,
     read,
+    schema,
     schema_of,
     type_of,
 )
-from ditjax.errors import FaultError, StoppedError, UserError, nearest, one_line, printable
+from ditjax.errors import (
+    FaultError,
+    StoppedError,
+    UserError,
+    nearest,
+    nearest_key,
+    one_line,
+    printable,
+)
 from ditjax.files import atomic, streams
 from ditjax.files.masking import masked
 from ditjax.parallel import compilations, host, processes
@@ -187,16 +197,46 @@ def parse(
     known = [option for action in parser._actions for option in action.option_strings]
     for word in rest:
         if not word.startswith("--config") or word[8:9] not in ("", "=", "."):
-            raise UserError(f"{word!r} is not a flag of this command.{nearest(word, known)}")
+            raise UserError(f"{word!r} is not a flag of this command.{_hint(word, known)}")
     named = any(word.startswith("--config=") for word in rest)
     recorded = source(args) if source else None
     if getattr(args, "reads_run", False) and not named:
         recorded = migrated(rundir.read_recipe(args.workdir))
     config = read(load_recipe(rest, None if named else recorded))
+    check_used(config, (word[9:].partition("=")[0] for word in rest if word[8:9] == "."))
     args.recipe = as_tree(config)
     if getattr(args, "starts_processes", False):
         start_processes(args, config.distributed)
     return args, config
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    """' Did you mean X?' for an unknown flag: another flag, or a key of the recipe."""
+    if hint := nearest(word.partition("=")[0], known, cutoff=0.7):
+        return hint
+    keys = [f"--config.{key}" for key in leaf_keys(schema())]
+    return nearest_key(f"--config.{word.lstrip('-').partition('=')[0]}", keys)
+
+
+def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
+    """The names of the flags that a command line gives, whatever their values."""
+    defaults = [(action, action.default) for action in parser._actions]
+    try:
+        for action, _ in defaults:
+            action.default = argparse.SUPPRESS
+        return set(vars(parser.parse_known_args(join_overrides(argv))[0]))
+    finally:
+        for action, default in defaults:
+            action.default = default
+
+
+def check_unused(
+    parser: argparse.ArgumentParser, argv: Sequence[str], flags: Iterable[str], why: str
+) -> None:
+    """Raise UserError if one of some flags is given, which have no effect for a reason `why`."""
+    given = given_flags(parser, argv)
+    if found := [f"--{flag}" for flag in flags if flag in given]:
+        raise UserError(f"{' and '.join(found)}: no effect {why}: remove it.")
 
 
 def load_recipe(words: Sequence[str], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -227,7 +267,7 @@ def load_recipe(words: Sequence[str], recorded: Mapping[str, Any] | None = None)
             legal = leaf_keys(schema)
             raise UserError(
                 f"'--config.{key}={text}': expected --config.KEY=VALUE with a key of the recipe."
-                f"{nearest(key, legal)}"
+                f"{nearest_key(key, legal)}"
             )
         section, _, leaf = key.partition(".")
         value = parse_value(text, hint, key)

@@ -22,13 +22,13 @@ import re
 import sys
 import typing
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from types import ModuleType
 from typing import Any, ClassVar, Literal, TypeVar
 
-from ditjax.errors import UserError, divisors, nearest, reason, shown
+from ditjax.errors import UserError, divisors, nearest, nearest_key, reason, shown
 
 T = TypeVar("T")
 
@@ -205,6 +205,10 @@ class Section:
     def check(self, c: "Config") -> None:
         """Raise UserError for values that are legal on their own but not together."""
 
+    def unused(self, name: str, c: "Config") -> str:
+        """The key, such as 'sample.sampler', whose value leaves a key without effect, or ''."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Model(Section):
@@ -280,6 +284,9 @@ class Autoencoder(Section):
             "latent_mean": list(self.latent_mean),
             "latent_std": list(self.latent_std),
         }
+
+    def unused(self, name: str, c: "Config") -> str:
+        return "autoencoder.kind" if self.kind == "none" and name != "kind" else ""
 
     def check(self, c: "Config") -> None:
         if self.kind == "none":
@@ -394,6 +401,10 @@ class Train(Section):
     evaluate_num: int = key(5_000, at_least(2), at_most(999_999_999), free=True)
     max_bad_steps: int = non_negative(5, free=True)  # consecutive skipped updates; more: stop
 
+    def unused(self, name: str, c: "Config") -> str:
+        never = name == "evaluate_num" and not self.evaluate_every_steps
+        return "train.evaluate_every_steps" if never else ""
+
     def check(self, c: "Config") -> None:
         if self.keep_every_steps % self.checkpoint_every_steps:
             raise UserError(
@@ -430,9 +441,11 @@ class Mesh(Section):
     def check(self, c: "Config") -> None:
         free = [axis for axis in ("data", "fsdp", "tensor", "context") if getattr(self, axis) == -1]
         if len(free) > 1:
+            rest = " ".join(f"--config.mesh.{axis}=1" for axis in free[:-1])
             raise UserError(
-                f"config.mesh.{free[0]} and config.mesh.{free[1]} are -1: only one axis can take"
-                " the remaining devices; set the size of the others."
+                f"config.mesh.{' and config.mesh.'.join(free)} are -1 (data is, unless it is set):"
+                " only one axis can take the remaining devices. To give them all to"
+                f" {free[-1]}, add {rest}."
             )
 
 
@@ -464,6 +477,14 @@ class Sample(Section):
     batch_size: int = positive(64, most=2**24)
     num: int = positive(64, most=999_999_999)
 
+    def unused(self, name: str, c: "Config") -> str:
+        if name == "eta" and self.sampler == "ddpm":
+            return "sample.sampler"
+        guided = self.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
+        if name in ("cfg_channels", "cfg_interval") and not guided:
+            return "sample.cfg_scale"
+        return ""
+
     def check(self, c: "Config") -> None:
         interval = self.cfg_interval
         if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
@@ -491,6 +512,9 @@ class Evaluate(Section):
     guided_num: int = key(1000, at_least(2), at_most(999_999_999))
     # Pairs (t, eps) on held-out images that L_simple is averaged over; 0 = no validation loss.
     val_loss_num: int = key(0, zero_or_above(1), at_most(999_999_999))
+
+    def unused(self, name: str, c: "Config") -> str:
+        return "evaluate.guided_scale" if name == "guided_num" and not self.guided_scale else ""
 
 
 Override = tuple[str, Any]
@@ -661,7 +685,8 @@ def _check_key(key: str, where: str, schemas: "Schemas") -> type["Config"]:
             return cls
     legal = [k for cls in schemas for k in leaf_keys(cls) if not k.startswith("sweep.")]
     raise UserError(
-        f"config.sweep.{where} names {shown(key)}: expected a key of a recipe.{nearest(key, legal)}"
+        f"config.sweep.{where} names {shown(key)}: expected a key of a recipe."
+        f"{nearest_key(key, legal)}"
     )
 
 
@@ -858,6 +883,28 @@ def read(tree: Mapping[str, Any]) -> Config:
     return config
 
 
+def check_used(c: Config, given: Iterable[str]) -> None:
+    """Raise UserError if a key that the user gave has no effect beside the others.
+
+    It may have one in a study that varies the other key.
+    """
+    axes = [*c.sweep.grid, *(axis for together in c.sweep.zips for axis in together)]
+    varied = {name for name, _ in (*axes, *(pair for run in c.sweep.lists for pair in run))}
+    for dotted in given:
+        section, _, leaf = dotted.partition(".")
+        group = getattr(c, section, None)
+        by = group.unused(leaf, c) if isinstance(group, Section) else ""
+        if by and by not in varied:
+            raise UserError(f"config.{dotted} has no effect: {void_by(c, by)}.")
+
+
+def void_by(c: Config, key: str) -> str:
+    """What makes another key void, and the remedy: "config.a.b is 'c': remove it, or ..."."""
+    section, _, leaf = key.partition(".")
+    value = getattr(getattr(c, section), leaf)
+    return f"config.{key} is {value!r}; remove the one, or change the other"
+
+
 def _other_networks(tree: Any, cls: type[Config]) -> "Schemas":
     """The schemas of the other networks in a recipe's study, whose keys it may vary too."""
     task = cls().task
@@ -1029,7 +1076,7 @@ def _read_section(cls: type[T], tree: Any, path: str, schemas: "Schemas") -> T:
             plain = isinstance(name, str) and name.isidentifier() and len(name) < 100
             word = name if plain else shown(name)
             raise UserError(
-                f"{where}.{word} is not a key of a recipe.{nearest(word, legal)}"
+                f"{where}.{word} is not a key of a recipe.{_hint(path, word, legal, schemas)}"
                 f" Keys of {where}: {', '.join(legal)}."
             )
     values = {
@@ -1040,6 +1087,14 @@ def _read_section(cls: type[T], tree: Any, path: str, schemas: "Schemas") -> T:
         if name in tree
     }
     return cls(**values)
+
+
+def _hint(path: str, word: str, legal: Iterable[str], schemas: "Schemas") -> str:
+    """' Did you mean X?' for an unknown key: one of its section, else one of the whole recipe."""
+    if hint := nearest(word, legal):
+        return hint
+    keys = [f"config.{each}" for each in leaf_keys(schemas[0])]
+    return nearest_key(f"config.{path}.{word}" if path else f"config.{word}", keys)
 
 
 def _read_key(

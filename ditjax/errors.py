@@ -37,12 +37,45 @@ class StoppedError(Exception):
         self.status = status
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def nearest(word: str, words: Iterable[str], cutoff: float = 0.5) -> str:
     """' Did you mean X?' for the word closest to what was typed, or '' if none is close."""
     if len(word) > _LONGEST:
         return ""
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def nearest_key(key: str, keys: Iterable[str]) -> str:
+    """' Did you mean X?' for a dotted key that is not among `keys`, or '' if none is close.
+
+    The last name counts more than the section: it may be that of another section, a word of the
+    name that is meant, its initials ('lr') or a misspelling of it.
+    """
+    section, _, last = key.rpartition(".")
+    if len(last) > _LONGEST:
+        return ""
+    names = {each: each.rpartition(".")[2] for each in keys}
+    here = [each for each in names if each.rpartition(".")[0] == section]
+    spelt = difflib.get_close_matches(last, [names[each] for each in here], n=1, cutoff=0.7)
+    close = difflib.get_close_matches(last, list(names.values()), n=1, cutoff=0.7)
+    groups = (
+        [each for each in here if last in names[each].split("_") or names[each] in spelt],
+        [each for each, name in names.items() if name == last],
+        [each for each, name in names.items() if _initials(name) == last],
+        [each for each, name in names.items() if last in name.split("_")],
+        [each for each, name in names.items() if name in close],
+    )
+    found = list(dict.fromkeys((groups[0] + groups[1]) or groups[2] or groups[3] or groups[4]))
+    if not found:
+        return nearest(key, names)
+    found.sort(key=lambda each: each not in here)
+    return f" Did you mean {' or '.join(map(repr, found[:3]))}?"
+
+
+def _initials(name: str) -> str:
+    """'lr' for 'learning_rate', '' for a single word."""
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""
 
 
 def shown(value: object) -> str:

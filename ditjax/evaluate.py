@@ -189,6 +189,8 @@ def main(argv: list[str]) -> int:
         opening.check_no_step(args.samples, args.step)
         return _evaluate_samples(args)
     workdir = args.workdir or args.samples
+    of_samples = ("batch_size", "seed", "save_reference")
+    cli.check_unused(parser, argv, of_samples, "when a run is evaluated by its recipe")
 
     def recorded(_: argparse.Namespace) -> Mapping[str, Any]:
         return migrated(rundir.read_recipe(workdir))

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, cast
 from jax.sharding import Mesh
 
 from ditjax import cli
-from ditjax.config import Config, changed, migrated, read
+from ditjax.config import Config, changed, migrated, read, void_by
 from ditjax.errors import UserError
 from ditjax.evaluate import EVALUATION_FILE, FLAGS, save_picture
 from ditjax.evaluation.evaluator import Evaluator
@@ -141,6 +141,11 @@ def plan(trained: Sequence[Run], given: Mapping[str, Sequence[Any]]) -> Plan:
         for message in dict.fromkeys(illegal):
             left_out = plural(illegal.count(message), "cell")
             notes.append(f"{run.name}: {left_out} left out as illegal: {message}")
+    for axis in given:
+        unused = [cell.config.sample.unused(axis, cell.config) for cell in cells]
+        if cells and all(unused):
+            why = void_by(cells[0].config, unused[0])
+            raise UserError(f"--{axis} has no effect in any cell: {why}.")
     for messages in errors.values():
         if all(messages):
             raise UserError(messages[0])
@@ -431,12 +436,7 @@ def _log(line: str) -> None:
 def open_runs(words: str, configs: Callable[[Path], Config]) -> list[Run]:
     """Open a comma list of runs; a sweep's directory means all of its runs. Raises UserError."""
     folders: list[Path] = []
-    for word in words.split(","):
-        folder = Path(word)
-        if not word:
-            raise UserError(
-                f"--workdir={words}: expected the directories of runs, comma-separated."
-            )
+    for folder in results.split_folders(words, "--workdir"):
         below = sorted((folder / rundir.RUNS).glob("*/"))
         folders += below if below and not rundir.is_run(folder) else [folder]
     names = _names([folder.resolve() for folder in folders])

@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
         help="with --search: batch sizes, such as 512,1024 (default: the recipe's, 2x and 4x)",
     )
     args, c = cli.parse(parser, [*argv, *_mesh_flags(parser.parse_known_args(argv)[0].mesh)])
+    if not args.search:
+        cli.check_unused(parser, argv, ["limit", "batches"], "without --search")
     if args.steps < 0 or args.limit < 1:
         raise UserError(
             f"--steps={args.steps} --limit={args.limit}: expected steps of 0 or more and a limit of"

@@ -28,6 +28,7 @@ from ditjax.reporting.study import (
     group_by_protocol,
     read_plan,
     without_duplicates,
+    without_implausible,
 )
 from ditjax.reporting.table import claim_words, report_record, report_text, runs_csv
 from ditjax.runs.results import find_results, split_folders
@@ -80,7 +81,7 @@ def make_report(
         where = ", ".join(map(str, run_dirs))
         more = f" {len(problems)} problems, the first: {problems[0]}" if problems else ""
         raise UserError(f"no readable result.json below {where}: run a sweep first.{more}")
-    found = without_duplicates(found, problems)
+    found = without_implausible(without_duplicates(found, problems), problems)
     metric = metric or default_metric(found)
     plan = read_plan(run_dirs, found, problems)
     groups = group_by_protocol(found, metric, problems)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ditjax import cli
-from ditjax.config import changed
+from ditjax.config import changed, check_used
 from ditjax.errors import UserError
 from ditjax.files.atomic import write_json
 from ditjax.parallel.processes import is_primary
@@ -113,8 +113,14 @@ def main(argv: list[str]) -> int:
             )
         return dataclasses.asdict(opened[0].config)
 
-    args, config = cli.parse(_parser(), argv, recorded)
+    parser = _parser()
+    if parser.parse_known_args(argv)[0].workdir:
+        of_weights = ("autoencoder", "which", "heads", "numerics")
+        cli.check_unused(parser, argv, of_weights, "with --workdir, whose recipe says it")
+    args, config = cli.parse(parser, argv, recorded)
     config = changed(config, _overrides(args))
+    given = [key for flag, (key, _, _) in _FLAGS.items() if getattr(args, flag) is not None]
+    check_used(changed(config, {"evaluate": {"guided_scale": 0.0}}), given)
     folder = Path(args.out or Path(args.workdir or ".") / "drawn")
     if folder.exists() and not folder.is_dir():  # before hours of work, not after
         raise UserError(f"--out={folder} is a file: give a folder.")

@@ -366,6 +366,8 @@ def _check_flags(args: argparse.Namespace) -> None:
     given = [name for name in (*SELECTION, "dry_run", "status") if getattr(args, name)]
     if args.index is not None and given:
         raise UserError(f"--index={args.index} runs one cell: leave --{given[0]} out.")
+    if args.index is not None and args.jobs > 1:
+        raise UserError(f"--index={args.index} runs one cell: leave --jobs out.")
     if args.dry_run and args.status:
         raise UserError("--dry_run and --status exclude each other: give one of them.")
     if (args.topology or args.plan) and not args.dry_run:

@@ -47,3 +47,17 @@ def test_a_recipe_of_a_package_in_a_package_finds_its_neighbours(tmp_path, monke
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert cli.load_recipe([f"--config={recipe}"])["data"]["name"] == "digits"
     assert str(tmp_path) in sys.path
+
+
+def test_the_flags_that_are_given(capsys):
+    parser = cli.parser("x", "")
+    parser.add_argument("--which", default="ema")
+    parser.add_argument("--heads", type=int, default=0)
+    cli.add_processes(parser)
+    argv = ["--which=ema", "--config.a.b", "1"]
+    assert {"which"} <= cli.given_flags(parser, argv)
+    assert "heads" not in cli.given_flags(parser, argv)
+    assert parser.parse_known_args([])[0].heads == 0
+    with pytest.raises(UserError, match="--which: no effect for a run: remove it"):
+        cli.check_unused(parser, argv, ["heads", "which"], "for a run")
+    cli.check_unused(parser, argv, ["heads"], "for a run")

@@ -150,7 +150,7 @@ BAD = [
     ({"diffusion__timesteps": 20}, "linear schedule needs at least 21"),
     ({"diffusion__timesteps": 10**6}, "at most 100000"),
     ({"train__microbatches": 3}, r"microbatches=3 does not .*=16: .*: 1, 2, 4, 8, 16\."),
-    ({"mesh__fsdp": -1}, r"config\.mesh\.data and config\.mesh\.fsdp are -1: only one"),
+    ({"mesh__fsdp": -1}, r"config\.mesh\.data and config\.mesh\.fsdp are -1 \(data is, .*only one"),
     ({"sweep__grid": (("model.patch", ("x",)),)}, r"grid: config\.model\.patch is 'x', of type"),
     ({"sweep__grid": (("optim.learning_rate", (1, 1.0)),)}, "twice"),
     (
@@ -480,3 +480,78 @@ def test_recipes_work_from_any_directory(tmp_path):
         text=True,
     )
     assert "64 tokens" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("train.lr", "optim.learning_rate"),
+        ("lr", "optim.learning_rate"),
+        ("train.learning_rate", "optim.learning_rate"),
+        ("optim.wd", "optim.weight_decay"),
+        ("train.bs", "train.batch_size"),
+        ("data.batch_size", "train.batch_size"),
+        ("model.widht", ""),
+        ("optim.warmup", "optim.warmup_steps"),
+        ("train.cfg_scale", "sample.cfg_scale"),
+        ("train.seeds", "sweep.seeds"),
+        ("train.ema", "train.ema_decay"),
+        ("data.batch", "train.batch_size"),
+        ("sample.scale", "sample.cfg_scale"),
+    ],
+)
+def test_an_unknown_key_is_led_to_the_right_one(word, meant):
+    with pytest.raises(UserError) as refused:
+        load_recipe([DIGITS, f"--config.{word}=1"])
+    if meant:
+        assert repr(meant) in str(refused.value).partition("Did you mean")[2]
+    else:
+        assert "train.network" not in str(refused.value)
+
+
+def test_an_unknown_key_of_a_recipe_and_an_unknown_flag_are_led_there_too():
+    with pytest.raises(UserError, match=r"mean 'config.optim.learning_rate'"):
+        read({"train": {"lr": 1e-3}})
+    with pytest.raises(UserError, match=r"mean 'config.optim.learning_rate'"):
+        read({"learning_rate": 1e-3})
+    with pytest.raises(UserError, match=r"mean '--config.optim.learning_rate'"):
+        parse(parser("train", ""), [DIGITS, "--lr=1e-3"])
+    with pytest.raises(UserError, match=r"mean '--config.train.batch_size'"):
+        parse(parser("train", ""), [DIGITS, "--train.batch_size=1e-3"])
+
+
+def test_fsdp_for_the_rest_says_what_to_add():
+    with pytest.raises(UserError, match=r"give them all to fsdp, add --config.mesh.data=1\.$"):
+        parse(parser("train", ""), [DIGITS, "--config.mesh.fsdp=-1"])
+    words = [DIGITS, "--config.mesh.fsdp=-1", "--config.mesh.data=1"]
+    assert parse(parser("train", ""), words)[1].mesh.fsdp == -1
+    with pytest.raises(UserError, match=r"add --config.mesh.data=1 --config.mesh.fsdp=1\."):
+        read({"mesh": {"fsdp": -1, "tensor": -1}})
+
+
+UNUSED = [
+    (("sample.sampler=ddpm", "sample.eta=0.5"), r"sample\.sampler is 'ddpm'"),
+    (
+        ("sample.cfg_scale=1", "evaluate.guided_scale=0", "sample.cfg_channels=all"),
+        r"sample\.cfg_scale is 1\.0",
+    ),
+    (("evaluate.guided_scale=1", "sample.cfg_interval=(0.1,0.5)"), r"sample\.cfg_scale is 1\.0"),
+    (("evaluate.guided_scale=0", "evaluate.guided_num=9"), r"evaluate\.guided_scale is 0\.0"),
+    (("train.evaluate_every_steps=0", "train.evaluate_num=9"), r"train\.evaluate_every_steps is 0"),
+    (("model.base_width=64",), r"model\.parametrization is 'standard'"),
+    (("autoencoder.path=x",), r"autoencoder\.kind is 'none'"),
+]
+
+
+@pytest.mark.parametrize(("given", "why"), UNUSED)
+def test_a_key_that_another_one_makes_void_is_refused(given, why):
+    words = [f"--config.{word}" for word in given]
+    last = given[-1].partition("=")[0]
+    with pytest.raises(UserError, match=rf"config\.{last} has no effect: config\.{why}; rem"):
+        parse(parser("train", ""), [DIGITS, *words])
+
+
+def test_a_key_that_a_study_gives_a_meaning_is_taken():
+    grid = "--config.sweep.grid=(('model.parametrization',('standard','mup')),)"
+    parse(parser("sweep", ""), [DIGITS, "--config.model.base_width=64", grid])
+    parse(parser("train", ""), [DIGITS, "--config.sample.eta=0.5"])  # its sampler is ddim

@@ -69,7 +69,8 @@ def parse_classes(text: str, num_classes: int, names: ClassNames | None = None) 
     numbers: dict[str, list[int]] = {}
     for k, aliases in enumerate(names):
         for name in {_normal(alias) for alias in aliases} - {""}:
-            numbers.setdefault(name, []).append(k)
+            if not name.isdecimal():  # '-1' would be the name '1'
+                numbers.setdefault(name, []).append(k)
     expected = f"class numbers from 0 to {num_classes - 1}" + " or names" * bool(numbers)
     ids: dict[str, list[int]] = {}
     if tuple(map(tuple, names)) == class_names():

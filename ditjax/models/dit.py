@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ditjax.config import Rule, above, at_most, key, positive
+from ditjax.config import Config, Rule, above, at_most, key, positive
 from ditjax.errors import UserError, divisors, nearest
 from ditjax.models import mup
 from ditjax.models.blocks import (
@@ -129,6 +129,10 @@ class DiTKeys(Denoiser):
     parametrization: Literal["standard", "mup"] = key("standard")
     base_width: int = positive(384)
     base_head_width: int = positive(64)
+
+    def unused(self, name: str, c: Config) -> str:
+        standard = self.parametrization == "standard" and name in ("base_width", "base_head_width")
+        return "model.parametrization" if standard else ""
 
 
 _MAX_TOKENS = 2**20

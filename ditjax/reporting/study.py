@@ -18,7 +18,7 @@ from ditjax.config import is_free, migrated
 from ditjax.errors import FaultError
 from ditjax.files.atomic import load_json
 from ditjax.runs import rundir
-from ditjax.runs.results import METRICS_FILE, RESULT_FILE, Found, Result
+from ditjax.runs.results import METRICS_FILE, RESULT_FILE, Found, Result, is_plausible
 from ditjax.runs.rundir import RUNS, STUDY_FILE
 from ditjax.studies.words import metric_name, number, plural, short
 
@@ -161,6 +161,22 @@ def without_duplicates(found: list[Found], problems: list[str]) -> list[Found]:
                 f" {_compared(kept, each)} and is left out, {kept.folder} is used."
             )
     return list(first.values())
+
+
+def without_implausible(found: list[Found], problems: list[str]) -> list[Found]:
+    """Replace metrics that no measurement gives, such as 1e308, by NaN: each is a problem."""
+    kept = []
+    for each in found:
+        metrics = dict(each.result["metrics"])
+        for name, value in metrics.items():
+            if not math.isnan(value) and not is_plausible(value):
+                problems.append(
+                    f"{each.folder}: metrics.{short(name)} is {value:g}, which no measurement"
+                    " gives: it is left out."
+                )
+                metrics[name] = math.nan
+        kept.append(each._replace(result={**each.result, "metrics": metrics}))
+    return kept
 
 
 def _compared(kept: Found, other: Found) -> str:

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
@@ -125,11 +126,22 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     return _validated(value, str(path))
 
 
-def split_folders(words: str) -> list[Path]:
-    """The folders that --runs names, comma-separated. Raises UserError if there are none."""
-    folders = [Path(word) for word in words.split(",") if word]
-    if not folders:
-        raise UserError("--runs is empty: give one or more folders, comma-separated.")
+def split_folders(words: str, flag: str = "--runs") -> list[Path]:
+    """The folders that a flag names, comma-separated; a folder's own name may have commas.
+
+    The longest name that exists is taken. Raises UserError if a name is empty.
+    """
+    parts, folders = words.split(","), []
+    while parts:
+        lengths = [n for n in range(1, len(parts) + 1) if os.path.exists(",".join(parts[:n]))]
+        length = max(lengths, default=1)
+        if length > 1 and all(map(os.path.exists, parts[:length])):
+            line = f"note: {flag}: {','.join(parts[:length])!r} is taken for one folder"
+            print(f"{line}; write ./ before each of several", file=sys.stderr)
+        folders.append(Path(",".join(parts[:length])))
+        del parts[:length]
+    if not words or Path() in folders:
+        raise UserError(f"{flag}={words}: expected one or more folders, comma-separated.")
     return folders
 
 
@@ -285,6 +297,13 @@ class _Named(TypedDict):
 
 _NESTED = {TrainRecord, SampleRecord}
 _POSITIVE = {"params", "gflops"}
+_COUNTS = ("steps", "batch_size", "images")  # of the training
+_TINY, _HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+def is_plausible(value: float) -> bool:
+    """Whether a number is finite and as large as float32 holds: no measurement gives another."""
+    return value == 0 or _TINY <= abs(value) <= _HUGE
 
 
 def _validated(value: Any, where: str) -> Result:
@@ -299,8 +318,11 @@ def _validated(value: Any, where: str) -> Result:
     result = _checked_keys(value, Result, where, "")
     result["model"] = _checked_keys(result["model"], _Named, where, "model.")
     for key in _POSITIVE:
-        if not (math.isfinite(result[key]) and result[key] > 0):
+        if not is_plausible(result[key]) or result[key] <= 0:
             raise UserError(f"{where}: {key} is {result[key]}, expected a positive number.")
+    for key in _COUNTS:
+        if result["train"][key] < 1:
+            raise UserError(f"{where}: train.{key} is {result['train'][key]}, expected at least 1.")
     metrics = {}
     for name, metric in result["metrics"].items():
         if metric is not None and not _is(metric, float):

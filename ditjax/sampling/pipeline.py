@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ditjax import __version__
-from ditjax.config import Config, changed, replaced
+from ditjax.config import Config, changed, check_used, replaced
 from ditjax.data.classes import ClassNames, parse_classes
 from ditjax.errors import UserError
 from ditjax.files import lease
@@ -299,6 +299,8 @@ class Pipeline:
         given = {key: value for key, value in sample.items() if value is not None}
         seed = self.config.seed if seed is None else seed
         c = changed(self.config, {"seed": seed, "sample": {**given, "num": num}})
+        unguided = changed(c, {"evaluate": {"guided_scale": 0.0}})
+        check_used(unguided, (f"sample.{key}" for key in given))
         if batch_size is None:
             # No larger than needed, and a multiple of the devices: batches are padded to this size.
             devices = self._mesh.size

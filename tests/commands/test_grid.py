@@ -350,7 +350,7 @@ def test_runs_of_one_protocol_share_a_grid(made, finished, tmp_path, capsys):
         (["--cfg_scales=2"], "is not a flag of this command. Did you mean '--cfg_scale'"),
         (["--features=none"], "config.evaluate.features is 'none'"),
         (["--workdir=/nowhere"], "/nowhere is not a run directory"),
-        (["--workdir="], "expected the directories of runs"),
+        (["--workdir="], "--workdir=: expected one or more folders"),
         (["--out=README.md"], "--out=README.md is a file"),
     ],
 )

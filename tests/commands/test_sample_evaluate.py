@@ -49,6 +49,28 @@ def test_classes_that_are_none(finished, classes):
         sample.main([*TINY, f"--workdir={finished}", f"--classes={classes}"])
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "match"),
+    [
+        (sample, ["--sampler=ddpm", "--eta=0.5"], r"config\.sample\.eta has no effect: .*'ddpm'"),
+        (
+            sample,
+            ["--cfg_scale=1", "--cfg_channels=all"],
+            r"cfg_channels has no effect: config\.sample\.cfg_scale is 1\.0",
+        ),
+        (sample, ["--heads=3"], r"--heads: no effect with --workdir, whose recipe"),
+        (sample, ["--autoencoder=x", "--which=ema"], "--autoencoder and --which: no effect"),
+        (evaluate, ["--batch_size=3"], r"--batch_size: no effect when a run is evaluated"),
+        (evaluate, ["--save_reference=x.npz"], r"--save_reference: no effect when a run"),
+    ],
+)
+def test_a_flag_that_has_no_effect_is_refused(finished, tmp_path, command, words, match):
+    out = [f"--out={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match=match):
+        command.main([*TINY, f"--workdir={finished}", *out, *words])
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_such_run(tmp_path):
     for command in (sample, evaluate):
         with pytest.raises(UserError, match="is not a run directory"):

@@ -141,6 +141,14 @@ def test_other_data_has_numbers_and_its_own_names():
         parse_classes("n02099601", 1000, other)
 
 
+def test_a_name_that_is_a_number_names_nothing():
+    digits = names_of([str(k) for k in range(10)])
+    assert parse_classes("7", 10, digits) == [7]
+    for text in ("-1", "_1", "10"):
+        with pytest.raises(UserError, match=r"class numbers from 0 to 9, separated"):
+            parse_classes(text, 10, digits)
+
+
 def test_no_network_takes_imagenets_names_for_its_number_of_classes():
     for text in ("golden_retriever", "n02099601"):
         with pytest.raises(UserError, match=r"No class names .* --class_names=imagenet takes"):

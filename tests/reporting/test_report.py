@@ -1,5 +1,6 @@
 """The command: every file, the same bytes on a second run, a user's mistakes."""
 
+import json
 import re
 
 import numpy as np
@@ -89,10 +90,44 @@ def test_users_mistakes_are_one_line(study, tmp_path):
     for argv, words in (
         ([f"--runs={tmp_path}/empty"], "no readable result.json"),
         ([f"--runs={tmp_path}/nowhere"], "nowhere' is not there"),
-        (["--runs=,"], "--runs is empty"),
+        (["--runs=,"], "--runs=,: expected one or more folders"),
         ([], "required: --runs"),
         ([f"--runs={tmp_path}/good", f"--out={tmp_path}/file/report"], "cannot write"),
     ):
         with pytest.raises(UserError, match=re.escape(words)) as raised:
             report.main(argv)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e-320])
+def test_one_absurd_metric_is_a_problem_and_no_traceback(value, study, tmp_path):
+    folders = [study.write_run(tmp_path / "s", *size, 4) for size in study.sizes]
+    change(folders[0], "metrics", fd_digits=value)
+    summary = report.make_report([tmp_path / "s"], tmp_path / "report")
+    (line,) = summary.problems
+    assert line.startswith(f"{folders[0]}: metrics.fd_digits is {value:g}, which no measurement")
+    assert line in summary.text
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("", "gflops", 1e308), ("", "gflops", 1e-320), ("train", "batch_size", 0)],
+)
+def test_a_result_that_no_run_can_have_is_left_out_and_listed(section, key, value, study, tmp_path):
+    folders = [study.write_run(tmp_path / "s", *size, 4) for size in study.sizes]
+    change(folders[0], section, **{key: value})
+    summary = report.make_report([tmp_path / "s"], tmp_path / "report")
+    (line,) = summary.problems
+    assert key in line
+    assert str(folders[0]) in line
+    assert sum(len(group.runs) for group in summary.groups) == 2
+
+
+def change(folder, section, **values):
+    """Edit the result of a run."""
+    path = folder / "result.json"
+    result = json.loads(path.read_text())
+    (result[section] if section else result).update(values)
+    path.write_text(json.dumps(result))
