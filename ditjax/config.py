@@ -28,7 +28,7 @@ from decimal import Decimal
 from types import ModuleType
 from typing import Any, ClassVar, Literal, TypeVar
 
-from ditjax.errors import UserError, divisors, nearest, nearest_key, reason, shown
+from ditjax.errors import UserError, divisors, nearest, nearest_key, one_line, reason, shown
 
 T = TypeVar("T")
 
@@ -147,6 +147,39 @@ def check_no_imports(tree: Mapping[str, Any], where: str) -> None:
                 f"{where} names {name!r}, a module outside of ditjax, and a file must not run code:"
                 " import that module first, from Python, if you trust it."
             )
+
+
+# The keys whose dotted names are imported.
+_IMPORTED = (
+    "task",
+    "model.kind",
+    "data.name",
+    "diffusion.loss",
+    "sample.sampler",
+    "evaluate.features",
+)
+
+
+def check_recorded(tree: Mapping[str, Any], where: str) -> None:
+    """Say which modules a recorded recipe is about to import, and refuse Python's own.
+
+    A run's recipe is trusted as code is: its dotted names are imported. No task, network or data
+    set is in the standard library, but functions that do harm are. Raises UserError.
+    """
+    for key in _IMPORTED:
+        section, _, leaf = key.rpartition(".")
+        group = tree.get(section) if section else tree
+        name = group.get(leaf) if isinstance(group, Mapping) else None
+        if not isinstance(name, str) or not _DOTTED.fullmatch(name):
+            continue
+        if name.partition(".")[0] in sys.stdlib_module_names:
+            raise UserError(
+                f"{where} names {name!r} as config.{key}: a module of Python itself is none."
+                " Restore the file, or do not use this run."
+            )
+        if not {name, name.rpartition(".")[0]} & sys.modules.keys():
+            line = f"note: {where} names {name!r} as config.{key}: this module is imported"
+            print(one_line(line), file=sys.stderr)
 
 
 def _texts(tree: Any) -> Iterator[str]:

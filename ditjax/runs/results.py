@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from ditjax.config import check_recorded
 from ditjax.errors import FaultError, UserError, nearest, shown
 from ditjax.files import npz
 from ditjax.files.atomic import finite_or_null, load_json, write_atomic, write_json
@@ -123,7 +124,9 @@ def read_result(path: str | os.PathLike[str]) -> Result:
             f"{path} is not whole JSON ({error}): it is half-written or was edited; run this cell"
             " again."
         ) from error
-    return _validated(value, str(path))
+    result = _validated(value, str(path))
+    check_recorded(result["config"], str(path))
+    return result
 
 
 def split_folders(words: str, flag: str = "--runs") -> list[Path]:

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ditjax.config import completed, fixed_by, is_free, merged, migrated
+from ditjax.config import check_recorded, completed, fixed_by, is_free, merged, migrated
 from ditjax.errors import UserError
 from ditjax.files import faults
 from ditjax.files.atomic import (
@@ -178,7 +178,10 @@ def is_run(workdir: str | os.PathLike[str]) -> bool:
 
 
 def read_recipe(workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """The recipe that a run was started with. Raises UserError if there is none."""
+    """The recipe that a run was started with. Raises UserError if there is none.
+
+    A line names the modules that it will import (`config.check_recorded`).
+    """
     path = Path(workdir) / RECIPE_FILE
     try:
         recipe = load_json(path)
@@ -190,6 +193,7 @@ def read_recipe(workdir: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {error}. Restore it, or remove the run.") from None
     if not isinstance(recipe, dict):
         raise UserError(f"{path} is damaged: it holds no recipe.")
+    check_recorded(recipe, str(path))
     return recipe
 
 

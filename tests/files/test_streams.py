@@ -59,14 +59,15 @@ def test_any_text_is_written_in_any_encoding(encoding):
 
 def test_streams_are_replaced_once(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
     keep_streams()
     first = sys.stdout, sys.stderr
     keep_streams()
     assert (sys.stdout, sys.stderr) == first
     print("nowhere", file=sys.stderr)
     print("here")
-    assert sys.stdout.getvalue() == "here\n"
+    assert out.getvalue() == "here\n"
 
 
 SCRIPT = """

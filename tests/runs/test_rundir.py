@@ -278,3 +278,34 @@ def test_damaged_names_of_classes_are_refused(tmp_path):
 def test_an_old_run_has_imagenets_names_if_it_is_imagenets(tmp_path, name, classes, known):
     c = read({"data": {"name": name, "num_classes": classes}})
     assert opening.class_names_of(tmp_path, c) == (class_names() if known else None)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"task": "os.path"},
+        {"diffusion": {"loss": "os.system"}},
+        {"data": {"name": "subprocess.Popen"}},
+        {"evaluate": {"features": "pickle.loads"}},
+        {"model": {"kind": "code.interact"}},
+        {"sample": {"sampler": "shutil.rmtree"}},
+    ],
+)
+def test_a_recorded_recipe_names_no_module_of_python(recipe, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(recipe))
+    with pytest.raises(UserError, match=r"config\.json names '\w+\.\w+' as config\..*do not use"):
+        rundir.read_recipe(tmp_path)
+
+
+def test_a_module_that_a_recorded_recipe_imports_is_named(tmp_path, capsys):
+    recipe = {"task": "my_package.my_task", "evaluate": {"reference": "statistics.npz"}}
+    (tmp_path / "config.json").write_text(json.dumps(recipe))
+    assert rundir.read_recipe(tmp_path) == recipe
+    path = tmp_path / "config.json"
+    assert capsys.readouterr().err == (
+        f"note: {path} names 'my_package.my_task' as config.task: this module is imported\n"
+    )
+    # What the command has imported already, because its own recipe names it, is no news.
+    path.write_text(json.dumps({"task": "ditjax.tasks.diffusion"}))
+    rundir.read_recipe(tmp_path)
+    assert capsys.readouterr().err == ""
