@@ -18,7 +18,7 @@ from ditjax.data.classes import class_names
 from ditjax.diffusion import samplers
 from ditjax.models.network import Conditions
 from ditjax.sampling.pipeline import Pipeline
-from ditjax.tasks.autoencoder import decode_latents, encode_images
+from ditjax.tasks.autoencoder import decode_latents, encode_images, normalized
 from ditjax.tasks.diffusion import denoiser_module
 from ditjax.training import keys
 from ditjax.weights import reading, writing
@@ -94,11 +94,22 @@ def test_release_state_dict_loads_in_torch(tmp_path):
     assert_same(theirs, state_of(tmp_path / "back"))
 
 
+FLUX = {
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
+
+
 @pytest.mark.parametrize(
-    ("width", "levels", "side"), [(32, 4, 64), (128, 4, 64)], ids=["narrow", "Stable Diffusion's"]
+    ("width", "levels", "side", "more"),
+    [(32, 4, 64, {}), (128, 4, 64, {}), (32, 4, 64, FLUX)],
+    ids=["narrow", "Stable Diffusion's", "Flux's layout"],
 )
-def test_autoencoder(width, levels, side, tmp_path):
-    theirs = networks.autoencoder(networks.autoencoder_config(width, levels, 32))
+def test_autoencoder(width, levels, side, more, tmp_path):
+    theirs = networks.autoencoder({**networks.autoencoder_config(width, levels, 32), **more})
     theirs.save_pretrained(tmp_path / "theirs")
     network = reading.load_network(tmp_path / "theirs")
     x = networks.image(side, side + 16)
@@ -107,7 +118,7 @@ def test_autoencoder(width, levels, side, tmp_path):
     moments = jax.jit(lambda p, x: encode_images(c, p, x))(network.params, nhwc(x))
     assert relative(np.asarray(moments.mean), nhwc(mean)) < 1e-4
     assert relative(np.asarray(moments.log_variance), nhwc(log_variance)) < 1e-4
-    z = moments.mean * c.autoencoder.scale
+    z = normalized(c, moments.mean)
     decoded = jax.jit(lambda p, z: decode_latents(c, p, z))(network.params, z)
     assert relative(np.asarray(decoded), nhwc(again)) < 1e-4
 
