@@ -1058,32 +1058,32 @@ def completed(tree: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def is_free(recipe: Mapping[str, Any], dotted: str) -> bool:
-    """Whether a resumed run of a recipe may change a key.
+def is_free(cls: type[Config], dotted: str) -> bool:
+    """Whether a key does not affect what is learned: a resumed run may change it.
 
-    It may if the key does not affect what is learned, and no other key's meaning depends on it.
+    It may not if another key's meaning depends on it (`fixed_keys`).
     """
-    cls = schema_of(recipe)
     section, _, leaf = dotted.partition(".")
     group: Any = hints(cls).get(section)
     if group is None or not leaf:
         return False
-    return not fixed_by(recipe, dotted) and (
-        group.FREE
-        or any(each.name == leaf and each.metadata["free"] for each in dataclasses.fields(group))
+    return group.FREE or any(
+        each.name == leaf and each.metadata["free"] for each in dataclasses.fields(group)
     )
 
 
-def fixed_by(recipe: Mapping[str, Any], dotted: str) -> str:
-    """The key and value of a recipe whose meaning depends on another key, or ''."""
+def fixed_keys(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The keys that others of a recipe depend on, with these: {'train.steps': "optim.s='c'"}."""
+    fixed: dict[str, str] = {}
     for section, group in hints(schema_of(recipe)).items():
         found = recipe.get(section)
         values = found if isinstance(found, Mapping) else {}
         for each in dataclasses.fields(group) if dataclasses.is_dataclass(group) else ():
             value = values.get(each.name, each.default)
-            if any(dotted in keys for of, keys in each.metadata["fixes"].items() if of == value):
-                return f"{section}.{each.name}={value!r}"
-    return ""
+            for of, keys in each.metadata["fixes"].items():
+                if of == value:
+                    fixed |= dict.fromkeys(keys, f"{section}.{each.name}={value!r}")
+    return fixed
 
 
 def _hints(cls: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ditjax.config import (
     Config,
     as_tree,
     completed,
+    fixed_keys,
     hints,
     is_free,
     leaf_keys,
@@ -286,18 +287,17 @@ def test_runs_of_before_tasks_are_migrated():
 
 
 def test_what_a_resumed_run_may_change():
-    recipe = as_tree(read({}))
-    free = {key for key in leaf_keys(schema()) if is_free(recipe, key)}
+    free = {key for key in leaf_keys(schema()) if is_free(schema(), key)}
     assert {"mesh.data", "sample.steps", "train.steps", "model.unroll", "data.threads"} <= free
     assert not free & {"seed", "task", "model.size", "data.name", "optim.learning_rate"}
-    assert not is_free(recipe, "model.sizes")
+    assert not is_free(schema(), "model.sizes")
 
 
 def test_a_key_that_another_one_depends_on_is_not_free():
+    assert fixed_keys(as_tree(read({}))) == {}
     cosine = as_tree(read({"optim": {"schedule": "cosine"}}))
-    constant = as_tree(read({}))
-    free = {key for key in leaf_keys(schema()) if is_free(constant, key)}
-    assert {key for key in free if not is_free(cosine, key)} == {"train.steps"}
+    assert fixed_keys(cosine) == {"train.steps": "optim.schedule='cosine'"}
+    assert fixed_keys({"optim": {"schedule": "cosine"}, "train": 3}) == fixed_keys(cosine)
 
 
 def test_what_a_value_fixes_are_keys_of_a_recipe():

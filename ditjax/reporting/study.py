@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ditjax.config import is_free, migrated
+from ditjax.config import fixed_keys, is_free, migrated, schema_of
 from ditjax.errors import FaultError
 from ditjax.files.atomic import load_json
 from ditjax.runs import rundir
@@ -334,10 +334,11 @@ def _recipe(result: Result) -> dict[str, Any]:
         f"train.{key}": result["train"][key] for key in ("steps", "batch_size", "learning_rate")
     }
     config = migrated(result["config"])
+    schema, fixed = schema_of(config), fixed_keys(config)
     return flat | {
         key: value
         for key, value in rundir.leaves(config)
-        if key != "seed" and not is_free(config, key)
+        if key != "seed" and (key in fixed or not is_free(schema, key))
     }
 
 

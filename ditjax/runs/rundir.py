@@ -9,7 +9,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ditjax.config import check_recorded, completed, fixed_by, is_free, merged, migrated
+from ditjax.config import (
+    check_recorded,
+    completed,
+    fixed_keys,
+    is_free,
+    merged,
+    migrated,
+    schema_of,
+)
 from ditjax.errors import UserError
 from ditjax.files import faults
 from ditjax.files.atomic import (
@@ -211,7 +219,7 @@ def check_same(
     for key, before, now in differences(recorded, recipe, also):
         if same and same(key, before, now):
             continue
-        by = fixed_by(recipe, key)
+        by = fixed_keys(recipe).get(key)
         raise UserError(
             f"{folder} holds a run with {key}={before!r}, but this command has {now!r}"
             f"{f', and {by} depends on it' if by else ''}: give another --workdir, or the recipe"
@@ -221,7 +229,7 @@ def check_same(
 
 def _how_to_extend(recorded: Mapping[str, Any], key: str) -> str:
     """How a run whose schedule has an end is trained on, if a key concerns that."""
-    if tuple(key.split(".")) not in _SCHEDULE or not fixed_by(recorded, "train.steps"):
+    if tuple(key.split(".")) not in _SCHEDULE or "train.steps" not in fixed_keys(recorded):
         return ""
     ends = "".join(f"{step}," for step in _schedule_ends(_flat(migrated(recorded))))
     return f"; to train on, add a schedule with --config.optim.restarts={ends}"
@@ -237,11 +245,13 @@ def differences(
     """
     started, requested = _flat(migrated(recorded)), _flat(completed(recipe))
     extends = _extends(started, requested)
+    schema, fixed = schema_of(recipe), fixed_keys(recipe)
     # The task comes first: if it differs, it explains the other differences.
     for key in sorted(started.keys() | requested.keys(), key=lambda key: (key != "task", key)):
         if started.get(key) == requested.get(key):
             continue
-        may_change = is_free(recipe, key) or (extends and tuple(key.split(".")) in _SCHEDULE)
+        may_change = is_free(schema, key) and key not in fixed
+        may_change = may_change or (extends and tuple(key.split(".")) in _SCHEDULE)
         if key in also or not may_change:
             yield key, started.get(key), requested.get(key)
 
