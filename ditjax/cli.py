@@ -15,7 +15,6 @@ from ditjax.config import (
     Config,
     Distributed,
     as_tree,
-    check_used,
     completed,
     leaf_keys,
     merged,
@@ -203,7 +202,6 @@ def parse(
     if getattr(args, "reads_run", False) and not named:
         recorded = migrated(rundir.read_recipe(args.workdir))
     config = read(load_recipe(rest, None if named else recorded))
-    check_used(config, (word[9:].partition("=")[0] for word in rest if word[8:9] == "."))
     args.recipe = as_tree(config)
     if getattr(args, "starts_processes", False):
         start_processes(args, config.distributed)

@@ -14,6 +14,7 @@ from ditjax.cli import _one_line, load_recipe, parse, parser
 from ditjax.config import (
     Config,
     as_tree,
+    check_used,
     completed,
     fixed_keys,
     hints,
@@ -544,14 +545,14 @@ UNUSED = [
 
 
 @pytest.mark.parametrize(("given", "why"), UNUSED)
-def test_a_key_that_another_one_makes_void_is_refused(given, why):
-    words = [f"--config.{word}" for word in given]
+def test_a_key_that_another_one_makes_void_is_found(given, why):
+    c = read(load_recipe([DIGITS, *(f"--config.{word}" for word in given)]))
     last = given[-1].partition("=")[0]
     with pytest.raises(UserError, match=rf"config\.{last} has no effect: config\.{why}; rem"):
-        parse(parser("train", ""), [DIGITS, *words])
+        check_used(c, [last])
 
 
 def test_a_key_that_a_study_gives_a_meaning_is_taken():
     grid = "--config.sweep.grid=(('model.parametrization',('standard','mup')),)"
-    parse(parser("sweep", ""), [DIGITS, "--config.model.base_width=64", grid])
-    parse(parser("train", ""), [DIGITS, "--config.sample.eta=0.5"])  # its sampler is ddim
+    check_used(read(load_recipe([DIGITS, grid])), ["model.base_width"])
+    check_used(read(digits()), ["sample.eta", "seed", "sample.cfg_channels"])  # of ddim, guided
