@@ -109,7 +109,7 @@ FEATURE_NAME = Rule(
 def lookup(name: str, registry: str) -> Any:
     """Return the object that a recipe names: an entry of a registry, or your own by dotted name.
 
-    registry: the dotted name of a dict, such as 'ditjax.diffusion.samplers.SAMPLERS'. Raises
+    registry: the dotted name of a dict, such as 'ditjax.diffusion.solvers.SAMPLERS'. Raises
     UserError if nothing has that name.
     """
     module, _, attribute = registry.rpartition(".")
@@ -498,9 +498,26 @@ class Sample(Section):
 
     FREE: ClassVar[bool] = True
 
-    sampler: str = key("ddpm", registered("ditjax.diffusion.samplers.SAMPLERS"), protocol=True)
+    sampler: str = key("ddpm", registered("ditjax.diffusion.solvers.SAMPLERS"), protocol=True)
     steps: str = key("250", protocol=True)  # '250', 'ddim50' or section counts '10,15,20'
+    # '' = the process's own: respaced for ddpm, karras for edm, uniform for the others
+    grid: Literal["", "uniform", "karras", "logsnr"] = key("", protocol=True)
+    rho: float = key(7.0, above(0), protocol=True)  # of 'karras'
+    shift: float = key(1.0, above(0), protocol=True)  # of the grid: t <- st/(1 + (s-1)t)
+    last_step: float = key(0.0, between(0, 0.5), protocol=True)  # 0 = as long as the others
     eta: float = key(0.0, between(0, 1), protocol=True)  # DDIM only
+    order: Literal[1, 2, 3] = key(2, protocol=True)  # UniPC only
+    s_churn: float = key(0.0, at_least(0), protocol=True)  # EDM's sampler only, and the next three
+    s_min: float = key(0.0, at_least(0), protocol=True)
+    s_max: float = key(1e9, at_least(0), protocol=True)
+    s_noise: float = key(1.0, above(0), protocol=True)
+    rtol: float = key(1e-4, above(0), at_most(0.1), protocol=True)  # dopri5 only
+    # SDE only, and the next two
+    sde_form: Literal[
+        "sigma", "constant", "sbdm", "linear", "decreasing", "increasing_decreasing"
+    ] = key("sigma", protocol=True)
+    sde_norm: float = key(1.0, above(0), protocol=True)
+    sde_last: Literal["mean", "euler", "tweedie"] = key("mean", protocol=True)
     cfg_scale: float = key(1.0, at_least(0), protocol=True)  # 1 = no guidance
     cfg_channels: Literal["all", "three"] = key("three", protocol=True)
     # (low, high): guidance only at timesteps low <= t/T < high
@@ -545,6 +562,8 @@ class Evaluate(Section):
     guided_num: int = key(1000, at_least(2), at_most(999_999_999))
     # Pairs (t, eps) on held-out images that L_simple is averaged over; 0 = no validation loss.
     val_loss_num: int = key(0, zero_or_above(1), at_most(999_999_999))
+    # Held-out images whose likelihood under the probability-flow ODE is averaged; 0 = none.
+    bpd_num: int = key(0, zero_or_above(1), at_most(999_999_999))
 
     def unused(self, name: str, c: "Config") -> str:
         return "evaluate.guided_scale" if name == "guided_num" and not self.guided_scale else ""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 from jax.sharding import Mesh
 
 from ditjax import cli
@@ -62,7 +63,7 @@ def _parse_interval(word: str) -> tuple[float, ...]:
 # Outermost first: weights are loaded once, and the steps of a table are adjacent.
 AXES: Mapping[str, GridAxis] = {
     "weights": GridAxis(str, "ema (the average) or model (the parameters themselves)"),
-    "sampler": GridAxis(str, "ddpm or ddim"),
+    "sampler": GridAxis(str, "a sampler, such as ddim or dpmpp_2m"),
     "eta": GridAxis(float, "noise of DDIM, from 0 to 1"),
     "cfg_channels": GridAxis(str, "guided channels: three (the release) or all"),
     "cfg_interval": GridAxis(
@@ -160,7 +161,8 @@ def _make_cell(run: Run, wanted: Mapping[str, Any]) -> tuple[GridCell, str]:
     # the same for all cells of a run.
     off = {"guided_scale": 0.0, "val_loss_num": 0}
     c = changed(run.config, {"sample": wanted, "evaluate": off})
-    timesteps = sampling_of(c, make_task(c)).timesteps.tolist()
+    sampling_gflops(c)  # raises for a sampler whose cost is not known before
+    timesteps = np.asarray(sampling_of(c, make_task(c)).timesteps).tolist()
     protocol = sampling_protocol(c, seed=c.evaluate.seed, labels="", decoder="")
     settings = {axis: protocol[axis] for axis in AXES}
     key = json.dumps({**protocol, "steps": timesteps})

@@ -43,7 +43,7 @@ _FLAGS: Mapping[str, tuple[str, Any, str]] = {
     "cfg_scale": ("sample.cfg_scale", float, "guidance scale; 1 means no guidance"),
     "cfg_channels": ("sample.cfg_channels", str, "guided channels: three (the release) or all"),
     "steps": ("sample.steps", str, "sampling steps: 250, ddim50, or counts such as 10,15,20"),
-    "sampler": ("sample.sampler", str, "ddpm or ddim"),
+    "sampler": ("sample.sampler", str, "a sampler, such as ddim or dpmpp_2m"),
     "eta": ("sample.eta", float, "noise of DDIM, from 0 to 1"),
     "batch_size": ("sample.batch_size", int, "images per batch, over all devices"),
     "seed": ("seed", int, "image i depends only on (seed, i)"),

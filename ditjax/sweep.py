@@ -99,6 +99,7 @@ def _train_and_evaluate(cell: Cell, folder: Path) -> None:
     save_evaluation(
         folder, trained.step, evaluated.metrics, evaluated.protocol, evaluated.reference
     )
+    timesteps = sampling_of(c, task).timesteps
     described = task.cost.description if task.cost else {}
     result: results.Result = {
         "schema": 1,
@@ -118,7 +119,7 @@ def _train_and_evaluate(cell: Cell, folder: Path) -> None:
         "sample": {
             "num": c.evaluate.num_samples,
             "sampler": c.sample.sampler,
-            "steps": len(sampling_of(c, task).timesteps),
+            "steps": 0 if timesteps is None else len(timesteps),  # 0: adaptive
             "eta": c.sample.eta,
             "cfg_scale": c.sample.cfg_scale,
             "cfg_channels": c.sample.cfg_channels,

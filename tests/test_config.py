@@ -103,7 +103,7 @@ BAD = [
     ({"model__kind": "dot"}, r"config\.model\.kind: 'dot': expected one of .* Did you mean 'dit'"),
     (
         {"sample__sampler": "dimm"},
-        r"sampler: 'dimm': expected one of 'ddpm', 'ddim', or the dotted",
+        r"sampler: 'dimm': expected one of 'ddpm', 'ddim', 'euler',",
     ),
     ({"diffusion__loss": "hybrid2"}, r"loss: 'hybrid2': expected one of .* Did you mean 'hybrid'"),
     ({"model__size": "XXL"}, r"model\.size: model size 'XXL' is unknown: .* XL"),

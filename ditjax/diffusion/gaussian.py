@@ -18,8 +18,9 @@ from ditjax.errors import UserError, nearest
 # A network, as diffusion sees it: (x f32[B,H,W,C], timesteps i32[B]) -> f32[B,H,W,C or 2C].
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
-Prediction = Literal["eps", "x0", "v"]
-Variance = Literal["learned_range", "fixed_small", "fixed_large"]
+DISCRETE_PREDICTIONS = ("eps", "x0", "v")
+# "none": of a process in continuous time, whose steps have no variance
+Variance = Literal["learned_range", "fixed_small", "fixed_large", "none"]
 
 
 def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
@@ -76,7 +77,7 @@ def eps_from_v(schedule: Schedule, x_t: jax.Array, t: jax.Array, v: jax.Array) -
 
 
 def target(
-    schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array, prediction: Prediction
+    schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array, prediction: str
 ) -> jax.Array:
     """The regression target of a parametrisation: eps, x0 or v -> f32[B,...].
 
@@ -88,7 +89,7 @@ def target(
         return x0
     if prediction == "v":
         return v_from_x0_eps(schedule, x0, t, eps)
-    raise _unknown("prediction", prediction, get_args(Prediction))
+    raise _unknown("prediction", prediction, DISCRETE_PREDICTIONS)
 
 
 def learned_range_log_variance(schedule: Schedule, v: jax.Array, t: jax.Array) -> jax.Array:
@@ -170,7 +171,7 @@ def p_mean_variance(
     x_t: jax.Array,
     t: jax.Array,
     *,
-    prediction: Prediction,
+    prediction: str,
     variance: Variance,
     clip_x0: bool = False,
 ) -> PMeanVariance:
@@ -197,12 +198,12 @@ def p_mean_variance(
     elif variance == "fixed_large":
         log_variance = extract(schedule.log_betas_clipped, t, x_t.ndim)
     elif variance != "fixed_small":
-        raise _unknown("variance", variance, get_args(Variance))
+        raise _unknown("variance", variance, get_args(Variance)[:3])
     return PMeanVariance(mean, jnp.broadcast_to(log_variance, x_t.shape), x0, eps)
 
 
 def _x0_and_eps(
-    schedule: Schedule, predicted: jax.Array, x_t: jax.Array, t: jax.Array, prediction: Prediction
+    schedule: Schedule, predicted: jax.Array, x_t: jax.Array, t: jax.Array, prediction: str
 ) -> tuple[jax.Array, jax.Array]:
     """Convert a network's prediction, whichever of the three it is, to x0 and eps."""
     if prediction == "eps":
@@ -211,7 +212,7 @@ def _x0_and_eps(
         return predicted, eps_from_x0(schedule, x_t, t, predicted)
     if prediction == "v":
         return x0_from_v(schedule, x_t, t, predicted), eps_from_v(schedule, x_t, t, predicted)
-    raise _unknown("prediction", prediction, get_args(Prediction))
+    raise _unknown("prediction", prediction, DISCRETE_PREDICTIONS)
 
 
 def _unknown(what: str, came: str, legal: tuple[str, ...]) -> UserError:

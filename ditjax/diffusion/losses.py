@@ -10,61 +10,54 @@ import numpy as np
 
 from ditjax.diffusion.gaussian import (
     Denoise,
-    Prediction,
     Variance,
     discretized_gaussian_log_likelihood,
     normal_kl,
     p_mean_variance,
-    predict,
     q_posterior,
-    q_sample,
     split_channels,
-    target,
 )
+from ditjax.diffusion.process import Discrete, Process
 from ditjax.diffusion.schedule import Schedule, extract
+from ditjax.diffusion.weighting import Weighting, weight
 from ditjax.errors import UserError
 
 
-def sample_timesteps(key: jax.Array, batch: int, num: int) -> jax.Array:
-    """DDPM Alg. 1, line 3: t ~ Uniform{0, ..., num-1} -> i32[batch]."""
-    return jax.random.randint(key, (batch,), 0, num, jnp.int32)
-
-
-def stratified_timesteps(indices: np.ndarray, num: int, shift: int) -> np.ndarray:
-    """van der Corput 1935, shifted as in Cranley & Patterson 1976: t of pair i -> i32[n].
-
-    t_i = floor(num · frac(φ_2(i) + shift/2^32)), where φ_2(i) mirrors i's 32 bits at the point. It
-    depends on i alone, yet the first n pairs, for any n, cover 0..num-1 evenly. indices i[n] are
-    below 2^32, shift is in 0..2^32-1. Integer arithmetic gives the same t on every machine.
-    """
-    bits = np.asarray(indices, np.uint32)
-    mirrored = np.zeros_like(bits)
-    for k in range(32):
-        mirrored |= ((bits >> np.uint32(k)) & np.uint32(1)) << np.uint32(31 - k)
-    turned = (mirrored.astype(np.uint64) + np.uint64(shift)) % np.uint64(2**32)
-    return (turned * np.uint64(num) >> np.uint64(32)).astype(np.int32)
-
-
 class Objective(NamedTuple):
-    """What a network is trained on: the process, what it predicts of it, and its variance."""
+    """What a network is trained on: the process, what it predicts of it, and how errors count.
 
-    schedule: Schedule
-    prediction: Prediction = "eps"
+    variance: of a discrete process's p(x_{t-1} | x_t). t_eps: see `process.precondition`.
+    """
+
+    process: Process
+    prediction: str = "eps"
     variance: Variance = "learned_range"
+    weighting: Weighting = Weighting()
+    t_eps: float = 0.0
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of a discrete process. Raises UserError for another process."""
+        if not isinstance(self.process, Discrete):
+            raise UserError(
+                "process in continuous time: its variational bound and its variances have no steps;"
+                " expected process 'ddpm', or loss 'simple' and a sampler of any process."
+            )
+        return self.process.schedule
 
 
 def simple_loss(
     objective: Objective, denoise: Denoise, x0: jax.Array, t: jax.Array, eps: jax.Array
 ) -> dict[str, jax.Array]:
-    """DDPM Eq. 14: mean over H, W, C of (ε - ε̂)², or of x0's or v's error -> loss, mse f32[B].
+    """DDPM Eq. 14 on any process: mean over H, W, C of (y - ŷ)², weighted -> loss, mse f32[B].
 
-    x0, eps f32[B,H,W,C], t i32[B]. The variance is ignored: its channels, if the network has any,
-    stay untrained.
+    x0, eps f32[B,H,W,C], t [B]; mse is not weighted. The variance is ignored: its channels, if the
+    network has any, stay untrained.
     """
-    s = objective.schedule
-    out = predict(denoise, s, q_sample(s, x0, t, eps), t)
+    process = objective.process
+    out = process.evaluate(denoise, process.noised(x0, t, eps), t)
     mse = _mse(objective, out, x0, t, eps)
-    return {"loss": mse, "mse": mse}
+    return {"loss": _weighted(objective, mse, t), "mse": mse}
 
 
 def vlb_loss(
@@ -75,8 +68,9 @@ def vlb_loss(
     It trains both mean and variance. For uniform t, S times this plus the prior term is an unbiased
     estimate of `vlb_bits_per_dim`. x0, eps f32[B,H,W,C], t i32[B].
     """
-    x_t = q_sample(objective.schedule, x0, t, eps)
-    out = predict(denoise, objective.schedule, x_t, t)
+    process = objective.process
+    x_t = process.noised(x0, t, eps)
+    out = process.evaluate(denoise, x_t, t)
     vlb = _vlb_term(objective, out, x0, x_t, t)
     return {"loss": vlb, "mse": _mse(objective, out, x0, t, eps), "vlb": vlb}
 
@@ -102,14 +96,15 @@ def hybrid_loss(
             f"hybrid loss with variance {objective.variance!r}: expected 'learned_range', as its"
             " second term trains the variance alone; learn the variance, or use the simple loss."
         )
-    x_t = q_sample(objective.schedule, x0, t, eps)
-    out = predict(denoise, objective.schedule, x_t, t)
+    process = objective.process
+    x_t = process.noised(x0, t, eps)
+    out = process.evaluate(denoise, x_t, t)
     predicted, v = split_channels(out, x0.shape[-1])
     parts = [jax.lax.stop_gradient(predicted)] + ([] if v is None else [v])
     frozen = jnp.concatenate(parts, axis=-1)
     mse = _mse(objective, out, x0, t, eps)
     vlb = _vlb_term(objective, frozen, x0, x_t, t)
-    return {"loss": mse + vlb_weight * vlb, "mse": mse, "vlb": vlb}
+    return {"loss": _weighted(objective, mse, t) + vlb_weight * vlb, "mse": mse, "vlb": vlb}
 
 
 class VLB(NamedTuple):
@@ -133,12 +128,12 @@ def vlb_bits_per_dim(
     x0 f32[B,H,W,C]; noise(t i32[]) -> f32[B,H,W,C] is the ε of step t. Published bits/dim of pixels
     use clip_x0.
     """
-    schedule = objective.schedule
+    schedule, process = objective.schedule, objective.process
 
     def term(carry: None, i: jax.Array) -> tuple[None, jax.Array]:
         t = jnp.full(x0.shape[:1], i)
-        x_t = q_sample(schedule, x0, t, noise(i))
-        out = predict(denoise, schedule, x_t, t)
+        x_t = process.noised(x0, t, noise(i))
+        out = process.evaluate(denoise, x_t, t)
         return carry, _vlb_term(objective, out, x0, x_t, t, clip_x0)
 
     _, terms = jax.lax.scan(term, None, jnp.arange(len(schedule), dtype=jnp.int32))
@@ -150,8 +145,14 @@ def _mse(
     objective: Objective, out: jax.Array, x0: jax.Array, t: jax.Array, eps: jax.Array
 ) -> jax.Array:
     predicted, _ = split_channels(out, x0.shape[-1])
-    wanted = target(objective.schedule, x0, t, eps, objective.prediction)
+    wanted = objective.process.target(x0, t, eps, objective.prediction)
     return _mean_flat(jnp.square(wanted - predicted))
+
+
+def _weighted(objective: Objective, mse: jax.Array, t: jax.Array) -> jax.Array:
+    if objective.weighting.name == "none":
+        return mse
+    return weight(objective.process, objective.prediction, objective.weighting, t) * mse
 
 
 def _vlb_term(
@@ -163,9 +164,15 @@ def _vlb_term(
     clip_x0: bool = False,
 ) -> jax.Array:
     """Nichol & Dhariwal Eq. 6: KL(q(x_{t-1}|x_t,x0) || p(x_{t-1}|x_t)), at t=0 Eq. 5 -> f32[B]."""
-    schedule, prediction, variance = objective
+    schedule = objective.schedule
     p = p_mean_variance(
-        schedule, out, x_t, t, prediction=prediction, variance=variance, clip_x0=clip_x0
+        schedule,
+        out,
+        x_t,
+        t,
+        prediction=objective.prediction,
+        variance=objective.variance,
+        clip_x0=clip_x0,
     )
     kl = normal_kl(*q_posterior(schedule, x0, x_t, t), p.mean, p.log_variance)
     nll = -discretized_gaussian_log_likelihood(x0, p.mean, 0.5 * p.log_variance)

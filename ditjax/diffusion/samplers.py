@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ditjax.diffusion.gaussian import Denoise, Prediction, Variance, p_mean_variance, predict
+from ditjax.diffusion.gaussian import Denoise, Variance, p_mean_variance, predict
 from ditjax.diffusion.schedule import Schedule, extract
 from ditjax.errors import UserError
 
@@ -61,19 +61,16 @@ def ddpm(
     x_T: jax.Array,
     noise: Noise,
     *,
-    prediction: Prediction = "eps",
+    prediction: str = "eps",
     variance: Variance = "learned_range",
     clip_x0: bool = False,
-    eta: float = 0.0,
 ) -> jax.Array:
     """DDPM Alg. 2: x_{t-1} = μ(x_t) + σ_t z for S steps; x_T f32[B,H,W,C] -> x0.
 
-    The last step adds no noise. eta is DDIM's and is not read: samplers are interchangeable.
+    The last step adds no noise.
 
     Raises UserError as `gaussian.p_mean_variance` does.
     """
-
-    del eta
 
     def step(x_t: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         t = _table_index(schedule, x_t, i)
@@ -95,18 +92,16 @@ def ddim(
     noise: Noise,
     *,
     eta: float = 0.0,
-    prediction: Prediction = "eps",
-    variance: Variance = "fixed_small",
+    prediction: str = "eps",
     clip_x0: bool = False,
 ) -> jax.Array:
     """DDIM Eq. 12: x_{t-1} = √ᾱ_{t-1} x0 + √(1-ᾱ_{t-1}-σ_t²) ε + σ_t z; x_T f32[B,H,W,C] -> x0.
 
     σ_t = η√β̃_t (Eq. 16). η = 0 is deterministic and never calls noise; η = 1 equals `ddpm` with
-    'fixed_small', step for step. variance is DDPM's and is not read.
+    'fixed_small', step for step. A learned variance is not read.
 
     Raises UserError for η outside [0, 1], and as `gaussian.p_mean_variance` does.
     """
-    del variance
     if not 0 <= eta <= 1:
         raise UserError(
             f"ddim's eta is {eta}: expected 0 (deterministic) to 1 (as much noise as DDPM)."
@@ -133,7 +128,3 @@ def ddim(
 def _table_index(schedule: Schedule, x_t: jax.Array, i: jax.Array) -> jax.Array:
     """The index into the tables of step i, counted from the noisiest, per sample -> i32[B]."""
     return jnp.full(x_t.shape[:1], len(schedule) - 1 - i)
-
-
-# config.sample.sampler -> (denoise, schedule, x_T, noise, *, prediction, variance, clip_x0, eta)
-SAMPLERS: dict[str, Callable[..., jax.Array]] = {"ddpm": ddpm, "ddim": ddim}

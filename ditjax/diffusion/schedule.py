@@ -210,15 +210,16 @@ def _ddim_timesteps(num_timesteps: int, spec: str) -> np.ndarray:
     return np.arange(0, num_timesteps, reachable[count], dtype=np.int64)
 
 
-def respace(schedule: Schedule, spec: str) -> Schedule:
-    """Nichol & Dhariwal Eq. 19: the retained steps keep their ᾱ, so β' = 1 - ᾱ_i / ᾱ_{i-1}.
-
-    Raises UserError as `space_timesteps` does.
-    """
-    retained = space_timesteps(len(schedule), spec)
-    alphas_bar = schedule.alphas_bar[retained]
+def retained(schedule: Schedule, steps: np.ndarray) -> Schedule:
+    """Nichol & Dhariwal Eq. 19: retained steps i[S] keep their ᾱ, so β' = 1 - ᾱ_i / ᾱ_{i-1}."""
+    alphas_bar = schedule.alphas_bar[steps]
     betas = 1 - alphas_bar / np.append(1.0, alphas_bar[:-1])
-    return Schedule(betas, schedule.timesteps[retained], schedule.num_train_timesteps)
+    return Schedule(betas, schedule.timesteps[steps], schedule.num_train_timesteps)
+
+
+def respace(schedule: Schedule, spec: str) -> Schedule:
+    """Retain the steps of a respacing (`space_timesteps`). Raises UserError as that does."""
+    return retained(schedule, space_timesteps(len(schedule), spec))
 
 
 def extract(table: np.ndarray, t: jax.Array, ndim: int) -> jax.Array:

@@ -24,7 +24,7 @@ from ditjax.runs import opening
 from ditjax.tasks import make_task
 from ditjax.training import keys
 from ditjax.training.program import precise
-from ditjax.training.task import Frozen, ValidationScore
+from ditjax.training.task import Frozen, Task, ValidationScore
 
 # (params, first example, rows of at most B) -> name: f32[rows]
 Measure = Callable[[Any, int, dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -72,11 +72,12 @@ def measure_of(
 def held_out_means(c: Config, mesh: Mesh, params: Any) -> tuple[dict[str, float], dict[str, Any]]:
     """Return (means of the task's score over config.evaluate.split, their protocol).
 
-    Raises UserError for a task without a score.
+    Raises UserError for a task without a score of every example.
     """
-    score = make_task(c, mesh).score
-    if score is None:
+    scores = [each for each in make_task(c, mesh).scores if not each.num]
+    if not scores:
         raise UserError(f"config.task is {c.task!r}: it has no score and draws no samples.")
+    (score,) = scores
     size, start = c.train.batch_size, 0
     rules.check_batch(size, mesh, "config.train.batch_size")
     measure = measure_of(c, score, mesh, {}, size)
@@ -97,33 +98,32 @@ class Validator:
 
     def __init__(self, mesh: Mesh, frozen: Frozen) -> None:
         self._mesh, self._frozen = mesh, frozen
-        self._programs: dict[Any, tuple[ValidationScore, Measure]] = {}
+        self._programs: dict[Any, list[tuple[ValidationScore, Measure]]] = {}
         self._infos: dict[source.DataSpec, source.DatasetInfo] = {}
         self._kept: dict[Any, list[HostBatch]] = {}
 
     def __call__(self, c: Config, params: Any) -> dict[str, float]:
-        """Return val_loss (L_simple), val_vlb (bits/dim at t) of a learned variance, and _stderr.
+        """Return the means of the task's scores that have a number of examples; {} for none.
 
-        They are means over config.evaluate.val_loss_num pairs; {} for 0. The standard error is
-        that over other draws with the same images. Raises UserError for a missing split or a
-        damaged record.
+        For diffusion these are val_loss (L_simple) and val_vlb (bits/dim at t) of a learned
+        variance over config.evaluate.val_loss_num pairs, and bits_per_dim over bpd_num images.
+        _stderr is the standard error over other draws with the same images. Raises UserError for a
+        missing split or a damaged record.
         """
-        n = c.evaluate.val_loss_num
-        if not n:
-            return {}
-        score, measure = self._program(c)
-        starts = range(0, n, c.sample.batch_size)
-        parts = [
-            measure(params, start, rows)
-            for start, rows in zip(starts, self._images(c), strict=True)
-        ]
-        drawn = score.drawn(np.arange(n))
         found: dict[str, float] = {}
-        for name, metric in score.names.items():
-            values = np.concatenate([part[name] for part in parts])[:n].astype(np.float64)
-            found[metric] = float(values.mean())
-            if "t" in drawn:
-                found[f"{metric}_stderr"] = systematic_error(values, drawn["t"])
+        for score, measure in self._program(c):
+            starts = range(0, score.num, c.sample.batch_size)
+            parts = [
+                measure(params, start, rows)
+                for start, rows in zip(starts, self._images(c, score.num), strict=True)
+            ]
+            drawn = score.drawn(np.arange(score.num))
+            for name, metric in score.names.items():
+                values = np.concatenate([part[name] for part in parts])[: score.num]
+                values = values.astype(np.float64)
+                found[metric] = float(values.mean())
+                if "t" in drawn:
+                    found[f"{metric}_stderr"] = systematic_error(values, drawn["t"])
         return found
 
     def protocol(self, c: Config) -> dict[str, Any]:
@@ -131,27 +131,24 @@ class Validator:
 
         Raises UserError like a call, but before anything is computed.
         """
-        if not c.evaluate.val_loss_num:
+        scores = _counted(c, make_task(c))
+        if not scores:
             return {}
-        score = make_task(c).score
-        return {
-            "val_loss_num": c.evaluate.val_loss_num,
-            "val_loss_data": f"{self._info(c).full_name}/{c.evaluate.split}",
-            **(score.protocol if score else {}),
-        }
+        found: dict[str, Any] = {"val_loss_data": f"{self._info(c).full_name}/{c.evaluate.split}"}
+        if c.evaluate.val_loss_num:
+            found = {"val_loss_num": c.evaluate.val_loss_num, **found}
+        for score in scores:
+            found |= score.protocol
+        return found
 
-    def _program(self, c: Config) -> tuple[ValidationScore, Measure]:
+    def _program(self, c: Config) -> list[tuple[ValidationScore, Measure]]:
         key = (c.task, c.model, c.diffusion, c.data, c.autoencoder, c.evaluate, c.sample.batch_size)
         if key not in self._programs:
-            score = make_task(c, self._mesh).score
-            if score is None or not score.num:
-                raise UserError(
-                    f"config.evaluate.val_loss_num is {c.evaluate.val_loss_num}, and task"
-                    f" {c.task!r} has no validation loss: set it to 0."
-                )
-            rules.check_batch(c.sample.batch_size, self._mesh, "config.sample.batch_size")
-            measure = measure_of(c, score, self._mesh, self._frozen, c.sample.batch_size)
-            self._programs[key] = score, measure
+            self._programs[key] = []
+            for score in _counted(c, make_task(c, self._mesh)):
+                rules.check_batch(c.sample.batch_size, self._mesh, "config.sample.batch_size")
+                measure = measure_of(c, score, self._mesh, self._frozen, c.sample.batch_size)
+                self._programs[key].append((score, measure))
         return self._programs[key]
 
     def _info(self, c: Config) -> source.DatasetInfo:
@@ -160,12 +157,10 @@ class Validator:
             self._infos[spec] = source.dataset_info(spec.name, spec.split, spec.data_dir)
         return self._infos[spec]
 
-    def _images(self, c: Config) -> Iterator[HostBatch]:
+    def _images(self, c: Config, num: int) -> Iterator[HostBatch]:
         """Yield batches of the pairs' images; small sets stay in memory for the next call."""
         spec, size = held_out(c), c.sample.batch_size
-        records = stream.records_of_step(
-            c.evaluate.seed, 1, c.evaluate.val_loss_num, self._info(c).num_examples
-        )
+        records = stream.records_of_step(c.evaluate.seed, 1, num, self._info(c).num_examples)
         key = (spec, size, c.evaluate.seed, len(records))
         if key in self._kept:
             return iter(self._kept[key])
@@ -174,6 +169,17 @@ class Validator:
             return batches
         self._kept[key] = list(batches)
         return iter(self._kept[key])
+
+
+def _counted(c: Config, task: Task) -> list[ValidationScore]:
+    """The scores of a number of examples. Raises UserError if the recipe asks for what is none."""
+    found = [score for score in task.scores if score.num]
+    if c.evaluate.val_loss_num and not found:
+        raise UserError(
+            f"config.evaluate.val_loss_num is {c.evaluate.val_loss_num}, and task"
+            f" {c.task!r} has no validation loss: set it to 0."
+        )
+    return found
 
 
 def held_out(c: Config) -> source.DataSpec:

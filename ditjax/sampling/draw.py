@@ -111,7 +111,6 @@ def sampling_protocol(c: Config, *, seed: int, labels: str, decoder: str) -> dic
         "seed": seed,
         "sampler": s.sampler,
         "steps": s.steps,
-        "eta": s.eta if s.sampler == "ddim" else None,
         "cfg_scale": s.cfg_scale,
         "cfg_channels": s.cfg_channels if guided else None,
         "cfg_interval": list(s.cfg_interval) if guided else None,
@@ -121,6 +120,7 @@ def sampling_protocol(c: Config, *, seed: int, labels: str, decoder: str) -> dic
         "decoder": decoder,
         "image_size": c.data.image_size,
         "sampling_precision": [c.model.dtype, c.model.matmul],
+        **sampling_of(c, make_task(c)).protocol,
     }
 
 

@@ -23,6 +23,11 @@ def sampling_gflops(c: Config) -> float:
     sampling = make_task(c).sampling
     if sampling is None:
         raise UserError(f"config.task is {c.task!r}: it draws no samples.")
+    if sampling.timesteps is None:
+        raise UserError(
+            f"config.sample.sampler is {c.sample.sampler!r}, whose evaluations are not known before"
+            " it runs: its cost has no figure; choose a sampler of fixed steps."
+        )
     return cost_of(c).gflops * (len(sampling.timesteps) + sampling.guided)
 
 

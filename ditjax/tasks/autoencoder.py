@@ -69,14 +69,16 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         prepare=lambda frozen, batch, key: {"x0": batch["image"], "label": batch["label"]},
         draw=draw,
         loss=loss,
-        score=ValidationScore(
-            measure,
-            names={"psnr_db": "psnr_db"},
-            protocol={
-                "metric": "PSNR",
-                "split": c.evaluate.split,
-                "image_size": c.data.image_size,
-            },
+        scores=(
+            ValidationScore(
+                measure,
+                names={"psnr_db": "psnr_db"},
+                protocol={
+                    "metric": "PSNR",
+                    "split": c.evaluate.split,
+                    "image_size": c.data.image_size,
+                },
+            ),
         ),
     )
 

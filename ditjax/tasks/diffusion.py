@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -12,23 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax.config import (
-    Config,
-    FrozenAutoencoder,
-    Sample,
-    Section,
-    at_least,
-    at_most,
-    key,
-    lookup,
-    network_module,
-    registered,
-)
+from ditjax.config import Config, FrozenAutoencoder, Sample, lookup, network_module
 from ditjax.data.names import is_latents
 from ditjax.diffusion import losses, samplers
 from ditjax.diffusion.gaussian import Denoise
 from ditjax.diffusion.guidance import guide, within
-from ditjax.diffusion.schedule import Schedule, make_schedule, respace
+from ditjax.diffusion.likelihood import density_bits_per_dim, log_density
+from ditjax.diffusion.times import stratified_times
 from ditjax.errors import UserError
 from ditjax.models import kernels
 from ditjax.models.attention import attend
@@ -37,6 +26,19 @@ from ditjax.models.embed import ANYWHERE, Placement, drop_labels
 from ditjax.models.network import DTYPES, Conditions, Inputs, Network
 from ditjax.parallel import rules
 from ditjax.tasks import autoencoder
+from ditjax.tasks.objective import (
+    LOSS_REGISTRY,
+    Diffusion,
+    check_sampling,
+    objective_of,
+    options_of,
+    process_of,
+    protocol_of,
+    sampler_of,
+    time_draw,
+    times_of,
+    validation_target,
+)
 from ditjax.training.step import Batch, Metrics
 from ditjax.training.task import (
     IDENTITY,
@@ -47,39 +49,6 @@ from ditjax.training.task import (
     Task,
     ValidationScore,
 )
-
-LOSS_REGISTRY = "ditjax.diffusion.losses.LOSSES"
-SAMPLER_REGISTRY = "ditjax.diffusion.samplers.SAMPLERS"
-
-
-@dataclass(frozen=True)
-class Diffusion(Section):
-    """The diffusion process and the training objective (`diffusion/`)."""
-
-    timesteps: int = key(1000, at_least(2), at_most(100_000))
-    schedule: Literal["linear", "cosine"] = key("linear")
-    prediction: Literal["eps", "x0", "v"] = key("eps")
-    variance: Literal["learned_range", "fixed_small", "fixed_large"] = key("learned_range")
-    # 'hybrid', 'simple', 'vlb' or the dotted name of your own function
-    loss: str = key("hybrid", registered(LOSS_REGISTRY))
-
-    def check(self, c: Config) -> None:
-        if self.schedule == "linear" and self.timesteps <= 20:
-            raise UserError(
-                f"config.diffusion.timesteps is {self.timesteps}: the linear schedule needs at"
-                " least 21; set more, or config.diffusion.schedule to 'cosine'."
-            )
-        if self.loss == "hybrid" and self.variance != "learned_range":
-            raise UserError(
-                f"config.diffusion.loss is 'hybrid' with variance {self.variance!r}: L_vlb would"
-                " train nothing. Set variance 'learned_range', or loss 'simple'."
-            )
-        if self.loss == "simple" and self.variance == "learned_range":
-            raise UserError(
-                "config.diffusion.loss is 'simple' with variance 'learned_range': nothing would"
-                " train the variance. Set loss 'hybrid', or variance 'fixed_small'."
-            )
-
 
 # ---- the network of a recipe
 
@@ -135,21 +104,6 @@ def denoiser_module(c: Config, mesh: Mesh | None = None) -> Any:
     return network_of(c).module(c.model, inputs_of(c), place)
 
 
-def full_schedule(c: Config) -> Schedule:
-    """The training schedule of a recipe."""
-    return make_schedule(c.diffusion.schedule, c.diffusion.timesteps)
-
-
-def objective_of(c: Config) -> losses.Objective:
-    """The process of a recipe, and what its network predicts of it."""
-    return losses.Objective(full_schedule(c), c.diffusion.prediction, c.diffusion.variance)
-
-
-def sampling_schedule(c: Config) -> Schedule:
-    """The schedule respaced to the recipe's sampling steps."""
-    return respace(full_schedule(c), c.sample.steps)
-
-
 # ---- the task
 
 
@@ -184,7 +138,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         },
         init=init,
         prepare=prepare,
-        draw=functools.partial(draw, c),
+        draw=functools.partial(draw, c, time_draw(c.diffusion)),
         loss=make_loss(c, mesh),
         frozen=lambda mesh: {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {},
         reads=("autoencoder",) if images else (),
@@ -192,17 +146,19 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         rates=network.rates(c.model),
         cost=cost,
         sampling=sampling(c, mesh),
-        score=validation(c, mesh) if c.evaluate.val_loss_num else None,
+        scores=(validation(c, mesh), *([density(c, mesh)] if c.evaluate.bpd_num else [])),
     )
 
 
-def draw(c: Config, batch: Batch, key: jax.Array) -> Batch:
-    """Draw t ~ U and eps ~ N(0, I), and drop labels at random."""
+def draw(
+    c: Config, times: Callable[[jax.Array, int], jax.Array], batch: Batch, key: jax.Array
+) -> Batch:
+    """Draw times and eps ~ N(0, I), and drop labels at random."""
     key_t, key_eps, key_drop = jax.random.split(key, 3)
     x0, label = batch["x0"], batch["label"]
     return {
         "x0": x0,
-        "t": losses.sample_timesteps(key_t, len(x0), c.diffusion.timesteps),
+        "t": times(key_t, len(x0)),
         "eps": jax.random.normal(key_eps, x0.shape, jnp.float32),
         "y": drop_labels(key_drop, label, c.model.label_dropout, c.data.num_classes),
     }
@@ -233,7 +189,7 @@ def check(c: Config) -> None:
             " pixels: name a data set of images, or set config.autoencoder.kind to 'kl'."
         )
     network_of(c).check(c.model, inputs_of(c))
-    sampling_schedule(c)  # raises here rather than at the first sample grid, hours later
+    check_sampling(c)
     guided = c.sample.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
     if guided and c.model.label_dropout == 0:
         raise UserError(
@@ -253,10 +209,8 @@ def check(c: Config) -> None:
 
 def guidance_of(c: Config) -> Guidance:
     """The guidance arguments of a recipe, for a sampler compiled for the same `guided` mode."""
-    # Rounded first: 0.3 * 1000 must be timestep 300, not 301.
-    low, high = (
-        math.ceil(round(share * c.diffusion.timesteps, 6)) for share in c.sample.cfg_interval
-    )
+    process = process_of(c.diffusion)
+    low, high = (process.network_time(share) for share in c.sample.cfg_interval)
     return Guidance(np.float32(c.sample.cfg_scale), np.float32(low), np.float32(high))
 
 
@@ -299,43 +253,45 @@ def denoiser(
 
 def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
     """The sampling of a recipe, on a mesh or one device."""
-    process = sampling_schedule(c)
-    g, t = guidance_of(c), process.timesteps
+    process, sampler = process_of(c.diffusion), sampler_of(c)
+    g, times = guidance_of(c), times_of(c)
+    t = process.c_noise(sampler.evaluated(process, times)) if not sampler.adaptive else None
     sample = dataclasses.replace(c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema")
     return Sampling(
-        draw=sampler(c, mesh),
+        draw=make_sampler(c, mesh),
         guidance=g,
         compiled=(c.model, c.diffusion, c.data, c.autoencoder, sample, guided(c)),
         timesteps=t,
-        guided=0 if guided(c) == "never" else int(((g.low <= t) & (t < g.high)).sum()),
+        guided=0 if guided(c) == "never" or t is None else int(((g.low <= t) & (t < g.high)).sum()),
+        protocol=protocol_of(c),
     )
 
 
-def sampler(
+def make_sampler(
     c: Config, mesh: Mesh | None = None
 ) -> Callable[[Any, Frozen, jax.Array, Conditions, Guidance], jax.Array]:
     """(trained, frozen, keys key[B], conditions, guidance) -> images u8[B,H,W,C].
 
     Sample b depends only on keys[b] and its label, not on the batch that it is drawn in.
     """
-    process = sampling_schedule(c)
     apply: Callable[..., Any] = denoiser_module(c, mesh).apply
-    shape = inputs_of(c).shape
-    solve = lookup(c.sample.sampler, SAMPLER_REGISTRY)
+    shape, times, objective = inputs_of(c).shape, times_of(c), objective_of(c)
+    options = {"clip_x0": c.sample.clip_x0, **options_of(c)}
+    solve, start = sampler_of(c).solve, objective.process.prior_std
 
     def sample(
         trained: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, g: Guidance
     ) -> jax.Array:
         params = IDENTITY.join(frozen.get("base"), trained)
+        denoise = denoiser(c, apply, params, conditions, g)
+        x_T = samplers.initial_noise(keys, shape)
         x0 = solve(
-            denoiser(c, apply, params, conditions, g),
-            process,
-            samplers.initial_noise(keys, shape),
+            denoise,
+            objective,
+            times,
+            x_T if start == 1 else start * x_T,
             samplers.per_sample_noise(keys, shape),
-            prediction=c.diffusion.prediction,
-            variance=c.diffusion.variance,
-            clip_x0=c.sample.clip_x0,
-            eta=c.sample.eta,
+            **options,
         )
         return to_uint8(
             autoencoder.decode_latents(c, frozen["autoencoder"], x0) if c.latent else x0
@@ -356,11 +312,11 @@ def to_uint8(x: jax.Array) -> jax.Array:
 
 
 def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
-    """DDPM Eq. 14 on held-out triples (image, t, eps): mse, and vlb if Σ is learned.
+    """The unweighted loss on held-out triples (image, t, eps): mse, and vlb if Σ is learned.
 
-    These are the parts of `hybrid_loss`, whatever the training objective is; labels are never
-    dropped. The image, the timestep and the noise of triple i depend only on (seed, i), as does the
-    noise of z ~ q(z|x) for latents.
+    For DDPM these are the parts of `hybrid_loss`, whatever the training objective is; labels are
+    never dropped. The image, the time and the noise of triple i depend only on (seed, i), as does
+    the noise of z ~ q(z|x) for latents.
     """
     apply: Callable[..., Any] = denoiser_module(c, mesh).apply
     objective, shape, d = objective_of(c), inputs_of(c).shape, c.diffusion
@@ -387,12 +343,44 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
         measure,
         names={"mse": "val_loss", "vlb": "val_vlb"} if learned else {"mse": "val_loss"},
         protocol={
-            "val_loss_target": f"{d.prediction}, {d.schedule}, {d.timesteps} steps",
+            "val_loss_target": validation_target(d),
             **_latent_protocol(c),
         },
         num=c.evaluate.val_loss_num,
-        # Timesteps are spread evenly over the examples.
-        drawn=lambda indices: {"t": losses.stratified_timesteps(indices, d.timesteps, shift)},
+        # Times are spread evenly over the examples.
+        drawn=lambda indices: {"t": stratified_times(objective.process, indices, shift)},
+    )
+
+
+def density(c: Config, mesh: Mesh | None = None) -> ValidationScore:
+    """Bits/dim of held-out images under the probability-flow ODE (`likelihood.log_density`).
+
+    Bytes are dequantised by uniform noise of one bin; it and the probe depend only on (seed, i).
+    """
+    apply: Callable[..., Any] = denoiser_module(c, mesh).apply
+    objective, shape = objective_of(c), inputs_of(c).shape
+    width, dims = 2 / 255, math.prod(shape)
+
+    def measure(
+        trained: Any, frozen: Frozen, keys: jax.Array, batch: Batch
+    ) -> dict[str, jax.Array]:
+        params = IDENTITY.join(frozen.get("base"), trained)
+        denoise = functools.partial(apply, params, conditions=Conditions(label=batch["label"]))
+        pairs = jax.vmap(jax.random.split)(keys)
+        spread = jax.vmap(lambda key: jax.random.uniform(key, shape))(pairs[:, 0])
+        probe = jax.vmap(lambda key: jax.random.rademacher(key, shape, jnp.float32))(pairs[:, 1])
+        x0 = batch["image"] + width * (spread - 0.5)
+        found = log_density(objective, denoise, x0, probe, rtol=1e-4, atol=1e-4)
+        return {
+            "bpd": density_bits_per_dim(found.log_density, dims, width),
+            "evaluations": found.evaluations.astype(jnp.float32),
+        }
+
+    return ValidationScore(
+        measure,
+        names={"bpd": "bits_per_dim", "evaluations": "bits_per_dim_evaluations"},
+        protocol={"bpd_num": c.evaluate.bpd_num, "bpd_solver": "dopri5, rtol 1e-4, bins of 2/255"},
+        num=c.evaluate.bpd_num,
     )
 
 

@@ -45,15 +45,18 @@ class Sampling(NamedTuple):
 
     `draw(trained, frozen, keys key[B], conditions, guidance)` -> images u8[B,H,W,C]; output b
     depends only on keys[b] and its conditions. `guidance` are the arguments of this recipe.
-    Recipes with equal `compiled` share a program. The network is evaluated at `timesteps` i32[n],
-    twice at `guided` of them.
+    Recipes with equal `compiled` share a program. The network is evaluated at `timesteps` [n], the
+    times that it is given, twice at `guided` of them; None if they are not known before. `protocol`
+    are the fields of the sampling
+    protocol that only this task has.
     """
 
     draw: Callable[[Any, Frozen, jax.Array, Conditions, Any], jax.Array]
     guidance: Any
     compiled: Any
-    timesteps: np.ndarray
+    timesteps: np.ndarray | None
     guided: int
+    protocol: Mapping[str, Any] = {}
 
 
 class ValidationScore(NamedTuple):
@@ -61,8 +64,8 @@ class ValidationScore(NamedTuple):
 
     `measure(trained, frozen, keys key[B], batch)` -> {name: f32[B]}. If `num` > 0, that many
     examples are drawn, and `drawn(indices i[n])` adds arrays that depend only on an example's
-    index; if 0, every example of the split is used once. `names` maps each score to the name of its
-    mean. Two values can be compared if their `protocol` is equal.
+    index; if 0, every example of the split is used once, and only by `evaluate`. `names` maps each
+    score to the name of its mean. Two values can be compared if their `protocol` is equal.
     """
 
     measure: Callable[[Any, Frozen, jax.Array, Batch], dict[str, jax.Array]]
@@ -93,7 +96,7 @@ class Task(NamedTuple):
     rates: Callable[[str], float] | None = None  # a parameter's path -> multiplier of its rate
     cost: NetworkCost | None = None
     sampling: Sampling | None = None
-    score: ValidationScore | None = None
+    scores: tuple[ValidationScore, ...] = ()
 
 
 class Definition(NamedTuple):

@@ -8,13 +8,13 @@ import pytest
 from ditjax.diffusion.losses import (
     Objective,
     hybrid_loss,
-    sample_timesteps,
     simple_loss,
-    stratified_timesteps,
     vlb_bits_per_dim,
     vlb_loss,
 )
+from ditjax.diffusion.process import Discrete
 from ditjax.diffusion.schedule import Schedule, make_schedule, respace
+from ditjax.diffusion.times import sample_timesteps, stratified_timesteps
 from ditjax.errors import UserError
 
 SCHEDULE = make_schedule("linear")
@@ -22,7 +22,7 @@ SCHEDULE = make_schedule("linear")
 
 def jitted(function, denoise, schedule, *args, prediction="eps", variance=None, **options):
     """function(objective, denoise, ...), compiled whole: op by op takes ten times as long here."""
-    objective = Objective(schedule, prediction, variance or "learned_range")
+    objective = Objective(Discrete(schedule), prediction, variance or "learned_range")
     return jax.jit(lambda *args: function(objective, denoise, *args, **options))(*args)
 
 
@@ -50,7 +50,7 @@ def test_hybrid_trains_the_mean_by_mse_alone_and_the_variance_by_vlb_alone(relea
 
     def gradient(loss, part):
         def total(out):
-            return loss(Objective(SCHEDULE), lambda x, t: out, x0, t, eps)[part].sum()
+            return loss(Objective(Discrete(SCHEDULE)), lambda x, t: out, x0, t, eps)[part].sum()
 
         return jnp.split(jax.jit(jax.grad(total))(out), 2, axis=-1)
 
@@ -182,7 +182,9 @@ def test_training_terms_sum_to_the_bound(release):
     vlb = jitted(vlb_bits_per_dim, release.denoise, schedule, x0, noise=noise)
     for loss in (vlb_loss, hybrid_loss):
         at = jax.jit(
-            lambda t, eps, loss=loss: loss(Objective(schedule), release.denoise, x0, t, eps)["vlb"]
+            lambda t, eps, loss=loss: loss(
+                Objective(Discrete(schedule)), release.denoise, x0, t, eps
+            )["vlb"]
         )
         for i in range(6):
             term = at(jnp.full(6, i, jnp.int32), noise(jnp.int32(i)))
@@ -197,7 +199,7 @@ def test_bound_is_one_scan_with_one_trace_of_the_network(release):
         return release.denoise(x, t)
 
     jaxpr = jax.make_jaxpr(
-        lambda x0: vlb_bits_per_dim(Objective(SCHEDULE), denoise, x0, release.noise).total
+        lambda x0: vlb_bits_per_dim(Objective(Discrete(SCHEDULE)), denoise, x0, release.noise).total
     )(release.x0)
     assert len(traces) == 1
     assert [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"] == [1000]
@@ -237,9 +239,9 @@ def test_stratified_timesteps_leave_no_part_out():
 def test_losses_refuse_what_cannot_be_trained(release):
     args = (release.x0, release.t, release.eps)
     with pytest.raises(UserError, match="expected 'learned_range'"):
-        hybrid_loss(Objective(SCHEDULE, variance="fixed_small"), release.denoise, *args)
+        hybrid_loss(Objective(Discrete(SCHEDULE), variance="fixed_small"), release.denoise, *args)
     for loss in (hybrid_loss, vlb_loss):
         with pytest.raises(UserError, match="8 output channels"):
-            loss(Objective(SCHEDULE), lambda x, t: x, *args)
+            loss(Objective(Discrete(SCHEDULE)), lambda x, t: x, *args)
     with pytest.raises(UserError, match="gives 3 channels"):
-        simple_loss(Objective(SCHEDULE), lambda x, t: x[..., :3], *args)
+        simple_loss(Objective(Discrete(SCHEDULE)), lambda x, t: x[..., :3], *args)

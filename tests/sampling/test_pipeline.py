@@ -93,7 +93,7 @@ def test_nothing_is_compiled_twice(pixels, monkeypatch):
 def traces(monkeypatch):
     """A list that grows by the matmul precision in force each time that a sampler is traced."""
     found = []
-    made = diffusion.sampler
+    made = diffusion.make_sampler
 
     def make(*args):
         sample = made(*args)
@@ -104,7 +104,7 @@ def traces(monkeypatch):
 
         return traced
 
-    monkeypatch.setattr(diffusion, "sampler", make)
+    monkeypatch.setattr(diffusion, "make_sampler", make)
     return found
 
 
@@ -177,7 +177,8 @@ def test_images(pixels, latent, tmp_path):
         ({"steps": 1001}, "respacing '1001'"),
         ({"steps": 2.5}, "respacing '2.5'"),
         ({"steps": "ddim"}, "respacing 'ddim'"),
-        ({"sampler": "euler"}, "sampler: 'euler': expected one of 'ddpm', 'ddim'"),
+        ({"sampler": "eular"}, "sampler: 'eular': expected one of 'ddpm', 'ddim'"),
+        ({"sampler": "euler"}, "sampler is 'euler', which integrates dx/dt"),
         ({"eta": 2.0}, "eta is 2.0"),
         ({"cfg_channels": "three"}, "cfg_channels is 'three' and the input has 1"),
         ({"batch_size": 3}, "batch_size is 3: not divisible by the mesh's data x fsdp = 8"),

@@ -7,18 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax.diffusion import losses, samplers
+from ditjax.diffusion import losses, samplers, solvers
 from ditjax.diffusion.gaussian import Denoise
-from ditjax.diffusion.schedule import Schedule
 from ditjax.evaluation.features import Extractor, ImageFeatures
 
 
-def twice(
-    denoise: Denoise, schedule: Schedule, x_T: jax.Array, noise: samplers.Noise, **settings: Any
+def _solve_twice(
+    denoise: Denoise,
+    objective: losses.Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: samplers.Noise,
+    **settings: Any,
 ) -> jax.Array:
     """DDIM, and DDIM again from its result: nobody needs it."""
-    x = samplers.ddim(denoise, schedule, x_T, noise, **settings)
-    return samplers.ddim(denoise, schedule, x, noise, **settings)
+    x = solvers.general_ddim(denoise, objective, times, x_T, noise, **settings)
+    return solvers.general_ddim(denoise, objective, times, x, noise, **settings)
+
+
+twice = solvers.Sampler(
+    _solve_twice, evaluated=lambda process, times: np.tile(times[:-1], 2), options=("eta",)
+)
 
 
 def absolute(

@@ -43,7 +43,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         draw=lambda batch, key: batch,
         loss=loss,
         cost=NetworkCost("Brightness", size, size),
-        score=ValidationScore(measure, names={"error": "mse"}, protocol={"metric": "MSE"}),
+        scores=(ValidationScore(measure, names={"error": "mse"}, protocol={"metric": "MSE"}),),
     )
 
 

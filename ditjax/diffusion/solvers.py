@@ -1,0 +1,682 @@
+"""Samplers of any process: each one lax.scan over tables that are made in float64.
+
+One step goes from t to u, from (α, σ) to (A, S). Everything is written in x and x̂0; ε̂ is
+(x - α x̂0)/σ. With h = ln(A/S) - ln(α/σ), e^-h = αS/(Aσ) is 0 at both ends, where α or S is 0, so
+no logarithm of them is taken. The state x is float32.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ditjax.diffusion import samplers
+from ditjax.diffusion.adaptive import dopri5
+from ditjax.diffusion.gaussian import Denoise
+from ditjax.diffusion.losses import Objective
+from ditjax.diffusion.process import (
+    Discrete,
+    Preconditioning,
+    Process,
+    per_sample,
+    precondition,
+)
+from ditjax.diffusion.samplers import Noise
+from ditjax.diffusion.schedule import retained
+from ditjax.errors import UserError
+
+# x f32[B,H,W,C], one row of a table of preconditionings -> x̂0 f32[B,H,W,C]
+Estimate = Callable[[jax.Array, Any], jax.Array]
+# (process, times f64[n + 1]) -> the times at which the network is evaluated
+EvaluationTimes = Callable[[Process, np.ndarray], np.ndarray]
+
+
+def every_step(process: Process, times: np.ndarray) -> np.ndarray:
+    """One evaluation at the start of each step."""
+    return times[:-1]
+
+
+def both_ends(process: Process, times: np.ndarray) -> np.ndarray:
+    """Two evaluations a step, at its start and end; one in the last."""
+    return np.append(np.stack([times[:-2], times[1:-1]], axis=1).ravel(), times[-2])
+
+
+class Sampler(NamedTuple):
+    """A sampler: `solve(denoise, objective, times, x_T, noise, *, clip_x0, **options)` -> x0.
+
+    times f64[n + 1] are static, from noise to data (`grids.grid_times`). `options` are the keys of
+    config.sample that it reads, with which it is called and which its protocol records. `evaluated`
+    are the times at which the network is evaluated. `discrete`: it needs a process of discrete
+    steps, on its own grid. `derivatives`: it needs α̇ and σ̇, which such a process does not have.
+    `check(process, times, **options)` raises UserError for a combination that cannot be solved.
+    `adaptive`: it chooses its own steps, one sample's apart from another's.
+    """
+
+    solve: Callable[..., jax.Array]
+    evaluated: EvaluationTimes = every_step
+    options: tuple[str, ...] = ()
+    discrete: bool = False
+    derivatives: bool = False
+    check: Callable[..., Any] | None = None
+    adaptive: bool = False
+
+
+# ---- the steps
+
+
+class _Steps(NamedTuple):
+    """Tables of n steps: a step is x ← keep x + Σ_j move_j x̂0_j + spread z, newest x̂0 first."""
+
+    point: Preconditioning  # f64[n] each
+    keep: np.ndarray  # f64[n]
+    move: np.ndarray  # f64[n,k]
+    spread: np.ndarray | None = None  # f64[n]
+
+
+class _Pairs(NamedTuple):
+    """α, σ at both ends of each step, e^-h and h, f64[n] each; h is infinite where e^-h is 0."""
+
+    alpha: np.ndarray
+    sigma: np.ndarray
+    alpha_next: np.ndarray
+    sigma_next: np.ndarray
+    decay: np.ndarray
+    h: np.ndarray
+
+
+def _pairs(process: Process, times: np.ndarray) -> _Pairs:
+    c = process.at(times)
+    alpha, sigma = (np.broadcast_to(v, times.shape) for v in (c.alpha, c.sigma))
+    a, s, A, S = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
+    decay = a * S / (A * s)
+    with np.errstate(divide="ignore"):
+        return _Pairs(a, s, A, S, decay, -np.log(decay))
+
+
+def _points(objective: Objective, times: np.ndarray) -> Preconditioning:
+    p, prediction = objective.process, objective.prediction
+    return precondition(p, prediction, np.asarray(times, np.float64), t_eps=objective.t_eps)
+
+
+def _estimator(denoise: Denoise, x: jax.Array, clip_x0: bool) -> Estimate:
+    """Build the estimate of x0 at one row of a table, clipped to [-1, 1] for pixels."""
+    batch, channels = x.shape[0], x.shape[-1]
+
+    def estimate(x: jax.Array, point: Preconditioning) -> jax.Array:
+        out = denoise(point.c_in * x, jnp.full((batch,), point.c_noise))
+        # A learned variance, if the network has one, is not read.
+        predicted = out[..., :channels].astype(x.dtype)
+        x0 = point.c_skip * x + point.c_out * predicted
+        return jnp.clip(x0, -1, 1) if clip_x0 else x0
+
+    return estimate
+
+
+def _on_device(tables: Any, dtype: Any) -> Any:
+    """Move tables to the device: floating ones as the state's type, integers as they are."""
+
+    def move(table: np.ndarray) -> jax.Array:
+        kind = dtype if np.issubdtype(table.dtype, np.floating) else table.dtype
+        return jnp.asarray(table, kind)
+
+    return jax.tree.map(move, tables)
+
+
+def _linear(estimate: Estimate, steps: _Steps, x: jax.Array, noise: Noise) -> jax.Array:
+    """Run steps that are linear in x and in the newest k estimates of x0."""
+    history = (jnp.zeros_like(x),) * (steps.move.shape[1] - 1)
+
+    def step(carry: Any, row: Any) -> tuple[Any, None]:
+        (x, history), (i, s) = carry, row
+        x0s = (estimate(x, s.point), *history)
+        x = s.keep * x + sum(s.move[j] * x0 for j, x0 in enumerate(x0s))
+        if s.spread is not None:
+            x = x + s.spread * noise(i)
+        return (x, x0s[:-1]), None
+
+    rows = (jnp.arange(len(steps.keep)), _on_device(steps, x.dtype))
+    (x, _), _ = jax.lax.scan(step, (x, history), rows)
+    return x
+
+
+def general_ddim(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+    eta: float = 0.0,
+) -> jax.Array:
+    """DDIM Eq. 12 on any process: A x̂0 + √(S² - τ²) ε̂ + τ z, τ = η S √(1 - e^-2h).
+
+    η = 1 is ancestral sampling. Order 1.
+    """
+    if isinstance(objective.process, Discrete):
+        schedule = retained(objective.process.schedule, times[-2::-1].astype(np.int64))
+        return samplers.ddim(
+            denoise,
+            schedule,
+            x_T,
+            noise,
+            eta=eta,
+            prediction=objective.prediction,
+            clip_x0=clip_x0,
+        )
+    p = _pairs(objective.process, times)
+    spread = eta * p.sigma_next * np.sqrt(1 - p.decay**2)
+    keep = np.sqrt(p.sigma_next**2 - spread**2) / p.sigma
+    move = (p.alpha_next - p.alpha * keep)[:, None]
+    steps = _Steps(_points(objective, times[:-1]), keep, move, spread if eta else None)
+    return _linear(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+
+
+def respaced_ddpm(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+) -> jax.Array:
+    """DDPM Alg. 2 on the schedule respaced to `times` (`samplers.ddpm`)."""
+    schedule = retained(objective.schedule, times[-2::-1].astype(np.int64))
+    return samplers.ddpm(
+        denoise,
+        schedule,
+        x_T,
+        noise,
+        prediction=objective.prediction,
+        variance=objective.variance,
+        clip_x0=clip_x0,
+    )
+
+
+def _field(process: Process, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The velocity dx/dt = g x + g0 x̂0 -> g, g0 f64[n]."""
+    c = process.at(np.asarray(times, np.float64))
+    g = c.sigma_dot / c.sigma
+    return g, c.alpha_dot - c.alpha * g
+
+
+def euler(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+) -> jax.Array:
+    """Euler's method on dx/dt = α̇ x̂0 + σ̇ ε̂. Order 1; on a flow it is DDIM."""
+    g, g0 = _field(objective.process, times[:-1])
+    dt = np.diff(times)
+    steps = _Steps(_points(objective, times[:-1]), 1 + dt * g, (dt * g0)[:, None])
+    return _linear(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+
+
+class _TwoStage(NamedTuple):
+    """Tables of steps with two evaluations: y = Σ over (x, x̂0), x ← Σ over (x, y, x̂0, x̂0(y))."""
+
+    first: Preconditioning
+    second: Preconditioning
+    inner: np.ndarray  # f64[n,2]
+    outer: np.ndarray  # f64[n,4]
+    churn: np.ndarray | None = None  # f64[n,2]: x ← churn_0 x + churn_1 z before the step
+
+
+def _two_stage(
+    estimate: Estimate, steps: _TwoStage, last: _Steps, x: jax.Array, noise: Noise
+) -> jax.Array:
+    """Run n - 1 steps of two evaluations, and the last one of one."""
+
+    def step(x: jax.Array, row: Any) -> tuple[jax.Array, None]:
+        i, s = row
+        if s.churn is not None:
+            x = s.churn[0] * x + s.churn[1] * noise(i)
+        x0 = estimate(x, s.first)
+        y = s.inner[0] * x + s.inner[1] * x0
+        y0 = estimate(y, s.second)
+        return s.outer[0] * x + s.outer[1] * y + s.outer[2] * x0 + s.outer[3] * y0, None
+
+    rows = (jnp.arange(len(steps.inner)), _on_device(steps, x.dtype))
+    x, _ = jax.lax.scan(step, x, rows)
+    return _linear(estimate, last, x, noise)
+
+
+def heun(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+) -> jax.Array:
+    """Heun's method on dx/dt; the last step is Euler's. Order 2."""
+    g, g0 = _field(objective.process, times[:-1])
+    dt = np.diff(times)
+    keep, move = 1 + dt * g, dt * g0
+    half = dt[:-1] / 2
+    steps = _TwoStage(
+        _points(objective, times[:-2]),
+        _points(objective, times[1:-1]),
+        inner=np.stack([keep[:-1], move[:-1]], 1),
+        outer=np.stack([1 + half * g[:-1], half * g[1:], half * g0[:-1], half * g0[1:]], 1),
+    )
+    last = _Steps(_points(objective, times[-2:-1]), keep[-1:], move[-1:, None])
+    return _two_stage(_estimator(denoise, x_T, clip_x0), steps, last, x_T, noise)
+
+
+def _churned(process: Process, times: np.ndarray, options: Mapping[str, float]) -> np.ndarray:
+    """Karras et al. 2022 Alg. 2, lines 4-6: ŝ of each step but the last -> f64[n-1]."""
+    c = process.at(times[:-2])
+    with np.errstate(divide="ignore"):
+        s = c.sigma / c.alpha
+    n = len(times) - 1
+    gamma = min(options["s_churn"] / n, np.sqrt(2) - 1)
+    inside = (s >= options["s_min"]) & (s <= options["s_max"])
+    return np.where(inside, s * (1 + gamma), s)
+
+
+def edm(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = 1e9,
+    s_noise: float = 1.0,
+) -> jax.Array:
+    """Karras et al. 2022 Alg. 2: Heun's method on x/α against σ/α, with churn. Order 2.
+
+    The last step is Euler's, and so is a first step from α = 0, where σ/α has no value.
+    """
+    process = objective.process
+    c = process.at(times)
+    churn, starts = None, times[:-2]
+    if s_churn:
+        options = {"s_churn": s_churn, "s_min": s_min, "s_max": s_max}
+        s, s_hat = (
+            _churned(process, times, {**options, "s_churn": 0.0}),
+            _churned(process, times, options),
+        )
+        moved = s_hat > s
+        starts = np.where(moved, process.time_of(np.where(moved, s_hat, 1.0)), starts)
+        spread = s_noise * np.sqrt(np.where(moved, s_hat**2 - np.where(moved, s, 0) ** 2, 0))
+        alpha = process.at(starts).alpha
+        ratio = np.where(moved, alpha / np.where(moved, c.alpha[:-2], 1), 1)
+        churn = np.stack([ratio, alpha * spread], 1)
+    p = _ends(process, starts, times[1:-1])
+    whole = p.alpha > 0
+    # x' = A (x/α + (s' - s)(ε̂ + ε̂')/2), in x, y = the Euler step, x̂0 and x̂0(y).
+    step = np.where(whole, p.sigma_next / p.alpha_next - p.sigma / np.where(whole, p.alpha, 1), 0)
+    half = p.alpha_next * step / 2
+    keep, move = p.sigma_next / p.sigma, p.alpha_next - p.alpha * p.sigma_next / p.sigma
+    steps = _TwoStage(
+        _points(objective, starts),
+        _points(objective, times[1:-1]),
+        inner=np.stack([keep, move], 1),
+        outer=np.stack(
+            [
+                keep - half / p.sigma,
+                half / p.sigma_next,
+                move + half * p.alpha / p.sigma,
+                -half * p.alpha_next / p.sigma_next,
+            ],
+            1,
+        ),
+        churn=churn,
+    )
+    return _two_stage(
+        _estimator(denoise, x_T, clip_x0), steps, _to_data(objective, times), x_T, noise
+    )
+
+
+def _ends(process: Process, starts: np.ndarray, ends: np.ndarray) -> _Pairs:
+    """As `_pairs`, for steps that do not follow each other."""
+    a, b = process.at(starts), process.at(ends)
+    decay = a.alpha * b.sigma / (b.alpha * a.sigma)
+    with np.errstate(divide="ignore"):
+        return _Pairs(a.alpha, a.sigma, b.alpha, b.sigma, decay, -np.log(decay))
+
+
+def _to_data(objective: Objective, times: np.ndarray) -> _Steps:
+    """The last step: x ← A x̂0 + S ε̂."""
+    p = _pairs(objective.process, times[-2:])
+    keep = p.sigma_next / p.sigma
+    return _Steps(_points(objective, times[-2:-1]), keep, (p.alpha_next - p.alpha * keep)[:, None])
+
+
+def _second_order(p: _Pairs) -> np.ndarray:
+    """r of x̂0 + r (x̂0 - x̂0_prev): h/(2 h_prev); 0 in the first step, and from or to an infinity."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = np.append(0.0, p.h[1:] / p.h[:-1] / 2)
+    return np.where(np.isfinite(r), r, 0.0)
+
+
+def dpmpp_2m(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+) -> jax.Array:
+    """Lu et al. 2022 (DPM-Solver++) Alg. 2, multistep, of order 2."""
+    p = _pairs(objective.process, times)
+    gain, r = p.alpha_next * (1 - p.decay), _second_order(p)
+    move = np.stack([gain * (1 + r), -gain * r], 1)
+    steps = _Steps(_points(objective, times[:-1]), p.sigma_next / p.sigma, move)
+    return _linear(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+
+
+def dpmpp_2m_sde(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+) -> jax.Array:
+    """Lu et al. 2022's SDE solver of order 2, multistep: S √(1 - e^-2h) of new noise a step."""
+    p = _pairs(objective.process, times)
+    gain, r = p.alpha_next * (1 - p.decay**2), _second_order(p)
+    move = np.stack([gain * (1 + r), -gain * r], 1)
+    keep = p.sigma_next / p.sigma * p.decay
+    spread = p.sigma_next * np.sqrt(1 - p.decay**2)
+    steps = _Steps(_points(objective, times[:-1]), keep, move, spread)
+    return _linear(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+
+
+def _middles(process: Process, times: np.ndarray) -> np.ndarray:
+    """The middle of each step but the last in ln(α/σ), or the end of one that starts at α = 0."""
+    c = process.at(times[:-1])
+    with np.errstate(divide="ignore"):
+        s = c.sigma / c.alpha
+    middle = np.where(
+        np.isfinite(s[:-1]), np.sqrt(np.where(np.isfinite(s), s, 1)[:-1] * s[1:]), s[1:]
+    )
+    return process.time_of(middle)
+
+
+def start_and_middle(process: Process, times: np.ndarray) -> np.ndarray:
+    """Two evaluations a step, at its start and middle; one in the last."""
+    return np.append(np.stack([times[:-2], _middles(process, times)], 1).ravel(), times[-2])
+
+
+def dpmpp_2s(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+) -> jax.Array:
+    """Lu et al. 2022 (DPM-Solver++) Alg. 1, singlestep, of order 2."""
+    process = objective.process
+    middles = _middles(process, times)
+    whole, inner = _ends(process, times[:-2], times[1:-1]), _ends(process, times[:-2], middles)
+    # The weight of x̂0(y): 1 at the middle of ln(α/σ), less where a discrete process rounds it.
+    with np.errstate(invalid="ignore"):
+        r = inner.h / whole.h
+    weight = np.where(np.isfinite(r), 1 / (2 * np.where(np.isfinite(r), r, 1)), 0)
+    gain = whole.alpha_next * (1 - whole.decay)
+    zero = np.zeros_like(gain)
+    steps = _TwoStage(
+        _points(objective, times[:-2]),
+        _points(objective, middles),
+        inner=np.stack([inner.sigma_next / inner.sigma, inner.alpha_next * (1 - inner.decay)], 1),
+        outer=np.stack(
+            [whole.sigma_next / whole.sigma, zero, gain * (1 - weight), gain * weight], 1
+        ),
+    )
+    return _two_stage(
+        _estimator(denoise, x_T, clip_x0), steps, _to_data(objective, times), x_T, noise
+    )
+
+
+# ---- UniPC
+
+
+def _unipc_weights(h: float, history: list[float], order: int, corrects: bool) -> np.ndarray:
+    """Zhao et al. 2023 Eq. 3: weights of (x̂0_0, ..., x̂0_order-1, x̂0 at the end) in a step.
+
+    history: λ of the earlier estimates minus λ of the newest. B(h) = e^-h - 1.
+    """
+    finite = [d for d in history[: order - 1] if np.isfinite(d)]
+    order = len(finite) + 1
+    r = np.array([*(d / h for d in finite), 1.0])
+    big = np.expm1(-h)
+    phi, factorial, b = (big / -h - 1 if np.isfinite(h) else -1.0), 1, []
+    for i in range(1, order + 1):
+        b.append(phi * factorial / big)
+        factorial *= i + 1
+        phi = (phi / -h if np.isfinite(h) else 0.0) - 1 / factorial
+    R = np.stack([r**k for k in range(order)])
+    rho = np.zeros(order)
+    if corrects:
+        rho = np.array([0.5]) if order == 1 else np.linalg.solve(R, np.array(b))
+    elif order > 1:
+        inner = np.array([0.5]) if order == 2 else np.linalg.solve(R[:-1, :-1], np.array(b[:-1]))
+        rho[:-1] = inner
+    # Σ ρ_k (x̂0_k - x̂0_0)/r_k, with r = 1 for the estimate at the end.
+    weights = np.zeros(order + 1)
+    weights[1:] = rho / r
+    weights[0] = -weights[1:].sum()
+    return -big * weights
+
+
+class _Corrected(NamedTuple):
+    """Tables of UniPC: after step i's prediction, the next row corrects x and predicts again."""
+
+    point: Preconditioning
+    correct: np.ndarray  # f64[n,1 + p + 1]: weights of the state before, of x̂0s, of the new x̂0
+    keep: np.ndarray
+    move: np.ndarray  # f64[n,p]
+
+
+def unipc(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+    order: int = 2,
+) -> jax.Array:
+    """Zhao et al. 2023 (UniPC), B(h) = e^-h - 1, of order 1 to 3; n evaluations.
+
+    The corrector reuses the estimate at the predicted state.
+    """
+    p, n = _pairs(objective.process, times), len(times) - 1
+    c = objective.process.at(times)
+    with np.errstate(divide="ignore"):
+        logs = np.log(c.alpha / c.sigma)
+    keep = p.sigma_next / p.sigma
+    gain = p.alpha_next * (1 - p.decay)
+    move, correct = np.zeros((n, order)), np.zeros((n, order + 2))
+    correct[0, 0] = np.nan  # never used: nothing was predicted before the first step
+    for i in range(n):
+        # Towards the data, where h is infinite, the order falls to 1.
+        now = min(order, i + 1, n - i if p.sigma_next[-1] == 0 else order)
+        history = [logs[i - k] - logs[i] for k in range(1, now)]
+        w = p.alpha_next[i] * _unipc_weights(p.h[i], history, now, corrects=False)
+        move[i, : len(w) - 1] = w[:-1]
+        move[i, 0] += gain[i]
+        if i + 1 < n:
+            w = p.alpha_next[i] * _unipc_weights(p.h[i], history, now, corrects=True)
+            correct[i + 1, 0] = keep[i]
+            correct[i + 1, 1 : len(w)] = w[:-1]
+            correct[i + 1, 1] += gain[i]
+            correct[i + 1, -1] = w[-1]
+    steps = _Corrected(_points(objective, times[:-1]), correct[:, :], keep, move)
+    estimate = _estimator(denoise, x_T, clip_x0)
+
+    def step(carry: Any, row: Any) -> tuple[Any, None]:
+        (x, before, history), (i, s) = carry, row
+        x0 = estimate(x, s.point)
+        corrected = s.correct[0] * before + s.correct[-1] * x0
+        corrected += sum(s.correct[1 + j] * each for j, each in enumerate(history))
+        x = jnp.where(i > 0, corrected, x)
+        history = (x0, *history[:-1])
+        moved = s.keep * x + sum(s.move[j] * each for j, each in enumerate(history))
+        return (moved, x, history), None
+
+    zeros = (jnp.zeros_like(x_T),) * order
+    rows = (jnp.arange(n), _on_device(steps, x_T.dtype))
+    (x, _, _), _ = jax.lax.scan(step, (x_T, x_T, zeros), rows)
+    return x
+
+
+# ---- the SDE
+
+
+# config.sample.sde_form -> (process, t, σ/α coefficients) -> w of the SDE; SiT Sec. 3 and its code
+SDE_FORMS: Mapping[str, Callable[[Process, np.ndarray], np.ndarray]] = {
+    "constant": lambda p, t: np.ones_like(t),
+    "sigma": lambda p, t: p.at(t).sigma,
+    "sbdm": lambda p, t: _sbdm(p, t),
+    "linear": lambda p, t: t,
+    "decreasing": lambda p, t: 0.25 * (np.cos(np.pi * (1 - t)) + 1) ** 2,
+    "increasing_decreasing": lambda p, t: np.sin(np.pi * t) ** 2,
+}
+
+
+def _sbdm(process: Process, t: np.ndarray) -> np.ndarray:
+    """σσ̇ - σ²α̇/α: the diffusion of the process itself."""
+    c = process.at(t)
+    return c.sigma * c.sigma_dot - c.sigma**2 * c.alpha_dot / c.alpha
+
+
+def sde_diffusion(
+    process: Process, times: np.ndarray, *, sde_form: str, sde_norm: float, **others: Any
+) -> np.ndarray:
+    """Return w at the start of each step -> f64[n]. Raises UserError where it is infinite."""
+    starts = times[:-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        w = 2 * sde_norm * SDE_FORMS[sde_form](process, starts)
+    if not np.all(np.isfinite(w)):
+        raise UserError(
+            f"sde_form {sde_form!r} from time {starts[0]:g}, where its diffusion is infinite:"
+            " expected a form that is finite there, such as 'sigma'."
+        )
+    return w
+
+
+def sde(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+    sde_form: str = "sigma",
+    sde_norm: float = 1.0,
+    sde_last: str = "mean",
+) -> jax.Array:
+    """Ma et al. 2024 (SiT) Eq. 9 by Euler and Maruyama: dx = (v + ½w ε̂/σ) dt + √w dW, backwards.
+
+    The last step adds no noise: 'mean' keeps the drift, 'euler' the velocity alone, 'tweedie' is
+    x̂0. Weak order 1.
+    """
+    process, starts = objective.process, times[:-1]
+    g, g0 = _field(process, starts)
+    c, dt = process.at(starts), np.diff(times)
+    w = sde_diffusion(process, times, sde_form=sde_form, sde_norm=sde_norm)
+    w[-1] = w[-1] if sde_last == "mean" else 0.0
+    half = w / 2 / c.sigma**2
+    keep, move = 1 + dt * (g + half), dt * (g0 - c.alpha * half)
+    if sde_last == "tweedie":
+        keep[-1], move[-1] = 0.0, 1.0
+    spread = np.sqrt(-w * dt)
+    spread[-1] = 0.0
+    steps = _Steps(_points(objective, starts), keep, move[:, None], spread)
+    return _linear(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+
+
+# ---- adaptive steps
+
+
+def velocity_of(
+    objective: Objective, denoise: Denoise, t: jax.Array, x: jax.Array, clip_x0: bool = False
+) -> jax.Array:
+    """The velocity dx/dt = α̇ x̂0 + σ̇ ε̂ at x f[B,...], t [B], from any prediction -> f[B,...]."""
+    process, prediction = objective.process, objective.prediction
+    p, c = precondition(process, prediction, t, t_eps=objective.t_eps), process.at(t)
+
+    def column(value: jax.Array) -> jax.Array:
+        return per_sample(value, x.ndim)
+
+    out = denoise(column(p.c_in) * x, p.c_noise)[..., : x.shape[-1]].astype(x.dtype)
+    if prediction == "velocity" and not clip_x0:
+        return out
+    x0 = column(p.c_skip) * x + column(p.c_out) * out
+    x0 = jnp.clip(x0, -1, 1) if clip_x0 else x0
+    eps = (x - column(c.alpha) * x0) / column(c.sigma)
+    return column(c.alpha_dot) * x0 + column(c.sigma_dot) * eps
+
+
+def data_time(objective: Objective) -> float:
+    """The time at which the ODE meets the data: 0 where the velocity is finite there, else 1e-4."""
+    process = objective.process
+    exact = objective.prediction == "velocity" and process.low == 0
+    return 0.0 if exact else getattr(process, "sigma_min", 1e-4)
+
+
+def adaptive_ode(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+    rtol: float = 1e-4,
+) -> jax.Array:
+    """Dormand & Prince's method from noise to data, each sample with its own steps, to `rtol`.
+
+    Of `times` only the ends count. Its evaluations are not known before.
+    """
+    end = max(float(times[-1]), data_time(objective))
+    solved = dopri5(
+        lambda t, x: velocity_of(objective, denoise, t, x, clip_x0),
+        x_T,
+        float(times[0]),
+        end,
+        rtol=rtol,
+        atol=rtol,
+    )
+    x0: jax.Array = solved.state
+    return x0
+
+
+# config.sample.sampler -> sampler
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(respaced_ddpm, discrete=True),
+    "ddim": Sampler(general_ddim, options=("eta",)),
+    "euler": Sampler(euler, derivatives=True),
+    "heun": Sampler(heun, both_ends, derivatives=True),
+    "edm": Sampler(edm, both_ends, ("s_churn", "s_min", "s_max", "s_noise")),
+    "dpmpp_2m": Sampler(dpmpp_2m),
+    "dpmpp_2s": Sampler(dpmpp_2s, start_and_middle),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde),
+    "unipc": Sampler(unipc, options=("order",)),
+    "dopri5": Sampler(adaptive_ode, options=("rtol",), derivatives=True, adaptive=True),
+    "sde": Sampler(
+        sde, options=("sde_form", "sde_norm", "sde_last"), derivatives=True, check=sde_diffusion
+    ),
+}

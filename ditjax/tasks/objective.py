@@ -1,0 +1,249 @@
+"""The keys of `config.diffusion`, and the process, times and objective that they describe."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from ditjax.config import (
+    Config,
+    Sample,
+    Section,
+    above,
+    at_least,
+    at_most,
+    between,
+    key,
+    lookup,
+    registered,
+)
+from ditjax.diffusion import grids, process
+from ditjax.diffusion.losses import Objective
+from ditjax.diffusion.process import Discrete, Process
+from ditjax.diffusion.schedule import make_schedule
+from ditjax.diffusion.solvers import SAMPLERS, Sampler
+from ditjax.diffusion.times import Times, draw_times
+from ditjax.diffusion.weighting import Weighting, check_weighting
+from ditjax.errors import UserError
+
+LOSS_REGISTRY = "ditjax.diffusion.losses.LOSSES"
+SAMPLER_REGISTRY = "ditjax.diffusion.solvers.SAMPLERS"
+
+
+@dataclass(frozen=True)
+class Diffusion(Section):
+    """The process, and the training objective (`diffusion/`)."""
+
+    process: Literal["ddpm", "flow", "gvp", "vp", "edm"] = key("ddpm")
+    timesteps: int = key(1000, at_least(2), at_most(100_000))
+    schedule: Literal["linear", "cosine"] = key("linear")
+    prediction: Literal["eps", "x0", "v", "velocity", "F"] = key("eps")
+    variance: Literal["learned_range", "fixed_small", "fixed_large", "none"] = key("learned_range")
+    # 'hybrid', 'simple', 'vlb' or the dotted name of your own function
+    loss: str = key("hybrid", registered(LOSS_REGISTRY))
+    weighting: Literal[
+        "none", "eps", "x0", "velocity", "min_snr", "p2", "edm", "sigmoid", "likelihood"
+    ] = key("none")
+    weighting_gamma: float = key(5.0, above(0))  # of 'min_snr' and 'p2'
+    weighting_bias: float = key(1.0)  # of 'sigmoid'
+    time: Literal["uniform", "logit_normal", "mode", "cosmap"] = key("uniform")
+    time_mean: float = key(0.0)  # of 'logit_normal'
+    time_std: float = key(1.0, above(0))
+    time_mode: float = key(1.29, between(-1, 1.75))  # s of 'mode'
+    time_stratified: bool = key(False)
+    time_shift: float = key(1.0, above(0))
+    time_scale: float = key(1000.0, above(0))  # the network is given time_scale * t
+    t_eps: float = key(0.0, between(0, 0.5))  # bounds a flow's velocity near the data
+    sigma_data: float = key(0.5, above(0))  # of the data: EDM's
+    sigma_min: float = key(0.002, above(0))
+    sigma_max: float = key(80.0, above(0))
+
+    def check(self, c: Config) -> None:
+        _check_read(self)
+        if self.process == "ddpm":
+            _check_discrete(self)
+        elif self.loss in ("hybrid", "vlb") or self.variance != "none":
+            raise UserError(
+                f"config.diffusion.process is {self.process!r}, which has no variational bound and"
+                f" no variance, and config.diffusion has loss {self.loss!r} and variance"
+                f" {self.variance!r}: set loss 'simple' and variance 'none'."
+            )
+        if self.sigma_min >= self.sigma_max:
+            raise UserError(
+                f"config.diffusion.sigma_min is {self.sigma_min} and sigma_max {self.sigma_max}:"
+                " expected a smaller sigma_min."
+            )
+        made = process_of(self)
+        process.check_prediction(made, self.prediction)
+        check_weighting(made, self.weighting)
+
+
+# Keys that only some values of another key read: a change of any other would do nothing.
+_READ_BY: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "timesteps": ("process", ("ddpm",)),
+    "schedule": ("process", ("ddpm",)),
+    "time_scale": ("process", ("flow", "gvp", "vp", "edm")),
+    "t_eps": ("process", ("flow",)),
+    "sigma_min": ("process", ("edm",)),
+    "sigma_max": ("process", ("edm",)),
+    "weighting_gamma": ("weighting", ("min_snr", "p2")),
+    "weighting_bias": ("weighting", ("sigmoid",)),
+    "time_mean": ("time", ("logit_normal",)),
+    "time_std": ("time", ("logit_normal",)),
+    "time_mode": ("time", ("mode",)),
+}
+
+
+def _check_read(d: Diffusion) -> None:
+    """Raise UserError for a key that nothing reads."""
+    defaults = Diffusion()
+    for name, (other, values) in _READ_BY.items():
+        if getattr(d, name) != getattr(defaults, name) and getattr(d, other) not in values:
+            wanted = " or ".join(map(repr, values))
+            raise UserError(
+                f"config.diffusion.{name} is {getattr(d, name)!r}, and only {other} {wanted} reads"
+                f" it: config.diffusion.{other} is {getattr(d, other)!r}. Leave one of them out."
+            )
+
+
+def _check_discrete(d: Diffusion) -> None:
+    if d.schedule == "linear" and d.timesteps <= 20:
+        raise UserError(
+            f"config.diffusion.timesteps is {d.timesteps}: the linear schedule needs at"
+            " least 21; set more, or config.diffusion.schedule to 'cosine'."
+        )
+    if d.loss == "hybrid" and d.variance != "learned_range":
+        raise UserError(
+            f"config.diffusion.loss is 'hybrid' with variance {d.variance!r}: L_vlb would"
+            " train nothing. Set variance 'learned_range', or loss 'simple'."
+        )
+    if d.loss == "simple" and d.variance == "learned_range":
+        raise UserError(
+            "config.diffusion.loss is 'simple' with variance 'learned_range': nothing would"
+            " train the variance. Set loss 'hybrid', or variance 'fixed_small'."
+        )
+    if d.variance == "none":
+        raise UserError(
+            "config.diffusion.variance is 'none' with process 'ddpm', whose steps have one: set it"
+            " to 'learned_range', 'fixed_small' or 'fixed_large'."
+        )
+
+
+def process_of(d: Diffusion) -> Process:
+    """The process of a recipe."""
+    if d.process == "ddpm":
+        return Discrete(make_schedule(d.schedule, d.timesteps))
+    if d.process == "edm":
+        return process.EDM(d.time_scale, d.sigma_data, d.sigma_min, d.sigma_max)
+    return process.SCALED[d.process](d.time_scale)
+
+
+def objective_of(c: Config) -> Objective:
+    """The process of a recipe, what its network predicts of it, and how errors are weighted."""
+    d = c.diffusion
+    weighting = Weighting(d.weighting, d.weighting_gamma, d.weighting_bias, d.sigma_data, d.t_eps)
+    return Objective(process_of(d), d.prediction, d.variance, weighting, d.t_eps)
+
+
+def time_draw(d: Diffusion) -> Any:
+    """Build the draw of training times: (key, batch) -> t f32[B], or i32[B] for DDPM."""
+    made = process_of(d)
+    times = Times(d.time, d.time_mean, d.time_std, d.time_mode, d.time_stratified, d.time_shift)
+
+    def drawn(key: jax.Array, batch: int) -> jax.Array:
+        return draw_times(times, made, key, batch)
+
+    return drawn
+
+
+def sampler_of(c: Config) -> Sampler:
+    """The sampler of a recipe."""
+    sampler: Sampler = lookup(c.sample.sampler, SAMPLER_REGISTRY)
+    return sampler
+
+
+def options_of(c: Config) -> dict[str, Any]:
+    """The options that the recipe's sampler reads."""
+    return {name: getattr(c.sample, name) for name in sampler_of(c).options}
+
+
+def times_of(c: Config) -> np.ndarray:
+    """The times of the recipe's sampler, from noise to data -> f64[n + 1]."""
+    s = c.sample
+    return grids.grid_times(
+        process_of(c.diffusion),
+        s.steps,
+        prediction=c.diffusion.prediction,
+        grid=s.grid,
+        rho=s.rho,
+        shift=s.shift,
+        last_step=s.last_step,
+    )
+
+
+# Fields of config.sample that a protocol records only where they differ from the default, so that
+# protocols of old results keep their hashes.
+_NEW_FIELDS = ("grid", "rho", "shift", "last_step")
+
+
+def protocol_of(c: Config) -> dict[str, Any]:
+    """What the sampler and its grid add to a sampling protocol."""
+    options, defaults = options_of(c), Sample()
+    found = {"eta": options.pop("eta", None)}
+    options |= {name: getattr(c.sample, name) for name in _NEW_FIELDS}
+    return found | {k: v for k, v in options.items() if v != getattr(defaults, k)}
+
+
+def validation_target(d: Diffusion) -> str:
+    """What a validation loss is the error of: losses of different targets are not comparable."""
+    if d.process == "ddpm":
+        return f"{d.prediction}, {d.schedule}, {d.timesteps} steps"
+    scale = f" {d.sigma_min:g} to {d.sigma_max:g} of {d.sigma_data:g}" if d.process == "edm" else ""
+    return f"{d.prediction}, {d.process}{scale}"
+
+
+def check_sampling(c: Config) -> None:
+    """Raise UserError for a sampler, grid and options that do not go together."""
+    s, defaults, sampler = c.sample, Sample(), sampler_of(c)
+    times = times_of(c)  # raises here rather than at the first sample grid, hours later
+    made = process_of(c.diffusion)
+    discrete = isinstance(made, Discrete)
+    if sampler.discrete and not (discrete and not s.grid):
+        on = f" on grid {s.grid!r}" if s.grid else ""
+        raise UserError(
+            f"config.sample.sampler is {s.sampler!r} and config.diffusion.process"
+            f" {c.diffusion.process!r}{on}: it needs process 'ddpm' on its own grid; choose"
+            " another sampler, such as 'ddim' or 'dpmpp_2m'."
+        )
+    if sampler.derivatives and discrete:
+        raise UserError(
+            f"config.sample.sampler is {s.sampler!r}, which integrates dx/dt, and process 'ddpm'"
+            " has no derivative by t: choose another, such as 'ddim', 'dpmpp_2m' or 'edm'."
+        )
+    every = {name for each in SAMPLERS.values() for name in each.options}
+    for name in sorted(every - set(sampler.options) - {"eta"}):
+        if getattr(s, name) != getattr(defaults, name):
+            raise UserError(
+                f"config.sample.{name} is {getattr(s, name)!r}, which sampler {s.sampler!r} does"
+                " not read: leave it out, or choose a sampler that does."
+            )
+    grid = s.grid or grids.default_grid(made)
+    for name, reader in (("rho", "karras"), ("last_step", "uniform")):
+        if getattr(s, name) != getattr(defaults, name) and grid != reader:
+            raise UserError(
+                f"config.sample.{name} is {getattr(s, name)}, which only the grid {reader!r}"
+                " reads: leave it out."
+            )
+    if sampler.adaptive and s.cfg_scale != 1 and s.cfg_interval != (0.0, 1.0):
+        raise UserError(
+            f"config.sample.sampler is {s.sampler!r} and cfg_interval {s.cfg_interval}: its samples"
+            " are at different times, so that no step is inside for all; guide every step."
+        )
+    if c.evaluate.bpd_num and (discrete or c.latent):
+        reason = "latents have no density of pixels" if c.latent else "process 'ddpm' has no ODE"
+        raise UserError(
+            f"config.evaluate.bpd_num is {c.evaluate.bpd_num}, and {reason}: set it to 0."
+        )
+    if sampler.check:
+        sampler.check(made, times, **options_of(c))
