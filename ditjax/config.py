@@ -522,6 +522,11 @@ class Sample(Section):
     cfg_channels: Literal["all", "three"] = key("three", protocol=True)
     # (low, high): guidance only at timesteps low <= t/T < high
     cfg_interval: tuple[float, ...] = key((0.0, 1.0), protocol=True)
+    cfg_rule: Literal["cfg", "rescale", "apg", "zero"] = key("cfg", protocol=True)
+    cfg_rescale: float = key(0.7, between(0, 1), protocol=True)  # of 'rescale'
+    apg_eta: float = key(0.0, between(0, 1), protocol=True)  # of 'apg'
+    apg_norm: float = key(0.0, at_least(0), protocol=True)  # of 'apg'; 0 = no bound
+    zero_steps: int = non_negative(0, most=100_000)  # of 'zero': first steps that do not move
     clip_x0: bool = key(False, protocol=True)  # clamp the predicted x_0 to [-1, 1]: pixels only
     weights: Literal["ema", "model"] = key("ema", protocol=True)  # averaged, or as trained
     batch_size: int = positive(64, most=2**24)

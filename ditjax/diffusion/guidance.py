@@ -1,4 +1,4 @@
-"""Classifier-free guidance: one denoiser from conditional and unconditional predictions."""
+"""Guidance: one denoiser from conditional and unconditional predictions."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -14,6 +14,78 @@ DenoisePair = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 GuidedChannels = Literal["all", "three"]
 
+# (conditional, unconditional, scale, x, timesteps i32[B] or f32[B]) -> the guided prediction. All
+# but the scale and the times are f32[B,H,W,C] of the guided channels; the prediction is in the
+# network's own space, and x is the network's input.
+GuidanceRule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def classifier_free(
+    c: jax.Array, u: jax.Array, s: jax.Array, x: jax.Array, t: jax.Array
+) -> jax.Array:
+    """Ho & Salimans Eq. 6 with s = 1 + w. Its weights sum to 1: the same in any space."""
+    return u + s * (c - u)
+
+
+def rescaled(share: float) -> GuidanceRule:
+    """Lin et al. 2023 Sec. 3.4: a share of the guided prediction gets the conditional one's std.
+
+    The deviation is over H, W, C of each sample, so the rule depends on what the network predicts.
+    """
+
+    def rule(c: jax.Array, u: jax.Array, s: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+        guided = classifier_free(c, u, s, x, t)
+        axes = tuple(range(1, c.ndim))
+        ratio = c.std(axes, keepdims=True, ddof=1) / guided.std(axes, keepdims=True, ddof=1)
+        return share * (guided * ratio) + (1 - share) * guided
+
+    return rule
+
+
+def projected(
+    eta: float, norm: float, coefficients: Callable[[jax.Array], tuple[jax.Array, ...]]
+) -> GuidanceRule:
+    """Sadat et al. 2024 (APG), in x0-space and without momentum.
+
+    x̂0 = x̂0_c + (s - 1)(Δ_⊥ + η Δ_∥): Δ = x̂0_c - x̂0_u, shortened to `norm` if that is above 0, is
+    split along x̂0_c. coefficients(timesteps) -> c_in, c_skip, c_out f32[B,1,...,1] turn predictions
+    into x̂0 and back.
+    """
+
+    def rule(c: jax.Array, u: jax.Array, s: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+        c_in, c_skip, c_out = coefficients(t)
+        x0, change = c_skip / c_in * x + c_out * c, c_out * (c - u)
+        axes = tuple(range(1, c.ndim))
+        if norm:
+            length = jnp.sqrt(jnp.square(change).sum(axes, keepdims=True))
+            change = change * jnp.minimum(1, norm / jnp.maximum(length, 1e-12))
+        along = (change * x0).sum(axes, keepdims=True)
+        parallel = along / jnp.maximum(jnp.square(x0).sum(axes, keepdims=True), 1e-12) * x0
+        return c + (s - 1) * (change - parallel + eta * parallel) / c_out
+
+    return rule
+
+
+def zero_star(c: jax.Array, u: jax.Array, s: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+    """Fan et al. 2025 (CFG-Zero*): the unconditional velocity is scaled onto the conditional one.
+
+    s* = <c, u>/|u|²; s* u + s (c - s* u). For velocities only.
+    """
+    axes = tuple(range(1, c.ndim))
+    share = (c * u).sum(axes, keepdims=True) / (jnp.square(u).sum(axes, keepdims=True) + 1e-8)
+    return classifier_free(c, share * u, s, x, t)
+
+
+def zero_above(denoise: Denoise, bound: float) -> Denoise:
+    """Fan et al. 2025: a velocity of 0 at times above `bound`, the first steps of a flow."""
+
+    def still(x: jax.Array, timesteps: jax.Array) -> jax.Array:
+        out = denoise(x, timesteps)
+        moving = (timesteps <= bound).reshape((-1,) + (1,) * (out.ndim - 1))
+        return jnp.where(moving, out, 0)
+
+    return still
+
 
 def guide(
     denoise_pair: DenoisePair,
@@ -21,8 +93,11 @@ def guide(
     *,
     channels: GuidedChannels = "all",
     x_channels: int,
+    rule: GuidanceRule = classifier_free,
 ) -> Denoise:
     """DiT Sec. 3.1, Ho & Salimans Eq. 6 with s = 1 + w: ε̂ = ε(x,∅) + s (ε(x,c) - ε(x,∅)).
+
+    `rule` is another way to combine the two.
 
     scale f32[] or f32[B]: 0 is unconditional, 1 conditional. x_channels is C. channels: 'all'
     guides all C channels of the prediction; 'three' guides the first three only, as the DiT release
@@ -54,7 +129,8 @@ def guide(
         c, u = conditional[..., :guided_channels], unconditional[..., :guided_channels]
         s = jnp.asarray(scale, c.dtype)
         s = s.reshape(s.shape + (1,) * (c.ndim - 1)) if s.ndim else s
-        return jnp.concatenate([u + s * (c - u), conditional[..., guided_channels:]], axis=-1)
+        combined = rule(c, u, s, x[..., :guided_channels], timesteps)
+        return jnp.concatenate([combined, conditional[..., guided_channels:]], axis=-1)
 
     return guided
 

@@ -80,6 +80,10 @@ class Process:
         """Return the time that the network is given."""
         raise NotImplementedError
 
+    def time_of_noise(self, c_noise: jax.Array) -> jax.Array:
+        """Invert `c_noise`: the network's time -> t."""
+        raise NotImplementedError
+
     @property
     def prior_std(self) -> float:
         """The standard deviation of the noise that sampling starts from."""
@@ -126,6 +130,9 @@ class _Scaled(Process):
 
     def c_noise(self, t: Any) -> Any:
         return self.time_scale * t
+
+    def time_of_noise(self, c_noise: jax.Array) -> jax.Array:
+        return c_noise / self.time_scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +221,9 @@ class EDM(Process):
     def c_noise(self, t: Any) -> Any:
         return self.time_scale * 0.25 * _namespace(t).log(t)
 
+    def time_of_noise(self, c_noise: jax.Array) -> jax.Array:
+        return jnp.exp(4 / self.time_scale * c_noise)
+
     @property
     def prior_std(self) -> float:
         return self.sigma_max
@@ -261,6 +271,9 @@ class Discrete(Process):
     def c_noise(self, t: Any) -> Any:
         steps = self.schedule.timesteps
         return steps[np.clip(np.rint(t).astype(np.int64), 0, len(steps) - 1)].astype(np.int32)
+
+    def time_of_noise(self, c_noise: jax.Array) -> jax.Array:
+        return jnp.searchsorted(jnp.asarray(self.schedule.timesteps, jnp.int32), c_noise)
 
     def first_time(self, prediction: str) -> float:
         return len(self.schedule) - 1

@@ -15,7 +15,7 @@ from ditjax.config import Config, FrozenAutoencoder, Sample, lookup, network_mod
 from ditjax.data.names import is_latents
 from ditjax.diffusion import losses, samplers
 from ditjax.diffusion.gaussian import Denoise
-from ditjax.diffusion.guidance import guide, within
+from ditjax.diffusion.guidance import guide, within, zero_above
 from ditjax.diffusion.likelihood import density_bits_per_dim, log_density
 from ditjax.diffusion.times import stratified_times
 from ditjax.errors import UserError
@@ -30,6 +30,7 @@ from ditjax.tasks.objective import (
     LOSS_REGISTRY,
     Diffusion,
     check_sampling,
+    guidance_rule,
     objective_of,
     options_of,
     process_of,
@@ -247,7 +248,16 @@ def denoiser(
         conditional, unconditional = jnp.split(both, 2)
         return conditional, unconditional
 
-    always = guide(pair, g.scale, channels=c.sample.cfg_channels, x_channels=c.input_channels)
+    always = guide(
+        pair,
+        g.scale,
+        channels=c.sample.cfg_channels,
+        x_channels=c.input_channels,
+        rule=guidance_rule(c),
+    )
+    if c.sample.zero_steps:
+        first = times_of(c)[c.sample.zero_steps]
+        always = zero_above(always, float(process_of(c.diffusion).c_noise(first)))
     return always if guided(c) == "always" else within(always, conditional, g.low, g.high)
 
 

@@ -19,8 +19,15 @@ from ditjax.config import (
     registered,
 )
 from ditjax.diffusion import grids, process
+from ditjax.diffusion.guidance import (
+    GuidanceRule,
+    classifier_free,
+    projected,
+    rescaled,
+    zero_star,
+)
 from ditjax.diffusion.losses import Objective
-from ditjax.diffusion.process import Discrete, Process
+from ditjax.diffusion.process import Discrete, Process, per_sample, precondition
 from ditjax.diffusion.schedule import make_schedule
 from ditjax.diffusion.solvers import SAMPLERS, Sampler
 from ditjax.diffusion.times import Times, draw_times
@@ -182,6 +189,52 @@ def times_of(c: Config) -> np.ndarray:
     )
 
 
+def guidance_rule(c: Config) -> GuidanceRule:
+    """The rule of a recipe that combines conditional and unconditional predictions."""
+    s, process, prediction = c.sample, process_of(c.diffusion), c.diffusion.prediction
+
+    def coefficients(timesteps: jax.Array) -> tuple[jax.Array, ...]:
+        p = precondition(process, prediction, process.time_of_noise(timesteps))
+        return tuple(per_sample(each, 4) for each in (p.c_in, p.c_skip, p.c_out))
+
+    rules: dict[str, GuidanceRule] = {
+        "cfg": classifier_free,
+        "rescale": rescaled(s.cfg_rescale),
+        "apg": projected(s.apg_eta, s.apg_norm, coefficients),
+        "zero": zero_star,
+    }
+    return rules[s.cfg_rule]
+
+
+# Keys of config.sample that one rule of guidance reads.
+_OF_RULE = {
+    "cfg_rescale": "rescale",
+    "apg_eta": "apg",
+    "apg_norm": "apg",
+    "zero_steps": "zero",
+}
+
+
+def _check_guidance(c: Config) -> None:
+    s, defaults = c.sample, Sample()
+    for name, rule in _OF_RULE.items():
+        if getattr(s, name) != getattr(defaults, name) and s.cfg_rule != rule:
+            raise UserError(
+                f"config.sample.{name} is {getattr(s, name)}, which only cfg_rule {rule!r} reads:"
+                f" config.sample.cfg_rule is {s.cfg_rule!r}. Leave one of them out."
+            )
+    if s.cfg_rule == "zero" and c.diffusion.prediction != "velocity":
+        raise UserError(
+            "config.sample.cfg_rule is 'zero' and config.diffusion.prediction"
+            f" {c.diffusion.prediction!r}: it is a rule for velocities; choose another."
+        )
+    if s.zero_steps >= len(times_of(c)) - 1:
+        raise UserError(
+            f"config.sample.zero_steps is {s.zero_steps} of {len(times_of(c)) - 1} steps: expected"
+            " fewer, as a step that does not move draws nothing."
+        )
+
+
 # Fields of config.sample that a protocol records only where they differ from the default, so that
 # protocols of old results keep their hashes.
 _NEW_FIELDS = ("grid", "rho", "shift", "last_step")
@@ -192,6 +245,11 @@ def protocol_of(c: Config) -> dict[str, Any]:
     options, defaults = options_of(c), Sample()
     found = {"eta": options.pop("eta", None)}
     options |= {name: getattr(c.sample, name) for name in _NEW_FIELDS}
+    if c.sample.cfg_scale != 1 and c.sample.cfg_rule != "cfg":
+        names = [name for name, rule in _OF_RULE.items() if rule == c.sample.cfg_rule]
+        # Other than cfg's, these rules are not the same in every space.
+        found |= {"cfg_rule": c.sample.cfg_rule, "cfg_space": c.diffusion.prediction}
+        found |= {name: getattr(c.sample, name) for name in names}
     return found | {k: v for k, v in options.items() if v != getattr(defaults, k)}
 
 
@@ -240,6 +298,7 @@ def check_sampling(c: Config) -> None:
             f"config.sample.sampler is {s.sampler!r} and cfg_interval {s.cfg_interval}: its samples"
             " are at different times, so that no step is inside for all; guide every step."
         )
+    _check_guidance(c)
     if c.evaluate.bpd_num and (discrete or c.latent):
         reason = "latents have no density of pixels" if c.latent else "process 'ddpm' has no ODE"
         raise UserError(

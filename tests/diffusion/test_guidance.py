@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from ditjax.diffusion.gaussian import eps_from_v, eps_from_x0, q_sample
-from ditjax.diffusion.guidance import guide, within
+from ditjax.diffusion.guidance import (
+    classifier_free,
+    guide,
+    projected,
+    rescaled,
+    within,
+    zero_above,
+    zero_star,
+)
+from ditjax.diffusion.process import Flow, per_sample, precondition
 from ditjax.diffusion.schedule import make_schedule
 from ditjax.errors import UserError
 
@@ -146,3 +155,96 @@ def test_what_cannot_be_guided():
         guide(pair, 1.5, channels="all", x_channels=9)(X, T)
     with pytest.raises(UserError, match="two equal shapes"):
         guide(lambda x, t: (x, x[:1]), 1.5, x_channels=4)(X, T)
+
+
+# ---- other rules, on a flow whose network predicts in one space or another
+
+RNG = np.random.default_rng(8)
+X0C, X0U, XT = (jnp.asarray(RNG.standard_normal((3, 2, 2, 4)), jnp.float32) for _ in range(3))
+TIMES = jnp.asarray([200.0, 500.0, 900.0])
+
+
+def coefficients(prediction):
+    def of(timesteps):
+        p = precondition(Flow(), prediction, timesteps / 1000)
+        return tuple(per_sample(each, 4) for each in (p.c_in, p.c_skip, p.c_out))
+
+    return of
+
+
+def in_space(prediction, x0):
+    """The network's output whose estimate is x0."""
+    _, skip, out = coefficients(prediction)(TIMES)
+    return (x0 - skip * XT) / out
+
+
+def estimate(prediction, rule, scale=3.0):
+    """x̂0 of the guided prediction."""
+
+    def of_two(x, t):
+        return in_space(prediction, X0C), in_space(prediction, X0U)
+
+    guided = guide(of_two, scale, x_channels=4, rule=rule(prediction))(XT, TIMES)
+    _, skip, out = coefficients(prediction)(TIMES)
+    return np.asarray(skip * XT + out * guided)
+
+
+def flat(x):
+    return np.asarray(x, np.float64).reshape(len(x), -1)
+
+
+def test_only_cfg_and_apg_are_the_same_in_every_space():
+    """What a protocol must record: the space of the others."""
+    rules = {
+        "cfg": lambda prediction: classifier_free,
+        "apg": lambda prediction: projected(0.3, 2.0, coefficients(prediction)),
+        "rescale": lambda prediction: rescaled(0.7),
+        "zero": lambda prediction: zero_star,
+    }
+    apart = {
+        name: np.abs(estimate("velocity", rule) - estimate("x0", rule)).max()
+        for name, rule in rules.items()
+    }
+    assert apart["cfg"] < 1e-5
+    assert apart["apg"] < 1e-5
+    assert apart["rescale"] > 0.05
+    assert apart["zero"] > 0.05
+
+
+@pytest.mark.parametrize(("eta", "norm"), [(0.0, 0.0), (1.0, 0.0), (0.3, 1.5)])
+def test_apg_drops_what_is_parallel(eta, norm):
+    found = estimate("velocity", lambda p: projected(eta, norm, coefficients(p)))
+    c, change = flat(X0C), flat(X0C) - flat(X0U)
+    if norm:
+        length = np.linalg.norm(change, axis=1, keepdims=True)
+        change = change * np.minimum(1, norm / length)
+    unit = c / np.linalg.norm(c, axis=1, keepdims=True)
+    parallel = (change * unit).sum(1, keepdims=True) * unit
+    expected = c + 2.0 * (change - parallel + eta * parallel)
+    np.testing.assert_allclose(flat(found), expected, atol=2e-5)
+
+
+def test_rescale_keeps_the_conditional_deviation():
+    found = estimate("velocity", lambda p: rescaled(1.0))
+    out = in_space("velocity", jnp.asarray(found))
+    wanted = in_space("velocity", X0C)
+    np.testing.assert_allclose(flat(out).std(1), flat(wanted).std(1), rtol=1e-4)
+
+
+def test_zero_star_scales_the_unconditional_velocity_onto_the_conditional():
+    found = in_space("velocity", jnp.asarray(estimate("velocity", lambda p: zero_star)))
+    c, u = flat(in_space("velocity", X0C)), flat(in_space("velocity", X0U))
+    share = (c * u).sum(1, keepdims=True) / (u * u).sum(1, keepdims=True)
+    np.testing.assert_allclose(flat(found), share * u + 3 * (c - share * u), atol=2e-4)
+
+
+def test_scale_1_is_conditional_in_every_rule_but_zero_star():
+    for rule in (classifier_free, rescaled(0.7), projected(0.3, 2.0, coefficients("velocity"))):
+        found = estimate("velocity", lambda p, rule=rule: rule, scale=1.0)
+        np.testing.assert_allclose(found, X0C, atol=1e-5)
+
+
+def test_no_motion_above_a_time():
+    moved = zero_above(lambda x, t: x + 1, 500.0)(XT, TIMES)
+    np.testing.assert_array_equal(moved[2], 0)
+    np.testing.assert_array_equal(moved[:2], (XT + 1)[:2])

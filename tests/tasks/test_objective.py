@@ -62,6 +62,14 @@ def test_keys_that_do_not_go_together(diffusion, words):
         ({}, {"grid": "karras", "steps": "500"}, "take fewer steps"),
         ({}, {"grid": "uniform", "shift": 3.0}, "expected a process in continuous time"),
         (FLOW, {"grid": "karras", "last_step": 0.1}, "last_step is 0.1, which only the grid"),
+        ({}, {"cfg_rule": "zero"}, "it is a rule for velocities"),
+        (FLOW, {"apg_eta": 0.5}, "apg_eta is 0.5, which only cfg_rule 'apg' reads"),
+        (FLOW, {"cfg_rule": "zero", "zero_steps": 10}, "zero_steps is 10 of 10 steps"),
+        (
+            FLOW,
+            {"sampler": "dopri5", "cfg_scale": 2.0, "cfg_interval": "(0.1, 0.5)"},
+            "no step is inside for all",
+        ),
     ],
 )
 def test_samplers_that_do_not_go_together(diffusion, sample, words):
@@ -84,6 +92,10 @@ def test_a_protocol_grows_only_by_what_is_not_the_default():
     new = protocol(recipe(FLOW, sampler="unipc", order=3, shift=3.0))
     assert {k: v for k, v in new.items() if k not in old} == {"order": 3, "shift": 3.0}
     assert new["eta"] is None
+    guided = protocol(recipe(FLOW, cfg_scale=2.0, cfg_rule="apg"))
+    assert {k: v for k, v in guided.items() if k not in old} == {
+        "cfg_rule": "apg", "cfg_space": "velocity", "apg_eta": 0.0, "apg_norm": 0.0,
+    }  # fmt: skip
 
 
 def test_gflops_count_evaluations():
