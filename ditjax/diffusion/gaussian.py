@@ -19,8 +19,9 @@ from ditjax.errors import UserError, nearest
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
 DISCRETE_PREDICTIONS = ("eps", "x0", "v")
-# "none": of a process in continuous time, whose steps have no variance
-Variance = Literal["learned_range", "fixed_small", "fixed_large", "none"]
+# Of a process in continuous time, whose steps have no variance: "none", or "unused" if the network
+# has channels for one all the same, as SiT's.
+Variance = Literal["learned_range", "fixed_small", "fixed_large", "none", "unused"]
 
 
 def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:

@@ -76,12 +76,14 @@ def zero_star(c: jax.Array, u: jax.Array, s: jax.Array, x: jax.Array, t: jax.Arr
     return classifier_free(c, share * u, s, x, t)
 
 
-def zero_above(denoise: Denoise, bound: float) -> Denoise:
-    """Fan et al. 2025: a velocity of 0 at times above `bound`, the first steps of a flow."""
+def zero_above(
+    denoise: Denoise, bound: float, time_of_noise: Callable[[jax.Array], jax.Array]
+) -> Denoise:
+    """Fan et al. 2025: a velocity of 0 at times t above `bound`, the first steps of a flow."""
 
     def still(x: jax.Array, timesteps: jax.Array) -> jax.Array:
         out = denoise(x, timesteps)
-        moving = (timesteps <= bound).reshape((-1,) + (1,) * (out.ndim - 1))
+        moving = (time_of_noise(timesteps) <= bound + 1e-6).reshape((-1,) + (1,) * (out.ndim - 1))
         return jnp.where(moving, out, 0)
 
     return still

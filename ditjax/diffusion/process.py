@@ -121,18 +121,22 @@ class Process:
 class _Scaled(Process):
     """A process whose network is given `time_scale` t.
 
-    1000 gives DiT's sinusoids the range that they resolve.
+    1000 gives DiT's sinusoids the range that they resolve. `from_noise`: the network's time runs
+    from noise to data, as in SiT, LightningDiT and JiT: it is given `time_scale` (1 - t), and its
+    velocity is -dx/dt.
     """
 
     time_scale: float = 1000.0
+    from_noise: bool = False
 
     predictions: ClassVar[tuple[str, ...]] = ("eps", "x0", "v", "velocity")
 
     def c_noise(self, t: Any) -> Any:
-        return self.time_scale * t
+        return self.time_scale * (1 - t if self.from_noise else t)
 
     def time_of_noise(self, c_noise: jax.Array) -> jax.Array:
-        return c_noise / self.time_scale
+        t = c_noise / self.time_scale
+        return 1 - t if self.from_noise else t
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,9 +315,15 @@ _MIXTURES: Mapping[str, Callable[[Process, Coefficients], tuple[Any, Any]]] = {
     "eps": lambda p, c: (0 * c.sigma, 0 * c.sigma + 1),
     "x0": lambda p, c: (0 * c.sigma + 1, 0 * c.sigma),
     "v": lambda p, c: (-c.sigma, c.alpha),  # Salimans & Ho 2022
-    "velocity": lambda p, c: (c.alpha_dot, c.sigma_dot),  # dx_t/dt at fixed x0 and ε
+    "velocity": lambda p, c: _velocity_mixture(p, c),
     "F": lambda p, c: _edm_mixture(p, c.sigma),
 }
+
+
+def _velocity_mixture(process: Process, c: Coefficients) -> tuple[Any, Any]:
+    """dx_t/dt at fixed x0 and ε, in the network's direction of time."""
+    sign = -1 if getattr(process, "from_noise", False) else 1
+    return sign * c.alpha_dot, sign * c.sigma_dot
 
 
 def _edm_mixture(process: Process, sigma: Any) -> tuple[Any, Any]:

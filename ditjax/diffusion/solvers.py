@@ -623,7 +623,7 @@ def velocity_of(
 
     out = denoise(column(p.c_in) * x, p.c_noise)[..., : x.shape[-1]].astype(x.dtype)
     if prediction == "velocity" and not clip_x0:
-        return out
+        return -out if getattr(process, "from_noise", False) else out
     x0 = column(p.c_skip) * x + column(p.c_out) * out
     x0 = jnp.clip(x0, -1, 1) if clip_x0 else x0
     eps = (x - column(c.alpha) * x0) / column(c.sigma)

@@ -62,7 +62,7 @@ def network_of(c: Config) -> Network:
 
 def inputs_of(c: Config) -> Inputs:
     """The shape of the network's input, and the number of its output channels."""
-    learned = c.diffusion.variance == "learned_range"
+    learned = c.diffusion.variance in ("learned_range", "unused")
     channels = c.input_channels
     return Inputs(
         shape=(c.input_size, c.input_size, channels),
@@ -211,7 +211,7 @@ def check(c: Config) -> None:
 def guidance_of(c: Config) -> Guidance:
     """The guidance arguments of a recipe, for a sampler compiled for the same `guided` mode."""
     process = process_of(c.diffusion)
-    low, high = (process.network_time(share) for share in c.sample.cfg_interval)
+    low, high = sorted(process.network_time(share) for share in c.sample.cfg_interval)
     return Guidance(np.float32(c.sample.cfg_scale), np.float32(low), np.float32(high))
 
 
@@ -257,7 +257,7 @@ def denoiser(
     )
     if c.sample.zero_steps:
         first = times_of(c)[c.sample.zero_steps]
-        always = zero_above(always, float(process_of(c.diffusion).c_noise(first)))
+        always = zero_above(always, float(first), process_of(c.diffusion).time_of_noise)
     return always if guided(c) == "always" else within(always, conditional, g.low, g.high)
 
 

@@ -46,7 +46,9 @@ class Diffusion(Section):
     timesteps: int = key(1000, at_least(2), at_most(100_000))
     schedule: Literal["linear", "cosine"] = key("linear")
     prediction: Literal["eps", "x0", "v", "velocity", "F"] = key("eps")
-    variance: Literal["learned_range", "fixed_small", "fixed_large", "none"] = key("learned_range")
+    variance: Literal["learned_range", "fixed_small", "fixed_large", "none", "unused"] = key(
+        "learned_range"
+    )
     # 'hybrid', 'simple', 'vlb' or the dotted name of your own function
     loss: str = key("hybrid", registered(LOSS_REGISTRY))
     weighting: Literal[
@@ -61,6 +63,7 @@ class Diffusion(Section):
     time_stratified: bool = key(False)
     time_shift: float = key(1.0, above(0))
     time_scale: float = key(1000.0, above(0))  # the network is given time_scale * t
+    time_from_noise: bool = key(False)  # the network's time and velocity run from noise to data
     t_eps: float = key(0.0, between(0, 0.5))  # bounds a flow's velocity near the data
     sigma_data: float = key(0.5, above(0))  # of the data: EDM's
     sigma_min: float = key(0.002, above(0))
@@ -70,7 +73,7 @@ class Diffusion(Section):
         _check_read(self)
         if self.process == "ddpm":
             _check_discrete(self)
-        elif self.loss in ("hybrid", "vlb") or self.variance != "none":
+        elif self.loss in ("hybrid", "vlb") or self.variance not in ("none", "unused"):
             raise UserError(
                 f"config.diffusion.process is {self.process!r}, which has no variational bound and"
                 f" no variance, and config.diffusion has loss {self.loss!r} and variance"
@@ -91,6 +94,7 @@ _READ_BY: dict[str, tuple[str, tuple[Any, ...]]] = {
     "timesteps": ("process", ("ddpm",)),
     "schedule": ("process", ("ddpm",)),
     "time_scale": ("process", ("flow", "gvp", "vp", "edm")),
+    "time_from_noise": ("process", ("flow", "gvp", "vp")),
     "t_eps": ("process", ("flow",)),
     "sigma_min": ("process", ("edm",)),
     "sigma_max": ("process", ("edm",)),
@@ -130,10 +134,10 @@ def _check_discrete(d: Diffusion) -> None:
             "config.diffusion.loss is 'simple' with variance 'learned_range': nothing would"
             " train the variance. Set loss 'hybrid', or variance 'fixed_small'."
         )
-    if d.variance == "none":
+    if d.variance in ("none", "unused"):
         raise UserError(
-            "config.diffusion.variance is 'none' with process 'ddpm', whose steps have one: set it"
-            " to 'learned_range', 'fixed_small' or 'fixed_large'."
+            f"config.diffusion.variance is {d.variance!r} with process 'ddpm', whose steps have"
+            " one: set it to 'learned_range', 'fixed_small' or 'fixed_large'."
         )
 
 
@@ -143,7 +147,7 @@ def process_of(d: Diffusion) -> Process:
         return Discrete(make_schedule(d.schedule, d.timesteps))
     if d.process == "edm":
         return process.EDM(d.time_scale, d.sigma_data, d.sigma_min, d.sigma_max)
-    return process.SCALED[d.process](d.time_scale)
+    return process.SCALED[d.process](d.time_scale, d.time_from_noise)
 
 
 def objective_of(c: Config) -> Objective:

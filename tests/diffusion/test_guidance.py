@@ -245,6 +245,6 @@ def test_scale_1_is_conditional_in_every_rule_but_zero_star():
 
 
 def test_no_motion_above_a_time():
-    moved = zero_above(lambda x, t: x + 1, 500.0)(XT, TIMES)
+    moved = zero_above(lambda x, t: x + 1, 0.5, lambda t: t / 1000)(XT, TIMES)
     np.testing.assert_array_equal(moved[2], 0)
     np.testing.assert_array_equal(moved[:2], (XT + 1)[:2])

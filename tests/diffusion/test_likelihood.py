@@ -21,6 +21,7 @@ PROCESSES = {
     "vp": (VP(), "v"),
     "edm": (EDM(), "F"),
     "flow-x0": (Flow(), "x0"),
+    "flow-from-noise": (Flow(from_noise=True), "velocity"),
 }
 
 
@@ -35,7 +36,7 @@ def perfect(made, prediction, weights, means, variance):
     weights, means = (np.asarray(each, np.float64) for each in (weights, means))
 
     def denoise(x, noise):
-        t = jnp.exp(4 * noise / 1000) if isinstance(made, EDM) else noise / 1000
+        t = made.time_of_noise(noise)
         c = made.at(t)
         a, b = (jnp.reshape(each, (-1, 1, 1, 1)) for each in mixture(made, prediction, c))
         alpha, sigma = (jnp.reshape(each, (-1, 1, 1, 1)) for each in (c.alpha, c.sigma))

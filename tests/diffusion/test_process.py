@@ -16,6 +16,7 @@ from ditjax.errors import UserError
 
 PROCESSES = {
     "flow": Flow(),
+    "flow-from-noise": Flow(1.0, from_noise=True),
     "gvp": GVP(),
     "vp": VP(),
     "edm": EDM(),
@@ -73,6 +74,19 @@ def test_derivatives_and_inverse(name):
     np.testing.assert_allclose(c.alpha_dot, (after.alpha - before.alpha) / (2 * h), atol=1e-8)
     np.testing.assert_allclose(c.sigma_dot, (after.sigma - before.sigma) / (2 * h), atol=1e-8)
     np.testing.assert_allclose(made.time_of(c.sigma / c.alpha), t, rtol=1e-9)
+
+
+def test_a_time_from_noise_is_the_same_process():
+    """The network is given 1 - t and predicts -v; x̂0 and the guided times are the same."""
+    theirs, ours = Flow(1.0, from_noise=True), Flow(1.0)
+    t = inner_times(ours)
+    np.testing.assert_allclose(theirs.c_noise(t), 1 - t)
+    np.testing.assert_allclose(theirs.time_of_noise(theirs.c_noise(t)), t)
+    a, b = mixture(theirs, "velocity", theirs.at(t)), mixture(ours, "velocity", ours.at(t))
+    np.testing.assert_array_equal(a, np.negative(b))
+    p, q = (precondition(each, "velocity", t) for each in (theirs, ours))
+    np.testing.assert_allclose(p.c_skip, q.c_skip)
+    np.testing.assert_allclose(p.c_out, np.negative(q.c_out))
 
 
 def test_the_ends_are_exact():
