@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from ditjax.models.embed import ANYWHERE, Linear, Placement
@@ -58,16 +59,52 @@ def _scaled(q: jax.Array, by: float) -> jax.Array:
     return q if by == 1 else q * by
 
 
+class HeadNorm(nn.Module):
+    """Henry et al. 2020, as RMSNorm: x [B,H,N,d] / RMS over d, times a learned scale [d]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
+        return (x32 * scale[None, None, None]).astype(x.dtype)
+
+
+def rotary_table(rows: int, columns: int, d: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Su et al. 2021 Eq. 15 on a grid: cos, sin f32[tokens, d/2] of the angles y ω_i and x ω_i.
+
+    The first half of the frequencies turns by the row, the second by the column, with
+    ω_i = 10⁴^(-4i/d). Tokens after the rows·columns patches have no position: angle 0.
+    """
+    omega = 1e4 ** (-np.arange(d // 4) / (d // 4))
+    y, x = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    angles = np.concatenate([y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega], axis=1)
+    angles = np.pad(angles, ((0, tokens - rows * columns), (0, 0)))
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotated(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Rotate the pairs (x_i, x_{i+d/2}) of x [B,H,N,d] by each token's position."""
+    N, d = x.shape[2:]
+    cos, sin = (jnp.asarray(each)[None, None] for each in rotary_table(rows, columns, d, N))
+    first, second = (half.astype(jnp.float32) for half in (x[..., : d // 2], x[..., d // 2 :]))
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
 class SelfAttention(nn.Module):
     """x [B, N, D] -> [B, N, D], with one fused qkv product: kernel [D, 3, H, d] and bias.
 
-    The logits are q kᵀ / √d times `query_scale`.
+    The logits are q kᵀ / √d times `query_scale`. `qk_norm` normalises queries and keys of each
+    head; `rope` (rows, columns) rotates them by their positions (`rotated`).
     """
 
     heads: int
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
     query_scale: float = 1.0
+    qk_norm: bool = False
+    rope: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -76,6 +113,10 @@ class SelfAttention(nn.Module):
             (3, self.heads, D // self.heads), dtype=self.dtype, place=self.place, name="qkv"
         )(x)
         q, k, v = (_heads_first(qkv[:, :, i]) for i in range(3))
+        if self.qk_norm:
+            q, k = HeadNorm(name="q_norm")(q), HeadNorm(name="k_norm")(k)
+        if self.rope:
+            q, k = (rotated(each, *self.rope) for each in (q, k))
         compute = self.place.attend or attend
         q = _scaled(q, self.query_scale)
         y = compute(put("queries", q), put("keys", k), put("keys", v))

@@ -3,6 +3,7 @@
 Every block maps `(tokens [B,N,D], Conditioning) -> tokens`, so that one stack can scan any of them.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,17 @@ def layer_norm(x: jax.Array, eps: float = LAYER_NORM_EPS) -> jax.Array:
     centred = x32 - x32.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, eps: float = LAYER_NORM_EPS) -> jax.Array:
+    """Zhang & Sennrich 2019 Eq. 4: x / sqrt(E[x²] + eps) over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.square(x32).mean(-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean + eps)).astype(x.dtype)
+
+
+# config.model.norm -> the norm of the blocks with adaLN
+NORMS: dict[str, Callable[..., jax.Array]] = {"layer": layer_norm, "rms": rms_norm}
 
 
 class AffineLayerNorm(nn.Module):
@@ -84,8 +96,34 @@ class MLP(nn.Module):
         return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(h))
 
 
+class SwiGLU(nn.Module):
+    """Shazeer 2020 Eq. 6: Linear(D, D) of silu(gate) · up, each of width ratio·D; no dropout.
+
+    One product computes both: kernel [D, 2, ratio·D].
+    """
+
+    ratio: float
+    dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        D, put = x.shape[-1], self.place.put
+        width = (2, int(D * self.ratio))
+        h = Linear(width, dtype=self.dtype, place=self.place, name="gate_up")(x)
+        h = put("hidden", nn.silu(h[:, :, 0]) * h[:, :, 1])
+        return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(h))
+
+
+# config.model.mlp -> the MLP of a block
+MLPS: dict[str, type[MLP] | type[SwiGLU]] = {"gelu": MLP, "swiglu": SwiGLU}
+
+
 class BlockConfig(NamedTuple):
-    """Hyperparameters of a block. `query_scale` multiplies queries in addition to 1 / √d (μP)."""
+    """Hyperparameters of a block. `query_scale` multiplies queries in addition to 1 / √d (μP).
+
+    `rope`: rows and columns of the patches, whose positions rotate queries and keys; None is none.
+    """
 
     heads: int
     mlp_ratio: float
@@ -93,6 +131,10 @@ class BlockConfig(NamedTuple):
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
     query_scale: float = 1.0
+    norm: str = "layer"
+    mlp: str = "gelu"
+    qk_norm: bool = False
+    rope: tuple[int, int] | None = None
 
 
 class Block(nn.Module):
@@ -103,12 +145,18 @@ class Block(nn.Module):
     @nn.nowrap
     def attend(self, x: jax.Array) -> jax.Array:
         c = self.config
-        return SelfAttention(c.heads, c.dtype, c.place, c.query_scale, name="attn")(x)
+        return SelfAttention(
+            c.heads, c.dtype, c.place, c.query_scale, c.qk_norm, c.rope, name="attn"
+        )(x)
+
+    @nn.nowrap
+    def normalised(self, x: jax.Array, eps: float = LAYER_NORM_EPS) -> jax.Array:
+        return NORMS[self.config.norm](x, eps)
 
     @nn.nowrap
     def mlp(self, x: jax.Array) -> jax.Array:
         c = self.config
-        return MLP(c.mlp_ratio, c.dtype, c.place, name="mlp")(x)
+        return MLPS[c.mlp](c.mlp_ratio, c.dtype, c.place, name="mlp")(x)
 
     @nn.nowrap
     def modulation(self, count: int, zero: bool, vector: jax.Array) -> list[jax.Array]:
@@ -144,8 +192,8 @@ class AdaLNBlock(Block):
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning) -> jax.Array:
         shift_msa, scale_msa, shift_mlp, scale_mlp = self.modulation(4, False, cond.vector)
-        x = x + self.attend(modulate(layer_norm(x), shift_msa, scale_msa))
-        h = modulate(layer_norm(x, self.config.norm2_eps), shift_mlp, scale_mlp)
+        x = x + self.attend(modulate(self.normalised(x), shift_msa, scale_msa))
+        h = modulate(self.normalised(x, self.config.norm2_eps), shift_mlp, scale_mlp)
         return x + self.mlp(h)
 
 
@@ -157,9 +205,9 @@ class AdaLNZeroBlock(Block):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.modulation(
             6, True, cond.vector
         )
-        h = modulate(layer_norm(x), shift_msa, scale_msa)
+        h = modulate(self.normalised(x), shift_msa, scale_msa)
         x = x + gate_msa[:, None] * self.attend(h)
-        h = modulate(layer_norm(x, self.config.norm2_eps), shift_mlp, scale_mlp)
+        h = modulate(self.normalised(x, self.config.norm2_eps), shift_mlp, scale_mlp)
         return x + gate_mlp[:, None] * self.mlp(h)
 
 

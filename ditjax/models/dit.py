@@ -20,11 +20,11 @@ from ditjax.models import mup
 from ditjax.models.blocks import (
     BLOCKS,
     LAYER_NORM_EPS,
+    NORMS,
     AffineLayerNorm,
     BlockConfig,
     Conditioning,
     Modulation,
-    layer_norm,
 )
 from ditjax.models.blocks import modulate as modulate_tokens
 from ditjax.models.embed import (
@@ -124,6 +124,11 @@ class DiTKeys(Denoiser):
     # Public implementations differ in these: the release uses 0 and 1e-6, diffusers 1 and 1e-5.
     frequency_shift: Literal[0, 1] = key(0)  # timestep frequencies exp(-ln 10^4 i / (128 - shift))
     norm2_eps: float = key(1e-6, above(0))  # of the LayerNorm before a block's MLP
+    # Blocks since the paper, off by default: today's tree and step are unchanged without them.
+    norm: Literal["layer", "rms"] = key("layer")
+    mlp: Literal["gelu", "swiglu"] = key("gelu")  # swiglu has 3 products: mlp_ratio 8/3 costs as 4
+    qk_norm: bool = key(False)  # RMSNorm of queries and keys
+    rope: bool = key(False)  # rotary positions, beside the sin-cos embedding
     # mup: initial weights, learning rates and attention logits scale with width, so that the best
     # learning rate at base_width and base_head_width is the best at any width (`models/mup.py`).
     parametrization: Literal["standard", "mup"] = key("standard")
@@ -151,7 +156,18 @@ def check(k: DiTKeys, inputs: Inputs) -> None:
             f"an input of {H}x{W} with config.model.patch={k.patch} has {tokens} tokens; expected"
             f" at most {_MAX_TOKENS}."
         )
-    width = parse_size(k.size).width
+    size = parse_size(k.size)
+    width = size.width
+    if k.norm != "layer" and k.block not in ("adaln", "adaln_zero"):
+        raise UserError(
+            f"config.model.norm is {k.norm!r} with block {k.block!r}, whose norms are LayerNorms"
+            " with an affine: set block 'adaln_zero' or 'adaln', or norm 'layer'."
+        )
+    if k.rope and (width // size.heads) % 4:
+        raise UserError(
+            f"config.model.rope with heads of width {width // size.heads}: expected a multiple of"
+            " 4, half for rows and half for columns, in pairs; change the heads of the size."
+        )
     if int(width * k.mlp_ratio) < 1:
         raise UserError(
             f"config.model.mlp_ratio is {k.mlp_ratio}: with width {width}, the MLP would have no"
@@ -174,6 +190,8 @@ class Shape(NamedTuple):
     null_label: bool = True
     block: str = "adaln_zero"
     mlp_ratio: float = 4.0
+    mlp: str = "gelu"
+    qk_norm: bool = False
 
     @property
     def tokens(self) -> int:
@@ -196,12 +214,18 @@ _BLOCK_MODULATIONS = {"in_context": 0, "cross_attention": 0, "adaln": 4, "adaln_
 _FINAL_MODULATIONS = {"in_context": 0, "cross_attention": 0, "adaln": 2, "adaln_zero": 2}
 
 
+# Hidden vectors that an MLP's first product computes.
+_MLP_INPUTS = {"gelu": 1, "swiglu": 2}
+
+
 def trainable_parameters(s: Shape) -> int:
     """The number of trainable weights and biases, without the frozen position table."""
     L, D, _ = s.size
     attention = (3 * D * D + 3 * D) + (D * D + D)
-    mlp = (D * s.mlp_width + s.mlp_width) + (s.mlp_width * D + D)
+    ins = _MLP_INPUTS[s.mlp] * s.mlp_width
+    mlp = (D * ins + ins) + (s.mlp_width * D + D)
     block = attention + mlp + _BLOCK_MODULATIONS[s.block] * (D * D + D)
+    block += 2 * (D // s.size.heads) * s.qk_norm
     final = _FINAL_MODULATIONS[s.block] * (D * D + D)
     if s.block in ("in_context", "cross_attention"):
         block += 2 * 2 * D  # scale and bias of two LayerNorms
@@ -215,19 +239,21 @@ def trainable_parameters(s: Shape) -> int:
 
 
 def forward_macs(s: Shape) -> int:
-    """Multiply-accumulates of one forward pass of one sample, LayerNorm elements included.
+    """Multiply-accumulates of one forward pass of one sample, elements of norms included.
+
+    Other elementwise work, such as GELU, gating and rotations, is not counted, as in the paper.
 
     adaLN-Zero: L(12ND² + 2N²D + 6D²) + p²C·ND + (FD + D²) + 2D² + p²K·ND + (2L+1)·ND for r = 4.
     """
     L, D, _ = s.size
     N = s.tokens
     M = N + 2 if s.block == "in_context" else N  # tokens inside the stack
-    block = 4 * M * D * D + 2 * M * M * D + 2 * M * D * s.mlp_width
+    block = 4 * M * D * D + 2 * M * M * D + (_MLP_INPUTS[s.mlp] + 1) * M * D * s.mlp_width
     block += _BLOCK_MODULATIONS[s.block] * D * D
-    norms = 2
+    norms = 4 if s.qk_norm else 2
     if s.block == "cross_attention":
         block += 2 * N * D * D + 2 * 2 * D * D + 2 * N * 2 * D  # q and output; k and v; scores
-        norms = 3
+        norms += 1
     embed = s.patch**2 * s.in_channels * N * D + (TIMESTEP_FREQUENCIES * D + D * D)
     final = _FINAL_MODULATIONS[s.block] * D * D + s.patch**2 * s.out_channels * N * D
     return L * (block + norms * M * D) + embed + final + N * D
@@ -251,6 +277,8 @@ def shape(k: DiTKeys, inputs: Inputs) -> Shape:
         null_label=k.label_dropout > 0,
         block=k.block,
         mlp_ratio=k.mlp_ratio,
+        mlp=k.mlp,
+        qk_norm=k.qk_norm,
     )
 
 
@@ -291,19 +319,20 @@ REMAT_POLICIES = {
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm (adaptive in the adaLN variants) -> Linear(D, p²·C_out), zero weights and bias."""
+    """Norm (adaptive in the adaLN variants) -> Linear(D, p²·C_out), zero weights and bias."""
 
     out_features: int
     block: str
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
+    norm: str = "layer"
 
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         if self.block in ("adaln", "adaln_zero"):
             zero = self.block == "adaln_zero"
             shift, scale = Modulation(2, zero, self.dtype, self.place, name="adaln")(c)
-            x = modulate_tokens(layer_norm(x), shift, scale)
+            x = modulate_tokens(NORMS[self.norm](x), shift, scale)
         else:
             x = AffineLayerNorm(name="norm")(x)
         zeros = nn.initializers.zeros
@@ -336,6 +365,10 @@ class DiT(nn.Module):
     norm2_eps: float = LAYER_NORM_EPS
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
+    norm: str = "layer"
+    mlp: str = "gelu"
+    qk_norm: bool = False
+    rope: bool = False
     base: mup.Base | None = None
     hook: Hook | None = None
 
@@ -380,18 +413,22 @@ class DiT(nn.Module):
 
         if self.block == "in_context":
             tokens = jnp.concatenate([tokens, cond.context], axis=1)
-        tokens = self._stack(tokens, cond, per_block)[:, :N]
+        grid = (H // self.patch, W // self.patch)
+        tokens = self._stack(tokens, cond, per_block, grid)[:, :N]
 
         out = FinalLayer(
             self.patch**2 * self.out_channels,
             self.block,
             self.dtype,
             self.place,
+            self.norm,
             name="final_layer",
         )(tokens, cond.vector)
         return unpatchify(out, self.patch, H, W).astype(jnp.float32)
 
-    def _stack(self, tokens: jax.Array, cond: Conditioning, per_block: Any) -> jax.Array:
+    def _stack(
+        self, tokens: jax.Array, cond: Conditioning, per_block: Any, grid: tuple[int, int]
+    ) -> jax.Array:
         """The L blocks as one scan over stacked parameters."""
         block = BLOCKS[self.block]
         if self.remat != "none":
@@ -420,6 +457,10 @@ class DiT(nn.Module):
             dtype=self.dtype,
             place=self.place,
             query_scale=mup.query_scale(self._base(), self.width // self.heads),
+            norm=self.norm,
+            mlp=self.mlp,
+            qk_norm=self.qk_norm,
+            rope=grid if self.rope else None,
         )
         return scan(block(config, name="blocks"), tokens, cond, per_block)[0]
 
@@ -446,6 +487,8 @@ RULES: Rules = (
     (r"kv/bias", (None, "tensor", None)),
     (r"adaln/linear/kernel", ("fsdp", None, "tensor")),
     (r"adaln/linear/bias", (None, "tensor")),
+    (r"mlp/gate_up/kernel", ("fsdp", None, "tensor")),
+    (r"mlp/gate_up/bias", (None, "tensor")),
     (r"(mlp|t_embedder)/in/kernel", ("fsdp", "tensor")),
     (r"(mlp|t_embedder)/in/bias", ("tensor",)),
     (r"(attn|cross|mlp|t_embedder)/out/kernel", ("tensor", "fsdp")),
@@ -456,7 +499,7 @@ RULES: Rules = (
 KINDS: mup.Kinds = (
     (r"(x_embedder|t_embedder/in)/kernel", "input"),
     (r"y_embedder/table", "input"),
-    (r"(attn/(qkv|out)|cross/(q|kv|out)|mlp/(in|out)|t_embedder/out)/kernel", "hidden"),
+    (r"(attn/(qkv|out)|cross/(q|kv|out)|mlp/(in|gate_up|out)|t_embedder/out)/kernel", "hidden"),
     (r"adaln/linear/kernel", "hidden"),
     (r"final_layer/linear/kernel", "output"),
     (r"bias|scale", "vector"),
@@ -482,6 +525,10 @@ def module(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:
         norm2_eps=k.norm2_eps,
         dtype=DTYPES[k.dtype],
         place=place,
+        norm=k.norm,
+        mlp=k.mlp,
+        qk_norm=k.qk_norm,
+        rope=k.rope,
         base=base(k),
     )
 

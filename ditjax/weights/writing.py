@@ -122,6 +122,10 @@ def _expressible(network: LoadedNetwork, program: str) -> Any:
     for key, value, wanted in (
         ("block", m.block, "adaln_zero"),
         ("mlp_ratio", m.mlp_ratio, 4.0),
+        ("norm", m.norm, "layer"),
+        ("mlp", m.mlp, "gelu"),
+        ("qk_norm", m.qk_norm, False),
+        ("rope", m.rope, False),
         ("label_dropout", m.label_dropout > 0, True),
     ):
         if value != wanted:
