@@ -76,20 +76,23 @@ def key(
     free: bool = False,
     fixes: Mapping[Any, tuple[str, ...]] | None = None,
     protocol: bool = False,
+    used_if: tuple[str, tuple[Any, ...]] | None = None,
     read: Callable[[Any, "Schemas"], Any] | None = None,
 ) -> T:
     """Define a key of a recipe by its default and the rules that a value must satisfy.
 
     free: a resumed run may change it. fixes: for a value of this key, the other keys that its
     meaning depends on; a resumed run may not change these. protocol: it affects what a score means,
-    so it is part of the protocol. read: a function that parses and checks a value with no simple
-    type.
+    so it is part of the protocol. used_if: another key of its section, and the values of that key
+    with which this one has an effect. read: a function that parses and checks a value with no
+    simple type.
     """
     metadata = {
         "rules": rules,
         "free": free,
         "fixes": fixes or {},
         "protocol": protocol,
+        "used_if": used_if,
         "read": read,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -106,14 +109,19 @@ FEATURE_NAME = Rule(
 )
 
 
-def lookup(name: str, registry: str) -> Any:
-    """Return the object that a recipe names: an entry of a registry, or your own by dotted name.
-
-    registry: the dotted name of a dict, such as 'ditjax.diffusion.solvers.SAMPLERS'. Raises
-    UserError if nothing has that name.
-    """
-    module, _, attribute = registry.rpartition(".")
+def registry(dotted: str) -> Mapping[str, Any]:
+    """Import a registry by its dotted name, such as 'ditjax.diffusion.solvers.SAMPLERS'."""
+    module, _, attribute = dotted.rpartition(".")
     known: Mapping[str, Any] = getattr(importlib.import_module(module), attribute)
+    return known
+
+
+def lookup(name: str, dotted: str) -> Any:
+    """Return the object that a recipe names: an entry of a `registry`, or your own by dotted name.
+
+    Raises UserError if nothing has that name.
+    """
+    known = registry(dotted)
     if name in known:
         return known[name]
     if not _DOTTED.fullmatch(name):
@@ -191,11 +199,11 @@ def _texts(tree: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def registered(registry: str) -> Rule:
+def registered(dotted: str) -> Rule:
     """Require a name that `lookup` finds in a registry."""
 
     def holds(name: str) -> bool:
-        lookup(name, registry)  # raises an error with a better message
+        lookup(name, dotted)  # raises an error with a better message
         return True
 
     return Rule(holds, "a known name")
@@ -239,8 +247,13 @@ class Section:
         """Raise UserError for values that are legal on their own but not together."""
 
     def unused(self, name: str, c: "Config") -> str:
-        """The key, such as 'sample.sampler', whose value leaves a key without effect, or ''."""
-        return ""
+        """The key, such as 'sample.sampler', whose value leaves a key without effect, or ''.
+
+        A key of the same section needs no section's name.
+        """
+        fields = {each.name: each for each in dataclasses.fields(self)}  # type: ignore[arg-type]
+        other, values = fields[name].metadata.get("used_if") or ("", ())
+        return other if other and getattr(self, other) not in values else ""
 
 
 @dataclass(frozen=True)
@@ -492,13 +505,16 @@ class Distributed(Section):
     heartbeat_seconds: int = positive(25, most=86_400)  # of silence until a process counts as dead
 
 
+_SAMPLERS = "ditjax.diffusion.solvers.SAMPLERS"
+
+
 @dataclass(frozen=True)
 class Sample(Section):
     """Sampling (`sample.py`)."""
 
     FREE: ClassVar[bool] = True
 
-    sampler: str = key("ddpm", registered("ditjax.diffusion.solvers.SAMPLERS"), protocol=True)
+    sampler: str = key("ddpm", registered(_SAMPLERS), protocol=True)
     steps: str = key("250", protocol=True)  # '250', 'ddim50' or section counts '10,15,20'
     # '' = the process's own: respaced for ddpm, karras for edm, uniform for the others
     grid: Literal["", "uniform", "karras", "logsnr"] = key("", protocol=True)
@@ -523,22 +539,27 @@ class Sample(Section):
     # (low, high): guidance only at timesteps low <= t/T < high
     cfg_interval: tuple[float, ...] = key((0.0, 1.0), protocol=True)
     cfg_rule: Literal["cfg", "rescale", "apg", "zero"] = key("cfg", protocol=True)
-    cfg_rescale: float = key(0.7, between(0, 1), protocol=True)  # of 'rescale'
-    apg_eta: float = key(0.0, between(0, 1), protocol=True)  # of 'apg'
-    apg_norm: float = key(0.0, at_least(0), protocol=True)  # of 'apg'; 0 = no bound
-    zero_steps: int = non_negative(0, most=100_000)  # of 'zero': first steps that do not move
+    cfg_rescale: float = key(0.7, between(0, 1), protocol=True, used_if=("cfg_rule", ("rescale",)))
+    apg_eta: float = key(0.0, between(0, 1), protocol=True, used_if=("cfg_rule", ("apg",)))
+    # 0 = no bound
+    apg_norm: float = key(0.0, at_least(0), protocol=True, used_if=("cfg_rule", ("apg",)))
+    # the first steps, which do not move
+    zero_steps: int = key(
+        0, at_least(0), at_most(100_000), protocol=True, used_if=("cfg_rule", ("zero",))
+    )
     clip_x0: bool = key(False, protocol=True)  # clamp the predicted x_0 to [-1, 1]: pixels only
     weights: Literal["ema", "model"] = key("ema", protocol=True)  # averaged, or as trained
     batch_size: int = positive(64, most=2**24)
     num: int = positive(64, most=999_999_999)
 
     def unused(self, name: str, c: "Config") -> str:
-        if name == "eta" and self.sampler == "ddpm":
-            return "sample.sampler"
+        every = {option for each in registry(_SAMPLERS).values() for option in each.options}
+        if name in every - {*lookup(self.sampler, _SAMPLERS).options}:
+            return "sampler"
         guided = self.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
-        if name in ("cfg_channels", "cfg_interval") and not guided:
-            return "sample.cfg_scale"
-        return ""
+        if name in ("cfg_channels", "cfg_interval", "cfg_rule") and not guided:
+            return "cfg_scale"
+        return super().unused(name, c)
 
     def check(self, c: "Config") -> None:
         interval = self.cfg_interval
@@ -951,6 +972,7 @@ def check_used(c: Config, given: Iterable[str]) -> None:
         section, _, leaf = dotted.partition(".")
         group = getattr(c, section, None)
         by = group.unused(leaf, c) if isinstance(group, Section) else ""
+        by = f"{section}.{by}" if by and "." not in by else by
         if by and by not in varied:
             raise UserError(f"config.{dotted} has no effect: {void_by(c, by)}.")
 

@@ -76,20 +76,7 @@ def convert(
     if target in FOLDERS:
         lease.acquire(Path(out) / lease.FILE, out)
     if os.path.exists(Path(source) / vocabulary.MODEL_INDEX):
-        if target != "pipeline":
-            raise UserError(
-                f"{source} is a whole pipeline: convert {source}/transformer or {source}/vae, or"
-                " give --to=pipeline."
-            )
-        reading.check_no_options(source, "a whole pipeline", options, ("numerics", "which"))
-        network, decoder, names = reading.load_pipeline(
-            source, numerics=options.get("numerics", "auto")
-        )
-        if autoencoder:
-            decoder = read_decoder(autoencoder, which)
-        network = network._replace(class_names=names if any(names) else None)
-        _write_pipeline(out, networks.with_class_names(network, class_names), decoder)
-        return _summary(source, out, network, target, decoder)
+        return _convert_pipeline(source, target, out, autoencoder, class_names, options)
     wanted = _WANTED.get(target, "any")
     network = read_network(source, step=step, wanted=wanted, **options)
     if network.decodes:
@@ -115,6 +102,31 @@ def convert(
             "ldm": writing.write_ldm,
         }[target]
         write(out, network)
+    return _summary(source, out, network, target, decoder)
+
+
+def _convert_pipeline(
+    source: str,
+    target: str,
+    out: str,
+    autoencoder: str,
+    class_names: str,
+    options: reading.WeightsOptions,
+) -> str:
+    """Write a whole pipeline as another one. Returns a summary to print."""
+    if target != "pipeline":
+        raise UserError(
+            f"{source} is a whole pipeline: convert {source}/transformer or {source}/vae, or"
+            " give --to=pipeline."
+        )
+    reading.check_no_options(source, "a whole pipeline", options, ("numerics", "which"))
+    network, decoder, names = reading.load_pipeline(
+        source, numerics=options.get("numerics", "auto")
+    )
+    if autoencoder:
+        decoder = read_decoder(autoencoder, options.get("which", "ema"))
+    network = network._replace(class_names=names if any(names) else None)
+    _write_pipeline(out, networks.with_class_names(network, class_names), decoder)
     return _summary(source, out, network, target, decoder)
 
 

@@ -255,7 +255,7 @@ def denoiser(
         x_channels=c.input_channels,
         rule=guidance_rule(c),
     )
-    if c.sample.zero_steps:
+    if c.sample.cfg_rule == "zero" and c.sample.zero_steps:
         first = times_of(c)[c.sample.zero_steps]
         always = zero_above(always, float(first), process_of(c.diffusion).time_of_noise)
     return always if guided(c) == "always" else within(always, conditional, g.low, g.high)

@@ -29,7 +29,7 @@ from ditjax.diffusion.guidance import (
 from ditjax.diffusion.losses import Objective
 from ditjax.diffusion.process import Discrete, Process, per_sample, precondition
 from ditjax.diffusion.schedule import make_schedule
-from ditjax.diffusion.solvers import SAMPLERS, Sampler
+from ditjax.diffusion.solvers import Sampler
 from ditjax.diffusion.times import Times, draw_times
 from ditjax.diffusion.weighting import Weighting, check_weighting
 from ditjax.errors import UserError
@@ -38,13 +38,18 @@ LOSS_REGISTRY = "ditjax.diffusion.losses.LOSSES"
 SAMPLER_REGISTRY = "ditjax.diffusion.solvers.SAMPLERS"
 
 
+_OF_DDPM = ("process", ("ddpm",))
+_OF_EDM = ("process", ("edm",))
+_CONTINUOUS = ("process", ("flow", "gvp", "vp", "edm"))
+
+
 @dataclass(frozen=True)
 class Diffusion(Section):
     """The process, and the training objective (`diffusion/`)."""
 
     process: Literal["ddpm", "flow", "gvp", "vp", "edm"] = key("ddpm")
-    timesteps: int = key(1000, at_least(2), at_most(100_000))
-    schedule: Literal["linear", "cosine"] = key("linear")
+    timesteps: int = key(1000, at_least(2), at_most(100_000), used_if=_OF_DDPM)
+    schedule: Literal["linear", "cosine"] = key("linear", used_if=_OF_DDPM)
     prediction: Literal["eps", "x0", "v", "velocity", "F"] = key("eps")
     variance: Literal["learned_range", "fixed_small", "fixed_large", "none", "unused"] = key(
         "learned_range"
@@ -54,23 +59,31 @@ class Diffusion(Section):
     weighting: Literal[
         "none", "eps", "x0", "velocity", "min_snr", "p2", "edm", "sigmoid", "likelihood"
     ] = key("none")
-    weighting_gamma: float = key(5.0, above(0))  # of 'min_snr' and 'p2'
-    weighting_bias: float = key(1.0)  # of 'sigmoid'
+    weighting_gamma: float = key(5.0, above(0), used_if=("weighting", ("min_snr", "p2")))
+    weighting_bias: float = key(1.0, used_if=("weighting", ("sigmoid",)))
     time: Literal["uniform", "logit_normal", "mode", "cosmap"] = key("uniform")
-    time_mean: float = key(0.0)  # of 'logit_normal'
-    time_std: float = key(1.0, above(0))
-    time_mode: float = key(1.29, between(-1, 1.75))  # s of 'mode'
+    time_mean: float = key(0.0, used_if=("time", ("logit_normal",)))
+    time_std: float = key(1.0, above(0), used_if=("time", ("logit_normal",)))
+    time_mode: float = key(1.29, between(-1, 1.75), used_if=("time", ("mode",)))  # s
     time_stratified: bool = key(False)
     time_shift: float = key(1.0, above(0))
-    time_scale: float = key(1000.0, above(0))  # the network is given time_scale * t
-    time_from_noise: bool = key(False)  # the network's time and velocity run from noise to data
-    t_eps: float = key(0.0, between(0, 0.5))  # bounds a flow's velocity near the data
+    # the network is given time_scale * t
+    time_scale: float = key(1000.0, above(0), used_if=_CONTINUOUS)
+    # the network's time and velocity run from noise to data
+    time_from_noise: bool = key(False, used_if=("process", ("flow", "gvp", "vp")))
+    # bounds a flow's velocity near the data
+    t_eps: float = key(0.0, between(0, 0.5), used_if=("process", ("flow",)))
     sigma_data: float = key(0.5, above(0))  # of the data: EDM's
-    sigma_min: float = key(0.002, above(0))
-    sigma_max: float = key(80.0, above(0))
+    sigma_min: float = key(0.002, above(0), used_if=_OF_EDM)
+    sigma_max: float = key(80.0, above(0), used_if=_OF_EDM)
 
     def check(self, c: Config) -> None:
-        _check_read(self)
+        for name, default in vars(Diffusion()).items():
+            if getattr(self, name) != default and (other := self.unused(name, c)):
+                raise UserError(
+                    f"config.diffusion.{name} is {getattr(self, name)!r} and has no effect:"
+                    f" config.diffusion.{other} is {getattr(self, other)!r}. Leave one of them out."
+                )
         if self.process == "ddpm":
             _check_discrete(self)
         elif self.loss in ("hybrid", "vlb") or self.variance not in ("none", "unused"):
@@ -87,35 +100,6 @@ class Diffusion(Section):
         made = process_of(self)
         process.check_prediction(made, self.prediction)
         check_weighting(made, self.weighting)
-
-
-# Keys that only some values of another key read: a change of any other would do nothing.
-_READ_BY: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "timesteps": ("process", ("ddpm",)),
-    "schedule": ("process", ("ddpm",)),
-    "time_scale": ("process", ("flow", "gvp", "vp", "edm")),
-    "time_from_noise": ("process", ("flow", "gvp", "vp")),
-    "t_eps": ("process", ("flow",)),
-    "sigma_min": ("process", ("edm",)),
-    "sigma_max": ("process", ("edm",)),
-    "weighting_gamma": ("weighting", ("min_snr", "p2")),
-    "weighting_bias": ("weighting", ("sigmoid",)),
-    "time_mean": ("time", ("logit_normal",)),
-    "time_std": ("time", ("logit_normal",)),
-    "time_mode": ("time", ("mode",)),
-}
-
-
-def _check_read(d: Diffusion) -> None:
-    """Raise UserError for a key that nothing reads."""
-    defaults = Diffusion()
-    for name, (other, values) in _READ_BY.items():
-        if getattr(d, name) != getattr(defaults, name) and getattr(d, other) not in values:
-            wanted = " or ".join(map(repr, values))
-            raise UserError(
-                f"config.diffusion.{name} is {getattr(d, name)!r}, and only {other} {wanted} reads"
-                f" it: config.diffusion.{other} is {getattr(d, other)!r}. Leave one of them out."
-            )
 
 
 def _check_discrete(d: Diffusion) -> None:
@@ -210,29 +194,14 @@ def guidance_rule(c: Config) -> GuidanceRule:
     return rules[s.cfg_rule]
 
 
-# Keys of config.sample that one rule of guidance reads.
-_OF_RULE = {
-    "cfg_rescale": "rescale",
-    "apg_eta": "apg",
-    "apg_norm": "apg",
-    "zero_steps": "zero",
-}
-
-
 def _check_guidance(c: Config) -> None:
-    s, defaults = c.sample, Sample()
-    for name, rule in _OF_RULE.items():
-        if getattr(s, name) != getattr(defaults, name) and s.cfg_rule != rule:
-            raise UserError(
-                f"config.sample.{name} is {getattr(s, name)}, which only cfg_rule {rule!r} reads:"
-                f" config.sample.cfg_rule is {s.cfg_rule!r}. Leave one of them out."
-            )
+    s = c.sample
     if s.cfg_rule == "zero" and c.diffusion.prediction != "velocity":
         raise UserError(
             "config.sample.cfg_rule is 'zero' and config.diffusion.prediction"
             f" {c.diffusion.prediction!r}: it is a rule for velocities; choose another."
         )
-    if s.zero_steps >= len(times_of(c)) - 1:
+    if s.cfg_rule == "zero" and s.zero_steps >= len(times_of(c)) - 1:
         raise UserError(
             f"config.sample.zero_steps is {s.zero_steps} of {len(times_of(c)) - 1} steps: expected"
             " fewer, as a step that does not move draws nothing."
@@ -250,10 +219,10 @@ def protocol_of(c: Config) -> dict[str, Any]:
     found = {"eta": options.pop("eta", None)}
     options |= {name: getattr(c.sample, name) for name in _NEW_FIELDS}
     if c.sample.cfg_scale != 1 and c.sample.cfg_rule != "cfg":
-        names = [name for name, rule in _OF_RULE.items() if rule == c.sample.cfg_rule]
         # Other than cfg's, these rules are not the same in every space.
         found |= {"cfg_rule": c.sample.cfg_rule, "cfg_space": c.diffusion.prediction}
-        found |= {name: getattr(c.sample, name) for name in names}
+        names = ("cfg_rescale", "apg_eta", "apg_norm", "zero_steps")
+        found |= {k: getattr(c.sample, k) for k in names if not c.sample.unused(k, c)}
     return found | {k: v for k, v in options.items() if v != getattr(defaults, k)}
 
 
@@ -283,13 +252,6 @@ def check_sampling(c: Config) -> None:
             f"config.sample.sampler is {s.sampler!r}, which integrates dx/dt, and process 'ddpm'"
             " has no derivative by t: choose another, such as 'ddim', 'dpmpp_2m' or 'edm'."
         )
-    every = {name for each in SAMPLERS.values() for name in each.options}
-    for name in sorted(every - set(sampler.options) - {"eta"}):
-        if getattr(s, name) != getattr(defaults, name):
-            raise UserError(
-                f"config.sample.{name} is {getattr(s, name)!r}, which sampler {s.sampler!r} does"
-                " not read: leave it out, or choose a sampler that does."
-            )
     grid = s.grid or grids.default_grid(made)
     for name, reader in (("rho", "karras"), ("last_step", "uniform")):
         if getattr(s, name) != getattr(defaults, name) and grid != reader:

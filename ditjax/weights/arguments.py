@@ -47,6 +47,9 @@ _PREDICTIONS = {
     "v": "v",
     "v_prediction": "v",
 }
+# SiT's names, whose time runs from noise to data and is not scaled.
+_PATHS = {"Linear": "flow", "GVP": "gvp", "VP": "vp"}
+_OF_PATHS = {"velocity": "velocity", "noise": "eps"}
 # As in guided diffusion, whose cosine schedule is named 'cosine' or 'squaredcos_cap_v2'.
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "squaredcos_cap_v2": "cosine"}
 _MAX_TIMESTEPS = 1_000_000
@@ -171,13 +174,20 @@ def labels_of(arguments: Arguments, rows: int, given: int, default_dropout: floa
     return Labels(rows - int(null), rate if null else 0.0, bool(classes or dropout) or rows == 1)
 
 
-def process_of(arguments: Arguments) -> dict[str, Any]:
+def stated_process(arguments: Arguments) -> dict[str, Any]:
     """The keys of config.diffusion that the arguments state.
 
-    Raises UserError for a process that ditjax does not sample, such as SiT's flows.
+    Raises UserError for a process that ditjax does not have, or that is only half stated.
     """
     path, prediction = arguments.get("path"), arguments.get("prediction")
     keys: dict[str, Any] = {}
+    if path and prediction and path.value in (*_PATHS,) and prediction.value in (*_OF_PATHS,):
+        return {
+            "process": _PATHS[path.value],
+            "prediction": _OF_PATHS[prediction.value],
+            "time_scale": 1.0,
+            "time_from_noise": True,
+        }
     if prediction:
         if prediction.argument.lower() == "predict_xstart":
             keys["prediction"] = "x0" if prediction.value else "eps"
@@ -186,9 +196,9 @@ def process_of(arguments: Arguments) -> dict[str, Any]:
     if path or (prediction and not keys["prediction"]):
         said = ", ".join(str(each) for each in (path, prediction) if each)
         raise UserError(
-            f"{arguments.path} is not a network of DDPM's diffusion: its arguments say {said}."
-            " ditjax does not sample flow matching or other processes yet, and as DDPM it would"
-            " draw noise."
+            f"{arguments.path} is not a network of DDPM's diffusion: its arguments say {said}. Of"
+            f" other processes, SiT's are read: path_type {', '.join(_PATHS)} with prediction"
+            f" {' or '.join(_OF_PATHS)}. As DDPM it would draw noise."
         )
     if betas := arguments.get("betas"):
         raise UserError(

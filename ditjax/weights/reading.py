@@ -26,7 +26,7 @@ from ditjax.models.dit import PAPER_SIZES, DiTKeys, Size, parse_size
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.weights import layouts, vocabulary
 from ditjax.weights import tensors as weights
-from ditjax.weights.arguments import Arguments, Labels, labels_of, process_of
+from ditjax.weights.arguments import Arguments, Labels, labels_of, stated_process
 from ditjax.weights.networks import LoadedNetwork, check_fit, shapes_of, task_of
 
 Numerics = Literal["auto", "release", "diffusers"]
@@ -265,6 +265,8 @@ def _dit_recipe(
     of_diffusers = (layout if given.numerics == "auto" else given.numerics) == "diffusers"
     norm2_eps = file.config.get("norm_eps", 1e-5) if of_diffusers else 1e-6
     latent = C not in (1, 3)
+    learned, process = out == 2 * p * p * C, stated_process(arguments)
+    flows = "process" in process
     return _recipe(
         file,
         {
@@ -277,9 +279,10 @@ def _dit_recipe(
                 "label_dropout": labels.dropout,
             },
             "diffusion": {
-                **process_of(arguments),
-                "variance": "learned_range" if out == 2 * p * p * C else "fixed_small",
-                "loss": "hybrid" if out == 2 * p * p * C else "simple",
+                **process,
+                # SiT's networks have channels for a variance that is neither trained nor read.
+                "variance": _VARIANCES[flows][learned],
+                "loss": "hybrid" if learned and not flows else "simple",
             },
             "data": {
                 "image_size": input_size * (8 if latent else 1),
@@ -290,9 +293,16 @@ def _dit_recipe(
             "sample": {
                 "cfg_channels": "three" if release and C >= 3 else "all",
                 "clip_x0": not latent,
+                **(_SIT_SAMPLING if flows else {}),
             },
         },
     )
+
+
+# Whether it is a flow -> whether the network has 2C channels -> config.diffusion.variance.
+_VARIANCES = {False: ("fixed_small", "learned_range"), True: ("none", "unused")}
+# The sampler of SiT's own script: 250 steps of its SDE.
+_SIT_SAMPLING = {"sampler": "sde", "steps": "250", "last_step": 0.04}
 
 
 def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetwork:

@@ -118,7 +118,12 @@ def folded(network: LoadedNetwork) -> LoadedNetwork:
 
 def _expressible(network: LoadedNetwork, program: str) -> Any:
     """Raise UserError for a DiT that another program's code cannot express."""
-    m = network.config.model
+    m, process = network.config.model, network.config.diffusion.process
+    if process != "ddpm":
+        raise UserError(
+            f"{program} would sample this network as DDPM: config.diffusion.process is {process!r}."
+            " Convert to ditjax's own format."
+        )
     for key, value, wanted in (
         ("block", m.block, "adaln_zero"),
         ("mlp_ratio", m.mlp_ratio, 4.0),

@@ -149,8 +149,8 @@ def test_a_resume_keeps_the_best_and_the_clock(watched, tmp_path, monkeypatch):
         return real(self, c, params, num)
 
     monkeypatch.setattr(Evaluator, "in_memory", in_memory)
-    words = ["--config.train.steps=23", "--config.sample.weights=model"]
-    words += ["--config.train.evaluate_every_steps=23"]
+    words = ["--config.train.steps=23", "--config.optim.restarts=20,"]
+    words += ["--config.train.evaluate_every_steps=23", "--config.sample.weights=model"]
     assert train.main([*SMALL, f"--workdir={tmp_path}", *words]) == 0
     *_, before, last = rows(tmp_path)
     assert (before["step"], last["step"]) == (20, 23)

@@ -474,11 +474,29 @@ def test_the_process_that_the_arguments_state(args, keys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("args", "process", "prediction"),
+    [
+        ({"path_type": "Linear", "prediction": "velocity"}, "flow", "velocity"),
+        ({"path_type": "GVP", "prediction": "noise", "loss_weight": None}, "gvp", "eps"),
+        ({"path-type": "VP", "prediction": "velocity"}, "vp", "velocity"),
+    ],
+)
+def test_a_sit_is_what_its_arguments_say(args, process, prediction, tmp_path):
+    """Its time runs from noise to data; of its 2C channels, C are not read."""
+    path = release_file(tmp_path / "x.pt", {"ema": release_state(), "args": args})
+    c = reading.load_network(path, heads=3).config
+    d = c.diffusion
+    assert (d.process, d.prediction, d.loss) == (process, prediction, "simple")
+    assert (d.variance, d.time_scale, d.time_from_noise) == ("unused", 1.0, True)
+    assert (c.sample.sampler, c.sample.last_step) == ("sde", 0.04)
+
+
+@pytest.mark.parametrize(
     ("args", "words"),
     [
-        ({"path_type": "Linear", "prediction": "velocity"}, "path_type 'Linear', prediction 'vel"),
+        ({"path_type": "linear", "prediction": "velocity"}, "path_type 'linear', prediction 'vel"),
         ({"path_type": "GVP", "prediction": "score"}, "path_type 'GVP', prediction 'score'"),
-        ({"path_type": "VP", "prediction": "noise"}, "path_type 'VP', prediction 'noise'"),
+        ({"path_type": "cosine", "prediction": "noise"}, "path_type 'cosine', prediction 'noise'"),
         ({"path-type": "linear", "prediction": "v"}, "path-type 'linear', prediction 'v'"),
         ({"prediction": "velocity"}, "say prediction 'velocity'"),
         ({"prediction": "noise"}, "say prediction 'noise'"),

@@ -200,16 +200,16 @@ def test_what_cannot_be_chosen(tree, which, words, tmp_path):
 @pytest.mark.parametrize(
     ("tree", "which"),
     [
-        ({"checkpoint": {"ema": GOOD, "args": {"path_type": "Linear"}}}, "ema"),
-        ({"a": {"b": GOOD}, "args": {"path_type": "Linear", "mean": np.zeros(3, "f4")}}, "a.b"),
-        ({**GOOD, "args": {"transport": {"path_type": "Linear"}}}, "ema"),
-        ({"ema": GOOD, "opt": {"param_groups": []}, "x": {"y": {"path_type": "Linear"}}}, "ema"),
+        ({"checkpoint": {"ema": GOOD, "args": {"path_type": "linear"}}}, "ema"),
+        ({"a": {"b": GOOD}, "args": {"path_type": "linear", "mean": np.zeros(3, "f4")}}, "a.b"),
+        ({**GOOD, "args": {"transport": {"path_type": "linear"}}}, "ema"),
+        ({"ema": GOOD, "opt": {"param_groups": []}, "x": {"y": {"path_type": "linear"}}}, "ema"),
     ],
     ids=range(4),
 )
 def test_arguments_anywhere_beside_the_networks_are_read(tree, which, tmp_path):
     write_torch(tmp_path / "x.pt", tree)
-    with pytest.raises(UserError, match="its arguments say path_type 'Linear'"):
+    with pytest.raises(UserError, match="its arguments say path_type 'linear'"):
         reading.load_network(tmp_path / "x.pt", heads=2, which=which)
 
 
@@ -319,9 +319,9 @@ def test_unknown_objects_among_the_weights_are_refused(protocol, tmp_path, modul
 def test_arguments_in_objects_are_read(tmp_path, modules):
     """A dataclass of arguments, and a config that refers to its parents as OmegaConf's do."""
     path = tmp_path / "x.pt"
-    plain = made("flow_fork.Args", path_type="Linear", prediction="velocity")
+    plain = made("flow_fork.Args", path_type="linear", prediction="velocity")
     save_as_torch(path, {"ema": GOOD, "args": plain})
-    with pytest.raises(UserError, match="say path_type 'Linear', prediction 'velocity'"):
+    with pytest.raises(UserError, match="say path_type 'linear', prediction 'velocity'"):
         reading.load_network(path, heads=2)
     config = made("omega_fork.DictConfig")
     node = made("omega_fork.AnyNode", _val=11, _parent=config)
