@@ -196,9 +196,6 @@ def main(argv: list[str]) -> int:
     cli.add_step(parser)
     cli.add_weights_options(parser)
     args = parser.parse_args(argv)
-    if rundir.is_run(args.weights):
-        of_weights = ("which", "heads", "numerics")
-        cli.check_unused(parser, argv, of_weights, "for a run, whose recipe says it")
     print(
         convert(
             args.weights,

@@ -115,7 +115,7 @@ def main(argv: list[str]) -> int:
 
     parser = _parser()
     if parser.parse_known_args(argv)[0].workdir:
-        of_weights = ("autoencoder", "which", "heads", "numerics")
+        of_weights = ("autoencoder", "which", "leave_out", "heads", "num_classes", "numerics")
         cli.check_unused(parser, argv, of_weights, "with --workdir, whose recipe says it")
     args, config = cli.parse(parser, argv, recorded)
     config = changed(config, _overrides(args))
