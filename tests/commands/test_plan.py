@@ -135,7 +135,8 @@ def test_a_search_ranks_what_fits(tmp_path, capsys, monkeypatch):
         (["--topology=h100:8", "--mesh=fsdp"], "AXIS=SIZE"),
         (["--topology=h100:8", "--mesh=fsdb=8"], "Did you mean 'mesh.fsdp'"),
         (["--topology=h100:8", "--mesh=data=1,fsdp=3"], "does not fill 8"),
-        (["--topology=h100:8", "--limit=0"], "at least 1"),
+        (["--topology=h100:8", "--search", "--limit=0"], "at least 1"),
+        (["--topology=h100:8", "--limit=3"], "--limit: no effect without --search: remove it"),
         (["--topology=h100:8", "--search", "--batches=a"], "512,1024"),
     ],
 )

@@ -195,7 +195,7 @@ def test_numerics_are_on_record(tmp_path):
             ("--batch_size=3",),
             "not divisible by the mesh's data x fsdp = 8; the next size that is: 8",
         ),
-        (("--sampler=euler",), "sampler: 'euler': expected one of 'ddpm', 'ddim'"),
+        (("--sampler=eular",), "sampler: 'eular': expected one of 'ddpm', 'ddim'"),
         (("--precision=fp8",), "invalid choice: 'fp8'"),
         (("--classes=golden_retriever",), "class numbers from 0 to 9"),
         (("--classes=10",), "class numbers from 0 to 9"),

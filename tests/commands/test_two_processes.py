@@ -115,6 +115,7 @@ def test_the_first_process_writes_what_is_written_once(pair):
     assert len(events) == 1
     assert [name for name in names if name not in events] == [
         "checkpoints",
+        "classes.json",
         "config.json",
         "contents.json",
         "drawn",
