@@ -270,6 +270,7 @@ def test_a_model_is_known_by_its_weights_not_by_its_place(tmp_path, finished):
     assert list(writer("runs/one", "cd").missing(2)) == [(0, 2)]
 
 
+@pytest.mark.parametrize("finished", [False, True])
 def test_samples_that_cannot_be_read_now_are_neither_drawn_again_nor_replaced(
     finished, tmp_path, monkeypatch
 ):
