@@ -5,6 +5,8 @@
 # PYTHON=python3.13 VENV=.venv-3.13 runs it on another Python.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# Tests start hundreds of processes: without compiled modules each would compile all that it imports.
+unset PYTHONDONTWRITEBYTECODE
 
 if [ "${1:-}" = --oracles ]; then
   # The public implementations, live: PyTorch and diffusers are several gigabytes.

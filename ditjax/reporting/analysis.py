@@ -299,11 +299,11 @@ def _claims(
 def _of_blocks(every: Sequence[Found], metric: str) -> Claim:
     """Compare blocks where everything else is the same."""
     every = [each for each in every if "block" in each.result["model"]]
-    models = []
+    models, varied = [], varied_keys(every)
     for each in every:
         rest = {
             key: value
-            for key, value in settings(each, varied_keys(every)).items()
+            for key, value in settings(each, varied).items()
             if key not in ("model.block", "model.name")
         }
         name = (described(each, "size"), described(each, "patch"))
