@@ -120,6 +120,7 @@ def main(argv: list[str]) -> int:
     args, config = cli.parse(parser, argv, recorded)
     config = changed(config, _overrides(args))
     given = [key for flag, (key, _, _) in _FLAGS.items() if getattr(args, flag) is not None]
+    given += [word[9:].partition("=")[0] for word in argv if word.startswith("--config.sample.")]
     check_used(changed(config, {"evaluate": {"guided_scale": 0.0}}), given)
     folder = Path(args.out or Path(args.workdir or ".") / "drawn")
     if folder.exists() and not folder.is_dir():  # before hours of work, not after

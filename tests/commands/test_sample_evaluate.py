@@ -58,6 +58,11 @@ def test_classes_that_are_none(finished, classes):
             ["--cfg_scale=1", "--cfg_channels=all"],
             r"cfg_channels has no effect: config\.sample\.cfg_scale is 1\.0",
         ),
+        (
+            sample,
+            ["--sampler=ddim", "--config.sample.order=3"],
+            r"sample\.order has no effect: config\.sample\.sampler is 'ddim'",
+        ),
         (sample, ["--heads=3"], r"--heads: no effect with --workdir, whose recipe"),
         (sample, ["--autoencoder=x", "--which=ema"], "--autoencoder and --which: no effect"),
         (evaluate, ["--batch_size=3"], r"--batch_size: no effect when a run is evaluated"),
