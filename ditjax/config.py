@@ -505,7 +505,7 @@ class Distributed(Section):
     heartbeat_seconds: int = positive(25, most=86_400)  # of silence until a process counts as dead
 
 
-_SAMPLERS = "ditjax.diffusion.solvers.SAMPLERS"
+SAMPLER_REGISTRY = "ditjax.diffusion.solvers.SAMPLERS"
 
 
 @dataclass(frozen=True)
@@ -514,7 +514,7 @@ class Sample(Section):
 
     FREE: ClassVar[bool] = True
 
-    sampler: str = key("ddpm", registered(_SAMPLERS), protocol=True)
+    sampler: str = key("ddpm", registered(SAMPLER_REGISTRY), protocol=True)
     steps: str = key("250", protocol=True)  # '250', 'ddim50' or section counts '10,15,20'
     # '' = the process's own: respaced for ddpm, karras for edm, uniform for the others
     grid: Literal["", "uniform", "karras", "logsnr"] = key("", protocol=True)
@@ -553,8 +553,8 @@ class Sample(Section):
     num: int = positive(64, most=999_999_999)
 
     def unused(self, name: str, c: "Config") -> str:
-        every = {option for each in registry(_SAMPLERS).values() for option in each.options}
-        if name in every - {*lookup(self.sampler, _SAMPLERS).options}:
+        every = {option for each in registry(SAMPLER_REGISTRY).values() for option in each.options}
+        if name in every - {*lookup(self.sampler, SAMPLER_REGISTRY).options}:
             return "sampler"
         guided = self.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
         if name in ("cfg_channels", "cfg_interval", "cfg_rule") and not guided:

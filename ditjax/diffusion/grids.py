@@ -6,6 +6,7 @@ import numpy as np
 
 from ditjax.diffusion.process import EDM, Discrete, Process
 from ditjax.diffusion.schedule import space_timesteps
+from ditjax.diffusion.times import shifted
 from ditjax.errors import UserError
 
 # config.sample.grid -> (process, first time, last time before the data, n, rho) -> t f64[n]
@@ -30,13 +31,6 @@ def logsnr(process: Process, first: float, last: float, n: int, rho: float) -> n
 
 
 GRIDS: Mapping[str, Grid] = {"uniform": uniform, "karras": karras, "logsnr": logsnr}
-
-
-def default_grid(process: Process) -> str:
-    """Return the grid of a process if a recipe names none; '' is a discrete process's respacing."""
-    return (
-        "karras" if isinstance(process, EDM) else "" if isinstance(process, Discrete) else "uniform"
-    )
 
 
 def _ratios(process: Process, first: float, last: float) -> tuple[float, float]:
@@ -69,20 +63,19 @@ def grid_times(
 
     Raises UserError for steps that the process cannot take.
     """
-    name = grid or default_grid(process)
+    name = grid or process.grid
     first = process.first_time(prediction)
     if not name:
         retained = space_timesteps(len(process.schedule), steps)  # type: ignore[attr-defined]
-        return np.append(retained[::-1].astype(np.float64), -1.0)
+        return np.append(retained[::-1].astype(np.float64), process.data)
     if not steps.isdigit() or not 1 <= int(steps) <= 100_000:
         raise UserError(
             f"{steps!r} steps on the grid {name!r}: expected a number from 1 to 100000; a respacing"
             " such as 'ddim50' needs process 'ddpm' on its own grid."
         )
     n = int(steps)
-    data = -1.0 if isinstance(process, Discrete) else 0.0
     last = _last_time(process, name, first, n, last_step)
-    t = np.append(GRIDS[name](process, first, last, n, rho), data)
+    t = np.append(GRIDS[name](process, first, last, n, rho), process.data)
     return _on_steps(process, _shifted(process, t, shift))
 
 
@@ -104,7 +97,7 @@ def _shifted(process: Process, t: np.ndarray, shift: float) -> np.ndarray:
         return np.append(np.minimum(shift * t[:-1], process.sigma_max), 0.0)
     if isinstance(process, Discrete):
         raise UserError("a shift of the grid: expected a process in continuous time.")
-    return shift * t / (1 + (shift - 1) * t)
+    return shifted(t, shift)
 
 
 def _on_steps(process: Process, t: np.ndarray) -> np.ndarray:

@@ -53,6 +53,8 @@ class Process:
     """
 
     predictions: ClassVar[tuple[str, ...]]
+    grid: ClassVar[str] = "uniform"  # of a sampler, if a recipe names none; '': respacing
+    data: ClassVar[float] = 0.0  # the time of the data
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
 
@@ -201,6 +203,7 @@ class EDM(Process):
     sigma_max: float = 80.0
 
     predictions: ClassVar[tuple[str, ...]] = ("eps", "x0", "F")
+    grid: ClassVar[str] = "karras"
 
     def at(self, t: Any) -> Coefficients:
         one = 0 * t + 1
@@ -247,6 +250,8 @@ class Discrete(Process):
     schedule: Schedule
 
     predictions: ClassVar[tuple[str, ...]] = gaussian.DISCRETE_PREDICTIONS
+    grid: ClassVar[str] = ""
+    data: ClassVar[float] = -1.0
 
     @functools.cached_property
     def _log_ratio(self) -> np.ndarray:

@@ -66,7 +66,7 @@ class Sampler(NamedTuple):
 # ---- the steps
 
 
-class _Steps(NamedTuple):
+class LinearSteps(NamedTuple):
     """Tables of n steps: a step is x ← keep x + Σ_j move_j x̂0_j + spread z, newest x̂0 first."""
 
     point: Preconditioning  # f64[n] each
@@ -86,13 +86,16 @@ class _Pairs(NamedTuple):
     h: np.ndarray
 
 
-def _pairs(process: Process, times: np.ndarray) -> _Pairs:
-    c = process.at(times)
-    alpha, sigma = (np.broadcast_to(v, times.shape) for v in (c.alpha, c.sigma))
-    a, s, A, S = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
-    decay = a * S / (A * s)
+def _ends(process: Process, starts: np.ndarray, ends: np.ndarray) -> _Pairs:
+    a, b = process.at(starts), process.at(ends)
+    decay = a.alpha * b.sigma / (b.alpha * a.sigma)
     with np.errstate(divide="ignore"):
-        return _Pairs(a, s, A, S, decay, -np.log(decay))
+        return _Pairs(a.alpha, a.sigma, b.alpha, b.sigma, decay, -np.log(decay))
+
+
+def _pairs(process: Process, times: np.ndarray) -> _Pairs:
+    """The ends of steps that follow each other."""
+    return _ends(process, times[:-1], times[1:])
 
 
 def _points(objective: Objective, times: np.ndarray) -> Preconditioning:
@@ -124,7 +127,7 @@ def _on_device(tables: Any, dtype: Any) -> Any:
     return jax.tree.map(move, tables)
 
 
-def _linear(estimate: Estimate, steps: _Steps, x: jax.Array, noise: Noise) -> jax.Array:
+def _linear(estimate: Estimate, steps: LinearSteps, x: jax.Array, noise: Noise) -> jax.Array:
     """Run steps that are linear in x and in the newest k estimates of x0."""
     history = (jnp.zeros_like(x),) * (steps.move.shape[1] - 1)
 
@@ -139,6 +142,67 @@ def _linear(estimate: Estimate, steps: _Steps, x: jax.Array, noise: Noise) -> ja
     rows = (jnp.arange(len(steps.keep)), _on_device(steps, x.dtype))
     (x, _), _ = jax.lax.scan(step, (x, history), rows)
     return x
+
+
+class TwoStageSteps(NamedTuple):
+    """Tables of steps with two evaluations: y = Σ over (x, x̂0), x ← Σ over (x, y, x̂0, x̂0(y))."""
+
+    first: Preconditioning
+    second: Preconditioning
+    inner: np.ndarray  # f64[n,2]
+    outer: np.ndarray  # f64[n,4]
+    churn: np.ndarray | None = None  # f64[n,2]: x ← churn_0 x + churn_1 z before the step
+
+
+def _two_stage(
+    estimate: Estimate, steps: TwoStageSteps, last: LinearSteps, x: jax.Array, noise: Noise
+) -> jax.Array:
+    """Run n - 1 steps of two evaluations, and the last one of one."""
+
+    def step(x: jax.Array, row: Any) -> tuple[jax.Array, None]:
+        i, s = row
+        if s.churn is not None:
+            x = s.churn[0] * x + s.churn[1] * noise(i)
+        x0 = estimate(x, s.first)
+        y = s.inner[0] * x + s.inner[1] * x0
+        y0 = estimate(y, s.second)
+        return s.outer[0] * x + s.outer[1] * y + s.outer[2] * x0 + s.outer[3] * y0, None
+
+    rows = (jnp.arange(len(steps.inner)), _on_device(steps, x.dtype))
+    x, _ = jax.lax.scan(step, x, rows)
+    return _linear(estimate, last, x, noise)
+
+
+def _run(
+    estimate: Estimate,
+    steps: LinearSteps | tuple[TwoStageSteps, LinearSteps],
+    x: jax.Array,
+    noise: Noise,
+) -> jax.Array:
+    if isinstance(steps, LinearSteps):
+        return _linear(estimate, steps, x, noise)
+    return _two_stage(estimate, *steps, x, noise)
+
+
+def tabled(
+    tables: Callable[..., LinearSteps | tuple[TwoStageSteps, LinearSteps]],
+) -> Callable[..., jax.Array]:
+    """Make the `solve` of a sampler from its tables: (objective, times, **options) -> steps."""
+
+    def solve(
+        denoise: Denoise,
+        objective: Objective,
+        times: np.ndarray,
+        x_T: jax.Array,
+        noise: Noise,
+        *,
+        clip_x0: bool,
+        **options: Any,
+    ) -> jax.Array:
+        steps = tables(objective, times, **options)
+        return _run(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+
+    return solve
 
 
 def general_ddim(
@@ -170,8 +234,8 @@ def general_ddim(
     spread = eta * p.sigma_next * np.sqrt(1 - p.decay**2)
     keep = np.sqrt(p.sigma_next**2 - spread**2) / p.sigma
     move = (p.alpha_next - p.alpha * keep)[:, None]
-    steps = _Steps(_points(objective, times[:-1]), keep, move, spread if eta else None)
-    return _linear(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+    steps = LinearSteps(_points(objective, times[:-1]), keep, move, spread if eta else None)
+    return _run(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
 
 
 def respaced_ddpm(
@@ -203,99 +267,38 @@ def _field(process: Process, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return g, c.alpha_dot - c.alpha * g
 
 
-def euler(
-    denoise: Denoise,
-    objective: Objective,
-    times: np.ndarray,
-    x_T: jax.Array,
-    noise: Noise,
-    *,
-    clip_x0: bool,
-) -> jax.Array:
+def euler(objective: Objective, times: np.ndarray) -> LinearSteps:
     """Euler's method on dx/dt = α̇ x̂0 + σ̇ ε̂. Order 1; on a flow it is DDIM."""
     g, g0 = _field(objective.process, times[:-1])
     dt = np.diff(times)
-    steps = _Steps(_points(objective, times[:-1]), 1 + dt * g, (dt * g0)[:, None])
-    return _linear(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+    return LinearSteps(_points(objective, times[:-1]), 1 + dt * g, (dt * g0)[:, None])
 
 
-class _TwoStage(NamedTuple):
-    """Tables of steps with two evaluations: y = Σ over (x, x̂0), x ← Σ over (x, y, x̂0, x̂0(y))."""
-
-    first: Preconditioning
-    second: Preconditioning
-    inner: np.ndarray  # f64[n,2]
-    outer: np.ndarray  # f64[n,4]
-    churn: np.ndarray | None = None  # f64[n,2]: x ← churn_0 x + churn_1 z before the step
-
-
-def _two_stage(
-    estimate: Estimate, steps: _TwoStage, last: _Steps, x: jax.Array, noise: Noise
-) -> jax.Array:
-    """Run n - 1 steps of two evaluations, and the last one of one."""
-
-    def step(x: jax.Array, row: Any) -> tuple[jax.Array, None]:
-        i, s = row
-        if s.churn is not None:
-            x = s.churn[0] * x + s.churn[1] * noise(i)
-        x0 = estimate(x, s.first)
-        y = s.inner[0] * x + s.inner[1] * x0
-        y0 = estimate(y, s.second)
-        return s.outer[0] * x + s.outer[1] * y + s.outer[2] * x0 + s.outer[3] * y0, None
-
-    rows = (jnp.arange(len(steps.inner)), _on_device(steps, x.dtype))
-    x, _ = jax.lax.scan(step, x, rows)
-    return _linear(estimate, last, x, noise)
-
-
-def heun(
-    denoise: Denoise,
-    objective: Objective,
-    times: np.ndarray,
-    x_T: jax.Array,
-    noise: Noise,
-    *,
-    clip_x0: bool,
-) -> jax.Array:
+def heun(objective: Objective, times: np.ndarray) -> tuple[TwoStageSteps, LinearSteps]:
     """Heun's method on dx/dt; the last step is Euler's. Order 2."""
     g, g0 = _field(objective.process, times[:-1])
     dt = np.diff(times)
     keep, move = 1 + dt * g, dt * g0
     half = dt[:-1] / 2
-    steps = _TwoStage(
+    steps = TwoStageSteps(
         _points(objective, times[:-2]),
         _points(objective, times[1:-1]),
         inner=np.stack([keep[:-1], move[:-1]], 1),
         outer=np.stack([1 + half * g[:-1], half * g[1:], half * g0[:-1], half * g0[1:]], 1),
     )
-    last = _Steps(_points(objective, times[-2:-1]), keep[-1:], move[-1:, None])
-    return _two_stage(_estimator(denoise, x_T, clip_x0), steps, last, x_T, noise)
-
-
-def _churned(process: Process, times: np.ndarray, options: Mapping[str, float]) -> np.ndarray:
-    """Karras et al. 2022 Alg. 2, lines 4-6: ŝ of each step but the last -> f64[n-1]."""
-    c = process.at(times[:-2])
-    with np.errstate(divide="ignore"):
-        s = c.sigma / c.alpha
-    n = len(times) - 1
-    gamma = min(options["s_churn"] / n, np.sqrt(2) - 1)
-    inside = (s >= options["s_min"]) & (s <= options["s_max"])
-    return np.where(inside, s * (1 + gamma), s)
+    last = LinearSteps(_points(objective, times[-2:-1]), keep[-1:], move[-1:, None])
+    return steps, last
 
 
 def edm(
-    denoise: Denoise,
     objective: Objective,
     times: np.ndarray,
-    x_T: jax.Array,
-    noise: Noise,
     *,
-    clip_x0: bool,
     s_churn: float = 0.0,
     s_min: float = 0.0,
     s_max: float = 1e9,
     s_noise: float = 1.0,
-) -> jax.Array:
+) -> tuple[TwoStageSteps, LinearSteps]:
     """Karras et al. 2022 Alg. 2: Heun's method on x/α against σ/α, with churn. Order 2.
 
     The last step is Euler's, and so is a first step from α = 0, where σ/α has no value.
@@ -304,16 +307,17 @@ def edm(
     c = process.at(times)
     churn, starts = None, times[:-2]
     if s_churn:
-        options = {"s_churn": s_churn, "s_min": s_min, "s_max": s_max}
-        s, s_hat = (
-            _churned(process, times, {**options, "s_churn": 0.0}),
-            _churned(process, times, options),
-        )
-        moved = s_hat > s
-        starts = np.where(moved, process.time_of(np.where(moved, s_hat, 1.0)), starts)
+        alpha_0 = c.alpha[:-2]
+        with np.errstate(divide="ignore"):
+            s = c.sigma[:-2] / alpha_0
+        gamma = min(s_churn / (len(times) - 1), np.sqrt(2) - 1)
+        # Alg. 2, lines 4-6. Where α is 0, s is infinite and beyond s_max.
+        moved = (s >= s_min) & (s <= s_max)
+        s_hat = np.where(moved, s, 1.0) * (1 + gamma)
+        starts = np.where(moved, process.time_of(s_hat), starts)
         spread = s_noise * np.sqrt(np.where(moved, s_hat**2 - np.where(moved, s, 0) ** 2, 0))
         alpha = process.at(starts).alpha
-        ratio = np.where(moved, alpha / np.where(moved, c.alpha[:-2], 1), 1)
+        ratio = np.where(moved, alpha / np.where(moved, alpha_0, 1), 1)
         churn = np.stack([ratio, alpha * spread], 1)
     p = _ends(process, starts, times[1:-1])
     whole = p.alpha > 0
@@ -321,7 +325,7 @@ def edm(
     step = np.where(whole, p.sigma_next / p.alpha_next - p.sigma / np.where(whole, p.alpha, 1), 0)
     half = p.alpha_next * step / 2
     keep, move = p.sigma_next / p.sigma, p.alpha_next - p.alpha * p.sigma_next / p.sigma
-    steps = _TwoStage(
+    steps = TwoStageSteps(
         _points(objective, starts),
         _points(objective, times[1:-1]),
         inner=np.stack([keep, move], 1),
@@ -336,24 +340,16 @@ def edm(
         ),
         churn=churn,
     )
-    return _two_stage(
-        _estimator(denoise, x_T, clip_x0), steps, _to_data(objective, times), x_T, noise
-    )
+    return steps, _to_data(objective, times)
 
 
-def _ends(process: Process, starts: np.ndarray, ends: np.ndarray) -> _Pairs:
-    """As `_pairs`, for steps that do not follow each other."""
-    a, b = process.at(starts), process.at(ends)
-    decay = a.alpha * b.sigma / (b.alpha * a.sigma)
-    with np.errstate(divide="ignore"):
-        return _Pairs(a.alpha, a.sigma, b.alpha, b.sigma, decay, -np.log(decay))
-
-
-def _to_data(objective: Objective, times: np.ndarray) -> _Steps:
+def _to_data(objective: Objective, times: np.ndarray) -> LinearSteps:
     """The last step: x ← A x̂0 + S ε̂."""
     p = _pairs(objective.process, times[-2:])
     keep = p.sigma_next / p.sigma
-    return _Steps(_points(objective, times[-2:-1]), keep, (p.alpha_next - p.alpha * keep)[:, None])
+    return LinearSteps(
+        _points(objective, times[-2:-1]), keep, (p.alpha_next - p.alpha * keep)[:, None]
+    )
 
 
 def _second_order(p: _Pairs) -> np.ndarray:
@@ -363,40 +359,22 @@ def _second_order(p: _Pairs) -> np.ndarray:
     return np.where(np.isfinite(r), r, 0.0)
 
 
-def dpmpp_2m(
-    denoise: Denoise,
-    objective: Objective,
-    times: np.ndarray,
-    x_T: jax.Array,
-    noise: Noise,
-    *,
-    clip_x0: bool,
-) -> jax.Array:
+def dpmpp_2m(objective: Objective, times: np.ndarray) -> LinearSteps:
     """Lu et al. 2022 (DPM-Solver++) Alg. 2, multistep, of order 2."""
     p = _pairs(objective.process, times)
     gain, r = p.alpha_next * (1 - p.decay), _second_order(p)
     move = np.stack([gain * (1 + r), -gain * r], 1)
-    steps = _Steps(_points(objective, times[:-1]), p.sigma_next / p.sigma, move)
-    return _linear(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+    return LinearSteps(_points(objective, times[:-1]), p.sigma_next / p.sigma, move)
 
 
-def dpmpp_2m_sde(
-    denoise: Denoise,
-    objective: Objective,
-    times: np.ndarray,
-    x_T: jax.Array,
-    noise: Noise,
-    *,
-    clip_x0: bool,
-) -> jax.Array:
+def dpmpp_2m_sde(objective: Objective, times: np.ndarray) -> LinearSteps:
     """Lu et al. 2022's SDE solver of order 2, multistep: S √(1 - e^-2h) of new noise a step."""
     p = _pairs(objective.process, times)
     gain, r = p.alpha_next * (1 - p.decay**2), _second_order(p)
     move = np.stack([gain * (1 + r), -gain * r], 1)
     keep = p.sigma_next / p.sigma * p.decay
     spread = p.sigma_next * np.sqrt(1 - p.decay**2)
-    steps = _Steps(_points(objective, times[:-1]), keep, move, spread)
-    return _linear(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+    return LinearSteps(_points(objective, times[:-1]), keep, move, spread)
 
 
 def _middles(process: Process, times: np.ndarray) -> np.ndarray:
@@ -415,15 +393,7 @@ def start_and_middle(process: Process, times: np.ndarray) -> np.ndarray:
     return np.append(np.stack([times[:-2], _middles(process, times)], 1).ravel(), times[-2])
 
 
-def dpmpp_2s(
-    denoise: Denoise,
-    objective: Objective,
-    times: np.ndarray,
-    x_T: jax.Array,
-    noise: Noise,
-    *,
-    clip_x0: bool,
-) -> jax.Array:
+def dpmpp_2s(objective: Objective, times: np.ndarray) -> tuple[TwoStageSteps, LinearSteps]:
     """Lu et al. 2022 (DPM-Solver++) Alg. 1, singlestep, of order 2."""
     process = objective.process
     middles = _middles(process, times)
@@ -434,7 +404,7 @@ def dpmpp_2s(
     weight = np.where(np.isfinite(r), 1 / (2 * np.where(np.isfinite(r), r, 1)), 0)
     gain = whole.alpha_next * (1 - whole.decay)
     zero = np.zeros_like(gain)
-    steps = _TwoStage(
+    steps = TwoStageSteps(
         _points(objective, times[:-2]),
         _points(objective, middles),
         inner=np.stack([inner.sigma_next / inner.sigma, inner.alpha_next * (1 - inner.decay)], 1),
@@ -442,9 +412,7 @@ def dpmpp_2s(
             [whole.sigma_next / whole.sigma, zero, gain * (1 - weight), gain * weight], 1
         ),
     )
-    return _two_stage(
-        _estimator(denoise, x_T, clip_x0), steps, _to_data(objective, times), x_T, noise
-    )
+    return steps, _to_data(objective, times)
 
 
 # ---- UniPC
@@ -522,7 +490,7 @@ def unipc(
             correct[i + 1, 1 : len(w)] = w[:-1]
             correct[i + 1, 1] += gain[i]
             correct[i + 1, -1] = w[-1]
-    steps = _Corrected(_points(objective, times[:-1]), correct[:, :], keep, move)
+    steps = _Corrected(_points(objective, times[:-1]), correct, keep, move)
     estimate = _estimator(denoise, x_T, clip_x0)
 
     def step(carry: Any, row: Any) -> tuple[Any, None]:
@@ -577,17 +545,13 @@ def sde_diffusion(
 
 
 def sde(
-    denoise: Denoise,
     objective: Objective,
     times: np.ndarray,
-    x_T: jax.Array,
-    noise: Noise,
     *,
-    clip_x0: bool,
     sde_form: str = "sigma",
     sde_norm: float = 1.0,
     sde_last: str = "mean",
-) -> jax.Array:
+) -> LinearSteps:
     """Ma et al. 2024 (SiT) Eq. 9 by Euler and Maruyama: dx = (v + ½w ε̂/σ) dt + √w dW, backwards.
 
     The last step adds no noise: 'mean' keeps the drift, 'euler' the velocity alone, 'tweedie' is
@@ -604,8 +568,7 @@ def sde(
         keep[-1], move[-1] = 0.0, 1.0
     spread = np.sqrt(-w * dt)
     spread[-1] = 0.0
-    steps = _Steps(_points(objective, starts), keep, move[:, None], spread)
-    return _linear(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+    return LinearSteps(_points(objective, starts), keep, move[:, None], spread)
 
 
 # ---- adaptive steps
@@ -668,15 +631,18 @@ def adaptive_ode(
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(respaced_ddpm, discrete=True),
     "ddim": Sampler(general_ddim, options=("eta",)),
-    "euler": Sampler(euler, derivatives=True),
-    "heun": Sampler(heun, both_ends, derivatives=True),
-    "edm": Sampler(edm, both_ends, ("s_churn", "s_min", "s_max", "s_noise")),
-    "dpmpp_2m": Sampler(dpmpp_2m),
-    "dpmpp_2s": Sampler(dpmpp_2s, start_and_middle),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde),
+    "euler": Sampler(tabled(euler), derivatives=True),
+    "heun": Sampler(tabled(heun), both_ends, derivatives=True),
+    "edm": Sampler(tabled(edm), both_ends, ("s_churn", "s_min", "s_max", "s_noise")),
+    "dpmpp_2m": Sampler(tabled(dpmpp_2m)),
+    "dpmpp_2s": Sampler(tabled(dpmpp_2s), start_and_middle),
+    "dpmpp_2m_sde": Sampler(tabled(dpmpp_2m_sde)),
     "unipc": Sampler(unipc, options=("order",)),
     "dopri5": Sampler(adaptive_ode, options=("rtol",), derivatives=True, adaptive=True),
     "sde": Sampler(
-        sde, options=("sde_form", "sde_norm", "sde_last"), derivatives=True, check=sde_diffusion
+        tabled(sde),
+        options=("sde_form", "sde_norm", "sde_last"),
+        derivatives=True,
+        check=sde_diffusion,
     ),
 }

@@ -7,6 +7,7 @@ EDM it is σ/(1 + σ), so a logit-normal time is EDM's log-normal σ.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Times:
     shift: float = 1.0
 
 
-def shifted(t: jax.Array, shift: float) -> jax.Array:
+def shifted(t: Any, shift: float) -> Any:
     """Esser et al. 2024 Eq. 23: t ← st/(1 + (s-1)t), elementwise in [0, 1]."""
     return shift * t / (1 + (shift - 1) * t)
 

@@ -59,15 +59,20 @@ def _scaled(q: jax.Array, by: float) -> jax.Array:
     return q if by == 1 else q * by
 
 
+def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """Zhang & Sennrich 2019 Eq. 4: x / sqrt(E[x²] + eps) over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.square(x32).mean(-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean + eps)).astype(x.dtype)
+
+
 class HeadNorm(nn.Module):
     """Henry et al. 2020, as RMSNorm: x [B,H,N,d] / RMS over d, times a learned scale [d]."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
-        return (x32 * scale[None, None, None]).astype(x.dtype)
+        return (rms_norm(x.astype(jnp.float32)) * scale[None, None, None]).astype(x.dtype)
 
 
 def rotary_table(rows: int, columns: int, d: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:

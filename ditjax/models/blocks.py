@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ditjax.models.attention import CrossAttention, SelfAttention
+from ditjax.models.attention import CrossAttention, SelfAttention, rms_norm
 from ditjax.models.embed import ANYWHERE, Linear, Placement, xavier_uniform
 
 LAYER_NORM_EPS = 1e-6
@@ -32,13 +32,6 @@ def layer_norm(x: jax.Array, eps: float = LAYER_NORM_EPS) -> jax.Array:
     centred = x32 - x32.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
-
-
-def rms_norm(x: jax.Array, eps: float = LAYER_NORM_EPS) -> jax.Array:
-    """Zhang & Sennrich 2019 Eq. 4: x / sqrt(E[x²] + eps) over the last axis, in float32."""
-    x32 = x.astype(jnp.float32)
-    mean = jnp.square(x32).mean(-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(mean + eps)).astype(x.dtype)
 
 
 # config.model.norm -> the norm of the blocks with adaLN

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from ditjax.config import (
+    SAMPLER_REGISTRY,
     Config,
     Sample,
     Section,
@@ -35,8 +36,6 @@ from ditjax.diffusion.weighting import Weighting, check_weighting
 from ditjax.errors import UserError
 
 LOSS_REGISTRY = "ditjax.diffusion.losses.LOSSES"
-SAMPLER_REGISTRY = "ditjax.diffusion.solvers.SAMPLERS"
-
 
 _OF_DDPM = ("process", ("ddpm",))
 _OF_EDM = ("process", ("edm",))
@@ -194,16 +193,16 @@ def guidance_rule(c: Config) -> GuidanceRule:
     return rules[s.cfg_rule]
 
 
-def _check_guidance(c: Config) -> None:
+def _check_guidance(c: Config, steps: int) -> None:
     s = c.sample
     if s.cfg_rule == "zero" and c.diffusion.prediction != "velocity":
         raise UserError(
             "config.sample.cfg_rule is 'zero' and config.diffusion.prediction"
             f" {c.diffusion.prediction!r}: it is a rule for velocities; choose another."
         )
-    if s.cfg_rule == "zero" and s.zero_steps >= len(times_of(c)) - 1:
+    if s.cfg_rule == "zero" and s.zero_steps >= steps:
         raise UserError(
-            f"config.sample.zero_steps is {s.zero_steps} of {len(times_of(c)) - 1} steps: expected"
+            f"config.sample.zero_steps is {s.zero_steps} of {steps} steps: expected"
             " fewer, as a step that does not move draws nothing."
         )
 
@@ -252,7 +251,7 @@ def check_sampling(c: Config) -> None:
             f"config.sample.sampler is {s.sampler!r}, which integrates dx/dt, and process 'ddpm'"
             " has no derivative by t: choose another, such as 'ddim', 'dpmpp_2m' or 'edm'."
         )
-    grid = s.grid or grids.default_grid(made)
+    grid = s.grid or made.grid
     for name, reader in (("rho", "karras"), ("last_step", "uniform")):
         if getattr(s, name) != getattr(defaults, name) and grid != reader:
             raise UserError(
@@ -264,7 +263,7 @@ def check_sampling(c: Config) -> None:
             f"config.sample.sampler is {s.sampler!r} and cfg_interval {s.cfg_interval}: its samples"
             " are at different times, so that no step is inside for all; guide every step."
         )
-    _check_guidance(c)
+    _check_guidance(c, len(times) - 1)
     if c.evaluate.bpd_num and (discrete or c.latent):
         reason = "latents have no density of pixels" if c.latent else "process 'ddpm' has no ODE"
         raise UserError(

@@ -1,4 +1,4 @@
-"""Faults of the file system are told from damage, tried again, and end a command."""
+"""Faults of the file system are not taken for damage: reading is retried, then the command ends."""
 
 import errno
 import io

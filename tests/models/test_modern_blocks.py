@@ -12,8 +12,8 @@ from ditjax.cli import load_recipe
 from ditjax.config import changed, read
 from ditjax.errors import UserError
 from ditjax.models import dit, mup
-from ditjax.models.attention import HeadNorm, rotary_table, rotated
-from ditjax.models.blocks import SwiGLU, rms_norm
+from ditjax.models.attention import HeadNorm, rms_norm, rotary_table, rotated
+from ditjax.models.blocks import SwiGLU
 from ditjax.models.network import Conditions, Inputs
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh

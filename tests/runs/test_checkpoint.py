@@ -478,7 +478,7 @@ def test_a_fault_that_hides_a_score_removes_no_checkpoint(folder, monkeypatch, c
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_too_many_open_files_are_no_damage(folder, monkeypatch):
-    """What orbax and TensorStore raise for it is told from damage by the system's words."""
+    """The system's words distinguish damage from a fault that orbax and TensorStore raise."""
     monkeypatch.setattr(faults, "WAITS", ())
     target = abstract(make_mesh(1, 1, jax.devices()[:1]))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
