@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from ditjax.errors import UserError
 from ditjax.scaling.fit import pearson, pearson_interval, spearman
 from ditjax.scaling.frontier import crossing, interpolate
 from ditjax.scaling.isoflop import ComputeCurve
 from ditjax.scaling.points import Vector, positive_points
-from ditjax.scaling.spread import Spread, spread
+from ditjax.scaling.spread import Spread, spread, student_quantile
 
 LEVEL = 0.95
 Names = Sequence[Any] | NDArray[Any]
@@ -49,7 +48,7 @@ def _needed(noise: Spread, first: _Mean, second: _Mean) -> float:
     """The smallest significant difference between two models; 0 if the noise is unknown."""
     if not noise.freedom:
         return 0.0
-    t = stats.t.ppf(0.5 + LEVEL / 2, noise.freedom)
+    t = student_quantile(LEVEL, noise.freedom)
     return float(t * noise.deviation * np.sqrt(1 / first.runs + 1 / second.runs))
 
 

@@ -14,8 +14,8 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
 
 from ditjax.errors import UserError
 from ditjax.scaling.points import (
@@ -26,6 +26,7 @@ from ditjax.scaling.points import (
     group_index,
     positive_points,
 )
+from ditjax.scaling.spread import student_quantile
 
 # Webb 2014: six weights of mean 0 and variance 1, so that a few groups still give many replicates.
 _WEBB = np.sqrt([0.5, 1.0, 1.5])
@@ -90,7 +91,7 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Pearson's r of the ranks; ties share their mean rank.  x, y f64[n], n >= 3."""
     x, y = finite_points(x, y, at_least=3)
-    return pearson(stats.rankdata(x), stats.rankdata(y))
+    return pearson(scipy.stats.rankdata(x), scipy.stats.rankdata(y))
 
 
 def pearson_interval(r: float, n: int, level: float = 0.95) -> Interval:
@@ -252,8 +253,8 @@ def fit_huber(
     Returns θ, the residuals there, and the last delta.
     """
 
-    def solve(start: Vector, delta: float) -> optimize.OptimizeResult:
-        return optimize.least_squares(
+    def solve(start: Vector, delta: float) -> scipy.optimize.OptimizeResult:
+        return scipy.optimize.least_squares(
             residual,
             np.clip(start, *bounds),
             jac=jacobian,
@@ -325,7 +326,7 @@ def half_width(
         error = error - rng.choice(deleted, n) * rng.choice(_WEBB, n)
         spread = np.hypot(spread, deviation(replicates))
         width = np.hypot(width, deviation(residuals))
-    student = stats.t.ppf(0.5 + level / 2, max(groups - parameters, 1))
+    student = student_quantile(level, max(groups - parameters, 1))
     return float(width * max(np.quantile(np.abs(error) / spread, level), student))
 
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from ditjax.errors import UserError
 from ditjax.scaling.fit import Interval
 from ditjax.scaling.frontier import interpolate
 from ditjax.scaling.points import Vector, check_level, positive_points
+from ditjax.scaling.spread import student_quantile
 
 
 class ComputeCurve(NamedTuple):
@@ -177,7 +177,7 @@ def _fieller(
     freedom = len(residuals) - 3
     if freedom < 1:
         return -np.inf, np.inf
-    t = stats.t.ppf(0.5 + level / 2, freedom)
+    t = student_quantile(level, freedom)
     S = t**2 * (residuals @ residuals) / freedom * (solve @ solve.T)
     square, linear = 4 * (p2**2 - S[2, 2]), 4 * (p1 * p2 - S[1, 2])
     if square <= 0:
@@ -219,7 +219,7 @@ def compute_optimal(profiles: Sequence[Profile], *, level: float = 0.95) -> Comp
             by_model[size] += np.array([moved, slope * moved])
     freedom = len(by_model) - 3
     se = np.sqrt(np.sum([shift**2 for shift in by_model.values()], axis=0))
-    t = stats.t.ppf(0.5 + level / 2, freedom) if known and freedom > 0 else np.inf
+    t = student_quantile(level, freedom) if known and freedom > 0 else np.inf
 
     def growth(values: Sequence[float | None], error: float) -> Growth:
         logs = np.log(np.array(values, np.float64))

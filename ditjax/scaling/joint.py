@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import optimize
 
 from ditjax.errors import UserError
 from ditjax.scaling.fit import fit_huber, huber_delta
@@ -71,7 +71,7 @@ def fit_joint(size: ArrayLike, images: ArrayLike, y: ArrayLike) -> JointLaw:
     starts = []
     for alpha, beta in product((0.2, 0.5, 1.0), repeat=2):
         columns = np.stack([np.ones_like(u), np.exp(-alpha * u), np.exp(-beta * w)], axis=1)
-        e, a, b = optimize.nnls(columns / v[:, None], np.ones_like(v))[0]
+        e, a, b = scipy.optimize.nnls(columns / v[:, None], np.ones_like(v))[0]
         starts.append(np.array([e, np.log(max(a, 1e-3)), alpha, np.log(max(b, 1e-3)), beta]))
     bounds = ([0.0, -30.0, 1e-3, -30.0, 1e-3], [v.max(), 30.0, 10.0, 30.0, 10.0])
     theta, _, _ = fit_huber(

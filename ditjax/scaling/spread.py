@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy  # loads its parts as they are used: scipy.stats alone takes a second
 
 from ditjax.errors import UserError
 
@@ -35,11 +35,16 @@ def spread(repeats: Iterable[Sequence[float]]) -> Spread:
     return Spread(math.sqrt(squares / freedom), freedom)
 
 
+def student_quantile(level: float, freedom: float) -> float:
+    """The t of which a share `level` of Student's distribution lies within -t and t."""
+    return float(scipy.special.stdtrit(freedom, (1 + level) / 2))
+
+
 def noise_band(value: float, s: Spread, runs: int, level: float = 0.95) -> tuple[float, float]:
     """The range (low, high) of the mean of `runs` trainings if a further training gave `value`.
 
     ln band = ln value -/+ t_{level, f} s √(1 + 1/runs): the prediction interval of Student's t.
     """
-    t = float(stats.t.ppf((1 + level) / 2, s.freedom))
+    t = student_quantile(level, s.freedom)
     width = min(t * s.deviation * math.sqrt(1 + 1 / runs), 300.0)
     return value * math.exp(-width), value * math.exp(width)
