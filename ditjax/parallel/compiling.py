@@ -16,7 +16,7 @@ from ditjax.parallel import host
 
 _REMATERIALIZATION = re.compile(
     rb"(?:[A-Z]\d{4} [^\]]*\] )?(?:\[\w+\] )?Involuntary full rematerialization"
-    rb".*?from sharding (?P<source>\{.*?\}) to (?P<target>\{.*?\}) efficiently"
+    rb".*?from sharding (?P<source>\{(?!mesh\[).*?\}) to (?P<target>\{.*?\}) efficiently"
     rb" for HLO operation %\S+ = (?P<shape>\w+\[[^\]]*\])\S* (?P<operation>[\w-]+)\("
     rb"(?:.*?op_name=\"(?P<name>[^\"]*)\")?"
 )
@@ -32,7 +32,9 @@ def no_rematerialization(mesh: Mesh | AbstractMesh) -> Iterator[None]:
     XLA calls this an "involuntary full rematerialization", logs a warning in C++, and compiles. So
     the process's stderr is read meanwhile, and everything else is passed on. A program from JAX's
     compilation cache logs nothing, so a program that is refused is removed from the cache. Nothing
-    is detected if TF_CPP_MIN_LOG_LEVEL is 2 or more.
+    is detected if TF_CPP_MIN_LOG_LEVEL is 2 or more. A warning about a sharding written by mesh
+    axis is passed on to stderr and no error: XLA writes so where JAX was started before
+    `ditjax.parallel` was imported (see there), and then warns where nothing is gathered, too.
     """
     cached = _cache_entries()
     with _stderr_without(_REMATERIALIZATION) as found:

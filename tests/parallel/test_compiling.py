@@ -108,6 +108,17 @@ def test_the_rest_of_stderr_goes_where_it_went(capfd):
         assert err.count(words) == 1, err
 
 
+def test_a_warning_that_cannot_be_trusted_is_passed_on(capfd):
+    line = (
+        "[SPMD] Involuntary full rematerialization. The compiler cannot go from sharding"
+        " {mesh['data'=1,'fsdp'=2], [{}, {'fsdp'}]} to {devices=[2,1]<=[2]} efficiently for HLO"
+        " operation %a.0 = f32[16,16]{1,0} parameter(0), sharding={replicated}.\n"
+    )
+    with no_rematerialization(make_mesh(2, 4)):
+        os.write(2, line.encode())
+    assert capfd.readouterr().err == line
+
+
 def test_an_error_of_the_program_comes_through(capfd):
     with pytest.raises(ZeroDivisionError), no_rematerialization(make_mesh(2, 4)):
         1 / 0  # noqa: B018
