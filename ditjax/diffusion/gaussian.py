@@ -1,12 +1,14 @@
 """The Gaussians of diffusion: q(x_t | x_0), its posterior, and the network's p(x_{t-1} | x_t).
 
 Glossary: x0 data, x_t noised data, eps the noise in it, v the velocity; B H W C; S retained steps.
-`t i32[B]` always indexes the schedule's tables; only `predict` turns it into a network's timestep.
+`t i32[B]` always indexes the schedule's tables; only `predict_along` turns it into a network's
+timestep.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,33 @@ from ditjax.errors import UserError, nearest
 
 # A network, as diffusion sees it: (x f32[B,H,W,C], timesteps i32[B]) -> f32[B,H,W,C or 2C].
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stateful:
+    """A network with a memory along its trajectory, such as the momentum of guidance.
+
+    `start(x)` -> the memory before the first evaluation; `step(x, timesteps, memory)` ->
+    (output, memory). A sampler that asks `stateful` for it carries the memory from one evaluation
+    to the next; to any other, it is a `Denoise` that raises an error.
+    """
+
+    start: Callable[[jax.Array], Any]
+    step: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+    def __call__(self, x: jax.Array, timesteps: jax.Array) -> jax.Array:
+        raise UserError(
+            "this sampler does not carry the momentum of guidance from one evaluation to the next:"
+            " set config.sample.apg_momentum to 0, or choose another sampler."
+        )
+
+
+def stateful(denoise: Denoise) -> Stateful:
+    """Give a network without a memory an empty one, which adds nothing to a sampler's state."""
+    if isinstance(denoise, Stateful):
+        return denoise
+    return Stateful(lambda x: (), lambda x, timesteps, memory: (denoise(x, timesteps), memory))
+
 
 DISCRETE_PREDICTIONS = ("eps", "x0", "v")
 # Of a process in continuous time, whose steps have no variance: "none", or "unused" if the network
@@ -138,10 +167,21 @@ def _normal_cdf(z: jax.Array) -> jax.Array:
 def predict(denoise: Denoise, schedule: Schedule, x_t: jax.Array, t: jax.Array) -> jax.Array:
     """The network's raw output at x_t f32[B,...], t i32[B] -> f32[B,...,C or 2C].
 
+    A network without a memory: see `predict_along`.
+    """
+    return predict_along(stateful(denoise), schedule, x_t, t, ())[0]
+
+
+def predict_along(
+    network: Stateful, schedule: Schedule, x_t: jax.Array, t: jax.Array, memory: Any
+) -> tuple[jax.Array, Any]:
+    """As `predict`, with the memory of the network -> (f32[B,...,C or 2C], memory).
+
     This is the only place where a table index becomes the original timestep.
     """
     timesteps = jnp.asarray(schedule.timesteps, jnp.int32)[t]
-    return denoise(x_t, timesteps).astype(jnp.float32)
+    out, memory = network.step(x_t, timesteps, memory)
+    return out.astype(jnp.float32), memory
 
 
 def split_channels(out: jax.Array, channels: int) -> tuple[jax.Array, jax.Array | None]:

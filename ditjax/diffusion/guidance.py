@@ -1,12 +1,12 @@
 """Guidance: one denoiser from conditional and unconditional predictions."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from ditjax.diffusion.gaussian import Denoise
+from ditjax.diffusion.gaussian import Denoise, Stateful, stateful
 from ditjax.errors import UserError, nearest
 
 # (x f32[B,H,W,C], timesteps i32[B]) -> conditional, unconditional: f32[B,H,W,C or 2C] each
@@ -18,6 +18,9 @@ GuidedChannels = Literal["all", "three"]
 # but the scale and the times are f32[B,H,W,C] of the guided channels; the prediction is in the
 # network's own space, and x is the network's input.
 GuidanceRule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# As a GuidanceRule, of the memory of the step before, too: -> the guided prediction, its memory.
+# The memory is an array of the guided channels, 0 before the first step.
+MemoryRule = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def classifier_free(
@@ -45,7 +48,7 @@ def rescaled(share: float) -> GuidanceRule:
 def projected(
     eta: float, norm: float, coefficients: Callable[[jax.Array], tuple[jax.Array, ...]]
 ) -> GuidanceRule:
-    """Sadat et al. 2024 (APG), in x0-space and without momentum.
+    """Sadat et al. 2024 (APG), in x0-space and without momentum (`projected_along` has it).
 
     x̂0 = x̂0_c + (s - 1)(Δ_⊥ + η Δ_∥): Δ = x̂0_c - x̂0_u, shortened to `norm` if that is above 0, is
     split along x̂0_c. coefficients(timesteps) -> c_in, c_skip, c_out f32[B,1,...,1] turn predictions
@@ -55,15 +58,42 @@ def projected(
     def rule(c: jax.Array, u: jax.Array, s: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
         c_in, c_skip, c_out = coefficients(t)
         x0, change = c_skip / c_in * x + c_out * c, c_out * (c - u)
-        axes = tuple(range(1, c.ndim))
-        if norm:
-            length = jnp.sqrt(jnp.square(change).sum(axes, keepdims=True))
-            change = change * jnp.minimum(1, norm / jnp.maximum(length, 1e-12))
-        along = (change * x0).sum(axes, keepdims=True)
-        parallel = along / jnp.maximum(jnp.square(x0).sum(axes, keepdims=True), 1e-12) * x0
-        return c + (s - 1) * (change - parallel + eta * parallel) / c_out
+        return c + (s - 1) * _projected(change, x0, eta, norm) / c_out
 
     return rule
+
+
+def projected_along(
+    momentum: float,
+    eta: float,
+    norm: float,
+    coefficients: Callable[[jax.Array], tuple[jax.Array, ...]],
+) -> MemoryRule:
+    """Sadat et al. 2024 (APG) with momentum β: the change is x̂0_c - x̂0_u + β times the last one.
+
+    The memory is that change before it is shortened and projected. Otherwise as `projected`.
+    """
+
+    def rule(
+        c: jax.Array, u: jax.Array, s: jax.Array, x: jax.Array, t: jax.Array, memory: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        c_in, c_skip, c_out = coefficients(t)
+        change = c_out * (c - u) + momentum * memory
+        x0 = c_skip / c_in * x + c_out * c
+        return c + (s - 1) * _projected(change, x0, eta, norm) / c_out, change
+
+    return rule
+
+
+def _projected(change: jax.Array, x0: jax.Array, eta: float, norm: float) -> jax.Array:
+    """Shorten a change of x̂0 to `norm`, and keep the share `eta` of what is along x0."""
+    axes = tuple(range(1, x0.ndim))
+    if norm:
+        length = jnp.sqrt(jnp.square(change).sum(axes, keepdims=True))
+        change = change * jnp.minimum(1, norm / jnp.maximum(length, 1e-12))
+    along = (change * x0).sum(axes, keepdims=True)
+    parallel = along / jnp.maximum(jnp.square(x0).sum(axes, keepdims=True), 1e-12) * x0
+    return change - parallel + eta * parallel
 
 
 def zero_star(c: jax.Array, u: jax.Array, s: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -99,7 +129,8 @@ def guide(
 ) -> Denoise:
     """DiT Sec. 3.1, Ho & Salimans Eq. 6 with s = 1 + w: ε̂ = ε(x,∅) + s (ε(x,c) - ε(x,∅)).
 
-    `rule` is another way to combine the two.
+    `rule` is another way to combine the two. The pair may also be of two networks, both
+    conditional, a good and a worse one: Karras et al. 2024 (autoguidance).
 
     scale f32[] or f32[B]: 0 is unconditional, 1 conditional. x_channels is C. channels: 'all'
     guides all C channels of the prediction; 'three' guides the first three only, as the DiT release
@@ -109,6 +140,39 @@ def guide(
     Raises UserError for an unknown rule, for 'three' of fewer than three channels, and for two
     outputs that differ in shape or lack channels.
     """
+    combine = _combination(denoise_pair, scale, channels, x_channels)
+
+    def guided(x: jax.Array, timesteps: jax.Array) -> jax.Array:
+        return combine(x, timesteps, lambda *each: (rule(*each), None))[0]
+
+    return guided
+
+
+def guide_along(
+    denoise_pair: DenoisePair,
+    scale: jax.typing.ArrayLike,
+    *,
+    channels: GuidedChannels = "all",
+    x_channels: int,
+    rule: MemoryRule,
+) -> Stateful:
+    """As `guide`, by a rule with a memory along the trajectory."""
+    combine = _combination(denoise_pair, scale, channels, x_channels)
+    count = 3 if channels == "three" else x_channels
+
+    def step(x: jax.Array, timesteps: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        return combine(x, timesteps, lambda *each: rule(*each, memory))
+
+    return Stateful(lambda x: jnp.zeros_like(x[..., :count]), step)
+
+
+def _combination(
+    denoise_pair: DenoisePair,
+    scale: jax.typing.ArrayLike,
+    channels: GuidedChannels,
+    x_channels: int,
+) -> Callable[[jax.Array, jax.Array, Callable[..., tuple[jax.Array, Any]]], tuple[jax.Array, Any]]:
+    """Build (x, timesteps, rule) -> (guided output, what the rule returned beside it)."""
     if channels not in get_args(GuidedChannels):
         legal = get_args(GuidedChannels)
         raise UserError(
@@ -121,7 +185,9 @@ def guide(
         )
     guided_channels = 3 if channels == "three" else x_channels
 
-    def guided(x: jax.Array, timesteps: jax.Array) -> jax.Array:
+    def combine(
+        x: jax.Array, timesteps: jax.Array, rule: Callable[..., tuple[jax.Array, Any]]
+    ) -> tuple[jax.Array, Any]:
         conditional, unconditional = denoise_pair(x, timesteps)
         if conditional.shape != unconditional.shape or conditional.shape[-1] < x_channels:
             raise UserError(
@@ -131,10 +197,11 @@ def guide(
         c, u = conditional[..., :guided_channels], unconditional[..., :guided_channels]
         s = jnp.asarray(scale, c.dtype)
         s = s.reshape(s.shape + (1,) * (c.ndim - 1)) if s.ndim else s
-        combined = rule(c, u, s, x[..., :guided_channels], timesteps)
-        return jnp.concatenate([combined, conditional[..., guided_channels:]], axis=-1)
+        combined, memory = rule(c, u, s, x[..., :guided_channels], timesteps)
+        out = jnp.concatenate([combined, conditional[..., guided_channels:]], axis=-1)
+        return out, memory
 
-    return guided
+    return combine
 
 
 def within(
@@ -146,11 +213,22 @@ def within(
     """Kynkäänniemi et al. 2024, Eq. 4: guided at low <= t < high, conditional elsewhere.
 
     low, high f32[] are timesteps. The whole batch must be at one t, as in a sampler: outside the
-    interval the unconditional half is not computed.
+    interval the unconditional half is not computed, and a memory stays as it is.
     """
 
-    def denoise(x: jax.Array, timesteps: jax.Array) -> jax.Array:
+    def inside(timesteps: jax.Array) -> Any:
         t = timesteps[0].astype(jnp.float32)
-        return jax.lax.cond((low <= t) & (t < high), guided, conditional, x, timesteps)
+        return (low <= t) & (t < high)
+
+    if isinstance(guided, Stateful):
+        outside = stateful(conditional).step
+
+        def step(x: jax.Array, timesteps: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+            return jax.lax.cond(inside(timesteps), guided.step, outside, x, timesteps, memory)
+
+        return Stateful(guided.start, step)
+
+    def denoise(x: jax.Array, timesteps: jax.Array) -> jax.Array:
+        return jax.lax.cond(inside(timesteps), guided, conditional, x, timesteps)
 
     return denoise

@@ -1,12 +1,19 @@
 """Samplers: DDPM's ancestral sampling and DDIM, each one lax.scan from x_T to x0."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ditjax.diffusion.gaussian import Denoise, Variance, p_mean_variance, predict
+from ditjax.diffusion.gaussian import (
+    Denoise,
+    Variance,
+    p_mean_variance,
+    predict_along,
+    stateful,
+)
 from ditjax.diffusion.schedule import Schedule, extract
 from ditjax.errors import UserError
 
@@ -72,16 +79,21 @@ def ddpm(
     Raises UserError as `gaussian.p_mean_variance` does.
     """
 
-    def step(x_t: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+    network = stateful(denoise)
+
+    def step(carry: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
+        x_t, memory = carry
         t = _table_index(schedule, x_t, i)
-        out = predict(denoise, schedule, x_t, t)
+        out, memory = predict_along(network, schedule, x_t, t, memory)
         p = p_mean_variance(
             schedule, out, x_t, t, prediction=prediction, variance=variance, clip_x0=clip_x0
         )
         sigma = jnp.where(i < len(schedule) - 1, jnp.exp(0.5 * p.log_variance), 0.0)
-        return p.mean + sigma * noise(i), None
+        return (p.mean + sigma * noise(i), memory), None
 
-    x0, _ = jax.lax.scan(step, x_T, jnp.arange(len(schedule), dtype=jnp.int32))
+    (x0, _), _ = jax.lax.scan(
+        step, (x_T, network.start(x_T)), jnp.arange(len(schedule), dtype=jnp.int32)
+    )
     return x0
 
 
@@ -110,18 +122,23 @@ def ddim(
     signal = np.sqrt(schedule.alphas_bar_prev)
     direction = np.sqrt(1 - schedule.alphas_bar_prev - sigma**2)
 
-    def step(x_t: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+    network = stateful(denoise)
+
+    def step(carry: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
+        x_t, memory = carry
         t = _table_index(schedule, x_t, i)
-        out = predict(denoise, schedule, x_t, t)
+        out, memory = predict_along(network, schedule, x_t, t, memory)
         p = p_mean_variance(
             schedule, out, x_t, t, prediction=prediction, variance="fixed_small", clip_x0=clip_x0
         )
         x = extract(signal, t, x_t.ndim) * p.x0 + extract(direction, t, x_t.ndim) * p.eps
         if eta > 0:
             x = x + extract(sigma, t, x_t.ndim) * noise(i)
-        return x, None
+        return (x, memory), None
 
-    x0, _ = jax.lax.scan(step, x_T, jnp.arange(len(schedule), dtype=jnp.int32))
+    (x0, _), _ = jax.lax.scan(
+        step, (x_T, network.start(x_T)), jnp.arange(len(schedule), dtype=jnp.int32)
+    )
     return x0
 
 

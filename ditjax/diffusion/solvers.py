@@ -14,7 +14,7 @@ import numpy as np
 
 from ditjax.diffusion import samplers
 from ditjax.diffusion.adaptive import dopri5
-from ditjax.diffusion.gaussian import Denoise
+from ditjax.diffusion.gaussian import Denoise, stateful
 from ditjax.diffusion.losses import Objective
 from ditjax.diffusion.process import (
     Discrete,
@@ -27,8 +27,8 @@ from ditjax.diffusion.samplers import Noise
 from ditjax.diffusion.schedule import retained
 from ditjax.errors import UserError
 
-# x f32[B,H,W,C], one row of a table of preconditionings -> x̂0 f32[B,H,W,C]
-Estimate = Callable[[jax.Array, Any], jax.Array]
+# x f32[B,H,W,C], one row of a table of preconditionings, memory -> x̂0 f32[B,H,W,C], memory
+Estimate = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
 # (process, times f64[n + 1]) -> the times at which the network is evaluated
 EvaluationTimes = Callable[[Process, np.ndarray], np.ndarray]
 
@@ -103,18 +103,22 @@ def _points(objective: Objective, times: np.ndarray) -> Preconditioning:
     return precondition(p, prediction, np.asarray(times, np.float64), t_eps=objective.t_eps)
 
 
-def _estimator(denoise: Denoise, x: jax.Array, clip_x0: bool) -> Estimate:
-    """Build the estimate of x0 at one row of a table, clipped to [-1, 1] for pixels."""
-    batch, channels = x.shape[0], x.shape[-1]
+def _estimator(denoise: Denoise, x: jax.Array, clip_x0: bool) -> tuple[Estimate, Any]:
+    """Build the estimate of x0 at one row of a table, clipped to [-1, 1] for pixels.
 
-    def estimate(x: jax.Array, point: Preconditioning) -> jax.Array:
-        out = denoise(point.c_in * x, jnp.full((batch,), point.c_noise))
+    The network's memory before the first estimate is returned beside it.
+    """
+    batch, channels = x.shape[0], x.shape[-1]
+    network = stateful(denoise)
+
+    def estimate(x: jax.Array, point: Preconditioning, memory: Any) -> tuple[jax.Array, Any]:
+        out, memory = network.step(point.c_in * x, jnp.full((batch,), point.c_noise), memory)
         # A learned variance, if the network has one, is not read.
         predicted = out[..., :channels].astype(x.dtype)
         x0 = point.c_skip * x + point.c_out * predicted
-        return jnp.clip(x0, -1, 1) if clip_x0 else x0
+        return (jnp.clip(x0, -1, 1) if clip_x0 else x0), memory
 
-    return estimate
+    return estimate, network.start(x)
 
 
 def _on_device(tables: Any, dtype: Any) -> Any:
@@ -127,20 +131,23 @@ def _on_device(tables: Any, dtype: Any) -> Any:
     return jax.tree.map(move, tables)
 
 
-def _linear(estimate: Estimate, steps: LinearSteps, x: jax.Array, noise: Noise) -> jax.Array:
+def _linear(
+    estimate: Estimate, steps: LinearSteps, x: jax.Array, noise: Noise, memory: Any
+) -> jax.Array:
     """Run steps that are linear in x and in the newest k estimates of x0."""
     history = (jnp.zeros_like(x),) * (steps.move.shape[1] - 1)
 
     def step(carry: Any, row: Any) -> tuple[Any, None]:
-        (x, history), (i, s) = carry, row
-        x0s = (estimate(x, s.point), *history)
+        (x, history, memory), (i, s) = carry, row
+        x0, memory = estimate(x, s.point, memory)
+        x0s = (x0, *history)
         x = s.keep * x + sum(s.move[j] * x0 for j, x0 in enumerate(x0s))
         if s.spread is not None:
             x = x + s.spread * noise(i)
-        return (x, x0s[:-1]), None
+        return (x, x0s[:-1], memory), None
 
     rows = (jnp.arange(len(steps.keep)), _on_device(steps, x.dtype))
-    (x, _), _ = jax.lax.scan(step, (x, history), rows)
+    (x, _, _), _ = jax.lax.scan(step, (x, history, memory), rows)
     return x
 
 
@@ -155,33 +162,41 @@ class TwoStageSteps(NamedTuple):
 
 
 def _two_stage(
-    estimate: Estimate, steps: TwoStageSteps, last: LinearSteps, x: jax.Array, noise: Noise
+    estimate: Estimate,
+    steps: TwoStageSteps,
+    last: LinearSteps,
+    x: jax.Array,
+    noise: Noise,
+    memory: Any,
 ) -> jax.Array:
     """Run n - 1 steps of two evaluations, and the last one of one."""
 
-    def step(x: jax.Array, row: Any) -> tuple[jax.Array, None]:
-        i, s = row
+    def step(carry: Any, row: Any) -> tuple[Any, None]:
+        (x, memory), (i, s) = carry, row
         if s.churn is not None:
             x = s.churn[0] * x + s.churn[1] * noise(i)
-        x0 = estimate(x, s.first)
+        x0, memory = estimate(x, s.first, memory)
         y = s.inner[0] * x + s.inner[1] * x0
-        y0 = estimate(y, s.second)
-        return s.outer[0] * x + s.outer[1] * y + s.outer[2] * x0 + s.outer[3] * y0, None
+        y0, memory = estimate(y, s.second, memory)
+        x = s.outer[0] * x + s.outer[1] * y + s.outer[2] * x0 + s.outer[3] * y0
+        return (x, memory), None
 
     rows = (jnp.arange(len(steps.inner)), _on_device(steps, x.dtype))
-    x, _ = jax.lax.scan(step, x, rows)
-    return _linear(estimate, last, x, noise)
+    (x, memory), _ = jax.lax.scan(step, (x, memory), rows)
+    return _linear(estimate, last, x, noise, memory)
 
 
 def _run(
-    estimate: Estimate,
+    denoise: Denoise,
     steps: LinearSteps | tuple[TwoStageSteps, LinearSteps],
     x: jax.Array,
     noise: Noise,
+    clip_x0: bool,
 ) -> jax.Array:
+    estimate, memory = _estimator(denoise, x, clip_x0)
     if isinstance(steps, LinearSteps):
-        return _linear(estimate, steps, x, noise)
-    return _two_stage(estimate, *steps, x, noise)
+        return _linear(estimate, steps, x, noise, memory)
+    return _two_stage(estimate, *steps, x, noise, memory)
 
 
 def tabled(
@@ -200,7 +215,7 @@ def tabled(
         **options: Any,
     ) -> jax.Array:
         steps = tables(objective, times, **options)
-        return _run(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+        return _run(denoise, steps, x_T, noise, clip_x0)
 
     return solve
 
@@ -235,7 +250,7 @@ def general_ddim(
     keep = np.sqrt(p.sigma_next**2 - spread**2) / p.sigma
     move = (p.alpha_next - p.alpha * keep)[:, None]
     steps = LinearSteps(_points(objective, times[:-1]), keep, move, spread if eta else None)
-    return _run(_estimator(denoise, x_T, clip_x0), steps, x_T, noise)
+    return _run(denoise, steps, x_T, noise, clip_x0)
 
 
 def respaced_ddpm(
@@ -277,17 +292,29 @@ def euler(objective: Objective, times: np.ndarray) -> LinearSteps:
 def heun(objective: Objective, times: np.ndarray) -> tuple[TwoStageSteps, LinearSteps]:
     """Heun's method on dx/dt; the last step is Euler's. Order 2."""
     g, g0 = _field(objective.process, times[:-1])
+    dt = np.diff(times)[-1:]
+    last = LinearSteps(_points(objective, times[-2:-1]), 1 + dt * g[-1:], (dt * g0[-1:])[:, None])
+    return _heun_steps(objective, times, g, g0), last
+
+
+def _heun_steps(
+    objective: Objective,
+    times: np.ndarray,
+    f: np.ndarray,
+    f0: np.ndarray,
+    churn: np.ndarray | None = None,
+) -> TwoStageSteps:
+    """All steps but the last of Heun's method on dx/dt = f x + f0 x̂0, f64[n] each."""
     dt = np.diff(times)
-    keep, move = 1 + dt * g, dt * g0
+    keep, move = 1 + dt * f, dt * f0
     half = dt[:-1] / 2
-    steps = TwoStageSteps(
+    return TwoStageSteps(
         _points(objective, times[:-2]),
         _points(objective, times[1:-1]),
         inner=np.stack([keep[:-1], move[:-1]], 1),
-        outer=np.stack([1 + half * g[:-1], half * g[1:], half * g0[:-1], half * g0[1:]], 1),
+        outer=np.stack([1 + half * f[:-1], half * f[1:], half * f0[:-1], half * f0[1:]], 1),
+        churn=churn,
     )
-    last = LinearSteps(_points(objective, times[-2:-1]), keep[-1:], move[-1:, None])
-    return steps, last
 
 
 def edm(
@@ -491,21 +518,21 @@ def unipc(
             correct[i + 1, 1] += gain[i]
             correct[i + 1, -1] = w[-1]
     steps = _Corrected(_points(objective, times[:-1]), correct, keep, move)
-    estimate = _estimator(denoise, x_T, clip_x0)
+    estimate, memory = _estimator(denoise, x_T, clip_x0)
 
     def step(carry: Any, row: Any) -> tuple[Any, None]:
-        (x, before, history), (i, s) = carry, row
-        x0 = estimate(x, s.point)
+        (x, before, history, memory), (i, s) = carry, row
+        x0, memory = estimate(x, s.point, memory)
         corrected = s.correct[0] * before + s.correct[-1] * x0
         corrected += sum(s.correct[1 + j] * each for j, each in enumerate(history))
         x = jnp.where(i > 0, corrected, x)
         history = (x0, *history[:-1])
         moved = s.keep * x + sum(s.move[j] * each for j, each in enumerate(history))
-        return (moved, x, history), None
+        return (moved, x, history, memory), None
 
     zeros = (jnp.zeros_like(x_T),) * order
     rows = (jnp.arange(n), _on_device(steps, x_T.dtype))
-    (x, _, _), _ = jax.lax.scan(step, (x_T, x_T, zeros), rows)
+    (x, *_), _ = jax.lax.scan(step, (x_T, x_T, zeros, memory), rows)
     return x
 
 
@@ -544,6 +571,14 @@ def sde_diffusion(
     return w
 
 
+def _drift(process: Process, times: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The drift v + ½w ε̂/σ = f x + f0 x̂0 of the SDE -> f, f0 f64[n]."""
+    g, g0 = _field(process, times)
+    c = process.at(times)
+    half = w / 2 / c.sigma**2
+    return g + half, g0 - c.alpha * half
+
+
 def sde(
     objective: Objective,
     times: np.ndarray,
@@ -558,17 +593,36 @@ def sde(
     x̂0. Weak order 1.
     """
     process, starts = objective.process, times[:-1]
-    g, g0 = _field(process, starts)
-    c, dt = process.at(starts), np.diff(times)
+    dt = np.diff(times)
     w = sde_diffusion(process, times, sde_form=sde_form, sde_norm=sde_norm)
     w[-1] = w[-1] if sde_last == "mean" else 0.0
-    half = w / 2 / c.sigma**2
-    keep, move = 1 + dt * (g + half), dt * (g0 - c.alpha * half)
+    f, f0 = _drift(process, starts, w)
+    keep, move = 1 + dt * f, dt * f0
     if sde_last == "tweedie":
         keep[-1], move[-1] = 0.0, 1.0
     spread = np.sqrt(-w * dt)
     spread[-1] = 0.0
     return LinearSteps(_points(objective, starts), keep, move[:, None], spread)
+
+
+def sde_heun(
+    objective: Objective,
+    times: np.ndarray,
+    *,
+    sde_form: str = "sigma",
+    sde_norm: float = 1.0,
+    sde_last: str = "mean",
+) -> tuple[TwoStageSteps, LinearSteps]:
+    """The SDE of `sde` by SiT's Heun: a step's noise first, then Heun's method on the drift.
+
+    Its last step is that of `sde`. Weak order 1: only the error of the drift is of order 2.
+    """
+    w = sde_diffusion(objective.process, times, sde_form=sde_form, sde_norm=sde_norm)
+    f, f0 = _drift(objective.process, times[:-1], w)
+    spread = np.sqrt(-w * np.diff(times))[:-1]
+    steps = _heun_steps(objective, times, f, f0, np.stack([np.ones_like(spread), spread], 1))
+    last = sde(objective, times[-2:], sde_form=sde_form, sde_norm=sde_norm, sde_last=sde_last)
+    return steps, last._replace(spread=None)
 
 
 # ---- adaptive steps
@@ -641,6 +695,13 @@ SAMPLERS: dict[str, Sampler] = {
     "dopri5": Sampler(adaptive_ode, options=("rtol",), derivatives=True, adaptive=True),
     "sde": Sampler(
         tabled(sde),
+        options=("sde_form", "sde_norm", "sde_last"),
+        derivatives=True,
+        check=sde_diffusion,
+    ),
+    "sde_heun": Sampler(
+        tabled(sde_heun),
+        both_ends,
         options=("sde_form", "sde_norm", "sde_last"),
         derivatives=True,
         check=sde_diffusion,

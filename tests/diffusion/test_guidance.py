@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ditjax.diffusion.gaussian import eps_from_v, eps_from_x0, q_sample
+from ditjax.diffusion.gaussian import Stateful, eps_from_v, eps_from_x0, q_sample
 from ditjax.diffusion.guidance import (
     classifier_free,
     guide,
+    guide_along,
     projected,
+    projected_along,
     rescaled,
     within,
     zero_above,
@@ -222,6 +224,44 @@ def test_apg_drops_what_is_parallel(eta, norm):
     parallel = (change * unit).sum(1, keepdims=True) * unit
     expected = c + 2.0 * (change - parallel + eta * parallel)
     np.testing.assert_allclose(flat(found), expected, atol=2e-5)
+
+
+def test_momentum_adds_the_change_of_the_evaluations_before():
+    """MomentumBuffer of diffusers: the change is Δ + β (the last change), then as without."""
+    beta, pairs = -0.5, [(X0C, X0U), (X0U, X0C * 2), (X0C + X0U, X0U)]
+    plain = projected(0.3, 1.5, coefficients("velocity"))
+    rule = projected_along(beta, 0.3, 1.5, coefficients("velocity"))
+    memory, total, s = jnp.zeros_like(XT), jnp.zeros_like(XT), jnp.float32(3.0)
+    for good, bad in pairs:
+        c = in_space("velocity", good)
+        found, memory = rule(c, in_space("velocity", bad), s, XT, TIMES, memory)
+        total = good - bad + beta * total
+        expected = plain(c, in_space("velocity", good - total), s, XT, TIMES)
+        np.testing.assert_allclose(memory, total, atol=2e-5)
+        np.testing.assert_allclose(found, expected, atol=5e-5)
+
+
+def test_momentum_rests_outside_the_interval():
+    """And guides three of four channels, whose memory has three."""
+    rule = projected_along(
+        -0.5, 1.0, 0.0, lambda t: (jnp.float32(1), jnp.float32(0), jnp.float32(1))
+    )
+    guided = guide_along(exact_pair, 3.0, channels="three", x_channels=4, rule=rule)
+    inside = within(guided, conditional, 200, 700)
+    assert isinstance(inside, Stateful)
+    memory = guided.start(X)
+    assert memory.shape == X[..., :3].shape
+    out, changed = inside.step(X, steps_of(300), memory)
+    c, u = (np.asarray(each)[..., :3] for each in exact_pair(X, steps_of(300)))
+    np.testing.assert_allclose(changed, c - u)
+    np.testing.assert_allclose(out[..., :3], 3 * c - 2 * u, rtol=1e-6)
+    out, after = inside.step(X, steps_of(800), changed)
+    np.testing.assert_array_equal(out, conditional(X, steps_of(800)))
+    np.testing.assert_array_equal(after, changed)
+    _, after = inside.step(X, steps_of(300), changed)
+    np.testing.assert_allclose(after, 0.5 * np.asarray(changed))
+    with pytest.raises(UserError, match=r"set config\.sample\.apg_momentum to 0"):
+        guided(X, steps_of(300))
 
 
 def test_rescale_keeps_the_conditional_deviation():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ditjax.diffusion import grids, solvers
+from ditjax.diffusion.gaussian import Stateful
 from ditjax.diffusion.losses import Objective
 from ditjax.diffusion.process import EDM, GVP, VP, Discrete, Flow, mixture
 from ditjax.diffusion.samplers import initial_noise, per_sample_noise
@@ -180,20 +181,24 @@ def test_both_ends_are_finite(process, name, n):
     )
     found = solved(name, made, prediction, times, x, noise)
     assert np.all(np.isfinite(found))
-    assert np.abs(found).max() < 8 or name in ("heun", "edm", "sde")
+    assert np.abs(found).max() < 8 or name in ("heun", "edm", "sde", "sde_heun")
 
 
 @pytest.mark.parametrize("process", ["flow", "gvp", "vp", "edm", "ddpm"])
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m_sde", "sde"])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m_sde", "sde", "sde_heun"])
 def test_the_variance_of_stochastic_samples(process, name):
     """On N(0, s²) the state stays Gaussian: 2^16 samples within 4 standard errors.
 
     Its variance obeys x ← (k + m g) x + w z with x̂0 = g x, whose coefficients are the solver's.
     """
     made, prediction = PROCESSES[process]
-    if name == "sde" and process == "ddpm":
+    if name.startswith("sde") and process == "ddpm":
         pytest.skip("the SDE needs derivatives")
-    every: dict[str, dict[str, Any]] = {"ddim": {"eta": 1.0}, "sde": {"sde_form": "constant"}}
+    every: dict[str, dict[str, Any]] = {
+        "ddim": {"eta": 1.0},
+        "sde": {"sde_form": "constant"},
+        "sde_heun": {"sde_form": "constant", "sde_norm": 0.5},
+    }
     options = every.get(name, {})
     s2, n = 0.7**2, 12
     gaussian = perfect(made, prediction, np.ones(1), np.zeros(1), np.sqrt([s2]))
@@ -229,6 +234,16 @@ def recursion(name, made, times, s2, options):
             w = 2.0
             last = i == len(times) - 2
             x_x = (1 - dt * (velocity - w / 2 * score)) ** 2 * x_x + (0 if last else w * dt)
+        elif name == "sde_heun":
+            # SiT: x̂ = x + √(w dt) z, then Heun's method on the drift from x̂.
+            dt = times[i] - times[i + 1]
+            first = sde_rate(c, s2, i, 1.0)
+            if i == len(times) - 2:
+                x_x = (1 - dt * first) ** 2 * x_x
+            else:
+                second = sde_rate(c, s2, i + 1, 1.0)
+                mean = (first + second * (1 - dt * first)) / 2
+                x_x = (1 - dt * mean) ** 2 * (x_x + 1.0 * dt)
         else:
             decay = a * S / (A * s)
             with np.errstate(divide="ignore"):
@@ -243,6 +258,43 @@ def recursion(name, made, times, s2, options):
             new_xd = gain * (p * x_x + q * x_d)
             x_x, x_d, d_d = new_x, new_xd, gain**2 * x_x
     return x_x
+
+
+def sde_rate(c, s2, i, w):
+    """The drift of the SDE over x, for x0 ~ N(0, s²): velocity - ½w score."""
+    a, s = c.alpha[i], c.sigma[i]
+    gain = a * s2 / (a**2 * s2 + s**2)
+    velocity = c.alpha_dot[i] * gain + c.sigma_dot[i] * (1 - a * gain) / s
+    return velocity + w / 2 * (1 - a * gain) / s**2
+
+
+@pytest.mark.parametrize("process", ["flow", "gvp", "vp"])
+def test_sde_heun_has_weak_order_1_and_order_2_without_noise(process):
+    """From 100 to 400 steps: with w = 1 the variance's error falls by 4, with w = 0 by 16."""
+    made, prediction = PROCESSES[process]
+    s2 = 0.7**2
+
+    def error(n, norm):
+        times = np.linspace(0.98, 0.02, n + 1)
+        c = made.at(times)
+        objective = Objective(made, prediction, "none")
+        steps, last = solvers.sde_heun(objective, times, sde_form="constant", sde_norm=norm)
+        assert steps.churn is not None
+        gain = c.alpha * s2 / (c.alpha**2 * s2 + c.sigma**2)
+        variance = c.alpha[0] ** 2 * s2 + c.sigma[0] ** 2
+        for i, (inner, outer, churn) in enumerate(
+            zip(steps.inner, steps.outer, steps.churn, strict=True)
+        ):
+            y = inner[0] + inner[1] * gain[i]
+            factor = outer[0] + outer[1] * y + outer[2] * gain[i] + outer[3] * gain[i + 1] * y
+            variance = factor**2 * (variance + churn[1] ** 2)
+        # The last step is Euler's; its own error is left out.
+        exact = c.alpha[-2] ** 2 * s2 + c.sigma[-2] ** 2
+        assert len(last.keep) == 1
+        return abs(variance / exact - 1)
+
+    assert 3 < error(100, 0.5) / error(400, 0.5) < 5
+    assert 12 < error(100, 1e-20) / error(400, 1e-20) < 20
 
 
 @pytest.mark.parametrize("process", CONTINUOUS)
@@ -291,24 +343,35 @@ def test_evaluations_are_counted():
     counts = {name: len(SAMPLERS[name].evaluated(made, times)) for name in FIXED}
     assert counts == {
         "ddpm": 6, "ddim": 6, "euler": 6, "heun": 11, "edm": 11, "dpmpp_2m": 6, "dpmpp_2s": 11,
-        "dpmpp_2m_sde": 6, "unipc": 6, "sde": 6,
+        "dpmpp_2m_sde": 6, "unipc": 6, "sde": 6, "sde_heun": 11,
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in FIXED if not SAMPLERS[name].discrete])
-def test_the_network_is_evaluated_at_the_stated_times(name):
-    """Each time that the network sees, in order: what the sampling's Gflops and guidance count."""
-    made, prediction = PROCESSES["flow"]
+@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_the_network_is_evaluated_at_the_stated_times(name, discrete):
+    """Each time that the network sees, in order: what the sampling's Gflops and guidance count.
+
+    And a memory goes from each evaluation to the next.
+    """
+    sampler = SAMPLERS[name]
+    if name not in ("ddpm", "ddim") if discrete else sampler.discrete:
+        pytest.skip("the code of the other process")
+    made, prediction = PROCESSES["ddpm" if discrete else "flow"]
     times = grids.grid_times(made, "5", prediction=prediction)
     seen = []
 
-    def denoise(x, t):
-        jax.debug.callback(lambda t: seen.append(float(t[0])), t, ordered=True)
-        return perfect(made, prediction)(x, t)
+    def step(x, t, memory):
+        jax.debug.callback(lambda t, m: seen.append((float(t[0]), int(m))), t, memory, ordered=True)
+        return 0 * x, memory + 1
 
-    solved(name, made, prediction, times, start(made), denoise=denoise)
+    denoise = Stateful(lambda x: jnp.zeros((), jnp.int32), step)
+    x = start(made).astype(jnp.float32)
+    solved(name, made, prediction, times, x, lambda i: 0 * x, denoise)
     jax.effects_barrier()
-    np.testing.assert_allclose(seen, made.c_noise(SAMPLERS[name].evaluated(made, times)))
+    expected = np.asarray(made.c_noise(sampler.evaluated(made, times)))
+    np.testing.assert_allclose([t for t, _ in seen], expected)
+    assert [memory for _, memory in seen] == list(range(len(expected)))
 
 
 # ---- grids
