@@ -543,10 +543,14 @@ class Sample(Section):
     apg_eta: float = key(0.0, between(0, 1), protocol=True, used_if=("cfg_rule", ("apg",)))
     # 0 = no bound
     apg_norm: float = key(0.0, at_least(0), protocol=True, used_if=("cfg_rule", ("apg",)))
+    # of the change that guidance makes, from one evaluation to the next
+    apg_momentum: float = key(0.0, between(-1, 1), protocol=True, used_if=("cfg_rule", ("apg",)))
     # the first steps, which do not move
     zero_steps: int = key(
         0, at_least(0), at_most(100_000), protocol=True, used_if=("cfg_rule", ("zero",))
     )
+    # a worse network in place of the unconditional one: RUN, RUN@STEP or a file of weights
+    guide: str = key("", PATH, protocol=True)
     clip_x0: bool = key(False, protocol=True)  # clamp the predicted x_0 to [-1, 1]: pixels only
     weights: Literal["ema", "model"] = key("ema", protocol=True)  # averaged, or as trained
     batch_size: int = positive(64, most=2**24)
@@ -557,7 +561,7 @@ class Sample(Section):
         if name in every - {*lookup(self.sampler, SAMPLER_REGISTRY).options}:
             return "sampler"
         guided = self.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
-        if name in ("cfg_channels", "cfg_interval", "cfg_rule") and not guided:
+        if name in ("cfg_channels", "cfg_interval", "cfg_rule", "guide") and not guided:
             return "cfg_scale"
         return super().unused(name, c)
 

@@ -196,12 +196,13 @@ class Scorer(NamedTuple):
 
 
 def open_scorers(trained: Sequence[Run]) -> dict[str, Scorer]:
-    """Return scorers by run name. Runs with the same reference and decoder share one."""
+    """Return scorers by run name. Runs with the same reference and frozen networks share one."""
     made: dict[Any, Scorer] = {}
     of_run: dict[str, Scorer] = {}
     for run in trained:
         c = run.config
-        key = (c.data, c.autoencoder, c.evaluate, c.mesh, c.model.dtype, c.model.matmul)
+        numerics = (c.model.dtype, c.model.matmul)
+        key = (c.data, c.autoencoder, c.sample.guide, c.evaluate, c.mesh, numerics)
         if key not in made:
             mesh = mesh_of(c)
             made[key] = Scorer(Evaluator(c, mesh, make_task(c).frozen(mesh)), mesh)

@@ -40,6 +40,7 @@ UNOPTIMIZED = (
     "models",
     "test_attention.py",
     "test_evaluator.py",
+    "test_guide.py",
     "test_mup.py",
     "test_pipeline.py",
     "test_program.py",

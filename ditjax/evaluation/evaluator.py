@@ -30,7 +30,7 @@ from ditjax.files.npz import load_array
 from ditjax.parallel.rules import check_batch
 from ditjax.runs import opening
 from ditjax.runs.results import SAMPLES_FILE
-from ditjax.sampling.draw import Drawer, decoder_of, draw_to, sampling_protocol
+from ditjax.sampling.draw import Drawer, digests_of, draw_to, sampling_protocol
 from ditjax.sampling.program import sampling_of
 from ditjax.tasks import make_task
 from ditjax.training.task import Frozen
@@ -67,7 +67,7 @@ class Evaluator:
             )
         check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
         self._drawer = drawer or Drawer(mesh, frozen)
-        self._decoder = decoder_of(frozen)
+        self._digests = digests_of(frozen)
         self.extractor = open_extractor(c.evaluate.features, mesh)
         self.reference = reference_of(c, self.extractor)
         self._validate = Validator(mesh, frozen)
@@ -138,9 +138,7 @@ class Evaluator:
         return protocol | self._validate.protocol(c)
 
     def _sampling(self, c: Config) -> dict[str, Any]:
-        return sampling_protocol(
-            c, seed=c.evaluate.seed, labels=c.evaluate.labels, decoder=self._decoder
-        )
+        return sampling_protocol(c, seed=c.evaluate.seed, labels=c.evaluate.labels, **self._digests)
 
     def _draw(
         self, c: Config, params: Any, path: Path, num: int, scale: float, model: dict[str, Any]

@@ -98,11 +98,14 @@ class Drawer:
         return self._programs[key]
 
 
-def sampling_protocol(c: Config, *, seed: int, labels: str, decoder: str) -> dict[str, Any]:
+def sampling_protocol(
+    c: Config, *, seed: int, labels: str, decoder: str, guide: str = ""
+) -> dict[str, Any]:
     """Everything but the count that two sample sets must share for their scores to be compared.
 
     `labels`: 'uniform', 'balanced' or the requested classes. `decoder`: the SHA-256 of the
-    autoencoder's parameters, or 'pixels'. The model itself is not part of the protocol.
+    autoencoder's parameters, or 'pixels'. `guide`: that of the weak network's, if one guides. The
+    model itself is not part of the protocol.
     """
     s = c.sample
     guided = s.cfg_scale != 1
@@ -120,6 +123,7 @@ def sampling_protocol(c: Config, *, seed: int, labels: str, decoder: str) -> dic
         "decoder": decoder,
         "image_size": c.data.image_size,
         "sampling_precision": [c.model.dtype, c.model.matmul],
+        **({"guide": guide} if guide and guided else {}),
         **sampling_of(c, make_task(c)).protocol,
     }
 
@@ -160,3 +164,9 @@ def draw_to(
 def decoder_of(frozen: Frozen) -> str:
     """The decoder's entry in a protocol: the digest of its parameters, or 'pixels'."""
     return opening.digest(frozen["autoencoder"]) if "autoencoder" in frozen else "pixels"
+
+
+def digests_of(frozen: Frozen) -> dict[str, str]:
+    """The arguments `decoder` and `guide` of `sampling_protocol`."""
+    guide = {"guide": opening.digest(frozen["guide"])} if "guide" in frozen else {}
+    return {"decoder": decoder_of(frozen), **guide}

@@ -29,8 +29,9 @@ from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
-from ditjax.sampling.draw import Drawer, decoder_of, draw_to, sampling_protocol
+from ditjax.sampling.draw import Drawer, digests_of, draw_to, sampling_protocol
 from ditjax.tasks import make_task
+from ditjax.tasks.guide import load_guide
 from ditjax.training.task import Frozen
 from ditjax.weights import networks, reading, tensors, vocabulary
 from ditjax.weights.networks import LoadedNetwork
@@ -112,9 +113,8 @@ def open_source(
 
     def load(c: Config, mesh: Mesh) -> tuple[Any, Frozen]:
         params = _placed(dit, c, mesh, make_task(c).rules)
-        if decoder is None:
-            return params, {}
-        return params, {"autoencoder": _placed(decoder, networks.decoder_recipe(c), mesh)}
+        own = {"autoencoder": _placed(decoder, networks.decoder_recipe(c), mesh)} if decoder else {}
+        return params, {**own, **load_guide(c, mesh)}
 
     notes = (*dit.notes, *(decoder.notes if decoder else ()))
     return Source(config, dit.class_names, record, load, notes)
@@ -194,17 +194,22 @@ class Pipeline:
         precision: str = "float32",
         step: Step = "latest",
         class_names: str = "auto",
+        guide: str = "",
         **options: Unpack[reading.WeightsOptions],
     ) -> "Pipeline":
         """Load a run's directory, a weights file or a diffusers folder; see `open_source`.
 
         `precision`: 'float32' (exact products on every backend), 'fast' (float32 with the
         backend's default, possibly rounded products) or 'bfloat16'. `step` of a run: 'latest',
-        'best' or a number. `class_names`: those in the file ('auto'), 'imagenet' or 'none'. Raises
-        UserError.
+        'best' or a number. `class_names`: those in the file ('auto'), 'imagenet' or 'none'. `guide`
+        is config.sample.guide, a weak network in place of the unconditional one. Raises UserError.
         """
         source = open_source(path, autoencoder, step=step, class_names=class_names, **options)
-        pipeline = cls(source, changed(source.config, {"model": precision_keys(precision)}))
+        changes = {
+            "model": precision_keys(precision),
+            **({"sample": {"guide": guide}} if guide else {}),
+        }
+        pipeline = cls(source, changed(source.config, changes))
         if is_primary():
             lines = (*source.notes, networks.labels_text(source.config))
             print("\n".join(lines), file=sys.stderr, flush=True)
@@ -275,7 +280,7 @@ class Pipeline:
         provenance = {
             "model": {**self._source.record, "params_sha256": opening.digest(self._params)},
             "sampling": sampling_protocol(
-                c, seed=c.seed, labels=labels, decoder=decoder_of(self._frozen)
+                c, seed=c.seed, labels=labels, **digests_of(self._frozen)
             ),
         }
         seconds = draw_to(

@@ -17,8 +17,9 @@ def make_task(c: Config, mesh: Mesh | None = None) -> Task:
 def sampling_gflops(c: Config) -> float:
     """Multiply-accumulates / 1e9 of the network for one sample: a forward pass per step, or two.
 
-    Guided steps need two. The decoder is not counted, as in the paper's figure 10. Raises UserError
-    if the task draws no samples, or if its network's cost is not known in closed form.
+    Guided steps need two, or one and one of the weak network that guides. The decoder is not
+    counted, as in the paper's figure 10. Raises UserError if the task draws no samples, or if its
+    network's cost is not known in closed form.
     """
     sampling = make_task(c).sampling
     if sampling is None:
@@ -28,7 +29,10 @@ def sampling_gflops(c: Config) -> float:
             f"config.sample.sampler is {c.sample.sampler!r}, whose evaluations are not known before"
             " it runs: its cost has no figure; choose a sampler of fixed steps."
         )
-    return cost_of(c).gflops * (len(sampling.timesteps) + sampling.guided)
+    gflops, steps = cost_of(c).gflops, len(sampling.timesteps)
+    if sampling.weak is None:
+        return gflops * (steps + sampling.guided)
+    return gflops * steps + cost_of(sampling.weak).gflops * sampling.guided
 
 
 def cost_of(c: Config) -> NetworkCost:

@@ -15,7 +15,7 @@ from ditjax.config import Config, FrozenAutoencoder, Sample, lookup, network_mod
 from ditjax.data.names import is_latents
 from ditjax.diffusion import losses, samplers
 from ditjax.diffusion.gaussian import Denoise
-from ditjax.diffusion.guidance import guide, within, zero_above
+from ditjax.diffusion.guidance import within
 from ditjax.diffusion.likelihood import density_bits_per_dim, log_density
 from ditjax.diffusion.times import stratified_times
 from ditjax.errors import UserError
@@ -26,11 +26,12 @@ from ditjax.models.embed import ANYWHERE, Placement, drop_labels
 from ditjax.models.network import DTYPES, Conditions, Inputs, Network
 from ditjax.parallel import rules
 from ditjax.tasks import autoencoder
+from ditjax.tasks.guide import guide_recipe, load_guide
 from ditjax.tasks.objective import (
     LOSS_REGISTRY,
     Diffusion,
     check_sampling,
-    guidance_rule,
+    guided_denoiser,
     objective_of,
     options_of,
     process_of,
@@ -130,6 +131,10 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
             return {"x0": batch["image"], "label": batch["label"]}
         return {"x0": autoencoder.draw_latents(c, moments, key), "label": batch["label"]}
 
+    def frozen(mesh: Mesh) -> Frozen:
+        decoder = {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {}
+        return {**decoder, **load_guide(c, mesh)}
+
     cost = network.cost(c.model, inputs) if network.cost else None
     return Task(
         name=cost.name if cost else c.model.kind,
@@ -141,7 +146,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         prepare=prepare,
         draw=functools.partial(draw, c, time_draw(c.diffusion)),
         loss=make_loss(c, mesh),
-        frozen=lambda mesh: {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {},
+        frozen=frozen,
         reads=("autoencoder",) if images else (),
         rules=network.rules,
         rates=network.rates(c.model),
@@ -192,11 +197,11 @@ def check(c: Config) -> None:
     network_of(c).check(c.model, inputs_of(c))
     check_sampling(c)
     guided = c.sample.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
-    if guided and c.model.label_dropout == 0:
+    if guided and c.model.label_dropout == 0 and not c.sample.guide:
         raise UserError(
             "guidance needs the null label: config.sample.cfg_scale or config.evaluate.guided_scale"
-            " enables guidance, and config.model.label_dropout is 0. Set label_dropout above 0, or"
-            " the scales to 1 and 0."
+            " enables guidance, and config.model.label_dropout is 0. Set label_dropout above 0, the"
+            " scales to 1 and 0, or config.sample.guide to a worse network."
         )
     if c.sample.cfg_channels == "three" and c.input_channels < 3 and guided:
         raise UserError(
@@ -223,11 +228,17 @@ def guided(c: Config) -> Literal["never", "always", "within"]:
 
 
 def denoiser(
-    c: Config, apply: Callable[..., Any], params: Any, conditions: Conditions, g: Guidance
+    c: Config,
+    apply: Callable[..., Any],
+    params: Any,
+    conditions: Conditions,
+    g: Guidance,
+    weak: Callable[..., Any] | None = None,
 ) -> Denoise:
     """Build the denoising function from parameters and conditions, guided as in the recipe.
 
-    With guidance, the conditional and the unconditional half are evaluated as one doubled batch.
+    With guidance, the conditional and the unconditional half are evaluated as one doubled batch,
+    or the conditional prediction of `weak(x, t, conditions)` is taken for the unconditional half.
     """
     labels = conditions.label
     assert labels is not None
@@ -248,16 +259,11 @@ def denoiser(
         conditional, unconditional = jnp.split(both, 2)
         return conditional, unconditional
 
-    always = guide(
-        pair,
-        g.scale,
-        channels=c.sample.cfg_channels,
-        x_channels=c.input_channels,
-        rule=guidance_rule(c),
-    )
-    if c.sample.cfg_rule == "zero" and c.sample.zero_steps:
-        first = times_of(c)[c.sample.zero_steps]
-        always = zero_above(always, float(first), process_of(c.diffusion).time_of_noise)
+    def pair_of_networks(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        assert weak is not None
+        return conditional(x, t), weak(x, t, conditions=Conditions(label=labels))
+
+    always = guided_denoiser(c, pair_of_networks if weak else pair, g.scale)
     return always if guided(c) == "always" else within(always, conditional, g.low, g.high)
 
 
@@ -272,9 +278,17 @@ def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
         guidance=g,
         compiled=(c.model, c.diffusion, c.data, c.autoencoder, sample, guided(c)),
         timesteps=t,
-        guided=0 if guided(c) == "never" or t is None else int(((g.low <= t) & (t < g.high)).sum()),
+        guided=0 if t is None else _count_guided(guided(c), g, t),
         protocol=protocol_of(c),
+        weak=guide_recipe(c) if c.sample.guide else None,
     )
+
+
+def _count_guided(when: str, g: Guidance, t: np.ndarray) -> int:
+    """The number of evaluations that are guided, of those at the network's times t [n]."""
+    if when == "within":
+        return int(((g.low <= t) & (t < g.high)).sum())
+    return len(t) if when == "always" else 0
 
 
 def make_sampler(
@@ -285,6 +299,7 @@ def make_sampler(
     Sample b depends only on keys[b] and its label, not on the batch that it is drawn in.
     """
     apply: Callable[..., Any] = denoiser_module(c, mesh).apply
+    weak = denoiser_module(guide_recipe(c), mesh).apply if c.sample.guide else None
     shape, times, objective = inputs_of(c).shape, times_of(c), objective_of(c)
     options = {"clip_x0": c.sample.clip_x0, **options_of(c)}
     solve, start = sampler_of(c).solve, objective.process.prior_std
@@ -293,7 +308,8 @@ def make_sampler(
         trained: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, g: Guidance
     ) -> jax.Array:
         params = IDENTITY.join(frozen.get("base"), trained)
-        denoise = denoiser(c, apply, params, conditions, g)
+        other = functools.partial(weak, frozen["guide"]) if weak else None
+        denoise = denoiser(c, apply, params, conditions, g, other)
         x_T = samplers.initial_noise(keys, shape)
         x0 = solve(
             denoise,

@@ -20,11 +20,17 @@ from ditjax.config import (
     registered,
 )
 from ditjax.diffusion import grids, process
+from ditjax.diffusion.gaussian import Denoise
 from ditjax.diffusion.guidance import (
+    DenoisePair,
     GuidanceRule,
     classifier_free,
+    guide,
+    guide_along,
     projected,
+    projected_along,
     rescaled,
+    zero_above,
     zero_star,
 )
 from ditjax.diffusion.losses import Objective
@@ -176,25 +182,47 @@ def times_of(c: Config) -> np.ndarray:
     )
 
 
-def guidance_rule(c: Config) -> GuidanceRule:
-    """The rule of a recipe that combines conditional and unconditional predictions."""
+def guided_denoiser(c: Config, pair: DenoisePair, scale: jax.typing.ArrayLike) -> Denoise:
+    """The denoiser that a recipe makes of two predictions, by config.sample.cfg_rule."""
     s, process, prediction = c.sample, process_of(c.diffusion), c.diffusion.prediction
 
     def coefficients(timesteps: jax.Array) -> tuple[jax.Array, ...]:
         p = precondition(process, prediction, process.time_of_noise(timesteps))
         return tuple(per_sample(each, 4) for each in (p.c_in, p.c_skip, p.c_out))
 
+    def combined(along: bool, rule: Any) -> Denoise:
+        make: Any = guide_along if along else guide
+        channels = {"channels": s.cfg_channels, "x_channels": c.input_channels}
+        denoise: Denoise = make(pair, scale, **channels, rule=rule)
+        return denoise
+
+    if s.cfg_rule == "apg" and s.apg_momentum:
+        return combined(True, projected_along(s.apg_momentum, s.apg_eta, s.apg_norm, coefficients))
     rules: dict[str, GuidanceRule] = {
         "cfg": classifier_free,
         "rescale": rescaled(s.cfg_rescale),
         "apg": projected(s.apg_eta, s.apg_norm, coefficients),
         "zero": zero_star,
     }
-    return rules[s.cfg_rule]
+    denoise = combined(False, rules[s.cfg_rule])
+    if s.cfg_rule == "zero" and s.zero_steps:
+        first = float(times_of(c)[s.zero_steps])
+        return zero_above(denoise, first, process.time_of_noise)
+    return denoise
 
 
 def _check_guidance(c: Config, steps: int) -> None:
     s = c.sample
+    if sampler_of(c).adaptive and s.cfg_scale != 1 and s.cfg_interval != (0.0, 1.0):
+        raise UserError(
+            f"config.sample.sampler is {s.sampler!r} and cfg_interval {s.cfg_interval}: its samples"
+            " are at different times, so that no step is inside for all; guide every step."
+        )
+    if sampler_of(c).adaptive and s.cfg_scale != 1 and s.cfg_rule == "apg" and s.apg_momentum:
+        raise UserError(
+            f"config.sample.sampler is {s.sampler!r} and apg_momentum {s.apg_momentum}: it repeats"
+            " steps that it refuses, so that the momentum has no order; set it to 0."
+        )
     if s.cfg_rule == "zero" and c.diffusion.prediction != "velocity":
         raise UserError(
             "config.sample.cfg_rule is 'zero' and config.diffusion.prediction"
@@ -222,6 +250,7 @@ def protocol_of(c: Config) -> dict[str, Any]:
         found |= {"cfg_rule": c.sample.cfg_rule, "cfg_space": c.diffusion.prediction}
         names = ("cfg_rescale", "apg_eta", "apg_norm", "zero_steps")
         found |= {k: getattr(c.sample, k) for k in names if not c.sample.unused(k, c)}
+        options |= {"apg_momentum": c.sample.apg_momentum} if c.sample.cfg_rule == "apg" else {}
     return found | {k: v for k, v in options.items() if v != getattr(defaults, k)}
 
 
@@ -258,11 +287,6 @@ def check_sampling(c: Config) -> None:
                 f"config.sample.{name} is {getattr(s, name)}, which only the grid {reader!r}"
                 " reads: leave it out."
             )
-    if sampler.adaptive and s.cfg_scale != 1 and s.cfg_interval != (0.0, 1.0):
-        raise UserError(
-            f"config.sample.sampler is {s.sampler!r} and cfg_interval {s.cfg_interval}: its samples"
-            " are at different times, so that no step is inside for all; guide every step."
-        )
     _check_guidance(c, len(times) - 1)
     if c.evaluate.bpd_num and (discrete or c.latent):
         reason = "latents have no density of pixels" if c.latent else "process 'ddpm' has no ODE"

@@ -46,9 +46,9 @@ class Sampling(NamedTuple):
     `draw(trained, frozen, keys key[B], conditions, guidance)` -> images u8[B,H,W,C]; output b
     depends only on keys[b] and its conditions. `guidance` are the arguments of this recipe.
     Recipes with equal `compiled` share a program. The network is evaluated at `timesteps` [n], the
-    times that it is given, twice at `guided` of them; None if they are not known before. `protocol`
-    are the fields of the sampling
-    protocol that only this task has.
+    times that it is given, twice at `guided` of them; None if they are not known before. `weak` is
+    the recipe of another network that takes the place of the second evaluation there. `protocol`
+    are the fields of the sampling protocol that only this task has.
     """
 
     draw: Callable[[Any, Frozen, jax.Array, Conditions, Any], jax.Array]
@@ -57,6 +57,7 @@ class Sampling(NamedTuple):
     timesteps: np.ndarray | None
     guided: int
     protocol: Mapping[str, Any] = {}
+    weak: Config | None = None
 
 
 class ValidationScore(NamedTuple):

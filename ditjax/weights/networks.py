@@ -117,6 +117,9 @@ def shapes_of(c: Config) -> dict[str, tuple[int, ...]]:
         factor = factor if section.FROZEN else 2 ** (len(section.multipliers) - 1)
     side = getattr(c.model, "patch", 1) * factor
     small = replaced(c, data=dataclasses.replace(c.data, image_size=side))
+    if section := getattr(c, "sample", None):
+        # The network that guides it is of the whole size.
+        small = replaced(small, sample=dataclasses.replace(section, guide=""))
     # Everything is traced: even the example input is only a shape.
     return initial_shapes(lambda key: task_of(small).init(key))
 

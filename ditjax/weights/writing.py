@@ -35,6 +35,8 @@ def write_ditjax(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     kept = {section: tree[section] for section in _KEPT if section in tree}
     if "autoencoder" in kept:
         kept["autoencoder"]["path"] = ""
+    if "sample" in kept:
+        kept["sample"]["guide"] = ""
     kept["data"] = {key: tree["data"][key] for key in _KEPT_DATA}
     metadata = {"task": network.config.task, "config": kept, "version": __version__}
     return weights.write_safetensors(

@@ -173,6 +173,19 @@ def test_what_comes_to_the_same_or_is_illegal_is_told_in_a_line(made, finished, 
     assert [line.split()[-1] for line in told.out.splitlines()[1:]] == ["yes"] * 6
 
 
+def test_a_run_that_guides_itself_scores_as_without_guidance(made, finished, tmp_path):
+    """RUN@STEP is the weak network: here the run's own last checkpoint."""
+    words = (f"--workdir={finished}", "--cfg_scale=3", f"--out={tmp_path}")
+    assert grid.main([*words, f"--config.sample.guide={finished}@20"]) == 0
+    (cell,) = cells(tmp_path)
+    free = next(each for each in cells(made[0]) if each["settings"]["cfg_scale"] == 1.0)
+    assert cell["metrics"]["fd_digits"] == free["metrics"]["fd_digits"]
+    assert cell["protocol"]["guide"] == cell["params_sha256"]
+    assert cell["sampling_gflops"] == pytest.approx(2 * free["sampling_gflops"])
+    with pytest.raises(UserError, match="no checkpoint of step 7: it has 20"):
+        grid.main([*words, f"--config.sample.guide={finished}@7"])
+
+
 def test_a_finished_cell_is_not_drawn_again(made, finished, monkeypatch):
     monkeypatch.setattr(
         Drawer, "__call__", lambda *a, **k: pytest.fail("a finished cell was drawn")

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-from ditjax.diffusion.guidance import projected, rescaled, zero_star
+from ditjax.diffusion.guidance import projected, projected_along, rescaled, zero_star
 
 C, U = np.random.default_rng(0).standard_normal((2, 3, 5, 4, 4)).astype(np.float32)
 T = jnp.zeros(3)
@@ -30,6 +30,21 @@ def test_apg(eta, norm):
         torch.tensor(C), torch.tensor(U), 2.0, None, eta, norm, use_original_formulation=True
     )
     np.testing.assert_allclose(ours(projected(eta, norm, in_x0_space), 3.0), expected, atol=5e-6)
+
+
+@pytest.mark.parametrize(("eta", "norm"), [(0.0, 0.0), (0.3, 5.0)])
+def test_apg_with_momentum(eta, norm):
+    """Four evaluations, each of another pair."""
+    rng, buffer = np.random.default_rng(1), MomentumBuffer(-0.75)
+    rule, memory = projected_along(-0.75, eta, norm, in_x0_space), jnp.zeros(C.shape)
+    for _ in range(4):
+        c, u = rng.standard_normal((2, *C.shape)).astype(np.float32)
+        expected = normalized_guidance(
+            torch.tensor(c), torch.tensor(u), 2.0, buffer, eta, norm, use_original_formulation=True
+        )
+        c, u = jnp.asarray(c), jnp.asarray(u)
+        found, memory = rule(c, u, jnp.float32(3), c, T, memory)
+        np.testing.assert_allclose(found, expected, atol=5e-6)
 
 
 def test_rescale():

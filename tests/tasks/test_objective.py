@@ -65,6 +65,11 @@ def test_keys_that_do_not_go_together(diffusion, words):
             {"sampler": "dopri5", "cfg_scale": 2.0, "cfg_interval": "(0.1, 0.5)"},
             "no step is inside for all",
         ),
+        (
+            FLOW,
+            {"sampler": "dopri5", "cfg_scale": 2.0, "cfg_rule": "apg", "apg_momentum": -0.5},
+            "apg_momentum -0.5: it repeats steps that it refuses",
+        ),
     ],
 )
 def test_samplers_that_do_not_go_together(diffusion, sample, words):
@@ -89,6 +94,7 @@ def test_samplers_that_do_not_go_together(diffusion, sample, words):
         (FLOW, {}, "sample.s_churn", "sample.sampler"),
         (FLOW, {}, "sample.rtol", "sample.sampler"),
         (FLOW, {"cfg_scale": 2.0}, "sample.apg_eta", "sample.cfg_rule"),
+        (FLOW, {"cfg_scale": 2.0}, "sample.apg_momentum", "sample.cfg_rule"),
     ],
 )
 def test_a_given_key_without_effect_is_refused(diffusion, sample, given, by):
@@ -119,12 +125,16 @@ def test_a_protocol_grows_only_by_what_is_not_the_default():
     assert {k: v for k, v in guided.items() if k not in old} == {
         "cfg_rule": "apg", "cfg_space": "velocity", "apg_eta": 0.0, "apg_norm": 0.0,
     }  # fmt: skip
+    moving = protocol(recipe(FLOW, cfg_scale=2.0, cfg_rule="apg", apg_momentum=-0.5))
+    assert moving == {**guided, "apg_momentum": -0.5}
 
 
 def test_gflops_count_evaluations():
     one = sampling_gflops(recipe(steps="1"))
     assert sampling_gflops(recipe(steps="10")) == pytest.approx(10 * one)
     assert sampling_gflops(recipe(sampler="heun", steps="10")) == pytest.approx(19 * one)
+    # The step from pure noise, t = 1, is one of those that are always guided.
+    assert sampling_gflops(recipe(steps="10", cfg_scale=2.0)) == pytest.approx(20 * one)
     guided = recipe(sampler="heun", steps="10", cfg_scale=2.0, cfg_interval="(0.0, 0.45)")
     # t = .4, .3, .2 and .1 each end one step and begin another.
     assert sampling_gflops(guided) == pytest.approx((19 + 8) * one)
