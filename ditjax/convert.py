@@ -18,12 +18,14 @@ from ditjax.weights.networks import LoadedNetwork
 TARGETS = {
     "ditjax": "one safetensors file that includes the recipe",
     "release": "a state dict (.pt) with the names of the public DiT release",
+    "sit": "a checkpoint (.pt) of SiT's training script, for its processes",
     "diffusers": "a model folder: config.json and safetensors",
     "ldm": "an autoencoder's checkpoint (.ckpt) with the names of latent diffusion",
     "pipeline": "a DiTPipeline folder; needs the --autoencoder of the latent DiT",
 }
 _WANTED: dict[str, reading.Wanted] = {
     "release": "dit",
+    "sit": "dit",
     "pipeline": "dit",
     "ldm": "autoencoder",
 }
@@ -98,6 +100,7 @@ def convert(
         write = {
             "ditjax": writing.write_ditjax,
             "release": writing.write_release,
+            "sit": writing.write_sit,
             "diffusers": writing.write_diffusers,
             "ldm": writing.write_ldm,
         }[target]
@@ -150,7 +153,7 @@ def _summary(
     text = "\n".join((text, *network.notes, *(decoder.notes if decoder else ())))
     if not network.decodes:
         text += f"\n{networks.labels_text(network.config)}"
-        theirs = {"release": 0, "diffusers": 1, "pipeline": 1}.get(target)
+        theirs = {"release": 0, "sit": 0, "diffusers": 1, "pipeline": 1}.get(target)
         ours = network.config.model.frequency_shift
         if theirs is not None and theirs != ours:
             text += (

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ditjax.config import Config
 from ditjax.errors import UserError, shown
 
 # A meaning and the arguments that have it. A hyphen counts as an underscore.
@@ -50,6 +51,8 @@ _PREDICTIONS = {
 # SiT's names, whose time runs from noise to data and is not scaled.
 _PATHS = {"Linear": "flow", "GVP": "gvp", "VP": "vp"}
 _OF_PATHS = {"velocity": "velocity", "noise": "eps"}
+# What SiT's network is given and returns, as keys of config.diffusion.
+_OF_SIT = {"time_scale": 1.0, "time_from_noise": True}
 # As in guided diffusion, whose cosine schedule is named 'cosine' or 'squaredcos_cap_v2'.
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "squaredcos_cap_v2": "cosine"}
 _MAX_TIMESTEPS = 1_000_000
@@ -174,6 +177,24 @@ def labels_of(arguments: Arguments, rows: int, given: int, default_dropout: floa
     return Labels(rows - int(null), rate if null else 0.0, bool(classes or dropout) or rows == 1)
 
 
+def sit_arguments(c: Config) -> dict[str, str]:
+    """SiT's arguments of a recipe's process. Raises UserError if SiT has no such process."""
+    d = c.diffusion
+    paths, predictions = ({v: k for k, v in names.items()} for names in (_PATHS, _OF_PATHS))
+    legal: dict[str, tuple[Any, ...]] = {
+        "process": (*paths,),
+        "prediction": (*predictions,),
+        **{key: (value,) for key, value in _OF_SIT.items()},
+    }
+    for key, values in legal.items():
+        if getattr(d, key) not in values:
+            raise UserError(
+                f"SiT has no such network: config.diffusion.{key} is {getattr(d, key)!r}, and its"
+                f" code requires {' or '.join(map(repr, values))}. Convert to ditjax's own format."
+            )
+    return {"path_type": paths[d.process], "prediction": predictions[d.prediction]}
+
+
 def stated_process(arguments: Arguments) -> dict[str, Any]:
     """The keys of config.diffusion that the arguments state.
 
@@ -185,8 +206,7 @@ def stated_process(arguments: Arguments) -> dict[str, Any]:
         return {
             "process": _PATHS[path.value],
             "prediction": _OF_PATHS[prediction.value],
-            "time_scale": 1.0,
-            "time_from_noise": True,
+            **_OF_SIT,
         }
     if prediction:
         if prediction.argument.lower() == "predict_xstart":

@@ -17,6 +17,7 @@ from ditjax.models import dit
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.weights import layouts, vocabulary
 from ditjax.weights import tensors as weights
+from ditjax.weights.arguments import sit_arguments
 from ditjax.weights.networks import LoadedNetwork, combined_recipe
 from ditjax.weights.torch_file import write_torch
 
@@ -58,11 +59,38 @@ def write_release(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
 
     Raises UserError for a network that the release's code cannot express.
     """
-    m, network = _expressible(network, "the public release"), folded(network)
-    tensors = layouts.to_theirs(layouts.DIT_RELEASE, network.leaves, patch=m.patch)
-    side, width = network.config.input_size // m.patch, tensors["x_embedder.proj.bias"].size
+    _check_expressible(network, "the public release")
+    write_torch(path, _release_state(network))
+    return Path(path)
+
+
+def _release_state(network: LoadedNetwork) -> dict[str, np.ndarray]:
+    """The release's state dict of a network, its position table included."""
+    network, patch = folded(network), network.config.model.patch
+    tensors = layouts.to_theirs(layouts.DIT_RELEASE, network.leaves, patch=patch)
+    side, width = network.config.input_size // patch, tensors["x_embedder.proj.bias"].size
     table = sincos_position_embedding(width, side, side)[None].astype(network.dtype)
-    write_torch(path, {"pos_embed": table, **tensors})
+    return {"pos_embed": table, **tensors}
+
+
+def write_sit(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
+    """Write a checkpoint of SiT's training script: the release's names under 'ema', and 'args'.
+
+    A network of 2C channels keeps those that SiT does not read; one of C channels is SiT's with
+    learn_sigma=False. Raises UserError for a network that SiT's code cannot express.
+    """
+    _check_expressible(network, "SiT", sit=True)
+    c, size = network.config, dit.parse_size(network.config.model.size)
+    args = {
+        "model": f"SiT-{c.model.size}/{c.model.patch}",
+        **sit_arguments(c),
+        "learn_sigma": c.diffusion.variance == "unused",
+        "num_classes": c.data.num_classes,
+        "image_size": c.data.image_size,
+        "num_heads": size.heads,
+        "class_dropout_prob": c.model.label_dropout,
+    }
+    write_torch(path, {"ema": _release_state(network), "args": args})
     return Path(path)
 
 
@@ -70,11 +98,10 @@ def write_diffusers(folder: str | os.PathLike[str], network: LoadedNetwork) -> P
     """Write a model folder of diffusers: config.json and diffusion_pytorch_model.safetensors."""
     folder = Path(folder)
     if not network.decodes:
-        m, network = _expressible(network, "diffusers"), folded(network)
+        _check_expressible(network, "diffusers")
+        network, patch = folded(network), network.config.model.patch
         depth = next(iter(network.params["params"]["blocks"]["attn"]["qkv"].values())).shape[0]
-        tensors = layouts.to_theirs(
-            layouts.DIT_DIFFUSERS, network.leaves, patch=m.patch, depth=depth
-        )
+        tensors = layouts.to_theirs(layouts.DIT_DIFFUSERS, network.leaves, patch=patch, depth=depth)
         description = _transformer_config(network)
     else:
         rules = layouts.autoencoder_layout(network.shapes, "diffusers")
@@ -118,13 +145,15 @@ def folded(network: LoadedNetwork) -> LoadedNetwork:
     return network._replace(config=config, params={"params": params})
 
 
-def _expressible(network: LoadedNetwork, program: str) -> Any:
+def _check_expressible(network: LoadedNetwork, program: str, *, sit: bool = False) -> None:
     """Raise UserError for a DiT that another program's code cannot express."""
-    m, process = network.config.model, network.config.diffusion.process
-    if process != "ddpm":
+    m, d = network.config.model, network.config.diffusion
+    if sit:
+        sit_arguments(network.config)  # raises for another process
+    elif d.process != "ddpm":
         raise UserError(
-            f"{program} would sample this network as DDPM: config.diffusion.process is {process!r}."
-            " Convert to ditjax's own format."
+            f"{program} would sample this network as DDPM: config.diffusion.process is"
+            f" {d.process!r}. Convert to ditjax's own format, or to SiT's."
         )
     for key, value, wanted in (
         ("block", m.block, "adaln_zero"),
@@ -141,7 +170,6 @@ def _expressible(network: LoadedNetwork, program: str) -> Any:
                 f" code requires {'a null label' if key == 'label_dropout' else repr(wanted)}."
                 " Convert to ditjax's own format."
             )
-    return m
 
 
 def _transformer_config(network: LoadedNetwork) -> dict[str, Any]:

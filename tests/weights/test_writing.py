@@ -44,6 +44,48 @@ def test_release_to_everything_and_back(dtype, tmp_path):
     assert next(iter(read_torch(tmp_path / "d.pt"))) == "pos_embed"
 
 
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_sit_there_and_back(learned, tmp_path):
+    """Its own checkpoint, our file and again: the process, and channels that SiT does not read."""
+    state = release_state(learned=learned)
+    args = {"path_type": "GVP", "prediction": "noise", "num_classes": 10}
+    write_torch(tmp_path / "a.pt", {"ema": state, "args": args})
+    first = reading.load_network(tmp_path / "a.pt", heads=3)
+    assert first.config.diffusion.variance == ("unused" if learned else "none")
+    writing.write_ditjax(tmp_path / "b.safetensors", first)
+    writing.write_sit(tmp_path / "c.pt", reading.load_network(tmp_path / "b.safetensors"))
+    found = read_torch(tmp_path / "c.pt")
+    assert_same(dict(found["ema"]), state)
+    assert found["args"].items() >= {**args, "learn_sigma": learned}.items()
+    second = reading.load_network(tmp_path / "c.pt")
+    assert second.config == first.config
+    assert_same(second.leaves, first.leaves)
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "words"),
+    [
+        ({"time_scale": 1000.0}, "time_scale is 1000.0, and its code requires 1.0"),
+        ({"time_from_noise": False}, "time_from_noise is False, and its code requires True"),
+        ({"prediction": "x0"}, "prediction is 'x0', and its code requires 'velocity' or 'eps'"),
+        (
+            {"process": "ddpm", "time_scale": 1000.0, "time_from_noise": False, "prediction": "eps"}
+            | {"variance": "fixed_small"},
+            "process is 'ddpm', and its code requires 'flow' or 'gvp' or 'vp'",
+        ),
+    ],
+)
+def test_what_sit_does_not_have(diffusion, words, tmp_path):
+    args = {"path_type": "Linear", "prediction": "velocity"}
+    write_torch(tmp_path / "a.pt", {"ema": release_state(learned=False), "args": args})
+    network = reading.load_network(tmp_path / "a.pt", heads=3)
+    sample = {"sampler": "ddim", "last_step": 0.0}
+    network = with_keys(network, diffusion=diffusion, sample=sample)
+    with pytest.raises(UserError, match=f"SiT has no such network: .*{words}"):
+        writing.write_sit(tmp_path / "b.pt", network)
+    assert not (tmp_path / "b.pt").exists()
+
+
 @DTYPES
 def test_diffusers_to_everything_and_back(dtype, tmp_path):
     folder = diffusers_folder(tmp_path / "a", "dit", dtype)
