@@ -968,7 +968,8 @@ def read(tree: Mapping[str, Any]) -> Config:
 def check_used(c: Config, given: Iterable[str]) -> None:
     """Raise UserError if a key that the user gave has no effect beside the others.
 
-    It may have one in a study that varies the other key.
+    It may have one in a study that varies the other key. A section whose every key must have an
+    effect, given or recorded, calls this in its `check`.
     """
     axes = [*c.sweep.grid, *(axis for together in c.sweep.zips for axis in together)]
     varied = {name for name, _ in (*axes, *(pair for run in c.sweep.lists for pair in run))}

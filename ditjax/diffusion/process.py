@@ -20,7 +20,7 @@ import numpy as np
 
 from ditjax.diffusion import gaussian
 from ditjax.diffusion.gaussian import Denoise
-from ditjax.diffusion.schedule import Schedule, extract
+from ditjax.diffusion.schedule import Schedule, extract, space_timesteps
 from ditjax.errors import UserError, nearest
 
 
@@ -46,10 +46,16 @@ class Preconditioning(NamedTuple):
     c_out: Any
 
 
+def shifted(t: Any, shift: float) -> Any:
+    """Esser et al. 2024 Eq. 23: t ← st/(1 + (s-1)t), elementwise in [0, 1]."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 class Process:
     """A process in time t, from `low` to `high` while training; 0 is the data.
 
-    Every method takes t as a NumPy array (float64: tables of samplers) or as a JAX array [B].
+    Every method takes t as a NumPy array (float64: tables of samplers) or as a JAX array [B]. Those
+    below `first_time` are what the grids of samplers ask of it.
     """
 
     predictions: ClassVar[tuple[str, ...]]
@@ -57,6 +63,8 @@ class Process:
     data: ClassVar[float] = 0.0  # the time of the data
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
+    most_noise: ClassVar[float] = 80.0  # the largest σ/α of a grid in it, which may have no end
+    from_noise: bool = False  # the network's time runs from noise to data
 
     def at(self, t: Any) -> Coefficients:
         """Return α, σ and their derivatives at t."""
@@ -99,6 +107,32 @@ class Process:
         end = np.float64(self.high)
         alone = prediction == "eps" and float(self.at(end).alpha) == 0
         return self.high - 1e-3 if alone else self.high
+
+    def last_time(self, first: float, n: int, last_step: float, *, uniform: bool) -> float:
+        """Return the last time before the data of n times from `first`, evenly spaced or not.
+
+        `last_step` is the length of the step to the data; 0 is that of the others.
+        """
+        if last_step:
+            return last_step if n > 1 else first
+        return first / n if uniform else 0.0
+
+    @property
+    def least_time(self) -> float:
+        """The time near the data at which every prediction has a finite velocity."""
+        return 1e-4
+
+    def shift_grid(self, t: np.ndarray, shift: float) -> np.ndarray:
+        """Move the times of a grid f64[n + 1] towards the noise. Raises UserError if it cannot."""
+        return np.asarray(shifted(t, shift))
+
+    def on_steps(self, t: np.ndarray) -> np.ndarray:
+        """Round the times of a grid f64[n + 1] to those that exist: all, in continuous time."""
+        return t
+
+    def respaced(self, steps: str) -> np.ndarray:
+        """Return the times of the process's own grid, if it is a respacing -> f64[n + 1]."""
+        raise NotImplementedError
 
     def noised(self, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
         """Return x_t = α x0 + σ ε; x0, eps f32[B,...], t [B]."""
@@ -238,6 +272,16 @@ class EDM(Process):
     def first_time(self, prediction: str) -> float:
         return self.sigma_max
 
+    def last_time(self, first: float, n: int, last_step: float, *, uniform: bool) -> float:
+        return self.sigma_min
+
+    @property
+    def least_time(self) -> float:
+        return self.sigma_min
+
+    def shift_grid(self, t: np.ndarray, shift: float) -> np.ndarray:
+        return np.append(np.minimum(shift * t[:-1], self.sigma_max), 0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Discrete(Process):
@@ -252,6 +296,7 @@ class Discrete(Process):
     predictions: ClassVar[tuple[str, ...]] = gaussian.DISCRETE_PREDICTIONS
     grid: ClassVar[str] = ""
     data: ClassVar[float] = -1.0
+    most_noise: ClassVar[float] = math.inf  # its steps end
 
     @functools.cached_property
     def _log_ratio(self) -> np.ndarray:
@@ -286,6 +331,25 @@ class Discrete(Process):
 
     def first_time(self, prediction: str) -> float:
         return len(self.schedule) - 1
+
+    def last_time(self, first: float, n: int, last_step: float, *, uniform: bool) -> float:
+        return 0.0
+
+    def shift_grid(self, t: np.ndarray, shift: float) -> np.ndarray:
+        raise UserError("a shift of the grid: expected a process in continuous time.")
+
+    def on_steps(self, t: np.ndarray) -> np.ndarray:
+        rounded = np.rint(t)
+        if np.any(np.diff(rounded) >= 0):
+            raise UserError(
+                f"{len(t) - 1} steps of a grid that has fewer of the {len(self.schedule)}"
+                " timesteps: take fewer steps, or the process's own grid."
+            )
+        return rounded
+
+    def respaced(self, steps: str) -> np.ndarray:
+        retained = space_timesteps(len(self.schedule), steps)
+        return np.append(retained[::-1].astype(np.float64), self.data)
 
     def noised(self, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
         return gaussian.q_sample(self.schedule, x0, t, eps)
@@ -327,7 +391,7 @@ _MIXTURES: Mapping[str, Callable[[Process, Coefficients], tuple[Any, Any]]] = {
 
 def _velocity_mixture(process: Process, c: Coefficients) -> tuple[Any, Any]:
     """dx_t/dt at fixed x0 and ε, in the network's direction of time."""
-    sign = -1 if getattr(process, "from_noise", False) else 1
+    sign = -1 if process.from_noise else 1
     return sign * c.alpha_dot, sign * c.sigma_dot
 
 

@@ -640,7 +640,7 @@ def velocity_of(
 
     out = denoise(column(p.c_in) * x, p.c_noise)[..., : x.shape[-1]].astype(x.dtype)
     if prediction == "velocity" and not clip_x0:
-        return -out if getattr(process, "from_noise", False) else out
+        return -out if process.from_noise else out
     x0 = column(p.c_skip) * x + column(p.c_out) * out
     x0 = jnp.clip(x0, -1, 1) if clip_x0 else x0
     eps = (x - column(c.alpha) * x0) / column(c.sigma)
@@ -648,10 +648,10 @@ def velocity_of(
 
 
 def data_time(objective: Objective) -> float:
-    """The time at which the ODE meets the data: 0 where the velocity is finite there, else 1e-4."""
+    """The time at which the ODE meets the data: 0 where the velocity is finite there."""
     process = objective.process
     exact = objective.prediction == "velocity" and process.low == 0
-    return 0.0 if exact else getattr(process, "sigma_min", 1e-4)
+    return 0.0 if exact else process.least_time
 
 
 def adaptive_ode(

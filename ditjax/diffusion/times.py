@@ -7,13 +7,12 @@ EDM it is σ/(1 + σ), so a logit-normal time is EDM's log-normal σ.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ditjax.diffusion.process import Discrete, Process
+from ditjax.diffusion.process import Discrete, Process, shifted
 
 
 def sample_timesteps(key: jax.Array, batch: int, num: int) -> jax.Array:
@@ -36,11 +35,6 @@ class Times:
     mode: float = 1.29
     stratified: bool = False
     shift: float = 1.0
-
-
-def shifted(t: Any, shift: float) -> Any:
-    """Esser et al. 2024 Eq. 23: t ← st/(1 + (s-1)t), elementwise in [0, 1]."""
-    return shift * t / (1 + (shift - 1) * t)
 
 
 def normal_quantile(u: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from ditjax.config import (
     at_least,
     at_most,
     between,
+    check_used,
     key,
     lookup,
     registered,
@@ -83,12 +84,8 @@ class Diffusion(Section):
     sigma_max: float = key(80.0, above(0), used_if=_OF_EDM)
 
     def check(self, c: Config) -> None:
-        for name, default in vars(Diffusion()).items():
-            if getattr(self, name) != default and (other := self.unused(name, c)):
-                raise UserError(
-                    f"config.diffusion.{name} is {getattr(self, name)!r} and has no effect:"
-                    f" config.diffusion.{other} is {getattr(self, other)!r}. Leave one of them out."
-                )
+        given = (name for name, value in vars(Diffusion()).items() if getattr(self, name) != value)
+        check_used(c, (f"diffusion.{name}" for name in given))
         if self.process == "ddpm":
             _check_discrete(self)
         elif self.loss in ("hybrid", "vlb") or self.variance not in ("none", "unused"):

@@ -34,9 +34,9 @@ def recipe(diffusion=FLOW, **sample):
         ({**EDM, "sigma_min": 90.0}, "expected a smaller sigma_min"),
         (
             {**FLOW, "timesteps": 500},
-            "timesteps is 500 and has no effect: config.diffusion.process",
+            "timesteps has no effect: config.diffusion.process is 'flow'",
         ),
-        ({"sigma_max": 20.0}, "sigma_max is 20.0 and has no effect"),
+        ({"sigma_max": 20.0}, "sigma_max has no effect: config.diffusion.process is 'ddpm'"),
         ({**FLOW, "process": "rectified"}, "process is 'rectified': expected one of"),
         ({**FLOW, "time_mode": 2.0, "time": "mode"}, "time_mode is 2.0: expected from -1 to 1.75"),
     ],
