@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ditjax.files.durations import duration
 from ditjax.reporting.table import csv_of
-from ditjax.studies.words import OF_A_METRIC, aligned, metric_name, number, short
+from ditjax.studies.words import OF_A_METRIC, aligned, metric_name, number, short, shortened
 
 BEST, FRONT = "*", "+"
 
@@ -88,10 +88,10 @@ def grid_text(
     several = len({each.run for each in outcomes}) > 1
     titles = ["", *(["run"] if several else []), *varied, "Gflops", name]
     titles += [*(["95 %"] if intervals else []), *map(metric_name, others), "drawn in"]
-    rows = [titles]
+    rows, names = [titles], shortened(each.run for each in outcomes)
     for i, each in enumerate(outcomes):
         mark = (BEST if i == best else " ") + (FRONT if i in on_front else " ")
-        row = [mark, *([short(each.run)] if several else [])]
+        row = [mark, *([names[each.run]] if several else [])]
         row += [setting_text(each.settings.get(axis)) for axis in varied]
         row += [number(each.gflops), number(each.metrics.get(metric))]
         if intervals:

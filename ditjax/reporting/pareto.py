@@ -21,7 +21,7 @@ from ditjax.reporting.style import (
     LabelPlace,
     Look,
 )
-from ditjax.studies.words import metric_name, plural, short
+from ditjax.studies.words import metric_name, plural, shortened
 
 WIDTH, HEIGHT = 660.0, 420.0  # points
 MAX_BARS = 60  # the intervals of more cells would hide the cells
@@ -51,12 +51,14 @@ def pareto_png(
 
     Cells that differ only in their steps are joined. Labels that would overlap are left out.
     """
+    names = shortened((each.run for each in outcomes), 30)
+    outcomes = [each._replace(run=names[each.run]) for each in outcomes]
     with style.styled():
         return style.png(_draw(outcomes, metric, protocol, reference))
 
 
 def _of(each: Outcome, axis: str) -> str:
-    return short(each.run, 30) if axis == "run" else setting_text(each.settings.get(axis))
+    return each.run if axis == "run" else setting_text(each.settings.get(axis))
 
 
 def _looks(outcomes: Sequence[Outcome]) -> _Looks:

@@ -1,7 +1,8 @@
 """How numbers, names, laws and tables read in a report."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from ditjax.errors import printable
 from ditjax.scaling.fit import Interval, PowerLaw
@@ -70,6 +71,39 @@ def short(text: str, longest: int = 44) -> str:
     """The text on one line of at most `longest` characters, without control characters."""
     line = printable(text)
     return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
+def shortened(names: Iterable[str], longest: int = 44) -> dict[str, str]:
+    """`short` of each of several names, so that different names stay different.
+
+    Parts that all of them have are left out before anything else is. A name is longer than
+    `longest` only where shorter ones would be the same.
+    """
+    lines = {name: printable(name) for name in names}
+    if all(len(line) <= longest for line in lines.values()):
+        return lines
+    parts = {name: re.split(r"(?<=[-_ ,])", line) for name, line in lines.items()}
+    common = set.intersection(*map(set, parts.values())) if len(lines) > 1 else set()
+    elided = {
+        name: "".join("\0" if part in common else part for part in each)
+        for name, each in parts.items()
+    }
+    elided = {name: re.sub("\0+", "...", line) for name, line in elided.items()}
+    for length in range(longest, max(map(len, lines.values())) + 1):
+        for texts in (elided, lines):
+            for head in (1.0, 0.5, 0.0):
+                found = {name: _cut(text, length, head) for name, text in texts.items()}
+                if len(set(found.values())) == len(set(lines.values())):
+                    return found
+    return lines
+
+
+def _cut(text: str, longest: int, head: float) -> str:
+    """The text, or its first and last characters, of which `head` is the share of the first."""
+    if len(text) <= longest:
+        return text
+    first = round(head * (longest - 3))
+    return f"{text[:first]}...{text[len(text) - (longest - 3 - first) :]}"
 
 
 def encodable(text: str) -> str:

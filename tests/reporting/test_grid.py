@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ditjax.reporting import style
 from ditjax.reporting.grid import Outcome, front, grid_csv, grid_text, setting_text, varying
 from ditjax.reporting.pareto import pareto_png
+from ditjax.studies.words import shortened
 
 PROTOCOL = {"metric": "FID", "num_samples": 50_000, "labels": "uniform", "seed": 0}
 
@@ -64,6 +66,43 @@ def test_runs_are_named_where_there_are_several():
     text = grid_text([cell(1, 9.0, run="S"), cell(2, 5.0, run="B")], "fid", PROTOCOL, "x")
     assert "2 runs: FID" in text
     assert [line[:6] for line in text.splitlines()[3:5]] == [" +  S ", "*+  B "]
+
+
+LONG = [
+    f"DiT-3x64x2-p2-diffusion_process_flow-diffusion_prediction_{prediction}-seed{seed}"
+    for prediction in ("velocity", "x0")
+    for seed in (0, 1)
+]
+
+
+def test_long_names_of_runs_stay_different(monkeypatch):
+    """In the table and the figure's legend: what all runs have is left out, never the rest."""
+    assert list(shortened(LONG, 30).values()) == [
+        "...velocity-seed0", "...velocity-seed1", "...x0-seed0", "...x0-seed1"
+    ]  # fmt: skip
+    assert shortened(["a" * 50], 10) == {"a" * 50: "aaaaaaa..."}
+    ends = shortened(["x" * 40 + "1", "x" * 40 + "2"], 10)
+    assert list(ends.values()) == ["xxxx...xx1", "xxxx...xx2"]
+    twins = ["a" * 9 + "b" + "c" * 9, "a" * 9 + "d" + "c" * 9]  # the middle tells
+    assert len(set(shortened(twins, 8).values())) == 2
+    cells = [cell(1 + k, 9.0 - k, run) for k, run in enumerate(LONG)]
+    rows = grid_text(cells, "fid", PROTOCOL, "r.npz").splitlines()[3:7]
+    named = [word for row in rows for word in row.split() if "seed" in word]
+    assert named == list(shortened(LONG).values())
+    keys, plot_figure = [], style.plot_figure
+
+    def drawn(*args, **kwargs):
+        keys.extend(kwargs["keys"])
+        return plot_figure(*args, **kwargs)
+
+    monkeypatch.setattr(style, "plot_figure", drawn)
+    pareto_png(cells, "fid", PROTOCOL, "r.npz")
+    assert list(keys[0].values) == [
+        "...velocity-seed0",
+        "...velocity-seed1",
+        "...x0-seed0",
+        "...x0-seed1",
+    ]
 
 
 def test_the_csv_holds_every_number_at_full_precision():
