@@ -1,6 +1,7 @@
 """The recipes of ImageNet are the paper's: its twelve models, its training, its protocol."""
 
 import importlib
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ditjax.errors import UserError
 from ditjax.models.dit import PAPER_PATCHES, PAPER_SIZES, parse_size
 from ditjax.scaling.published import TABLE4_GFLOPS
 from ditjax.tasks import cost_of
+from ditjax.weights.arguments import sit_arguments
 from experiments.paper import published
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -105,3 +107,27 @@ def test_the_hours_of_the_header_follow_from_the_counts(name, steps):
     assert hours
     assert float(said[1]) == pytest.approx(operations, rel=0.02)
     assert float(hours[1]) == pytest.approx(operations / (4 * 989e12) / 3600, rel=0.03)
+
+
+def test_sit_is_what_its_own_script_trains():
+    """The weights go out to SiT's code, and its sampler is SiT's."""
+    c = recipe("imagenet256_sit")
+    assert sit_arguments(c) == {"path_type": "Linear", "prediction": "velocity"}
+    assert c.diffusion.variance == "unused"
+    assert (c.sample.sampler, c.sample.steps, c.sample.last_step) == ("sde", "250", 0.04)
+    assert (c.sample.sde_form, c.sample.sde_last, c.sample.cfg_channels) == (
+        "sigma",
+        "mean",
+        "three",
+    )
+    assert (c.train.steps, c.train.batch_size) == (7_000_000, 256)
+    assert cost_of(c).gflops == cost_of(recipe("imagenet256")).gflops
+
+
+def test_edms_times_are_edm2s_for_latents_of_unit_deviation():
+    """ln σ ~ N(-.4, 1) and σ in (.002, 80) at a deviation of .5."""
+    d = recipe("imagenet256_edm").diffusion
+    scale = d.sigma_data / 0.5
+    assert d.time_mean == pytest.approx(-0.4 + math.log(scale), abs=1e-3)
+    assert (d.sigma_min, d.sigma_max) == pytest.approx((0.002 * scale, 80 * scale))
+    assert (d.time, d.time_std, d.weighting) == ("logit_normal", 1.0, "none")

@@ -6,6 +6,7 @@ import pytest
 
 from ditjax.cli import load_recipe
 from ditjax.config import read
+from ditjax.models.dit import parse_size
 from ditjax.studies.cells import cells
 
 
@@ -67,3 +68,23 @@ def test_scenes_are_larger_images_in_colour():
         data = cell.config.data
         assert (data.name, data.image_size, data.channels) == ("digit_scenes", 32, 3)
         assert cell.config.evaluate.features == "scenes"
+
+
+def test_jit_has_every_prediction_with_every_loss():
+    found = of("jit")
+    pairs = {(c.config.diffusion.prediction, c.config.diffusion.weighting) for c in found}
+    assert len(pairs) == len(found) == 9
+    for cell in found:
+        c = cell.config
+        assert 3 * c.model.patch**2 > parse_size(c.model.size).width, "a patch is wider"
+        assert (c.diffusion.t_eps > 0) == (c.diffusion.prediction == "x0")
+    assert len({(c.config.train, c.config.optim, c.config.model) for c in found}) == 1
+
+
+def test_the_weak_network_of_the_guidance_rules_is_kept():
+    found = of("guidance_rules")
+    assert len({c.config.seed for c in found}) >= 2
+    for cell in found:
+        train = cell.config.train
+        assert train.keep_every_steps == train.steps // 10
+        assert not train.steps % train.checkpoint_every_steps
