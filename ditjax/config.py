@@ -284,16 +284,19 @@ class Data(Section):
     max_damaged: int = non_negative(0, free=True)  # damaged records to skip and report; 0 = stop
 
 
-def _per_channel(path: str) -> Callable[[Any, "Schemas"], tuple[float, ...]]:
-    """A reader of a number for each channel, or () for none."""
+def _numbers(path: str, kind: Any = float, *rules: Rule) -> Callable[[Any, "Schemas"], Any]:
+    """A reader of any count of numbers, () among them, each of which satisfies the rules."""
 
-    def numbers(value: Any, schemas: "Schemas") -> tuple[float, ...]:
+    def read(value: Any, schemas: "Schemas") -> Any:
         if isinstance(value, tuple | list) and not value:
             return ()
-        found: tuple[float, ...] = _typed(tuple[float, ...], value, path)
+        found = _typed(tuple[kind, ...], value, path)
+        for rule in rules:
+            if not all(map(rule.holds, found)):
+                raise UserError(f"config.{path} is {shown(value)}: expected each {rule.expected}.")
         return found
 
-    return numbers
+    return read
 
 
 @dataclass(frozen=True)
@@ -317,8 +320,8 @@ class Autoencoder(Section):
     # A network sees (z - shift) * scale, or (z - latent_mean) * scale / latent_std by channel.
     scale: float = key(0.18215, above(0))
     shift: float = key(0.0)
-    latent_mean: tuple[float, ...] = key((), read=_per_channel("autoencoder.latent_mean"))
-    latent_std: tuple[float, ...] = key((), read=_per_channel("autoencoder.latent_std"))
+    latent_mean: tuple[float, ...] = key((), read=_numbers("autoencoder.latent_mean"))
+    latent_std: tuple[float, ...] = key((), read=_numbers("autoencoder.latent_std"))
     kl_weight: float = key(1e-6, at_least(0))
 
     @property
@@ -391,7 +394,7 @@ class Optim(Section):
     schedule: Literal["constant", "cosine"] = key("constant", fixes={"cosine": ("train.steps",)})
     warmup_steps: int = non_negative(0)
     # Steps after which the schedule begins anew; the first ends at the first of them.
-    restarts: tuple[int, ...] = key((), read=lambda value, _: _read_restarts(value))
+    restarts: tuple[int, ...] = key((), read=_numbers("optim.restarts", int))
     b1: float = key(0.9, FRACTION)
     b2: float = key(0.999, FRACTION)
     eps: float = key(1e-8, above(0))
@@ -423,9 +426,12 @@ class Optim(Section):
                 )
 
 
-def _read_restarts(value: Any) -> tuple[int, ...]:
-    """(4000, 8000), or ()."""
-    return () if value in ((), []) else _typed(tuple[int, ...], value, "optim.restarts")
+# Widths of power-function averages: standard deviations relative to the length of training. The
+# averages that a run keeps add up to no narrower or wider one well.
+WIDTH = between(0.025, 0.25)
+# From which the average of another width is made. Of 0.05 and 0.1 they make those from 0.075 to
+# 0.13 to within 0.03 % (docs/training.md).
+FEWEST_SNAPSHOTS = 16
 
 
 @dataclass(frozen=True)
@@ -437,6 +443,10 @@ class Train(Section):
     microbatches: int = positive(1, free=True)  # parts of a step's batch: less memory, same update
     prefetch: int = non_negative(2, most=1024, free=True)  # batches moved to the devices ahead
     ema_decay: float = key(0.9999, FRACTION)
+    # Further averages (`training/averages.py`): EMAs, and power-function averages by their width.
+    ema_decays: tuple[float, ...] = key((), read=_numbers("train.ema_decays", float, FRACTION))
+    average_stds: tuple[float, ...] = key((), read=_numbers("train.average_stds", float, WIDTH))
+    average_every_steps: int = non_negative(0, free=True)  # between snapshots of average_stds
     log_every_steps: int = positive(100, free=True)
     checkpoint_every_steps: int = positive(10_000, free=True)
     keep_checkpoints: int = positive(2, free=True)  # the newest; the best is kept beside them
@@ -448,8 +458,15 @@ class Train(Section):
     max_bad_steps: int = non_negative(5, free=True)  # consecutive skipped updates; more: stop
 
     def unused(self, name: str, c: "Config") -> str:
-        never = name == "evaluate_num" and not self.evaluate_every_steps
-        return "train.evaluate_every_steps" if never else ""
+        needs = {"evaluate_num": "evaluate_every_steps", "average_every_steps": "average_stds"}
+        other = needs.get(name)
+        return other if other and not getattr(self, other) else ""
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """The names of the averages beside the EMA, by which config.sample.weights selects them."""
+        powers = tuple(f"power:{std!r}" for std in self.average_stds)
+        return powers + tuple(f"ema:{decay!r}" for decay in self.ema_decays)
 
     def check(self, c: "Config") -> None:
         if self.keep_every_steps % self.checkpoint_every_steps:
@@ -464,11 +481,28 @@ class Train(Section):
                 " config.evaluate.features is 'none': set features to 'digits', 'scenes' or"
                 " 'inception:FILE', or evaluate_every_steps to 0."
             )
+        self._check_averages()
         if self.batch_size % self.microbatches:
             raise UserError(
                 f"config.train.microbatches={self.microbatches} does not divide"
                 f" config.train.batch_size={self.batch_size}: numbers that do:"
                 f" {', '.join(map(str, divisors(self.batch_size)))}."
+            )
+
+    def _check_averages(self) -> None:
+        """Raise UserError for an average that is named twice, and for too few snapshots."""
+        for name in ("average_stds", "ema_decays"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"config.train.{name} is {values}: expected each value once.")
+        every = self.average_every_steps
+        if self.average_stds and (not every or self.steps // every < FEWEST_SNAPSHOTS):
+            made = f"makes {self.steps // every} snapshots" if every else "makes none"
+            most = self.steps // FEWEST_SNAPSHOTS
+            raise UserError(
+                f"config.train.average_every_steps is {every}, which {made} in {self.steps} steps:"
+                f" averages of other widths need at least {FEWEST_SNAPSHOTS}; expected"
+                + (f" 1 to {most}." if most else f" {FEWEST_SNAPSHOTS} steps or more.")
             )
 
 
@@ -552,7 +586,8 @@ class Sample(Section):
     # a worse network in place of the unconditional one: RUN, RUN@STEP or a file of weights
     guide: str = key("", PATH, protocol=True)
     clip_x0: bool = key(False, protocol=True)  # clamp the predicted x_0 to [-1, 1]: pixels only
-    weights: Literal["ema", "model"] = key("ema", protocol=True)  # averaged, or as trained
+    # the average, the parameters as trained, 'ema:DECAY' or 'power:STD'
+    weights: str = key("ema", protocol=True, read=lambda value, _: _read_weights(value))
     batch_size: int = positive(64, most=2**24)
     num: int = positive(64, most=999_999_999)
 
@@ -572,6 +607,33 @@ class Sample(Section):
                 f"config.sample.cfg_interval is {interval}: expected (low, high) with 0 <= low <"
                 " high <= 1; (0.0, 1.0) guides every step."
             )
+        held = ("ema", "model", *c.train.averages)
+        made = self.weights.startswith("power:") and c.train.average_stds
+        if self.weights not in held and not made:
+            raise UserError(
+                f"config.sample.weights is {self.weights!r}, and the run keeps"
+                f" {', '.join(map(repr, held))}: expected one of these"
+                + (", or another width." if c.train.average_stds else ".")
+                + " Further averages are kept from a run's start, by config.train.average_stds and"
+                " ema_decays."
+            )
+
+
+def _read_weights(value: Any) -> str:
+    """'ema', 'model', 'ema:0.999' or 'power:0.13', with the number as Python writes it."""
+    text: str = _typed(str, value, "sample.weights")
+    kind, _, number = text.partition(":")
+    rule = {"ema": FRACTION, "power": WIDTH}.get(kind)
+    if text in ("ema", "model"):
+        return text
+    with contextlib.suppress(ValueError):
+        if rule and rule.holds(float(number)):
+            return f"{kind}:{float(number)!r}"
+    raise UserError(
+        f"config.sample.weights is {shown(value)}: expected 'ema', 'model', 'ema:DECAY' with a"
+        f" decay {FRACTION.expected}, or 'power:STD' with a width {WIDTH.expected}."
+        f"{nearest(text, ('ema', 'model'))}"
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
 from ditjax.runs.results import SAMPLES_FILE, load_samples, save_grid
+from ditjax.runs.snapshots import average_record
 from ditjax.sample import GRID_IMAGES
 from ditjax.tasks import make_task
 
@@ -38,10 +39,12 @@ def save_evaluation(
     metrics: Mapping[str, float],
     protocol: Mapping[str, Any],
     reference: str = "",
+    average: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write evaluation.json, and NAME.png for each sample set, to a run's directory.
 
-    Returns the record. Only the first process writes.
+    `average` is the `average_record` of the weights. Returns the record. Only the first process
+    writes.
     """
     record = {
         "step": step,
@@ -49,6 +52,7 @@ def save_evaluation(
         "reference": reference,
         "protocol": protocol,
         "protocol_hash": protocol_hash(protocol),
+        **(average or {}),
     }
     if not is_primary():
         return record
@@ -128,8 +132,12 @@ def evaluate_run(
         return save_evaluation(Path(workdir), step, metrics, protocol)
     evaluator = Evaluator(c, mesh, task.frozen(mesh))
     params, step = opening.load_weights(c, task, workdir, mesh, step)
-    found = evaluator.of_run(c, params, Path(workdir), model_record(workdir, step, params))
-    return save_evaluation(Path(workdir), step, found.metrics, found.protocol, found.reference)
+    average = average_record(c, Path(workdir), step)
+    model = {**model_record(workdir, step, params), **average}
+    found = evaluator.of_run(c, params, Path(workdir), model)
+    return save_evaluation(
+        Path(workdir), step, found.metrics, found.protocol, found.reference, average
+    )
 
 
 def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dict[str, Any]:

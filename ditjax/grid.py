@@ -38,6 +38,7 @@ from ditjax.reporting.pareto import pareto_png
 from ditjax.reporting.scored import Scored, scored_rows, scored_text
 from ditjax.runs import opening, results, rundir
 from ditjax.runs.checkpoint import Step
+from ditjax.runs.snapshots import average_record
 from ditjax.sampling.draw import sampling_protocol
 from ditjax.sampling.program import sampling_of
 from ditjax.studies.published import published_of
@@ -62,7 +63,9 @@ def _parse_interval(word: str) -> tuple[float, ...]:
 
 # Outermost first: weights are loaded once, and the steps of a table are adjacent.
 AXES: Mapping[str, GridAxis] = {
-    "weights": GridAxis(str, "ema (the average) or model (the parameters themselves)"),
+    "weights": GridAxis(
+        str, "ema (the average), model (the parameters themselves), ema:DECAY or power:STD"
+    ),
     "sampler": GridAxis(str, "a sampler, such as ddim or dpmpp_2m"),
     "eta": GridAxis(float, "noise of DDIM, from 0 to 1"),
     "cfg_channels": GridAxis(str, "guided channels: three (the release) or all"),
@@ -248,7 +251,7 @@ def run_grid(
     protocols = [by_run[cell.run.name].evaluator.protocol_of_run(cell.config) for cell in cells]
     shared = shared_protocol(cells, protocols)
     loaded: tuple[str, str] | None = None
-    params, step, digest = None, 0, ""
+    params, model = None, dict[str, Any]()
     for k, (cell, protocol) in enumerate(zip(cells, protocols, strict=True), start=1):
         evaluator, mesh = by_run[cell.run.name]
         if loaded != (cell.run.name, cell.config.sample.weights):
@@ -256,17 +259,17 @@ def run_grid(
             params, step = opening.load_weights(
                 cell.config, make_task(cell.config), cell.run.folder, mesh, at
             )
-            digest = opening.digest(params)
+            model = {"run": cell.run.name, "step": step, "params_sha256": opening.digest(params)}
+            model |= average_record(cell.config, cell.run.folder, step)
             loaded = (cell.run.name, cell.config.sample.weights)
         folder = out / CELLS / cell.name
         identity = {
             "protocol_hash": atomic.protocol_hash(protocol),
-            "step": step,
-            "params_sha256": digest,
+            "step": model["step"],
+            "params_sha256": model["params_sha256"],
         }
         missing = is_primary() and not _is_done(folder, identity, protocol)
         if processes.broadcast_ranges([(0, 1)] if missing else []):
-            model = {"run": cell.run.name, "step": step, "params_sha256": digest}
             found = evaluator.of_run(cell.config, params, folder, model)
             if is_primary():
                 save_picture(folder / results.SAMPLES_FILE)
@@ -274,6 +277,7 @@ def run_grid(
                     "name": cell.name,
                     "run": cell.run.name,
                     **identity,
+                    **model,
                     "settings": cell.settings,
                     "sampling_gflops": cell.gflops,
                     "metrics": found.metrics,

@@ -26,6 +26,7 @@ from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
 from ditjax.parallel.stopping import RESUME_HINT, Stopping
 from ditjax.runs import opening, rundir
+from ditjax.runs import snapshots as averages
 from ditjax.runs.checkpoint import Checkpoints, Score
 from ditjax.runs.log import MetricsLog, Progress
 from ditjax.runs.results import save_grid, tile
@@ -33,7 +34,7 @@ from ditjax.sampling.draw import Drawer
 from ditjax.tasks import make_task
 from ditjax.training.meter import Meter
 from ditjax.training.program import Training, learning_rate_of, precise, training
-from ditjax.training.step import Batch, Metrics, TrainState
+from ditjax.training.step import WEIGHTS, Batch, Metrics, TrainState, weights_named
 from ditjax.training.task import Frozen
 
 IN_FLIGHT = 2  # dispatched steps that the devices have not done yet; more would only hold batches
@@ -60,13 +61,15 @@ class Due(NamedTuple):
     logs: bool
     saves: bool
     draws: bool
+    averages: bool  # a snapshot of the averages
 
 
 def due_at(t: TrainKeys, step: int, *, evaluates: bool, draws: bool, stopped: bool) -> Due:
     """Return what is due after a step by the recipe's intervals.
 
-    The last step is always logged and saved. `evaluates` and `draws` say whether the run can
-    evaluate or draw samples at all; `stopped` says whether a signal ends the run at this step.
+    The last step is always logged and saved, as are its averages. `evaluates` and `draws` say
+    whether the run can evaluate or draw samples at all; `stopped` says whether a signal ends the
+    run at this step.
     """
     last = step == t.steps
     scores = evaluates and _every(step, t.evaluate_every_steps)
@@ -75,6 +78,7 @@ def due_at(t: TrainKeys, step: int, *, evaluates: bool, draws: bool, stopped: bo
         logs=last or scores or _every(step, t.log_every_steps),
         saves=last or scores or stopped or _every(step, t.checkpoint_every_steps),
         draws=draws and _every(step, t.sample_every_steps),
+        averages=bool(t.average_stds) and (last or _every(step, t.average_every_steps)),
     )
 
 
@@ -94,6 +98,7 @@ class Session:
     start: int  # the restored step; 0 for a new run
     batches: Iterator[Batch]
     checkpoints: Checkpoints
+    snapshots: Checkpoints | None  # of power-function averages
     log: MetricsLog
     meter: Meter
     progress: Progress
@@ -113,10 +118,13 @@ class Session:
             draws=self.grids is not None,
             stopped=stopped,
         )
-        ends = self.meter.add(step, metrics, wait=due.logs or due.saves)
+        ends = self.meter.add(step, metrics, wait=due.logs or due.saves or due.averages)
         score = None
         if due.logs or ends:
             score = self.write_log(step, evaluates=due.evaluates and not ends)
+        if self.snapshots and due.averages:
+            lease.check_held()
+            averages.save_snapshot(self.snapshots, step, self.state)
         # If a resumed run ends for the same reason again, its checkpoints are left unchanged.
         if self.meter.changed if ends else due.saves:
             self.save(step, score)
@@ -147,11 +155,15 @@ class Session:
         scored = {score.name: score.value} if score else {}
         self.progress.report(step, loss=self.loss, **scored)
         self.checkpoints.check()
+        if self.snapshots:
+            self.snapshots.check()
         return score
 
     def save(self, step: int, score: Score | None) -> None:
         """Save a checkpoint of the state and of the position in the data."""
         lease.check_held()
+        if self.snapshots:  # a run that resumes at this step has every snapshot up to it
+            self.snapshots.wait()
         position = {**position_of(self.config), **self.meter.position()}
         self.checkpoints.save(step, self.state, position, score)
         self.meter.changed = False
@@ -167,6 +179,7 @@ def open_training(
     c: Config, workdir: str | os.PathLike[str], evaluator: Evaluator | None, profile: range
 ) -> Iterator[Session]:
     """Open or resume the run in a directory, with everything that the training loop needs."""
+    _check_weights(c)
     mesh = mesh_of(c)
     task = make_task(c, mesh)
     dataset = opening.check_data(c)
@@ -186,6 +199,7 @@ def open_training(
         state, start, saved = _restore_or_init(c, folder, programs, checkpoints)
         _check_profile(profile, start)
         with (
+            _snapshots(c, folder, start) as snapshots,
             MetricsLog(folder, start, write=is_primary()) as log,
             stream.train_batches(
                 opening.data_spec(c),
@@ -210,6 +224,7 @@ def open_training(
                 start=start,
                 batches=ahead(batches, programs.put, c.train.prefetch, c.train.steps - start),
                 checkpoints=checkpoints,
+                snapshots=snapshots,
                 log=log,
                 meter=meter,
                 progress=progress,
@@ -261,6 +276,17 @@ def _restore_or_init(
             " give at least as many, or another --workdir."
         )
     return state, start, saved
+
+
+@contextlib.contextmanager
+def _snapshots(c: Config, folder: Path, start: int) -> Iterator[Checkpoints | None]:
+    """Open the snapshots of a run that keeps power-function averages, as they were at `start`."""
+    if not c.train.average_stds:
+        yield None
+        return
+    with averages.open_snapshots(folder) as snapshots:
+        averages.rewind_snapshots(snapshots, start)
+        yield snapshots
 
 
 def position_of(c: Config) -> dict[str, Any]:
@@ -318,7 +344,17 @@ def train(
 
 def weights_of(c: Config, state: TrainState) -> Any:
     """Return the weights that samples are drawn with, selected by config.sample.weights."""
-    return getattr(state, opening.weights_field(c))
+    return weights_named(state, opening.weights_name(c))
+
+
+def _check_weights(c: Config) -> None:
+    """Raise UserError for weights that the training state does not hold."""
+    name, held = opening.weights_name(c), (*WEIGHTS, *c.train.averages)
+    if name not in held:
+        raise UserError(
+            f"config.sample.weights is {name!r}, which is made of a run's snapshots: train with"
+            f" {', '.join(map(repr, held))}, and give it to sample, evaluate or grid afterwards."
+        )
 
 
 def _evaluate(c: Config, evaluator: Evaluator, params: Any) -> tuple[Score, dict[str, Any]]:

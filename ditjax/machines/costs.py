@@ -19,9 +19,6 @@ from ditjax.tasks import cost_of, sampling_gflops
 
 ESTIMATED = "estimated in closed form, not run"
 
-# A parameter, its average and Adam's two moments, in float32.
-_STATE_BYTES = 16
-
 
 class Cost(NamedTuple):
     """The cost of one recipe on all chips of a topology, its slices together, in wall-clock hours.
@@ -64,13 +61,14 @@ def estimate(c: Config, topology: Topology) -> Cost:
     cost = cost_of(c)
     split = cost.parameters / sizes["tensor"]
     shard = split / sizes["fsdp"]
+    state = 4 * (4 + len(c.train.averages)) * shard  # itself, the EMA, two moments; further ones
     width = 2 if c.model.dtype == "bfloat16" else 4
     gathered_twice = roofline.fsdp_bytes(split, sizes["fsdp"], width)
     fewest = gathered_twice * 2 / 3 + roofline.all_reduce_bytes(width * shard, copies)
     most = gathered_twice + roofline.all_reduce_bytes(4 * shard, copies)
     step = roofline.StepTime(
         compute=roofline.hardware_flops(cost, c.train.batch_size) / (count * _peak(c, topology)),
-        memory=roofline.memory_traffic(_STATE_BYTES * shard, 0) / (chip.hbm_gb_s * GB / chip.cores),
+        memory=roofline.memory_traffic(state, 0) / (chip.hbm_gb_s * GB / chip.cores),
         wires=fewest / _link_bytes(c, topology, 2 * chip.torus),
     )
     unhidden = step._replace(wires=most / _link_bytes(c, topology, 2))
@@ -80,7 +78,7 @@ def estimate(c: Config, topology: Topology) -> Cost:
         step.overlapped * c.train.steps / 3600,
         unhidden.sequential * c.train.steps / 3600,
         sampling_hours(c, topology),
-        _STATE_BYTES * shard,
+        state,
         chip.device_hbm_bytes,
     )
 

@@ -6,6 +6,7 @@ it is on disk; until then it is STEP.orbax-checkpoint-tmp, which nothing reads.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import re
 import shutil
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -72,7 +74,7 @@ class Checkpoints:
 
     `keep_every` also keeps the steps that it divides; 0 keeps none. `save` returns before the bytes
     are durable; they are durable after `wait`, or when the context is left. A writer must be alone
-    in the directory; it removes what a dead writer left unfinished.
+    in the directory; it removes what a dead writer left unfinished. `noun` is what errors call one.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Checkpoints:
         *,
         keep_every: int = 0,
         read_only: bool = False,
+        noun: str = "checkpoint",
     ) -> None:
         # Orbax fails on relative paths, and only when it writes in the background.
         self.directory = Path(directory).resolve()
@@ -92,7 +95,7 @@ class Checkpoints:
             raise UserError(f"cannot make {self.directory}: {error.strerror}.") from None
         if not self.directory.is_dir():
             raise UserError(f"{self.directory} does not exist: train first, or name another run.")
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._noun = keep, keep_every, noun
         self._writing: int | None = None  # the step that is being written in the background
         self._saved: int | None = None  # the last step given to `save`
         # Metrics of the steps whose metrics have been read.
@@ -163,7 +166,7 @@ class Checkpoints:
             self._orbax.save(
                 self._folder(step),
                 args=ocp.args.Composite(
-                    **{_STATE: ocp.args.StandardSave(state)},
+                    **{_STATE: ocp.args.StandardSave(_stored(state))},
                     **{name: ocp.args.JsonSave(item) for name, item in items.items()},
                 ),
                 force=True,
@@ -206,26 +209,30 @@ class Checkpoints:
         step = self.find(step)
         position, saved = self._record(step)
         self._check_types(step, saved, abstract_state)
-        args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract_state)})
+        stored = _stored(abstract_state)
+        args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(stored)})
         folder = self._folder(step)
         state = self._read(step, lambda: self._orbax.restore(folder, args=args)[_STATE])
+        if stored is not abstract_state:
+            state = abstract_state._replace(**state)
         self._check(step, saved, state)
         if saved is None and is_primary():
             print(
-                f"checkpoint {step} in {self.directory} has no digests: an older ditjax wrote it."
+                f"{self._noun} {step} in {self.directory} has no digests: an older ditjax wrote it."
                 " It is used unchecked",
                 file=sys.stderr,
             )
         return state, position
 
     def restore_part(self, part: str, abstract: Any, step: Step = "latest") -> tuple[Any, int]:
-        """Read (one field of the state, such as 'ema', on the shardings of `abstract`; step).
+        """Read (one part of the state, such as 'ema', on the shardings of `abstract`; step).
 
-        Raises as `restore`.
+        The part of a part is named 'averages/trees'. Raises as `restore`.
         """
         step = self.find(step)
         _, saved = self._record(step)
-        target = {part: abstract}
+        names = part.split("/")
+        target = functools.reduce(lambda tree, name: {name: tree}, reversed(names), abstract)
         self._check_types(step, saved, target, part)
 
         def read() -> Any:
@@ -240,8 +247,26 @@ class Checkpoints:
                 )
 
         restored = self._read(step, read)
-        self._check(step, saved, {part: restored[part]})
-        return restored[part], step
+        self._check(step, saved, restored)
+        return functools.reduce(lambda tree, name: tree[name], names, restored), step
+
+    def saved_with(self, step: int) -> tuple[dict[str, Any], str]:
+        """(The position that was saved with a step, the SHA-256 of its digests).
+
+        Raises DamagedError.
+        """
+        position, saved = self._record(step)
+        return position, _digest(saved)
+
+    def rewind(self, step: int) -> list[int]:
+        """Remove the steps after `step`, the newest first, and return them. Raises FaultError."""
+        later = [found for found in self.steps if found > step]
+        try:
+            for found in reversed(later):
+                self._remove(found)
+        except OSError as error:
+            raise FaultError(f"cannot remove from {self.directory}: {reason(error)}.") from error
+        return later
 
     def set_aside(self, error: DamagedError) -> None:
         """Rename a damaged step, so that nothing takes it for a checkpoint."""
@@ -256,7 +281,7 @@ class Checkpoints:
             self._folder(error.step).rename(self.directory / name)
             sync_folder(self.directory)
             print(
-                f"warning: checkpoint {error.step} in {self.directory} is damaged: {error.what}."
+                f"warning: {self._noun} {error.step} in {self.directory} is damaged: {error.what}."
                 f" It was renamed to {name}; the one before it is used",
                 file=sys.stderr,
             )
@@ -267,7 +292,7 @@ class Checkpoints:
         steps = self.steps
         if not steps:
             raise UserError(
-                f"{self.directory} holds no checkpoint: train first, with"
+                f"{self.directory} holds no {self._noun}: train first, with"
                 " python -m ditjax.train --config=... --workdir=..."
             )
         found: Step | None = step
@@ -282,7 +307,7 @@ class Checkpoints:
                 f" (config.train.evaluate_every_steps): {there}."
             )
         if found not in steps:
-            raise UserError(f"{self.directory} holds no checkpoint of step {step}: {there}.")
+            raise UserError(f"{self.directory} holds no {self._noun} of step {step}: {there}.")
         return found
 
     def _folder(self, step: int) -> Path:
@@ -305,13 +330,16 @@ class Checkpoints:
             kept |= {step for step in steps if step % self._keep_every == 0}
         for step in steps:
             if step not in kept:
-                # Renamed first, so that a half-removed checkpoint is not taken for a step.
-                gone = self.directory / f"{step}{_DELETED}"
                 with contextlib.suppress(OSError):  # the next start removes it
-                    self._folder(step).rename(gone)
-                remover = threading.Thread(target=shutil.rmtree, args=(gone, True))
-                remover.start()
-                self._removers.append(remover)
+                    self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        # Renamed first, so that a half-removed checkpoint is not taken for a step.
+        gone = self.directory / f"{step}{_DELETED}"
+        self._folder(step).rename(gone)
+        remover = threading.Thread(target=shutil.rmtree, args=(gone, True))
+        remover.start()
+        self._removers.append(remover)
 
     def _scores(self, steps: list[int]) -> dict[int, Mapping[str, Any] | None]:
         """The metrics of each step, None if they are missing, unreadable or changed."""
@@ -371,7 +399,7 @@ class Checkpoints:
         saved = {path: leaf for path, leaf in saved.items() if path.startswith(prefix)}
         if found := digests.type_differences(saved, digests.leaf_types(abstract)):
             raise UserError(
-                f"checkpoint {step} in {self.directory} is of another network or optimizer:"
+                f"{self._noun} {step} in {self.directory} is of another network or optimizer:"
                 f" {'; '.join(found)}. Give the recipe that it was trained with."
             )
 
@@ -386,7 +414,7 @@ class Checkpoints:
         # Several processes read together: one cannot start again alone.
         waits = None if jax.process_count() == 1 else ()
         try:
-            return faults.retried(f"checkpoint {step} in {self.directory}", read, waits)
+            return faults.retried(f"{self._noun} {step} in {self.directory}", read, waits)
         except (UserError, FaultError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
@@ -395,7 +423,7 @@ class Checkpoints:
     def _damage(self, step: int, what: str, *, everywhere: bool = True) -> DamagedError:
         others = ", ".join(str(other) for other in self.steps if other != step)
         return DamagedError(
-            f"checkpoint {step} in {self.directory} is damaged: {what}."
+            f"{self._noun} {step} in {self.directory} is damaged: {what}."
             + (f" Name another --step: {others}." if others else " There is no other."),
             step,
             what,
@@ -415,7 +443,7 @@ class Checkpoints:
             begin = f"from step {newest}" if newest is not None else "from the beginning"
             full = _FULL.search(str(error))
             raise FaultError(
-                f"checkpoint {step} was not saved in {self.directory}:"
+                f"{self._noun} {step} was not saved in {self.directory}:"
                 f" {full[0] if full else reason(error)}. Older ones are kept;"
                 f" {'free some space' if full else 'repair this'}, then run the same command again"
                 f" to resume {begin}."
@@ -440,6 +468,15 @@ def _options(when_written: Callable[[], None] | None = None) -> ocp.AsyncOptions
     return ocp.AsyncOptions(
         post_finalization_callback=when_written, create_directories_asynchronously=False
     )
+
+
+def _stored(state: Any) -> Any:
+    """A state without its fields that are (), as older ones are stored; in the same order."""
+    fields = state._asdict() if hasattr(state, "_asdict") else {}
+    empty = {name for name, value in fields.items() if type(value) is tuple and not value}
+    if not empty:
+        return state
+    return OrderedDict((name, value) for name, value in fields.items() if name not in empty)
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,15 +21,15 @@ from ditjax.files import lease
 from ditjax.models.network import Rules
 from ditjax.parallel import processes, rules
 from ditjax.parallel.processes import is_primary
-from ditjax.runs import contents, rundir
+from ditjax.runs import contents, rundir, snapshots
 from ditjax.runs.checkpoint import Checkpoints, DamagedError, Step
+from ditjax.training.averages import POWER
 from ditjax.training.program import abstract_state
+from ditjax.training.step import WEIGHTS, weights_named
 from ditjax.training.task import Frozen, Task
 
 # The lease of the samples in a run's folder. Training holds another lease and can continue.
 SAMPLES_LEASE = ".samples.lease"
-# The field of the training state that config.sample.weights names.
-WEIGHTS = {"ema": "ema", "model": "params"}
 
 
 def data_spec(c: Config) -> source.DataSpec:
@@ -185,21 +185,30 @@ def load_weights(
 ) -> tuple[Any, int]:
     """Load (parameters on the mesh, step) of a run's latest or best checkpoint, or of a step.
 
-    `config.sample.weights` selects the averaged or the raw parameters. Raises UserError.
+    `config.sample.weights` selects an average or the raw parameters; 'power:STD' is made of the
+    run's snapshots up to that step. Raises UserError.
     """
+    name = weights_name(c)
     abstract = abstract_state(c, task, mesh)
-    part = weights_field(c)
+    if name.startswith(POWER):
+        path = Path(workdir)
+        mine = snapshots.snapshot_step(path, step) if is_primary() else None
+        last = processes.broadcast_step(mine)
+        assert last is not None
+        made = snapshots.combination(c, path, last)
+        return snapshots.make_average(path, made, abstract.params), last
+    part = WEIGHTS.get(name, f"averages/trees/{name}")
     with Checkpoints(Path(workdir) / rundir.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
         # While a run trains, one process may see a newer checkpoint than another.
         found = processes.broadcast_step(checkpoints.find(step) if is_primary() else None)
         assert found is not None
-        return checkpoints.restore_part(part, getattr(abstract, part), found)
+        return checkpoints.restore_part(part, weights_named(abstract, name), found)
 
 
-def weights_field(c: Config) -> str:
-    """The field of the training state that samples are drawn with, by default the average."""
+def weights_name(c: Config) -> str:
+    """The name of the weights that samples are drawn with, by default the average."""
     sample = getattr(c, "sample", None)
-    return "ema" if sample is None else WEIGHTS[sample.weights]
+    return "ema" if sample is None else str(sample.weights)
 
 
 def check_no_step(path: str | os.PathLike[str], step: Step) -> None:

@@ -34,6 +34,7 @@ CONTENTS_FILE = "contents.json"  # what the places in the recipe held (`runs/con
 CLASSES_FILE = "classes.json"  # the names of the classes, by number
 STUDY_FILE = "sweep.json"
 CHECKPOINTS = "checkpoints"
+AVERAGES = "averages"  # snapshots of the power-function averages
 RUNS = "runs"  # the folder of a study's cells
 LOG_FILE = "log.txt"  # the output of a cell of a sweep
 ENDED_FILE = "ended.json"  # the reason that a cell ended without a result
@@ -136,9 +137,9 @@ def _check_classes(folder: Path, recorded: list[str] | None, classes: list[str])
 def _has_begun(folder: Path) -> bool:
     """Whether a directory has more than a recipe, the files of a sweep, and no checkpoint."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    checkpoints = folder / CHECKPOINTS
-    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        names.discard(CHECKPOINTS)
+    for name in (CHECKPOINTS, AVERAGES):
+        if (folder / name).is_dir() and not any((folder / name).iterdir()):
+            names.discard(name)
     return bool(names - {RECIPE_FILE, CONTENTS_FILE, CLASSES_FILE, LOG_FILE, ENDED_FILE})
 
 

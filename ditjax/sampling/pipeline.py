@@ -29,6 +29,7 @@ from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
+from ditjax.runs.snapshots import average_record
 from ditjax.sampling.draw import Drawer, digests_of, draw_to, sampling_protocol
 from ditjax.tasks import make_task
 from ditjax.tasks.guide import load_guide
@@ -157,6 +158,7 @@ def open_run_source(
     def load(c: Config, mesh: Mesh) -> tuple[Any, Frozen]:
         task = make_task(c)
         params, record["step"] = opening.load_weights(c, task, path, mesh, step)
+        record.update(average_record(c, Path(path), record["step"]))
         if c.latent:
             record["autoencoder"] = c.autoencoder.path
         return params, task.frozen(mesh)
@@ -193,6 +195,7 @@ class Pipeline:
         *,
         precision: str = "float32",
         step: Step = "latest",
+        weights: str = "",
         class_names: str = "auto",
         guide: str = "",
         **options: Unpack[reading.WeightsOptions],
@@ -201,14 +204,18 @@ class Pipeline:
 
         `precision`: 'float32' (exact products on every backend), 'fast' (float32 with the
         backend's default, possibly rounded products) or 'bfloat16'. `step` of a run: 'latest',
-        'best' or a number. `class_names`: those in the file ('auto'), 'imagenet' or 'none'. `guide`
-        is config.sample.guide, a weak network in place of the unconditional one. Raises UserError.
+        'best' or a number. `weights` of a run: 'ema', 'model', 'ema:DECAY' or 'power:STD', by
+        default its recipe's. `class_names`: those in the file ('auto'), 'imagenet' or 'none'.
+        `guide` is config.sample.guide, a weak network in place of the unconditional one. Raises
+        UserError.
         """
+        if weights and not rundir.is_run(path):
+            raise UserError(f"weights={weights!r} is for runs, and {path} is not a run: use which.")
         source = open_source(path, autoencoder, step=step, class_names=class_names, **options)
-        changes = {
-            "model": precision_keys(precision),
-            **({"sample": {"guide": guide}} if guide else {}),
-        }
+        sample = {"weights": weights or source.config.sample.weights}
+        if guide:
+            sample["guide"] = guide
+        changes = {"model": precision_keys(precision), "sample": sample}
         pipeline = cls(source, changed(source.config, changes))
         if is_primary():
             lines = (*source.notes, networks.labels_text(source.config))

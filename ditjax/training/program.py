@@ -75,7 +75,9 @@ class Training(NamedTuple):
 def abstract_state(c: Config, task: Task, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of the training state, by the task's rules."""
     tx = optimizer_of(c, task.rates)
-    shapes = jax.eval_shape(lambda: init_state(task.init(keys.stream(c.seed, keys.INIT)), tx))
+    shapes = jax.eval_shape(
+        lambda: init_state(task.init(keys.stream(c.seed, keys.INIT)), tx, c.train.averages)
+    )
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
@@ -115,7 +117,8 @@ def training(c: Config, task: Task, mesh: Mesh) -> Training:
     rules.check_split(abstract.params, mesh, task.rules)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     init = jax.jit(
-        lambda: init_state(task.init(keys.stream(c.seed, keys.INIT)), tx), out_shardings=shardings
+        lambda: init_state(task.init(keys.stream(c.seed, keys.INIT)), tx, c.train.averages),
+        out_shardings=shardings,
     )
     batch_sharding = rules.batch_sharding(mesh)
     rows = processes.local_rows(batch_sharding, c.train.batch_size)

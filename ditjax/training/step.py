@@ -3,12 +3,14 @@
 A step with a non-finite loss or gradient changes only the step counter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from ditjax.training.averages import no_averages, updated_averages
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -24,22 +26,36 @@ class TrainState(NamedTuple):
     """The state of training.
 
     `step` counts batches, including those of skipped updates: it determines the data and the noise.
-    The optimizer counts updates.
+    The optimizer counts updates. `averages` are those beside the EMA (`averages.Averages`), () if
+    there are none.
     """
 
     step: jax.Array
     params: Any
     ema: Any
     opt_state: Any
+    averages: Any = ()
 
 
-def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """The state at step 0; the average starts as a copy of the parameters."""
+# The field of the training state that config.sample.weights names.
+WEIGHTS = {"ema": "ema", "model": "params"}
+
+
+def weights_named(state: TrainState, name: str) -> Any:
+    """The weights of a name: 'ema', 'model' (as trained) or one of the averages, 'power:0.05'."""
+    return getattr(state, WEIGHTS[name]) if name in WEIGHTS else state.averages.trees[name]
+
+
+def init_state(
+    params: Any, tx: optax.GradientTransformation, averages: Sequence[str] = ()
+) -> TrainState:
+    """The state at step 0; every average starts as a copy of the parameters."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
         opt_state=tx.init(params),
+        averages=no_averages(params, averages),
     )
 
 
@@ -99,9 +115,9 @@ def make_step(
     """Build the training step (state, frozen weights, batch) -> (state, metrics).
 
     A step computes the gradient, updates the parameters with the optimizer, and updates the
-    average. The update is skipped if the loss or the gradient's global norm is not finite, or if
-    the norm is above `limit`: then parameters, average and optimizer state keep their bits, and the
-    metric "skipped" bool[] is true.
+    averages. The update is skipped if the loss or the gradient's global norm is not finite, or if
+    the norm is above `limit`: then parameters, averages and optimizer state keep their bits, and
+    the metric "skipped" bool[] is true.
 
     `key` is the run's key. It is folded with the step only here, so that a step's random numbers
     depend only on (seed, step). They are drawn before the batch is split into `parts`: the update
@@ -125,16 +141,15 @@ def make_step(
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= limit(state.opt_state))
 
-        def update() -> tuple[Any, Any, Any]:
+        def update() -> tuple[Any, ...]:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            return params, ema_update(state.ema, params, ema_decay), opt_state
+            ema = ema_update(state.ema, params, ema_decay)
+            return params, ema, opt_state, updated_averages(state.averages, params)
 
         # A branch instead of a select for every number: on CPUs that doubled the update's time.
-        params, ema, opt_state = jax.lax.cond(
-            good, update, lambda: (state.params, state.ema, state.opt_state)
-        )
-        new = TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+        changed = jax.lax.cond(good, update, lambda: tuple(state[1:]))
+        new = TrainState(state.step + 1, *changed)
         return new, {**metrics, "grad_norm": norm, "skipped": ~good}
 
     return step

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 import tracemalloc  # noqa: F401 (pytest imports it for a warning, which needs a file)
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,31 @@ def test_distances_of_two_protocols_are_not_ranked(tmp_path):
         checkpoints.save(5, state(5), {})
         assert checkpoints.best_step == 4
     assert kept(tmp_path) == [1, 4, 5]
+
+
+class OldState(NamedTuple):
+    """The state before it had averages."""
+
+    step: Any
+    params: Any
+    ema: Any
+    opt_state: Any
+
+
+def test_a_state_without_averages_is_stored_as_before_there_were_any(tmp_path):
+    """Files, digests and what restores them: an old checkpoint is a new one."""
+    new = state(3.0)
+    assert new.averages == ()
+    for name, each in (("old", OldState(*new[:4])), ("new", new)):
+        with Checkpoints(tmp_path / name, keep=1) as checkpoints:
+            checkpoints.save(3, each, {"seed": 7})
+    for file in ("digests/metadata", "position/metadata", "state/_METADATA"):
+        old, now = ((tmp_path / name / "3" / file).read_text() for name in ("old", "new"))
+        assert old == now, file
+    with Checkpoints(tmp_path / "old", keep=1, read_only=True) as checkpoints:
+        restored, _ = checkpoints.restore(abstract(make_mesh(8, 1)))
+    assert isinstance(restored, TrainState)
+    jax.tree.map(np.testing.assert_array_equal, restored, new)
 
 
 def test_steps_that_are_not_there(tmp_path):
