@@ -183,13 +183,14 @@ def open_training(
     mesh = mesh_of(c)
     task = make_task(c, mesh)
     dataset = opening.check_data(c)
+    rows = task.open_rows()
     draws = task.sampling is not None
     drawn = draws and (c.train.sample_every_steps or c.train.evaluate_every_steps)
     frozen = task.frozen(mesh) if drawn or task.reads else {}
     drawer = Drawer(mesh, frozen)
     if c.train.evaluate_every_steps and evaluator is None:
         evaluator = Evaluator(c, mesh, frozen, drawer)
-    folder = opening.open_run(workdir, c, frozen, dataset.class_names)
+    folder = opening.open_run(workdir, c, frozen, dataset.class_names, rows.contents)
     if is_primary():
         rundir.tidy(folder)
     programs = training(c, task, mesh)
@@ -222,7 +223,9 @@ def open_training(
                 frozen=frozen,
                 state=state,
                 start=start,
-                batches=ahead(batches, programs.put, c.train.prefetch, c.train.steps - start),
+                batches=ahead(
+                    map(rows.add, batches), programs.put, c.train.prefetch, c.train.steps - start
+                ),
                 checkpoints=checkpoints,
                 snapshots=snapshots,
                 log=log,

@@ -38,6 +38,7 @@ UNOPTIMIZED = (
     "commands",
     "faults",
     "models",
+    "test_alignment.py",
     "test_attention.py",
     "test_evaluator.py",
     "test_guide.py",

@@ -1,21 +1,18 @@
 """The two shipped digit classifiers: one gives the features of FD-digits, the other the judge."""
 
-import functools
 from typing import Any, cast
 
 import jax
 import numpy as np
 
 from ditjax.data.crop import normalize, resize_images
-from ditjax.files.assets import load_asset
 from ditjax.models import classifier
-from ditjax.models.classifier import DigitsConvNet, DigitsMixer, Recognition
+from ditjax.models.classifier import Recognition
 from ditjax.parallel.processes import padded
+from ditjax.weights.shipped import Classifier, shipped_classifier
 
 FEATURE_CLASSIFIER = "digits_convnet"
 JUDGE = "digits_mixer"
-
-Classifier = DigitsConvNet | DigitsMixer
 
 
 def apply_classifier(network: Classifier, params: Any, x: jax.Array) -> Recognition:
@@ -41,14 +38,6 @@ def recognise(
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the fraction of rows whose largest logit is the label: f32[N,10], i32[N] -> [0, 1]."""
     return float(np.mean(np.argmax(logits, axis=1) == labels))
-
-
-@functools.cache
-def shipped_classifier(name: str) -> tuple[Classifier, Any]:
-    """Return a shipped classifier and its parameters."""
-    params, record = load_asset(name)
-    widths = dict(record["network"])
-    return getattr(classifier, widths.pop("name"))(**widths), params
 
 
 def recognise_digits(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

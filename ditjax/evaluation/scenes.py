@@ -4,9 +4,10 @@ import numpy as np
 
 from ditjax.data.scenes import SCENE_SIDE
 from ditjax.errors import UserError
-from ditjax.evaluation.digits import JUDGE, recognise, shipped_classifier
+from ditjax.evaluation.digits import JUDGE, recognise
 from ditjax.models.classifier import DIGIT_SIDE as WINDOW
 from ditjax.models.classifier import NUM_CLASSES
+from ditjax.weights.shipped import shipped_classifier
 
 # The side to which a scene is shrunk before windows are cut. Digits of 12 to 16 pixels then have 7
 # to 9, about the 8 that the classifiers were trained on.

@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from ditjax.config import Config, Rule, above, at_most, key, positive
+from ditjax.config import Config, Rule, above, at_most, key, non_negative, positive
 from ditjax.errors import UserError, divisors, nearest
 from ditjax.models import mup
 from ditjax.models.blocks import (
@@ -129,6 +130,11 @@ class DiTKeys(Denoiser):
     mlp: Literal["gelu", "swiglu"] = key("gelu")  # swiglu has 3 products: mlp_ratio 8/3 costs as 4
     qk_norm: bool = key(False)  # RMSNorm of queries and keys
     rope: bool = key(False)  # rotary positions, beside the sin-cos embedding
+    # Representation alignment (tasks/alignment.py): a projector of the tokens after this block,
+    # which only training evaluates; 0 = none. Its hidden width, and that of the teacher's features.
+    align_block: int = non_negative(0)
+    align_width: int = positive(2048)
+    align_features: int = positive(768)
     # mup: initial weights, learning rates and attention logits scale with width, so that the best
     # learning rate at base_width and base_head_width is the best at any width (`models/mup.py`).
     parametrization: Literal["standard", "mup"] = key("standard")
@@ -136,6 +142,8 @@ class DiTKeys(Denoiser):
     base_head_width: int = positive(64)
 
     def unused(self, name: str, c: Config) -> str:
+        if name in ("align_width", "align_features") and not self.align_block:
+            return "model.align_block"
         standard = self.parametrization == "standard" and name in ("base_width", "base_head_width")
         return "model.parametrization" if standard else ""
 
@@ -158,6 +166,11 @@ def check(k: DiTKeys, inputs: Inputs) -> None:
         )
     size = parse_size(k.size)
     width = size.width
+    if k.align_block > size.depth:
+        raise UserError(
+            f"config.model.align_block is {k.align_block}, and the network has {size.depth} blocks:"
+            f" expected 1 to {size.depth}, or 0 for none."
+        )
     if k.norm != "layer" and k.block not in ("adaln", "adaln_zero"):
         raise UserError(
             f"config.model.norm is {k.norm!r} with block {k.block!r}, whose norms are LayerNorms"
@@ -192,6 +205,7 @@ class Shape(NamedTuple):
     mlp_ratio: float = 4.0
     mlp: str = "gelu"
     qk_norm: bool = False
+    projector: tuple[int, int] = (0, 0)  # its hidden and its output width; 0 = none
 
     @property
     def tokens(self) -> int:
@@ -235,6 +249,9 @@ def trainable_parameters(s: Shape) -> int:
     patch_in, patch_out = s.patch**2 * s.in_channels, s.patch**2 * s.out_channels
     embed = (patch_in * D + D) + (TIMESTEP_FREQUENCIES * D + D) + (D * D + D)
     embed += (s.num_classes + int(s.null_label)) * D
+    if s.projector[0]:
+        W, Z = s.projector
+        embed += (D * W + W) + (W * W + W) + (W * Z + Z)
     return L * block + embed + final + (D * patch_out + patch_out)
 
 
@@ -259,6 +276,12 @@ def forward_macs(s: Shape) -> int:
     return L * (block + norms * M * D) + embed + final + N * D
 
 
+def projector_macs(s: Shape) -> int:
+    """Multiply-accumulates of the projector for one sample: N(DW + W² + WZ). Training alone."""
+    W, Z = s.projector
+    return s.tokens * (s.size.width * W + W * W + W * Z)
+
+
 def gflops(s: Shape) -> float:
     """The paper's Gflops: `forward_macs` / 10⁹."""
     return forward_macs(s) / 1e9
@@ -279,6 +302,7 @@ def shape(k: DiTKeys, inputs: Inputs) -> Shape:
         mlp_ratio=k.mlp_ratio,
         mlp=k.mlp,
         qk_norm=k.qk_norm,
+        projector=(k.align_width, k.align_features) if k.align_block else (0, 0),
     )
 
 
@@ -293,7 +317,7 @@ def cost(k: DiTKeys, inputs: Inputs) -> NetworkCost:
         name=f"DiT-{k.size}/{k.patch}",
         parameters=trainable_parameters(s),
         macs=forward_macs(s),
-        repeated_macs=repeated,
+        training_macs=repeated + 3 * projector_macs(s),
         tokens=s.tokens,
         description={
             "size": k.size,
@@ -339,6 +363,31 @@ class FinalLayer(nn.Module):
         return Linear(self.out_features, zeros, self.dtype, self.place, name="linear")(x)
 
 
+class Projector(nn.Module):
+    """REPA's MLP, token by token: Linear(D, W) -> SiLU -> Linear(W, W) -> SiLU -> Linear(W, Z)."""
+
+    width: int
+    features: int
+    base_width: int
+    dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        D, put = x.shape[-1], self.place.put
+        # An output layer in μP, whose initial weights are not zero: their deviation is 1 / r of the
+        # base's. This fan-out gives it.
+        fan_out = (self.base_width + self.width) * (D / self.base_width) ** 2 - D
+        init = functools.partial(xavier_uniform, fan_out=round(fan_out))
+        h = Linear(self.width, init, self.dtype, self.place, name="in")(x)
+        h = nn.silu(put("hidden", h))
+        h = Linear(self.width, dtype=self.dtype, place=self.place, name="middle")(h)
+        h = nn.silu(put("tokens", h))
+        return put(
+            "tokens", Linear(self.features, dtype=self.dtype, place=self.place, name="out")(h)
+        )
+
+
 class DiT(nn.Module):
     """x f32[B,H,W,C], t i32[B], label i32[B] -> f32[B,H,W,out_channels].
 
@@ -348,6 +397,10 @@ class DiT(nn.Module):
     `num_classes`, the null label. `place` says where a mesh has the activations. `base` sets the
     initialisation and the scale of attention as in `models/mup.py`. After each block, `hook` maps
     its tokens and its slice of `per_block`, whose arrays have a leading axis of L, to new tokens.
+
+    With `align_block`, the tokens [B,N,D] after that block are sown as `tapped`, and what the
+    projector makes of them as `aligned`, if the collection "intermediates" is mutable. Elsewhere
+    neither is computed.
     """
 
     depth: int
@@ -371,6 +424,8 @@ class DiT(nn.Module):
     rope: bool = False
     base: mup.Base | None = None
     hook: Hook | None = None
+    align_block: int = 0
+    projector: tuple[int, int] = (0, 0)  # hidden and output width
 
     @nn.compact
     def __call__(
@@ -414,7 +469,10 @@ class DiT(nn.Module):
         if self.block == "in_context":
             tokens = jnp.concatenate([tokens, cond.context], axis=1)
         grid = (H // self.patch, W // self.patch)
-        tokens = self._stack(tokens, cond, per_block, grid)[:, :N]
+        tokens, tapped = self._stack(tokens, cond, per_block, grid)
+        tokens = tokens[:, :N]
+        if tapped is not None:
+            self._align(tapped[:, :N])
 
         out = FinalLayer(
             self.patch**2 * self.out_channels,
@@ -426,20 +484,38 @@ class DiT(nn.Module):
         )(tokens, cond.vector)
         return unpatchify(out, self.patch, H, W).astype(jnp.float32)
 
+    def _align(self, tapped: jax.Array) -> None:
+        """Sow the tapped tokens and their projection."""
+        width = self._base().width
+        projector = Projector(*self.projector, width, self.dtype, self.place, name="projector")
+        for name, value in (("tapped", tapped), ("aligned", projector(tapped))):
+            self.sow("intermediates", name, value)
+
     def _stack(
         self, tokens: jax.Array, cond: Conditioning, per_block: Any, grid: tuple[int, int]
-    ) -> jax.Array:
-        """The L blocks as one scan over stacked parameters."""
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The L blocks as one scan over stacked parameters, and the tokens that are tapped.
+
+        The tap is carried along: slices of the stacked parameters, for one scan before it and one
+        behind, would be copies of them.
+        """
         block = BLOCKS[self.block]
         if self.remat != "none":
             # prevent_cse is not needed inside a scan.
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
 
+        taps = self.align_block and (
+            self.is_initializing() or self.is_mutable_collection("intermediates")
+        )
+        here = np.arange(self.depth) == self.align_block - 1 if taps else None
+
         def body(
-            module: nn.Module, tokens: jax.Array, cond: Conditioning, hook_input: Any
+            module: nn.Module, carry: Any, cond: Conditioning, inputs: Any
         ) -> tuple[Any, None]:
+            (tokens, tapped), (hook_input, here) = carry, inputs
             tokens = self.place.put("tokens", module(tokens, cond))
-            return (tokens if self.hook is None else self.hook(tokens, hook_input)), None
+            tokens = tokens if self.hook is None else self.hook(tokens, hook_input)
+            return (tokens, tapped if here is None else jnp.where(here, tokens, tapped)), None
 
         scan = nn.scan(
             body,
@@ -462,7 +538,8 @@ class DiT(nn.Module):
             qk_norm=self.qk_norm,
             rope=grid if self.rope else None,
         )
-        return scan(block(config, name="blocks"), tokens, cond, per_block)[0]
+        carry = (tokens, jnp.zeros_like(tokens) if taps else None)
+        return scan(block(config, name="blocks"), carry, cond, (per_block, here))[0]
 
     def _base(self) -> mup.Base:
         return self.base or mup.Base(self.width, self.width // self.heads)
@@ -493,6 +570,10 @@ RULES: Rules = (
     (r"(mlp|t_embedder)/in/bias", ("tensor",)),
     (r"(attn|cross|mlp|t_embedder)/out/kernel", ("tensor", "fsdp")),
     (r"y_embedder/table", (None, "fsdp")),
+    (r"projector/in/kernel", ("fsdp", "tensor")),
+    (r"projector/in/bias", ("tensor",)),
+    (r"projector/middle/kernel", ("tensor", "fsdp")),
+    (r"projector/out/kernel", ("fsdp", None)),
 )
 
 # Exactly one pattern matches the path of each parameter.
@@ -501,7 +582,9 @@ KINDS: mup.Kinds = (
     (r"y_embedder/table", "input"),
     (r"(attn/(qkv|out)|cross/(q|kv|out)|mlp/(in|gate_up|out)|t_embedder/out)/kernel", "hidden"),
     (r"adaln/linear/kernel", "hidden"),
-    (r"final_layer/linear/kernel", "output"),
+    # Only the projector's first layer reads D numbers; the factors of a fixed layer are an input's.
+    (r"(final_layer/linear|projector/in)/kernel", "output"),
+    (r"projector/(middle|out)/kernel", "input"),
     (r"bias|scale", "vector"),
 )
 
@@ -530,6 +613,8 @@ def module(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:
         qk_norm=k.qk_norm,
         rope=k.rope,
         base=base(k),
+        align_block=k.align_block,
+        projector=(k.align_width, k.align_features),
     )
 
 

@@ -77,14 +77,15 @@ class Attention(NamedTuple):
 class NetworkCost(NamedTuple):
     """The cost of a network in closed form, and its description in `result.json`.
 
-    `macs` are the multiply-accumulates of one forward pass of one example, `repeated_macs` those
-    that rematerialisation repeats in a training step.
+    `macs` are the multiply-accumulates of one forward pass of one example, `training_macs` those of
+    a training step beyond three forward passes: what rematerialisation repeats, and layers that
+    only training evaluates.
     """
 
     name: str  # as in the paper: 'DiT-XL/2'
     parameters: int  # trainable
     macs: int
-    repeated_macs: int = 0
+    training_macs: int = 0
     tokens: int = 0
     description: Mapping[str, Any] = {}
 

@@ -100,18 +100,19 @@ def open_run(
     c: Config,
     frozen: Frozen | None = None,
     classes: Sequence[str] = (),
+    places: Mapping[str, str] = {},
 ) -> Path:
     """Open a run's directory: the first process writes the recipe, and the others read it.
 
     `frozen` are the frozen weights, if they were loaded: what lies at the places in the recipe is
-    recorded, and compared when the run resumes. `classes` are the names of the data set's classes,
-    which are recorded beside the recipe.
+    recorded, and compared when the run resumes, as are the contents of other `places`. `classes`
+    are the names of the data set's classes, which are recorded beside the recipe.
 
     The directory is leased until the `lease.scope` around the call ends. Raises UserError if
     another run holds the lease, or if not all processes share the directory.
     """
     acquire_lease(workdir)
-    found = contents.data_contents(c)
+    found = {**contents.data_contents(c), **places}
     if frozen and "autoencoder" in frozen:
         found[contents.AUTOENCODER] = digest(frozen["autoencoder"])
     same = contents.same_content(Path(workdir), found, c.data.data_dir)

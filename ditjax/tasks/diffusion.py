@@ -25,7 +25,7 @@ from ditjax.models.autoencoder import Moments, sample_posterior
 from ditjax.models.embed import ANYWHERE, Placement, drop_labels
 from ditjax.models.network import DTYPES, Conditions, Inputs, Network
 from ditjax.parallel import rules
-from ditjax.tasks import autoencoder
+from ditjax.tasks import alignment, autoencoder
 from ditjax.tasks.guide import guide_recipe, load_guide
 from ditjax.tasks.objective import (
     LOSS_REGISTRY,
@@ -120,16 +120,19 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         return IDENTITY.init(model.init(key, x, label, Conditions(label=label)), key)
 
     images = c.latent and not is_latents(c.data.name)
+    build = functools.partial(denoiser_module, mesh=mesh)
+    align = alignment.alignment_of(c, network, inputs, objective_of(c), build)
 
     def prepare(frozen: Frozen, batch: Batch, key: jax.Array) -> Batch:
-        """Turn images or moments into x0."""
+        """Turn images or moments into x0, and add what the loss is aligned to."""
+        found = {"label": batch["label"], **(align.prepare(batch) if align else {})}
         if "mean" in batch:
             moments = Moments(batch["mean"], batch["log_variance"])
         elif c.latent:
             moments = autoencoder.encode_images(c, frozen["autoencoder"], batch["image"])
         else:
-            return {"x0": batch["image"], "label": batch["label"]}
-        return {"x0": autoencoder.draw_latents(c, moments, key), "label": batch["label"]}
+            return {"x0": batch["image"], **found}
+        return {"x0": autoencoder.draw_latents(c, moments, key), **found}
 
     def frozen(mesh: Mesh) -> Frozen:
         decoder = {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {}
@@ -141,13 +144,16 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         inputs={
             "x0": jax.ShapeDtypeStruct(inputs.shape, jnp.float32),
             "label": jax.ShapeDtypeStruct((), jnp.int32),
+            **(align.inputs if align else {}),
         },
         init=init,
         prepare=prepare,
         draw=functools.partial(draw, c, time_draw(c.diffusion)),
-        loss=make_loss(c, mesh),
+        loss=make_loss(c, mesh, align),
         frozen=frozen,
         reads=("autoencoder",) if images else (),
+        open_rows=functools.partial(alignment.open_features, c, network, inputs),
+        averages=c.align.teacher == "self",
         rules=network.rules,
         rates=network.rates(c.model),
         cost=cost,
@@ -163,7 +169,7 @@ def draw(
     key_t, key_eps, key_drop = jax.random.split(key, 3)
     x0, label = batch["x0"], batch["label"]
     return {
-        "x0": x0,
+        **{name: value for name, value in batch.items() if name != "label"},
         "t": times(key_t, len(x0)),
         "eps": jax.random.normal(key_eps, x0.shape, jnp.float32),
         "y": drop_labels(key_drop, label, c.model.label_dropout, c.data.num_classes),
@@ -171,18 +177,27 @@ def draw(
 
 
 def make_loss(
-    c: Config, mesh: Mesh | None
+    c: Config, mesh: Mesh | None, align: alignment.Alignment | None = None
 ) -> Callable[[Any, Frozen, Batch], tuple[jax.Array, Metrics]]:
-    """Build the loss function of a recipe: the mean of its objective over the batch."""
+    """Build the loss function of a recipe: the mean of its objective over the batch.
+
+    With an alignment, the weighted negative cosine is added, and its mean is a metric.
+    """
     apply: Callable[..., Any] = denoiser_module(c, mesh).apply
     objective, objective_loss = objective_of(c), lookup(c.diffusion.loss, LOSS_REGISTRY)
 
     def loss(trained: Any, frozen: Frozen, drawn: Batch) -> tuple[jax.Array, Metrics]:
         params = IDENTITY.join(frozen.get("base"), trained)
-        denoise = functools.partial(apply, params, conditions=Conditions(label=drawn["y"]))
+        of_params = functools.partial(apply, params)
+        tapped = alignment.Tapped(of_params, drawn["y"])
+        plain = functools.partial(of_params, conditions=Conditions(label=drawn["y"]))
+        denoise = tapped if align else plain
         parts = objective_loss(objective, denoise, drawn["x0"], drawn["t"], drawn["eps"])
         means = {name: value.mean() for name, value in parts.items()}
-        return means["loss"], means
+        if align is None:
+            return means["loss"], means
+        cosine = alignment.mean_cosine(tapped.only("aligned"), align.features(frozen, drawn))
+        return means["loss"] - align.weight * cosine, {**means, "alignment": cosine}
 
     return loss
 
@@ -195,6 +210,7 @@ def check(c: Config) -> None:
             " pixels: name a data set of images, or set config.autoencoder.kind to 'kl'."
         )
     network_of(c).check(c.model, inputs_of(c))
+    alignment.check_alignment(c, network_of(c), inputs_of(c))
     check_sampling(c)
     guided = c.sample.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
     if guided and c.model.label_dropout == 0 and not c.sample.guide:
@@ -419,6 +435,11 @@ def _latent_protocol(c: Config) -> dict[str, Any]:
 TASK = Definition(
     make=make,
     network="dit",
-    sections={"diffusion": Diffusion, "autoencoder": FrozenAutoencoder, "sample": Sample},
+    sections={
+        "diffusion": Diffusion,
+        "align": alignment.Align,
+        "autoencoder": FrozenAutoencoder,
+        "sample": Sample,
+    },
     check=check,
 )

@@ -97,6 +97,7 @@ def _jit_step(c: Config, task: Task, mesh: Mesh, shardings: TrainState) -> jax.s
         parts=c.train.microbatches,
         place=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
         limit=functools.partial(spike_limit, factor=factor) if factor else no_limit,
+        averages=task.averages,
     )
     return jax.jit(
         step,

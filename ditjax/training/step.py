@@ -18,6 +18,8 @@ Metrics = dict[str, jax.Array]
 Draw = Callable[[Batch, jax.Array], Batch]
 # (params, frozen weights, drawn batch) -> (scalar loss, scalars to log)
 LossFn = Callable[[Any, Any, Batch], tuple[jax.Array, Metrics]]
+# The frozen weights that are the average of the trained ones, for a loss that asks for them.
+AVERAGE = "average"
 # optimizer state -> the largest gradient norm that is not skipped
 Limit = Callable[[Any], jax.Array]
 
@@ -111,6 +113,7 @@ def make_step(
     parts: int = 1,
     place: Callable[[Any], Any] = lambda gradient: gradient,
     limit: Limit = no_limit,
+    averages: bool = False,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """Build the training step (state, frozen weights, batch) -> (state, metrics).
 
@@ -122,11 +125,13 @@ def make_step(
     `key` is the run's key. It is folded with the step only here, so that a step's random numbers
     depend only on (seed, step). They are drawn before the batch is split into `parts`: the update
     is the same for any number of parts, up to rounding. `place` shards gradients as the parameters
-    are.
+    are. With `averages`, the frozen weights of the loss hold the average as `AVERAGE`.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         drawn = draw(batch, jax.random.fold_in(key, state.step))
+        if averages:
+            frozen = {**frozen, AVERAGE: state.ema}
         loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         if parts == 1:
             (loss, metrics), grads = loss_and_grad(state.params, frozen, drawn)

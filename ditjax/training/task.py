@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ditjax.config import Config, Section
+from ditjax.data.records import HostBatch
 from ditjax.models.network import Conditions, NetworkCost, Rules
 from ditjax.training.step import Batch, Metrics
 
@@ -76,13 +77,24 @@ class ValidationScore(NamedTuple):
     drawn: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda indices: {}
 
 
+class Additions(NamedTuple):
+    """What training adds on the host to the rows that it reads, such as features from a file.
+
+    `contents` identify what lies at the places in a recipe, by key: a resumed run compares them.
+    """
+
+    add: Callable[[HostBatch], HostBatch] = lambda rows: rows
+    contents: Mapping[str, str] = {}
+
+
 class Task(NamedTuple):
     """A task, as the commands use it.
 
     `prepare` turns a batch of a data set (`image` or the moments of latents, and `label`) into a
     batch of `inputs`, on the devices and with the frozen weights; `draw` adds all random numbers of
     a step. `reads` names the frozen weights that `prepare` and `loss` need; if it is empty, they
-    are loaded only for sampling.
+    are loaded only for sampling. `open_rows` is called once by training, before anything compiles.
+    With `averages`, `loss` finds the average of the trained parameters in `frozen[AVERAGE]`.
     """
 
     name: str  # of the network, as in the paper: 'DiT-XL/2'
@@ -93,6 +105,8 @@ class Task(NamedTuple):
     loss: Callable[[Any, Frozen, Batch], tuple[jax.Array, Metrics]]
     frozen: Callable[[Mesh], Frozen] = lambda mesh: {}
     reads: tuple[str, ...] = ()
+    open_rows: Callable[[], Additions] = Additions
+    averages: bool = False
     rules: Rules = ()  # sharding rules of the trained parameters
     rates: Callable[[str], float] | None = None  # a parameter's path -> multiplier of its rate
     cost: NetworkCost | None = None

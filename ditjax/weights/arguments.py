@@ -34,6 +34,7 @@ _MEANINGS = {
     # Of latent diffusion, whose 'linear' is linear in the square root.
     "betas": ("linear_start", "linear_end", "trained_betas"),
     "timesteps": ("diffusion_steps", "num_train_timesteps"),
+    "align_block": ("encoder_depth",),
 }
 _FLAGS = {"classes": "; give --num_classes", "heads": "; give --heads"}
 _MEANING = {name: meaning for meaning, names in _MEANINGS.items() for name in names}
@@ -53,6 +54,8 @@ _PATHS = {"Linear": "flow", "GVP": "gvp", "VP": "vp"}
 _OF_PATHS = {"velocity": "velocity", "noise": "eps"}
 # What SiT's network is given and returns, as keys of config.diffusion.
 _OF_SIT = {"time_scale": 1.0, "time_from_noise": True}
+# REPA's names of two of these paths, whose time runs from data to noise.
+_REPA_PATHS = {"linear": "flow", "cosine": "gvp"}
 # As in guided diffusion, whose cosine schedule is named 'cosine' or 'squaredcos_cap_v2'.
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "squaredcos_cap_v2": "cosine"}
 _MAX_TIMESTEPS = 1_000_000
@@ -208,6 +211,12 @@ def stated_process(arguments: Arguments) -> dict[str, Any]:
             "prediction": _OF_PATHS[prediction.value],
             **_OF_SIT,
         }
+    if path and prediction and path.value in (*_REPA_PATHS,) and prediction.value == "v":
+        return {
+            "process": _REPA_PATHS[path.value],
+            "prediction": "velocity",
+            "time_scale": 1.0,
+        }
     if prediction:
         if prediction.argument.lower() == "predict_xstart":
             keys["prediction"] = "x0" if prediction.value else "eps"
@@ -218,7 +227,8 @@ def stated_process(arguments: Arguments) -> dict[str, Any]:
         raise UserError(
             f"{arguments.path} is not a network of DDPM's diffusion: its arguments say {said}. Of"
             f" other processes, SiT's are read: path_type {', '.join(_PATHS)} with prediction"
-            f" {' or '.join(_OF_PATHS)}. As DDPM it would draw noise."
+            f" {' or '.join(_OF_PATHS)}; and REPA's: {', '.join(_REPA_PATHS)} with v. As DDPM it"
+            " would draw noise."
         )
     if betas := arguments.get("betas"):
         raise UserError(

@@ -181,6 +181,13 @@ DIT_RELEASE: Layout = [
     *_linear("final_layer/adaln/linear", "final_layer.adaLN_modulation.1"),
 ]
 
+# REPA's projector (sihyun-yu/REPA, models/sit.py) of one teacher, beside the names of the release.
+REPA_PROJECTOR: Layout = [
+    *_linear("projector/in", "projectors.0.0"),
+    *_linear("projector/middle", "projectors.0.2"),
+    *_linear("projector/out", "projectors.0.4"),
+]
+
 _D = "transformer_blocks.{i}"
 
 # diffusers' DiTTransformer2DModel, which repeats the timestep and label embedders in every block.

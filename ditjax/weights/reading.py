@@ -265,7 +265,8 @@ def _dit_recipe(
     of_diffusers = (layout if given.numerics == "auto" else given.numerics) == "diffusers"
     norm2_eps = file.config.get("norm_eps", 1e-5) if of_diffusers else 1e-6
     latent = C not in (1, 3)
-    learned, process = out == 2 * p * p * C, stated_process(arguments)
+    projector = _projector(file, depth, arguments)
+    learned, process = out == 2 * p * p * C, _process(arguments, bool(projector))
     flows = "process" in process
     return _recipe(
         file,
@@ -277,6 +278,7 @@ def _dit_recipe(
                 "frequency_shift": int(of_diffusers),
                 "norm2_eps": norm2_eps,
                 "label_dropout": labels.dropout,
+                **projector,
             },
             "diffusion": {
                 **process,
@@ -299,6 +301,40 @@ def _dit_recipe(
     )
 
 
+# REPA's process, where a file with its projector does not state one.
+_REPA_PROCESS = {"process": "flow", "prediction": "velocity", "time_scale": 1.0}
+_REPA_BLOCK = 8
+_OF_PROJECTOR = "projectors.0.{}.weight"
+
+
+def _process(arguments: Arguments, repa: bool) -> Mapping[str, Any]:
+    return stated_process(arguments) or (_REPA_PROCESS if repa else {})
+
+
+def _projector(file: weights.TensorFile, depth: int, arguments: Arguments) -> dict[str, int]:
+    """The keys of config.model that describe REPA's projector; {} if the file has not just one."""
+    names = {_OF_PROJECTOR.format(i) for i in (0, 2, 4)}
+    if {name for name in file.tensors if re.match(r"projectors\..*weight", name)} != names:
+        return {}
+    width, _ = _shape(file, _OF_PROJECTOR.format(0), 2)
+    features, _ = _shape(file, _OF_PROJECTOR.format(4), 2)
+    stated = arguments.whole("align_block")
+    block = stated.value if stated else min(_REPA_BLOCK, depth)
+    return {"align_block": block, "align_width": width, "align_features": features}
+
+
+def _unstated_projector(c: Config, path: Path, arguments: Arguments) -> tuple[str, ...]:
+    """What is taken for granted of a file with REPA's projector."""
+    taken = []
+    if c.model.align_block and not arguments.whole("align_block"):
+        taken.append(f"its projector reads block {c.model.align_block}")
+    if c.model.align_block and not stated_process(arguments):
+        taken.append("its process is REPA's linear path, with velocities and unscaled times")
+    return (
+        (f"{path} does not say so, but is taken for REPA's: {'; '.join(taken)}",) if taken else ()
+    )
+
+
 # Whether it is a flow -> whether the network has 2C channels -> config.diffusion.variance.
 _VARIANCES = {False: ("fixed_small", "learned_range"), True: ("none", "unused")}
 # The sampler of SiT's own script: 250 steps of its SDE.
@@ -315,7 +351,7 @@ def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetw
     side = config.input_size // p
     what = f"DiT of {size.depth} layers, width {size.width}, patch {p} in the layout of"
     shapes = shapes_of(config)
-    rules = _DIT_LAYOUTS[layout]
+    rules = _DIT_LAYOUTS[layout] + (layouts.REPA_PROJECTOR if config.model.align_block else [])
     expected = dict(layouts.expected_shapes(rules, shapes, patch=p, depth=size.depth))
     table = _TABLE[layout]
     if layout == "release" or table in file.tensors:
@@ -326,7 +362,11 @@ def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetw
     )
     if table in expected:
         _check_table(file.path, table, file.tensors[table], size.width, side)
-    notes = (file.account, *(() if labels.stated else (_unstated_labels(file.path, rows),)))
+    notes = (
+        file.account,
+        *(() if labels.stated else (_unstated_labels(file.path, rows),)),
+        *_unstated_projector(config, file.path, arguments),
+    )
     return LoadedNetwork(
         config,
         _params(file, rules, shapes),

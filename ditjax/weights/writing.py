@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,10 @@ def _check_expressible(network: LoadedNetwork, program: str, *, sit: bool = Fals
                 f" code requires {'a null label' if key == 'label_dropout' else repr(wanted)}."
                 " Convert to ditjax's own format."
             )
+    if m.align_block:
+        print(
+            f"note: {program} has no projector; training alone reads it: left out", file=sys.stderr
+        )
 
 
 def _transformer_config(network: LoadedNetwork) -> dict[str, Any]:

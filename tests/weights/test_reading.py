@@ -491,13 +491,55 @@ def test_a_sit_is_what_its_arguments_say(args, process, prediction, tmp_path):
     assert (c.sample.sampler, c.sample.last_step) == ("sde", 0.04)
 
 
+def repa_state():
+    """A small SiT of REPA: C channels, and one projector D -> 40 -> 40 -> 24 with its biases."""
+    sizes = {0: (40, 48), 2: (40, 40), 4: (24, 40)}
+    shapes: Any = {f"projectors.0.{i}.weight": shape for i, shape in sizes.items()}
+    shapes |= {f"projectors.0.{i}.bias": shape[:1] for i, shape in sizes.items()}
+    return {**release_state(learned=False), **seeded_state(shapes, 1)}
+
+
+def test_repas_projector_is_read_with_its_block(tmp_path):
+    """Its MLP, in PyTorch's order of axes; and its process, with velocities from data to noise."""
+    state = repa_state()
+    args = {"path_type": "linear", "prediction": "v", "encoder_depth": 2, "cfg_prob": 0.1}
+    network = reading.load_network(
+        release_file(tmp_path / "x.pt", {"ema": state, "args": args}), heads=3
+    )
+    m, d = network.config.model, network.config.diffusion
+    assert (m.align_block, m.align_width, m.align_features) == (2, 40, 24)
+    assert (d.process, d.prediction, d.variance) == ("flow", "velocity", "none")
+    assert (d.time_scale, d.time_from_noise) == (1.0, False)
+    assert not any("REPA" in note for note in network.notes)
+    projector = network.params["params"]["projector"]
+    for ours, theirs in (("in", 0), ("middle", 2), ("out", 4)):
+        np.testing.assert_array_equal(
+            projector[ours]["kernel"].T, state[f"projectors.0.{theirs}.weight"]
+        )
+        np.testing.assert_array_equal(projector[ours]["bias"], state[f"projectors.0.{theirs}.bias"])
+
+
+def test_what_a_bare_file_of_repa_is_taken_for(tmp_path):
+    path = release_file(tmp_path / "x.pt", repa_state())
+    network = reading.load_network(path, heads=3)
+    (note,) = [each for each in network.notes if "REPA" in each]
+    assert "its projector reads block 2" in note
+    assert "linear path, with velocities" in note
+    assert network.config.diffusion.process == "flow"
+    # Two teachers have two projectors: the file is refused until they are named.
+    more = {name.replace(".0.", ".1.", 1): x for name, x in repa_state().items() if "proj" in name}
+    more = {name: x for name, x in more.items() if name.startswith("projectors")}
+    two = release_file(tmp_path / "y.pt", {**repa_state(), **more})
+    assert "--leave_out=projectors" in refusal(two, heads=3)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         ({"path_type": "linear", "prediction": "velocity"}, "path_type 'linear', prediction 'vel"),
         ({"path_type": "GVP", "prediction": "score"}, "path_type 'GVP', prediction 'score'"),
         ({"path_type": "cosine", "prediction": "noise"}, "path_type 'cosine', prediction 'noise'"),
-        ({"path-type": "linear", "prediction": "v"}, "path-type 'linear', prediction 'v'"),
+        ({"path-type": "linear", "prediction": "x"}, "path-type 'linear', prediction 'x'"),
         ({"prediction": "velocity"}, "say prediction 'velocity'"),
         ({"prediction": "noise"}, "say prediction 'noise'"),
         ({"transport": {"path_type": "Linear", "loss_weight": None}}, "say path_type 'Linear'"),
