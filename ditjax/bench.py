@@ -82,7 +82,9 @@ class TimedStep:
     """Timings of the recipe's train step: alone on a batch of noise, and in a training loop."""
 
     def __init__(self, c: Config, mesh: Mesh) -> None:
-        self._program = training(c, make_task(c, mesh), mesh)
+        task = make_task(c, mesh)
+        self._program = training(c, task, mesh)
+        self._frozen = {"base": task.start(mesh).params} if task.start else {}
         self._config, self._first = c, True
         self._batch = self._program.put(noise_batch(c))
         self._state = self._program.init()
@@ -107,8 +109,8 @@ class TimedStep:
         """Take one step as `train` does. Returns its metrics."""
         p = self._program
         with precise(self._config), p.compiling(self._first):
-            examples = p.prepare({}, batch, self._state.step)
-            self._state, metrics = p.step(self._state, {}, examples)
+            examples = p.prepare(self._frozen, batch, self._state.step)
+            self._state, metrics = p.step(self._state, self._frozen, examples)
         self._first = False
         return metrics
 

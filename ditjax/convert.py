@@ -46,7 +46,7 @@ def read_network(
     reading.check_no_options(path, "a run", options)
     config = opening.recipe_of(path)
     mesh = make_mesh(-1, 1)
-    params, _ = opening.load_weights(config, make_task(config), path, mesh, step)
+    params, _ = opening.network_weights(config, make_task(config), path, mesh, step)
     names = opening.class_names_of(path, config)
     return networks.from_run(config, params, (Path(path),), names)
 

@@ -41,7 +41,7 @@ from ditjax.studies.cells import (
     study_record,
 )
 from ditjax.studies.words import OF_A_METRIC
-from ditjax.tasks import make_task
+from ditjax.tasks import make_task, resolved
 from ditjax.train import train
 
 LEASE = ".sweep.lease"  # of a whole study; the cells of an array job take only their own leases
@@ -89,7 +89,7 @@ def _record_failure(folder: Path) -> Iterator[None]:
 
 def _train_and_evaluate(cell: Cell, folder: Path) -> None:
     """Train and evaluate a cell, and write its result.json."""
-    c = cell.config
+    c = resolved(cell.config, folder)
     mesh = mesh_of(c)
     task = make_task(c, mesh)
     evaluator = Evaluator(c, mesh, task.frozen(mesh))

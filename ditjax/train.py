@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 from clu import parameter_overview
+from jax.sharding import Mesh
 
 from ditjax import cli
 from ditjax.config import Config, replaced
@@ -21,7 +23,7 @@ from ditjax.data.prefetch import ahead
 from ditjax.errors import StoppedError, UserError
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files import lease
-from ditjax.files.atomic import protocol_hash
+from ditjax.files.atomic import protocol_hash, write_json
 from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
 from ditjax.parallel.stopping import RESUME_HINT, Stopping
@@ -31,15 +33,16 @@ from ditjax.runs.checkpoint import Checkpoints, Score
 from ditjax.runs.log import MetricsLog, Progress
 from ditjax.runs.results import save_grid, tile
 from ditjax.sampling.draw import Drawer
-from ditjax.tasks import make_task
+from ditjax.tasks import make_task, resolved
 from ditjax.training.meter import Meter
 from ditjax.training.program import Training, learning_rate_of, precise, training
 from ditjax.training.step import WEIGHTS, Batch, Metrics, TrainState, weights_named
-from ditjax.training.task import Frozen
+from ditjax.training.task import Frozen, Task
 
 IN_FLIGHT = 2  # dispatched steps that the devices have not done yet; more would only hold batches
 GRID_SIDE = 8  # sample grids during training have 8 x 8 images
 PROFILE = "profile"
+START_FILE = "start.json"  # what the parameters were before the first step, if not initial ones
 DAMAGED_FILE = "damaged.txt"  # damaged records that were skipped, one per line
 EVALUATION_SECONDS = "eval/seconds"  # of all evaluations so far; training time excludes them
 
@@ -197,19 +200,12 @@ def open_training(
     with Checkpoints(
         folder / rundir.CHECKPOINTS, c.train.keep_checkpoints, keep_every=c.train.keep_every_steps
     ) as checkpoints:
-        state, start, saved = _restore_or_init(c, folder, programs, checkpoints)
+        state, start, saved = _restore_or_init(c, folder, task, programs, checkpoints, mesh)
         _check_profile(profile, start)
         with (
             _snapshots(c, folder, start) as snapshots,
             MetricsLog(folder, start, write=is_primary()) as log,
-            stream.train_batches(
-                opening.data_spec(c),
-                c.seed,
-                c.train.batch_size,
-                start_step=start,
-                rows=programs.rows,
-                warn=stream.record_warnings(folder / DAMAGED_FILE),
-            ) as batches,
+            _open_batches(c, folder, programs, start) as batches,
             _Profile(profile, folder / PROFILE) as profiled,
         ):
             progress = Progress("train", c.train.steps, start=start)
@@ -256,12 +252,12 @@ def _open_meter(
 
 
 def _restore_or_init(
-    c: Config, folder: Path, programs: Training, checkpoints: Checkpoints
+    c: Config, folder: Path, task: Task, programs: Training, checkpoints: Checkpoints, mesh: Mesh
 ) -> tuple[TrainState, int, Mapping[str, Any]]:
     """Return (state, step, position in the data) of the newest sound checkpoint or a new run."""
     newest = opening.restore_newest(checkpoints, programs.abstract_state)
     if newest is None:
-        state = programs.init()
+        state = _init(folder, task, programs, mesh)
         if is_primary():
             (folder / "parameters.txt").write_text(_overview(state.params), encoding="utf-8")
         return state, 0, {}
@@ -281,6 +277,18 @@ def _restore_or_init(
     return state, start, saved
 
 
+def _open_batches(c: Config, folder: Path, programs: Training, start: int) -> stream.Batches:
+    """Open this process's batches from a step on; damaged records are listed in the run."""
+    return stream.train_batches(
+        opening.data_spec(c),
+        c.seed,
+        c.train.batch_size,
+        start_step=start,
+        rows=programs.rows,
+        warn=stream.record_warnings(folder / DAMAGED_FILE),
+    )
+
+
 @contextlib.contextmanager
 def _snapshots(c: Config, folder: Path, start: int) -> Iterator[Checkpoints | None]:
     """Open the snapshots of a run that keeps power-function averages, as they were at `start`."""
@@ -290,6 +298,17 @@ def _snapshots(c: Config, folder: Path, start: int) -> Iterator[Checkpoints | No
     with averages.open_snapshots(folder) as snapshots:
         averages.rewind_snapshots(snapshots, start)
         yield snapshots
+
+
+def _init(folder: Path, task: Task, programs: Training, mesh: Mesh) -> TrainState:
+    """Return the state at step 0; what it starts from is printed and recorded."""
+    if task.start is None:
+        return programs.init()
+    start = task.start(mesh)
+    if is_primary():
+        print("\n".join(start.lines), file=sys.stderr, flush=True)
+        write_json(folder / START_FILE, start.record)
+    return programs.init(start.params)
 
 
 def position_of(c: Config) -> dict[str, Any]:
@@ -318,6 +337,7 @@ def train(
             f"--profile_steps={profile[0]}:{profile[-1]}: the run ends at step {c.train.steps}:"
             " name steps up to it, or raise config.train.steps."
         )
+    c = resolved(c, workdir)
     with (
         Stopping(c.train.grace_seconds) as stopping,
         open_training(c, workdir, evaluator, profile) as s,

@@ -45,6 +45,7 @@ UNOPTIMIZED = (
     "test_mup.py",
     "test_pipeline.py",
     "test_program.py",
+    "test_transforms.py",
     "test_validation.py",
 )
 _VARIABLE = "JAX_DISABLE_MOST_OPTIMIZATIONS"

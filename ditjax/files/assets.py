@@ -39,7 +39,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return flat
 
 
-def unflatten(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{'a/b': x} -> {'a': {'b': x}}: the inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():

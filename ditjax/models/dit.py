@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from ditjax.config import Config, Rule, above, at_most, key, non_negative, positive
 from ditjax.errors import UserError, divisors, nearest
-from ditjax.models import mup
+from ditjax.models import grafting, mup
 from ditjax.models.blocks import (
     BLOCKS,
     LAYER_NORM_EPS,
@@ -135,6 +135,8 @@ class DiTKeys(Denoiser):
     align_block: int = non_negative(0)
     align_width: int = positive(2048)
     align_features: int = positive(768)
+    # Tokens a side whose positions these tokens span: those of the base of another resolution.
+    position_grid: int = non_negative(0, most=1024)  # 0 = their own
     # mup: initial weights, learning rates and attention logits scale with width, so that the best
     # learning rate at base_width and base_head_width is the best at any width (`models/mup.py`).
     parametrization: Literal["standard", "mup"] = key("standard")
@@ -180,6 +182,11 @@ def check(k: DiTKeys, inputs: Inputs) -> None:
         raise UserError(
             f"config.model.rope with heads of width {width // size.heads}: expected a multiple of"
             " 4, half for rows and half for columns, in pairs; change the heads of the size."
+        )
+    if k.rope and k.position_grid:
+        raise UserError(
+            f"config.model.position_grid is {k.position_grid} with rope, whose rotations are not"
+            " interpolated: leave one of them out."
         )
     if int(width * k.mlp_ratio) < 1:
         raise UserError(
@@ -422,6 +429,7 @@ class DiT(nn.Module):
     mlp: str = "gelu"
     qk_norm: bool = False
     rope: bool = False
+    position_grid: int = 0
     base: mup.Base | None = None
     hook: Hook | None = None
     align_block: int = 0
@@ -463,12 +471,12 @@ class DiT(nn.Module):
         embed = Linear(self.width, init, self.dtype, self.place, name="x_embedder")
         tokens = put("tokens", embed(patchify(x, self.patch)))
         N = tokens.shape[1]
-        position = sincos_position_embedding(self.width, H // self.patch, W // self.patch)
+        grid = (H // self.patch, W // self.patch)
+        position = sincos_position_embedding(self.width, *grid, self.position_grid)
         tokens = tokens + jnp.asarray(position, self.dtype)[None]
 
         if self.block == "in_context":
             tokens = jnp.concatenate([tokens, cond.context], axis=1)
-        grid = (H // self.patch, W // self.patch)
         tokens, tapped = self._stack(tokens, cond, per_block, grid)
         tokens = tokens[:, :N]
         if tapped is not None:
@@ -520,7 +528,7 @@ class DiT(nn.Module):
         scan = nn.scan(
             body,
             # The results of `capture_intermediates` are stacked as the parameters are.
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "intermediates": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
             length=self.depth,
@@ -574,6 +582,14 @@ RULES: Rules = (
     (r"projector/in/bias", ("tensor",)),
     (r"projector/middle/kernel", ("tensor", "fsdp")),
     (r"projector/out/kernel", ("fsdp", None)),
+    # Factors of adapters, a [S, D, r] and b [S, r, *features], are split as their kernel is.
+    (r"(attn|cross|mlp|t_embedder)/out/a", ("tensor", None)),
+    (r"(attn|cross|mlp|t_embedder)/out/b", (None, "fsdp")),
+    (r"(qkv|q|kv)/b", (None, "tensor", None)),
+    (r"mlp/(in|gate_up)/b", (None, "tensor")),
+    (r"adaln/linear/b", (None, None, "tensor")),
+    (r"x_embedder/a", (None, None)),
+    (r"a", ("fsdp", None)),
 )
 
 # Exactly one pattern matches the path of each parameter.
@@ -612,6 +628,7 @@ def module(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:
         mlp=k.mlp,
         qk_norm=k.qk_norm,
         rope=k.rope,
+        position_grid=k.position_grid,
         base=base(k),
         align_block=k.align_block,
         projector=(k.align_width, k.align_features),
@@ -656,4 +673,11 @@ NETWORK = Network(
     rules=RULES,
     rates=rates,
     varied=("size", "patch"),
+    grafts=(
+        (r"y_embedder/table", grafting.label_rows),
+        (r"x_embedder/kernel", grafting.input_channels),
+        (r"final_layer/linear/(kernel|bias)", grafting.output_channels),
+    ),
+    inherited=("frequency_shift", "norm2_eps"),
+    stack="blocks",
 )

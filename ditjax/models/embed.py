@@ -63,6 +63,9 @@ class Linear(nn.Module):
     sharding rules can name the heads and never split a fused 6D. They are merged in the product,
     and before the cast: otherwise a TPU sums the whole gradient over `fsdp` and splits it
     afterwards, which moves twice the bytes.
+
+    If the collection 'lora' has factors a [S, D_in, r] and b [S, r, *rest] of this layer, x a b is
+    added, with S products beside each other along the first of the features (Hu et al. 2021).
     """
 
     features: int | tuple[int, ...]
@@ -82,7 +85,16 @@ class Linear(nn.Module):
         kernel = kernel.reshape(D, *columns).astype(self.dtype)
         y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         y = y + bias.reshape(columns).astype(self.dtype)[(None,) * len(rows)]
+        if self.has_variable("lora", "a"):
+            y = y + self._low_rank(x).reshape(y.shape)
         return y.reshape(*lead, *features)
+
+    def _low_rank(self, x: jax.Array) -> jax.Array:
+        """x a b of the collection 'lora' -> [.., S, features / S]."""
+        a: jax.Array = self.get_variable("lora", "a").astype(self.dtype)
+        b: jax.Array = self.get_variable("lora", "b").astype(self.dtype)
+        reduced = jnp.einsum("...d,sdr->...sr", x, a)
+        return jnp.einsum("...sr,srf->...sf", reduced, b.reshape(*b.shape[:2], -1))
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
@@ -105,18 +117,21 @@ def unpatchify(tokens: jax.Array, patch: int, height: int, width: int) -> jax.Ar
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, height, width, C)
 
 
-def sincos_position_embedding(width: int, rows: int, columns: int) -> np.ndarray:
+def sincos_position_embedding(width: int, rows: int, columns: int, grid: int = 0) -> np.ndarray:
     """The frozen 2-D sine-cosine table of MAE and DiT -> f32[rows*columns, width].
 
     Per axis [sin(ωp), cos(ωp)] with ω_i = 10000^(-i / (D/4)), in float64; the column index fills
-    the first half of the width, the row index the second.
+    the first half of the width, the row index the second. With a `grid`, positions are those of a
+    network of grid x grid tokens: each side spans 0 to `grid`, as in diffusers
+    (`get_2d_sincos_pos_embed`, base_size).
     """
     # 1 / 10000^x, not 10000^-x, so that the last bit matches the release.
     omega = 1.0 / 10000.0 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
     row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     halves = []
-    for position in (column, row):
-        angle = position.reshape(-1, 1) * omega[None]
+    for position, side in ((column, columns), (row, rows)):
+        steps = position / (side / grid) if grid else position
+        angle = steps.reshape(-1, 1) * omega[None]
         halves += [np.sin(angle), np.cos(angle)]
     return np.concatenate(halves, axis=1).astype(np.float32)
 

@@ -119,6 +119,10 @@ class Network(NamedTuple):
     t, Conditions). `cost` is None if no closed form is known. `rules` are the sharding rules of the
     parameters. `rates(k)` maps a parameter's path to its learning-rate multiplier, or is None if
     all are 1. `varied` are the keys that `NetworkCost.name` shows, in that order.
+
+    For fine-tuning, `grafts` are the rules of the leaves that follow the inputs
+    (`models/grafting.py`), `inherited` the keys that weights were trained with and do not show, and
+    `stack` is the name of the blocks, whose leaves have a leading axis of them.
     """
 
     keys: type[Model]
@@ -130,3 +134,6 @@ class Network(NamedTuple):
     rules: Rules = ()
     rates: Callable[[Any], Callable[[str], float] | None] = lambda k: None
     varied: tuple[str, ...] = ()
+    grafts: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    inherited: tuple[str, ...] = ()
+    stack: str = ""

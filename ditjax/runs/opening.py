@@ -26,7 +26,7 @@ from ditjax.runs.checkpoint import Checkpoints, DamagedError, Step
 from ditjax.training.averages import POWER
 from ditjax.training.program import abstract_state
 from ditjax.training.step import WEIGHTS, weights_named
-from ditjax.training.task import Frozen, Task
+from ditjax.training.task import IDENTITY, Frozen, Task
 
 # The lease of the samples in a run's folder. Training holds another lease and can continue.
 SAMPLES_LEASE = ".samples.lease"
@@ -204,6 +204,20 @@ def load_weights(
         found = processes.broadcast_step(checkpoints.find(step) if is_primary() else None)
         assert found is not None
         return checkpoints.restore_part(part, weights_named(abstract, name), found)
+
+
+def network_weights(
+    c: Config, task: Task, workdir: str | os.PathLike[str], mesh: Mesh, step: Step = "latest"
+) -> tuple[Any, int]:
+    """Load (the whole network's parameters, step) of a run, what it did not train included.
+
+    Raises as `load_weights`.
+    """
+    trained, found = load_weights(c, task, workdir, mesh, step)
+    if task.transform is IDENTITY:
+        return trained, found
+    assert task.start is not None
+    return jax.jit(task.transform.merge)(task.start(mesh).params, trained), found
 
 
 def weights_name(c: Config) -> str:

@@ -88,7 +88,7 @@ def open_directory(
     """
     folder = Path(workdir)
     path = folder / RECIPE_FILE
-    if faults.exists(path) and _has_begun(folder):
+    if has_begun(folder):
         recorded = read_recipe(folder)
         check_same(folder, recorded, recipe, same=same)
         if _extends(_flat(migrated(recorded)), _flat(completed(recipe))):
@@ -134,8 +134,10 @@ def _check_classes(folder: Path, recorded: list[str] | None, classes: list[str])
             )
 
 
-def _has_begun(folder: Path) -> bool:
-    """Whether a directory has more than a recipe, the files of a sweep, and no checkpoint."""
+def has_begun(folder: Path) -> bool:
+    """Whether a directory has a recipe, and more than it and a sweep's files but no checkpoint."""
+    if not faults.exists(folder / RECIPE_FILE):
+        return False
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     for name in (CHECKPOINTS, AVERAGES):
         if (folder / name).is_dir() and not any((folder / name).iterdir()):

@@ -1,5 +1,7 @@
 """Tasks: one module each, selected by `config.task`."""
 
+import os
+
 from jax.sharding import Mesh
 
 from ditjax.config import Config, task_module
@@ -12,6 +14,15 @@ def make_task(c: Config, mesh: Mesh | None = None) -> Task:
     """Build the task of a recipe for a mesh or one device. Raises UserError for an unfit mesh."""
     task: Task = task_module(c.task).TASK.make(c, mesh)
     return task
+
+
+def resolved(c: Config, workdir: str | os.PathLike[str]) -> Config:
+    """The recipe of a run with the keys that follow from files; a run that has begun keeps its own.
+
+    Raises UserError for files that do not fit.
+    """
+    found: Config = task_module(c.task).TASK.resolve(c, workdir)
+    return found
 
 
 def sampling_gflops(c: Config) -> float:

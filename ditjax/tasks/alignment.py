@@ -245,6 +245,11 @@ def check_alignment(c: Config, network: Network, inputs: Inputs) -> None:
             " measured with the teacher, and its gain would be circular; choose teacher"
             " 'digits_mixer', or features 'none'."
         )
+    if c.adapt.kind != "full":
+        raise UserError(
+            f"{said} and config.adapt.kind {c.adapt.kind!r}: an alignment trains the network whole;"
+            " set config.adapt.kind to 'full', or the teacher to 'none'."
+        )
     if not getattr(c.model, "align_block", 0):
         raise UserError(
             f"{said}, and the network has no projector to align: set config.model.align_block to a"

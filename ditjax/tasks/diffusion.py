@@ -25,7 +25,7 @@ from ditjax.models.autoencoder import Moments, sample_posterior
 from ditjax.models.embed import ANYWHERE, Placement, drop_labels
 from ditjax.models.network import DTYPES, Conditions, Inputs, Network
 from ditjax.parallel import rules
-from ditjax.tasks import alignment, autoencoder
+from ditjax.tasks import adapting, alignment, autoencoder
 from ditjax.tasks.guide import guide_recipe, load_guide
 from ditjax.tasks.objective import (
     LOSS_REGISTRY,
@@ -48,7 +48,9 @@ from ditjax.training.task import (
     Frozen,
     Guidance,
     Sampling,
+    Start,
     Task,
+    Transform,
     ValidationScore,
 )
 
@@ -106,6 +108,11 @@ def denoiser_module(c: Config, mesh: Mesh | None = None) -> Any:
     return network_of(c).module(c.model, inputs_of(c), place)
 
 
+def transform_of(c: Config) -> Transform:
+    """What a recipe trains of its network."""
+    return adapting.adapter_of(c, network_of(c))
+
+
 # ---- the task
 
 
@@ -117,8 +124,18 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
 
     def init(key: jax.Array) -> Any:
         x, label = jnp.zeros((1, *inputs.shape)), jnp.zeros((1,), jnp.int32)
-        return IDENTITY.init(model.init(key, x, label, Conditions(label=label)), key)
+        return model.init(key, x, label, Conditions(label=label))
 
+    def start(mesh: Mesh) -> Start:
+        return adapting.start_of(c, network, inputs_of, init, mesh)
+
+    def frozen(mesh: Mesh) -> Frozen:
+        found = {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {}
+        base = {"base": start(mesh).params} if adapted else {}
+        return {**found, **base, **load_guide(c, mesh)}
+
+    transform = transform_of(c)
+    adapted = transform is not IDENTITY
     images = c.latent and not is_latents(c.data.name)
     build = functools.partial(denoiser_module, mesh=mesh)
     align = alignment.alignment_of(c, network, inputs, objective_of(c), build)
@@ -134,10 +151,6 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
             return {"x0": batch["image"], **found}
         return {"x0": autoencoder.draw_latents(c, moments, key), **found}
 
-    def frozen(mesh: Mesh) -> Frozen:
-        decoder = {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {}
-        return {**decoder, **load_guide(c, mesh)}
-
     cost = network.cost(c.model, inputs) if network.cost else None
     return Task(
         name=cost.name if cost else c.model.kind,
@@ -151,9 +164,11 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         draw=functools.partial(draw, c, time_draw(c.diffusion)),
         loss=make_loss(c, mesh, align),
         frozen=frozen,
-        reads=("autoencoder",) if images else (),
+        reads=("autoencoder",) * images + ("base",) * adapted,
         open_rows=functools.partial(alignment.open_features, c, network, inputs),
         averages=c.align.teacher == "self",
+        transform=transform,
+        start=start if c.adapt.base else None,
         rules=network.rules,
         rates=network.rates(c.model),
         cost=cost,
@@ -185,9 +200,10 @@ def make_loss(
     """
     apply: Callable[..., Any] = denoiser_module(c, mesh).apply
     objective, objective_loss = objective_of(c), lookup(c.diffusion.loss, LOSS_REGISTRY)
+    transform = transform_of(c)
 
     def loss(trained: Any, frozen: Frozen, drawn: Batch) -> tuple[jax.Array, Metrics]:
-        params = IDENTITY.join(frozen.get("base"), trained)
+        params = transform.join(frozen.get("base"), trained)
         of_params = functools.partial(apply, params)
         tapped = alignment.Tapped(of_params, drawn["y"])
         plain = functools.partial(of_params, conditions=Conditions(label=drawn["y"]))
@@ -292,7 +308,7 @@ def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
     return Sampling(
         draw=make_sampler(c, mesh),
         guidance=g,
-        compiled=(c.model, c.diffusion, c.data, c.autoencoder, sample, guided(c)),
+        compiled=(c.model, c.diffusion, c.data, c.autoencoder, c.adapt, sample, guided(c)),
         timesteps=t,
         guided=0 if t is None else _count_guided(guided(c), g, t),
         protocol=protocol_of(c),
@@ -319,11 +335,12 @@ def make_sampler(
     shape, times, objective = inputs_of(c).shape, times_of(c), objective_of(c)
     options = {"clip_x0": c.sample.clip_x0, **options_of(c)}
     solve, start = sampler_of(c).solve, objective.process.prior_std
+    transform = transform_of(c)
 
     def sample(
         trained: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, g: Guidance
     ) -> jax.Array:
-        params = IDENTITY.join(frozen.get("base"), trained)
+        params = transform.join(frozen.get("base"), trained)
         other = functools.partial(weak, frozen["guide"]) if weak else None
         denoise = denoiser(c, apply, params, conditions, g, other)
         x_T = samplers.initial_noise(keys, shape)
@@ -362,7 +379,7 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     """
     apply: Callable[..., Any] = denoiser_module(c, mesh).apply
     objective, shape, d = objective_of(c), inputs_of(c).shape, c.diffusion
-    learned = d.variance == "learned_range"
+    transform, learned = transform_of(c), d.variance == "learned_range"
     loss = losses.hybrid_loss if learned else losses.simple_loss
     # NumPy guarantees that SeedSequence's output never changes.
     shift = int(np.random.SeedSequence(c.evaluate.seed).generate_state(1)[0])
@@ -370,7 +387,7 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     def measure(
         trained: Any, frozen: Frozen, keys: jax.Array, batch: Batch
     ) -> dict[str, jax.Array]:
-        params = IDENTITY.join(frozen.get("base"), trained)
+        params = transform.join(frozen.get("base"), trained)
         x0 = batch["image"]
         if c.latent:
             noise = samplers.per_sample_noise(keys, shape)(jnp.int32(0))
@@ -401,12 +418,12 @@ def density(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     """
     apply: Callable[..., Any] = denoiser_module(c, mesh).apply
     objective, shape = objective_of(c), inputs_of(c).shape
-    width, dims = 2 / 255, math.prod(shape)
+    transform, width, dims = transform_of(c), 2 / 255, math.prod(shape)
 
     def measure(
         trained: Any, frozen: Frozen, keys: jax.Array, batch: Batch
     ) -> dict[str, jax.Array]:
-        params = IDENTITY.join(frozen.get("base"), trained)
+        params = transform.join(frozen.get("base"), trained)
         denoise = functools.partial(apply, params, conditions=Conditions(label=batch["label"]))
         pairs = jax.vmap(jax.random.split)(keys)
         spread = jax.vmap(lambda key: jax.random.uniform(key, shape))(pairs[:, 0])
@@ -439,7 +456,9 @@ TASK = Definition(
         "diffusion": Diffusion,
         "align": alignment.Align,
         "autoencoder": FrozenAutoencoder,
+        "adapt": adapting.Adapt,
         "sample": Sample,
     },
     check=check,
+    resolve=lambda c, workdir: adapting.with_base(c, workdir, network_of(c), inputs_of),
 )

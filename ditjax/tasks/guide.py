@@ -96,7 +96,7 @@ def load_guide(c: Config, mesh: Mesh) -> Frozen:
     weak, (path, step) = guide_recipe(c), guide_place(c.sample.guide)
     task = make_task(weak)
     if rundir.is_run(path):
-        return {"guide": opening.load_weights(weak, task, path, mesh, step)[0]}
+        return {"guide": opening.network_weights(weak, task, path, mesh, step)[0]}
     loaded = reading.load_network(path, wanted="dit")
     if is_primary():
         print("\n".join(loaded.notes), file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from ditjax.parallel import compiling, processes, rules
 from ditjax.training import keys
 from ditjax.training.optim import learning_rate_schedule, make_optimizer, spike_limit
 from ditjax.training.step import Batch, Metrics, TrainState, init_state, make_step, no_limit
-from ditjax.training.task import Frozen, Task
+from ditjax.training.task import IDENTITY, Frozen, Task
 
 
 def precise(c: Config) -> AbstractContextManager[None]:
@@ -62,7 +62,7 @@ def _scaled(rates: Callable[[str], float], updates: Any) -> Any:
 class Training(NamedTuple):
     """The functions of a training loop, called inside `precise`. `step` donates its state."""
 
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]  # () or (parameters to start from)
     abstract_state: TrainState  # shapes, dtypes and shardings: the target of a restore
     rows: np.ndarray  # the rows of the global batch that this process's devices hold
     put: Callable[[Mapping[str, np.ndarray]], Batch]  # these rows -> global arrays
@@ -72,17 +72,33 @@ class Training(NamedTuple):
     lower: Callable[[], jax.stages.Lowered]  # `step` for the shapes of prepared examples
 
 
+def initial_state(c: Config, task: Task, start: Any = None) -> TrainState:
+    """The state at step 0, from the parameters `start` or, without them, the network's own."""
+    key = keys.stream(c.seed, keys.INIT)
+    params = task.init(key) if start is None else start
+    trained = task.transform.init(params, key)
+    return init_state(trained, optimizer_of(c, task.rates), c.train.averages)
+
+
 def abstract_state(c: Config, task: Task, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of the training state, by the task's rules."""
-    tx = optimizer_of(c, task.rates)
-    shapes = jax.eval_shape(
-        lambda: init_state(task.init(keys.stream(c.seed, keys.INIT)), tx, c.train.averages)
-    )
+    return _abstract(jax.eval_shape(lambda: initial_state(c, task)), task, mesh)
+
+
+def _abstract(tree: Any, task: Task, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        rules.state_shardings(shapes, mesh, task.rules),
+        tree,
+        rules.state_shardings(tree, mesh, task.rules),
     )
+
+
+def _abstract_base(c: Config, task: Task, mesh: Mesh) -> Frozen:
+    """The frozen weights that the step reads, as shapes: the base of a transform."""
+    if task.transform is IDENTITY:
+        return {}
+    params = jax.eval_shape(lambda: task.init(keys.stream(c.seed, keys.INIT)))
+    return {"base": _abstract(params, task, mesh)}
 
 
 def _jit_step(c: Config, task: Task, mesh: Mesh, shardings: TrainState) -> jax.stages.Wrapped:
@@ -113,14 +129,12 @@ def training(c: Config, task: Task, mesh: Mesh) -> Training:
     Raises UserError if the mesh does not divide the batch, or does not split the parameters.
     """
     _check_microbatches(c, mesh)
-    tx = optimizer_of(c, task.rates)
     abstract = abstract_state(c, task, mesh)
-    rules.check_split(abstract.params, mesh, task.rules)
+    base = _abstract_base(c, task, mesh)
+    # Beside a frozen base, what is trained may be small enough to be whole on every device.
+    rules.check_split((abstract.params, base) if base else abstract.params, mesh, task.rules)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = jax.jit(
-        lambda: init_state(task.init(keys.stream(c.seed, keys.INIT)), tx, c.train.averages),
-        out_shardings=shardings,
-    )
+    init = jax.jit(functools.partial(initial_state, c, task), out_shardings=shardings)
     batch_sharding = rules.batch_sharding(mesh)
     rows = processes.local_rows(batch_sharding, c.train.batch_size)
     jit_step = _jit_step(c, task, mesh, shardings)
@@ -145,7 +159,7 @@ def training(c: Config, task: Task, mesh: Mesh) -> Training:
             for name, one in task.inputs.items()
         }
         with precise(c):
-            return jit_step.lower(abstract, {}, batch)
+            return jit_step.lower(abstract, base, batch)
 
     return Training(
         init,

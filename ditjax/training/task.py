@@ -4,6 +4,7 @@ A recipe selects its task with `config.task`: a module of `ditjax.tasks`, or you
 dotted name. The module defines `TASK`, a `Definition`, whose `make` turns a recipe into a `Task`.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,13 +25,30 @@ class Transform(NamedTuple):
     """The trained part of a network: `join(base, trained)` are the parameters that it runs with.
 
     `base` are frozen weights, or None. Optimizer, average and checkpoints hold only `trained`.
+    `merge(base, trained)` are the same network's parameters without additions such as factors.
     """
 
     init: Callable[[Any, jax.Array], Any]  # (initial parameters, key) -> the trained part
     join: Callable[[Any, Any], Any]
+    merge: Callable[[Any, Any], Any]
 
 
-IDENTITY = Transform(init=lambda params, key: params, join=lambda base, trained: trained)
+def _trained(base: Any, trained: Any) -> Any:
+    return trained
+
+
+IDENTITY = Transform(init=lambda params, key: params, join=_trained, merge=_trained)
+
+
+class Start(NamedTuple):
+    """Parameters that training starts from, on the mesh, and what is known of them.
+
+    `record` is what a run keeps beside its recipe, `lines` what is printed when it begins.
+    """
+
+    params: Any
+    record: Mapping[str, Any]
+    lines: tuple[str, ...]
 
 
 class Guidance(NamedTuple):
@@ -95,11 +113,14 @@ class Task(NamedTuple):
     a step. `reads` names the frozen weights that `prepare` and `loss` need; if it is empty, they
     are loaded only for sampling. `open_rows` is called once by training, before anything compiles.
     With `averages`, `loss` finds the average of the trained parameters in `frozen[AVERAGE]`.
+
+    `start` loads the parameters that a run begins with, if these are not `init`'s. `transform` is
+    what it trains of them; unless that is all, frozen weights "base" are what `start` loads.
     """
 
     name: str  # of the network, as in the paper: 'DiT-XL/2'
     inputs: dict[str, jax.ShapeDtypeStruct]  # one example
-    init: Callable[[jax.Array], Any]  # key -> the trained parameters
+    init: Callable[[jax.Array], Any]  # key -> the network's parameters
     prepare: Callable[[Frozen, Batch, jax.Array], Batch]
     draw: Callable[[Batch, jax.Array], Batch]
     loss: Callable[[Any, Frozen, Batch], tuple[jax.Array, Metrics]]
@@ -107,7 +128,9 @@ class Task(NamedTuple):
     reads: tuple[str, ...] = ()
     open_rows: Callable[[], Additions] = Additions
     averages: bool = False
-    rules: Rules = ()  # sharding rules of the trained parameters
+    transform: Transform = IDENTITY
+    start: Callable[[Mesh], Start] | None = None
+    rules: Rules = ()  # sharding rules of the parameters
     rates: Callable[[str], float] | None = None  # a parameter's path -> multiplier of its rate
     cost: NetworkCost | None = None
     sampling: Sampling | None = None
@@ -120,9 +143,11 @@ class Definition(NamedTuple):
     `make(c, mesh)` builds the task of a recipe for a mesh, or for one device if `mesh` is None.
     `sections` are the sections that its recipes have in addition to those of `Config`. `network` is
     the default of config.model.kind. `check` raises UserError for keys that contradict each other.
+    `resolve(c, workdir)` fills in the keys that follow from files when a run begins.
     """
 
     make: Callable[[Config, Mesh | None], Task]
     network: str
     sections: Mapping[str, type[Section]] = {}
     check: Callable[[Config], None] = lambda c: None
+    resolve: Callable[[Config, str | os.PathLike[str]], Config] = lambda c, workdir: c

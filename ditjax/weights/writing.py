@@ -163,6 +163,7 @@ def _check_expressible(network: LoadedNetwork, program: str, *, sit: bool = Fals
         ("mlp", m.mlp, "gelu"),
         ("qk_norm", m.qk_norm, False),
         ("rope", m.rope, False),
+        ("position_grid", m.position_grid, 0),
         ("label_dropout", m.label_dropout > 0, True),
     ):
         if value != wanted:

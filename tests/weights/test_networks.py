@@ -56,9 +56,9 @@ def test_shapes_do_not_depend_on_the_image(recipe, channels, large, monkeypatch)
     """And cost nothing, whatever a hostile file says of it, or of an autoencoder beside pixels."""
     tokens = []
 
-    def position(width, rows, columns):
+    def position(width, rows, columns, *span):
         tokens.append(rows * columns)
-        return sincos_position_embedding(width, rows, columns)
+        return sincos_position_embedding(width, rows, columns, *span)
 
     monkeypatch.setattr("ditjax.models.dit.sincos_position_embedding", position)
     c = read(recipe)

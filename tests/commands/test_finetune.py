@@ -1,0 +1,162 @@
+"""Training from weights by command: its report, its record, its resume and its refusals."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ditjax import convert, sample, train
+from ditjax.cli import load_recipe
+from ditjax.config import read
+from ditjax.data import stream
+from ditjax.errors import UserError
+from ditjax.files.assets import flatten
+from ditjax.parallel.mesh import make_mesh
+from ditjax.runs import opening
+from ditjax.tasks import make_task
+from ditjax.weights import reading
+from tests.commands.conftest import TINY
+
+SHORT = (*TINY, "--config.train.steps=4", "--config.train.checkpoint_every_steps=2")
+LORA = ("--config.adapt.kind=lora", "--config.adapt.rank=2", "--config.train.log_every_steps=1")
+
+
+class CutError(Exception):
+    pass
+
+
+def trained(workdir):
+    c = opening.recipe_of(workdir)
+    params, _ = opening.load_weights(c, make_task(c), workdir, make_mesh(-1, 1))
+    return jax.device_get(params)
+
+
+@pytest.fixture(scope="module")
+def lora(finished, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("lora")
+    assert (
+        train.main([*SHORT, *LORA, f"--config.adapt.base={finished}", f"--workdir={workdir}"]) == 0
+    )
+    return workdir
+
+
+def test_a_file_of_diffusers_is_a_base_with_its_numerics(finished, tmp_path, capsys):
+    convert.main([f"--weights={finished}", "--to=diffusers", f"--out={tmp_path / 'theirs'}"])
+    capsys.readouterr()
+    run = [*SHORT, f"--config.adapt.base={tmp_path / 'theirs'}", f"--workdir={tmp_path / 'run'}"]
+    run += ["--config.optim.learning_rate=1e-30", "--config.sample.weights=model"]
+    assert train.main(run) == 0
+    told = capsys.readouterr().err
+    for line in (
+        "config.model.frequency_shift is 1, as the base was trained, not 0",
+        "copied 21: blocks/adaln/linear/bias",
+        "adapted 0",
+        "note: config.train.ema_decay=0.995 over 4 steps leaves 98% of the base",
+    ):
+        assert line in told
+    recipe = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (recipe["model"]["frequency_shift"], recipe["model"]["norm2_eps"]) == (1, 1e-6)
+    record = json.loads((tmp_path / "run" / "start.json").read_text())
+    assert record["sha256"] == recipe["adapt"]["sha256"]
+    assert len(record["copied"]) == 21
+    # Steps that move nothing end where they started.
+    expected = reading.load_network(tmp_path / "theirs").leaves
+    for path, leaf in flatten(trained(tmp_path / "run")["params"]).items():
+        np.testing.assert_array_equal(leaf, expected[path])
+    # A run that trains everything resumes without its base.
+    (tmp_path / "theirs").rename(tmp_path / "elsewhere")
+    assert train.main(run) == 0
+
+
+def test_lora_resumes_to_the_bit_and_saves_factors_alone(finished, lora, tmp_path):
+    real = stream.train_batches
+
+    def cut_at_3(*args, **kwargs):
+        source = real(*args, **kwargs)
+
+        class Cut:
+            count = 0
+
+            def __iter__(self):
+                return self
+
+            def __next__(self):
+                self.count += 1
+                if self.count > 3:
+                    raise CutError
+                return next(source)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                source.close()
+
+        return Cut()
+
+    run = [*SHORT, *LORA, f"--config.adapt.base={finished}", f"--workdir={tmp_path}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "train_batches", cut_at_3)
+        with pytest.raises(CutError):
+            train.main(run)
+    assert train.main(run) == 0
+    found, expected = trained(tmp_path), trained(lora)
+    assert found.keys() == {"lora"}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_another_base_is_refused_with_both_hashes(finished, lora, tmp_path):
+    other = tmp_path / "other"
+    assert train.main([*SHORT, f"--workdir={other}", "--config.seed=3"]) == 0
+    ours = json.loads((lora / "config.json").read_text())["adapt"]["sha256"]
+    for command in (
+        lambda: train.main([*SHORT, *LORA, f"--config.adapt.base={other}", f"--workdir={lora}"]),
+        lambda: sample.main(
+            [f"--workdir={lora}", f"--config.adapt.base={other}", f"--out={tmp_path / 'x'}"]
+        ),
+    ):
+        with pytest.raises(UserError, match=rf"SHA-256 [0-9a-f]{{64}}, and .* of {ours}"):
+            command()
+
+
+def test_a_run_of_lora_converts_to_the_merged_network(finished, lora, tmp_path):
+    convert.main([f"--weights={lora}", "--to=ditjax", f"--out={tmp_path / 'm.safetensors'}"])
+    merged = reading.load_network(tmp_path / "m.safetensors").leaves
+    c = opening.recipe_of(finished)
+    base, _ = opening.load_weights(c, make_task(c), finished, make_mesh(-1, 1))
+    base = flatten(jax.device_get(base)["params"])
+    assert merged.keys() == base.keys()
+    moved = {path for path, leaf in base.items() if not np.array_equal(merged[path], leaf)}
+    assert moved == {
+        f"blocks/{layer}/kernel"
+        for layer in ("attn/qkv", "attn/out", "mlp/in", "mlp/out", "adaln/linear")
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--config.adapt.kind=lora"], "config.adapt.base is ''"),
+        (["--config.adapt.base=x", "--config.adapt.rank=4"], "config.adapt.kind is 'full'"),
+        (
+            ["--config.adapt.base=x", "--config.adapt.kind=lora", "--config.adapt.alpha=nan"],
+            "finite",
+        ),
+        (["--config.adapt.base=x", "--config.adapt.classes=(0,1,2)"], "has 3 classes and"),
+        (["--config.adapt.base=x", "--config.adapt.classes=(-2,)"], "or -1, for each class"),
+        (["--config.adapt.base=x", "--config.adapt.skip=("], "a regular expression"),
+        (["--config.adapt.base=x", "--config.adapt.kind=partial"], "config.adapt.train is ''"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_read(words, expected):
+    with pytest.raises(UserError) as error:
+        read(load_recipe([*TINY, *words]))
+    assert expected in str(error.value)
+
+
+def test_a_base_that_does_not_fit_is_refused_before_anything_is_written(finished, tmp_path):
+    wide = [*SHORT, "--config.model.size=1x64x2", f"--config.adapt.base={finished}"]
+    with pytest.raises(UserError, match=r"blocks/attn/qkv/kernel is \(1, 64"):
+        train.main([*wide, f"--workdir={tmp_path / 'a'}"])
+    assert not (tmp_path / "a").exists()
