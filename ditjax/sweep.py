@@ -25,7 +25,6 @@ from ditjax.machines.cost_text import cost_text
 from ditjax.parallel import processes, stopping
 from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
-from ditjax.report import make_report
 from ditjax.runs import opening, results, rundir
 from ditjax.runs.log import Progress, last_metrics
 from ditjax.runs.provenance import cores, environment, typed
@@ -509,6 +508,9 @@ def _print_status(
 
 def _write_report(workdir: Path, failed: Sequence[Cell]) -> str:
     """Write the report of all results. Returns its text, or the error if every cell failed."""
+    # matplotlib takes seconds to import, and the processes of the cells draw nothing.
+    from ditjax.report import make_report
+
     try:
         return make_report([workdir], workdir / "report").text
     except UserError as error:

@@ -52,6 +52,9 @@ def killed_after(count):
         def __enter__(self):
             return self
 
+        def __iter__(self):
+            return self
+
         def __next__(self):
             self.left -= 1
             if self.left < 0:

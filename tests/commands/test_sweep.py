@@ -145,7 +145,7 @@ def test_machines_share_a_directory(tmp_path, monkeypatch, capfd):
         return [cell for cell in grid if cell.number == breaks]
 
     monkeypatch.setattr(sweep, "run_cells", run)
-    monkeypatch.setattr(sweep, "make_report", lambda *_: SimpleNamespace(text="a report"))
+    monkeypatch.setattr("ditjax.report.make_report", lambda *_: SimpleNamespace(text="a report"))
     words, study = [*TINY, GRID, "--workdir", str(tmp_path)], tmp_path / "sweep.json"
     held = Lease(tmp_path / sweep.LEASE, "the whole study")
     breaks = 3

@@ -60,6 +60,9 @@ def test_the_same_command_resumes_exactly(finished, tmp_path, capsys):
         class Stopping:
             count = 0
 
+            def __iter__(self):
+                return self
+
             def __next__(self):
                 self.count += 1
                 if self.count > 13:

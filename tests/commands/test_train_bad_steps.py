@@ -29,6 +29,9 @@ def spoilt(bad, cut=None) -> Iterator[dict[int, list[int]]]:
         class Spoilt:
             step = start_step
 
+            def __iter__(self):
+                return self
+
             def __next__(self):
                 self.step += 1
                 if self.step == cut:
