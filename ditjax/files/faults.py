@@ -27,7 +27,7 @@ _NAMES = (
 )
 _FAULTS = frozenset(getattr(errno, name) for name in _NAMES.split() if hasattr(errno, name))
 # TensorStore and array_record raise their own types, with the system's words in the message.
-_WORDS = tuple(sorted({os.strerror(code).lower() for code in _FAULTS}))
+_WORDS = tuple(sorted({os.strerror(code) for code in _FAULTS}))
 
 
 def is_fault(error: BaseException) -> bool:
@@ -42,9 +42,13 @@ def _is_fault(error: BaseException) -> bool:
         return error.errno in _FAULTS
     if isinstance(error, jax.errors.JaxRuntimeError):  # of the devices and of other processes
         return False
-    return isinstance(error, RuntimeError | ValueError) and any(
-        words in str(error).lower() for words in _WORDS
-    )
+    return isinstance(error, RuntimeError | ValueError) and bool(_system_words(error))
+
+
+def _system_words(error: BaseException) -> str:
+    """The system's words for a fault in an error's message, or ''."""
+    message = str(error).lower()
+    return next((words for words in _WORDS if words.lower() in message), "")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -83,8 +87,10 @@ def unread(what: object, error: BaseException) -> FaultError:
 
 
 def _words(error: BaseException) -> str:
+    """The system's words alone: TensorStore puts hundreds of characters around them."""
     system = next((each for each in _chain(error) if isinstance(each, OSError)), None)
-    return (system.strerror if system else "") or reason(error)
+    words = system.strerror if system else next(filter(None, map(_system_words, _chain(error))), "")
+    return words or reason(error)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:

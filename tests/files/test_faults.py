@@ -80,6 +80,14 @@ def test_what_stays_ends_the_command(monkeypatch):
         faults.retried("the file", failing(*[error(errno.ESTALE)] * 3))
 
 
+def test_the_systems_words_are_found_in_a_long_message(monkeypatch):
+    """TensorStore puts long paths before them and its whole specification behind."""
+    monkeypatch.setattr(faults, "WAITS", ())
+    long = ValueError(f"Error opening {'/data' * 60}: Too many open files [spec={'x' * 400}]")
+    with pytest.raises(FaultError, match=r"^cannot read step 3: Too many open files\. Nothing"):
+        faults.retried("step 3", failing(long))
+
+
 @pytest.mark.parametrize("other", [error(errno.ENOENT), error(errno.EACCES), ValueError("bad")])
 def test_nothing_else_is_tried_again(other, monkeypatch):
     monkeypatch.setattr(faults, "WAITS", (0.0,))
