@@ -163,6 +163,7 @@ _IMPORTED = (
     "model.kind",
     "data.name",
     "diffusion.loss",
+    "control.source",
     "sample.sampler",
     "evaluate.features",
 )

@@ -68,6 +68,11 @@ def _parser() -> cli.Parser:
         default="",
         help="classes to cycle through, such as 207,n02099601,golden_retriever",
     )
+    parser.add_argument(
+        "--control",
+        default="",
+        help="control images of a run that has a control: IMAGE[,IMAGE..], one for each control",
+    )
     for flag, (key, kind, text) in _FLAGS.items():
         parser.add_argument(f"--{flag}", type=kind, help=f"{text} (config.{key})")
     parser.add_argument(
@@ -120,7 +125,8 @@ def main(argv: list[str]) -> int:
     args, config = cli.parse(parser, argv, recorded)
     config = changed(config, _overrides(args))
     given = [key for flag, (key, _, _) in _FLAGS.items() if getattr(args, flag) is not None]
-    given += [word[9:].partition("=")[0] for word in argv if word.startswith("--config.sample.")]
+    ours = ("--config.sample.", "--config.control.")
+    given += [word[9:].partition("=")[0] for word in argv if word.startswith(ours)]
     check_used(changed(config, {"evaluate": {"guided_scale": 0.0}}), given)
     folder = Path(args.out or Path(args.workdir or ".") / "drawn")
     if folder.exists() and not folder.is_dir():  # before hours of work, not after
@@ -129,7 +135,13 @@ def main(argv: list[str]) -> int:
     num = config.sample.num
     if is_primary():
         print("\n".join((*opened[0].notes, labels_text(config))), flush=True)
-    record = pipeline.write(folder / SAMPLES, args.classes, num=num, batch_size=args.batch_size)
+    record = pipeline.write(
+        folder / SAMPLES,
+        args.classes,
+        num=num,
+        batch_size=args.batch_size,
+        control=args.control.split(",") if args.control else None,
+    )
     if is_primary():
         save_sample_record(folder, record)
         print(f"{num} images in {folder}: samples.png, samples.npz, samples.json")

@@ -447,14 +447,17 @@ class _Grids:
         count = -(-(GRID_SIDE**2) // devices) * devices
         sample = dataclasses.replace(c.sample, batch_size=count)
         self._c, self._drawer = replaced(c, sample=sample), drawer
+        self._controls = drawer.controls(c)  # raises now if the split is missing
 
     def save(self, params: Any, step: int, folder: Path, log: MetricsLog) -> None:
+        # Controlled samples have the labels of the records that control them.
         images = self._drawer.whole(
             self._c,
             params,
             GRID_SIDE**2,
             seed=self._c.seed,
-            label_of=range(self._c.data.num_classes),
+            label_of=None if self._controls else range(self._c.data.num_classes),
+            controls=self._controls,
         ).images
         if is_primary():
             upscale = max(1, 32 // images.shape[1])

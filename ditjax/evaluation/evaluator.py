@@ -16,6 +16,7 @@ from ditjax.data.images import open_images
 from ditjax.data.names import Split
 from ditjax.errors import UserError
 from ditjax.evaluation import scoring
+from ditjax.evaluation.control import ControlScores
 from ditjax.evaluation.features import Extractor, digits_extractor, open_extractor, scenes_extractor
 from ditjax.evaluation.scoring import (
     ExtractedFeatures,
@@ -24,8 +25,8 @@ from ditjax.evaluation.scoring import (
     open_reference,
     score,
 )
-from ditjax.evaluation.validation import Validator, held_out
-from ditjax.files import lease
+from ditjax.evaluation.validation import Validator
+from ditjax.files import lease, npz
 from ditjax.files.npz import load_array
 from ditjax.parallel.rules import check_batch
 from ditjax.runs import opening
@@ -72,6 +73,7 @@ class Evaluator:
         self.reference = reference_of(c, self.extractor)
         self._validate = Validator(mesh, frozen)
         self._validate.protocol(c)  # raises now if the split is missing
+        self._controls = self._drawer.controls(c)  # as well
         if self.extractor.shipped:
             source.dataset_info(*_real_splits(c, self.extractor)[0], c.data.data_dir or None)
 
@@ -86,18 +88,22 @@ class Evaluator:
         Nothing is written to disk.
         """
         labels: list[np.ndarray] = []
+        scores = self._control_scores(c)
 
         def images() -> Iterator[np.ndarray]:
             for part in self._drawer(
                 c, params, [(0, num)], seed=c.evaluate.seed, label_of=_label_of(c)
             ):
                 labels.append(part.label)
+                if scores:
+                    scores.add(part.images)
                 yield part.images
 
         began = time.monotonic()
         extracted = extract_features(self.extractor, images(), num)
         seconds = time.monotonic() - began
         metrics = self._metrics(c, extracted, np.concatenate(labels), brief=True)
+        metrics |= scores.means() if scores else {}
         metrics |= self._validate(c, params)
         return Evaluated(metrics, self.protocol(c, num), self.reference.name, seconds)
 
@@ -117,6 +123,7 @@ class Evaluator:
         batches = images.batches(self.extractor.batch_size)
         extracted = extract_features(self.extractor, batches, num, title="features")
         metrics = self._metrics(c, extracted, load_array(path, "label"))
+        metrics |= self._control_metrics(c, path)
         if self.extractor.shipped:
             metrics |= self._digits_metrics(c, params, folder, model)
         metrics |= self._validate(c, params)
@@ -138,7 +145,24 @@ class Evaluator:
         return protocol | self._validate.protocol(c)
 
     def _sampling(self, c: Config) -> dict[str, Any]:
-        return sampling_protocol(c, seed=c.evaluate.seed, labels=c.evaluate.labels, **self._digests)
+        # Controlled samples have the labels of the records that control them.
+        labels = "records" if self._controls else c.evaluate.labels
+        return sampling_protocol(
+            c, seed=c.evaluate.seed, labels=labels, controls=self._controls, **self._digests
+        )
+
+    def _control_scores(self, c: Config) -> ControlScores | None:
+        return ControlScores(c, self._controls, c.evaluate.seed) if self._controls else None
+
+    def _control_metrics(self, c: Config, samples: Path) -> dict[str, float]:
+        """How well samples follow their control images; {} without a control."""
+        scores = self._control_scores(c)
+        if scores is None:
+            return {}
+        with npz.reading(samples) as archive:
+            for images in npz.rows(archive, "arr_0", c.sample.batch_size):
+                scores.add(images)
+        return scores.means()
 
     def _draw(
         self, c: Config, params: Any, path: Path, num: int, scale: float, model: dict[str, Any]
@@ -215,7 +239,7 @@ def _real_splits(c: Config, extractor: Extractor) -> tuple[Split, str | Split]:
     """Return real images, and the reference whose distance to them is the floor of the metric."""
     if extractor.name == "digits":
         return Split("digits", "test"), Split("digits")
-    held = held_out(c)
+    held = opening.held_out(c)
     splits = source.prepare(held.name, held.data_dir).info.splits
     return Split(held.name, "test" if "test" in splits else held.split), _reference(c)
 

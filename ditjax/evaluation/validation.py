@@ -5,7 +5,6 @@ at all steps are measured on the same draws, on any number of devices and in any
 difference of two models is far more certain than either value.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,6 @@ from jax.sharding import Mesh
 
 from ditjax.config import Config
 from ditjax.data import source, stream
-from ditjax.data.names import Split
 from ditjax.data.records import HostBatch
 from ditjax.errors import UserError
 from ditjax.metrics.uncertainty import systematic_error
@@ -82,7 +80,7 @@ def held_out_means(c: Config, mesh: Mesh, params: Any) -> tuple[dict[str, float]
     rules.check_batch(size, mesh, "config.train.batch_size")
     measure = measure_of(c, score, mesh, {}, size)
     parts: list[dict[str, np.ndarray]] = []
-    for rows in stream.in_order(held_out(c), size):
+    for rows in stream.in_order(opening.held_out(c), size):
         batch = {name: value for name, value in rows.items() if name != "index"}
         parts.append(measure(params, start, batch))
         start += len(rows["label"])
@@ -152,14 +150,14 @@ class Validator:
         return self._programs[key]
 
     def _info(self, c: Config) -> source.DatasetInfo:
-        spec = held_out(c)
+        spec = opening.held_out(c)
         if spec not in self._infos:
             self._infos[spec] = source.dataset_info(spec.name, spec.split, spec.data_dir)
         return self._infos[spec]
 
     def _images(self, c: Config, num: int) -> Iterator[HostBatch]:
         """Yield batches of the pairs' images; small sets stay in memory for the next call."""
-        spec, size = held_out(c), c.sample.batch_size
+        spec, size = opening.held_out(c), c.sample.batch_size
         records = stream.records_of_step(c.evaluate.seed, 1, num, self._info(c).num_examples)
         key = (spec, size, c.evaluate.seed, len(records))
         if key in self._kept:
@@ -180,14 +178,3 @@ def _counted(c: Config, task: Task) -> list[ValidationScore]:
             f" {c.task!r} has no validation loss: set it to 0."
         )
     return found
-
-
-def held_out(c: Config) -> source.DataSpec:
-    """Return the images of a recipe's validation loss; for latents, the images they encode.
-
-    A damaged image is an error, because a loss over other images would be another metric.
-    """
-    name, split = source.images_of(Split(c.data.name, c.evaluate.split))
-    return dataclasses.replace(
-        opening.data_spec(c), name=name, split=split, flip=False, max_damaged=0
-    )

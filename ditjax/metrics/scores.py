@@ -1,4 +1,4 @@
-"""Scores of a sample set from its features: Inception Score, KID, precision and recall.
+"""Scores of a sample set from its features: Inception Score, KID, precision, recall; F1 of masks.
 
 Everything is computed in float64 NumPy on the host. A kernel or a squared distance is a small
 difference of large sums: in float32 KID could not tell good models apart, and copies of one image
@@ -201,6 +201,17 @@ def precision_recall(
     return PrecisionRecall(
         float(in_reference.mean()), float(in_samples.mean()), in_reference, in_samples
     )
+
+
+def mask_f1(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """F1 of the true pixels of each image, 2 TP / (2 TP + FP + FN): bool[N,..] -> f64[N].
+
+    1 if neither has any.
+    """
+    axes = tuple(range(1, found.ndim))
+    both = (found & expected).sum(axes).astype(np.float64)
+    total = found.sum(axes) + expected.sum(axes)
+    return np.where(total == 0, 1.0, 2 * both / np.maximum(total, 1))
 
 
 def manifold_radii2(features: FeatureArray, k: int, block: int = 2000) -> NDArray[np.float64]:

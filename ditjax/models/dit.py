@@ -5,6 +5,7 @@ closed form, the sharding rules of its parameters, and the scaling of their lear
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ from ditjax.models.embed import (
 from ditjax.models.network import (
     DTYPES,
     Attention,
+    Branch,
     Conditions,
+    ControlSeam,
     Denoiser,
     Hook,
     Inputs,
@@ -239,27 +242,45 @@ _FINAL_MODULATIONS = {"in_context": 0, "cross_attention": 0, "adaln": 2, "adaln_
 _MLP_INPUTS = {"gelu": 1, "swiglu": 2}
 
 
-def trainable_parameters(s: Shape) -> int:
-    """The number of trainable weights and biases, without the frozen position table."""
-    L, D, _ = s.size
+def _block_parameters(s: Shape) -> int:
+    D = s.size.width
     attention = (3 * D * D + 3 * D) + (D * D + D)
     ins = _MLP_INPUTS[s.mlp] * s.mlp_width
     mlp = (D * ins + ins) + (s.mlp_width * D + D)
     block = attention + mlp + _BLOCK_MODULATIONS[s.block] * (D * D + D)
     block += 2 * (D // s.size.heads) * s.qk_norm
-    final = _FINAL_MODULATIONS[s.block] * (D * D + D)
     if s.block in ("in_context", "cross_attention"):
         block += 2 * 2 * D  # scale and bias of two LayerNorms
-        final += 2 * D
     if s.block == "cross_attention":
         block += 4 * (D * D + D)  # q, k, v, output
+    return block
+
+
+def trainable_parameters(s: Shape) -> int:
+    """The number of trainable weights and biases, without the frozen position table."""
+    L, D, _ = s.size
+    final = _FINAL_MODULATIONS[s.block] * (D * D + D)
+    final += 2 * D * (s.block in ("in_context", "cross_attention"))
     patch_in, patch_out = s.patch**2 * s.in_channels, s.patch**2 * s.out_channels
     embed = (patch_in * D + D) + (TIMESTEP_FREQUENCIES * D + D) + (D * D + D)
     embed += (s.num_classes + int(s.null_label)) * D
     if s.projector[0]:
         W, Z = s.projector
         embed += (D * W + W) + (W * W + W) + (W * Z + Z)
-    return L * block + embed + final + (D * patch_out + patch_out)
+    return L * _block_parameters(s) + embed + final + (D * patch_out + patch_out)
+
+
+def _block_macs(s: Shape) -> int:
+    """Of one block and its norms."""
+    D, N = s.size.width, s.tokens
+    M = N + 2 if s.block == "in_context" else N  # tokens inside the stack
+    block = 4 * M * D * D + 2 * M * M * D + (_MLP_INPUTS[s.mlp] + 1) * M * D * s.mlp_width
+    block += _BLOCK_MODULATIONS[s.block] * D * D
+    norms = 4 if s.qk_norm else 2
+    if s.block == "cross_attention":
+        block += 2 * N * D * D + 2 * 2 * D * D + 2 * N * 2 * D  # q and output; k and v; scores
+        norms += 1
+    return block + norms * M * D
 
 
 def forward_macs(s: Shape) -> int:
@@ -271,16 +292,9 @@ def forward_macs(s: Shape) -> int:
     """
     L, D, _ = s.size
     N = s.tokens
-    M = N + 2 if s.block == "in_context" else N  # tokens inside the stack
-    block = 4 * M * D * D + 2 * M * M * D + (_MLP_INPUTS[s.mlp] + 1) * M * D * s.mlp_width
-    block += _BLOCK_MODULATIONS[s.block] * D * D
-    norms = 4 if s.qk_norm else 2
-    if s.block == "cross_attention":
-        block += 2 * N * D * D + 2 * 2 * D * D + 2 * N * 2 * D  # q and output; k and v; scores
-        norms += 1
     embed = s.patch**2 * s.in_channels * N * D + (TIMESTEP_FREQUENCIES * D + D * D)
     final = _FINAL_MODULATIONS[s.block] * D * D + s.patch**2 * s.out_channels * N * D
-    return L * (block + norms * M * D) + embed + final + N * D
+    return L * _block_macs(s) + embed + final + N * D
 
 
 def projector_macs(s: Shape) -> int:
@@ -451,29 +465,9 @@ class DiT(nn.Module):
                 f"an input of {H}x{W} is not divisible into patches of {self.patch}:"
                 f" choose a patch size that divides both."
             )
-        base = self._base()
-        t_emb = TimestepEmbedder(
-            self.width,
-            self.frequency_shift,
-            self.dtype,
-            out_std=0.02 * (base.width / self.width) ** 0.5,
-            name="t_embedder",
-        )(t)
-        y_emb = LabelEmbedder(
-            self.num_classes, self.width, self.null_label, self.dtype, name="y_embedder"
-        )(label)
-        put = self.place.put
-        t_emb, y_emb = put("conditioning", t_emb), put("conditioning", y_emb)
-        context = jnp.stack([put("row", t_emb), put("row", y_emb)], axis=1)
-        cond = Conditioning(vector=t_emb + y_emb, context=put("context", context))
-
-        init = functools.partial(xavier_uniform, fan_out=base.width)
-        embed = Linear(self.width, init, self.dtype, self.place, name="x_embedder")
-        tokens = put("tokens", embed(patchify(x, self.patch)))
-        N = tokens.shape[1]
-        grid = (H // self.patch, W // self.patch)
-        position = sincos_position_embedding(self.width, *grid, self.position_grid)
-        tokens = tokens + jnp.asarray(position, self.dtype)[None]
+        cond = self._conditioning(t, label)
+        tokens = self._embedder()(x)
+        N, grid = tokens.shape[1], (H // self.patch, W // self.patch)
 
         if self.block == "in_context":
             tokens = jnp.concatenate([tokens, cond.context], axis=1)
@@ -492,6 +486,60 @@ class DiT(nn.Module):
         )(tokens, cond.vector)
         return unpatchify(out, self.patch, H, W).astype(jnp.float32)
 
+    @nn.nowrap
+    def _conditioning(self, t: jax.Array, label: Any) -> Conditioning:
+        """The embedded times and labels."""
+        base, put = self._base(), self.place.put
+        t_emb = TimestepEmbedder(
+            self.width,
+            self.frequency_shift,
+            self.dtype,
+            out_std=0.02 * (base.width / self.width) ** 0.5,
+            name="t_embedder",
+        )(t)
+        y_emb = LabelEmbedder(
+            self.num_classes, self.width, self.null_label, self.dtype, name="y_embedder"
+        )(label)
+        t_emb, y_emb = put("conditioning", t_emb), put("conditioning", y_emb)
+        context = jnp.stack([put("row", t_emb), put("row", y_emb)], axis=1)
+        return Conditioning(vector=t_emb + y_emb, context=put("context", context))
+
+    @nn.nowrap
+    def _embedder(self) -> Callable[[jax.Array], jax.Array]:
+        """The embedding of x [B,H,W,C] as tokens [B,N,D] with their positions."""
+        init = functools.partial(xavier_uniform, fan_out=self._base().width)
+        embed = Linear(self.width, init, self.dtype, self.place, name="x_embedder")
+
+        def tokens_of(x: jax.Array) -> jax.Array:
+            H, W = x.shape[1:3]
+            grid = (H // self.patch, W // self.patch)
+            tokens = self.place.put("tokens", embed(patchify(x, self.patch)))
+            position = sincos_position_embedding(self.width, *grid, self.position_grid)
+            return tokens + jnp.asarray(position, self.dtype)[None]
+
+        return tokens_of
+
+    @nn.nowrap
+    def _block(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
+        """A block, but for its name."""
+        block = BLOCKS[self.block]
+        if self.remat != "none":
+            # prevent_cse is not needed inside a scan.
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        config = BlockConfig(
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            norm2_eps=self.norm2_eps,
+            dtype=self.dtype,
+            place=self.place,
+            query_scale=mup.query_scale(self._base(), self.width // self.heads),
+            norm=self.norm,
+            mlp=self.mlp,
+            qk_norm=self.qk_norm,
+            rope=grid if self.rope else None,
+        )
+        return functools.partial(block, config)
+
     def _align(self, tapped: jax.Array) -> None:
         """Sow the tapped tokens and their projection."""
         width = self._base().width
@@ -507,11 +555,6 @@ class DiT(nn.Module):
         The tap is carried along: slices of the stacked parameters, for one scan before it and one
         behind, would be copies of them.
         """
-        block = BLOCKS[self.block]
-        if self.remat != "none":
-            # prevent_cse is not needed inside a scan.
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-
         taps = self.align_block and (
             self.is_initializing() or self.is_mutable_collection("intermediates")
         )
@@ -534,23 +577,128 @@ class DiT(nn.Module):
             length=self.depth,
             unroll=min(self.unroll, self.depth),
         )
-        config = BlockConfig(
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            norm2_eps=self.norm2_eps,
-            dtype=self.dtype,
-            place=self.place,
-            query_scale=mup.query_scale(self._base(), self.width // self.heads),
-            norm=self.norm,
-            mlp=self.mlp,
-            qk_norm=self.qk_norm,
-            rope=grid if self.rope else None,
-        )
         carry = (tokens, jnp.zeros_like(tokens) if taps else None)
-        return scan(block(config, name="blocks"), carry, cond, (per_block, here))[0]
+        return scan(self._block(grid)(name="blocks"), carry, cond, (per_block, here))[0]
 
     def _base(self) -> mup.Base:
         return self.base or mup.Base(self.width, self.width // self.heads)
+
+
+class CopiedBlock(nn.Module):
+    """A copied block and the zero-initialised layer of its residual -> tokens, residual [B,N,D]."""
+
+    block: Callable[..., nn.Module]
+    dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, cond: Conditioning) -> tuple[jax.Array, jax.Array]:
+        put, zeros = self.place.put, nn.initializers.zeros
+        tokens = put("tokens", self.block(name="block")(tokens, cond))
+        out = Linear(tokens.shape[-1], zeros, self.dtype, self.place, name="out")(tokens)
+        return tokens, put("tokens", out)
+
+
+class ControlBranch(DiT):
+    """What a control image adds to the tokens after each block (Zhang et al. 2023, Eq. 2-3).
+
+    x, t, conditions (label and, as channels, the control f32[B,h,w,K]) -> residuals [L,B,N,D], the
+    `per_block` of a DiT that adds them. The first `copies` blocks are copied; their parameters are
+    `copies`, and those of the image `in`. Its embedders are the base's, x_embedder, t_embedder and
+    y_embedder, and for `pixart` the base's first block is `first`. Its own `per_block` f32[copies]
+    multiplies the residuals by depth.
+
+    `sd3`, as in Stable Diffusion 3: the copies read the tokens and the control, which has a patch
+    embedding of its own; after block j of L comes residual ⌊jN/L⌋. `pixart`, as in PixArt-δ (Chen
+    et al. 2024): the control is embedded as x is, the copies read it and the output of the first
+    block; residual i comes after block i.
+    """
+
+    copies: int = 1
+    form: str = "sd3"
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, t: jax.Array, conditions: Conditions, per_block: Any = None
+    ) -> jax.Array:
+        conditions.only("label", "channels")
+        control = jnp.asarray(conditions.channels)
+        grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
+        cond, embed = self._conditioning(t, conditions.label), self._embedder()
+        tokens, zeros = embed(x), nn.initializers.zeros
+        zero = Linear(self.width, zeros, self.dtype, self.place, name="in")
+        if self.form == "pixart":
+            tokens = self._block(grid)(name="first")(tokens, cond) + zero(embed(control))
+        else:
+            # A control of a latent has more pixels, and as many patches.
+            pixels = self.patch * control.shape[1] // x.shape[1]
+            tokens = tokens + zero(patchify(control, pixels))
+        copy = CopiedBlock(self._block(grid), self.dtype, self.place, name="copies")
+        scan = nn.scan(
+            lambda module, tokens, cond: module(tokens, cond),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.copies,
+            unroll=min(self.unroll, self.copies),
+        )
+        _, residuals = scan(copy, self.place.put("tokens", tokens), cond)
+        if per_block is not None:
+            residuals = residuals * per_block[:, None, None, None].astype(residuals.dtype)
+        if self.form == "pixart":
+            return jnp.pad(residuals, ((0, self.depth - self.copies), *((0, 0),) * 3))
+        return residuals[np.arange(self.depth) * self.copies // self.depth]
+
+
+def control_branch(k: DiTKeys, inputs: Inputs, branch: Branch, place: Placement) -> ControlBranch:
+    """Build the control branch of a recipe's DiT."""
+    own = {"copies": branch.copies, "form": branch.form, "parent": None, "name": None}
+    dit = module(k, inputs, place)
+    fields = {name: getattr(dit, name) for name in DiT.__dataclass_fields__}
+    return ControlBranch(**{**fields, **own})
+
+
+def control_variables(base: Any, control: Any) -> Any:
+    """The variables of a branch: its own, and what it shares with the base."""
+    first = jax.tree.map(lambda leaf: leaf[0], base["blocks"])
+    return {"params": {**base, "first": first, **control}}
+
+
+def check_branch(k: DiTKeys, inputs: Inputs, branch: Branch) -> None:
+    """Raise UserError for a branch that the DiT cannot have."""
+    depth, pixart = parse_size(k.size).depth, branch.form == "pixart"
+    if not 1 <= branch.copies <= depth - pixart:
+        raise UserError(
+            f"config.control.blocks is {branch.copies}, and the network has {depth} blocks:"
+            f" expected 1 to {depth - pixart}"
+            + (", as the first one has no residual of form 'pixart'." if pixart else ".")
+        )
+    if k.block == "in_context":
+        raise UserError(
+            "config.model.block is 'in_context', whose blocks have tokens beside the image's: a"
+            " control needs 'adaln_zero', 'adaln' or 'cross_attention'."
+        )
+    if pixart and branch.shape[-1] != inputs.shape[-1]:
+        raise UserError(
+            f"config.control.form is 'pixart' and the control has {branch.shape[-1]} channels,"
+            f" where the network's own embedding reads {inputs.shape[-1]}: set it to 'sd3'."
+        )
+
+
+def branch_cost(k: DiTKeys, inputs: Inputs, branch: Branch) -> tuple[int, int]:
+    """Parameters and multiply-accumulates of a branch, beside those of the network.
+
+    N copies with D² + D of their zero layers each, and the embedding of the control. `pixart`
+    evaluates the base's first block and embedding once more.
+    """
+    s = shape(k, inputs)
+    D, tokens, copies = s.size.width, s.tokens, branch.copies
+    features = D if branch.form == "pixart" else math.prod(branch.shape) // tokens
+    parameters = copies * (_block_parameters(s) + D * D + D) + features * D + D
+    macs = copies * (_block_macs(s) + tokens * D * D) + tokens * features * D
+    if branch.form == "pixart":
+        macs += _block_macs(s) + s.patch**2 * s.in_channels * tokens * D
+    return parameters, macs
 
 
 # The first match wins; the specs are for the last axes of a leaf (a scanned stack adds a leading
@@ -582,6 +730,8 @@ RULES: Rules = (
     (r"projector/in/bias", ("tensor",)),
     (r"projector/middle/kernel", ("tensor", "fsdp")),
     (r"projector/out/kernel", ("fsdp", None)),
+    (r"control/in/kernel", (None, "fsdp")),
+    (r"copies/out/kernel", ("fsdp", None)),
     # Factors of adapters, a [S, D, r] and b [S, r, *features], are split as their kernel is.
     (r"(attn|cross|mlp|t_embedder)/out/a", ("tensor", None)),
     (r"(attn|cross|mlp|t_embedder)/out/b", (None, "fsdp")),
@@ -680,4 +830,5 @@ NETWORK = Network(
     ),
     inherited=("frequency_shift", "norm2_eps"),
     stack="blocks",
+    control=ControlSeam(control_branch, control_variables, check_branch, branch_cost),
 )

@@ -36,8 +36,9 @@ class Conditions(NamedTuple):
 
     label i32[B] and vector f[B,D] are added to the timestep's embedding; context f[B,M,D], with
     context_mask bool[B,M], is the input of cross-attention; prefix f[B,M,D] are tokens that are
-    added to the sequence and removed at the end; channels f[B,H,W,C] are concatenated to x. A
-    network raises ValueError for a condition that it does not support.
+    added to the sequence and removed at the end; channels f[B,H,W,C] are concatenated to x, or read
+    by the control branch beside it. A network raises ValueError for a condition that it does not
+    support.
     """
 
     label: AnyArray | None = None
@@ -111,6 +112,29 @@ def training_gflops(gflops: float, examples: Any) -> Any:
     return 3.0 * gflops * examples
 
 
+class Branch(NamedTuple):
+    """A control branch: how many blocks it copies, its form, and the control's shape (h, w, K)."""
+
+    copies: int
+    form: str
+    shape: tuple[int, ...]
+
+
+class ControlSeam(NamedTuple):
+    """How a network is controlled, if it has a hook after each block.
+
+    `module(k, inputs, branch, place)` applies to (variables(base, control), x, t, Conditions) ->
+    residuals, the `per_block` of the network. `control` are {'in', 'copies'}: `copies/block` is a
+    copy of the first blocks of the stack, and all else is zero at first. `check` raises UserError;
+    `cost` are the parameters and the multiply-accumulates that are added to the network's.
+    """
+
+    module: Callable[..., nn.Module]
+    variables: Callable[[Any, Any], Any]
+    check: Callable[[Any, Inputs, Branch], None]
+    cost: Callable[[Any, Inputs, Branch], tuple[int, int]]
+
+
 class Network(NamedTuple):
     """The definition of a network.
 
@@ -122,7 +146,8 @@ class Network(NamedTuple):
 
     For fine-tuning, `grafts` are the rules of the leaves that follow the inputs
     (`models/grafting.py`), `inherited` the keys that weights were trained with and do not show, and
-    `stack` is the name of the blocks, whose leaves have a leading axis of them.
+    `stack` is the name of the blocks, whose leaves have a leading axis of them. `control` is None
+    if the network cannot have a control branch.
     """
 
     keys: type[Model]
@@ -137,3 +162,4 @@ class Network(NamedTuple):
     grafts: tuple[tuple[str, Callable[..., Any]], ...] = ()
     inherited: tuple[str, ...] = ()
     stack: str = ""
+    control: ControlSeam | None = None

@@ -1,5 +1,6 @@
 """Open runs: check the recipe and the data set, acquire leases, load checkpoints."""
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -15,7 +16,7 @@ from ditjax.config import Config, as_tree, migrated, read
 from ditjax.data import latents, source
 from ditjax.data.classes import ClassNames, class_names, names_of
 from ditjax.data.folders import report_reading
-from ditjax.data.names import is_latents, parse_name
+from ditjax.data.names import Split, is_latents, parse_name
 from ditjax.errors import FaultError, UserError, first_few
 from ditjax.files import lease
 from ditjax.models.network import Rules
@@ -46,6 +47,15 @@ def data_spec(c: Config) -> source.DataSpec:
         threads=d.threads,
         max_damaged=d.max_damaged,
     )
+
+
+def held_out(c: Config) -> source.DataSpec:
+    """The images of a recipe's validation loss; for latents, the images they encode.
+
+    A damaged image is an error, because a loss over other images would be another metric.
+    """
+    name, split = source.images_of(Split(c.data.name, c.evaluate.split))
+    return dataclasses.replace(data_spec(c), name=name, split=split, flip=False, max_damaged=0)
 
 
 def check_data(c: Config) -> source.DatasetInfo:

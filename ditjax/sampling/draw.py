@@ -13,7 +13,8 @@ from ditjax.parallel import processes
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening
 from ditjax.runs.log import Progress
-from ditjax.sampling.program import BatchSampler, batch_sampler, sampling_of
+from ditjax.sampling.controls import Controls, held_out_controls
+from ditjax.sampling.program import NO_CONTROLS, BatchSampler, batch_sampler, sampling_of
 from ditjax.sampling.samples import SampleWriter
 from ditjax.tasks import make_task
 from ditjax.training.program import precise
@@ -49,22 +50,26 @@ class Drawer:
         label_of: Sequence[int] | None = None,
         title: str = "",
         num: int = 0,
+        controls: Controls | None = None,
     ) -> Iterator[Drawn]:
         """Yield the samples of each range [start, stop), drawn by config.sample.
 
         Sample i depends only on (seed, i) and its label, which is label_of[i % len], or uniform if
-        `label_of` is None. With a title, progress towards `num` samples is reported.
+        `label_of` is None. A controlled one depends on its control image, too: by default on record
+        i of config.evaluate.split, whose label it takes then unless `label_of` is given. With a
+        title, progress towards `num` samples is reported.
         """
         sampler = self.sampler(c)
         guidance = sampling_of(c, make_task(c)).guidance
+        controls = controls or self.controls(c)
         progress = Progress(title, num, "images") if title else None
         for first, last in ranges:
             for start in range(first, last, sampler.batch_size):
-                wanted = None
+                indices, wanted = np.arange(start, start + sampler.batch_size), None
                 if label_of is not None:
-                    indices = np.arange(start, start + sampler.batch_size)
                     wanted = np.asarray(label_of, np.int32)[indices % len(label_of)]
-                keys, conditions, label = sampler.place(seed, start, wanted)
+                rows = controls.rows(indices) if controls else NO_CONTROLS
+                keys, conditions, label = sampler.place(seed, start, wanted, rows)
                 with precise(c), sampler.compiling():
                     drawn = sampler.program(params, self._frozen, keys, conditions, guidance)
                 count = min(last - start, sampler.batch_size)
@@ -81,13 +86,18 @@ class Drawer:
         seed: int,
         label_of: Sequence[int] | None = None,
         title: str = "",
+        controls: Controls | None = None,
     ) -> Drawn:
         """Draw samples 0 to num - 1 in memory; with a title, progress is reported."""
-        parts = list(
-            self(c, params, [(0, num)], seed=seed, label_of=label_of, title=title, num=num)
-        )
+        options: Any = {"seed": seed, "label_of": label_of, "title": title, "num": num}
+        parts = list(self(c, params, [(0, num)], controls=controls, **options))
         images, label = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
         return Drawn(0, images, label)
+
+    def controls(self, c: Config) -> Controls | None:
+        """Where control images come from if none are given; None if a recipe takes none."""
+        controlled = sampling_of(c, make_task(c)).control is not None
+        return held_out_controls(c) if controlled else None
 
     def sampler(self, c: Config) -> BatchSampler:
         """The sampler of a recipe. Raises UserError for an illegal batch size or steps."""
@@ -99,13 +109,21 @@ class Drawer:
 
 
 def sampling_protocol(
-    c: Config, *, seed: int, labels: str, decoder: str, guide: str = ""
+    c: Config,
+    *,
+    seed: int,
+    labels: str,
+    decoder: str,
+    guide: str = "",
+    others: Sequence[str] = (),
+    controls: Controls | None = None,
 ) -> dict[str, Any]:
     """Everything but the count that two sample sets must share for their scores to be compared.
 
     `labels`: 'uniform', 'balanced' or the requested classes. `decoder`: the SHA-256 of the
-    autoencoder's parameters, or 'pixels'. `guide`: that of the weak network's, if one guides. The
-    model itself is not part of the protocol.
+    autoencoder's parameters, or 'pixels'. `guide`: that of the weak network's, if one guides.
+    `others`: those of further controls, and `controls` the images. The model itself is not part of
+    the protocol.
     """
     s = c.sample
     guided = s.cfg_scale != 1
@@ -124,6 +142,8 @@ def sampling_protocol(
         "image_size": c.data.image_size,
         "sampling_precision": [c.model.dtype, c.model.matmul],
         **({"guide": guide} if guide and guided else {}),
+        **({"control_others": list(others)} if others else {}),
+        **(controls.record if controls else {}),
         **sampling_of(c, make_task(c)).protocol,
     }
 
@@ -138,6 +158,7 @@ def draw_to(
     seed: int,
     label_of: Sequence[int] | None = None,
     title: str = "sample",
+    controls: Controls | None = None,
 ) -> float:
     """Draw config.sample.num samples into the npz at `path`, writing each batch before the next.
 
@@ -152,7 +173,8 @@ def draw_to(
         writer = SampleWriter(path, num, shape, provenance, labelled=True, replace=True)
         ranges = list(writer.missing(c.sample.batch_size))
     ranges = processes.broadcast_ranges(ranges)
-    for part in drawer(c, params, ranges, seed=seed, label_of=label_of, title=title, num=num):
+    options: Any = {"seed": seed, "label_of": label_of, "title": title, "num": num}
+    for part in drawer(c, params, ranges, controls=controls, **options):
         if writer:
             writer.write(part.start, part.images, part.label)
     if writer:
@@ -166,7 +188,11 @@ def decoder_of(frozen: Frozen) -> str:
     return opening.digest(frozen["autoencoder"]) if "autoencoder" in frozen else "pixels"
 
 
-def digests_of(frozen: Frozen) -> dict[str, str]:
-    """The arguments `decoder` and `guide` of `sampling_protocol`."""
-    guide = {"guide": opening.digest(frozen["guide"])} if "guide" in frozen else {}
-    return {"decoder": decoder_of(frozen), **guide}
+def digests_of(frozen: Frozen) -> dict[str, Any]:
+    """The arguments `decoder`, `guide` and `others` of `sampling_protocol`."""
+    found: dict[str, Any] = {"decoder": decoder_of(frozen)}
+    if "guide" in frozen:
+        found["guide"] = opening.digest(frozen["guide"])
+    if "controls" in frozen:
+        found["others"] = [opening.digest(each) for each in frozen["controls"]]
+    return found

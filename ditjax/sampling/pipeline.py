@@ -30,7 +30,9 @@ from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
 from ditjax.runs.snapshots import average_record
+from ditjax.sampling.controls import ControlImage, Controls, given_controls
 from ditjax.sampling.draw import Drawer, digests_of, draw_to, sampling_protocol
+from ditjax.sampling.program import sampling_of
 from ditjax.tasks import make_task
 from ditjax.tasks.guide import load_guide
 from ditjax.training.task import Frozen
@@ -235,12 +237,14 @@ class Pipeline:
         cfg_channels: str | None = None,
         batch_size: int | None = None,
         quiet: bool = False,
+        control: ControlImage | Sequence[ControlImage] | None = None,
     ) -> Output:
         """Draw `num` images, by default one per class; image i has class classes[i % len].
 
         Classes are numbers, names or WordNet ids; None draws them uniformly. Image i depends only
-        on (seed, i) and its class, not on the batch or the devices. Other arguments default to the
-        recipe's (`self.config.sample`). Raises UserError.
+        on (seed, i), its class and its control image, not on the batch or the devices. `control`
+        are control images of a run that has a control, as `controls.given_controls` takes them.
+        Other arguments default to the recipe's (`self.config.sample`). Raises UserError.
         """
         c, label_of = self._request(
             classes,
@@ -253,6 +257,7 @@ class Pipeline:
             steps=None if steps is None else str(steps),
             batch_size=batch_size,
         )
+        controls = self._controls(c, control)
         began = time.monotonic()
         drawn = self._drawer.whole(
             c,
@@ -261,9 +266,10 @@ class Pipeline:
             seed=c.seed,
             label_of=label_of,
             title="" if quiet else "sample",
+            controls=controls,
         )
         images = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in drawn.images]
-        record = self._record(c, label_of, time.monotonic() - began)
+        record = self._record(c, label_of, time.monotonic() - began, controls)
         return Output(images, drawn.images, drawn.label, record)
 
     @lease.scope()
@@ -274,6 +280,7 @@ class Pipeline:
         *,
         num: int | None = None,
         batch_size: int | None = None,
+        control: ControlImage | Sequence[ControlImage] | None = None,
     ) -> dict[str, Any]:
         """Draw images into an npz (arr_0, label), batch by batch, and return their record.
 
@@ -281,17 +288,27 @@ class Pipeline:
         replaced. Raises UserError, also if another process is writing samples to the same folder.
         """
         c, label_of = self._request(classes, num=num, batch_size=batch_size)
+        controls = self._controls(c, control)
         opening.acquire_lease(Path(path).parent, opening.SAMPLES_LEASE)
-        record = self._record(c, label_of, 0.0)
+        record = self._record(c, label_of, 0.0, controls)
         labels = "uniform" if label_of is None else f"classes {label_of}"
+        if label_of is None and controls and control is None:
+            labels = "records"
         provenance = {
             "model": {**self._source.record, "params_sha256": opening.digest(self._params)},
             "sampling": sampling_protocol(
-                c, seed=c.seed, labels=labels, **digests_of(self._frozen)
+                c, seed=c.seed, labels=labels, controls=controls, **digests_of(self._frozen)
             ),
         }
         seconds = draw_to(
-            path, self._drawer, c, self._params, provenance, seed=c.seed, label_of=label_of
+            path,
+            self._drawer,
+            c,
+            self._params,
+            provenance,
+            seed=c.seed,
+            label_of=label_of,
+            controls=controls,
         )
         return {**record, "protocol": provenance["sampling"], "seconds": round(seconds, 3)}
 
@@ -319,6 +336,23 @@ class Pipeline:
             batch_size = -(-min(c.sample.batch_size, num) // devices) * devices
         return changed(c, {"sample": {"batch_size": batch_size}}), label_of
 
+    def _controls(
+        self, c: Config, control: ControlImage | Sequence[ControlImage] | None
+    ) -> Controls | None:
+        """The given control images, or those of a controlled run's records, which a line says."""
+        if control is None:
+            default = self._drawer.controls(c)
+            if default and is_primary():
+                line = f"control images: those of {default.record['control_images']}, in order"
+                print(line, file=sys.stderr, flush=True)
+            return default
+        if sampling_of(c, make_task(c)).control is None:
+            raise UserError(
+                "a control image is given, and the network has no control: name a run that was"
+                " trained with config.adapt.kind 'control'."
+            )
+        return given_controls(c, control)
+
     def labels(self, classes: Sequence[int | str] | str | None) -> list[int] | None:
         """Convert class numbers, names and WordNet ids to class numbers. Raises UserError."""
         if classes is None or (isinstance(classes, str) and not classes):
@@ -326,7 +360,12 @@ class Pipeline:
         text = classes if isinstance(classes, str) else ",".join(str(word) for word in classes)
         return parse_classes(text, self.config.data.num_classes, self.class_names)
 
-    def _record(self, c: Config, label_of: list[int] | None, seconds: float) -> dict[str, Any]:
+    def _record(
+        self, c: Config, label_of: list[int] | None, seconds: float, controls: Controls | None
+    ) -> dict[str, Any]:
+        controlled = (
+            {"control": dataclasses.asdict(c.control), **controls.record} if controls else {}
+        )
         return {
             **self._source.record,
             "seed": c.seed,
@@ -334,6 +373,7 @@ class Pipeline:
             "sample": dataclasses.asdict(c.sample),
             "model": dataclasses.asdict(c.model),
             "diffusion": dataclasses.asdict(c.diffusion),
+            **controlled,
             "autoencoder_scale": c.autoencoder.scale if c.latent else None,
             "autoencoder_statistics": c.autoencoder.statistics if c.latent else None,
             "image_size": c.data.image_size,

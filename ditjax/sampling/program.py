@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ditjax.config import Config
+from ditjax.data.records import HostBatch
 from ditjax.errors import UserError
 from ditjax.models.network import Conditions
 from ditjax.parallel import compiling, processes, rules
@@ -23,16 +24,25 @@ def sampling_of(c: Config, task: Task) -> Sampling:
     return task.sampling
 
 
+NO_CONTROLS: HostBatch = {}
+
+
+def _no_maps(images: jax.Array, keys: jax.Array) -> jax.Array:
+    raise ValueError("control images are given to a task that takes none")
+
+
 class BatchSampler(NamedTuple):
     """The jitted sampler of `batch_size` samples at a time.
 
-    `place(seed, start, labels i[B] or None)` returns the arguments for samples start to start + B
-    on the mesh: (keys, conditions, labels i32[B]). `program(params, frozen, keys, conditions,
-    guidance)` returns the images u8[B,H,W,C]; call it inside `precise` and `compiling()`.
+    `place(seed, start, labels i[B] or None, controls)` returns the arguments for samples start to
+    start + B on the mesh: (keys, conditions, labels i32[B]). `controls` are the rows of
+    `controls.Controls`, by default none; their labels are taken if none are given.
+    `program(params, frozen, keys, conditions, guidance)` returns the images u8[B,H,W,C]; call it
+    inside `precise` and `compiling()`.
     """
 
     program: Callable[[Any, Frozen, Any, Conditions, Any], jax.Array]
-    place: Callable[[int, int, np.ndarray | None], tuple[Any, Conditions, np.ndarray]]
+    place: Callable[..., tuple[Any, Conditions, np.ndarray]]
     compiling: Callable[[], AbstractContextManager[None]]
     batch_size: int
 
@@ -44,7 +54,7 @@ def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
     label i is uniform over the classes and also depends only on (seed, i). Another seed or guidance
     does not recompile as long as `Sampling.compiled` is the same.
     """
-    draw = sampling_of(c, task).draw
+    sampling = sampling_of(c, task)
     B = c.sample.batch_size
     rules.check_batch(B, mesh, "config.sample.batch_size")
     batch_sharding = rules.batch_sharding(mesh)
@@ -55,18 +65,31 @@ def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
         each = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
         return jax.vmap(lambda key: jax.random.randint(key, (), 0, c.data.num_classes))(each)
 
+    maps_of = jax.jit(sampling.control or _no_maps, out_shardings=batch_sharding)
+
+    def channels_of(seed: int, indices: jax.Array, controls: HostBatch) -> jax.Array | None:
+        if "maps" in controls:
+            return processes.from_whole(batch_sharding, controls["maps"])
+        if "image" not in controls:
+            return None
+        images = processes.from_whole(batch_sharding, controls["image"])
+        return maps_of(images, keys_of(keys.stream(seed, keys.CONTROL), indices))
+
     def place(
-        seed: int, start: int, labels: np.ndarray | None
+        seed: int, start: int, labels: np.ndarray | None, controls: HostBatch = NO_CONTROLS
     ) -> tuple[Any, Conditions, np.ndarray]:
         indices = np.arange(start, start + B, dtype=np.uint32)
+        labels = controls.get("label") if labels is None else labels
         if labels is None:
             labels = np.asarray(labels_of(keys.stream(seed, keys.LABELS), indices))
+        labels = np.asarray(labels, np.int32)
         on_mesh = [processes.from_whole(batch_sharding, x) for x in (indices, labels)]
         each = keys_of(keys.stream(seed, keys.SAMPLE), on_mesh[0])
-        return each, Conditions(label=on_mesh[1]), np.asarray(labels, np.int32)
+        channels = channels_of(seed, on_mesh[0], controls)
+        return each, Conditions(label=on_mesh[1], channels=channels), labels
 
     program = jax.jit(
-        draw,
+        sampling.draw,
         in_shardings=(None, None, batch_sharding, batch_sharding, None),
         out_shardings=rules.replicated(mesh),
     )

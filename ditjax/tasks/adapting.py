@@ -38,7 +38,7 @@ from ditjax.tasks import make_task
 from ditjax.training import keys
 from ditjax.training.step import WEIGHTS
 from ditjax.training.task import IDENTITY, Start, Transform
-from ditjax.training.transforms import Choice, Factors, low_rank, partly
+from ditjax.training.transforms import Choice, Factors, beside, low_rank, partly
 from ditjax.weights import networks, reading
 from ditjax.weights.networks import LoadedNetwork
 
@@ -84,7 +84,7 @@ class Adapt(Section):
     sha256: str = key("")  # of the base's parameters; filled in when a run begins
     classes: tuple[int, ...] = key((), read=_CLASSES)  # () = as the base's
     skip: str = key("", PATTERN)  # parameters that are not taken from the base
-    kind: Literal["full", "partial", "lora"] = key("full")  # what is trained
+    kind: Literal["full", "partial", "lora", "control"] = key("full")  # what is trained
     train: str = key("", PATTERN, used_if=_SOME)  # parameters that are trained
     blocks: tuple[int, ...] = key((), read=_RANGE, used_if=_SOME)  # of those, which blocks
     # LoRA's, and the next four: the linear layers that have factors
@@ -121,18 +121,24 @@ class Adapt(Section):
                 " expression of the parameters that are trained, such as 'bias|y_embedder'."
             )
         mup = getattr(c.model, "parametrization", "standard") == "mup"
-        if self.kind == "lora" and mup:
+        if self.kind in ("lora", "control") and mup:
+            what = "factors" if self.kind == "lora" else "a control branch"
             raise UserError(
-                "config.adapt.kind is 'lora' and config.model.parametrization 'mup', whose rates"
-                " are not known for factors: fine-tune with kind 'full' or 'partial'."
+                f"config.adapt.kind is {self.kind!r} and config.model.parametrization 'mup', whose"
+                f" rates are not known for {what}: fine-tune with kind 'full' or 'partial'."
             )
 
 
-def adapter_of(c: Config, network: Network) -> Transform:
-    """What a recipe trains of its network."""
+def adapter_of(
+    c: Config, network: Network, branch_shapes: Callable[[], Any] | None = None
+) -> Transform:
+    """What a recipe trains of its network; `branch_shapes` are those of its control branch."""
     a = c.adapt
     if not a.base or a.kind == "full":
         return IDENTITY
+    if a.kind == "control":
+        assert branch_shapes is not None
+        return beside(network.stack, branch_shapes)
     also = Choice(a.train, network.stack, "train", a.blocks) if a.train else None
     if a.kind == "partial":
         assert also is not None

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,9 +23,9 @@ from ditjax.models import kernels
 from ditjax.models.attention import attend
 from ditjax.models.autoencoder import Moments, sample_posterior
 from ditjax.models.embed import ANYWHERE, Placement, drop_labels
-from ditjax.models.network import DTYPES, Conditions, Inputs, Network
+from ditjax.models.network import DTYPES, Conditions, Inputs, Network, NetworkCost
 from ditjax.parallel import rules
-from ditjax.tasks import adapting, alignment, autoencoder
+from ditjax.tasks import adapting, alignment, autoencoder, control
 from ditjax.tasks.guide import guide_recipe, load_guide
 from ditjax.tasks.objective import (
     LOSS_REGISTRY,
@@ -53,6 +53,8 @@ from ditjax.training.task import (
     Transform,
     ValidationScore,
 )
+
+CONTROL = "control"  # of a drawn batch: control maps f32[B,h,w,K]
 
 # ---- the network of a recipe
 
@@ -110,7 +112,23 @@ def denoiser_module(c: Config, mesh: Mesh | None = None) -> Any:
 
 def transform_of(c: Config) -> Transform:
     """What a recipe trains of its network."""
-    return adapting.adapter_of(c, network_of(c))
+    network, inputs = network_of(c), inputs_of(c)
+    return adapting.adapter_of(c, network, lambda: control.branch_shapes(c, network, inputs))
+
+
+def apply_of(
+    c: Config, mesh: Mesh | None = None, recipes: Sequence[Config] = ()
+) -> Callable[..., Any]:
+    """The function of a recipe's network: (variables, x, t, conditions) -> prediction.
+
+    With a control it is that of the network and its branches, by default its own alone.
+    """
+    module = denoiser_module(c, mesh)
+    if not control.is_controlled(c):
+        apply: Callable[..., Any] = module.apply
+        return apply
+    place = ANYWHERE if mesh is None else placement(c, mesh)
+    return control.with_branches(c, network_of(c), inputs_of(c), module, place, recipes or (c,))
 
 
 # ---- the task
@@ -118,13 +136,7 @@ def transform_of(c: Config) -> Transform:
 
 def make(c: Config, mesh: Mesh | None = None) -> Task:
     """Build the class-conditional diffusion task of a recipe, for a mesh or one device."""
-    network, inputs = network_of(c), inputs_of(c)
-    # Without the mesh, which could not divide the batch of one that initialises the parameters.
-    model = denoiser_module(c)
-
-    def init(key: jax.Array) -> Any:
-        x, label = jnp.zeros((1, *inputs.shape)), jnp.zeros((1,), jnp.int32)
-        return model.init(key, x, label, Conditions(label=label))
+    network, inputs, init = network_of(c), inputs_of(c), _initialiser(c)
 
     def start(mesh: Mesh) -> Start:
         return adapting.start_of(c, network, inputs_of, init, mesh)
@@ -132,17 +144,19 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
     def frozen(mesh: Mesh) -> Frozen:
         found = {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {}
         base = {"base": start(mesh).params} if adapted else {}
-        return {**found, **base, **load_guide(c, mesh)}
+        return {**found, **base, **control.load_controls(c, mesh), **load_guide(c, mesh)}
 
     transform = transform_of(c)
     adapted = transform is not IDENTITY
     images = c.latent and not is_latents(c.data.name)
     build = functools.partial(denoiser_module, mesh=mesh)
     align = alignment.alignment_of(c, network, inputs, objective_of(c), build)
+    pixels = _pixels(c)
 
     def prepare(frozen: Frozen, batch: Batch, key: jax.Array) -> Batch:
-        """Turn images or moments into x0, and add what the loss is aligned to."""
+        """Turn images or moments into x0, and add what the loss is aligned to, or control needs."""
         found = {"label": batch["label"], **(align.prepare(batch) if align else {})}
+        found |= {name: batch[name] for name in pixels}
         if "mean" in batch:
             moments = Moments(batch["mean"], batch["log_variance"])
         elif c.latent:
@@ -151,13 +165,14 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
             return {"x0": batch["image"], **found}
         return {"x0": autoencoder.draw_latents(c, moments, key), **found}
 
-    cost = network.cost(c.model, inputs) if network.cost else None
+    cost = _cost(c, network, inputs)
     return Task(
         name=cost.name if cost else c.model.kind,
         inputs={
             "x0": jax.ShapeDtypeStruct(inputs.shape, jnp.float32),
             "label": jax.ShapeDtypeStruct((), jnp.int32),
             **(align.inputs if align else {}),
+            **pixels,
         },
         init=init,
         prepare=prepare,
@@ -177,17 +192,51 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
     )
 
 
+def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
+    """The initial parameters of a recipe's network by a key."""
+    # Without the mesh, which could not divide the batch of one that initialises the parameters.
+    model, shape = denoiser_module(c), inputs_of(c).shape
+
+    def init(key: jax.Array) -> Any:
+        x, label = jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32)
+        return model.init(key, x, label, Conditions(label=label))
+
+    return init
+
+
+def _cost(c: Config, network: Network, inputs: Inputs) -> NetworkCost | None:
+    """The cost of a recipe's network and its control, if it is known."""
+    cost = network.cost(c.model, inputs) if network.cost else None
+    if cost is None or not control.is_controlled(c):
+        return cost
+    return control.with_cost(c, network, inputs, cost)
+
+
+def _pixels(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """The images that control maps are made of, where x0 are their latents: one example."""
+    side = c.data.image_size
+    shape = jax.ShapeDtypeStruct((side, side, c.data.channels), jnp.float32)
+    return {"image": shape} if c.latent and control.is_controlled(c) else {}
+
+
 def draw(
     c: Config, times: Callable[[jax.Array, int], jax.Array], batch: Batch, key: jax.Array
 ) -> Batch:
-    """Draw times and eps ~ N(0, I), and drop labels at random."""
+    """Draw times and eps ~ N(0, I), and drop labels at random; make the control maps."""
     key_t, key_eps, key_drop = jax.random.split(key, 3)
     x0, label = batch["x0"], batch["label"]
+    dropout, maps = c.model.label_dropout, {}
+    if control.is_controlled(c):
+        # Of a fourth key, so that what the other three draw is as without a control.
+        each = jax.random.split(jax.random.fold_in(key, 3), len(x0))
+        maps = {CONTROL: control.maps_of((c,))(batch.get("image", x0), each)}
+        dropout = c.control.drop
     return {
-        **{name: value for name, value in batch.items() if name != "label"},
+        **{name: value for name, value in batch.items() if name not in ("label", "image")},
         "t": times(key_t, len(x0)),
         "eps": jax.random.normal(key_eps, x0.shape, jnp.float32),
-        "y": drop_labels(key_drop, label, c.model.label_dropout, c.data.num_classes),
+        "y": drop_labels(key_drop, label, dropout, c.data.num_classes),
+        **maps,
     }
 
 
@@ -198,7 +247,7 @@ def make_loss(
 
     With an alignment, the weighted negative cosine is added, and its mean is a metric.
     """
-    apply: Callable[..., Any] = denoiser_module(c, mesh).apply
+    apply = apply_of(c, mesh)
     objective, objective_loss = objective_of(c), lookup(c.diffusion.loss, LOSS_REGISTRY)
     transform = transform_of(c)
 
@@ -206,7 +255,8 @@ def make_loss(
         params = transform.join(frozen.get("base"), trained)
         of_params = functools.partial(apply, params)
         tapped = alignment.Tapped(of_params, drawn["y"])
-        plain = functools.partial(of_params, conditions=Conditions(label=drawn["y"]))
+        conditions = Conditions(label=drawn["y"], channels=drawn.get(CONTROL))
+        plain = functools.partial(of_params, conditions=conditions)
         denoise = tapped if align else plain
         parts = objective_loss(objective, denoise, drawn["x0"], drawn["t"], drawn["eps"])
         means = {name: value.mean() for name, value in parts.items()}
@@ -227,6 +277,7 @@ def check(c: Config) -> None:
         )
     network_of(c).check(c.model, inputs_of(c))
     alignment.check_alignment(c, network_of(c), inputs_of(c))
+    control.check_control(c, network_of(c), inputs_of(c))
     check_sampling(c)
     guided = c.sample.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
     if guided and c.model.label_dropout == 0 and not c.sample.guide:
@@ -249,7 +300,8 @@ def guidance_of(c: Config) -> Guidance:
     """The guidance arguments of a recipe, for a sampler compiled for the same `guided` mode."""
     process = process_of(c.diffusion)
     low, high = sorted(process.network_time(share) for share in c.sample.cfg_interval)
-    return Guidance(np.float32(c.sample.cfg_scale), np.float32(low), np.float32(high))
+    weights = control.control_weights(c) if control.is_controlled(c) else None
+    return Guidance(np.float32(c.sample.cfg_scale), np.float32(low), np.float32(high), weights)
 
 
 def guided(c: Config) -> Literal["never", "always", "within"]:
@@ -272,10 +324,12 @@ def denoiser(
     With guidance, the conditional and the unconditional half are evaluated as one doubled batch,
     or the conditional prediction of `weak(x, t, conditions)` is taken for the unconditional half.
     """
-    labels = conditions.label
+    labels, channels = conditions.label, conditions.channels
     assert labels is not None
+    if g.control is not None:
+        apply = functools.partial(apply, weights=g.control)
 
-    conditional = functools.partial(apply, params, conditions=Conditions(label=labels))
+    conditional = functools.partial(apply, params, conditions=conditions)
     if guided(c) == "never":
         return conditional
     null = jnp.full_like(labels, c.data.num_classes)
@@ -286,7 +340,11 @@ def denoiser(
             params,
             jnp.concatenate([x, x]),
             twice(t),
-            Conditions(label=jnp.concatenate([labels, null])),
+            Conditions(
+                label=jnp.concatenate([labels, null]),
+                channels=None if channels is None else jnp.concatenate([channels, channels]),
+            ),
+            **control.conditional_rows(c, len(x)),
         )
         conditional, unconditional = jnp.split(both, 2)
         return conditional, unconditional
@@ -305,14 +363,17 @@ def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
     g, times = guidance_of(c), times_of(c)
     t = process.c_noise(sampler.evaluated(process, times)) if not sampler.adaptive else None
     sample = dataclasses.replace(c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema")
+    compiled = (c.model, c.diffusion, c.data, c.autoencoder, c.adapt, sample, guided(c))
+    controlled = control.is_controlled(c)
     return Sampling(
         draw=make_sampler(c, mesh),
         guidance=g,
-        compiled=(c.model, c.diffusion, c.data, c.autoencoder, c.adapt, sample, guided(c)),
+        compiled=(*compiled, dataclasses.replace(c.control, scale=(), start=0.0, end=1.0)),
         timesteps=t,
         guided=0 if t is None else _count_guided(guided(c), g, t),
-        protocol=protocol_of(c),
+        protocol={**protocol_of(c), **control.control_protocol(c)},
         weak=guide_recipe(c) if c.sample.guide else None,
+        control=control.maps_of(control.all_controls(c)) if controlled else None,
     )
 
 
@@ -328,9 +389,9 @@ def make_sampler(
 ) -> Callable[[Any, Frozen, jax.Array, Conditions, Guidance], jax.Array]:
     """(trained, frozen, keys key[B], conditions, guidance) -> images u8[B,H,W,C].
 
-    Sample b depends only on keys[b] and its label, not on the batch that it is drawn in.
+    Sample b depends only on keys[b] and its conditions, not on the batch that it is drawn in.
     """
-    apply: Callable[..., Any] = denoiser_module(c, mesh).apply
+    apply = apply_of(c, mesh, control.all_controls(c))
     weak = denoiser_module(guide_recipe(c), mesh).apply if c.sample.guide else None
     shape, times, objective = inputs_of(c).shape, times_of(c), objective_of(c)
     options = {"clip_x0": c.sample.clip_x0, **options_of(c)}
@@ -341,6 +402,8 @@ def make_sampler(
         trained: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, g: Guidance
     ) -> jax.Array:
         params = transform.join(frozen.get("base"), trained)
+        if "controls" in frozen:
+            params = {**params, "controls": frozen["controls"]}
         other = functools.partial(weak, frozen["guide"]) if weak else None
         denoise = denoiser(c, apply, params, conditions, g, other)
         x_T = samplers.initial_noise(keys, shape)
@@ -375,9 +438,9 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
 
     For DDPM these are the parts of `hybrid_loss`, whatever the training objective is; labels are
     never dropped. The image, the time and the noise of triple i depend only on (seed, i), as does
-    the noise of z ~ q(z|x) for latents.
+    the noise of z ~ q(z|x) for latents. A control counts in full.
     """
-    apply: Callable[..., Any] = denoiser_module(c, mesh).apply
+    apply = apply_of(c, mesh)
     objective, shape, d = objective_of(c), inputs_of(c).shape, c.diffusion
     transform, learned = transform_of(c), d.variance == "learned_range"
     loss = losses.hybrid_loss if learned else losses.simple_loss
@@ -393,7 +456,7 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
             noise = samplers.per_sample_noise(keys, shape)(jnp.int32(0))
             moments = autoencoder.encode_images(c, frozen["autoencoder"], x0)
             x0 = autoencoder.normalized(c, sample_posterior(moments, noise))
-        denoise = functools.partial(apply, params, conditions=Conditions(label=batch["label"]))
+        denoise = functools.partial(apply, params, conditions=_held_out_conditions(c, keys, batch))
         eps = samplers.initial_noise(keys, shape)
         found = loss(objective, denoise, x0, batch["t"], eps)
         return {name: found[name] for name in ("mse", "vlb") if name in found}
@@ -404,6 +467,7 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
         protocol={
             "val_loss_target": validation_target(d),
             **_latent_protocol(c),
+            **({"val_loss_control": c.control.source} if control.is_controlled(c) else {}),
         },
         num=c.evaluate.val_loss_num,
         # Times are spread evenly over the examples.
@@ -411,12 +475,21 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     )
 
 
+def _held_out_conditions(c: Config, keys: jax.Array, batch: Batch) -> Conditions:
+    """The label of a held-out image, and the control map of the image itself."""
+    maps = None
+    if control.is_controlled(c):
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
+        maps = control.maps_of((c,))(batch["image"], own)
+    return Conditions(label=batch["label"], channels=maps)
+
+
 def density(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     """Bits/dim of held-out images under the probability-flow ODE (`likelihood.log_density`).
 
     Bytes are dequantised by uniform noise of one bin; it and the probe depend only on (seed, i).
     """
-    apply: Callable[..., Any] = denoiser_module(c, mesh).apply
+    apply = apply_of(c, mesh)
     objective, shape = objective_of(c), inputs_of(c).shape
     transform, width, dims = transform_of(c), 2 / 255, math.prod(shape)
 
@@ -424,7 +497,7 @@ def density(c: Config, mesh: Mesh | None = None) -> ValidationScore:
         trained: Any, frozen: Frozen, keys: jax.Array, batch: Batch
     ) -> dict[str, jax.Array]:
         params = transform.join(frozen.get("base"), trained)
-        denoise = functools.partial(apply, params, conditions=Conditions(label=batch["label"]))
+        denoise = functools.partial(apply, params, conditions=_held_out_conditions(c, keys, batch))
         pairs = jax.vmap(jax.random.split)(keys)
         spread = jax.vmap(lambda key: jax.random.uniform(key, shape))(pairs[:, 0])
         probe = jax.vmap(lambda key: jax.random.rademacher(key, shape, jnp.float32))(pairs[:, 1])
@@ -457,6 +530,7 @@ TASK = Definition(
         "align": alignment.Align,
         "autoencoder": FrozenAutoencoder,
         "adapt": adapting.Adapt,
+        "control": control.Control,
         "sample": Sample,
     },
     check=check,

@@ -52,11 +52,15 @@ class Start(NamedTuple):
 
 
 class Guidance(NamedTuple):
-    """Arguments of guidance, f32[] each: the scale, and its timesteps low <= t < high."""
+    """Arguments of guidance, f32[] each: the scale, and its timesteps low <= t < high.
+
+    `control` are those of a control, if there is one.
+    """
 
     scale: jax.Array | np.float32
     low: jax.Array | np.float32
     high: jax.Array | np.float32
+    control: Any = None
 
 
 class Sampling(NamedTuple):
@@ -68,6 +72,9 @@ class Sampling(NamedTuple):
     times that it is given, twice at `guided` of them; None if they are not known before. `weak` is
     the recipe of another network that takes the place of the second evaluation there. `protocol`
     are the fields of the sampling protocol that only this task has.
+
+    `control` is None, or (images f32[B,H,W,C] in [-1, 1], keys key[B]) -> the control images, as
+    `conditions.channels` f32[B,h,w,K]: those that follow from an image of a data set.
     """
 
     draw: Callable[[Any, Frozen, jax.Array, Conditions, Any], jax.Array]
@@ -77,6 +84,7 @@ class Sampling(NamedTuple):
     guided: int
     protocol: Mapping[str, Any] = {}
     weak: Config | None = None
+    control: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
 class ValidationScore(NamedTuple):

@@ -1,10 +1,11 @@
-"""What is trained of a network: some of its parameters, or low-rank factors beside them.
+"""What is trained of a network: some of its parameters, or factors or a control branch beside them.
 
 A network's parameters are {'params': tree}. Paths are below 'params', such as
 'blocks/attn/qkv/kernel'. The leaves of its blocks have a leading axis of L.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -141,6 +142,33 @@ def low_rank(factors: Factors, also: Choice | None = None) -> Transform:
     def merge(base: Any, trained: Any) -> Any:
         params = with_also(base, trained)
         return {"params": merged_factors(params, scaled(trained["lora"], factors.scale))}
+
+    return Transform(init, join, merge)
+
+
+def beside(stack: str, shapes: Callable[[], Any]) -> Transform:
+    """Train a control branch (`network.ControlSeam`) beside a network that is frozen.
+
+    `shapes()` are its parameters {'in', 'copies': {'block', 'out'}} as shapes. `copies/block` is
+    the first blocks of the stack, and the rest zero: the output is the network's own at first.
+    """
+
+    def init(params: Any, key: jax.Array) -> Any:
+        control = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes())
+        copies = control["copies"]
+        blocks = jax.tree.map(
+            lambda leaf, copy: leaf[: len(copy)], params["params"][stack], copies["block"]
+        )
+        return {"control": {**control, "copies": {**copies, "block": blocks}}}
+
+    def join(base: Any, trained: Any) -> Any:
+        return {"params": base["params"], "control": trained["control"]}
+
+    def merge(base: Any, trained: Any) -> Any:
+        raise UserError(
+            "a control branch is a network beside its base, and has no place in it: use its run as"
+            " it is, with sample, evaluate or grid."
+        )
 
     return Transform(init, join, merge)
 

@@ -17,7 +17,7 @@ from ditjax.errors import UserError
 from ditjax.evaluation.evaluator import reference_of
 from ditjax.evaluation.features import Extractor, ImageFeatures
 from ditjax.evaluation.scoring import open_reference
-from ditjax.evaluation.validation import held_out
+from ditjax.runs import opening
 
 SIDE = 8
 
@@ -156,7 +156,7 @@ def test_of_latents_it_is_the_images_that_they_encode(kind, name_of, root, tmp_p
         assert found.record["reference_sha256"] == sha256(name, split, root)
     named = open_reference(latents, EXTRACTOR, SIDE, str(root))
     assert named.record["reference_sha256"] == sha256(name, "train", root)
-    held = held_out(recipe(latents, "train", root, held="test"))
+    held = opening.held_out(recipe(latents, "train", root, held="test"))
     assert dataset_info(held.name, held.split, root) == dataset_info(name, "test", root)
 
 

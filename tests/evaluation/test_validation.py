@@ -14,10 +14,11 @@ from ditjax.data.names import Split
 from ditjax.diffusion import samplers
 from ditjax.errors import UserError
 from ditjax.evaluation.evaluator import Evaluator
-from ditjax.evaluation.validation import Validator, held_out
+from ditjax.evaluation.validation import Validator
 from ditjax.models.autoencoder import sample_posterior
 from ditjax.models.network import Conditions
 from ditjax.parallel.mesh import make_mesh
+from ditjax.runs import opening
 from ditjax.tasks import autoencoder, make_task
 from ditjax.tasks.diffusion import denoiser_module
 from ditjax.training import keys
@@ -176,7 +177,7 @@ def test_the_protocol_says_what_it_is_of_and_only_where_it_is():
 def test_of_encoded_latents_the_images_behind_them_are_held_out(monkeypatch):
     c = changed(recipe("digits_latent.py"), {"data": {"name": "latents:/of/digits", "flip": True}})
     monkeypatch.setattr(source, "images_of", lambda split: Split("digits", split.split))
-    spec = held_out(c)
+    spec = opening.held_out(c)
     assert (spec.name, spec.split, spec.flip) == ("digits", f"test[:{HELD_OUT}]", False)
 
 

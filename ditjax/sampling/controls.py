@@ -1,0 +1,97 @@
+"""The control images of samples: given ones, or those of the held-out records of a recipe."""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ditjax.config import Config
+from ditjax.data import source, stream
+from ditjax.data.crop import normalize
+from ditjax.data.records import HostBatch
+from ditjax.errors import UserError
+from ditjax.runs import opening
+from ditjax.tasks.control import map_channels
+
+ControlImage = str | os.PathLike[str] | Image.Image | np.ndarray
+_MODES = {1: "L", 3: "RGB"}
+
+
+class Controls(NamedTuple):
+    """Where the control images of samples come from.
+
+    `rows(indices i[n])` are {'maps': f32[n,H,W,K]}, or images and labels of records,
+    {'image': f32[n,H,W,C] in [-1, 1], 'label': i[n]}, from which maps are made. `record` identifies
+    them in a protocol.
+    """
+
+    rows: Callable[[np.ndarray], HostBatch]
+    record: Mapping[str, Any]
+
+
+def held_out_controls(c: Config) -> Controls:
+    """Sample i is controlled by record i of config.evaluate.split, and begins again after the last.
+
+    Raises UserError for a split that is missing.
+    """
+    spec = opening.held_out(c)
+    info = source.dataset_info(spec.name, spec.split, spec.data_dir)
+
+    def rows(indices: np.ndarray) -> HostBatch:
+        (batch,) = stream.read_records(spec, indices % info.num_examples, len(indices))
+        return {name: batch[name] for name in ("image", "label")}
+
+    return Controls(rows, {"control_images": f"{info.full_name}/{c.evaluate.split}"})
+
+
+def given_controls(c: Config, images: ControlImage | Sequence[ControlImage]) -> Controls:
+    """Control images, one for each control of the recipe: files, PIL images or u8 arrays.
+
+    An array [n,H,W,K] controls sample i by image i % n. Raises UserError for another number, size
+    or mode of images.
+    """
+    given: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+    channels = map_channels(c)
+    if len(given) != len(channels):
+        raise UserError(
+            f"{len(given)} control image(s) for {len(channels)} control(s): expected one for each,"
+            " the run's own first, then those of config.control.others."
+        )
+    side = c.data.image_size
+    pixels = [_pixels(image, side, K) for image, K in zip(given, channels, strict=True)]
+
+    def rows(indices: np.ndarray) -> HostBatch:
+        each = [normalize(x[indices % len(x)]) for x in pixels]
+        return {"maps": np.concatenate(each, axis=-1)}
+
+    digests = [hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for x in pixels]
+    return Controls(rows, {"control_images": digests})
+
+
+def _pixels(image: ControlImage, side: int, channels: int) -> np.ndarray:
+    """A control image as u8[n,side,side,channels]."""
+    name = str(image) if isinstance(image, str | os.PathLike) else "a control image"
+    if isinstance(image, str | os.PathLike):
+        try:
+            with Image.open(Path(image)) as opened:
+                opened.load()
+                image = opened.copy()
+        except Exception as error:  # Pillow raises a dozen types for damaged files
+            raise UserError(f"{name} cannot be read as an image: {error}.") from None
+    found = f"of mode {image.mode}, " if isinstance(image, Image.Image) else ""
+    x = np.asarray(image)
+    shape = f"{x.dtype}{list(x.shape)}"
+    x = x[..., None] if x.ndim == 2 else x
+    x = x[None] if x.ndim == 3 else x
+    plain = not isinstance(image, Image.Image) or image.mode in ("L", "RGB")
+    if x.dtype != np.uint8 or not plain or x.shape[1:] != (side, side, channels) or not len(x):
+        mode = f" of mode {_MODES[channels]!r}" if channels in _MODES else ""
+        raise UserError(
+            f"{name} is {found}{shape}: expected a control map as the run was trained with, uint8"
+            f" [{side},{side},{channels}]{mode}; resize or convert it first."
+        )
+    return x
