@@ -169,18 +169,25 @@ def all_controls(c: Config) -> tuple[Config, ...]:
 
 def _other(c: Config, path: str) -> Config:
     said = f"config.control.others names {path!r}"
-    if not rundir.is_run(path):
-        raise UserError(f"{said}, which is not a run: expected the directory of one.")
-    theirs = opening.recipe_of(path)
-    if theirs.task != c.task or not is_controlled(theirs):
-        raise UserError(f"{said}, which trains no control: expected a run of adapt.kind 'control'.")
+    theirs = _recipe_of(path)
     for what, one, other in _compared(theirs, c):
         if one != other:
             raise UserError(
                 f"{said}, whose {what} is {one!r}, and ours {other!r}: expected a control of the"
                 " same base."
             )
-    return replaced(c, control=dataclasses.replace(theirs.control, others=(), scale=(1.0,)))
+    return replaced(c, control=theirs.control)
+
+
+def _recipe_of(path: str) -> Config:
+    """The recipe of a run that trained a control, without further ones. Raises UserError."""
+    said = f"config.control.others names {path!r}"
+    if not rundir.is_run(path):
+        raise UserError(f"{said}, which is not a run: expected the directory of one.")
+    found = opening.recipe_of(path)
+    if not hasattr(found, "control") or not is_controlled(found):
+        raise UserError(f"{said}, which trains no control: expected a run of adapt.kind 'control'.")
+    return replaced(found, control=dataclasses.replace(found.control, others=(), scale=(1.0,)))
 
 
 def _compared(theirs: Config, c: Config) -> list[tuple[str, Any, Any]]:
@@ -208,7 +215,7 @@ def load_controls(c: Config, mesh: Mesh) -> Frozen:
     all_controls(c)  # raises first
     found = []
     for path in c.control.others:
-        theirs = opening.recipe_of(path)
+        theirs = _recipe_of(path)
         found.append(opening.load_weights(theirs, make_task(theirs), path, mesh)[0]["control"])
     return {"controls": found}
 

@@ -1,6 +1,8 @@
 """A control by command: trained from a run, drawn with images and scored with records."""
 
 import json
+from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,6 +15,10 @@ from ditjax.data.crop import normalize
 from ditjax.data.maps import ink_map
 from ditjax.errors import UserError
 from ditjax.files.npz import load_array
+from ditjax.parallel.mesh import make_mesh
+from ditjax.runs import opening
+from ditjax.sampling.controls import held_out_controls
+from ditjax.sampling.draw import Drawn
 from ditjax.sampling.pipeline import Pipeline
 from tests.commands.conftest import TINY
 
@@ -28,7 +34,7 @@ LARGE = ("--config.optim.learning_rate=0.1", "--config.train.ema_decay=0.1")
 @pytest.fixture(scope="module")
 def controlled(finished, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("control")
-    words = [*SHORT, *CONTROL, *LARGE, "--config.train.sample_every_steps=4"]
+    words = [*SHORT, *CONTROL, *LARGE]
     assert train.main([*words, f"--config.adapt.base={finished}", f"--workdir={workdir}"]) == 0
     return workdir
 
@@ -94,7 +100,9 @@ def test_an_image_of_another_size_or_mode_is_refused(pipeline, given, expected):
 
 
 def test_evaluation_takes_condition_i_from_record_i(controlled, pipeline):
+    # The pipeline's program, in two batches.
     words = [f"--workdir={controlled}", "--config.evaluate.num_samples=12"]
+    words += ["--config.sample.batch_size=8", "--config.model.matmul=float32"]
     assert evaluate.main([*words, "--config.evaluate.guided_scale=0"]) == 0
     found = json.loads((controlled / "evaluation.json").read_text())
     assert {"control_f1", "control_f1_shuffled", "control_error"} <= found["metrics"].keys()
@@ -102,7 +110,7 @@ def test_evaluation_takes_condition_i_from_record_i(controlled, pipeline):
     assert protocol["labels"] == "records"
     assert protocol["control_images"] == "digits/1.0.0/test"
     assert protocol["control"]["sources"] == ["ink"]
-    # The same samples in another batch, of the labels and the maps of records 0 to 3.
+    # The same samples from the labels and the maps of records 0 to 3.
     digits = records.load_arrays("digits", "test", None, 8)
     first = load_array(controlled / "samples.npz", "arr_0")[:4].astype(int)
     own = pipeline(num=4, seed=0, quiet=True)
@@ -116,6 +124,24 @@ def test_evaluation_takes_condition_i_from_record_i(controlled, pipeline):
         own.label.tolist(), seed=0, quiet=True, control=np.stack(maps).astype(np.uint8)
     )
     assert np.abs(given.array - first).max() <= 1
+
+
+def test_grids_while_training_have_the_labels_of_the_records(controlled, tmp_path):
+    class Recorder:
+        mesh = make_mesh(-1, 1)
+
+        def controls(self, c):
+            return held_out_controls(c)
+
+        def whole(self, c, params, num, **options):
+            self.options = options
+            return Drawn(0, np.zeros((num, 8, 8, 1), np.uint8), np.zeros(num, np.int32))
+
+    drawer: Any = Recorder()
+    log = mock.Mock()
+    train._Grids(opening.recipe_of(controlled), drawer).save(None, 1, tmp_path, log)
+    assert drawer.options["label_of"] is None
+    assert drawer.options["controls"].rows(np.arange(3))["image"].shape == (3, 8, 8, 1)
 
 
 def test_what_a_control_cannot_do_is_said(controlled, finished, tmp_path):

@@ -24,6 +24,7 @@ from ditjax.tasks.objective import process_of, times_of
 from ditjax.training.program import precise, training
 from ditjax.weights.networks import shapes_of
 from tests.seeded import seeded_state
+from tests.toys.functions import noisy_map
 
 STEPS = 2
 B = 8
@@ -272,12 +273,15 @@ def test_the_draw_without_control_is_as_before_and_labels_are_dropped_by_its_own
     key = jax.random.key(3)
     example = {"x0": jnp.asarray(batch()["image"]), "label": jnp.asarray(batch()["label"])}
     plain = make_task(recipe(kind="full")).draw(example, key)
-    found = make_task(recipe(drop=1.0)).draw(example, key)
+    source = "tests.toys.functions.noisy_map"
+    found = make_task(recipe(drop=1.0, source=source)).draw(example, key)
     for name in ("t", "eps", "x0"):
         np.testing.assert_array_equal(found[name], plain[name])
+    noise = jax.random.normal(jax.random.split(key, 3)[1], (B, 8, 8, 1))
+    np.testing.assert_array_equal(found["eps"], noise)
     assert (np.asarray(found["y"]) == 10).all()
     own = jax.random.split(jax.random.fold_in(key, 3), B)
-    np.testing.assert_array_equal(found["control"], jax.vmap(maps.ink_map)(example["x0"], own))
+    np.testing.assert_array_equal(found["control"], jax.vmap(noisy_map)(example["x0"], own))
 
 
 def otsu(grey):
@@ -299,19 +303,20 @@ def test_maps_are_their_definitions_and_mirror_with_the_image():
     )
     x = (grey / 127.5 - 1).astype(np.float32)[..., None]
     key = jax.random.key(0)
-    ink = np.asarray(maps.ink_map(x, key))[..., 0]
+    made = {name: jax.jit(each) for name, each in maps.CONTROL_MAPS.items()}
+    ink = np.asarray(made["ink"](x, key))[..., 0]
     np.testing.assert_array_equal(ink, np.where(grey > otsu(grey), 1, -1))
     length = np.hypot(
         *(ndimage.sobel(x[..., 0].astype(np.float64), axis, mode="nearest") for axis in (0, 1))
     )
-    edges = np.asarray(maps.edge_map(x, key))[..., 0]
+    edges = np.asarray(made["edges"](x, key))[..., 0]
     np.testing.assert_allclose(edges, 2 * length / length.max() - 1, atol=1e-5)
-    low = np.asarray(maps.low_map(x, key))[..., 0]
+    low = np.asarray(made["low"](x, key))[..., 0]
     np.testing.assert_allclose(low[:4, 4:], x[:4, 4:, 0].mean(), atol=1e-6)
-    for each in maps.CONTROL_MAPS.values():
+    for each in made.values():
         mirrored = np.asarray(each(x, key))[:, ::-1]
         np.testing.assert_allclose(each(x[:, ::-1], key), mirrored, rtol=0, atol=1e-6)
-    assert (np.asarray(maps.edge_map(np.zeros((8, 8, 3)), key)) == -1).all()
+    assert (np.asarray(made["edges"](np.zeros((8, 8, 1), np.float32), key)) == -1).all()
 
 
 def test_cost_is_the_networks_and_the_branchs_in_closed_form():

@@ -48,3 +48,8 @@ def halves(mesh: Mesh, batch_size: int) -> Extractor:
 
     record = {"features": "means of halves", "features_sha256": "of no file"}
     return Extractor("halves", extract, batch_size or 32, record, side=8, family="halves")
+
+
+def noisy_map(image: jax.Array, key: jax.Array) -> jax.Array:
+    """A control image of an image, with noise of its own."""
+    return 0.5 * image + 0.5 * jax.random.uniform(key, image.shape)
