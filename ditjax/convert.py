@@ -1,8 +1,10 @@
 """python -m ditjax.convert: convert weights between ditjax and PyTorch's DiT or diffusers."""
 
+import functools
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Unpack
+from typing import Any, NamedTuple, Unpack
 
 from ditjax import cli
 from ditjax.errors import UserError
@@ -12,24 +14,12 @@ from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
 from ditjax.tasks import make_task
+from ditjax.tasks.adapters import open_adapter
 from ditjax.weights import networks, reading, vocabulary, writing
+from ditjax.weights.adapters import Adapter, write_lora_file, write_peft
 from ditjax.weights.networks import LoadedNetwork
 
-TARGETS = {
-    "ditjax": "one safetensors file that includes the recipe",
-    "release": "a state dict (.pt) with the names of the public DiT release",
-    "sit": "a checkpoint (.pt) of SiT's training script, for its processes",
-    "diffusers": "a model folder: config.json and safetensors",
-    "ldm": "an autoencoder's checkpoint (.ckpt) with the names of latent diffusion",
-    "pipeline": "a DiTPipeline folder; needs the --autoencoder of the latent DiT",
-}
-_WANTED: dict[str, reading.Wanted] = {
-    "release": "dit",
-    "sit": "dit",
-    "pipeline": "dit",
-    "ldm": "autoencoder",
-}
-FOLDERS = ("diffusers", "pipeline")
+FOLDERS = ("diffusers", "pipeline", "peft", "peft_release")
 _NULL_LABEL = 1000  # of DiTPipeline, whatever the number of classes
 
 
@@ -56,6 +46,81 @@ def read_decoder(path: str, which: str) -> LoadedNetwork:
     return read_network(path) if rundir.is_run(path) else reading.load_autoencoder(path, which)
 
 
+def _read_whole(
+    source: str, target: str, step: Step, class_names: str, options: reading.WeightsOptions
+) -> LoadedNetwork:
+    """Read a network for a target, with its class names."""
+    wanted = TARGETS[target].wanted
+    network = read_network(source, step=step, wanted=wanted, **options)
+    if network.decodes:
+        networks.check_stated(network)
+    else:
+        network = networks.with_class_names(network, class_names)
+    if wanted != ("autoencoder" if network.decodes else "dit") and wanted != "any":
+        raise UserError(
+            f"{source} holds a {network.name}: --to={target} takes the other kind of network."
+        )
+    return network
+
+
+def _read_factors(
+    source: str, target: str, step: Step, class_names: str, options: reading.WeightsOptions
+) -> Adapter:
+    """Read an adapter, or the factors of a run of LoRA, which are not merged."""
+    reading.check_no_options(source, f"an adapter for --to={target}", options)
+    if class_names != "auto":
+        raise UserError(f"--class_names={class_names}: an adapter names no classes: remove it.")
+    return open_adapter(source, step)
+
+
+class Target(NamedTuple):
+    """What `convert` writes: its description, how it is written, of what, and how that is read."""
+
+    text: str
+    write: Callable[..., Any]
+    wanted: reading.Wanted = "any"
+    read: Callable[..., Any] = _read_whole
+
+
+def _write_pipeline(out: str, network: LoadedNetwork, decoder: LoadedNetwork) -> None:
+    """Write a DiTPipeline, whose classes have their numbers as names if they have no others."""
+    numbers = [(str(i),) for i in range(network.config.data.num_classes)]
+    writing.write_pipeline(out, network, decoder, network.class_names or numbers)
+
+
+TARGETS: Mapping[str, Target] = {
+    "ditjax": Target("one safetensors file that includes the recipe", writing.write_ditjax),
+    "release": Target(
+        "a state dict (.pt) with the names of the public DiT release", writing.write_release, "dit"
+    ),
+    "sit": Target(
+        "a checkpoint (.pt) of SiT's training script, for its processes", writing.write_sit, "dit"
+    ),
+    "diffusers": Target("a model folder: config.json and safetensors", writing.write_diffusers),
+    "ldm": Target(
+        "an autoencoder's checkpoint (.ckpt) with the names of latent diffusion",
+        writing.write_ldm,
+        "autoencoder",
+    ),
+    "pipeline": Target(
+        "a DiTPipeline folder; needs the --autoencoder of the latent DiT", _write_pipeline, "dit"
+    ),
+    "peft": Target(
+        "a folder of peft with the factors of a run of LoRA, or of an adapter, for diffusers' DiT",
+        write_peft,
+        read=_read_factors,
+    ),
+    "peft_release": Target(
+        "the same for the release's DiT",
+        functools.partial(write_peft, names="release"),
+        read=_read_factors,
+    ),
+    "lora": Target(
+        "the same in diffusers' one file (.safetensors)", write_lora_file, read=_read_factors
+    ),
+}
+
+
 @lease.scope()
 def convert(
     source: str,
@@ -74,38 +139,20 @@ def convert(
     if not rundir.is_run(source):
         opening.check_no_step(source, step)
     which = options.get("which", "ema")
-    decoder: LoadedNetwork | None = None
+    decoders: list[LoadedNetwork] = []
     if target in FOLDERS:
         lease.acquire(Path(out) / lease.FILE, out)
     if os.path.exists(Path(source) / vocabulary.MODEL_INDEX):
         return _convert_pipeline(source, target, out, autoencoder, class_names, options)
-    wanted = _WANTED.get(target, "any")
-    network = read_network(source, step=step, wanted=wanted, **options)
-    if network.decodes:
-        networks.check_stated(network)
-    else:
-        network = networks.with_class_names(network, class_names)
-    if wanted != ("autoencoder" if network.decodes else "dit") and wanted != "any":
-        raise UserError(
-            f"{source} holds a {network.name}: --to={target} takes the other kind of network."
-        )
+    found = TARGETS[target].read(source, target, step, class_names, options)
     if autoencoder and target != "pipeline":
         raise UserError(f"--autoencoder goes with --to=pipeline, not with --to={target}.")
     if target == "pipeline":
         if not autoencoder:
             raise UserError("--to=pipeline needs the DiT's --autoencoder.")
-        decoder = read_decoder(autoencoder, which)
-        _write_pipeline(out, network, decoder)
-    else:
-        write = {
-            "ditjax": writing.write_ditjax,
-            "release": writing.write_release,
-            "sit": writing.write_sit,
-            "diffusers": writing.write_diffusers,
-            "ldm": writing.write_ldm,
-        }[target]
-        write(out, network)
-    return _summary(source, out, network, target, decoder)
+        decoders = [read_decoder(autoencoder, which)]
+    TARGETS[target].write(out, found, *decoders)
+    return _summary(source, out, found, target, *decoders)
 
 
 def _convert_pipeline(
@@ -133,24 +180,21 @@ def _convert_pipeline(
     return _summary(source, out, network, target, decoder)
 
 
-def _write_pipeline(out: str, network: LoadedNetwork, decoder: LoadedNetwork) -> None:
-    """Write a DiTPipeline, whose classes have their numbers as names if they have no others."""
-    numbers = [(str(i),) for i in range(network.config.data.num_classes)]
-    writing.write_pipeline(out, network, decoder, network.class_names or numbers)
-
-
 def _summary(
     source: str,
     out: str,
-    network: LoadedNetwork,
+    found: LoadedNetwork | Adapter,
     target: str,
     decoder: LoadedNetwork | None = None,
 ) -> str:
     text = (
-        f"{network.name}, {network.num_parameters:,} parameters of {network.dtype}:"
-        f" {source} ({network.layout}) -> {out} ({target})"
+        f"{found.name}, {found.num_parameters:,} parameters of {found.dtype}:"
+        f" {source} ({found.layout}) -> {out} ({target})"
     )
-    text = "\n".join((text, *network.notes, *(decoder.notes if decoder else ())))
+    text = "\n".join((text, *found.notes, *(decoder.notes if decoder else ())))
+    if isinstance(found, Adapter):
+        return text
+    network = found
     if not network.decodes:
         text += f"\n{networks.labels_text(network.config)}"
         theirs = {"release": 0, "sit": 0, "diffusers": 1, "pipeline": 1}.get(target)
@@ -190,7 +234,7 @@ def main(argv: list[str]) -> int:
         "--to",
         required=True,
         choices=TARGETS,
-        help="; ".join(f"{name}: {text}" for name, text in TARGETS.items()),
+        help="; ".join(f"{name}: {text}" for name, (text, *_) in TARGETS.items()),
     )
     parser.add_argument("--out", required=True, help="the file or folder to write")
     parser.add_argument(

@@ -42,7 +42,6 @@ from ditjax.training.task import Frozen, Task
 IN_FLIGHT = 2  # dispatched steps that the devices have not done yet; more would only hold batches
 GRID_SIDE = 8  # sample grids during training have 8 x 8 images
 PROFILE = "profile"
-START_FILE = "start.json"  # what the parameters were before the first step, if not initial ones
 DAMAGED_FILE = "damaged.txt"  # damaged records that were skipped, one per line
 EVALUATION_SECONDS = "eval/seconds"  # of all evaluations so far; training time excludes them
 
@@ -307,7 +306,7 @@ def _init(folder: Path, task: Task, programs: Training, mesh: Mesh) -> TrainStat
     start = task.start(mesh)
     if is_primary():
         print("\n".join(start.lines), file=sys.stderr, flush=True)
-        write_json(folder / START_FILE, start.record)
+        write_json(folder / rundir.START_FILE, start.record)
     return programs.init(start.params)
 
 

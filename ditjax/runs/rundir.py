@@ -32,6 +32,7 @@ from ditjax.files.atomic import (
 RECIPE_FILE = "config.json"
 CONTENTS_FILE = "contents.json"  # what the places in the recipe held (`runs/contents.py`)
 CLASSES_FILE = "classes.json"  # the names of the classes, by number
+START_FILE = "start.json"  # what the parameters were before the first step, if not initial ones
 STUDY_FILE = "sweep.json"
 CHECKPOINTS = "checkpoints"
 AVERAGES = "averages"  # snapshots of the power-function averages

@@ -105,6 +105,17 @@ def read_tensors(path: str | os.PathLike[str], which: str = "ema", marks: Marks 
     return read(path, which, marks)
 
 
+def read_named(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a safetensors file by the names that they have there, and its metadata.
+
+    Raises UserError for a path that is missing, unreadable, or of another format.
+    """
+    saved, metadata = _saved(Path(path))
+    if metadata is None:
+        raise UserError(f"{path} is a file of PyTorch: expected a safetensors file.")
+    return dict(saved), metadata
+
+
 def _read_file(path: Path, which: str, marks: Marks) -> TensorFile:
     saved, metadata = _saved(path)
     if metadata is not None and (not saved or METADATA in metadata):

@@ -15,6 +15,7 @@ from ditjax.files.assets import flatten
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
 from ditjax.tasks import make_task
+from ditjax.tasks.adapters import open_adapter
 from ditjax.weights import reading
 from tests.commands.conftest import TINY
 
@@ -132,6 +133,50 @@ def test_a_run_of_lora_converts_to_the_merged_network(finished, lora, tmp_path):
         f"blocks/{layer}/kernel"
         for layer in ("attn/qkv", "attn/out", "mlp/in", "mlp/out", "adaln/linear")
     }
+
+
+def test_a_run_of_lora_converts_to_adapters(lora, tmp_path, capsys):
+    """To each layout, and from one to another: the factors and their scale, to the bit."""
+    expected = open_adapter(lora)
+    assert {(m.rank, m.scale) for m in expected.modules.values()} == {(2, 8.0)}
+    source = lora
+    for target in ("peft", "peft_release", "lora"):
+        out = tmp_path / target
+        assert convert.main([f"--weights={source}", f"--to={target}", f"--out={out}"]) == 0
+        assert capsys.readouterr().out.startswith("LoRA of rank 2, 1,600 parameters of float32")
+        if target != "lora":
+            assert open_adapter(out).sha256 == expected.sha256
+        source = out
+    found = open_adapter(out).modules
+    for product, (a, b, scale) in expected.modules.items():  # the scale is in B
+        np.testing.assert_array_equal(found[product].a, a)
+        np.testing.assert_array_equal(found[product].b, b * scale)
+
+
+def test_what_is_no_adapter_is_not_converted_to_one(finished, lora, tmp_path):
+    def refused(words, source, *more):
+        with pytest.raises(UserError, match=words):
+            convert.main([f"--weights={source}", "--to=peft", f"--out={tmp_path / 'out'}", *more])
+        assert not (tmp_path / "out").exists()
+
+    refused("is a run of config.adapt.kind 'full': expected a run of LoRA", finished)
+    refused(
+        "--which is for weights files, and .* is an adapter for --to=peft", lora, "--which=model"
+    )
+    refused("--class_names=none: an adapter names no classes", lora, "--class_names=none")
+    refused("--step=4 is for runs", tmp_path, "--step=4")
+    for name, changes in (
+        ("config.json", {"adapt": {"train": "y_embedder"}}),
+        ("start.json", {"adapted": {"y_embedder/table": "rows"}}),
+    ):
+        run = tmp_path / name.partition(".")[0]
+        (run / "checkpoints").mkdir(parents=True)
+        for file in ("config.json", "start.json"):
+            tree = json.loads((lora / file).read_text())
+            for key, value in changes.items() if file == name else ():
+                tree[key] = tree[key] | value
+            (run / file).write_text(json.dumps(tree))
+        refused("is more than its base with factors .*y_embedder", run)
 
 
 @pytest.mark.parametrize(
