@@ -586,6 +586,8 @@ class Sample(Section):
     )
     # a worse network in place of the unconditional one: RUN, RUN@STEP or a file of weights
     guide: str = key("", PATH, protocol=True)
+    # merged into the network: PATH[:SCALE],...
+    adapters: str = key("", protocol=True, read=lambda value, _: _read_adapters(value))
     clip_x0: bool = key(False, protocol=True)  # clamp the predicted x_0 to [-1, 1]: pixels only
     # the average, the parameters as trained, 'ema:DECAY' or 'power:STD'
     weights: str = key("ema", protocol=True, read=lambda value, _: _read_weights(value))
@@ -618,6 +620,33 @@ class Sample(Section):
                 + " Further averages are kept from a run's start, by config.train.average_stds and"
                 " ema_decays."
             )
+
+
+def adapters_of(text: str) -> tuple[tuple[str, float], ...]:
+    """'PATH[:SCALE],...' -> each path and its scale, by default 1.
+
+    What follows the last colon is the scale if it is a number. Raises UserError for no finite one.
+    """
+    found = []
+    for word in filter(None, text.split(",")):
+        path, _, number = word.rpartition(":")
+        try:
+            pair = path, float(number)
+        except ValueError:
+            pair = word, 1.0
+        if not (pair[0] and PATH.holds(pair[0]) and abs(pair[1]) <= _HUGE):
+            raise UserError(
+                f"config.sample.adapters has {shown(word)}: expected PATH or PATH:SCALE, a finite"
+                f" scale and {PATH.expected}."
+            )
+        found.append(pair)
+    return tuple(found)
+
+
+def _read_adapters(value: Any) -> str:
+    text: str = _typed(str, value, "sample.adapters")
+    adapters_of(text)  # raises
+    return text
 
 
 def _read_weights(value: Any) -> str:

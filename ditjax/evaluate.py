@@ -28,6 +28,7 @@ from ditjax.runs.checkpoint import Step
 from ditjax.runs.results import SAMPLES_FILE, load_samples, save_grid
 from ditjax.runs.snapshots import average_record
 from ditjax.sample import GRID_IMAGES
+from ditjax.sampling.draw import load_model
 from ditjax.tasks import make_task
 
 EVALUATION_FILE = "evaluation.json"
@@ -131,18 +132,12 @@ def evaluate_run(
         metrics, protocol = held_out_means(c, mesh, params)
         return save_evaluation(Path(workdir), step, metrics, protocol)
     evaluator = Evaluator(c, mesh, task.frozen(mesh))
-    params, step = opening.load_weights(c, task, workdir, mesh, step)
-    average = average_record(c, Path(workdir), step)
-    model = {**model_record(workdir, step, params), **average}
+    params, model = load_model(c, workdir, mesh, step)
     found = evaluator.of_run(c, params, Path(workdir), model)
+    average = average_record(c, Path(workdir), model["step"])
     return save_evaluation(
-        Path(workdir), step, found.metrics, found.protocol, found.reference, average
+        Path(workdir), model["step"], found.metrics, found.protocol, found.reference, average
     )
-
-
-def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dict[str, Any]:
-    """Return the record of the model that samples are drawn from."""
-    return {"run": str(workdir), "step": step, "params_sha256": opening.digest(params)}
 
 
 # Flags that abbreviate keys of the recipe when a run is evaluated.

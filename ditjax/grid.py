@@ -36,10 +36,9 @@ from ditjax.parallel.processes import is_primary
 from ditjax.reporting.grid import Outcome, front, grid_csv, grid_text, setting_text, varying
 from ditjax.reporting.pareto import pareto_png
 from ditjax.reporting.scored import Scored, scored_rows, scored_text
-from ditjax.runs import opening, results, rundir
+from ditjax.runs import results, rundir
 from ditjax.runs.checkpoint import Step
-from ditjax.runs.snapshots import average_record
-from ditjax.sampling.draw import sampling_protocol
+from ditjax.sampling.draw import load_model, sampling_protocol
 from ditjax.sampling.program import sampling_of
 from ditjax.studies.published import published_of
 from ditjax.studies.words import number, plural
@@ -256,11 +255,8 @@ def run_grid(
         evaluator, mesh = by_run[cell.run.name]
         if loaded != (cell.run.name, cell.config.sample.weights):
             params = None  # frees the old weights before the new ones are loaded
-            params, step = opening.load_weights(
-                cell.config, make_task(cell.config), cell.run.folder, mesh, at
-            )
-            model = {"run": cell.run.name, "step": step, "params_sha256": opening.digest(params)}
-            model |= average_record(cell.config, cell.run.folder, step)
+            params, model = load_model(cell.config, cell.run.folder, mesh, at)
+            model["run"] = cell.run.name
             loaded = (cell.run.name, cell.config.sample.weights)
         folder = out / CELLS / cell.name
         identity = {

@@ -46,6 +46,7 @@ _FLAGS: Mapping[str, tuple[str, Any, str]] = {
     "sampler": ("sample.sampler", str, "a sampler, such as ddim or dpmpp_2m"),
     "eta": ("sample.eta", float, "noise of DDIM, from 0 to 1"),
     "batch_size": ("sample.batch_size", int, "images per batch, over all devices"),
+    "adapter": ("sample.adapters", str, "adapters (LoRA) to merge: PATH[:SCALE],..."),
     "seed": ("seed", int, "image i depends only on (seed, i)"),
 }
 

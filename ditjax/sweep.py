@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ditjax import cli
 from ditjax.config import Config, migrated
 from ditjax.errors import FaultError, StoppedError, UserError, one_line
-from ditjax.evaluate import model_record, save_evaluation
+from ditjax.evaluate import save_evaluation
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files import atomic, faults, lease
 from ditjax.machines import costs
@@ -28,6 +28,7 @@ from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, results, rundir
 from ditjax.runs.log import Progress, last_metrics
 from ditjax.runs.provenance import cores, environment, typed
+from ditjax.sampling.draw import model_record
 from ditjax.sampling.program import sampling_of
 from ditjax.studies import status
 from ditjax.studies.cells import (

@@ -69,6 +69,7 @@ class Evaluator:
         check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
         self._drawer = drawer or Drawer(mesh, frozen)
         self._digests = digests_of(frozen)
+        self._sampling(c)  # raises now if an adapter cannot be read
         self.extractor = open_extractor(c.evaluate.features, mesh)
         self.reference = reference_of(c, self.extractor)
         self._validate = Validator(mesh, frozen)

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,11 +13,14 @@ from ditjax.config import Config
 from ditjax.parallel import processes
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening
+from ditjax.runs.checkpoint import Step
 from ditjax.runs.log import Progress
+from ditjax.runs.snapshots import average_record
 from ditjax.sampling.controls import Controls, held_out_controls
 from ditjax.sampling.program import NO_CONTROLS, BatchSampler, batch_sampler, sampling_of
 from ditjax.sampling.samples import SampleWriter
 from ditjax.tasks import make_task
+from ditjax.tasks.adapters import adapters_record, with_adapters
 from ditjax.training.program import precise
 from ditjax.training.task import Frozen
 
@@ -108,6 +112,24 @@ class Drawer:
         return self._programs[key]
 
 
+def load_model(
+    c: Config, workdir: str | os.PathLike[str], mesh: Mesh, step: Step = "latest"
+) -> tuple[Any, dict[str, Any]]:
+    """Load (the parameters that a run's samples are drawn with, the record of that model).
+
+    Raises UserError.
+    """
+    params, found = opening.load_weights(c, make_task(c), workdir, mesh, step)
+    params = with_adapters(c, params, mesh)
+    record = model_record(workdir, found, params)
+    return params, {**record, **average_record(c, Path(workdir), found)}
+
+
+def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dict[str, Any]:
+    """The record of the model that samples are drawn from."""
+    return {"run": str(workdir), "step": step, "params_sha256": opening.digest(params)}
+
+
 def sampling_protocol(
     c: Config,
     *,
@@ -144,6 +166,7 @@ def sampling_protocol(
         **({"guide": guide} if guide and guided else {}),
         **({"control_others": list(others)} if others else {}),
         **(controls.record if controls else {}),
+        **adapters_record(c),
         **sampling_of(c, make_task(c)).protocol,
     }
 

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ditjax import __version__
-from ditjax.config import Config, changed, check_used, replaced
+from ditjax.config import Config, adapters_of, changed, check_used, replaced
 from ditjax.data.classes import ClassNames, parse_classes
 from ditjax.errors import UserError
 from ditjax.files import lease
@@ -34,6 +34,7 @@ from ditjax.sampling.controls import ControlImage, Controls, given_controls
 from ditjax.sampling.draw import Drawer, digests_of, draw_to, sampling_protocol
 from ditjax.sampling.program import sampling_of
 from ditjax.tasks import make_task
+from ditjax.tasks.adapters import adapters_record, open_once, with_adapters
 from ditjax.tasks.guide import load_guide
 from ditjax.training.task import Frozen
 from ditjax.weights import networks, reading, tensors, vocabulary
@@ -182,12 +183,13 @@ class Pipeline:
 
     def __init__(self, source: Source, config: Config | None = None) -> None:
         """Put the networks on the devices of `config.mesh`; `config` replaces the source's."""
-        self.config = config or source.config
+        c = config or source.config
         self.class_names = source.class_names
-        self._mesh = mesh_of(self.config)
-        self._params, self._frozen = source.load(self.config, self._mesh)
+        self._mesh = mesh_of(c)
         self._source = source
+        self._base, self._frozen = source.load(c, self._mesh)
         self._drawer = Drawer(self._mesh, self._frozen)
+        self._use(c)
 
     @classmethod
     def from_pretrained(
@@ -223,6 +225,31 @@ class Pipeline:
             lines = (*source.notes, networks.labels_text(source.config))
             print("\n".join(lines), file=sys.stderr, flush=True)
         return pipeline
+
+    def load_adapter(self, path: str | os.PathLike[str], scale: float = 1.0) -> None:
+        """Merge an adapter (LoRA), beside those that are loaded already, or at another scale.
+
+        `path` is a folder of peft, a file of diffusers, or a run of LoRA on the same weights.
+        Nothing is compiled anew. Raises UserError, and the pipeline stays as it was.
+        """
+        open_once.cache_clear()  # the file may be another than before
+        self._with(dict(adapters_of(self.config.sample.adapters)) | {str(path): scale})
+
+    def unload_adapter(self, path: str | os.PathLike[str] = "") -> None:
+        """Take out an adapter, by default all: the weights are to the bit those without it."""
+        kept = dict(adapters_of(self.config.sample.adapters))
+        if path and str(path) not in kept:
+            loaded = ", ".join(kept) or "none"
+            raise UserError(f"{path} is not loaded: expected one of the adapters ({loaded}).")
+        self._with({p: scale for p, scale in kept.items() if path and p != str(path)})
+
+    def _with(self, adapters: Mapping[str, float]) -> None:
+        text = ",".join(f"{path}:{float(scale)!r}" for path, scale in adapters.items())
+        self._use(changed(self.config, {"sample": {"adapters": text}}))
+
+    def _use(self, c: Config) -> None:
+        self._params = with_adapters(c, self._base, self._mesh)
+        self.config = c
 
     def __call__(
         self,
@@ -368,6 +395,7 @@ class Pipeline:
         )
         return {
             **self._source.record,
+            **adapters_record(c),
             "seed": c.seed,
             "classes": label_of,
             "sample": dataclasses.asdict(c.sample),

@@ -19,8 +19,13 @@ def make_task(c: Config, mesh: Mesh | None = None) -> Task:
 def resolved(c: Config, workdir: str | os.PathLike[str]) -> Config:
     """The recipe of a run with the keys that follow from files; a run that has begun keeps its own.
 
-    Raises UserError for files that do not fit.
+    Raises UserError for files that do not fit, and for what training does not use.
     """
+    if adapters := getattr(getattr(c, "sample", None), "adapters", ""):
+        raise UserError(
+            f"config.sample.adapters is {adapters!r}, which training does not use: give it to"
+            " sample, grid or evaluate, and leave it out here."
+        )
     found: Config = task_module(c.task).TASK.resolve(c, workdir)
     return found
 

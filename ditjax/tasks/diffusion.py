@@ -362,7 +362,9 @@ def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
     process, sampler = process_of(c.diffusion), sampler_of(c)
     g, times = guidance_of(c), times_of(c)
     t = process.c_noise(sampler.evaluated(process, times)) if not sampler.adaptive else None
-    sample = dataclasses.replace(c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema")
+    sample = dataclasses.replace(
+        c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema", adapters=""
+    )
     compiled = (c.model, c.diffusion, c.data, c.autoencoder, c.adapt, sample, guided(c))
     controlled = control.is_controlled(c)
     return Sampling(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ditjax.errors import UserError, first_few
 from ditjax.files.assets import unflatten
@@ -192,10 +193,13 @@ def merged_factors(params: Any, factors: Any) -> Any:
 
 
 def low_rank_delta(a: jax.Array, b: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A B as a kernel: a [.., S, D, r], b [.., S, r, *features] -> [.., D, S, *features]."""
-    return jnp.einsum(
-        "...sdr,...srf->...dsf", a, b.reshape(*a.shape[:-2], a.shape[-1], -1)
-    ).reshape(shape)
+    """A B as a kernel: a [.., S, D, r], b [.., S, r, *features] -> [.., D, S, *features].
+
+    The product is exact on every backend: it is made once, and a TPU would round it by default.
+    """
+    b = b.reshape(*a.shape[:-2], a.shape[-1], -1)
+    delta = jnp.einsum("...sdr,...srf->...dsf", a, b, precision=lax.Precision.HIGHEST)
+    return delta.reshape(shape)
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def write_ditjax(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     if "autoencoder" in kept:
         kept["autoencoder"]["path"] = ""
     if "sample" in kept:
-        kept["sample"]["guide"] = ""
+        kept["sample"] |= {"guide": "", "adapters": ""}
     kept["data"] = {key: tree["data"][key] for key in _KEPT_DATA}
     metadata = {"task": network.config.task, "config": kept, "version": __version__}
     return weights.write_safetensors(

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ditjax import convert, sample, train
+from ditjax import convert, evaluate, grid, sample, train
 from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.data import stream
@@ -21,6 +21,9 @@ from tests.commands.conftest import TINY
 
 SHORT = (*TINY, "--config.train.steps=4", "--config.train.checkpoint_every_steps=2")
 LORA = ("--config.adapt.kind=lora", "--config.adapt.rank=2", "--config.train.log_every_steps=1")
+
+
+FEW = ("--config.evaluate.num_samples=16", "--config.evaluate.guided_scale=0")
 
 
 class CutError(Exception):
@@ -177,6 +180,78 @@ def test_what_is_no_adapter_is_not_converted_to_one(finished, lora, tmp_path):
                 tree[key] = tree[key] | value
             (run / file).write_text(json.dumps(tree))
         refused("is more than its base with factors .*y_embedder", run)
+
+
+def test_a_run_of_lora_is_an_adapter_of_its_base(finished, lora, tmp_path, capsys):
+    """sample, grid and evaluate merge it; the weights are those of the run, and it is on record."""
+    words = [f"--config.sample.adapters={lora}", "--config.sample.num=8", "--config.seed=1"]
+    out = tmp_path / "drawn"
+    assert sample.main([f"--workdir={finished}", *words, f"--out={out}"]) == 0
+    adapter = open_adapter(lora)
+    line = f"adapter: {lora}, LoRA of rank 2 (ditjax), scale 1, SHA-256 {adapter.sha256}"
+    assert line in capsys.readouterr().err
+    record = json.loads((out / "samples.json").read_text())
+    assert record["adapters"] == record["protocol"]["adapters"] == [[adapter.sha256, 1.0]]
+
+    c = opening.recipe_of(lora)
+    merged, _ = opening.network_weights(c, make_task(c), lora, make_mesh(-1, 1))
+    digest = opening.digest(merged)
+    assert evaluate.main([f"--workdir={finished}", *words[:1], *FEW]) == 0
+    scored = json.loads((finished / "evaluation.json").read_text())
+    assert scored["protocol"]["adapters"] == [[adapter.sha256, 1.0]]
+    (finished / "evaluation.json").unlink()
+    cells = tmp_path / "grid"
+    assert grid.main([f"--workdir={finished}", *words[:1], *FEW, f"--out={cells}"]) == 0
+    (cell,) = json.loads((cells / "grid.json").read_text())["cells"]
+    assert (cell["params_sha256"], cell["protocol_hash"]) == (digest, scored["protocol_hash"])
+
+
+def test_adapters_are_refused_where_they_cannot_be_used(finished, lora, tmp_path):
+    def refused(words, command, *more):
+        with pytest.raises(UserError, match=words) as error:
+            command.main([*more])
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists()
+
+    out = f"--out={tmp_path / 'out'}"
+    refused(
+        "this run trained only a part .* base, .*finished",
+        sample,
+        f"--workdir={lora}",
+        f"--adapter={lora}",
+        out,
+    )
+    ours = json.loads((lora / "config.json").read_text())["adapt"]["sha256"]
+    other = [f"--workdir={finished}", "--config.sample.weights=model", f"--adapter={lora}", out]
+    refused(f"beside weights of SHA-256 {ours}, and these are of [0-9a-f]{{64}}", sample, *other)
+    refused(
+        "adapters is '.*', which training does not use",
+        train,
+        *SHORT,
+        f"--config.sample.adapters={lora}",
+        f"--workdir={tmp_path / 'out'}",
+    )
+    refused(
+        "none does not exist",
+        grid,
+        f"--workdir={finished}",
+        f"--config.sample.adapters={tmp_path}/none",
+        out,
+    )
+    refused(
+        "none does not exist",
+        evaluate,
+        f"--workdir={finished}",
+        f"--config.sample.adapters={tmp_path}/none",
+    )
+    for scale in ("nan", "inf", "-1e39"):
+        refused(
+            rf"has '.*:{scale}': expected PATH or PATH:SCALE, a finite",
+            sample,
+            f"--workdir={finished}",
+            f"--config.sample.adapters={lora}:{scale}",
+            out,
+        )
 
 
 @pytest.mark.parametrize(
