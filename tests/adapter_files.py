@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from ditjax.files.assets import flatten
+from ditjax.weights.adapters import Adapter
 from tests.seeded import seeded_state
 
 PREFIX = "base_model.model."
@@ -103,4 +105,30 @@ def merged(
             found[f"{module}.weight"] = (found[f"{module}.weight"] + scale * b @ a).astype(
                 np.float32
             )
+    return found
+
+
+def factor_gradients(adapter: Adapter, gradient: Any) -> dict[str, np.ndarray]:
+    """The gradient of factors f32 of ours as that of each A and B of diffusers, by its name.
+
+    Ours have the scale in B.
+    """
+    names = {
+        "blocks/attn/qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        "blocks/attn/out": ("attn1.to_out.0",),
+        "blocks/mlp/in": ("ff.net.0.proj",),
+        "blocks/mlp/out": ("ff.net.2",),
+        "blocks/adaln/linear": ("norm1.linear",),
+        "final_layer/linear": ("proj_out_2",),
+    }
+    flat, found = flatten(gradient), {}
+    for (layer, block, k), module in adapter.modules.items():
+        a, b = (np.asarray(flat[f"{layer}/{half}"]) for half in "ab")
+        if layer.startswith("blocks/"):
+            a, b = a[block], b[block]
+        name = names[layer][k]
+        name = f"transformer_blocks.{block}.{name}" if layer.startswith("blocks/") else name
+        r = module.rank
+        found[f"{name}.lora_A.weight"] = a[k, :, :r].T
+        found[f"{name}.lora_B.weight"] = module.scale * b[k].reshape(a.shape[-1], -1)[:r].T
     return found

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from ditjax.errors import UserError
 from ditjax.files.assets import flatten, unflatten
+from ditjax.models.network import Conditions
+from ditjax.tasks.diffusion import denoiser_module
 from ditjax.training.transforms import merged_factors
 from ditjax.weights import reading
 from ditjax.weights.adapters import (
@@ -25,14 +29,17 @@ from ditjax.weights.adapters import (
 from ditjax.weights.torch_file import write_torch
 from tests.adapter_files import (
     DIFFUSERS,
+    GAIN,
     PREFIX,
     RELEASE,
     config,
+    factor_gradients,
     factors,
     lora_file,
     merged,
     peft_folder,
 )
+from tests.seeded import seeded_state
 from tests.weight_files import (
     assert_same,
     diffusers_folder,
@@ -327,3 +334,68 @@ def test_an_adapter_of_another_network(state, words, tmp_path):
         check_fits(adapter, shapes, "blocks")
     with pytest.raises(UserError, match="of another network: it has no"):
         check_fits(adapter, {}, "blocks")
+
+
+GOLDEN = Path(__file__).parent.parent / "goldens" / "adapters.npz"
+
+
+@pytest.fixture(scope="module")
+def goldens():
+    with np.load(GOLDEN) as file:
+        return {name: json.loads(str(x)) if x.dtype.kind == "U" else x for name, x in file.items()}
+
+
+@pytest.fixture(scope="module")
+def of_peft(goldens, tmp_path_factory):
+    """The folder that peft wrote, its values made again; and the network it adapts."""
+    root = tmp_path_factory.mktemp("golden")
+    shapes = {name.removeprefix(PREFIX): tuple(x) for name, x in goldens["shapes"].items()}
+    state = seeded_state(shapes, 7, GAIN)
+    folder = peft_folder(root / "adapter", state, goldens["config"])
+    return folder, reading.load_network(diffusers_folder(root / "base", "dit"))
+
+
+def test_what_peft_computes(goldens, of_peft):
+    """Its outputs, factored and merged, and its gradients of every A and B."""
+    folder, base = of_peft
+    adapter = read_adapter(folder)
+    factors = unflatten(factors_of([(adapter, 1.0)], base.shapes, "blocks"))
+    x, t, y = (golden(f"dit_{name}") for name in "xty")
+    model, labels = denoiser_module(base.config), Conditions(label=y)
+    x = jnp.asarray(x.transpose(0, 2, 3, 1))
+
+    @jax.jit
+    def apply(params):
+        return model.apply(params, x, t, labels)
+
+    expected = goldens["output"].transpose(0, 2, 3, 1)
+    merged = {"params": merged_factors(base.params["params"], factors)}
+    for params in ({**base.params, "lora": factors}, merged):
+        assert np.abs(apply(params) - expected).max() < 2e-5 * np.abs(expected).max()
+    assert np.abs(apply(base.params) - expected).max() > 0.05 * np.abs(expected).max()
+
+    gradient = jax.jit(jax.grad(lambda f: (apply({**base.params, "lora": f}) ** 2).mean()))(factors)
+    found = factor_gradients(adapter, gradient)
+    theirs = {name.removeprefix("gradient "): x for name, x in goldens.items() if " " in name}
+    assert found.keys() == theirs.keys()
+    for name, x in theirs.items():
+        assert np.abs(found[name] - x).max() < 1e-4 * np.abs(x).max(), name
+
+
+def test_what_peft_and_diffusers_write_is_read_and_written(goldens, of_peft, tmp_path):
+    folder, _ = of_peft
+    adapter = read_adapter(folder)
+    written = write_peft(tmp_path / "a", adapter)
+    state = load_file(folder / "adapter_model.safetensors")
+    assert_same(load_file(written / "adapter_model.safetensors"), state)
+    theirs, ours = goldens["config"], json.loads((written / "adapter_config.json").read_text())
+    differ = {key for key, value in ours.items() if theirs[key] != value}
+    # Patterns and targets name each module in full; the others say how it was made.
+    assert differ <= {
+        *("alpha_pattern", "rank_pattern", "target_modules"),
+        *("base_model_name_or_path", "init_lora_weights"),
+    }
+    # Bare names beside a configuration in the metadata.
+    named = {name.removeprefix(PREFIX): x for name, x in state.items()}
+    save_file(named, tmp_path / "b", goldens["metadata"])
+    assert read_adapter(tmp_path / "b").sha256 == adapter.sha256
