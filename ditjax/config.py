@@ -267,6 +267,11 @@ class Model(Section):
     # products of float32 matrices: the backend's fast mode, or exact
     matmul: Literal["default", "float32"] = key("default")
 
+    @property
+    def stride(self) -> int:
+        """What the sides of an input must be divisible by."""
+        return 1
+
 
 @dataclass(frozen=True)
 class Data(Section):
@@ -285,7 +290,7 @@ class Data(Section):
     max_damaged: int = non_negative(0, free=True)  # damaged records to skip and report; 0 = stop
 
 
-def _numbers(path: str, kind: Any = float, *rules: Rule) -> Callable[[Any, "Schemas"], Any]:
+def numbers(path: str, kind: Any = float, *rules: Rule) -> Callable[[Any, "Schemas"], Any]:
     """A reader of any count of numbers, () among them, each of which satisfies the rules."""
 
     def read(value: Any, schemas: "Schemas") -> Any:
@@ -321,8 +326,8 @@ class Autoencoder(Section):
     # A network sees (z - shift) * scale, or (z - latent_mean) * scale / latent_std by channel.
     scale: float = key(0.18215, above(0))
     shift: float = key(0.0)
-    latent_mean: tuple[float, ...] = key((), read=_numbers("autoencoder.latent_mean"))
-    latent_std: tuple[float, ...] = key((), read=_numbers("autoencoder.latent_std"))
+    latent_mean: tuple[float, ...] = key((), read=numbers("autoencoder.latent_mean"))
+    latent_std: tuple[float, ...] = key((), read=numbers("autoencoder.latent_std"))
     kl_weight: float = key(1e-6, at_least(0))
 
     @property
@@ -395,7 +400,7 @@ class Optim(Section):
     schedule: Literal["constant", "cosine"] = key("constant", fixes={"cosine": ("train.steps",)})
     warmup_steps: int = non_negative(0)
     # Steps after which the schedule begins anew; the first ends at the first of them.
-    restarts: tuple[int, ...] = key((), read=_numbers("optim.restarts", int))
+    restarts: tuple[int, ...] = key((), read=numbers("optim.restarts", int))
     b1: float = key(0.9, FRACTION)
     b2: float = key(0.999, FRACTION)
     eps: float = key(1e-8, above(0))
@@ -445,8 +450,8 @@ class Train(Section):
     prefetch: int = non_negative(2, most=1024, free=True)  # batches moved to the devices ahead
     ema_decay: float = key(0.9999, FRACTION)
     # Further averages (`training/averages.py`): EMAs, and power-function averages by their width.
-    ema_decays: tuple[float, ...] = key((), read=_numbers("train.ema_decays", float, FRACTION))
-    average_stds: tuple[float, ...] = key((), read=_numbers("train.average_stds", float, WIDTH))
+    ema_decays: tuple[float, ...] = key((), read=numbers("train.ema_decays", float, FRACTION))
+    average_stds: tuple[float, ...] = key((), read=numbers("train.average_stds", float, WIDTH))
     average_every_steps: int = non_negative(0, free=True)  # between snapshots of average_stds
     log_every_steps: int = positive(100, free=True)
     checkpoint_every_steps: int = positive(10_000, free=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Unpack
 from ditjax import cli
 from ditjax.errors import UserError
 from ditjax.files import lease
-from ditjax.models.dit import query_factor
+from ditjax.models.dit import DiTKeys, query_factor
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
@@ -97,6 +97,9 @@ TARGETS: Mapping[str, Target] = {
         "a checkpoint (.pt) of SiT's training script, for its processes", writing.write_sit, "dit"
     ),
     "diffusers": Target("a model folder: config.json and safetensors", writing.write_diffusers),
+    "adm": Target(
+        "a U-Net's state dict (.pt) with the names of guided-diffusion", writing.write_adm, "dit"
+    ),
     "ldm": Target(
         "an autoencoder's checkpoint (.ckpt) with the names of latent diffusion",
         writing.write_ldm,
@@ -198,24 +201,29 @@ def _summary(
     if not network.decodes:
         text += f"\n{networks.labels_text(network.config)}"
         theirs = {"release": 0, "sit": 0, "diffusers": 1, "pipeline": 1}.get(target)
-        ours = network.config.model.frequency_shift
-        if theirs is not None and theirs != ours:
-            text += (
-                "\nnote: the two programs embed timesteps differently (frequencies over"
-                f" {128 - ours} here, {128 - theirs} there), so the same weights give other images"
-                " there; see docs/weights.md."
-            )
-        scale = query_factor(network.config.model)
-        if theirs is not None and scale != 1:
-            text += (
-                "\nnote: the other program has no μP attention scale (1 / head width):"
-                f" the queries' weights and bias are scaled by {scale:.6g}, which is equivalent."
-            )
+        text += "" if theirs is None else _differences(network.config.model, theirs)
     classes = network.config.data.num_classes
     if target == "pipeline" and classes != _NULL_LABEL:
         text += (
             f"\nnote: DiTPipeline takes class {_NULL_LABEL} for the null label, and this"
             f" DiT's is {classes}: only guidance_scale=1 is correct there."
+        )
+    return text
+
+
+def _differences(k: DiTKeys, theirs: int) -> str:
+    """What the other program computes differently; its frequencies are shifted by `theirs`."""
+    text, ours, scale = "", k.frequency_shift, query_factor(k)
+    if theirs != ours:
+        text += (
+            "\nnote: the two programs embed timesteps differently (frequencies over"
+            f" {128 - ours} here, {128 - theirs} there), so the same weights give other images"
+            " there; see docs/weights.md."
+        )
+    if scale != 1:
+        text += (
+            "\nnote: the other program has no μP attention scale (1 / head width):"
+            f" the queries' weights and bias are scaled by {scale:.6g}, which is equivalent."
         )
     return text
 

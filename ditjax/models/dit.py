@@ -146,6 +146,10 @@ class DiTKeys(Denoiser):
     base_width: int = positive(384)
     base_head_width: int = positive(64)
 
+    @property
+    def stride(self) -> int:
+        return self.patch
+
     def unused(self, name: str, c: Config) -> str:
         if name in ("align_width", "align_features") and not self.align_block:
             return "model.align_block"

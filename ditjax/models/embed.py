@@ -172,18 +172,21 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """y i32[B] -> [B, D]: one row per class, and with `null` a last row for "no class".
 
-    The table starts as N(0, 0.02²). With `null`, the label num_classes means unconditional.
+    The table starts as N(0, std²). With `null`, the label num_classes means unconditional.
     """
 
     num_classes: int
     width: int
     null: bool
     dtype: Any = jnp.float32
+    std: float = 0.02
 
     @nn.compact
     def __call__(self, y: jax.Array | np.ndarray) -> jax.Array:
         rows = self.num_classes + int(self.null)
-        table = self.param("table", nn.initializers.normal(0.02), (rows, self.width), jnp.float32)
+        table = self.param(
+            "table", nn.initializers.normal(self.std), (rows, self.width), jnp.float32
+        )
         return jnp.take(table.astype(self.dtype), y, axis=0)
 
 

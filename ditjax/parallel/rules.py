@@ -138,6 +138,16 @@ def check_tokens(tokens: int, extra: int, heads: int, mesh: Mesh) -> None:
         )
 
 
+def check_whole(mesh: Mesh, what: str) -> None:
+    """Raise UserError for a mesh that splits tokens or heads, of a network which names none."""
+    for axis in ("context", "tensor"):
+        if mesh.shape[axis] > 1:
+            raise UserError(
+                f"mesh axis {axis}={mesh.shape[axis]}: {what} has no tokens or heads that it could"
+                f" split; legal: {axis}=1."
+            )
+
+
 def check_data_only(mesh: Mesh, what: str) -> None:
     """Raise UserError for a mesh with another axis than `data`."""
     for axis, size in mesh.shape.items():

@@ -84,6 +84,7 @@ def placement(c: Config, mesh: Mesh) -> Placement:
     """
     split = network_of(c).attention(c.model, inputs_of(c))
     if split is None:
+        rules.check_whole(mesh, f"config.model.kind={c.model.kind}")
         return ANYWHERE
     kernel = kernels.choose(
         network_of(c).kernel(c.model),

@@ -12,9 +12,11 @@ copy of the weights.
 
 import re
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from ditjax.models.unet import UNetKeys, all_layers, layers
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -28,7 +30,9 @@ class LeafRule(NamedTuple):
 
     ours: str
     theirs: tuple[str, ...]
-    kind: Literal["vector", "table", "linear", "conv", "linear_as_conv", "patch"]
+    kind: Literal[
+        "vector", "table", "linear", "conv", "linear_as_conv", "linear_as_conv1d", "patch", "heads"
+    ]
     copies: bool = False
 
     @property
@@ -50,6 +54,11 @@ def _their_shape(kind: str, ours: tuple[int, ...], patch: int) -> tuple[int, ...
             return (int(np.prod(ours[1:])), ours[0])
         case "linear_as_conv":
             return (int(np.prod(ours[1:])), ours[0], 1, 1)
+        case "linear_as_conv1d":
+            return (int(np.prod(ours[1:])), ours[0], 1)
+        case "heads":
+            rows = int(np.prod(ours[-3:]))
+            return (rows,) if len(ours) == 3 else (rows, ours[0], 1)
         case "conv":
             return (ours[3], ours[2], ours[0], ours[1])
         case _:
@@ -66,6 +75,14 @@ def _their_view(kind: str, leaf: np.ndarray, patch: int) -> np.ndarray:
             return leaf.reshape(leaf.shape[0], -1).T
         case "linear_as_conv":
             return leaf.reshape(leaf.shape[0], -1).T[:, :, None, None]
+        case "linear_as_conv1d":
+            return leaf.reshape(leaf.shape[0], -1).T[:, :, None]
+        case "heads":
+            # Their rows are ordered (head, q k v, d), ours (q k v, head, d).
+            rows = leaf.swapaxes(-3, -2)
+            if leaf.ndim == 3:
+                return rows.reshape(-1)
+            return rows.reshape(leaf.shape[0], -1).T[:, :, None]
         case "conv":
             return leaf.transpose(3, 2, 0, 1)
         case _:
@@ -75,8 +92,12 @@ def _their_view(kind: str, leaf: np.ndarray, patch: int) -> np.ndarray:
 
 def _our_leaf(kind: str, theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     match kind:
-        case "linear" | "linear_as_conv":
+        case "linear" | "linear_as_conv" | "linear_as_conv1d":
             theirs = theirs.reshape(theirs.shape[:2]).T
+        case "heads":
+            *into, qkv, heads, d = shape
+            rows = theirs.T.reshape(*into, heads, qkv, d)
+            theirs = rows.swapaxes(-3, -2)
         case "conv" | "patch":
             theirs = theirs.transpose(2, 3, 1, 0)
     return theirs.reshape(shape)
@@ -210,6 +231,109 @@ DIT_DIFFUSERS: Layout = [
     *_linear("final_layer/linear", "proj_out_2"),
     *_linear("final_layer/adaln/linear", "proj_out_1"),
 ]
+
+
+# Modules of a U-Net's blocks in diffusers and in guided-diffusion.
+_RES = {
+    "norm1": ("norm1", "in_layers.0"),
+    "conv1": ("conv1", "in_layers.2"),
+    "emb": ("time_emb_proj", "emb_layers.1"),
+    "norm2": ("norm2", "out_layers.0"),
+    "conv2": ("conv2", "out_layers.3"),
+    "shortcut": ("conv_shortcut", "skip_connection"),
+}
+_UNET = {
+    "conv_in": ("conv_in", "input_blocks.0.0"),
+    "t_in": ("time_embedding.linear_1", "time_embed.0"),
+    "t_out": ("time_embedding.linear_2", "time_embed.2"),
+    "y_embedder": ("class_embedding", "label_emb"),
+    "norm_out": ("conv_norm_out", "out.0"),
+    "conv_out": ("conv_out", "out.2"),
+}
+
+
+def adm_of_64(k: UNetKeys) -> bool:
+    """Whether this is guided-diffusion's network of 64x64 images.
+
+    Of its published networks that one alone has rows (q k v, head, d) (use_new_attention_order) and
+    the cosine schedule, as its README's flags say.
+    """
+    return (k.width, k.multipliers, k.res_blocks) == (192, (1.0, 2.0, 3.0, 4.0), 3)
+
+
+def unet_layout(k: UNetKeys, leaves: Shapes, names: Literal["diffusers", "adm"]) -> Layout:
+    """The rules of a U-Net: diffusers' UNet2DModel, or UNetModel of guided-diffusion ('adm')."""
+    program = ("diffusers", "adm").index(names)
+    blocks = (_diffusers_blocks, _adm_blocks)[program](k)
+    layout = []
+    for path in leaves:
+        parent, _, leaf = path.rpartition("/")
+        block, _, part = parent.rpartition("/")
+        attention = block.endswith("_attention")
+        if not block:
+            modules = [_UNET[part][program]]
+        elif attention and names == "diffusers":
+            parts = {"norm": ["group_norm"], "qkv": ["to_q", "to_k", "to_v"], "out": ["to_out.0"]}
+            modules = [f"{blocks[block]}.{each}" for each in parts[part]]
+        elif attention:
+            modules = [f"{blocks[block]}.{'proj_out' if part == 'out' else part}"]
+        else:
+            modules = [f"{blocks[block]}.{_RES[part][program]}"]
+        suffix = "bias" if leaf == "bias" else "weight"
+        theirs = tuple(f"{module}.{suffix}" for module in modules)
+        legacy = names == "adm" and not adm_of_64(k)
+        layout.append(LeafRule(path, theirs, _unet_kind(part, leaf, names, attention, legacy)))
+    return layout
+
+
+def _unet_kind(part: str, leaf: str, names: str, attention: bool, legacy: bool) -> Any:
+    if part == "qkv" and legacy:
+        return "heads"
+    if leaf in ("bias", "scale"):
+        return "vector"
+    if leaf == "table":
+        return "table"
+    if attention:
+        return "linear" if names == "diffusers" else "linear_as_conv1d"
+    return "linear" if part in ("emb", "t_in", "t_out") else "conv"
+
+
+def _diffusers_blocks(k: UNetKeys) -> dict[str, str]:
+    """{'down_0_1': 'down_blocks.0.resnets.1', 'down_0_1_attention': ..attentions.1} and so on."""
+    blocks: dict[str, str] = {}
+    for layer in all_layers(k):
+        part, *place = layer.name.split("_")
+        if part == "middle":
+            resnets, attentions = f"mid_block.resnets.{place[0]}", "mid_block.attentions.0"
+        else:
+            level = int(place[0]) if part == "down" else len(k.multipliers) - 1 - int(place[0])
+            module = f"{part}_blocks.{level}"
+            resnets = f"{module}.{part}samplers.0" if layer.resample else ""
+            resnets = resnets or f"{module}.resnets.{place[1]}"
+            attentions = f"{module}.attentions.{place[1]}"
+        blocks |= {layer.name: resnets, f"{layer.name}_attention": attentions}
+    return blocks
+
+
+def _adm_blocks(k: UNetKeys) -> dict[str, str]:
+    """{'down_0_1': 'input_blocks.2.0', 'down_0_1_attention': 'input_blocks.2.1'} and so on.
+
+    A block that doubles the resolution follows the last layer of its level, in the same place.
+    """
+    down, middle, up = layers(k)
+    blocks: dict[str, str] = {}
+    for n, layer in enumerate(down, start=1):
+        blocks |= {layer.name: f"input_blocks.{n}.0"}
+        blocks |= {f"{layer.name}_attention": f"input_blocks.{n}.1"}
+    blocks |= {f"middle_{i}": f"middle_block.{2 * i}" for i in range(len(middle))}
+    blocks |= {"middle_0_attention": "middle_block.1"}
+    n, inside = -1, 0
+    for layer in up:
+        n, inside = (n, inside) if layer.resample else (n + 1, 0)
+        blocks |= {layer.name: f"output_blocks.{n}.{inside}"}
+        blocks |= {f"{layer.name}_attention": f"output_blocks.{n}.{inside + 1}"}
+        inside += 1 + layer.attention
+    return blocks
 
 
 def autoencoder_layout(

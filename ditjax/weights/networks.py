@@ -111,11 +111,11 @@ def task_of(c: Config) -> Task:
 
 def shapes_of(c: Config) -> dict[str, tuple[int, ...]]:
     """The shapes of a recipe's parameters by path. None depends on the image size."""
-    # One token of a DiT or one latent of an autoencoder, so that a hostile file cannot use memory.
+    # One token, or one pixel of the deepest level, so that a hostile file cannot use memory.
     factor = c.downsample
     if section := getattr(c, "autoencoder", None):
         factor = factor if section.FROZEN else 2 ** (len(section.multipliers) - 1)
-    side = getattr(c.model, "patch", 1) * factor
+    side = c.model.stride * factor
     small = replaced(c, data=dataclasses.replace(c.data, image_size=side))
     if section := getattr(c, "sample", None):
         # The network that guides it is of the whole size.

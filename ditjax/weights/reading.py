@@ -24,6 +24,7 @@ from ditjax.files.assets import unflatten
 from ditjax.files.atomic import read_json
 from ditjax.models.dit import PAPER_SIZES, DiTKeys, Size, parse_size
 from ditjax.models.embed import sincos_position_embedding
+from ditjax.models.unet import UNetKeys
 from ditjax.weights import layouts, vocabulary
 from ditjax.weights import tensors as weights
 from ditjax.weights.arguments import Arguments, Labels, labels_of, stated_process
@@ -41,7 +42,8 @@ _AVERAGING_DRIFT = 2e-3
 _MAX_SIDE = 2048  # of latents: far above any DiT's; bounds the position table for a hostile file
 
 # Tensors by which a network is recognised below any prefix.
-_DITS = ("x_embedder.proj.weight", "pos_embed.proj.weight")
+_UNET = "input_blocks.0.0.weight"
+_DITS = ("x_embedder.proj.weight", "pos_embed.proj.weight", _UNET)
 _AUTOENCODERS = ("encoder.conv_in.weight", "decoder.conv_in.weight")
 _MARKS = {
     "dit": (_DITS,),
@@ -122,14 +124,17 @@ def load_network(
         return _load_ours(file)
     if any(name.startswith(("x_embedder.", "t_embedder.", "blocks.0.attn.")) for name in names):
         return _load_dit(file, "release", Given(heads, num_classes, numerics))
+    if _UNET in names:
+        return _load_unet(file, Given(heads, num_classes, numerics))
     if any(name.startswith("transformer_blocks.0.") for name in names):
         return _load_dit(file, "diffusers", Given(heads, num_classes, numerics))
     if any(re.match(r"(first_stage_model\.)?(encoder|decoder)\.", name) for name in names):
         return _load_autoencoder(file)
     some = ", ".join(weights.collapse(names)[:4]) or "nothing"
     raise UserError(
-        f"{path} holds no known network: expected a DiT (of the public release or of diffusers) or"
-        f" a KL autoencoder (of diffusers or latent diffusion); it holds {some}."
+        f"{path} holds no known network: expected a DiT (of the public release or of diffusers), a"
+        " U-Net (of guided-diffusion) or a KL autoencoder (of diffusers or latent diffusion); it"
+        f" holds {some}."
     )
 
 
@@ -375,6 +380,92 @@ def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetw
         notes,
         class_names=_named_in(file, config),
         published=_looks_published(file, config),
+    )
+
+
+_ADM_HEAD_WIDTH = 64  # of the published models but for that of 128x128
+_ADM_128 = (256, (1.0, 1.0, 2.0, 3.0, 4.0))
+_ADM_DEEPEST = 8  # the lowest resolution of all published models
+
+
+def _unet_keys(file: weights.TensorFile) -> dict[str, Any]:
+    """The keys of config.model of guided-diffusion's U-Net, from names and shapes.
+
+    Blocks that halve have the tensors of others, so the levels are counted on the way up, where a
+    block that doubles stands beside another.
+    """
+    ups = _count(file.tensors, r"output_blocks\.([0-9]{1,3})\.")
+    block = re.compile(r"output_blocks\.[0-9]{1,3}\.[12]\.in_layers\.2\.weight")
+    levels = 1 + sum(1 for name in file.tensors if block.fullmatch(name))
+    if ups % levels or ups <= levels:
+        raise UserError(
+            f"{file.path}: its {ups} output blocks are not those of {levels} levels: expected a"
+            " U-Net whose residual blocks change the resolution (resblock_updown)."
+        )
+    _, width = _shape(file, "time_embed.0.weight", 2)
+    per_level = ups // levels
+    firsts = [1 + level * per_level for level in range(levels)]
+    widths = [_shape(file, f"input_blocks.{n}.0.out_layers.3.weight", 4)[0] for n in firsts]
+    attention = [f"input_blocks.{n}.1.qkv.weight" in file.tensors for n in firsts]
+    return {
+        "kind": "unet",
+        "width": width,
+        "multipliers": tuple(w / width for w in widths),
+        "res_blocks": per_level - 1,
+        "attention_factors": tuple(2**i for i, has in enumerate(attention) if has),
+        "head_width": _ADM_HEAD_WIDTH,
+    }
+
+
+def _load_unet(file: weights.TensorFile, given: Given) -> LoadedNetwork:
+    """A U-Net of guided-diffusion, whose files hold tensors alone."""
+    arguments = Arguments(file.path, file.config, file.extra)
+    rows, _ = _shape(file, "label_emb.weight", 2)
+    labels = labels_of(arguments, rows, given.num_classes or rows, 0.0)
+    keys = _unet_keys(file)
+    _, C, _, _ = _shape(file, _UNET, 4)
+    out, _, _, _ = _shape(file, "out.2.weight", 4)
+    if out not in (C, 2 * C):
+        raise UserError(
+            f"{file.path}: its U-Net has {C} channels in and {out} out: expected {C}, or {2 * C}"
+            " with a learned variance."
+        )
+    if C not in (1, 3):
+        raise UserError(
+            f"{file.path}: its U-Net reads {C} channels: expected 3 of an image, or 1 in grey;"
+            " networks that enlarge an image are not read."
+        )
+    if (keys["width"], keys["multipliers"]) == _ADM_128:
+        raise UserError(
+            f"{file.path} looks like the U-Net of 128x128 images, which has four heads at every"
+            " width: expected heads of 64 channels."
+        )
+    schedule = "cosine" if layouts.adm_of_64(UNetKeys(**keys)) else "linear"
+    side = _ADM_DEEPEST * 2 ** (len(keys["multipliers"]) - 1)
+    config = _recipe(
+        file,
+        {
+            "model": {**keys, "label_dropout": labels.dropout},
+            "diffusion": {
+                "variance": "learned_range" if out == 2 * C else "fixed_small",
+                "loss": "hybrid" if out == 2 * C else "simple",
+                "schedule": schedule,
+            },
+            "data": {"image_size": side, "num_classes": labels.classes, "channels": C},
+            "autoencoder": {"kind": "none"},
+            "sample": {"cfg_channels": "all", "clip_x0": True},
+        },
+    )
+    shapes = shapes_of(config)
+    rules = layouts.unet_layout(config.model, shapes, "adm")
+    what = f"U-Net of width {keys['width']} in the layout of guided-diffusion"
+    weights.check_tensors(file.path, what, file.tensors, layouts.expected_shapes(rules, shapes))
+    note = (
+        f"{file.path} does not say so, but is taken for images of {side}x{side}, with the"
+        f" {schedule} schedule and heads of {_ADM_HEAD_WIDTH} channels, as the published models"
+    )
+    return LoadedNetwork(
+        config, _params(file, rules, shapes), "adm", file.files, (file.account, note)
     )
 
 

@@ -16,6 +16,7 @@ from ditjax.errors import UserError
 from ditjax.files.atomic import recordable, write_json
 from ditjax.models import dit
 from ditjax.models.embed import sincos_position_embedding
+from ditjax.models.unet import UNetKeys
 from ditjax.weights import layouts, vocabulary
 from ditjax.weights import tensors as weights
 from ditjax.weights.arguments import sit_arguments
@@ -117,6 +118,24 @@ def write_diffusers(folder: str | os.PathLike[str], network: LoadedNetwork) -> P
     return folder
 
 
+def write_adm(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
+    """Write a U-Net's state dict with the names of guided-diffusion.
+
+    Raises UserError for another network, or groups and heads that its code does not have.
+    """
+    k = network.config.model
+    if not isinstance(k, UNetKeys):
+        raise UserError(f"guided-diffusion has no {network.name}: expected a U-Net.")
+    if k.groups != 32:
+        raise UserError(
+            f"guided-diffusion's code has 32 groups, and config.model.groups is {k.groups}: convert"
+            " to ditjax's own format."
+        )
+    rules = layouts.unet_layout(k, network.shapes, "adm")
+    write_torch(path, layouts.to_theirs(rules, network.leaves))
+    return Path(path)
+
+
 def write_ldm(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     """Write an autoencoder's checkpoint with latent diffusion's names, under 'state_dict'.
 
@@ -149,6 +168,8 @@ def folded(network: LoadedNetwork) -> LoadedNetwork:
 def _check_expressible(network: LoadedNetwork, program: str, *, sit: bool = False) -> None:
     """Raise UserError for a DiT that another program's code cannot express."""
     m, d = network.config.model, network.config.diffusion
+    if not isinstance(m, dit.DiTKeys):
+        raise UserError(f"{program} has no {network.name}: expected a DiT.")
     if sit:
         sit_arguments(network.config)  # raises for another process
     elif d.process != "ddpm":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-NAMES = ("adapters", "inception", "networks", "samplers", "scores", "solvers", "torch_file")
+NAMES = ("adapters", "inception", "networks", "samplers", "scores", "solvers", "torch_file", "unet")
 FOLDER = Path(__file__).parent.parent / "goldens"
 
 
