@@ -165,6 +165,7 @@ _IMPORTED = (
     "diffusion.loss",
     "control.source",
     "sample.sampler",
+    "edit.method",
     "evaluate.features",
 )
 

@@ -12,6 +12,7 @@ from ditjax.errors import UserError
 from ditjax.files.atomic import write_json
 from ditjax.parallel.processes import is_primary
 from ditjax.runs.results import load_samples, save_grid
+from ditjax.sampling.editing import EDITS, request_of
 from ditjax.sampling.pipeline import (
     PRECISIONS,
     Pipeline,
@@ -31,7 +32,7 @@ def save_sample_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write samples.png and samples.json beside the samples.npz in `folder`."""
     images, _ = load_samples(folder / SAMPLES, GRID_IMAGES)
     classes = record["classes"]
-    columns = min(len(images), 10 if classes is None else max(1, min(len(classes), 10)))
+    columns = min(len(images), 10, len(classes or images))
     upscale = max(1, MIN_GRID_SIDE // images.shape[1])
     save_grid(images, folder / "samples.png", columns, upscale=upscale)
     write_json(folder / "samples.json", record)
@@ -76,6 +77,18 @@ def _parser() -> cli.Parser:
     )
     for flag, (key, kind, text) in _FLAGS.items():
         parser.add_argument(f"--{flag}", type=kind, help=f"{text} (config.{key})")
+    parser.add_argument(
+        "--edit",
+        choices=EDITS,
+        default="",
+        help="edit images instead of drawing new ones, by config.edit",
+    )
+    parser.add_argument("--image", default="", help="images to edit, as files separated by commas")
+    parser.add_argument(
+        "--mask",
+        default="",
+        help="masks of --edit=inpaint, white where it draws: one, or as images",
+    )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -126,19 +139,23 @@ def main(argv: list[str]) -> int:
     args, config = cli.parse(parser, argv, recorded)
     config = changed(config, _overrides(args))
     given = [key for flag, (key, _, _) in _FLAGS.items() if getattr(args, flag) is not None]
-    ours = ("--config.sample.", "--config.control.")
-    given += [word[9:].partition("=")[0] for word in argv if word.startswith(ours)]
+    ours = ("sample.", "control.", "edit.")
+    words = [word[9:].partition("=")[0] for word in argv if word.startswith("--config.")]
+    given += [word for word in words if word.startswith(ours)]
     check_used(changed(config, {"evaluate": {"guided_scale": 0.0}}), given)
+    flags = {"image": args.image, "mask": args.mask}
+    edit = request_of(config, args.edit, flags, [each for each in words if each[:5] == "edit."])
     folder = Path(args.out or Path(args.workdir or ".") / "drawn")
     if folder.exists() and not folder.is_dir():  # before hours of work, not after
         raise UserError(f"--out={folder} is a file: give a folder.")
     pipeline = Pipeline(opened[0], config)
-    num = config.sample.num
     if is_primary():
         print("\n".join((*opened[0].notes, labels_text(config))), flush=True)
+    num = edit.num if edit and args.num is None else config.sample.num
     record = pipeline.write(
         folder / SAMPLES,
         args.classes,
+        edit=edit,
         num=num,
         batch_size=args.batch_size,
         control=args.control.split(",") if args.control else None,

@@ -27,17 +27,20 @@ class Stateful:
 
     `start(x)` -> the memory before the first evaluation; `step(x, timesteps, memory)` ->
     (output, memory). A sampler that asks `stateful` for it carries the memory from one evaluation
-    to the next; to any other, it is a `Denoise` that raises an error.
+    to the next; to any other, it is a `Denoise` that raises an error unless its memory is empty.
     """
 
     start: Callable[[jax.Array], Any]
     step: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
     def __call__(self, x: jax.Array, timesteps: jax.Array) -> jax.Array:
-        raise UserError(
-            "this sampler does not carry the momentum of guidance from one evaluation to the next:"
-            " set config.sample.apg_momentum to 0, or choose another sampler."
-        )
+        memory = self.start(x)
+        if jax.tree.leaves(memory):
+            raise UserError(
+                "this sampler does not carry the momentum of guidance from one evaluation to the"
+                " next: set config.sample.apg_momentum to 0, or choose another sampler."
+            )
+        return self.step(x, timesteps, memory)[0]
 
 
 def stateful(denoise: Denoise) -> Stateful:

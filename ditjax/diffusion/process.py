@@ -324,6 +324,8 @@ class Discrete(Process):
 
     def c_noise(self, t: Any) -> Any:
         steps = self.schedule.timesteps
+        if isinstance(t, jax.Array):
+            return jnp.asarray(steps, jnp.int32)[t]
         return steps[np.clip(np.rint(t).astype(np.int64), 0, len(steps) - 1)].astype(np.int32)
 
     def time_of_noise(self, c_noise: jax.Array) -> jax.Array:

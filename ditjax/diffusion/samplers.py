@@ -1,7 +1,7 @@
 """Samplers: DDPM's ancestral sampling and DDIM, each one lax.scan from x_T to x0."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,30 @@ def _normal_each(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
+class Steps(NamedTuple):
+    """The steps of a sampler, from the noise x_T to the data.
+
+    `step(x, memory, row, noise)` -> x at the next time, the memory, and the x̂0 that it was computed
+    from. `memory` is what a step leaves to the next beside x, such as the network's
+    (`gaussian.Stateful`), as it is before the first. `row` is one of `rows`, tables [n, ...].
+    """
+
+    step: Callable[[jax.Array, Any, Any, Noise], tuple[jax.Array, Any, jax.Array]]
+    memory: Any
+    rows: Any
+
+
+def walk(steps: Steps, x_T: jax.Array, noise: Noise) -> jax.Array:
+    """Take every step once, from x_T to x0."""
+
+    def move(carry: tuple[jax.Array, Any], row: Any) -> tuple[tuple[jax.Array, Any], None]:
+        x, memory, _ = steps.step(*carry, row, noise)
+        return (x, memory), None
+
+    (x0, _), _ = jax.lax.scan(move, (x_T, steps.memory), steps.rows)
+    return x0
+
+
 def ddpm(
     denoise: Denoise,
     schedule: Schedule,
@@ -78,23 +102,36 @@ def ddpm(
 
     Raises UserError as `gaussian.p_mean_variance` does.
     """
+    steps = ddpm_steps(
+        denoise, schedule, x_T, prediction=prediction, variance=variance, clip_x0=clip_x0
+    )
+    return walk(steps, x_T, noise)
 
+
+def ddpm_steps(
+    denoise: Denoise,
+    schedule: Schedule,
+    x_T: jax.Array,
+    *,
+    prediction: str = "eps",
+    variance: Variance = "learned_range",
+    clip_x0: bool = False,
+) -> Steps:
+    """Build the steps of `ddpm`."""
     network = stateful(denoise)
 
-    def step(carry: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
-        x_t, memory = carry
+    def step(
+        x_t: jax.Array, memory: Any, i: jax.Array, noise: Noise
+    ) -> tuple[jax.Array, Any, jax.Array]:
         t = _table_index(schedule, x_t, i)
         out, memory = predict_along(network, schedule, x_t, t, memory)
         p = p_mean_variance(
             schedule, out, x_t, t, prediction=prediction, variance=variance, clip_x0=clip_x0
         )
         sigma = jnp.where(i < len(schedule) - 1, jnp.exp(0.5 * p.log_variance), 0.0)
-        return (p.mean + sigma * noise(i), memory), None
+        return p.mean + sigma * noise(i), memory, p.x0
 
-    (x0, _), _ = jax.lax.scan(
-        step, (x_T, network.start(x_T)), jnp.arange(len(schedule), dtype=jnp.int32)
-    )
-    return x0
+    return Steps(step, network.start(x_T), jnp.arange(len(schedule), dtype=jnp.int32))
 
 
 def ddim(
@@ -114,6 +151,20 @@ def ddim(
 
     Raises UserError for η outside [0, 1], and as `gaussian.p_mean_variance` does.
     """
+    steps = ddim_steps(denoise, schedule, x_T, eta=eta, prediction=prediction, clip_x0=clip_x0)
+    return walk(steps, x_T, noise)
+
+
+def ddim_steps(
+    denoise: Denoise,
+    schedule: Schedule,
+    x_T: jax.Array,
+    *,
+    eta: float = 0.0,
+    prediction: str = "eps",
+    clip_x0: bool = False,
+) -> Steps:
+    """Build the steps of `ddim`."""
     if not 0 <= eta <= 1:
         raise UserError(
             f"ddim's eta is {eta}: expected 0 (deterministic) to 1 (as much noise as DDPM)."
@@ -121,11 +172,11 @@ def ddim(
     sigma = eta * np.sqrt(schedule.posterior_variance)
     signal = np.sqrt(schedule.alphas_bar_prev)
     direction = np.sqrt(1 - schedule.alphas_bar_prev - sigma**2)
-
     network = stateful(denoise)
 
-    def step(carry: tuple[jax.Array, Any], i: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
-        x_t, memory = carry
+    def step(
+        x_t: jax.Array, memory: Any, i: jax.Array, noise: Noise
+    ) -> tuple[jax.Array, Any, jax.Array]:
         t = _table_index(schedule, x_t, i)
         out, memory = predict_along(network, schedule, x_t, t, memory)
         p = p_mean_variance(
@@ -134,12 +185,9 @@ def ddim(
         x = extract(signal, t, x_t.ndim) * p.x0 + extract(direction, t, x_t.ndim) * p.eps
         if eta > 0:
             x = x + extract(sigma, t, x_t.ndim) * noise(i)
-        return (x, memory), None
+        return x, memory, p.x0
 
-    (x0, _), _ = jax.lax.scan(
-        step, (x_T, network.start(x_T)), jnp.arange(len(schedule), dtype=jnp.int32)
-    )
-    return x0
+    return Steps(step, network.start(x_T), jnp.arange(len(schedule), dtype=jnp.int32))
 
 
 def _table_index(schedule: Schedule, x_t: jax.Array, i: jax.Array) -> jax.Array:

@@ -23,8 +23,8 @@ from ditjax.diffusion.process import (
     per_sample,
     precondition,
 )
-from ditjax.diffusion.samplers import Noise
-from ditjax.diffusion.schedule import retained
+from ditjax.diffusion.samplers import Noise, Steps, walk
+from ditjax.diffusion.schedule import Schedule, retained
 from ditjax.errors import UserError
 
 # x f32[B,H,W,C], one row of a table of preconditionings, memory -> x̂0 f32[B,H,W,C], memory
@@ -52,6 +52,9 @@ class Sampler(NamedTuple):
     steps, on its own grid. `derivatives`: it needs α̇ and σ̇, which such a process does not have.
     `check(process, times, **options)` raises UserError for a combination that cannot be solved.
     `adaptive`: it chooses its own steps, one sample's apart from another's.
+    `steps(denoise, objective, times, x_T, *, clip_x0, **options)` are the steps that `solve` takes,
+    if none builds on the estimates of those before: chains take them in another order, and do more
+    between them (`inverse.repaint`).
     """
 
     solve: Callable[..., jax.Array]
@@ -61,6 +64,7 @@ class Sampler(NamedTuple):
     derivatives: bool = False
     check: Callable[..., Any] | None = None
     adaptive: bool = False
+    steps: Callable[..., Steps] | None = None
 
 
 # ---- the steps
@@ -131,24 +135,21 @@ def _on_device(tables: Any, dtype: Any) -> Any:
     return jax.tree.map(move, tables)
 
 
-def _linear(
-    estimate: Estimate, steps: LinearSteps, x: jax.Array, noise: Noise, memory: Any
-) -> jax.Array:
-    """Run steps that are linear in x and in the newest k estimates of x0."""
-    history = (jnp.zeros_like(x),) * (steps.move.shape[1] - 1)
+def _linear(estimate: Estimate, tables: LinearSteps, x: jax.Array, memory: Any) -> Steps:
+    """The steps that are linear in x and in the newest k estimates of x0."""
+    history = (jnp.zeros_like(x),) * (tables.move.shape[1] - 1)
 
-    def step(carry: Any, row: Any) -> tuple[Any, None]:
-        (x, history, memory), (i, s) = carry, row
+    def step(x: jax.Array, before: Any, row: Any, noise: Noise) -> tuple[jax.Array, Any, jax.Array]:
+        (history, memory), (i, s) = before, row
         x0, memory = estimate(x, s.point, memory)
         x0s = (x0, *history)
         x = s.keep * x + sum(s.move[j] * x0 for j, x0 in enumerate(x0s))
         if s.spread is not None:
             x = x + s.spread * noise(i)
-        return (x, x0s[:-1], memory), None
+        return x, (x0s[:-1], memory), x0
 
-    rows = (jnp.arange(len(steps.keep)), _on_device(steps, x.dtype))
-    (x, _, _), _ = jax.lax.scan(step, (x, history, memory), rows)
-    return x
+    rows = (jnp.arange(len(tables.keep)), _on_device(tables, x.dtype))
+    return Steps(step, (history, memory), rows)
 
 
 class TwoStageSteps(NamedTuple):
@@ -183,7 +184,7 @@ def _two_stage(
 
     rows = (jnp.arange(len(steps.inner)), _on_device(steps, x.dtype))
     (x, memory), _ = jax.lax.scan(step, (x, memory), rows)
-    return _linear(estimate, last, x, noise, memory)
+    return walk(_linear(estimate, last, x, memory), x, noise)
 
 
 def _run(
@@ -195,7 +196,7 @@ def _run(
 ) -> jax.Array:
     estimate, memory = _estimator(denoise, x, clip_x0)
     if isinstance(steps, LinearSteps):
-        return _linear(estimate, steps, x, noise, memory)
+        return walk(_linear(estimate, steps, x, memory), x, noise)
     return _two_stage(estimate, *steps, x, noise, memory)
 
 
@@ -234,23 +235,37 @@ def general_ddim(
 
     η = 1 is ancestral sampling. Order 1.
     """
+    steps = general_ddim_steps(denoise, objective, times, x_T, clip_x0=clip_x0, eta=eta)
+    return walk(steps, x_T, noise)
+
+
+def general_ddim_steps(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    *,
+    clip_x0: bool,
+    eta: float = 0.0,
+) -> Steps:
+    """Build the steps of `general_ddim`."""
+    prediction = objective.prediction
     if isinstance(objective.process, Discrete):
-        schedule = retained(objective.process.schedule, times[-2::-1].astype(np.int64))
-        return samplers.ddim(
-            denoise,
-            schedule,
-            x_T,
-            noise,
-            eta=eta,
-            prediction=objective.prediction,
-            clip_x0=clip_x0,
+        schedule = _respaced(objective, times)
+        return samplers.ddim_steps(
+            denoise, schedule, x_T, eta=eta, prediction=prediction, clip_x0=clip_x0
         )
     p = _pairs(objective.process, times)
     spread = eta * p.sigma_next * np.sqrt(1 - p.decay**2)
     keep = np.sqrt(p.sigma_next**2 - spread**2) / p.sigma
     move = (p.alpha_next - p.alpha * keep)[:, None]
-    steps = LinearSteps(_points(objective, times[:-1]), keep, move, spread if eta else None)
-    return _run(denoise, steps, x_T, noise, clip_x0)
+    tables = LinearSteps(_points(objective, times[:-1]), keep, move, spread if eta else None)
+    estimate, memory = _estimator(denoise, x_T, clip_x0)
+    return _linear(estimate, tables, x_T, memory)
+
+
+def _respaced(objective: Objective, times: np.ndarray) -> Schedule:
+    return retained(objective.schedule, times[-2::-1].astype(np.int64))
 
 
 def respaced_ddpm(
@@ -263,12 +278,17 @@ def respaced_ddpm(
     clip_x0: bool,
 ) -> jax.Array:
     """DDPM Alg. 2 on the schedule respaced to `times` (`samplers.ddpm`)."""
-    schedule = retained(objective.schedule, times[-2::-1].astype(np.int64))
-    return samplers.ddpm(
+    return walk(respaced_ddpm_steps(denoise, objective, times, x_T, clip_x0=clip_x0), x_T, noise)
+
+
+def respaced_ddpm_steps(
+    denoise: Denoise, objective: Objective, times: np.ndarray, x_T: jax.Array, *, clip_x0: bool
+) -> Steps:
+    """Build the steps of `respaced_ddpm`."""
+    return samplers.ddpm_steps(
         denoise,
-        schedule,
+        _respaced(objective, times),
         x_T,
-        noise,
         prediction=objective.prediction,
         variance=objective.variance,
         clip_x0=clip_x0,
@@ -683,8 +703,8 @@ def adaptive_ode(
 
 # config.sample.sampler -> sampler
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(respaced_ddpm, discrete=True),
-    "ddim": Sampler(general_ddim, options=("eta",)),
+    "ddpm": Sampler(respaced_ddpm, discrete=True, steps=respaced_ddpm_steps),
+    "ddim": Sampler(general_ddim, options=("eta",), steps=general_ddim_steps),
     "euler": Sampler(tabled(euler), derivatives=True),
     "heun": Sampler(tabled(heun), both_ends, derivatives=True),
     "edm": Sampler(tabled(edm), both_ends, ("s_churn", "s_min", "s_max", "s_noise")),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,7 +23,7 @@ from ditjax.sampling.samples import SampleWriter
 from ditjax.tasks import make_task
 from ditjax.tasks.adapters import adapters_record, with_adapters
 from ditjax.training.program import precise
-from ditjax.training.task import Frozen
+from ditjax.training.task import Frozen, Known
 
 
 class Drawn(NamedTuple):
@@ -52,16 +53,17 @@ class Drawer:
         *,
         seed: int,
         label_of: Sequence[int] | None = None,
+        given: Known | None = None,
         title: str = "",
         num: int = 0,
         controls: Controls | None = None,
     ) -> Iterator[Drawn]:
         """Yield the samples of each range [start, stop), drawn by config.sample.
 
-        Sample i depends only on (seed, i) and its label, which is label_of[i % len], or uniform if
-        `label_of` is None. A controlled one depends on its control image, too: by default on record
-        i of config.evaluate.split, whose label it takes then unless `label_of` is given. With a
-        title, progress towards `num` samples is reported.
+        Sample i depends only on (seed, i), its label, which is label_of[i % len], or uniform if
+        `label_of` is None, and row i % len of what is `given`. A controlled one depends on its
+        control image, too: by default on record i of config.evaluate.split, whose label it takes
+        then unless `label_of` is given. With a title, progress towards `num` samples is reported.
         """
         sampler = self.sampler(c)
         guidance = sampling_of(c, make_task(c)).guidance
@@ -69,11 +71,13 @@ class Drawer:
         progress = Progress(title, num, "images") if title else None
         for first, last in ranges:
             for start in range(first, last, sampler.batch_size):
-                indices, wanted = np.arange(start, start + sampler.batch_size), None
-                if label_of is not None:
-                    wanted = np.asarray(label_of, np.int32)[indices % len(label_of)]
-                rows = controls.rows(indices) if controls else NO_CONTROLS
-                keys, conditions, label = sampler.place(seed, start, wanted, rows)
+                indices = np.arange(start, start + sampler.batch_size)
+                wanted = None if label_of is None else _cycled(indices, np.asarray(label_of))
+                controlled = controls.rows(indices) if controls else NO_CONTROLS
+                keys, conditions, label = sampler.place(seed, start, wanted, controlled)
+                if given is not None:
+                    each = jax.tree.map(lambda x, i=indices: sampler.spread(_cycled(i, x)), given)
+                    guidance = guidance._replace(given=each)
                 with precise(c), sampler.compiling():
                     drawn = sampler.program(params, self._frozen, keys, conditions, guidance)
                 count = min(last - start, sampler.batch_size)
@@ -89,12 +93,13 @@ class Drawer:
         *,
         seed: int,
         label_of: Sequence[int] | None = None,
+        given: Known | None = None,
         title: str = "",
         controls: Controls | None = None,
     ) -> Drawn:
         """Draw samples 0 to num - 1 in memory; with a title, progress is reported."""
-        options: Any = {"seed": seed, "label_of": label_of, "title": title, "num": num}
-        parts = list(self(c, params, [(0, num)], controls=controls, **options))
+        options: Any = {"seed": seed, "label_of": label_of, "given": given, "controls": controls}
+        parts = list(self(c, params, [(0, num)], title=title, num=num, **options))
         images, label = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
         return Drawn(0, images, label)
 
@@ -128,6 +133,10 @@ def load_model(
 def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dict[str, Any]:
     """The record of the model that samples are drawn from."""
     return {"run": str(workdir), "step": step, "params_sha256": opening.digest(params)}
+
+
+def _cycled(indices: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return rows[indices % len(rows)]
 
 
 def sampling_protocol(
@@ -180,6 +189,7 @@ def draw_to(
     *,
     seed: int,
     label_of: Sequence[int] | None = None,
+    given: Known | None = None,
     title: str = "sample",
     controls: Controls | None = None,
 ) -> float:
@@ -196,8 +206,8 @@ def draw_to(
         writer = SampleWriter(path, num, shape, provenance, labelled=True, replace=True)
         ranges = list(writer.missing(c.sample.batch_size))
     ranges = processes.broadcast_ranges(ranges)
-    options: Any = {"seed": seed, "label_of": label_of, "title": title, "num": num}
-    for part in drawer(c, params, ranges, controls=controls, **options):
+    options: Any = {"seed": seed, "label_of": label_of, "given": given, "controls": controls}
+    for part in drawer(c, params, ranges, title=title, num=num, **options):
         if writer:
             writer.write(part.start, part.images, part.label)
     if writer:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ditjax import __version__
-from ditjax.config import Config, adapters_of, changed, check_used, replaced
+from ditjax.config import Config, adapters_of, changed, check_used, hints, replaced
 from ditjax.data.classes import ClassNames, parse_classes
 from ditjax.errors import UserError
 from ditjax.files import lease
@@ -30,6 +30,7 @@ from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
 from ditjax.runs.snapshots import average_record
+from ditjax.sampling import editing
 from ditjax.sampling.controls import ControlImage, Controls, given_controls
 from ditjax.sampling.draw import Drawer, digests_of, draw_to, sampling_protocol
 from ditjax.sampling.program import sampling_of
@@ -273,17 +274,59 @@ class Pipeline:
         are control images of a run that has a control, as `controls.given_controls` takes them.
         Other arguments default to the recipe's (`self.config.sample`). Raises UserError.
         """
-        c, label_of = self._request(
+        return self._draw(
             classes,
+            quiet=quiet,
+            control=control,
             num=num,
             seed=seed,
             cfg_scale=cfg_scale,
             sampler=sampler,
             eta=eta,
             cfg_channels=cfg_channels,
-            steps=None if steps is None else str(steps),
+            steps=steps,
             batch_size=batch_size,
         )
+
+    def inpaint(
+        self,
+        image: editing.Pictures,
+        mask: editing.Pictures,
+        classes: Sequence[int | str] | str | None = None,
+        *,
+        quiet: bool = False,
+        **keys: Any,
+    ) -> Output:
+        """Complete images where the mask is white; sample i is of image i % N.
+
+        `image` and `mask` are paths, PIL images or arrays of bytes, one or a list. Other arguments
+        are those of `__call__` and keys of config.edit, such as method='ddnm'. Raises UserError.
+        """
+        edit = editing.inpaint_request(self.config, image, mask)
+        return self._draw(classes, edit, quiet=quiet, **keys)
+
+    def upscale(
+        self,
+        image: editing.Pictures,
+        classes: Sequence[int | str] | str | None = None,
+        *,
+        quiet: bool = False,
+        **keys: Any,
+    ) -> Output:
+        """Enlarge images, whose pixels are means of the drawn ones; as `inpaint` otherwise."""
+        edit = editing.upscale_request(self.config, image)
+        return self._draw(classes, edit, quiet=quiet, **keys)
+
+    def _draw(
+        self,
+        classes: Sequence[int | str] | str | None,
+        edit: editing.Request | None = None,
+        *,
+        quiet: bool,
+        control: ControlImage | Sequence[ControlImage] | None = None,
+        **keys: Any,
+    ) -> Output:
+        c, label_of, edited = self._request(classes, edit, **keys)
         controls = self._controls(c, control)
         began = time.monotonic()
         drawn = self._drawer.whole(
@@ -292,11 +335,12 @@ class Pipeline:
             c.sample.num,
             seed=c.seed,
             label_of=label_of,
+            given=edit.given if edit else None,
             title="" if quiet else "sample",
             controls=controls,
         )
         images = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in drawn.images]
-        record = self._record(c, label_of, time.monotonic() - began, controls)
+        record = self._record(c, label_of, edited, time.monotonic() - began, controls)
         return Output(images, drawn.images, drawn.label, record)
 
     @lease.scope()
@@ -305,27 +349,30 @@ class Pipeline:
         path: str | os.PathLike[str],
         classes: Sequence[int | str] | str | None = None,
         *,
+        edit: editing.Request | None = None,
         num: int | None = None,
         batch_size: int | None = None,
         control: ControlImage | Sequence[ControlImage] | None = None,
     ) -> dict[str, Any]:
         """Draw images into an npz (arr_0, label), batch by batch, and return their record.
 
-        After an interruption, the same call draws what is missing. A different set at `path` is
-        replaced. Raises UserError, also if another process is writing samples to the same folder.
+        With `edit` they agree with what it gives (`sampling/editing.py`). After an interruption,
+        the same call draws what is missing. A different set at `path` is replaced. Raises
+        UserError, also if another process is writing samples to the same folder.
         """
-        c, label_of = self._request(classes, num=num, batch_size=batch_size)
+        c, label_of, edited = self._request(classes, edit, num=num, batch_size=batch_size)
         controls = self._controls(c, control)
         opening.acquire_lease(Path(path).parent, opening.SAMPLES_LEASE)
-        record = self._record(c, label_of, 0.0, controls)
-        labels = "uniform" if label_of is None else f"classes {label_of}"
+        record = self._record(c, label_of, edited, 0.0, controls)
+        labels = "uniform" if label_of is None else f"classes {record['classes']}"
         if label_of is None and controls and control is None:
             labels = "records"
+        protocol = sampling_protocol(
+            c, seed=c.seed, labels=labels, controls=controls, **digests_of(self._frozen)
+        )
         provenance = {
             "model": {**self._source.record, "params_sha256": opening.digest(self._params)},
-            "sampling": sampling_protocol(
-                c, seed=c.seed, labels=labels, controls=controls, **digests_of(self._frozen)
-            ),
+            "sampling": {**protocol, **edited},
         }
         seconds = draw_to(
             path,
@@ -336,32 +383,63 @@ class Pipeline:
             seed=c.seed,
             label_of=label_of,
             controls=controls,
+            given=edit.given if edit else None,
         )
         return {**record, "protocol": provenance["sampling"], "seconds": round(seconds, 3)}
 
     def _request(
         self,
         classes: Sequence[int | str] | str | None,
+        edit: editing.Request | None = None,
         *,
-        num: int | None,
-        batch_size: int | None,
+        num: int | None = None,
+        batch_size: int | None = None,
         seed: int | None = None,
-        **sample: Any,
-    ) -> tuple[Config, list[int] | None]:
-        """The recipe and the labels of a call; None leaves a key as it is."""
+        steps: str | int | None = None,
+        **keys: Any,
+    ) -> tuple[Config, list[int] | None, dict[str, Any]]:
+        """The recipe and the labels of a call, and what an edit adds to its record and protocol.
+
+        None leaves a key as it is.
+        """
         label_of = self.labels(classes)
-        if num is None:
-            num = len(label_of) if label_of else self.config.sample.num
-        given = {key: value for key, value in sample.items() if value is not None}
+        if num is None and (edit or label_of):
+            num = max(edit.num if edit else 0, len(label_of or ()))
+        keys |= {"num": num, "steps": None if steps is None else str(steps)}
+        sections: dict[str, dict[str, Any]] = {"edit": {}, "sample": {}}
+        for name, value in keys.items():
+            if value is not None:
+                of_edit = edit is not None and name in hints(type(self.config.edit))
+                sections["edit" if of_edit else "sample"][name] = value
         seed = self.config.seed if seed is None else seed
-        c = changed(self.config, {"seed": seed, "sample": {**given, "num": num}})
+        c = changed(self.config, {"seed": seed, **{k: v for k, v in sections.items() if v}})
         unguided = changed(c, {"evaluate": {"guided_scale": 0.0}})
-        check_used(unguided, (f"sample.{key}" for key in given))
+        check_used(
+            unguided, (f"{section}.{name}" for section in sections for name in sections[section])
+        )
+        edited = {"edit": self._edited(c, edit)} if edit else {}
+        if edit and label_of is None:
+            label_of = [self._null_label(c)]
         if batch_size is None:
             # No larger than needed, and a multiple of the devices: batches are padded to this size.
             devices = self._mesh.size
-            batch_size = -(-min(c.sample.batch_size, num) // devices) * devices
-        return changed(c, {"sample": {"batch_size": batch_size}}), label_of
+            batch_size = -(-min(c.sample.batch_size, c.sample.num) // devices) * devices
+        return changed(c, {"sample": {"batch_size": batch_size}}), label_of, edited
+
+    def _edited(self, c: Config, edit: editing.Request) -> dict[str, Any]:
+        edits = sampling_of(c, make_task(c)).edits
+        if edits is None:
+            raise UserError(f"config.task is {c.task!r}, which does not edit images.")
+        return {**edit.record, **edits(edit.given)}
+
+    def _null_label(self, c: Config) -> int:
+        """The label of an image that is given without its class."""
+        if c.model.label_dropout == 0:
+            raise UserError(
+                "config.model.label_dropout is 0, so that the network has no null label: give the"
+                " classes of the images to edit (--classes)."
+            )
+        return c.data.num_classes
 
     def _controls(
         self, c: Config, control: ControlImage | Sequence[ControlImage] | None
@@ -388,16 +466,23 @@ class Pipeline:
         return parse_classes(text, self.config.data.num_classes, self.class_names)
 
     def _record(
-        self, c: Config, label_of: list[int] | None, seconds: float, controls: Controls | None
+        self,
+        c: Config,
+        label_of: list[int] | None,
+        edited: dict[str, Any],
+        seconds: float,
+        controls: Controls | None,
     ) -> dict[str, Any]:
+        null = [c.data.num_classes]
         controlled = (
             {"control": dataclasses.asdict(c.control), **controls.record} if controls else {}
         )
         return {
             **self._source.record,
             **adapters_record(c),
+            **edited,
             "seed": c.seed,
-            "classes": label_of,
+            "classes": [] if label_of == null else label_of,
             "sample": dataclasses.asdict(c.sample),
             "model": dataclasses.asdict(c.model),
             "diffusion": dataclasses.asdict(c.diffusion),

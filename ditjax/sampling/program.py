@@ -1,5 +1,6 @@
 """The jitted program that draws a batch of samples."""
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -38,13 +39,15 @@ class BatchSampler(NamedTuple):
     start + B on the mesh: (keys, conditions, labels i32[B]). `controls` are the rows of
     `controls.Controls`, by default none; their labels are taken if none are given.
     `program(params, frozen, keys, conditions, guidance)` returns the images u8[B,H,W,C]; call it
-    inside `precise` and `compiling()`.
+    inside `precise` and `compiling()`. `spread` puts an array whose first axis is the batch on the
+    mesh.
     """
 
     program: Callable[[Any, Frozen, Any, Conditions, Any], jax.Array]
     place: Callable[..., tuple[Any, Conditions, np.ndarray]]
     compiling: Callable[[], AbstractContextManager[None]]
     batch_size: int
+    spread: Callable[[np.ndarray], jax.Array]
 
 
 def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
@@ -65,14 +68,16 @@ def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
         each = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
         return jax.vmap(lambda key: jax.random.randint(key, (), 0, c.data.num_classes))(each)
 
+    spread = functools.partial(processes.from_whole, batch_sharding)
+
     maps_of = jax.jit(sampling.control or _no_maps, out_shardings=batch_sharding)
 
     def channels_of(seed: int, indices: jax.Array, controls: HostBatch) -> jax.Array | None:
         if "maps" in controls:
-            return processes.from_whole(batch_sharding, controls["maps"])
+            return spread(controls["maps"])
         if "image" not in controls:
             return None
-        images = processes.from_whole(batch_sharding, controls["image"])
+        images = spread(controls["image"])
         return maps_of(images, keys_of(keys.stream(seed, keys.CONTROL), indices))
 
     def place(
@@ -83,7 +88,7 @@ def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
         if labels is None:
             labels = np.asarray(labels_of(keys.stream(seed, keys.LABELS), indices))
         labels = np.asarray(labels, np.int32)
-        on_mesh = [processes.from_whole(batch_sharding, x) for x in (indices, labels)]
+        on_mesh = [spread(x) for x in (indices, labels)]
         each = keys_of(keys.stream(seed, keys.SAMPLE), on_mesh[0])
         channels = channels_of(seed, on_mesh[0], controls)
         return each, Conditions(label=on_mesh[1], channels=channels), labels
@@ -93,4 +98,4 @@ def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
         in_shardings=(None, None, batch_sharding, batch_sharding, None),
         out_shardings=rules.replicated(mesh),
     )
-    return BatchSampler(program, place, compiling.once(), B)
+    return BatchSampler(program, place, compiling.once(), B, spread)

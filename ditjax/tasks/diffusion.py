@@ -25,7 +25,7 @@ from ditjax.models.autoencoder import Moments, sample_posterior
 from ditjax.models.embed import ANYWHERE, Placement, drop_labels
 from ditjax.models.network import DTYPES, Conditions, Inputs, Network, NetworkCost
 from ditjax.parallel import rules
-from ditjax.tasks import adapting, alignment, autoencoder, control
+from ditjax.tasks import adapting, alignment, autoencoder, control, editing
 from ditjax.tasks.guide import guide_recipe, load_guide
 from ditjax.tasks.objective import (
     LOSS_REGISTRY,
@@ -366,17 +366,19 @@ def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
     sample = dataclasses.replace(
         c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema", adapters=""
     )
-    compiled = (c.model, c.diffusion, c.data, c.autoencoder, c.adapt, sample, guided(c))
+    architecture = (c.model, c.diffusion, c.data, c.autoencoder, c.adapt)
     controlled = control.is_controlled(c)
+    controls = dataclasses.replace(c.control, scale=(), start=0.0, end=1.0)
     return Sampling(
         draw=make_sampler(c, mesh),
         guidance=g,
-        compiled=(*compiled, dataclasses.replace(c.control, scale=(), start=0.0, end=1.0)),
+        compiled=(*architecture, c.edit, sample, guided(c), controls),
         timesteps=t,
         guided=0 if t is None else _count_guided(guided(c), g, t),
         protocol={**protocol_of(c), **control.control_protocol(c)},
         weak=guide_recipe(c) if c.sample.guide else None,
         control=control.maps_of(control.all_controls(c)) if controlled else None,
+        edits=functools.partial(editing.edit_protocol, c),
     )
 
 
@@ -410,17 +412,14 @@ def make_sampler(
         other = functools.partial(weak, frozen["guide"]) if weak else None
         denoise = denoiser(c, apply, params, conditions, g, other)
         x_T = samplers.initial_noise(keys, shape)
-        x0 = solve(
-            denoise,
-            objective,
-            times,
-            x_T if start == 1 else start * x_T,
-            samplers.per_sample_noise(keys, shape),
-            **options,
-        )
-        return to_uint8(
-            autoencoder.decode_latents(c, frozen["autoencoder"], x0) if c.latent else x0
-        )
+        x_T = x_T if start == 1 else start * x_T
+        noise = samplers.per_sample_noise(keys, shape)
+        if g.given is None:
+            x0 = solve(denoise, objective, times, x_T, noise, **options)
+        else:
+            x0 = editing.edited(c, frozen, denoise, g.given, x_T, noise)
+        x = autoencoder.decode_latents(c, frozen["autoencoder"], x0) if c.latent else x0
+        return to_uint8(x if g.given is None else editing.pasted(g.given, x))
 
     return sample
 
@@ -535,6 +534,7 @@ TASK = Definition(
         "adapt": adapting.Adapt,
         "control": control.Control,
         "sample": Sample,
+        "edit": editing.Edit,
     },
     check=check,
     resolve=lambda c, workdir: adapting.with_base(c, workdir, network_of(c), inputs_of),

@@ -51,16 +51,29 @@ class Start(NamedTuple):
     lines: tuple[str, ...]
 
 
+class Known(NamedTuple):
+    """What is known of the images that are drawn: an image of each sample in [-1, 1].
+
+    With mask f32[B,H,W,1], 1 where a pixel of image f32[B,H,W,C] is known and 0 where it is to be
+    drawn. Without, image f32[B,h,w,C] holds the means of the pixels of the image to be drawn.
+    """
+
+    image: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray | None = None
+
+
 class Guidance(NamedTuple):
     """Arguments of guidance, f32[] each: the scale, and its timesteps low <= t < high.
 
-    `control` are those of a control, if there is one.
+    `given` is what the images are to agree with, or None; `control` are the arguments of a control,
+    if there is one.
     """
 
     scale: jax.Array | np.float32
     low: jax.Array | np.float32
     high: jax.Array | np.float32
     control: Any = None
+    given: Known | None = None
 
 
 class Sampling(NamedTuple):
@@ -75,6 +88,9 @@ class Sampling(NamedTuple):
 
     `control` is None, or (images f32[B,H,W,C] in [-1, 1], keys key[B]) -> the control images, as
     `conditions.channels` f32[B,h,w,K]: those that follow from an image of a data set.
+
+    A task that can draw images that agree with `guidance.given` says what that adds to the protocol
+    by `edits(given)`, which raises UserError for what does not go with the recipe.
     """
 
     draw: Callable[[Any, Frozen, jax.Array, Conditions, Any], jax.Array]
@@ -85,6 +101,7 @@ class Sampling(NamedTuple):
     protocol: Mapping[str, Any] = {}
     weak: Config | None = None
     control: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    edits: Callable[[Known], Mapping[str, Any]] | None = None
 
 
 class ValidationScore(NamedTuple):

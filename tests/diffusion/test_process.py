@@ -63,6 +63,7 @@ def test_training_uses_the_same_coefficients_as_sampling(name, prediction):
     np.testing.assert_allclose(made.noised(*args), noised, rtol=1e-5, atol=2e-5)
     wanted = column(a) * X0 + column(b) * EPS
     np.testing.assert_allclose(made.target(*args, prediction), wanted, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(made.c_noise(args[1]), made.c_noise(t), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["flow", "gvp", "vp", "edm"])

@@ -1,0 +1,190 @@
+"""What is given to an edit: images and masks as people have them, as arrays of a recipe."""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ditjax.config import Config
+from ditjax.data.crop import normalize
+from ditjax.data.pictures import open_picture, upright
+from ditjax.errors import UserError, shown
+from ditjax.training.task import Known
+
+# A path, a PIL image, u8[H,W], [H,W,C] or [N,H,W,C], or a list of these.
+Pictures = str | os.PathLike[str] | Image.Image | np.ndarray | Sequence[Any]
+_MODES = {"L": 1, "RGB": 3}
+
+
+class Request(NamedTuple):
+    """An edit: what is given of N images, and its description for a record."""
+
+    given: Known
+    record: dict[str, Any]
+
+    @property
+    def num(self) -> int:
+        """N; sample i is of image i % N."""
+        return len(self.given.image)
+
+
+def inpaint_request(c: Config, image: Pictures, mask: Pictures) -> Request:
+    """Complete images where the mask is white (at least 128, or True), as in diffusers.
+
+    Images u8[N,H,W,C] are of the recipe's size and channels, masks [N,H,W], one or N. Raises
+    UserError for others, and for a mask without white.
+    """
+    pixels, size = _images(c, image, "image"), c.data.image_size
+    _check_side(pixels.shape[1:3], size, "image")
+    holes = _masks(mask)
+    if holes.shape[1:] != pixels.shape[1:3] or len(holes) not in (1, len(pixels)):
+        raise UserError(
+            f"mask of {_sizes(holes)} and image of {_sizes(pixels)}: expected one mask, or one of"
+            " each image, of the same size."
+        )
+    if not holes.any(axis=(1, 2)).all():
+        raise UserError("mask is black everywhere: expected white where the image is to be drawn.")
+    known = np.broadcast_to(~holes[..., None], (*pixels.shape[:3], 1)).astype(np.float32)
+    return Request(
+        Known(normalize(pixels), known),
+        {"edit": "inpaint", "image": _digest(pixels), "mask": _digest(holes)},
+    )
+
+
+def upscale_request(c: Config, image: Pictures) -> Request:
+    """Draw images whose means over f x f pixels are the given ones, u8[N,h,w,C].
+
+    Raises UserError for images whose side does not divide the recipe's.
+    """
+    pixels, size = _images(c, image, "image"), c.data.image_size
+    height, width = pixels.shape[1:3]
+    if height != width or size % height or height == size:
+        raise UserError(
+            f"image of {height}x{width} to enlarge: expected a square image whose side divides"
+            f" {size}, the size of the network's images, and is smaller."
+        )
+    return Request(
+        Known(normalize(pixels)),
+        {"edit": "upscale", "image": _digest(pixels), "factor": size // height},
+    )
+
+
+# --edit -> the function that makes its request, and the flags that it takes
+EDITS: Mapping[str, tuple[Callable[..., Request], tuple[str, ...]]] = {
+    "inpaint": (inpaint_request, ("image", "mask")),
+    "upscale": (upscale_request, ("image",)),
+}
+
+
+def request_of(
+    c: Config, edit: str, flags: Mapping[str, str], keys: Sequence[str] = ()
+) -> Request | None:
+    """Build the edit of a command line; None without one.
+
+    `flags` are lists of files, '' for those not given, and `keys` the keys of config.edit that
+    are. Raises UserError for flags that the edit does not take, and for those that it lacks.
+    """
+    make, takes = EDITS[edit] if edit else (None, ())
+    given = [f"--{name}" for name, value in flags.items() if value and name not in takes]
+    given += [] if edit else [f"--config.{key}" for key in keys]
+    if given:
+        without = f"with --edit={edit}" if edit else f"without --edit, one of {', '.join(EDITS)}"
+        raise UserError(f"{' and '.join(given)}: no effect {without}: remove it.")
+    if make is None:
+        return None
+    if missing := [f"--{name}" for name in takes if not flags[name]]:
+        raise UserError(f"--edit={edit} needs {' and '.join(missing)}.")
+    return make(c, **{name: flags[name].split(",") for name in takes})
+
+
+# ---- from what people have to arrays
+
+
+def _images(c: Config, source: Pictures, what: str) -> np.ndarray:
+    """u8[N,H,W,C] with the recipe's channels."""
+    images = np.stack(_same_size([_pixels(each, what) for each in _each(source)], what))
+    images = images[..., None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or images.shape[-1] != c.data.channels:
+        wanted = {count: mode for mode, count in _MODES.items()}[c.data.channels]
+        raise UserError(
+            f"{what} is {images.dtype}{list(images.shape[1:])}: expected u8[H,W,{c.data.channels}],"
+            f" an image of mode {wanted!r}; convert it first."
+        )
+    return images
+
+
+def _masks(source: Pictures) -> np.ndarray:
+    """bool[N,H,W], True where it is white."""
+    if isinstance(source, np.ndarray) and source.ndim == 3:
+        source = list(source)
+    masks = np.stack(_same_size([_pixels(each, "mask") for each in _each(source)], "mask"))
+    masks = masks[..., 0] if masks.ndim == 4 and masks.shape[-1] == 1 else masks
+    if masks.ndim != 3 or masks.dtype not in (np.uint8, np.bool_):
+        raise UserError(
+            f"mask is {masks.dtype}{list(masks.shape[1:])}: expected u8[H,W] or bool[H,W], an image"
+            " of mode 'L' or '1'; convert it first."
+        )
+    return masks >= (128 if masks.dtype == np.uint8 else 1)
+
+
+def _each(source: Pictures) -> list[Any]:
+    """The images of a source, one by one."""
+    if isinstance(source, np.ndarray):
+        return list(source) if source.ndim == 4 else [source]
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        return list(source)
+    return [source]
+
+
+def _pixels(each: Any, what: str) -> np.ndarray:
+    """The pixels of an array, a PIL image or a file, as they are: [H,W] or [H,W,C]."""
+    if isinstance(each, str | os.PathLike):
+        try:
+            with open_picture(Path(each)) as opened:
+                opened.load()
+                each = upright(opened)
+        except Exception as error:  # Pillow raises a dozen types for damaged files
+            raise UserError(f"{what} {each} cannot be read: {error}.") from None
+    if isinstance(each, Image.Image):
+        if each.mode not in (*_MODES, "1"):
+            raise UserError(
+                f"{what} is of mode {each.mode!r}: expected {', '.join(map(repr, _MODES))} (or '1'"
+                " for a mask); convert it first."
+            )
+        return np.asarray(each)
+    if not isinstance(each, np.ndarray) or each.ndim not in (2, 3) or 0 in each.shape:
+        raise UserError(
+            f"{what} is {shown(each)[:80]}: expected a path, a PIL image or an array [H,W],"
+            " [H,W,C] or [N,H,W,C]."
+        )
+    return each
+
+
+def _same_size(images: list[np.ndarray], what: str) -> list[np.ndarray]:
+    if not images or len({each.shape for each in images}) > 1:
+        sizes = " and ".join(sorted({str(list(each.shape)) for each in images})) or "none"
+        raise UserError(f"{what}s of {sizes}: expected at least one, all of one shape.")
+    return images
+
+
+def _check_side(size: tuple[int, ...], side: int, what: str) -> None:
+    if size != (side, side):
+        raise UserError(
+            f"{what} of {size[0]}x{size[1]}: expected {side}x{side}, the size of the network's"
+            " images; crop or resize it first."
+        )
+
+
+def _sizes(images: np.ndarray) -> str:
+    """'2 x 8x8', or '8x8' of one."""
+    size = f"{images.shape[1]}x{images.shape[2]}"
+    return size if len(images) == 1 else f"{len(images)} x {size}"
+
+
+def _digest(array: np.ndarray) -> str:
+    text = f"{array.dtype}{array.shape}".encode()
+    return hashlib.sha256(text + np.ascontiguousarray(array).tobytes()).hexdigest()

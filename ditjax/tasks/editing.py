@@ -1,0 +1,123 @@
+"""Editing images with a trained denoiser: the keys of `config.edit`, and the edited sample."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ditjax.config import (
+    Config,
+    Section,
+    above,
+    at_least,
+    at_most,
+    key,
+    lookup,
+    registered,
+    registry,
+)
+from ditjax.diffusion.gaussian import Denoise
+from ditjax.diffusion.inverse import InverseMethod, Measured, known_means, known_pixels
+from ditjax.diffusion.samplers import Noise, walk
+from ditjax.errors import UserError
+from ditjax.tasks import autoencoder
+from ditjax.tasks.objective import objective_of, options_of, sampler_of, times_of
+from ditjax.training.task import Frozen, Known
+
+METHOD_REGISTRY = "ditjax.diffusion.inverse.METHODS"
+
+
+@dataclass(frozen=True)
+class Edit(Section):
+    """How an image that is given is completed or enlarged (`sampling/editing.py`)."""
+
+    FREE = True
+
+    # 'repaint', 'replace', 'ddnm', 'pigdm', 'dps' or the dotted name of your own
+    method: str = key("repaint", registered(METHOD_REGISTRY), protocol=True)
+    jump: int = key(10, at_least(1), at_most(100_000), protocol=True)  # RePaint's j
+    resample: int = key(10, at_least(1), at_most(100_000), protocol=True)  # RePaint's r
+    strength: float = key(1.0, above(0), protocol=True)  # of a gradient
+
+    def unused(self, name: str, c: Config) -> str:
+        every = {each for method in registry(METHOD_REGISTRY).values() for each in method.options}
+        return "method" if name in every - {*method_of(c).options} else super().unused(name, c)
+
+
+def method_of(c: Config) -> InverseMethod:
+    """The method of a recipe."""
+    method: InverseMethod = lookup(c.edit.method, METHOD_REGISTRY)
+    return method
+
+
+def settings_of(c: Config) -> dict[str, Any]:
+    """The keys of `config.edit` that the recipe's method reads."""
+    return {name: getattr(c.edit, name) for name in method_of(c).options}
+
+
+def edit_protocol(c: Config, given: Known) -> dict[str, Any]:
+    """What an edit adds to a sampling protocol.
+
+    Raises UserError for a method that does not go with the sampler or with what is given.
+    """
+    method, sampler, s = method_of(c), sampler_of(c), c.sample
+    name = f"config.edit.method is {c.edit.method!r}"
+    if method.chain and not sampler.steps:
+        raise UserError(
+            f"{name}, which takes the steps of a sampler in its own way, and config.sample.sampler"
+            f" is {s.sampler!r}, whose steps build on each other: set it to 'ddim' (with"
+            " config.sample.eta=1) or 'ddpm', or config.edit.method to 'ddnm' or 'pigdm'."
+        )
+    if method.random and "eta" in sampler.options and s.eta == 0:
+        raise UserError(
+            f"{name}, whose steps need noise, and config.sample.eta is 0.0: set it to 1."
+        )
+    if method.check:
+        method.check(len(times_of(c)) - 1, **settings_of(c))
+    if given.mask is None and c.latent:
+        raise UserError(
+            "an image to enlarge and a network of latents, which do not have the means of pixels:"
+            " expected a network of pixels (config.autoencoder.kind='none')."
+        )
+    return {"method": c.edit.method, **settings_of(c)}
+
+
+def edited(
+    c: Config, frozen: Frozen, denoise: Denoise, given: Known, x_T: jax.Array, noise: Noise
+) -> jax.Array:
+    """Draw x0 that agrees with what is given -> f32[B,H,W,C], or latents."""
+    objective, times = objective_of(c), times_of(c)
+    sampler, method = sampler_of(c), method_of(c)
+    measured, settings = _measured(c, frozen, given), settings_of(c)
+    options = {"clip_x0": c.sample.clip_x0, **options_of(c)}
+    if method.wrap:
+        wrapped = method.wrap(denoise, objective, measured, **settings)
+        return sampler.solve(wrapped, objective, times, x_T, noise, **options)
+    assert sampler.steps is not None  # `edit_protocol`
+    assert method.chain is not None
+    steps = sampler.steps(denoise, objective, times, x_T, **options)
+    return walk(method.chain(steps, objective, times, measured, **settings), x_T, noise)
+
+
+def _measured(c: Config, frozen: Frozen, given: Known) -> Measured:
+    """What is known of x0, in pixels or in latents."""
+    image, mask = jnp.asarray(given.image), given.mask
+    if mask is None:
+        return known_means(image, c.data.image_size // image.shape[1])
+    known = jnp.asarray(mask)
+    if c.latent:
+        moments = autoencoder.encode_images(c, frozen["autoencoder"], image)
+        image = autoencoder.normalized(c, moments.mean)
+        # A latent is known where all its pixels are.
+        f = c.downsample
+        B, H, W, _ = known.shape
+        known = known.reshape(B, H // f, f, W // f, f, 1).min((2, 4))
+    return known_pixels(image, known)
+
+
+def pasted(given: Known, images: jax.Array) -> jax.Array:
+    """Put the known pixels into images f32[B,H,W,C], as a decoder and some methods change them."""
+    if given.mask is None:
+        return images
+    return jnp.where(jnp.asarray(given.mask) > 0, jnp.asarray(given.image), images)

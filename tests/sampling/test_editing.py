@@ -1,0 +1,258 @@
+"""Pictures of every kind become what is given to an edit, and the edit keeps what is known."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ditjax import sample
+from ditjax.config import changed, check_recorded, read
+from ditjax.data.crop import normalize
+from ditjax.errors import UserError
+from ditjax.files.assets import unflatten
+from ditjax.models.autoencoder import Moments
+from ditjax.models.network import Conditions
+from ditjax.sampling import editing
+from ditjax.sampling.draw import sampling_protocol
+from ditjax.sampling.editing import inpaint_request, request_of, upscale_request
+from ditjax.sampling.pipeline import Pipeline
+from ditjax.sampling.program import sampling_of
+from ditjax.tasks import autoencoder, make_task
+from ditjax.tasks import editing as task
+from ditjax.training.task import Known
+from ditjax.weights import networks, writing
+from tests.seeded import seeded_state
+
+RNG = np.random.default_rng(0)
+IMAGE = RNG.integers(0, 256, (8, 8, 1), np.uint8)
+MASK = np.zeros((8, 8), np.uint8)
+MASK[4:] = 255
+FAST: dict[str, Any] = {"steps": "ddim4", "sampler": "ddim", "quiet": True, "eta": 1.0}
+QUICK: dict[str, Any] = {**FAST, "jump": 2, "resample": 2}
+
+
+def weights(path, **sections):
+    """A tiny pixel DiT of seeded weights."""
+    c = read(
+        {
+            "model": {"size": "1x16x2", "patch": 4},
+            "data": {"image_size": 8, "channels": 1, "num_classes": 10},
+            "autoencoder": {"kind": "none"},
+            "sample": {"cfg_channels": "all", "clip_x0": True},
+            **sections,
+        }
+    )
+    leaves = seeded_state(networks.shapes_of(c), 5)
+    network = networks.LoadedNetwork(c, {"params": unflatten(leaves)}, "ditjax", (path,))
+    return writing.write_ditjax(path, network)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return weights(tmp_path_factory.mktemp("ours") / "x.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pixels(file):
+    return Pipeline.from_pretrained(file)
+
+
+@pytest.fixture(scope="module")
+def repainted(pixels):
+    return pixels.inpaint(IMAGE, MASK, [3], num=3, seed=1, **QUICK)
+
+
+def test_what_is_known_is_kept_to_the_byte(repainted):
+    assert repainted.array.shape == (3, 8, 8, 1)
+    np.testing.assert_array_equal(repainted.array[:, :4], np.stack([IMAGE[:4]] * 3))
+    assert len({x[4:].tobytes() for x in repainted.array}) == 3
+    found = repainted.record["edit"]
+    assert found["method"] == "repaint"
+    assert (found["jump"], found["resample"], found["edit"]) == (2, 2, "inpaint")
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        (Image.fromarray(IMAGE[..., 0]), Image.fromarray(MASK)),
+        (IMAGE[..., 0], MASK > 0),
+        (IMAGE[None], MASK[None]),
+        (IMAGE, np.where(MASK > 0, 128, 127).astype(np.uint8)),
+        ([IMAGE], [Image.fromarray(MASK).convert("1")]),
+    ],
+)
+def test_pictures_of_every_kind_are_the_same(pixels, repainted, image, mask):
+    request = inpaint_request(pixels.config, image, mask)
+    np.testing.assert_array_equal(request.given.image, normalize(IMAGE)[None])
+    np.testing.assert_array_equal(np.asarray(request.given.mask)[0, :, :, 0], MASK == 0)
+    assert request.record.items() <= repainted.record["edit"].items()
+
+
+def test_a_sample_is_of_its_own_image_in_any_batch(pixels, repainted):
+    """Image i % N, with the noise of (seed, i) alone."""
+    images = np.stack([IMAGE, 255 - IMAGE, IMAGE])
+    other = pixels.inpaint(images, MASK, [3], seed=1, batch_size=8, **QUICK)
+    np.testing.assert_array_equal(other.array[[0, 2]], repainted.array[[0, 2]])
+    np.testing.assert_array_equal(other.array[1, :4], 255 - IMAGE[:4])
+    again = pixels.inpaint(images, np.stack([MASK] * 3), [3], num=6, seed=1, **QUICK)
+    np.testing.assert_array_equal(again.array[4, :4], 255 - IMAGE[:4])
+
+
+def test_without_classes_an_image_has_the_null_label(pixels, repainted):
+    output = pixels.inpaint(IMAGE, MASK, num=3, seed=1, **QUICK)
+    np.testing.assert_array_equal(output.label, [10] * 3)
+    assert output.record["classes"] == []
+    assert output.array.tobytes() != repainted.array.tobytes()
+    with pytest.raises(UserError, match=r"label_dropout is 0, .* give the classes of the images"):
+        pixels._null_label(changed(pixels.config, {"model": {"label_dropout": 0.0}}))
+
+
+def test_methods_differ_and_serve_any_sampler(pixels, repainted):
+    drawn = {repainted.array.tobytes()}
+    for keys in (
+        {"method": "pigdm", "sampler": "dpmpp_2m", "steps": "2", "quiet": True},
+        {"method": "dps", "strength": 2.0, **FAST},
+    ):
+        output = pixels.inpaint(IMAGE, MASK, [3], num=3, seed=1, **keys)
+        np.testing.assert_array_equal(output.array[0, :4], IMAGE[:4])
+        drawn.add(output.array.tobytes())
+    assert len(drawn) == 3
+
+
+def test_an_image_is_enlarged_to_one_with_its_means(pixels):
+    low = RNG.integers(64, 192, (2, 4, 4, 1), np.uint8)
+    output = pixels.upscale(low, [3], method="ddnm", **FAST)
+    means = output.array.astype(float).reshape(2, 4, 2, 4, 2).mean((2, 4))
+    # Clipping of x̂0 moves a mean, of a network that was not trained.
+    assert np.abs(means - low[..., 0]).mean() < 10
+    assert output.record["edit"]["factor"] == 2
+
+
+def test_nothing_is_edited_without_an_image(pixels):
+    """Off is off: without an image, the keys of config.edit leave the program as it is."""
+    programs = []
+    edits: list[dict[str, Any]] = [{}, {"method": "pigdm", "strength": 3.0}]
+    for edit in edits:
+        c = changed(pixels.config, {"edit": edit, "sample": {"steps": "4"}})
+        sampling = sampling_of(c, make_task(c))
+        keys = jax.random.split(jax.random.key(0), 2)
+        label = Conditions(label=jnp.zeros(2, jnp.int32))
+        lowered = jax.jit(sampling.draw).lower(pixels._params, {}, keys, label, sampling.guidance)
+        programs.append(lowered.as_text())
+    assert programs[0] == programs[1]
+    assert "edit" not in sampling_protocol(c, seed=0, labels="uniform", decoder="pixels")
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "words"),
+    [
+        (IMAGE, MASK[:4], "mask of 4x8 and image of 8x8: expected one mask, or one of each"),
+        (IMAGE, np.stack([MASK] * 2), "mask of 2 x 8x8 and image of 8x8"),
+        (IMAGE[:4], MASK[:4], "image of 4x8: expected 8x8, the size of the network's images"),
+        (np.repeat(IMAGE, 3, 2), MASK, r"image is uint8\[8, 8, 3\]: expected u8\[H,W,1\].*'L'"),
+        (Image.new("RGBA", (8, 8)), MASK, "image is of mode 'RGBA': expected 'L', 'RGB'"),
+        (normalize(IMAGE), MASK, r"image is float32\[8, 8, 1\]: expected u8"),
+        (IMAGE, MASK.astype(np.float32), r"mask is float32\[8, 8\]: expected u8\[H,W\] or bool"),
+        (IMAGE, np.zeros_like(MASK), "mask is black everywhere: expected white where"),
+        ("no.png", MASK, "image no.png cannot be read"),
+        (7, MASK, "image is 7: expected a path"),
+        ([], MASK, "images of none: expected at least one"),
+    ],
+)
+def test_pictures_that_do_not_fit(pixels, image, mask, words):
+    with pytest.raises(UserError, match=words):
+        inpaint_request(pixels.config, image, mask)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({**FAST, "method": "pigdmm"}, r"edit\.method: 'pigdmm': .*Did you mean 'pigdm'"),
+        ({**FAST, "method": "ddnm", "jump": 2}, r"edit\.jump has no effect: config\.edit\.method"),
+        ({**QUICK, "eta": 0.0}, r"'repaint', whose steps need noise, .*eta is 0\.0: set it to 1"),
+        ({"sampler": "dpmpp_2m", "steps": "4"}, r"'repaint', which takes .*sampler is 'dpmpp_2m'"),
+        (
+            {**FAST, "method": "dps", "strength": np.nan},
+            r"edit\.strength is nan: expected a finite",
+        ),
+        (FAST, r"edit\.jump is 10 and the sampler takes 4 steps: expected fewer"),
+    ],
+)
+def test_methods_that_do_not_go_with_the_sampler(pixels, keys, words):
+    with pytest.raises(UserError, match=words):
+        pixels.inpaint(IMAGE, MASK, **keys)
+
+
+def test_a_recorded_method_is_not_pythons_own():
+    """A downloaded recipe must not run code."""
+    with pytest.raises(UserError, match=r"names 'os\.system' as config\.edit\.method"):
+        check_recorded({"edit": {"method": "os.system"}}, "config.json")
+
+
+def test_sizes_that_cannot_be_enlarged(pixels):
+    for size in ((3, 3), (8, 8), (4, 2)):
+        with pytest.raises(UserError, match=f"image of {size[0]}x{size[1]} to enlarge: expected"):
+            upscale_request(pixels.config, np.zeros(size, np.uint8))
+
+
+def test_a_latent_is_known_where_all_its_pixels_are(monkeypatch):
+    c = read({"data": {"image_size": 32}, "sample": {"cfg_channels": "all"}})
+    encoded = jnp.ones((1, 4, 4, 4))
+    monkeypatch.setattr(autoencoder, "encode_images", lambda *_: Moments(encoded, 0 * encoded))
+    known = np.ones((1, 32, 32, 1), np.float32)
+    known[0, 9, 17] = 0
+    image = np.full((1, 32, 32, 3), 0.5, np.float32)
+    measured = task._measured(c, {"autoencoder": None}, Known(image, known))
+    kept = np.ones((1, 4, 4, 4))
+    kept[0, 1, 2] = 0
+    np.testing.assert_array_equal(measured.project(encoded), kept)
+    np.testing.assert_allclose(measured.image, c.autoencoder.scale * kept, rtol=1e-6)
+    # A decoder changes pixels that are known.
+    drawn = np.asarray(task.pasted(Known(image, known), jnp.full((1, 32, 32, 3), -1.0)))
+    assert drawn[0, 9, 17].tolist() == [-1] * 3
+    assert (drawn == 0.5).sum() == 3 * (32 * 32 - 1)
+    c = changed(c, {"edit": {"method": "ddnm"}})
+    with pytest.raises(UserError, match="network of latents, which do not have the means"):
+        task.edit_protocol(c, Known(image))
+
+
+def test_flags(pixels, tmp_path):
+    c = pixels.config
+    Image.fromarray(IMAGE[..., 0]).save(tmp_path / "x.png")
+    flags = {"image": str(tmp_path / "x.png"), "mask": ""}
+    assert request_of(c, "", {"image": "", "mask": ""}) is None
+    for edit, keys, words in (
+        ("", (), "--image: no effect without --edit, one of inpaint, upscale: remove it"),
+        ("", ("edit.jump",), r"--image and --config\.edit\.jump: no effect without --edit"),
+        ("inpaint", (), "--edit=inpaint needs --mask"),
+    ):
+        with pytest.raises(UserError, match=words):
+            request_of(c, edit, flags, keys)
+    with pytest.raises(UserError, match="--mask: no effect with --edit=upscale"):
+        request_of(c, "upscale", {**flags, "mask": "x"})
+    assert set(editing.EDITS) == {"inpaint", "upscale"}
+
+
+def test_the_command_edits(file, tmp_path):
+    Image.fromarray(IMAGE[..., 0]).save(tmp_path / "x.png")
+    Image.fromarray(255 - IMAGE[..., 0]).save(tmp_path / "y.png")
+    Image.fromarray(MASK).save(tmp_path / "m.png")
+    words = [
+        f"--weights={file}",
+        f"--out={tmp_path / 'out'}",
+        "--edit=inpaint",
+        f"--image={tmp_path / 'x.png'},{tmp_path / 'y.png'}",
+        f"--mask={tmp_path / 'm.png'}",
+        *("--sampler=ddim", "--eta=1", "--steps=ddim4", "--classes=3"),
+        "--config.edit.method=ddnm",
+    ]
+    assert sample.main(words) == 0
+    with np.load(tmp_path / "out" / "samples.npz") as archive:
+        np.testing.assert_array_equal(archive["arr_0"][:, :4], [IMAGE[:4], 255 - IMAGE[:4]])
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert record["protocol"]["edit"] == record["edit"]
+    assert record["edit"]["method"] == "ddnm"
