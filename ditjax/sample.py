@@ -144,7 +144,7 @@ def main(argv: list[str]) -> int:
     given += [word for word in words if word.startswith(ours)]
     check_used(changed(config, {"evaluate": {"guided_scale": 0.0}}), given)
     flags = {"image": args.image, "mask": args.mask}
-    edit = request_of(config, args.edit, flags, [each for each in words if each[:5] == "edit."])
+    edit = request_of(config, args.edit, flags, [key for key in given if key != "seed"])
     folder = Path(args.out or Path(args.workdir or ".") / "drawn")
     if folder.exists() and not folder.is_dir():  # before hours of work, not after
         raise UserError(f"--out={folder} is a file: give a folder.")

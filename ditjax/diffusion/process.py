@@ -28,6 +28,17 @@ def _namespace(t: Any) -> Any:
     return jnp if isinstance(t, jax.Array) else np
 
 
+def _is_index(t: Any) -> bool:
+    return isinstance(t, jax.Array) and jnp.issubdtype(t.dtype, jnp.integer)
+
+
+def _interpolated(x: Any, xs: np.ndarray, ys: np.ndarray) -> Any:
+    """Interpolate linearly between points f64[n], of NumPy or JAX floats."""
+    if isinstance(x, jax.Array):
+        return jnp.interp(x, jnp.asarray(xs, x.dtype), jnp.asarray(ys, x.dtype))
+    return np.interp(x, xs, ys)
+
+
 class Coefficients(NamedTuple):
     """α, σ and their derivatives by t, each of t's shape; the derivatives are None for DDPM."""
 
@@ -70,8 +81,8 @@ class Process:
         """Return α, σ and their derivatives at t."""
         raise NotImplementedError
 
-    def time_of(self, ratio: np.ndarray) -> np.ndarray:
-        """Invert σ/α: f64[...] -> t f64[...]."""
+    def time_of(self, ratio: Any) -> Any:
+        """Invert σ/α: [...] -> t [...]."""
         raise NotImplementedError
 
     def from_unit(self, u: Any) -> Any:
@@ -185,7 +196,7 @@ class Flow(_Scaled):
         one = 0 * t + 1
         return Coefficients(1 - t, t, -one, one)
 
-    def time_of(self, ratio: np.ndarray) -> np.ndarray:
+    def time_of(self, ratio: Any) -> Any:
         return ratio / (1 + ratio)
 
 
@@ -199,8 +210,8 @@ class GVP(_Scaled):
         alpha, sigma = xp.sin(quarter * (1 - t)), xp.sin(quarter * t)
         return Coefficients(alpha, sigma, -quarter * sigma, quarter * alpha)
 
-    def time_of(self, ratio: np.ndarray) -> np.ndarray:
-        return np.arctan(ratio) / (math.pi / 2)
+    def time_of(self, ratio: Any) -> Any:
+        return _namespace(ratio).arctan(ratio) / (math.pi / 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,10 +229,10 @@ class VP(_Scaled):
         nonzero = xp.where(sigma > 0, sigma, 1)
         return Coefficients(alpha, sigma, alpha_dot, -alpha * alpha_dot / nonzero)
 
-    def time_of(self, ratio: np.ndarray) -> np.ndarray:
-        first, last = self.beta
-        log_alpha = -0.5 * np.log1p(ratio**2)
-        return -4 * log_alpha / (first + np.sqrt(first**2 - 4 * (last - first) * log_alpha))
+    def time_of(self, ratio: Any) -> Any:
+        xp, (first, last) = _namespace(ratio), self.beta
+        log_alpha = -0.5 * xp.log1p(ratio**2)
+        return -4 * log_alpha / (first + xp.sqrt(first**2 - 4 * (last - first) * log_alpha))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +254,7 @@ class EDM(Process):
         one = 0 * t + 1
         return Coefficients(one, t, 0 * t, one)
 
-    def time_of(self, ratio: np.ndarray) -> np.ndarray:
+    def time_of(self, ratio: Any) -> Any:
         return ratio
 
     def network_time(self, share: float) -> float:
@@ -287,8 +298,9 @@ class EDM(Process):
 class Discrete(Process):
     """DDPM's process: t i32[B] indexes the tables of a schedule, all computed as in `gaussian`.
 
-    Samplers may ask for a time between two steps: ln(σ/α) is interpolated, and the network is given
-    the nearest timestep. The time -1 is the data.
+    Between two steps ln(σ/α) is interpolated. There the network of a sampler is given the nearest
+    timestep, as public ones do, and of a JAX array of floats a timestep between. The time -1 is the
+    data.
     """
 
     schedule: Schedule
@@ -302,17 +314,21 @@ class Discrete(Process):
     def _log_ratio(self) -> np.ndarray:
         return 0.5 * np.log(1 / self.schedule.alphas_bar - 1)
 
+    @functools.cached_property
+    def _steps(self) -> np.ndarray:
+        return np.arange(float(len(self.schedule)))
+
     def at(self, t: Any) -> Coefficients:
         bar = self.schedule.alphas_bar
-        if isinstance(t, jax.Array):
+        if _is_index(t):
             return Coefficients(extract(np.sqrt(bar), t, 1), extract(np.sqrt(1 - bar), t, 1))
-        t = np.asarray(t, np.float64)
-        ratio = np.exp(np.interp(t, np.arange(len(bar)), self._log_ratio))
-        alpha = np.where(t < 0, 1.0, 1 / np.sqrt(1 + ratio**2))
-        return Coefficients(alpha, np.where(t < 0, 0.0, ratio * alpha))
+        xp = _namespace(t)
+        ratio = xp.exp(_interpolated(t, self._steps, self._log_ratio))
+        alpha = xp.where(t < 0, 1.0, 1 / xp.sqrt(1 + ratio**2))
+        return Coefficients(alpha, xp.where(t < 0, 0.0, ratio * alpha))
 
-    def time_of(self, ratio: np.ndarray) -> np.ndarray:
-        return np.interp(np.log(ratio), self._log_ratio, np.arange(len(self.schedule)))
+    def time_of(self, ratio: Any) -> Any:
+        return _interpolated(_namespace(ratio).log(ratio), self._log_ratio, self._steps)
 
     def network_time(self, share: float) -> float:
         # Rounded first: 0.3 * 1000 must be timestep 300, not 301.
@@ -324,8 +340,10 @@ class Discrete(Process):
 
     def c_noise(self, t: Any) -> Any:
         steps = self.schedule.timesteps
-        if isinstance(t, jax.Array):
+        if _is_index(t):
             return jnp.asarray(steps, jnp.int32)[t]
+        if isinstance(t, jax.Array):
+            return _interpolated(t, self._steps, steps)
         return steps[np.clip(np.rint(t).astype(np.int64), 0, len(steps) - 1)].astype(np.int32)
 
     def time_of_noise(self, c_noise: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from ditjax.runs.checkpoint import Step
 from ditjax.runs.log import Progress
 from ditjax.runs.snapshots import average_record
 from ditjax.sampling.controls import Controls, held_out_controls
+from ditjax.sampling.editing import Request
 from ditjax.sampling.program import NO_CONTROLS, BatchSampler, batch_sampler, sampling_of
 from ditjax.sampling.samples import SampleWriter
 from ditjax.tasks import make_task
@@ -189,7 +190,7 @@ def draw_to(
     *,
     seed: int,
     label_of: Sequence[int] | None = None,
-    given: Known | None = None,
+    edit: Request | None = None,
     title: str = "sample",
     controls: Controls | None = None,
 ) -> float:
@@ -199,13 +200,14 @@ def draw_to(
     the first one writes. Returns the duration in seconds.
     """
     began, num = time.monotonic(), c.sample.num
-    shape = (c.data.image_size, c.data.image_size, c.data.channels)
+    shape = (*(edit.size if edit else 2 * (c.data.image_size,)), c.data.channels)
     drawer.sampler(c)  # raises before anything is written
     writer, ranges = None, []
     if is_primary():
         writer = SampleWriter(path, num, shape, provenance, labelled=True, replace=True)
         ranges = list(writer.missing(c.sample.batch_size))
     ranges = processes.broadcast_ranges(ranges)
+    given = edit.given if edit else None
     options: Any = {"seed": seed, "label_of": label_of, "given": given, "controls": controls}
     for part in drawer(c, params, ranges, title=title, num=num, **options):
         if writer:

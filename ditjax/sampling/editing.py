@@ -1,8 +1,9 @@
 """What is given to an edit: images and masks as people have them, as arrays of a recipe."""
 
+import fnmatch
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from PIL import Image
 from ditjax.config import Config
 from ditjax.data.crop import normalize
 from ditjax.data.pictures import open_picture, upright
+from ditjax.diffusion.denoising import estimate_noise
 from ditjax.errors import UserError, shown
 from ditjax.training.task import Known
 
@@ -21,10 +23,11 @@ _MODES = {"L": 1, "RGB": 3}
 
 
 class Request(NamedTuple):
-    """An edit: what is given of N images, and its description for a record."""
+    """An edit: what is given of N images, its description for a record, and the images' (H, W)."""
 
     given: Known
     record: dict[str, Any]
+    size: tuple[int, int]
 
     @property
     def num(self) -> int:
@@ -52,6 +55,7 @@ def inpaint_request(c: Config, image: Pictures, mask: Pictures) -> Request:
     return Request(
         Known(normalize(pixels), known),
         {"edit": "inpaint", "image": _digest(pixels), "mask": _digest(holes)},
+        (size, size),
     )
 
 
@@ -70,14 +74,60 @@ def upscale_request(c: Config, image: Pictures) -> Request:
     return Request(
         Known(normalize(pixels)),
         {"edit": "upscale", "image": _digest(pixels), "factor": size // height},
+        (size, size),
     )
 
 
-# --edit -> the function that makes its request, and the flags that it takes
-EDITS: Mapping[str, tuple[Callable[..., Request], tuple[str, ...]]] = {
-    "inpaint": (inpaint_request, ("image", "mask")),
-    "upscale": (upscale_request, ("image",)),
+def denoise_request(c: Config, image: Pictures) -> Request:
+    """Remove white noise of standard deviation config.edit.sigma, or of the estimated one.
+
+    Images are of the recipe's size or larger, u8[N,H,W,C], or floats in the same units that noise
+    may have moved beyond 0 and 255. Raises UserError for others.
+    """
+    pixels, size = _images(c, image, "image", floats=True), c.data.image_size
+    height, width = pixels.shape[1:3]
+    if min(height, width) < size:
+        raise UserError(
+            f"image of {height}x{width} to denoise: expected at least {size}x{size}, the size of"
+            " the network's images."
+        )
+    sigma = np.array([c.edit.sigma or estimate_noise(each) for each in pixels])
+    if not sigma.all():
+        raise UserError(
+            "an image to denoise has no noise that could be estimated: give its standard deviation,"
+            " config.edit.sigma."
+        )
+    given = Known(pixels.astype(np.float32) / 127.5 - 1, sigma=sigma.astype(np.float32) / 127.5)
+    found = {"sigma": sigma.tolist(), "estimated": c.edit.sigma == 0}
+    return Request(given, {"edit": "denoise", "image": _digest(pixels), **found}, (height, width))
+
+
+class EditKind(NamedTuple):
+    """A value of --edit: the function that makes its request, and the flags that it takes.
+
+    `reads` are patterns of the keys of config.edit and config.sample that affect it.
+    """
+
+    make: Callable[..., Request]
+    flags: tuple[str, ...]
+    reads: tuple[str, ...]
+
+
+_OF_METHODS = ("edit.method", "edit.jump", "edit.resample", "edit.strength", "sample.*")
+_OF_NOISE = ("edit.sigma", *(f"sample.{k}" for k in ("num", "batch_size", "weights", "cfg_scale")))
+# --edit -> kind
+EDITS: Mapping[str, EditKind] = {
+    "inpaint": EditKind(inpaint_request, ("image", "mask"), _OF_METHODS),
+    "upscale": EditKind(upscale_request, ("image",), _OF_METHODS),
+    "denoise": EditKind(denoise_request, ("image",), _OF_NOISE),
 }
+
+
+def check_read(edit: str, keys: Iterable[str]) -> None:
+    """Raise UserError for a key of config.edit or config.sample that does not affect an edit."""
+    for key in keys:
+        if not any(fnmatch.fnmatch(key, pattern) for pattern in EDITS[edit].reads):
+            raise UserError(f"config.{key} has no effect on edit {edit!r}: remove it.")
 
 
 def request_of(
@@ -85,35 +135,39 @@ def request_of(
 ) -> Request | None:
     """Build the edit of a command line; None without one.
 
-    `flags` are lists of files, '' for those not given, and `keys` the keys of config.edit that
-    are. Raises UserError for flags that the edit does not take, and for those that it lacks.
+    `flags` are lists of files, '' for those not given, and `keys` the keys of config.edit and
+    config.sample that are. Raises UserError for what the edit does not take, and what it lacks.
     """
-    make, takes = EDITS[edit] if edit else (None, ())
+    takes = EDITS[edit].flags if edit else ()
     given = [f"--{name}" for name, value in flags.items() if value and name not in takes]
-    given += [] if edit else [f"--config.{key}" for key in keys]
+    given += [] if edit else [f"--config.{key}" for key in keys if key.startswith("edit.")]
     if given:
         without = f"with --edit={edit}" if edit else f"without --edit, one of {', '.join(EDITS)}"
         raise UserError(f"{' and '.join(given)}: no effect {without}: remove it.")
-    if make is None:
+    if not edit:
         return None
+    check_read(edit, keys)
     if missing := [f"--{name}" for name in takes if not flags[name]]:
         raise UserError(f"--edit={edit} needs {' and '.join(missing)}.")
-    return make(c, **{name: flags[name].split(",") for name in takes})
+    return EDITS[edit].make(c, **{name: flags[name].split(",") for name in takes})
 
 
 # ---- from what people have to arrays
 
 
-def _images(c: Config, source: Pictures, what: str) -> np.ndarray:
-    """u8[N,H,W,C] with the recipe's channels."""
+def _images(c: Config, source: Pictures, what: str, *, floats: bool = False) -> np.ndarray:
+    """u8[N,H,W,C] with the recipe's channels, or finite floats if these are allowed."""
     images = np.stack(_same_size([_pixels(each, what) for each in _each(source)], what))
     images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.shape[-1] != c.data.channels:
+    fits = images.dtype == np.uint8 or (floats and images.dtype in (np.float32, np.float64))
+    if not fits or images.shape[-1] != c.data.channels:
         wanted = {count: mode for mode, count in _MODES.items()}[c.data.channels]
         raise UserError(
             f"{what} is {images.dtype}{list(images.shape[1:])}: expected u8[H,W,{c.data.channels}],"
             f" an image of mode {wanted!r}; convert it first."
         )
+    if not np.isfinite(images).all():
+        raise UserError(f"{what} has pixels that are not finite: expected numbers.")
     return images
 
 

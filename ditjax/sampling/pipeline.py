@@ -317,6 +317,24 @@ class Pipeline:
         edit = editing.upscale_request(self.config, image)
         return self._draw(classes, edit, quiet=quiet, **keys)
 
+    def denoise(
+        self,
+        image: editing.Pictures,
+        sigma: float = 0.0,
+        classes: Sequence[int | str] | str | None = None,
+        *,
+        quiet: bool = False,
+        **keys: Any,
+    ) -> Output:
+        """Remove white noise of standard deviation `sigma`, in units of bytes; 0 estimates it.
+
+        Images are of the network's size or larger: bytes, or floats in the same units. Image i is
+        the mean of all that image i % N may have been. Raises UserError.
+        """
+        c = changed(self.config, {"edit": {"sigma": sigma}})
+        edit = editing.denoise_request(c, image)
+        return self._draw(classes, edit, quiet=quiet, sigma=sigma, **keys)
+
     def _draw(
         self,
         classes: Sequence[int | str] | str | None,
@@ -383,7 +401,7 @@ class Pipeline:
             seed=c.seed,
             label_of=label_of,
             controls=controls,
-            given=edit.given if edit else None,
+            edit=edit,
         )
         return {**record, "protocol": provenance["sampling"], "seconds": round(seconds, 3)}
 
@@ -413,10 +431,10 @@ class Pipeline:
                 sections["edit" if of_edit else "sample"][name] = value
         seed = self.config.seed if seed is None else seed
         c = changed(self.config, {"seed": seed, **{k: v for k, v in sections.items() if v}})
-        unguided = changed(c, {"evaluate": {"guided_scale": 0.0}})
-        check_used(
-            unguided, (f"{section}.{name}" for section in sections for name in sections[section])
-        )
+        given = [f"{section}.{name}" for section in sections for name in sections[section]]
+        check_used(changed(c, {"evaluate": {"guided_scale": 0.0}}), given)
+        if edit:
+            editing.check_read(edit.record["edit"], given)
         edited = {"edit": self._edited(c, edit)} if edit else {}
         if edit and label_of is None:
             label_of = [self._null_label(c)]

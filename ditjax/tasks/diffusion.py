@@ -369,10 +369,11 @@ def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
     architecture = (c.model, c.diffusion, c.data, c.autoencoder, c.adapt)
     controlled = control.is_controlled(c)
     controls = dataclasses.replace(c.control, scale=(), start=0.0, end=1.0)
+    edit = dataclasses.replace(c.edit, sigma=0.0)
     return Sampling(
         draw=make_sampler(c, mesh),
         guidance=g,
-        compiled=(*architecture, c.edit, sample, guided(c), controls),
+        compiled=(*architecture, edit, sample, guided(c), controls),
         timesteps=t,
         guided=0 if t is None else _count_guided(guided(c), g, t),
         protocol={**protocol_of(c), **control.control_protocol(c)},

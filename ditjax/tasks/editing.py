@@ -1,10 +1,12 @@
 """Editing images with a trained denoiser: the keys of `config.edit`, and the edited sample."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ditjax.config import (
     Config,
@@ -17,6 +19,7 @@ from ditjax.config import (
     registered,
     registry,
 )
+from ditjax.diffusion.denoising import in_windows, noise_range, posterior_mean
 from ditjax.diffusion.gaussian import Denoise
 from ditjax.diffusion.inverse import InverseMethod, Measured, known_means, known_pixels
 from ditjax.diffusion.samplers import Noise, walk
@@ -30,7 +33,7 @@ METHOD_REGISTRY = "ditjax.diffusion.inverse.METHODS"
 
 @dataclass(frozen=True)
 class Edit(Section):
-    """How an image that is given is completed or enlarged (`sampling/editing.py`)."""
+    """How an image that is given is completed, enlarged or denoised (`sampling/editing.py`)."""
 
     FREE = True
 
@@ -39,6 +42,8 @@ class Edit(Section):
     jump: int = key(10, at_least(1), at_most(100_000), protocol=True)  # RePaint's j
     resample: int = key(10, at_least(1), at_most(100_000), protocol=True)  # RePaint's r
     strength: float = key(1.0, above(0), protocol=True)  # of a gradient
+    # of the noise to remove, on pixels from 0 to 255; 0 = estimated from the image
+    sigma: float = key(0.0, at_least(0), protocol=True)
 
     def unused(self, name: str, c: Config) -> str:
         every = {each for method in registry(METHOD_REGISTRY).values() for each in method.options}
@@ -61,6 +66,9 @@ def edit_protocol(c: Config, given: Known) -> dict[str, Any]:
 
     Raises UserError for a method that does not go with the sampler or with what is given.
     """
+    if given.sigma is not None:
+        _check_noise(c, np.asarray(given.sigma))
+        return {}
     method, sampler, s = method_of(c), sampler_of(c), c.sample
     name = f"config.edit.method is {c.edit.method!r}"
     if method.chain and not sampler.steps:
@@ -83,11 +91,40 @@ def edit_protocol(c: Config, given: Known) -> dict[str, Any]:
     return {"method": c.edit.method, **settings_of(c)}
 
 
+def _check_noise(c: Config, sigma: np.ndarray) -> None:
+    """Raise UserError for noise f32[N], on pixels from -1 to 1, that the network cannot remove."""
+    if c.latent:
+        raise UserError(
+            "an image to denoise and a network of latents, in which its noise is not white:"
+            " expected a network of pixels (config.autoencoder.kind='none')."
+        )
+    if c.sample.cfg_scale != 1:
+        raise UserError(
+            f"config.sample.cfg_scale is {c.sample.cfg_scale} and an image to denoise, whose mean"
+            " guidance would move: set it to 1."
+        )
+    low, high = noise_range(objective_of(c).process)
+    wrong = sigma[(sigma < low) | (sigma > high)]
+    if wrong.size:
+        raise UserError(
+            f"an image with noise of {127.5 * wrong[0]:.4g}, on pixels from 0 to 255: expected"
+            f" {127.5 * low:.4g} to {127.5 * high:.4g}, as the network was trained; set"
+            " config.edit.sigma."
+        )
+
+
 def edited(
     c: Config, frozen: Frozen, denoise: Denoise, given: Known, x_T: jax.Array, noise: Noise
 ) -> jax.Array:
-    """Draw x0 that agrees with what is given -> f32[B,H,W,C], or latents."""
+    """Draw x0 that agrees with what is given -> f32[B,H,W,C], or latents.
+
+    Of an image plus noise it is the mean of all such x0, which needs neither x_T nor noise.
+    """
     objective, times = objective_of(c), times_of(c)
+    if given.sigma is not None:
+        y, sigma = jnp.asarray(given.image), jnp.asarray(given.sigma)
+        mean = functools.partial(posterior_mean, denoise, objective, sigma=sigma)
+        return in_windows(mean, y, c.data.image_size)
     sampler, method = sampler_of(c), method_of(c)
     measured, settings = _measured(c, frozen, given), settings_of(c)
     options = {"clip_x0": c.sample.clip_x0, **options_of(c)}

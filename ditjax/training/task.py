@@ -55,11 +55,13 @@ class Known(NamedTuple):
     """What is known of the images that are drawn: an image of each sample in [-1, 1].
 
     With mask f32[B,H,W,1], 1 where a pixel of image f32[B,H,W,C] is known and 0 where it is to be
-    drawn. Without, image f32[B,h,w,C] holds the means of the pixels of the image to be drawn.
+    drawn. With sigma f32[B], the image plus white noise of that standard deviation. With neither,
+    image f32[B,h,w,C] holds the means of the pixels of the image to be drawn.
     """
 
     image: jax.Array | np.ndarray
     mask: jax.Array | np.ndarray | None = None
+    sigma: jax.Array | np.ndarray | None = None
 
 
 class Guidance(NamedTuple):

@@ -1,5 +1,6 @@
 """Pictures of every kind become what is given to an edit, and the edit keeps what is known."""
 
+import functools
 import json
 from typing import Any
 
@@ -12,17 +13,19 @@ from PIL import Image
 from ditjax import sample
 from ditjax.config import changed, check_recorded, read
 from ditjax.data.crop import normalize
+from ditjax.diffusion.denoising import estimate_noise, posterior_mean
 from ditjax.errors import UserError
 from ditjax.files.assets import unflatten
 from ditjax.models.autoencoder import Moments
 from ditjax.models.network import Conditions
-from ditjax.sampling import editing
 from ditjax.sampling.draw import sampling_protocol
 from ditjax.sampling.editing import inpaint_request, request_of, upscale_request
 from ditjax.sampling.pipeline import Pipeline
 from ditjax.sampling.program import sampling_of
 from ditjax.tasks import autoencoder, make_task
 from ditjax.tasks import editing as task
+from ditjax.tasks.diffusion import denoiser_module
+from ditjax.tasks.objective import objective_of
 from ditjax.training.task import Known
 from ditjax.weights import networks, writing
 from tests.seeded import seeded_state
@@ -220,21 +223,78 @@ def test_a_latent_is_known_where_all_its_pixels_are(monkeypatch):
         task.edit_protocol(c, Known(image))
 
 
+def test_denoising_is_one_evaluation_of_each_window(pixels):
+    """Of floats, too; the corner of a larger image belongs to one window alone."""
+    c = pixels.config
+    large = 127.5 + 80 * RNG.standard_normal((1, 12, 9, 1))
+    output = pixels.denoise(large, 20.0, quiet=True)
+    assert output.array.shape == (1, 12, 9, 1)
+    assert output.record["edit"]["sigma"] == [20.0]
+    small = pixels.denoise(large[:, :8, :8], 20.0, quiet=True).array
+    apply: Any = denoiser_module(c).apply
+    conditions = Conditions(label=jnp.array([10]))
+    denoise = jax.jit(functools.partial(apply, pixels._params, conditions=conditions))
+    y = jnp.asarray(large[:, :8, :8] / 127.5 - 1, jnp.float32)
+    x0 = posterior_mean(denoise, objective_of(c), y, jnp.array([20 / 127.5], jnp.float32))
+    expected = np.clip(127.5 * np.asarray(x0) + 128, 0, 255).astype(np.uint8)
+    np.testing.assert_allclose(small.astype(float), expected, atol=1)
+    assert output.array[0, 0, 0] == small[0, 0, 0]
+    assert np.ptp(small.astype(float) - np.clip(large[:, :8, :8], 0, 255)) > 20
+
+
+def test_noise_is_estimated(pixels):
+    rng = np.random.default_rng(5)
+    noisy = 100 + np.array([10.0, 30.0])[:, None, None, None] * rng.standard_normal((2, 16, 16, 1))
+    edit = pixels.denoise(noisy, quiet=True).record["edit"]
+    assert edit["estimated"]
+    assert edit["sigma"] == [estimate_noise(each) for each in noisy]
+    assert edit["sigma"] == pytest.approx([10, 30], rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("image", "keys", "words"),
+    [
+        (IMAGE, {"sigma": np.nan}, r"edit\.sigma is nan: expected a finite"),
+        (IMAGE, {"sigma": -1.0}, r"edit\.sigma is -1\.0: expected at least 0"),
+        (IMAGE, {"sigma": 3e4}, r"noise of 3e\+04, on pixels from 0 to 255: expected 1\.275 to 2"),
+        (IMAGE, {"sigma": 1.0}, r"noise of 1, on pixels from 0 to 255: expected 1\.275 to 2"),
+        (IMAGE[:7], {"sigma": 20.0}, "image of 7x8 to denoise: expected at least 8x8"),
+        (np.full((8, 8, 1), np.inf), {}, "image has pixels that are not finite"),
+        (np.zeros_like(IMAGE), {}, "has no noise that could be estimated"),
+        (IMAGE.astype(int), {}, r"image is int64\[8, 8, 1\]: expected u8"),
+        (IMAGE, {"sigma": 20.0, "cfg_scale": 2.0}, r"cfg_scale is 2\.0 and an image to denoise"),
+        (IMAGE, {"sigma": 20.0, "steps": 3}, r"sample\.steps has no effect on edit 'denoise'"),
+        (IMAGE, {"sigma": 20.0, "method": "dps"}, r"edit\.method has no effect on edit 'denoise'"),
+    ],
+)
+def test_images_that_cannot_be_denoised(pixels, image, keys, words):
+    with pytest.raises(UserError, match=words):
+        pixels.denoise(image, **keys)
+
+
+def test_noise_of_latents_is_not_white():
+    c = read({"data": {"image_size": 32}, "sample": {"cfg_channels": "all"}})
+    given = Known(np.zeros((1, 32, 32, 3)), sigma=np.array([0.1]))
+    with pytest.raises(UserError, match="network of latents, in which its noise is not white"):
+        task.edit_protocol(c, given)
+
+
 def test_flags(pixels, tmp_path):
     c = pixels.config
     Image.fromarray(IMAGE[..., 0]).save(tmp_path / "x.png")
     flags = {"image": str(tmp_path / "x.png"), "mask": ""}
     assert request_of(c, "", {"image": "", "mask": ""}) is None
     for edit, keys, words in (
-        ("", (), "--image: no effect without --edit, one of inpaint, upscale: remove it"),
+        ("", (), "--image: no effect without --edit, one of inpaint, upscale, denoise: remove it"),
         ("", ("edit.jump",), r"--image and --config\.edit\.jump: no effect without --edit"),
         ("inpaint", (), "--edit=inpaint needs --mask"),
     ):
         with pytest.raises(UserError, match=words):
             request_of(c, edit, flags, keys)
+    with pytest.raises(UserError, match=r"sigma has no effect on edit 'upscale'"):
+        request_of(c, "upscale", flags, ["edit.sigma"])
     with pytest.raises(UserError, match="--mask: no effect with --edit=upscale"):
         request_of(c, "upscale", {**flags, "mask": "x"})
-    assert set(editing.EDITS) == {"inpaint", "upscale"}
 
 
 def test_the_command_edits(file, tmp_path):
@@ -256,3 +316,15 @@ def test_the_command_edits(file, tmp_path):
     record = json.loads((tmp_path / "out" / "samples.json").read_text())
     assert record["protocol"]["edit"] == record["edit"]
     assert record["edit"]["method"] == "ddnm"
+
+
+def test_the_command_denoises(file, tmp_path):
+    Image.fromarray(RNG.integers(0, 256, (12, 9), np.uint8)).save(tmp_path / "x.png")
+    words = [f"--weights={file}", f"--out={tmp_path / 'out'}", "--edit=denoise"]
+    words += [f"--image={tmp_path / 'x.png'}", "--config.edit.sigma=25", "--cfg_scale=1"]
+    assert sample.main(words) == 0
+    with np.load(tmp_path / "out" / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (1, 12, 9, 1)
+    record = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert record["protocol"]["edit"] == record["edit"]
+    assert record["edit"]["sigma"] == [25.0]
