@@ -3,7 +3,7 @@
     ditjax train --config=digits:4x96x3/2 --workdir=runs/edited
     python -m tests.editing runs/edited --figure=docs/editing.png
 
-Completion of the lower half: four completions of each of --num test digits, without a label. The
+Completion of the lower half: four completions of each of --num test digits, without its label. The
 energy score of the missing half, mean ‖x - truth‖ - ½ mean ‖x - x'‖, is smallest for the true
 posterior (Gneiting & Raftery 2007); the judge names the completed digit. Beside them: the Gaussian
 with the mean and covariance of the training digits, given the known half, and the four training
@@ -38,12 +38,13 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def energy_score(drawn: np.ndarray, truth: np.ndarray) -> float:
-    """drawn f64[K,N,D], truth f64[N,D] -> the mean over N."""
+def energy_score(drawn: np.ndarray, truth: np.ndarray) -> str:
+    """drawn f64[K,N,D], truth f64[N,D] -> the mean over N and its standard error."""
     K = len(drawn)
     to_truth = np.linalg.norm(drawn - truth, axis=-1).mean(0)
     between = np.linalg.norm(drawn[:, None] - drawn[None], axis=-1).sum((0, 1)) / (K * (K - 1))
-    return float((to_truth - between / 2).mean())
+    each = to_truth - between / 2
+    return f"{each.mean():.3f} ± {each.std(ddof=1) / len(each) ** 0.5:.3f}"
 
 
 def gaussian(train: np.ndarray, known: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -66,8 +67,10 @@ def nearest(train: np.ndarray, known: np.ndarray, rows: np.ndarray) -> np.ndarra
     return np.where(known, rows, train[chosen])
 
 
-def completions(run: str, images: np.ndarray, known: np.ndarray) -> Iterator[tuple[str, Any]]:
-    """Each arm, and its completions u8[K,N,H,W,C]."""
+def completions(
+    run: str, images: np.ndarray, known: np.ndarray, label: np.ndarray | None
+) -> Iterator[tuple[str, Any]]:
+    """Each arm, and its completions u8[K,N,H,W,C], of the labels i[N] or of none."""
     pipeline = Pipeline.from_pretrained(run)
     request = inpaint_request(pipeline.config, images, ~known.reshape(images.shape[1:3]))
     for name, edit in ARMS.items():
@@ -77,7 +80,7 @@ def completions(run: str, images: np.ndarray, known: np.ndarray) -> Iterator[tup
         drawn = pipeline._drawer.whole(
             *(c, pipeline._params, COMPLETIONS * len(images)),
             seed=0,
-            label_of=[c.data.num_classes],  # the null label
+            label_of=[c.data.num_classes] if label is None else label.tolist(),
             given=request.given,
         )
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
@@ -110,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run")
     parser.add_argument("--num", type=int, default=359)
+    parser.add_argument("--labelled", action="store_true", help="complete digits of known classes")
     parser.add_argument("--figure", default="")
     args = parser.parse_args()
     train, test = (load_arrays("digits", name) for name in ("train", "test"))
@@ -121,16 +125,16 @@ def main() -> None:
     arms = {"Gaussian": gaussian(bank, known, rows), "nearest": nearest(bank, known, rows)}
     print_denoised(args.run, images, bank)
     shown = {"truth": images[None], "known": np.where(known.reshape(8, 8, 1), images, 128)[None]}
-    print("| method | energy score | RMSE of the mean of 4 | judge's accuracy |")
-    for name, drawn in completions(args.run, images, known):
+    for name, drawn in completions(args.run, images, known, label if args.labelled else None):
         arms[name] = normalize(drawn).reshape(COMPLETIONS, len(images), -1).astype(np.float64)
+    print("| method | energy score | RMSE of the mean of 4 | judge's accuracy |")
     for name, x in arms.items():
         byte = np.clip(127.5 * x + 128, 0, 255).astype(np.uint8).reshape(COMPLETIONS, *images.shape)
         shown[name] = byte
         named = np.mean([np.mean(predict_digit(each) == label) for each in byte])
         score = energy_score(x[..., ~known], rows[:, ~known])
         rmse = np.sqrt(np.mean((x.mean(0) - rows)[:, ~known] ** 2))
-        print(f"| {name} | {score:.3f} | {rmse:.3f} | {named:.3f} |")
+        print(f"| {name} | {score} | {rmse:.3f} | {named:.3f} |")
     print(f"| truth | 0 | 0 | {np.mean(predict_digit(images) == label):.3f} |")
     if args.figure:
         columns = [int(np.flatnonzero(label == digit)[1]) for digit in range(10)] * 2

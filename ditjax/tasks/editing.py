@@ -74,7 +74,7 @@ def edit_protocol(c: Config, given: Known) -> dict[str, Any]:
     if method.chain and not sampler.steps:
         raise UserError(
             f"{name}, which takes the steps of a sampler in its own way, and config.sample.sampler"
-            f" is {s.sampler!r}, whose steps build on each other: set it to 'ddim' (with"
+            f" is {s.sampler!r}, which does not offer its own: set it to 'ddim' (with"
             " config.sample.eta=1) or 'ddpm', or config.edit.method to 'ddnm' or 'pigdm'."
         )
     if method.random and "eta" in sampler.options and s.eta == 0:
