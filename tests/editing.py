@@ -7,25 +7,33 @@ Completion of the lower half: four completions of each of --num test digits, wit
 energy score of the missing half, mean ‖x - truth‖ - ½ mean ‖x - x'‖, is smallest for the true
 posterior (Gneiting & Raftery 2007); the judge names the completed digit. Beside them: the Gaussian
 with the mean and covariance of the training digits, given the known half, and the four training
-digits nearest in it.
+digits nearest in it, and each method with the perfect denoiser of that Gaussian for a network.
 
 Denoising at three σ, known and estimated from each image: PSNR beside that Gaussian's mean.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ditjax.config import changed
+from ditjax.config import Config, changed
 from ditjax.data.crop import normalize
 from ditjax.data.records import load_arrays
+from ditjax.diffusion.inverse import METHODS, known_pixels
+from ditjax.diffusion.samplers import initial_noise, per_sample_noise, walk
+from ditjax.diffusion.solvers import SAMPLERS
 from ditjax.evaluation.digits import predict_digit
+from ditjax.runs import opening
 from ditjax.runs.results import save_grid
 from ditjax.sampling.editing import inpaint_request
 from ditjax.sampling.pipeline import Pipeline
+from ditjax.tasks.objective import objective_of, times_of
 
 COMPLETIONS = 4
 ARMS: dict[str, dict[str, Any]] = {
@@ -87,6 +95,37 @@ def completions(
         yield name, drawn.images.reshape(COMPLETIONS, *images.shape)
 
 
+def ideal(
+    c: Config, train: np.ndarray, known: np.ndarray, rows: np.ndarray
+) -> Iterator[tuple[str, Any]]:
+    """Each arm with the perfect denoiser of that Gaussian for a network: f64[K,N,D]."""
+    objective, times, N = objective_of(c), times_of(c), len(rows)
+    values, vectors = np.linalg.eigh(np.cov(train.T))
+    mean, w, V = (jnp.asarray(x, jnp.float32) for x in (train.mean(0), values.clip(0), vectors))
+
+    def denoise(x: jax.Array, timesteps: jax.Array) -> jax.Array:
+        at = objective.process.at(objective.process.time_of_noise(timesteps))
+        alpha, sigma, flat = at.alpha[:, None], at.sigma[:, None], x.reshape(len(x), -1)
+        gain = alpha * w / (alpha**2 * w + sigma**2)
+        x0 = mean + (gain * ((flat - alpha * mean) @ V)) @ V.T
+        return ((flat - alpha * x0) / sigma).reshape(x.shape)
+
+    y = jnp.asarray(np.tile(rows, (COMPLETIONS, 1)).reshape(-1, 8, 8, 1), jnp.float32)
+    mask = jnp.broadcast_to(jnp.asarray(known, jnp.float32).reshape(1, 8, 8, 1), y.shape)
+    keys = jax.random.split(jax.random.key(0), len(y))
+    x_T, noise = initial_noise(keys, y.shape[1:]), per_sample_noise(keys, y.shape[1:])
+    for name, edit in ARMS.items():
+        method, options = METHODS[edit["method"]], {k: v for k, v in edit.items() if k != "method"}
+        settings = (objective, times, known_pixels(y, mask))
+        wrapped = method.wrap(denoise, objective, settings[-1], **options) if method.wrap else None
+        network, made = wrapped or denoise, SAMPLERS["ddim"].steps
+        assert made is not None
+        steps = made(network, objective, times, x_T, clip_x0=True, eta=1.0)
+        steps = method.chain(steps, *settings, **options) if method.chain else steps
+        x0 = jax.jit(functools.partial(walk, steps, noise=noise))(x_T)
+        yield f"{name}, ideal", np.asarray(x0, float).reshape(COMPLETIONS, N, -1)
+
+
 def print_denoised(run: str, images: np.ndarray, bank: np.ndarray) -> None:
     """Print PSNR in dB, the mean over images: bytes clipped, the same noise for all."""
     pipeline = Pipeline.from_pretrained(run)
@@ -128,6 +167,7 @@ def main() -> None:
     for name, drawn in completions(args.run, images, known, label if args.labelled else None):
         arms[name] = normalize(drawn).reshape(COMPLETIONS, len(images), -1).astype(np.float64)
     print("| method | energy score | RMSE of the mean of 4 | judge's accuracy |")
+    arms |= ideal(opening.recipe_of(args.run), bank, known, rows)
     for name, x in arms.items():
         byte = np.clip(127.5 * x + 128, 0, 255).astype(np.uint8).reshape(COMPLETIONS, *images.shape)
         shown[name] = byte
