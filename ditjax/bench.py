@@ -427,7 +427,7 @@ def _step_figures(
 ) -> dict[str, Any]:
     """Return the recipe's size, and the speed of its step beside peak and ceiling."""
     seconds = np.array(found["ours"])
-    flops = training_flops(cost.macs, c.train.batch_size)
+    flops = training_flops(cost.macs, c.train.batch_size, cost.passes)
     attained = flops / seconds / mesh.size
     peak = peak_flops(jax.devices()[0].device_kind, c.model.dtype, c.model.matmul)
     return {

@@ -46,10 +46,11 @@ def main(argv: list[str]) -> int:
         return 0
     _, config = cli.parse(parser, argv)
     cost, shape = cost_of(config), make_task(config).inputs["x0"].shape
+    training = "" if cost.passes == 3 else f", {cost.passes:.4g} passes per example of training"
     print(
         f"{cost.name}, {cost.tokens} tokens of a {'x'.join(map(str, shape))} input:"
         f" {cost.parameters:,} parameters, {cost.macs / 1e6:.4g} M multiply-accumulates ="
-        f" {cost.gflops:.4g} Gflops per forward pass"
+        f" {cost.gflops:.4g} Gflops per forward pass{training}"
     )
     return 0
 

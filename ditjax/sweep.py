@@ -132,6 +132,8 @@ def _train_and_evaluate(cell: Cell, folder: Path) -> None:
         "environment": environment(os.environ.get(_COMMAND) or _typed_command(sys.argv[1:])),
         "config": cell.recipe,
     }
+    if task.cost and task.cost.passes != 3:
+        result["train"]["passes"] = task.cost.passes
     if cell.published:
         result["published"] = cell.published
     if is_primary():

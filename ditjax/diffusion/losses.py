@@ -1,8 +1,9 @@
-"""Training objectives, f32[B] each: L_simple, the variational bound L_vlb, and DiT's hybrid."""
+"""Training objectives, f32[B] each: L_simple, the bound L_vlb, DiT's hybrid, and MeanFlow."""
 
+import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,15 @@ from ditjax.diffusion.gaussian import (
     q_posterior,
     split_channels,
 )
-from ditjax.diffusion.process import Discrete, Process
+from ditjax.diffusion.meanflow import (
+    IntervalDenoise,
+    adaptively_weighted,
+    guided_velocity,
+    meanflow_target,
+    null_weight,
+    total_derivative,
+)
+from ditjax.diffusion.process import Discrete, Process, per_sample
 from ditjax.diffusion.schedule import Schedule, extract
 from ditjax.diffusion.weighting import Weighting, weight
 from ditjax.errors import UserError
@@ -107,6 +116,44 @@ def hybrid_loss(
     return {"loss": _weighted(objective, mse, t) + vlb_weight * vlb, "mse": mse, "vlb": vlb}
 
 
+def meanflow_loss(
+    objective: Objective,
+    denoise: IntervalDenoise,
+    x0: jax.Array,
+    t: jax.Array,
+    eps: jax.Array,
+    *,
+    r: jax.Array,
+    unconditional: Denoise,
+    dropped: jax.Array,
+    target_omega: float = 1.0,
+    target_kappa: float = 0.0,
+    adaptive_power: float = 1.0,
+    adaptive_offset: float = 0.01,
+    predicted_tangent: bool = False,
+) -> dict[str, jax.Array]:
+    """Geng et al. 2025 Alg. 1: the error of u against its identity -> loss, mse f32[B].
+
+    x0, eps f32[B,H,W,C], t, r f32[B], r ≤ t. Squares are summed over H, W, C and
+    `adaptively_weighted`; mse is their mean. A `dropped` label's velocity, bool[B], is not guided.
+
+    Improved MeanFlow (Geng et al. 2025, arXiv:2512.02012) writes the error as that of
+    u + (t - r) sg(du/dt) against v, and takes du/dt along the network's own velocity u(x, t, t)
+    (`predicted_tangent`).
+    """
+    velocity = objective.process.target(x0, t, eps, "velocity")
+    x_t = objective.process.noised(x0, t, eps)
+    # The compiler leaves out what is not used below.
+    own, null = (jax.lax.stop_gradient(network(x_t, t)) for network in (denoise, unconditional))
+    guided = guided_velocity(velocity, own, null, target_omega, target_kappa)
+    guided = jnp.where(per_sample(dropped, x0.ndim), velocity, guided)
+    tangent = own if predicted_tangent else guided
+    u, derivative = total_derivative(denoise, x_t, t, t - r, tangent)
+    square = jnp.square(u - meanflow_target(guided, derivative, t, r))
+    loss = adaptively_weighted(_sum_flat(square), adaptive_power, adaptive_offset)
+    return {"loss": loss, "mse": _mean_flat(square)}
+
+
 class VLB(NamedTuple):
     """The variational bound on -log2 p(x0) in bits/dim: total = prior + sum of terms over t."""
 
@@ -191,13 +238,62 @@ def _mean_flat(x: jax.Array) -> jax.Array:
     return x.mean(axis=tuple(range(1, x.ndim)))
 
 
+def _sum_flat(x: jax.Array) -> jax.Array:
+    return x.sum(axis=tuple(range(1, x.ndim)))
+
+
 def _bits_per_dim(nats: jax.Array) -> jax.Array:
     return _mean_flat(nats) / math.log(2)
 
 
-# config.diffusion.loss -> (objective, denoise, x0, t, eps)
-LOSSES: dict[str, Callable[..., dict[str, jax.Array]]] = {
-    "hybrid": hybrid_loss,
-    "simple": simple_loss,
-    "vlb": vlb_loss,
+class Loss(NamedTuple):
+    """A training objective: `evaluate(objective, denoise, x0, t, eps, **options)` -> f32[B] each.
+
+    Among what it returns is `loss`. `options` are the keys of config.diffusion that it reads, and
+    `requires` the only values of others with which it has a meaning. `interval`: it trains a
+    network of two times, denoise(x, t, h) with h = t - r, by forward derivatives. It is given
+    r f32[B], the `unconditional` network and which labels are `dropped`, too, and evaluates the
+    network `evaluations(**options)` times more than once.
+    """
+
+    evaluate: Callable[..., dict[str, jax.Array]]
+    options: tuple[str, ...] = ()
+    requires: Mapping[str, Any] = {}
+    interval: bool = False
+    evaluations: Callable[..., int] = lambda **options: 0
+
+
+def _meanflow_evaluations(
+    *, target_omega: float, target_kappa: float, tangent: bool = False, **options: Any
+) -> int:
+    own, null = target_kappa != 0 or tangent, null_weight(target_omega, target_kappa) != 0
+    return int(own) + int(null)
+
+
+_MEANFLOW = Loss(
+    meanflow_loss,
+    options=("target_omega", "target_kappa", "adaptive_power", "adaptive_offset"),
+    requires={
+        "process": "flow",
+        "prediction": "velocity",
+        "variance": "none",
+        "weighting": "none",
+        "time_scale": 1.0,  # du/dt grows with it
+        "time_from_noise": False,
+        "t_eps": 0.0,
+    },
+    interval=True,
+    evaluations=_meanflow_evaluations,
+)
+
+# config.diffusion.loss -> objective
+LOSSES: dict[str, Loss] = {
+    "hybrid": Loss(hybrid_loss),
+    "simple": Loss(simple_loss),
+    "vlb": Loss(vlb_loss),
+    "meanflow": _MEANFLOW,
+    "meanflow_v": _MEANFLOW._replace(
+        evaluate=functools.partial(meanflow_loss, predicted_tangent=True),
+        evaluations=functools.partial(_meanflow_evaluations, tangent=True),
+    ),
 }

@@ -16,6 +16,7 @@ from ditjax.diffusion import samplers
 from ditjax.diffusion.adaptive import dopri5
 from ditjax.diffusion.gaussian import Denoise, stateful
 from ditjax.diffusion.losses import Objective
+from ditjax.diffusion.meanflow import IntervalDenoise
 from ditjax.diffusion.process import (
     Discrete,
     Preconditioning,
@@ -51,7 +52,8 @@ class Sampler(NamedTuple):
     are the times at which the network is evaluated. `discrete`: it needs a process of discrete
     steps, on its own grid. `derivatives`: it needs α̇ and σ̇, which such a process does not have.
     `check(process, times, **options)` raises UserError for a combination that cannot be solved.
-    `adaptive`: it chooses its own steps, one sample's apart from another's.
+    `adaptive`: it chooses its own steps, one sample's apart from another's. `interval`: it needs a
+    network of two times, and calls denoise(x, t, h).
     `steps(denoise, objective, times, x_T, *, clip_x0, **options)` are the steps that `solve` takes,
     if none builds on the estimates of those before: chains take them in another order, and do more
     between them (`inverse.repaint`).
@@ -65,6 +67,7 @@ class Sampler(NamedTuple):
     check: Callable[..., Any] | None = None
     adaptive: bool = False
     steps: Callable[..., Steps] | None = None
+    interval: bool = False
 
 
 # ---- the steps
@@ -701,6 +704,34 @@ def adaptive_ode(
     return x0
 
 
+# ---- average velocities
+
+
+def mean_flow(
+    denoise: IntervalDenoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+) -> jax.Array:
+    """Geng et al. 2025, Sec. 4.1: x_r = x_t - (t - r) u(x_t, r, t), exact in any number of steps.
+
+    Only the last state estimates x0, so that `clip_x0` clips it alone.
+    """
+    batch = x_T.shape[0]
+
+    def step(x: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        t, h = row
+        u = denoise(x, jnp.full((batch,), t), jnp.full((batch,), h))
+        return x - h * u.astype(x.dtype), None
+
+    rows = _on_device((times[:-1], times[:-1] - times[1:]), x_T.dtype)
+    x, _ = jax.lax.scan(step, x_T, rows)
+    return jnp.clip(x, -1, 1) if clip_x0 else x
+
+
 # config.sample.sampler -> sampler
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(respaced_ddpm, discrete=True, steps=respaced_ddpm_steps),
@@ -712,6 +743,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2s": Sampler(tabled(dpmpp_2s), start_and_middle),
     "dpmpp_2m_sde": Sampler(tabled(dpmpp_2m_sde)),
     "unipc": Sampler(unipc, options=("order",)),
+    "meanflow": Sampler(mean_flow, interval=True),
     "dopri5": Sampler(adaptive_ode, options=("rtol",), derivatives=True, adaptive=True),
     "sde": Sampler(
         tabled(sde),

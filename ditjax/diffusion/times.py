@@ -75,6 +75,20 @@ def draw_times(times: Times, process: Process, key: jax.Array, batch: int) -> ja
     return process.from_unit(shifted(QUANTILES[times.distribution](u, times), times.shift))
 
 
+def draw_intervals(
+    times: Times, process: Process, key: jax.Array, batch: int, share: float
+) -> tuple[jax.Array, jax.Array]:
+    """Draw t and r ≤ t: two times each, sorted; r = t but for a share of them -> f32[B] each.
+
+    As in MeanFlow (Geng et al. 2025).
+    """
+    key_one, key_other, key_share = jax.random.split(key, 3)
+    one, other = (draw_times(times, process, each, batch) for each in (key_one, key_other))
+    t = jnp.maximum(one, other)
+    apart = jax.random.bernoulli(key_share, share, (batch,))
+    return t, jnp.where(apart, jnp.minimum(one, other), t)
+
+
 def stratified_timesteps(indices: np.ndarray, num: int, shift: int) -> np.ndarray:
     """The timestep of pair i, floor(num · `_van_der_corput`) -> i32[n], below num.
 

@@ -229,7 +229,7 @@ def _speed(
     """Collectives, roofline and cost of a compiled step."""
     cost, count, images = cost_of(c), plan["devices"], c.train.batch_size
     peak = topology.chip.rates.device_flops(c.model.dtype, c.model.matmul)
-    flops = training_flops(cost.macs, images)
+    flops = training_flops(cost.macs, images, cost.passes)
     wire = sum(row["wire_bytes"] for row in compiled["collectives"])
     traffic = roofline.memory_traffic(plan["memory"]["state_bytes"], compiled["temporary_bytes"])
     step = roofline.StepTime(

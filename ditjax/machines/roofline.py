@@ -25,7 +25,7 @@ class StepTime(NamedTuple):
 
 def hardware_flops(cost: NetworkCost, images: int) -> float:
     """FLOPs that the devices compute for a training step: the model's, and what is repeated."""
-    return training_flops(cost.macs, images) + 2.0 * cost.training_macs * images
+    return training_flops(cost.macs, images, cost.passes) + 2.0 * cost.training_macs * images
 
 
 def memory_traffic(state_bytes: float, temporary_bytes: float) -> float:

@@ -4,6 +4,7 @@ This module defines everything about the network: its keys and sizes, the Linen 
 closed form, the sharding rules of its parameters, and the scaling of their learning rates by width.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -19,6 +20,7 @@ from flax import linen as nn
 from ditjax.config import Config, Rule, above, at_most, key, non_negative, positive
 from ditjax.errors import UserError, divisors, nearest
 from ditjax.models import grafting, mup
+from ditjax.models.attention import autodiff_attend
 from ditjax.models.blocks import (
     BLOCKS,
     LAYER_NORM_EPS,
@@ -43,6 +45,7 @@ from ditjax.models.embed import (
 )
 from ditjax.models.network import (
     DTYPES,
+    AnyArray,
     Attention,
     Branch,
     Conditions,
@@ -180,6 +183,16 @@ def check(k: DiTKeys, inputs: Inputs) -> None:
             f"config.model.align_block is {k.align_block}, and the network has {size.depth} blocks:"
             f" expected 1 to {size.depth}, or 0 for none."
         )
+    if inputs.interval and k.block == "cross_attention":
+        raise UserError(
+            "config.model.block is 'cross_attention', and config.diffusion.loss needs forward"
+            " derivatives of the network, which this block lacks: choose another block."
+        )
+    if inputs.interval and k.attention not in ("auto", "plain"):
+        raise UserError(
+            f"config.model.attention is {k.attention!r}, and config.diffusion.loss needs forward"
+            " derivatives of the network, which this kernel lacks: set it to 'auto' or 'plain'."
+        )
     if k.norm != "layer" and k.block not in ("adaln", "adaln_zero"):
         raise UserError(
             f"config.model.norm is {k.norm!r} with block {k.block!r}, whose norms are LayerNorms"
@@ -220,6 +233,7 @@ class Shape(NamedTuple):
     mlp: str = "gelu"
     qk_norm: bool = False
     projector: tuple[int, int] = (0, 0)  # its hidden and its output width; 0 = none
+    interval: bool = False  # a second time
 
     @property
     def tokens(self) -> int:
@@ -266,7 +280,8 @@ def trainable_parameters(s: Shape) -> int:
     final = _FINAL_MODULATIONS[s.block] * (D * D + D)
     final += 2 * D * (s.block in ("in_context", "cross_attention"))
     patch_in, patch_out = s.patch**2 * s.in_channels, s.patch**2 * s.out_channels
-    embed = (patch_in * D + D) + (TIMESTEP_FREQUENCIES * D + D) + (D * D + D)
+    times = (1 + s.interval) * ((TIMESTEP_FREQUENCIES * D + D) + (D * D + D))
+    embed = (patch_in * D + D) + times
     embed += (s.num_classes + int(s.null_label)) * D
     if s.projector[0]:
         W, Z = s.projector
@@ -296,7 +311,8 @@ def forward_macs(s: Shape) -> int:
     """
     L, D, _ = s.size
     N = s.tokens
-    embed = s.patch**2 * s.in_channels * N * D + (TIMESTEP_FREQUENCIES * D + D * D)
+    times = (1 + s.interval) * (TIMESTEP_FREQUENCIES * D + D * D)
+    embed = s.patch**2 * s.in_channels * N * D + times
     final = _FINAL_MODULATIONS[s.block] * D * D + s.patch**2 * s.out_channels * N * D
     return L * _block_macs(s) + embed + final + N * D
 
@@ -328,6 +344,7 @@ def shape(k: DiTKeys, inputs: Inputs) -> Shape:
         mlp=k.mlp,
         qk_norm=k.qk_norm,
         projector=(k.align_width, k.align_features) if k.align_block else (0, 0),
+        interval=inputs.interval,
     )
 
 
@@ -336,13 +353,17 @@ def cost(k: DiTKeys, inputs: Inputs) -> NetworkCost:
     s = shape(k, inputs)
     L, D, heads = s.size
     tokens = s.tokens + (2 if s.block == "in_context" else 0)
+    attention = 2 * L * tokens**2 * D
     # 'full' repeats the whole forward pass of the blocks, 'dots' the two products of attention.
-    repeated = {"none": 0, "dots": 2 * L * tokens**2 * D, "full": forward_macs(s)}[k.remat]
+    repeated = {"none": 0, "dots": attention, "full": forward_macs(s)}[k.remat]
+    # A forward derivative costs the products again, and those of two activations twice.
+    passes = 4 + attention / forward_macs(s) if s.interval else 3.0
     return NetworkCost(
         name=f"DiT-{k.size}/{k.patch}",
         parameters=trainable_parameters(s),
         macs=forward_macs(s),
         training_macs=repeated + 3 * projector_macs(s),
+        passes=passes,
         tokens=s.tokens,
         description={
             "size": k.size,
@@ -422,6 +443,7 @@ class DiT(nn.Module):
     `num_classes`, the null label. `place` says where a mesh has the activations. `base` sets the
     initialisation and the scale of attention as in `models/mup.py`. After each block, `hook` maps
     its tokens and its slice of `per_block`, whose arrays have a leading axis of L, to new tokens.
+    With `interval`, a second embedding, of h = t - r, is added to that of t f32[B].
 
     With `align_block`, the tokens [B,N,D] after that block are sown as `tapped`, and what the
     projector makes of them as `aligned`, if the collection "intermediates" is mutable. Elsewhere
@@ -452,12 +474,13 @@ class DiT(nn.Module):
     hook: Hook | None = None
     align_block: int = 0
     projector: tuple[int, int] = (0, 0)  # hidden and output width
+    interval: bool = False
 
     @nn.compact
     def __call__(
         self, x: jax.Array, t: jax.Array, conditions: Conditions, per_block: Any = None
     ) -> jax.Array:
-        conditions.only("label")
+        conditions.only("label", *(["interval"] if self.interval else []))
         if per_block is not None and self.hook is None:
             raise ValueError("per_block is given to a DiT without a hook")
         label = conditions.label
@@ -469,7 +492,7 @@ class DiT(nn.Module):
                 f"an input of {H}x{W} is not divisible into patches of {self.patch}:"
                 f" choose a patch size that divides both."
             )
-        cond = self._conditioning(t, label)
+        cond = self._conditioning(t, label, conditions.interval)
         tokens = self._embedder()(x)
         N, grid = tokens.shape[1], (H // self.patch, W // self.patch)
 
@@ -491,16 +514,10 @@ class DiT(nn.Module):
         return unpatchify(out, self.patch, H, W).astype(jnp.float32)
 
     @nn.nowrap
-    def _conditioning(self, t: jax.Array, label: Any) -> Conditioning:
+    def _conditioning(self, t: jax.Array, label: Any, h: AnyArray | None = None) -> Conditioning:
         """The embedded times and labels."""
-        base, put = self._base(), self.place.put
-        t_emb = TimestepEmbedder(
-            self.width,
-            self.frequency_shift,
-            self.dtype,
-            out_std=0.02 * (base.width / self.width) ** 0.5,
-            name="t_embedder",
-        )(t)
+        put = self.place.put
+        t_emb = self._embed_times(t, h)
         y_emb = LabelEmbedder(
             self.num_classes, self.width, self.null_label, self.dtype, name="y_embedder"
         )(label)
@@ -543,6 +560,22 @@ class DiT(nn.Module):
             rope=grid if self.rope else None,
         )
         return functools.partial(block, config)
+
+    @nn.nowrap
+    def _embed_times(self, t: jax.Array, h: AnyArray | None) -> jax.Array:
+        """The embedding of t, and with `interval` that of h = t - r beside it; no h is 0."""
+        embedder = functools.partial(
+            TimestepEmbedder,
+            self.width,
+            self.frequency_shift,
+            self.dtype,
+            out_std=0.02 * (self._base().width / self.width) ** 0.5,
+        )
+        t_emb = embedder(name="t_embedder")(t)
+        if not self.interval:
+            return t_emb
+        h = jnp.zeros_like(t) if h is None else jnp.asarray(h)
+        return t_emb + embedder(name="h_embedder")(h)
 
     def _align(self, tapped: jax.Array) -> None:
         """Sow the tapped tokens and their projection."""
@@ -726,9 +759,9 @@ RULES: Rules = (
     (r"adaln/linear/bias", (None, "tensor")),
     (r"mlp/gate_up/kernel", ("fsdp", None, "tensor")),
     (r"mlp/gate_up/bias", (None, "tensor")),
-    (r"(mlp|t_embedder)/in/kernel", ("fsdp", "tensor")),
-    (r"(mlp|t_embedder)/in/bias", ("tensor",)),
-    (r"(attn|cross|mlp|t_embedder)/out/kernel", ("tensor", "fsdp")),
+    (r"(mlp|[th]_embedder)/in/kernel", ("fsdp", "tensor")),
+    (r"(mlp|[th]_embedder)/in/bias", ("tensor",)),
+    (r"(attn|cross|mlp|[th]_embedder)/out/kernel", ("tensor", "fsdp")),
     (r"y_embedder/table", (None, "fsdp")),
     (r"projector/in/kernel", ("fsdp", "tensor")),
     (r"projector/in/bias", ("tensor",)),
@@ -737,8 +770,8 @@ RULES: Rules = (
     (r"control/in/kernel", (None, "fsdp")),
     (r"copies/out/kernel", ("fsdp", None)),
     # Factors of adapters, a [S, D, r] and b [S, r, *features], are split as their kernel is.
-    (r"(attn|cross|mlp|t_embedder)/out/a", ("tensor", None)),
-    (r"(attn|cross|mlp|t_embedder)/out/b", (None, "fsdp")),
+    (r"(attn|cross|mlp|[th]_embedder)/out/a", ("tensor", None)),
+    (r"(attn|cross|mlp|[th]_embedder)/out/b", (None, "fsdp")),
     (r"(qkv|q|kv)/b", (None, "tensor", None)),
     (r"mlp/(in|gate_up)/b", (None, "tensor")),
     (r"adaln/linear/b", (None, None, "tensor")),
@@ -748,9 +781,9 @@ RULES: Rules = (
 
 # Exactly one pattern matches the path of each parameter.
 KINDS: mup.Kinds = (
-    (r"(x_embedder|t_embedder/in)/kernel", "input"),
+    (r"(x_embedder|[th]_embedder/in)/kernel", "input"),
     (r"y_embedder/table", "input"),
-    (r"(attn/(qkv|out)|cross/(q|kv|out)|mlp/(in|gate_up|out)|t_embedder/out)/kernel", "hidden"),
+    (r"(attn/(qkv|out)|cross/(q|kv|out)|mlp/(in|gate_up|out)|[th]_embedder/out)/kernel", "hidden"),
     (r"adaln/linear/kernel", "hidden"),
     # Only the projector's first layer reads D numbers; the factors of a fixed layer are an input's.
     (r"(final_layer/linear|projector/in)/kernel", "output"),
@@ -762,6 +795,8 @@ KINDS: mup.Kinds = (
 def module(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:
     """Build the denoiser of a recipe; its parameters do not depend on `place`."""
     size = parse_size(k.size)
+    if inputs.interval:
+        place = dataclasses.replace(place, attend=autodiff_attend)
     return DiT(
         depth=size.depth,
         width=size.width,
@@ -786,6 +821,7 @@ def module(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:
         base=base(k),
         align_block=k.align_block,
         projector=(k.align_width, k.align_features),
+        interval=inputs.interval,
     )
 
 
@@ -835,4 +871,5 @@ NETWORK = Network(
     inherited=("frequency_shift", "norm2_eps"),
     stack="blocks",
     control=ControlSeam(control_branch, control_variables, check_branch, branch_cost),
+    interval=True,
 )

@@ -37,8 +37,8 @@ class Conditions(NamedTuple):
     label i32[B] and vector f[B,D] are added to the timestep's embedding; context f[B,M,D], with
     context_mask bool[B,M], is the input of cross-attention; prefix f[B,M,D] are tokens that are
     added to the sequence and removed at the end; channels f[B,H,W,C] are concatenated to x, or read
-    by the control branch beside it. A network raises ValueError for a condition that it does not
-    support.
+    by the control branch beside it; interval f32[B] is h = t - r, over which a network of two times
+    averages, and None is 0. A network raises ValueError for a condition that it does not support.
     """
 
     label: AnyArray | None = None
@@ -47,6 +47,7 @@ class Conditions(NamedTuple):
     context_mask: AnyArray | None = None
     prefix: AnyArray | None = None
     channels: AnyArray | None = None
+    interval: AnyArray | None = None
 
     def only(self, *names: str) -> None:
         """Raise ValueError if a condition that is not among `names` is set."""
@@ -56,11 +57,15 @@ class Conditions(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The shape of one example, and the number of output channels and classes."""
+    """The shape of one example, and the number of output channels and classes.
+
+    `interval`: the network is given a second time, h = t - r (`Conditions`).
+    """
 
     shape: tuple[int, ...]  # (H, W, C)
     out_channels: int
     num_classes: int
+    interval: bool = False
 
 
 class Attention(NamedTuple):
@@ -80,7 +85,8 @@ class NetworkCost(NamedTuple):
 
     `macs` are the multiply-accumulates of one forward pass of one example, `training_macs` those of
     a training step beyond three forward passes: what rematerialisation repeats, and layers that
-    only training evaluates.
+    only training evaluates. A step of training is `passes` forward passes: 3, and more if the
+    objective differentiates forwards or evaluates the network again.
     """
 
     name: str  # as in the paper: 'DiT-XL/2'
@@ -89,6 +95,7 @@ class NetworkCost(NamedTuple):
     training_macs: int = 0
     tokens: int = 0
     description: Mapping[str, Any] = {}
+    passes: float = 3.0
 
     @property
     def gflops(self) -> float:
@@ -96,20 +103,21 @@ class NetworkCost(NamedTuple):
         return self.macs / 1e9
 
 
-def training_flops(macs: int, examples: int) -> float:
+def training_flops(macs: int, examples: int, passes: float = 3.0) -> float:
     """FLOPs of training on `examples`: forward and backward = 3 forwards, 2 FLOPs per MAC.
 
     As counted by MFU (Chowdhery et al. 2022 App. B): without what rematerialisation repeats.
+    passes: of `NetworkCost`.
     """
-    return 6.0 * macs * examples
+    return 2.0 * passes * macs * examples
 
 
-def training_gflops(gflops: float, examples: Any) -> Any:
+def training_gflops(gflops: float, examples: Any, passes: float = 3.0) -> Any:
     """Multiply-accumulates / 10⁹ of training: forward and backward = 3 forwards of `gflops` each.
 
-    examples: a number, or f64[n].
+    examples: a number, or f64[n]. passes: of `NetworkCost`.
     """
-    return 3.0 * gflops * examples
+    return passes * gflops * examples
 
 
 class Branch(NamedTuple):
@@ -142,7 +150,8 @@ class Network(NamedTuple):
     (k, inputs, place), where `place` is an `embed.Placement`, and the module applies to (params, x,
     t, Conditions). `cost` is None if no closed form is known. `rules` are the sharding rules of the
     parameters. `rates(k)` maps a parameter's path to its learning-rate multiplier, or is None if
-    all are 1. `varied` are the keys that `NetworkCost.name` shows, in that order.
+    all are 1. `varied` are the keys that `NetworkCost.name` shows, in that order. `interval`: the
+    module takes the interval of `Conditions`.
 
     For fine-tuning, `grafts` are the rules of the leaves that follow the inputs
     (`models/grafting.py`), `inherited` the keys that weights were trained with and do not show, and
@@ -163,3 +172,4 @@ class Network(NamedTuple):
     inherited: tuple[str, ...] = ()
     stack: str = ""
     control: ControlSeam | None = None
+    interval: bool = False

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ditjax.errors import UserError
-from ditjax.models.network import training_gflops
 from ditjax.reporting.curves import Logs, TrainingCurve, thinned
 from ditjax.reporting.study import (
     Group,
@@ -21,7 +20,7 @@ from ditjax.reporting.study import (
     usable,
     varied_keys,
 )
-from ditjax.runs.results import Found
+from ditjax.runs.results import Found, trained_gflops
 from ditjax.scaling import claims
 from ditjax.scaling.claims import Claim
 from ditjax.scaling.extrapolate import Extrapolation, predict_held_out
@@ -320,7 +319,7 @@ def value(each: Found, key: str) -> float:
     if key == PARAMS:
         return float(result["params"])
     if key == TRAINING:
-        return training_gflops(result["gflops"], result["train"]["images"])
+        return trained_gflops(result, result["train"]["images"])
     if key == TRAIN_LOSS:
         return result["train"]["final_loss"]
     return result["metrics"].get(key, math.nan)

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditjax.errors import UserError
-from ditjax.models.network import training_gflops
-from ditjax.runs.results import METRICS_FILE, Found, read_metrics
+from ditjax.runs.results import METRICS_FILE, Found, read_metrics, trained_gflops
 from ditjax.studies.words import short
 
 MAX_POINTS = 400  # of a curve; more cannot be seen
@@ -112,7 +111,7 @@ class Logs:
             if keep.sum() < at_least:
                 continue
             batch = each.result["train"]["batch_size"]
-            compute = training_gflops(each.result["gflops"], batch * steps[keep])
+            compute = trained_gflops(each.result, batch * steps[keep])
             curves.append(TrainingCurve(each, steps[keep], compute, values[keep]))
         return sorted(curves, key=lambda curve: curve.run.result["gflops"])
 

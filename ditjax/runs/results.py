@@ -20,6 +20,7 @@ from ditjax.config import check_recorded
 from ditjax.errors import FaultError, UserError, nearest, shown
 from ditjax.files import npz
 from ditjax.files.atomic import finite_or_null, load_json, write_atomic, write_json
+from ditjax.models.network import training_gflops
 
 RESULT_SCHEMA = 1
 RESULT_FILE = "result.json"
@@ -30,7 +31,10 @@ _Images = NDArray[np.uint8]
 
 
 class TrainRecord(TypedDict):
-    """The training. `images` = steps · batch_size; `seconds` are those of the loop alone."""
+    """The training. `images` = steps · batch_size; `seconds` are those of the loop alone.
+
+    `passes` are forward passes that a step costs per image, where they are not 3.
+    """
 
     steps: int
     batch_size: int
@@ -39,6 +43,7 @@ class TrainRecord(TypedDict):
     learning_rate: float
     final_loss: float
     seed: int
+    passes: NotRequired[float]
 
 
 class SampleRecord(TypedDict):
@@ -96,6 +101,11 @@ class Found(NamedTuple):
 
     folder: Path
     result: Result
+
+
+def trained_gflops(result: Result, images: Any) -> Any:
+    """The training Gflops of a result after a number of images, or f64[n]."""
+    return training_gflops(result["gflops"], images, result["train"].get("passes", 3.0))
 
 
 def write_result(folder: str | os.PathLike[str], result: Result) -> Path:
@@ -326,6 +336,9 @@ def _validated(value: Any, where: str) -> Result:
     for key in _COUNTS:
         if result["train"][key] < 1:
             raise UserError(f"{where}: train.{key} is {result['train'][key]}, expected at least 1.")
+    passes = result["train"].get("passes", 3.0)
+    if not _is(passes, float) or not passes > 0:
+        raise UserError(f"{where}: train.passes is {shown(passes)}, expected a number above 0.")
     metrics = {}
     for name, metric in result["metrics"].items():
         if metric is not None and not _is(metric, float):

@@ -51,9 +51,9 @@ class Cell(NamedTuple):
 
     @property
     def training_gflops(self) -> float:
-        """3 · forward Gflops · batch · steps, the unit of schedules and estimates."""
-        c = self.config.train
-        return training_gflops(self.gflops, c.batch_size * c.steps)
+        """Passes · forward Gflops · batch · steps, 3 for most losses: the unit of schedules."""
+        c, cost = self.config.train, make_task(self.config).cost
+        return training_gflops(cost.gflops, c.batch_size * c.steps, cost.passes) if cost else 0.0
 
 
 def cells(recipe: Mapping[str, Any]) -> list[Cell]:
@@ -128,7 +128,7 @@ def _read_for_cost(cell: dict[str, Any]) -> Config:
 def steps_within(budget: tuple[str, float], c: Config) -> int:
     """Return the number of training steps in a budget, rounded to the nearest integer.
 
-    'images' are steps · batch; 'gflops' are training Gflops, 3 · forward Gflops · batch · steps.
+    'images' are steps · batch; 'gflops' are training Gflops (`Cell.training_gflops`).
     Raises UserError if the budget is less than one step.
     """
     unit, number = budget
@@ -136,7 +136,8 @@ def steps_within(budget: tuple[str, float], c: Config) -> int:
     if unit != "steps":
         cost *= c.train.batch_size
     if unit == "gflops":
-        cost *= Fraction(3 * cost_of(c).macs, 10**9)
+        network = cost_of(c)
+        cost *= Fraction(network.passes) * Fraction(network.macs, 10**9)
     steps = round(Fraction(number) / cost)
     if steps < 1:
         raise UserError(

@@ -27,7 +27,7 @@ from ditjax.config import (
     key,
     replaced,
 )
-from ditjax.errors import UserError, one_line, shown
+from ditjax.errors import UserError, first_few, one_line, shown
 from ditjax.files.assets import flatten, unflatten
 from ditjax.models.grafting import End, Grafted, Join, graft
 from ditjax.models.network import Inputs, Network
@@ -200,14 +200,18 @@ def with_base(
         if c.adapt.base != before.adapt.base:
             _check_digest(c, opening.digest(read_base(c).params), before.adapt.sha256)
         found, digest = before.model, c.adapt.sha256 or before.adapt.sha256
+        fresh = []
     else:
         base = read_base(c)
         found, digest = base.config.model, opening.digest(base.params)
         _check_digest(c, digest, c.adapt.sha256)
-        _on_network(c, base, network, inputs_of, task.init)
+        fresh = _on_network(c, base, network, inputs_of, task.init).fresh
     values = {name: getattr(found, name) for name in network.inherited}
     # Raises for patterns and blocks that the network does not have.
-    jax.eval_shape(lambda key: task.transform.init(task.init(key), key), jax.random.key(0))
+    trained = jax.eval_shape(
+        lambda key: task.transform.init(task.init(key), key), jax.random.key(0)
+    )
+    _check_fresh(c, set(fresh) - flatten(trained.get("params", {})).keys())
     for name, value in values.items():
         if is_primary() and (ours := getattr(c.model, name)) != value:
             print(
@@ -215,6 +219,15 @@ def with_base(
                 file=sys.stderr,
             )
     return changed(c, {"model": values, "adapt": {"sha256": digest}})
+
+
+def _check_fresh(c: Config, frozen: set[str]) -> None:
+    """Raise UserError for fresh parameters that nothing trains."""
+    if frozen:
+        raise UserError(
+            f"config.adapt.skip is {c.adapt.skip!r} and kind {c.adapt.kind!r}: {first_few(frozen)}"
+            " would be neither the base's nor trained; name them in config.adapt.train."
+        )
 
 
 def _check_digest(c: Config, found: str, expected: str) -> None:

@@ -239,6 +239,11 @@ def check_alignment(c: Config, network: Network, inputs: Inputs) -> None:
     if teacher == "none":
         return
     said = f"config.align.teacher is {teacher!r}"
+    if inputs.interval:
+        raise UserError(
+            f"{said} and config.diffusion.loss {c.diffusion.loss!r}, whose forward derivatives"
+            " cannot be tapped: set the teacher to 'none', or choose another loss."
+        )
     if teacher == _DISTANCES.get(c.evaluate.features):
         raise UserError(
             f"{said} and config.evaluate.features {c.evaluate.features!r}: the distance would be"

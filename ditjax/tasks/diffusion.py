@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax.config import Config, FrozenAutoencoder, Sample, lookup, network_module
+from ditjax.config import Config, FrozenAutoencoder, Sample, network_module
 from ditjax.data.names import is_latents
 from ditjax.diffusion import losses, samplers
 from ditjax.diffusion.gaussian import Denoise
 from ditjax.diffusion.guidance import within
 from ditjax.diffusion.likelihood import density_bits_per_dim, log_density
+from ditjax.diffusion.meanflow import null_weight
 from ditjax.diffusion.times import stratified_times
 from ditjax.errors import UserError
 from ditjax.models import kernels
@@ -28,10 +29,10 @@ from ditjax.parallel import rules
 from ditjax.tasks import adapting, alignment, autoencoder, control, editing
 from ditjax.tasks.guide import guide_recipe, load_guide
 from ditjax.tasks.objective import (
-    LOSS_REGISTRY,
     Diffusion,
     check_sampling,
     guided_denoiser,
+    loss_options,
     objective_of,
     options_of,
     process_of,
@@ -39,6 +40,7 @@ from ditjax.tasks.objective import (
     sampler_of,
     time_draw,
     times_of,
+    training_loss,
     validation_target,
 )
 from ditjax.training.step import Batch, Metrics
@@ -73,6 +75,7 @@ def inputs_of(c: Config) -> Inputs:
         shape=(c.input_size, c.input_size, channels),
         out_channels=channels * (2 if learned else 1),
         num_classes=c.data.num_classes,
+        interval=training_loss(c.diffusion).interval,
     )
 
 
@@ -111,6 +114,16 @@ def denoiser_module(c: Config, mesh: Mesh | None = None) -> Any:
     return network_of(c).module(c.model, inputs_of(c), place)
 
 
+def with_conditions(apply: Callable[..., Any], conditions: Conditions) -> Callable[..., jax.Array]:
+    """Build denoise(x, t), or (x, t, h) of a network of two times (`Conditions.interval`)."""
+
+    def denoise(x: jax.Array, t: jax.Array, h: jax.Array | None = None) -> jax.Array:
+        out: jax.Array = apply(x, t, conditions if h is None else conditions._replace(interval=h))
+        return out
+
+    return denoise
+
+
 def transform_of(c: Config) -> Transform:
     """What a recipe trains of its network."""
     network, inputs = network_of(c), inputs_of(c)
@@ -133,6 +146,18 @@ def apply_of(
 
 
 # ---- the task
+
+
+def cost_with_loss(c: Config) -> NetworkCost | None:
+    """The cost of a recipe's network and its control, with what its loss adds to a step."""
+    network, inputs = network_of(c), inputs_of(c)
+    if network.cost is None:
+        return None
+    cost = network.cost(c.model, inputs)
+    if control.is_controlled(c):
+        cost = control.with_cost(c, network, inputs, cost)
+    evaluations = training_loss(c.diffusion).evaluations(**loss_options(c.diffusion))
+    return cost._replace(passes=cost.passes + evaluations)
 
 
 def make(c: Config, mesh: Mesh | None = None) -> Task:
@@ -166,7 +191,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
             return {"x0": batch["image"], **found}
         return {"x0": autoencoder.draw_latents(c, moments, key), **found}
 
-    cost = _cost(c, network, inputs)
+    cost = cost_with_loss(c)
     return Task(
         name=cost.name if cost else c.model.kind,
         inputs={
@@ -205,14 +230,6 @@ def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
     return init
 
 
-def _cost(c: Config, network: Network, inputs: Inputs) -> NetworkCost | None:
-    """The cost of a recipe's network and its control, if it is known."""
-    cost = network.cost(c.model, inputs) if network.cost else None
-    if cost is None or not control.is_controlled(c):
-        return cost
-    return control.with_cost(c, network, inputs, cost)
-
-
 def _pixels(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """The images that control maps are made of, where x0 are their latents: one example."""
     side = c.data.image_size
@@ -221,7 +238,7 @@ def _pixels(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def draw(
-    c: Config, times: Callable[[jax.Array, int], jax.Array], batch: Batch, key: jax.Array
+    c: Config, times: Callable[[jax.Array, int], Batch], batch: Batch, key: jax.Array
 ) -> Batch:
     """Draw times and eps ~ N(0, I), and drop labels at random; make the control maps."""
     key_t, key_eps, key_drop = jax.random.split(key, 3)
@@ -234,7 +251,7 @@ def draw(
         dropout = c.control.drop
     return {
         **{name: value for name, value in batch.items() if name not in ("label", "image")},
-        "t": times(key_t, len(x0)),
+        **times(key_t, len(x0)),
         "eps": jax.random.normal(key_eps, x0.shape, jnp.float32),
         "y": drop_labels(key_drop, label, dropout, c.data.num_classes),
         **maps,
@@ -249,17 +266,26 @@ def make_loss(
     With an alignment, the weighted negative cosine is added, and its mean is a metric.
     """
     apply = apply_of(c, mesh)
-    objective, objective_loss = objective_of(c), lookup(c.diffusion.loss, LOSS_REGISTRY)
-    transform = transform_of(c)
+    objective, chosen = objective_of(c), training_loss(c.diffusion)
+    options, transform = loss_options(c.diffusion), transform_of(c)
+
+    def of_interval(of_params: Callable[..., Any], drawn: Batch) -> dict[str, Any]:
+        """What only the losses of intervals are given."""
+        null = jnp.full_like(drawn["y"], c.data.num_classes)
+        dropped, conditions = drawn["y"] == null, Conditions(label=null)
+        unconditional = with_conditions(of_params, conditions)
+        return {"r": drawn["r"], "unconditional": unconditional, "dropped": dropped}
 
     def loss(trained: Any, frozen: Frozen, drawn: Batch) -> tuple[jax.Array, Metrics]:
         params = transform.join(frozen.get("base"), trained)
         of_params = functools.partial(apply, params)
         tapped = alignment.Tapped(of_params, drawn["y"])
         conditions = Conditions(label=drawn["y"], channels=drawn.get(CONTROL))
-        plain = functools.partial(of_params, conditions=conditions)
-        denoise = tapped if align else plain
-        parts = objective_loss(objective, denoise, drawn["x0"], drawn["t"], drawn["eps"])
+        denoise = tapped if align else with_conditions(of_params, conditions)
+        given = of_interval(of_params, drawn) if chosen.interval else {}
+        parts = chosen.evaluate(
+            objective, denoise, drawn["x0"], drawn["t"], drawn["eps"], **options, **given
+        )
         means = {name: value.mean() for name, value in parts.items()}
         if align is None:
             return means["loss"], means
@@ -276,10 +302,22 @@ def check(c: Config) -> None:
             f"config.data.name is {c.data.name!r}, encoded latents, and the recipe trains on"
             " pixels: name a data set of images, or set config.autoencoder.kind to 'kl'."
         )
+    if inputs_of(c).interval and not network_of(c).interval:
+        raise UserError(
+            f"config.diffusion.loss is {c.diffusion.loss!r}, which needs a network of two times,"
+            f" and config.model.kind is {c.model.kind!r}: choose another network, or another loss."
+        )
     network_of(c).check(c.model, inputs_of(c))
     alignment.check_alignment(c, network_of(c), inputs_of(c))
     control.check_control(c, network_of(c), inputs_of(c))
     check_sampling(c)
+    d = c.diffusion
+    if null_weight(d.target_omega, d.target_kappa) and c.model.label_dropout == 0:
+        raise UserError(
+            f"config.diffusion.target_omega is {d.target_omega} and target_kappa {d.target_kappa}:"
+            " the guided velocity needs the null label, and config.model.label_dropout is 0. Set"
+            " label_dropout above 0, or target_omega to 1 and target_kappa to 0."
+        )
     guided = c.sample.cfg_scale != 1 or c.evaluate.guided_scale not in (0, 1)
     if guided and c.model.label_dropout == 0 and not c.sample.guide:
         raise UserError(
@@ -330,7 +368,7 @@ def denoiser(
     if g.control is not None:
         apply = functools.partial(apply, weights=g.control)
 
-    conditional = functools.partial(apply, params, conditions=conditions)
+    conditional = with_conditions(functools.partial(apply, params), conditions)
     if guided(c) == "never":
         return conditional
     null = jnp.full_like(labels, c.data.num_classes)

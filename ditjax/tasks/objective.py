@@ -1,5 +1,6 @@
 """The keys of `config.diffusion`, and the process, times and objective that they describe."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 
 from ditjax.config import (
+    FRACTION,
     SAMPLER_REGISTRY,
     Config,
     Sample,
@@ -34,11 +36,11 @@ from ditjax.diffusion.guidance import (
     zero_above,
     zero_star,
 )
-from ditjax.diffusion.losses import Objective
+from ditjax.diffusion.losses import Loss, Objective
 from ditjax.diffusion.process import Discrete, Process, per_sample, precondition
 from ditjax.diffusion.schedule import make_schedule
 from ditjax.diffusion.solvers import Sampler
-from ditjax.diffusion.times import Times, draw_times
+from ditjax.diffusion.times import Times, draw_intervals, draw_times
 from ditjax.diffusion.weighting import Weighting, check_weighting
 from ditjax.errors import UserError
 
@@ -47,6 +49,7 @@ LOSS_REGISTRY = "ditjax.diffusion.losses.LOSSES"
 _OF_DDPM = ("process", ("ddpm",))
 _OF_EDM = ("process", ("edm",))
 _CONTINUOUS = ("process", ("flow", "gvp", "vp", "edm"))
+_OF_MEANFLOW = ("loss", ("meanflow", "meanflow_v"))
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Diffusion(Section):
     variance: Literal["learned_range", "fixed_small", "fixed_large", "none", "unused"] = key(
         "learned_range"
     )
-    # 'hybrid', 'simple', 'vlb' or the dotted name of your own function
+    # 'hybrid', 'simple', 'vlb', 'meanflow', 'meanflow_v' or the dotted name of your own function
     loss: str = key("hybrid", registered(LOSS_REGISTRY))
     weighting: Literal[
         "none", "eps", "x0", "velocity", "min_snr", "p2", "edm", "sigmoid", "likelihood"
@@ -82,10 +85,18 @@ class Diffusion(Section):
     sigma_data: float = key(0.5, above(0))  # of the data: EDM's
     sigma_min: float = key(0.002, above(0), used_if=_OF_EDM)
     sigma_max: float = key(80.0, above(0), used_if=_OF_EDM)
+    # Of MeanFlow: the share of examples with r < t, and ω and κ of the velocity that is learned
+    interval_share: float = key(0.25, between(0, 1), used_if=_OF_MEANFLOW)
+    target_omega: float = key(1.0, above(0), used_if=_OF_MEANFLOW)
+    target_kappa: float = key(0.0, FRACTION, used_if=_OF_MEANFLOW)
+    # an example whose squared error is e weighs 1/(e + adaptive_offset)^adaptive_power
+    adaptive_power: float = key(1.0, at_least(0), used_if=_OF_MEANFLOW)
+    adaptive_offset: float = key(0.01, above(0), used_if=_OF_MEANFLOW)
 
     def check(self, c: Config) -> None:
         given = (name for name, value in vars(Diffusion()).items() if getattr(self, name) != value)
         check_used(c, (f"diffusion.{name}" for name in given))
+        _check_required(self)
         if self.process == "ddpm":
             _check_discrete(self)
         elif self.loss in ("hybrid", "vlb") or self.variance not in ("none", "unused"):
@@ -102,6 +113,32 @@ class Diffusion(Section):
         made = process_of(self)
         process.check_prediction(made, self.prediction)
         check_weighting(made, self.weighting)
+
+
+def training_loss(d: Diffusion) -> Loss:
+    """The training objective of a recipe. A plain function, such as your own, reads no keys."""
+    found = lookup(d.loss, LOSS_REGISTRY)
+    return found if isinstance(found, Loss) else Loss(found)
+
+
+def loss_options(d: Diffusion) -> dict[str, Any]:
+    """The keys that the recipe's objective reads."""
+    return {name: getattr(d, name) for name in training_loss(d).options}
+
+
+def _check_required(d: Diffusion) -> None:
+    """Raise UserError for keys without which the objective has no meaning."""
+    required = training_loss(d).requires
+    found = {name: getattr(d, name) for name in required if getattr(d, name) != required[name]}
+    if found:
+        raise UserError(
+            f"config.diffusion.loss is {d.loss!r} with {_listed(found)}: expected"
+            f" {_listed({name: required[name] for name in found})}."
+        )
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value!r}" for name, value in values.items())
 
 
 def _check_discrete(d: Diffusion) -> None:
@@ -144,12 +181,18 @@ def objective_of(c: Config) -> Objective:
 
 
 def time_draw(d: Diffusion) -> Any:
-    """Build the draw of training times: (key, batch) -> t f32[B], or i32[B] for DDPM."""
+    """Build the draw of training times: (key, batch) -> {"t": f32[B], or i32[B] for DDPM}.
+
+    The losses of intervals have r f32[B], too.
+    """
     made = process_of(d)
     times = Times(d.time, d.time_mean, d.time_std, d.time_mode, d.time_stratified, d.time_shift)
 
-    def drawn(key: jax.Array, batch: int) -> jax.Array:
-        return draw_times(times, made, key, batch)
+    def drawn(key: jax.Array, batch: int) -> dict[str, jax.Array]:
+        if not training_loss(d).interval:
+            return {"t": draw_times(times, made, key, batch)}
+        t, r = draw_intervals(times, made, key, batch, d.interval_share)
+        return {"t": t, "r": r}
 
     return drawn
 
@@ -251,6 +294,27 @@ def protocol_of(c: Config) -> dict[str, Any]:
     return found | {k: v for k, v in options.items() if v != getattr(defaults, k)}
 
 
+def _check_intervals(c: Config) -> None:
+    """Raise UserError for what a sampler of average velocities cannot use."""
+    said = f"config.sample.sampler is {c.sample.sampler!r}, which draws by average velocities"
+    if not training_loss(c.diffusion).interval:
+        raise UserError(
+            f"{said}, and config.diffusion.loss is {c.diffusion.loss!r}, which trains none: choose"
+            " another sampler, such as 'euler', or loss 'meanflow'."
+        )
+    scales = {
+        "sample.cfg_scale": c.sample.cfg_scale,
+        "evaluate.guided_scale": c.evaluate.guided_scale or 1.0,
+    }
+    for name, scale in scales.items():
+        if scale != 1:
+            raise UserError(
+                f"{said}, and config.{name} is {scale}: these are guided in training, by"
+                " config.diffusion.target_omega and target_kappa; set the scale to 1, or choose"
+                " another sampler, such as 'euler'."
+            )
+
+
 def validation_target(d: Diffusion) -> str:
     """What a validation loss is the error of: losses of different targets are not comparable."""
     if d.process == "ddpm":
@@ -285,6 +349,8 @@ def check_sampling(c: Config) -> None:
                 " reads: leave it out."
             )
     _check_guidance(c, len(times) - 1)
+    if sampler.interval:
+        _check_intervals(c)
     if c.evaluate.bpd_num and (discrete or c.latent):
         reason = "latents have no density of pixels" if c.latent else "process 'ddpm' has no ODE"
         raise UserError(

@@ -8,6 +8,7 @@ from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.models.dit import parse_size
 from ditjax.studies.cells import cells
+from ditjax.tasks.objective import times_of
 
 
 def of(name):
@@ -88,3 +89,20 @@ def test_the_weak_network_of_the_guidance_rules_is_kept():
         train = cell.config.train
         assert train.keep_every_steps == train.steps // 10
         assert not train.steps % train.checkpoint_every_steps
+
+
+def test_few_steps_cost_the_same_training():
+    found = of("meanflow")
+    arms = Counter((c.config.diffusion.process, c.config.diffusion.loss) for c in found)
+    assert arms == {
+        ("ddpm", "simple"): 2,
+        ("flow", "simple"): 4,
+        ("flow", "meanflow"): 2,
+        ("flow", "meanflow_v"): 2,
+    }
+    assert max(c.training_gflops for c in found) < 1.01 * min(c.training_gflops for c in found)
+    steps = {c.config.diffusion.loss: c.config.train.steps for c in found}
+    assert steps["meanflow_v"] < steps["meanflow"] < steps["simple"]
+    for cell in found:  # from pure noise, in one step, too
+        noise = 999 if cell.config.diffusion.process == "ddpm" else 1
+        assert times_of(cell.config)[0] == noise

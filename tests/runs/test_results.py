@@ -91,6 +91,14 @@ def test_integers_are_numbers_and_keys_to_come_stay(tmp_path):
     assert dict(read)["later"] == {"x": 1}
 
 
+def test_training_gflops_count_the_passes_that_are_recorded(tmp_path):
+    plain, more = a_result(), changed(a_result(), 4.5, "train", "passes")
+    assert results.trained_gflops(plain, 100) == pytest.approx(300 * plain["gflops"])
+    results.write_result(tmp_path, more)
+    found = results.trained_gflops(results.read_result(tmp_path), 100)
+    assert found == pytest.approx(450 * more["gflops"])
+
+
 def test_protocol_hash_ignores_order_and_sees_every_value():
     one = atomic.protocol_hash({"a": 1, "b": 2.0})
     assert one == atomic.protocol_hash({"b": 2.0, "a": 1})
@@ -183,6 +191,7 @@ def changed(result, value, *keys):
         (changed(a_result(), 1.5, "params"), "params is 1.5, expected an integer"),
         (changed(a_result(), [], "train"), r"train is \[\], expected an object"),
         (changed(a_result(), 7, "run"), "run is 7, expected a string"),
+        (changed(a_result(), 0, "train", "passes"), "train.passes is 0, expected a number above 0"),
         (changed(a_result(), -1.0, "gflops"), "gflops is -1.0, expected a positive"),
         (changed(a_result(), math.nan, "gflops"), "gflops is nan, expected a positive"),
         (changed(a_result(), "x", "metrics", "fd_digits"), "metrics.fd_digits is 'x'"),
