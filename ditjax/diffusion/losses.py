@@ -252,8 +252,8 @@ class Loss(NamedTuple):
     Among what it returns is `loss`. `options` are the keys of config.diffusion that it reads, and
     `requires` the only values of others with which it has a meaning. `interval`: it trains a
     network of two times, denoise(x, t, h) with h = t - r, by forward derivatives. It is given
-    r f32[B], the `unconditional` network and which labels are `dropped`, too, and evaluates the
-    network `evaluations(**options)` times more than once.
+    r f32[B], the `unconditional` network and which labels are `dropped`, too, and evaluates a
+    network `evaluations(**options)` further times.
     """
 
     evaluate: Callable[..., dict[str, jax.Array]]
