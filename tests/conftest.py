@@ -42,6 +42,7 @@ UNOPTIMIZED = (
     "sampling",
     "tasks",
     "test_classify.py",
+    "test_meanflow.py",
     "test_mup.py",
     "test_program.py",
     "test_transforms.py",

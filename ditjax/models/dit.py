@@ -715,6 +715,11 @@ def check_branch(k: DiTKeys, inputs: Inputs, branch: Branch) -> None:
             "config.model.block is 'in_context', whose blocks have tokens beside the image's: a"
             " control needs 'adaln_zero', 'adaln' or 'cross_attention'."
         )
+    if inputs.interval:
+        raise UserError(
+            "config.diffusion.loss trains a network of two times, which a control branch does not"
+            " read: choose another loss, or another config.adapt.kind than 'control'."
+        )
     if pixart and branch.shape[-1] != inputs.shape[-1]:
         raise UserError(
             f"config.control.form is 'pixart' and the control has {branch.shape[-1]} channels,"

@@ -111,6 +111,15 @@ def scaled(*scale, low=-np.inf, high=np.inf):
     return control.ControlWeights(np.array(scale, np.float32), np.float32(low), np.float32(high))
 
 
+MEANFLOW = {
+    "process": "flow",
+    "prediction": "velocity",
+    "variance": "none",
+    "loss": "meanflow",
+    "time_scale": 1.0,
+}
+
+
 @pytest.mark.parametrize("form", ["sd3", "pixart"])
 def test_at_first_and_at_scale_zero_the_output_is_the_bases_to_the_bit(form):
     c = recipe(form=form)
@@ -345,6 +354,7 @@ def test_cost_is_the_networks_and_the_branchs_in_closed_form():
         ),
         ({"control": {"blocks": 3, "form": "pixart"}}, "expected 1 to 2, as the first one"),
         ({"model": {"block": "in_context"}}, "config.model.block is 'in_context'"),
+        ({"diffusion": MEANFLOW}, "trains a network of two times, which a control branch"),
         ({"model": {"parametrization": "mup"}}, "rates are not known for a control branch"),
         (
             {"align": {"teacher": "random"}, "model": {"align_block": 1}},
