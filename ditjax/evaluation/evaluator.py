@@ -69,12 +69,12 @@ class Evaluator:
         check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
         self._drawer = drawer or Drawer(mesh, frozen)
         self._digests = digests_of(frozen)
+        self._controls = self._drawer.controls(c)  # raises now if their split is missing
         self._sampling(c)  # raises now if an adapter cannot be read
         self.extractor = open_extractor(c.evaluate.features, mesh)
         self.reference = reference_of(c, self.extractor)
         self._validate = Validator(mesh, frozen)
         self._validate.protocol(c)  # raises now if the split is missing
-        self._controls = self._drawer.controls(c)  # as well
         if self.extractor.shipped:
             source.dataset_info(*_real_splits(c, self.extractor)[0], c.data.data_dir or None)
 

@@ -157,7 +157,7 @@ def test_ddim_of_a_gaussian_is_its_closed_form(process):
 
 
 # What takes adaptive steps is in test_likelihood.py.
-FIXED = [name for name, each in SAMPLERS.items() if not each.adaptive]
+FIXED = [name for name, each in SAMPLERS.items() if not (each.adaptive or each.interval)]
 
 
 FEW = [*((process, 2) for process in PROCESSES), ("flow", 1), ("flow", 5), ("gvp", 1), ("edm", 1)]
