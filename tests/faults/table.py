@@ -21,7 +21,7 @@ class Row:
     number: int
     fault: str
     run: Callable[[Trial], Outcome]
-    quick: Sequence[int] = (0,)  # the trials that ordinary tests make
+    quick: Sequence[int] = (0,)  # the trials that ordinary tests make; none if they have their own
 
     @property
     def name(self) -> str:
@@ -31,21 +31,21 @@ class Row:
 ROWS = (
     Row(1, "SIGKILL in a step", training.killed_mid_step),
     Row(2, "SIGKILL while a checkpoint is written", training.killed_while_saving),
-    Row(3, "SIGTERM, one process", training.terminated),
+    Row(3, "SIGTERM, one process", training.terminated, ()),
     Row(3, "SIGTERM, two processes", training.terminated_pair),
     Row(4, "a second SIGTERM, or the grace ends", training.out_of_grace),
     Row(5, "a checkpoint's files damaged", training.damaged_checkpoint),
     Row(6, "disk full", training.full_disk),
     Row(7, "damaged records or images", inputs.damaged_records, (1,)),
-    Row(8, "NaN in a batch", training.poisoned),
+    Row(8, "NaN in a batch", training.poisoned, ()),
     Row(9, "devices and shapes that do not divide", inputs.illegal_mesh),
     Row(10, "recipes that cannot be", inputs.illegal_recipe),
     Row(11, "weights that do not fit", inputs.other_weights),
     Row(12, "weights that run code", inputs.running_weights),
-    Row(13, "a sweep killed, parent or cell", studies.killed_sweep),
+    Row(13, "a sweep killed, parent or cell", studies.killed_sweep, ()),
     Row(14, "two sweeps in one directory", studies.two_sweeps),
-    Row(15, "one of two processes killed or stopped", training.peer_lost),
-    Row(16, "other devices: 8 to 1, 1 to 2x2x2", training.other_mesh, (1,)),
+    Row(15, "one of two processes killed or stopped", training.peer_lost, ()),
+    Row(16, "other devices: 8 to 1, 1 to 2x2x2", training.other_mesh, ()),
     Row(17, "a torn line in a log", training.torn_log),
 )
 

@@ -31,6 +31,7 @@ TINY = {
     "head_width": 8,
     "groups": 8,
 }
+SHALLOW = {"multipliers": (1.0,), "attention_factors": ()}  # it compiles quickly
 GOLDEN = Path(__file__).parents[1] / "goldens" / "unet.npz"
 INPUTS = Inputs(shape=(8, 8, 3), out_channels=6, num_classes=10)
 
@@ -115,7 +116,7 @@ def test_output_of_diffusers():
     params = {"params": unflatten(leaves)}
     x = jnp.asarray(golden["x"].transpose(0, 2, 3, 1))
     label = Conditions(label=jnp.asarray(golden["y"], jnp.int32))
-    found = unet.module(k, INPUTS).apply(params, x, jnp.asarray(golden["t"]), label)
+    found = jax.jit(unet.module(k, INPUTS).apply)(params, x, jnp.asarray(golden["t"]), label)
     expected = golden["output"]
     np.testing.assert_allclose(
         np.asarray(found).transpose(0, 3, 1, 2), expected, atol=1e-5 * np.abs(expected).max()
@@ -123,7 +124,7 @@ def test_output_of_diffusers():
 
 
 def test_a_label_changes_the_output():
-    k = keys()
+    k = keys(**SHALLOW)
     network, rng = unet.module(k, INPUTS), np.random.default_rng(0)
     params = {
         "params": unflatten(
@@ -136,16 +137,18 @@ def test_a_label_changes_the_output():
     x = jnp.asarray(rng.standard_normal((2, 8, 8, 3)), jnp.float32)
     same = jnp.broadcast_to(x[:1], x.shape)
 
+    apply = jax.jit(network.apply)
+
     def output(t: Any, label: Any) -> np.ndarray:
         conditions = Conditions(label=jnp.asarray(label, jnp.int32))
-        return np.asarray(network.apply(params, same, jnp.asarray(t, jnp.int32), conditions))
+        return np.asarray(apply(params, same, jnp.asarray(t, jnp.int32), conditions))
 
     for pair in (output([3, 3], [0, 10]), output([3, 700], [0, 0])):
         assert np.abs(pair[0] - pair[1]).max() > 1e-3
 
 
 def test_gradients_on_a_mesh_are_those_of_one_device():
-    c, rng = recipe(), np.random.default_rng(0)
+    c, rng = recipe(**SHALLOW), np.random.default_rng(0)
     tree = jax.eval_shape(make_task(c).init, jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), tree)
     batch = {
