@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 from ditjax.config import Config
 from ditjax.data import source, stream
 from ditjax.data.crop import normalize
+from ditjax.data.pictures import given_picture
 from ditjax.data.records import HostBatch
 from ditjax.errors import UserError
 from ditjax.runs import opening
@@ -76,12 +76,7 @@ def _pixels(image: ControlImage, side: int, channels: int) -> np.ndarray:
     """A control image as u8[n,side,side,channels]."""
     name = str(image) if isinstance(image, str | os.PathLike) else "a control image"
     if isinstance(image, str | os.PathLike):
-        try:
-            with Image.open(Path(image)) as opened:
-                opened.load()
-                image = opened.copy()
-        except Exception as error:  # Pillow raises a dozen types for damaged files
-            raise UserError(f"{name} cannot be read as an image: {error}.") from None
+        image = given_picture(image, "control image")
     found = f"of mode {image.mode}, " if isinstance(image, Image.Image) else ""
     x = np.asarray(image)
     shape = f"{x.dtype}{list(x.shape)}"

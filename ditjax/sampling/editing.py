@@ -4,7 +4,6 @@ import fnmatch
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 
 from ditjax.config import Config
 from ditjax.data.crop import normalize
-from ditjax.data.pictures import open_picture, upright
+from ditjax.data.pictures import given_picture
 from ditjax.diffusion.denoising import estimate_noise
 from ditjax.errors import UserError, shown
 from ditjax.training.task import Known
@@ -197,12 +196,7 @@ def _each(source: Pictures) -> list[Any]:
 def _pixels(each: Any, what: str) -> np.ndarray:
     """The pixels of an array, a PIL image or a file, as they are: [H,W] or [H,W,C]."""
     if isinstance(each, str | os.PathLike):
-        try:
-            with open_picture(Path(each)) as opened:
-                opened.load()
-                each = upright(opened)
-        except Exception as error:  # Pillow raises a dozen types for damaged files
-            raise UserError(f"{what} {each} cannot be read: {error}.") from None
+        each = given_picture(each, what)
     if isinstance(each, Image.Image):
         if each.mode not in (*_MODES, "1"):
             raise UserError(

@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ditjax.data.images import open_images
+from ditjax.data.pictures import given_picture
 from ditjax.data.records import load_arrays
 from ditjax.data.source import prepare
 from ditjax.errors import UserError
@@ -105,6 +106,17 @@ def test_an_image_is_upright(tmp_path, suffix, orientation):
     trained, scored = both(tmp_path)
     np.testing.assert_array_equal(trained[0], TURNED[orientation](PIXELS))
     np.testing.assert_array_equal(scored, trained)
+
+
+def test_one_that_a_user_names_is_seen_as_all_others(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    RGB.save(tmp_path / "turned.png", exif=exif)
+    found = given_picture(tmp_path / "turned.png", "control image")
+    np.testing.assert_array_equal(np.asarray(found), TURNED[6](PIXELS))
+    RGB.save(tmp_path / "x.eps")  # whose decoder starts an outside program
+    with pytest.raises(UserError, match=r"^control image .*x\.eps cannot be read"):
+        given_picture(tmp_path / "x.eps", "control image")
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp", ".avif"])
