@@ -26,7 +26,6 @@ from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
 from ditjax.runs.results import SAMPLES_FILE, load_samples, save_grid
-from ditjax.runs.snapshots import average_record
 from ditjax.sample import GRID_IMAGES
 from ditjax.sampling.draw import load_model
 from ditjax.tasks import make_task
@@ -134,7 +133,7 @@ def evaluate_run(
     evaluator = Evaluator(c, mesh, task.frozen(mesh))
     params, model = load_model(c, workdir, mesh, step)
     found = evaluator.of_run(c, params, Path(workdir), model)
-    average = average_record(c, Path(workdir), model["step"])
+    average = {name: model[name] for name in ("average",) if name in model}
     return save_evaluation(
         Path(workdir), model["step"], found.metrics, found.protocol, found.reference, average
     )

@@ -93,7 +93,10 @@ class Evaluator:
 
         def images() -> Iterator[np.ndarray]:
             for part in self._drawer(
-                c, params, [(0, num)], seed=c.evaluate.seed, label_of=_label_of(c)
+                *(c, params, [(0, num)]),
+                seed=c.evaluate.seed,
+                label_of=_label_of(c),
+                controls=self._controls,
             ):
                 labels.append(part.label)
                 if scores:
@@ -177,6 +180,7 @@ class Evaluator:
             {"model": model, "sampling": self._sampling(c)},
             seed=c.evaluate.seed,
             label_of=_label_of(c),
+            controls=self._controls,
         )
 
     def _metrics(

@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 
 from ditjax.config import Autoencoder, Model, key
 from ditjax.errors import UserError
+from ditjax.models.convolutions import doubled, group_norm
 from ditjax.models.network import DTYPES, Network
 
 _NORM_EPSILON = 1e-6
@@ -97,10 +98,7 @@ def _conv(width: int, kernel: int, dtype: DTypeLike, name: str | None = None) ->
 
 
 def _norm(x: jax.Array, groups: int, name: str) -> jax.Array:
-    # E[x^2] - E[x]^2 cancels where |mean| >> deviation: use the variance about the mean, as PyTorch
-    # does, in float32 for any compute dtype.
-    norm = nn.GroupNorm(groups, epsilon=_NORM_EPSILON, use_fast_variance=False, name=name)
-    return norm(x.astype(jnp.float32)).astype(x.dtype)
+    return group_norm(x, groups, _NORM_EPSILON, name).astype(x.dtype)
 
 
 class ResnetBlock(nn.Module):
@@ -177,7 +175,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        x = doubled(x)
         return _conv(x.shape[-1], 3, self.dtype, "conv")(x)
 
 

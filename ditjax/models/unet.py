@@ -9,18 +9,19 @@ module, its cost in closed form, and the sharding rules of its parameters.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from ditjax.config import Rule, key, numbers, positive
 from ditjax.errors import UserError
 from ditjax.models.attention import attend
+from ditjax.models.convolutions import doubled, group_norm
 from ditjax.models.embed import (
     ANYWHERE,
     LabelEmbedder,
@@ -214,26 +215,22 @@ def cost(k: UNetKeys, inputs: Inputs) -> NetworkCost:
 # ---- the module
 
 
-def _fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """PyTorch's initial weights: U(-b, b), b = 1 / √fan_in, of a convolution's kernel."""
-    bound = float(np.prod(shape[:-1])) ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: Any) -> jax.Array:
+    """PyTorch's initial weights: U(-b, b), b = 1 / √fan_in."""
+    return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
 
-def _linear_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """The same of `Linear`, whose first axis is its fan_in."""
-    return jax.random.uniform(key, shape, dtype, -(shape[0] ** -0.5), shape[0] ** -0.5)
+def _conv_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return _uniform(key, shape, math.prod(shape[:-1]), dtype)
+
+
+def _linear_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return _uniform(key, shape, shape[0], dtype)  # of `Linear`, whose features may be several axes
 
 
 def _conv(width: int, side: int, dtype: Any, name: str, zero: bool = False) -> nn.Conv:
-    init = nn.initializers.zeros if zero else _fan_in_uniform
+    init = nn.initializers.zeros if zero else _conv_init
     return nn.Conv(width, (side, side), padding=side // 2, dtype=dtype, kernel_init=init, name=name)
-
-
-def _norm(x: jax.Array, groups: int, name: str) -> jax.Array:
-    """GroupNorm in float32, whose variance is about the mean as PyTorch's."""
-    norm = nn.GroupNorm(groups, epsilon=_NORM_EPSILON, use_fast_variance=False, name=name)
-    return norm(x.astype(jnp.float32))
 
 
 def _halved(x: jax.Array) -> jax.Array:
@@ -241,11 +238,7 @@ def _halved(x: jax.Array) -> jax.Array:
     return x.reshape(B, H // 2, 2, W // 2, 2, C).mean((2, 4))
 
 
-def _doubled(x: jax.Array) -> jax.Array:
-    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-
-
-_RESAMPLE = {"": lambda x: x, "down": _halved, "up": _doubled}
+_RESAMPLE = {"": lambda x: x, "down": _halved, "up": doubled}
 
 
 class ResBlock(nn.Module):
@@ -264,11 +257,11 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
         dtype, resample = self.dtype, _RESAMPLE[self.resample]
-        h = resample(nn.silu(_norm(x, self.groups, "norm1")).astype(dtype))
+        h = resample(nn.silu(group_norm(x, self.groups, _NORM_EPSILON, "norm1")).astype(dtype))
         h = _conv(self.width, 3, dtype, "conv1")(h)
-        linear = Linear((2, self.width), _linear_uniform, dtype, self.place, name="emb")
+        linear = Linear((2, self.width), _linear_init, dtype, self.place, name="emb")
         scale, shift = jnp.moveaxis(linear(nn.silu(emb)), 1, 0)[:, :, None, None]
-        h = _norm(h, self.groups, "norm2") * (1 + scale) + shift
+        h = group_norm(h, self.groups, _NORM_EPSILON, "norm2") * (1 + scale) + shift
         h = _conv(self.width, 3, dtype, "conv2", zero=True)(nn.silu(h).astype(dtype))
         x = resample(x)
         if x.shape[-1] != self.width:
@@ -287,9 +280,13 @@ class UNetAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         B, H, W, C = x.shape
-        h = _norm(x, self.groups, "norm").astype(self.dtype).reshape(B, H * W, C)
+        h = (
+            group_norm(x, self.groups, _NORM_EPSILON, "norm")
+            .astype(self.dtype)
+            .reshape(B, H * W, C)
+        )
         features = (3, self.heads, C // self.heads)
-        qkv = Linear(features, _linear_uniform, self.dtype, self.place, name="qkv")(h)
+        qkv = Linear(features, _linear_init, self.dtype, self.place, name="qkv")(h)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each [B,H,N,d]
         y = attend(q, k, v).transpose(0, 2, 1, 3).reshape(B, H * W, C)
         zeros = nn.initializers.zeros
@@ -327,7 +324,7 @@ class UNet(nn.Module):
         for layer in up:
             h = jnp.concatenate([h, skips.pop()], -1) if layer.skip else h
             h = self._layer(layer, h, emb)
-        h = nn.silu(_norm(h, k.groups, "norm_out")).astype(dtype)
+        h = nn.silu(group_norm(h, k.groups, _NORM_EPSILON, "norm_out")).astype(dtype)
         out = _conv(self.out_channels, 3, dtype, "conv_out", zero=True)(h)
         return out.astype(jnp.float32)
 
@@ -336,8 +333,8 @@ class UNet(nn.Module):
         k, wide = self.k, 4 * self.k.width
         dtype, place = DTYPES[k.dtype], self.place
         h = timestep_frequencies(t, k.width)
-        h = Linear(wide, _linear_uniform, dtype, place, name="t_in")(h)
-        h = Linear(wide, _linear_uniform, dtype, place, name="t_out")(nn.silu(h))
+        h = Linear(wide, _linear_init, dtype, place, name="t_in")(h)
+        h = Linear(wide, _linear_init, dtype, place, name="t_out")(nn.silu(h))
         null = k.label_dropout > 0
         return h + LabelEmbedder(self.num_classes, wide, null, dtype, 1.0, name="y_embedder")(label)
 

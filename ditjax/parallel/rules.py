@@ -7,7 +7,7 @@ table here is of the activations that networks name.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -140,21 +140,21 @@ def check_tokens(tokens: int, extra: int, heads: int, mesh: Mesh) -> None:
 
 def check_whole(mesh: Mesh, what: str) -> None:
     """Raise UserError for a mesh that splits tokens or heads, of a network which names none."""
-    for axis in ("context", "tensor"):
-        if mesh.shape[axis] > 1:
-            raise UserError(
-                f"mesh axis {axis}={mesh.shape[axis]}: {what} has no tokens or heads that it could"
-                f" split; legal: {axis}=1."
-            )
+    _check_unsplit(
+        mesh, ("context", "tensor"), f"{what} has no tokens or heads that it could split"
+    )
 
 
 def check_data_only(mesh: Mesh, what: str) -> None:
     """Raise UserError for a mesh with another axis than `data`."""
-    for axis, size in mesh.shape.items():
-        if axis != "data" and size > 1:
-            raise UserError(
-                f"mesh axis {axis}={size}: {what} is trained over data alone; legal: {axis}=1."
-            )
+    others = [axis for axis in mesh.shape if axis != "data"]
+    _check_unsplit(mesh, others, f"{what} is trained over data alone")
+
+
+def _check_unsplit(mesh: Mesh, axes: Iterable[str], why: str) -> None:
+    for axis in axes:
+        if mesh.shape[axis] > 1:
+            raise UserError(f"mesh axis {axis}={mesh.shape[axis]}: {why}; legal: {axis}=1.")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -265,7 +265,7 @@ def unet_layout(k: UNetKeys, leaves: Shapes, names: Literal["diffusers", "adm"])
     """The rules of a U-Net: diffusers' UNet2DModel, or UNetModel of guided-diffusion ('adm')."""
     program = ("diffusers", "adm").index(names)
     blocks = (_diffusers_blocks, _adm_blocks)[program](k)
-    layout = []
+    legacy, layout = names == "adm" and not adm_of_64(k), []
     for path in leaves:
         parent, _, leaf = path.rpartition("/")
         block, _, part = parent.rpartition("/")
@@ -281,7 +281,6 @@ def unet_layout(k: UNetKeys, leaves: Shapes, names: Literal["diffusers", "adm"])
             modules = [f"{blocks[block]}.{_RES[part][program]}"]
         suffix = "bias" if leaf == "bias" else "weight"
         theirs = tuple(f"{module}.{suffix}" for module in modules)
-        legacy = names == "adm" and not adm_of_64(k)
         layout.append(LeafRule(path, theirs, _unet_kind(part, leaf, names, attention, legacy)))
     return layout
 

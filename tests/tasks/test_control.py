@@ -1,7 +1,6 @@
 """A control branch: off at first and at scale 0, linear in its scale, and trained alone."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from ditjax.cli import load_recipe
 from ditjax.config import changed, read
 from ditjax.data import maps
 from ditjax.errors import UserError
+from ditjax.files.assets import unflatten
 from ditjax.models.embed import ANYWHERE
 from ditjax.models.network import Conditions
 from ditjax.parallel import rules
@@ -39,21 +39,10 @@ def recipe(size="3x32x2", kind="control", **control):
     return changed(c, {"adapt": {"base": "x", "kind": kind}, "control": own})
 
 
-def nested(flat):
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
 @functools.cache
 def base():
     """No weight is zero."""
-    return {"params": nested(seeded_state(shapes_of(recipe()), 1))}
+    return {"params": unflatten(seeded_state(shapes_of(recipe()), 1))}
 
 
 def shapes(c):
@@ -63,7 +52,7 @@ def shapes(c):
 def seeded_control(c, seed):
     """A control whose zero layers are not."""
     flat = {rules.path_of(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(shapes(c))}
-    return nested(seeded_state(flat, seed))
+    return unflatten(seeded_state(flat, seed))
 
 
 @functools.cache
