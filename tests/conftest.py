@@ -1,6 +1,7 @@
 """Eight simulated devices, and no silent broadcasting or promotion: set before JAX starts."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -59,6 +60,12 @@ FIRST = ("commands", "faults", "test_program.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The rest in the order of their names, as they came."""
     items.sort(key=lambda item: names(item).isdisjoint(FIRST))
+
+
+def pytest_collection_finish() -> None:
+    """Let Python's collector look at young objects alone: tracing makes millions that live."""
+    gc.freeze()
+    gc.set_threshold(200_000, 100, 1000)
 
 
 def names(item: pytest.Item) -> set[str]:
