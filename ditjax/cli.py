@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,8 +35,9 @@ from ditjax.errors import (
     nearest_key,
     one_line,
     printable,
+    reason,
 )
-from ditjax.files import atomic, streams
+from ditjax.files import atomic, faults, streams
 from ditjax.files.masking import masked
 from ditjax.parallel import compilations, host, processes
 from ditjax.parallel.processes import is_primary
@@ -332,10 +334,20 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in atomic.FULL:
             _end(atomic.full_disk(error.filename or "the output", error), 1)
+        if isinstance(error, OSError) and error.filename:
+            _end(*_of_file(error))
         processes.wait_for_abort()
         print(printable(masked(traceback.format_exc()), keep="\n"), end="", file=sys.stderr)
         _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, printed=True)
     sys.exit(status)
+
+
+def _of_file(error: OSError) -> tuple[str, int]:
+    """The line and the status for a file that cannot be opened, where no reader says more."""
+    line = f"{os.fsdecode(error.filename)}: {error.strerror or reason(error)}"
+    if faults.may_pass(error):
+        return f"{line}. Run the same command again when the file system answers.", 1
+    return f"{line}: give another path, or one that can be read and written.", 2
 
 
 def _ignore_late_writes(unraisable: Any) -> None:

@@ -18,14 +18,14 @@ from ditjax.evaluation.evaluator import GUIDED_FILE, Evaluator, scores_protocol
 from ditjax.evaluation.features import open_extractor
 from ditjax.evaluation.scoring import open_reference
 from ditjax.evaluation.validation import held_out_means
-from ditjax.files import npz
+from ditjax.files import faults, npz
 from ditjax.files.atomic import protocol_hash, write_json
 from ditjax.files.npz import read_provenance
 from ditjax.parallel.mesh import make_mesh, mesh_of
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
-from ditjax.runs.results import SAMPLES_FILE, load_samples, save_grid
+from ditjax.runs.results import SAMPLES_FILE, checked_labels, load_samples, save_grid
 from ditjax.sample import GRID_IMAGES
 from ditjax.sampling.draw import load_model
 from ditjax.tasks import make_task
@@ -112,12 +112,16 @@ def evaluate_samples(
 
 def read_sample_record(path: Path) -> tuple[dict[str, Any], np.ndarray | None]:
     """Return (sampling settings, labels) of a ditjax sample file; {} and None for other files."""
-    if path.is_dir():
+    if faults.is_folder(path):
         return {}, None
     with npz.reading(path) as archive:
-        names = npz.names(archive)
-        sampling = read_provenance(archive).get("sampling", {}) if "provenance" in names else {}
-        return sampling, npz.read_array(archive, "label") if "label" in names else None
+        sampling = read_provenance(archive).get("sampling", {})
+        if not isinstance(sampling, dict):
+            raise UserError(f"{path}: the sampling in its provenance is not a JSON object.")
+        if "label" not in npz.names(archive):
+            return sampling, None
+        (count, *_), _ = npz.shape_and_dtype(archive, "arr_0")
+        return sampling, checked_labels(path, npz.read_array(archive, "label"), count)
 
 
 def evaluate_run(

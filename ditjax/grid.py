@@ -30,6 +30,7 @@ from ditjax.errors import UserError
 from ditjax.evaluate import EVALUATION_FILE, FLAGS, save_picture
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files import atomic, faults
+from ditjax.files.paths import split_paths
 from ditjax.parallel import processes
 from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
@@ -198,13 +199,19 @@ class Scorer(NamedTuple):
 
 
 def open_scorers(trained: Sequence[Run]) -> dict[str, Scorer]:
-    """Return scorers by run name. Runs with the same reference and frozen networks share one."""
+    """Return scorers by run name.
+
+    Runs with the same reference, frozen networks and control images share one.
+    """
     made: dict[Any, Scorer] = {}
     of_run: dict[str, Scorer] = {}
     for run in trained:
         c = run.config
-        numerics = (c.model.dtype, c.model.matmul)
-        key = (c.data, c.autoencoder, c.sample.guide, c.evaluate, c.mesh, numerics)
+        key = (
+            *(c.task, c.data, c.evaluate, c.mesh, c.sample.guide, c.model.dtype, c.model.matmul),
+            # What is frozen, and what controls the samples.
+            *(getattr(c, name, None) for name in ("autoencoder", "adapt", "control")),
+        )
         if key not in made:
             mesh = mesh_of(c)
             made[key] = Scorer(Evaluator(c, mesh, make_task(c).frozen(mesh)), mesh)
@@ -439,7 +446,7 @@ def _log(line: str) -> None:
 def open_runs(words: str, configs: Callable[[Path], Config]) -> list[Run]:
     """Open a comma list of runs; a sweep's directory means all of its runs. Raises UserError."""
     folders: list[Path] = []
-    for folder in results.split_folders(words, "--workdir"):
+    for folder in split_paths(words, "--workdir"):
         below = sorted((folder / rundir.RUNS).glob("*/"))
         folders += below if below and not rundir.is_run(folder) else [folder]
     names = _names([folder.resolve() for folder in folders])

@@ -14,6 +14,7 @@ from pathlib import Path
 from ditjax import cli
 from ditjax.errors import UserError
 from ditjax.files.atomic import write_atomic, write_json, write_text
+from ditjax.files.paths import split_paths
 from ditjax.reporting.analysis import Analysis, analyse
 from ditjax.reporting.curves import Logs
 from ditjax.reporting.figures import pictures
@@ -31,7 +32,7 @@ from ditjax.reporting.study import (
     without_implausible,
 )
 from ditjax.reporting.table import claim_words, report_record, report_text, runs_csv
-from ditjax.runs.results import find_results, split_folders
+from ditjax.runs.results import find_results
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
         "--metric", help="metric to fit laws to (default: fid if present, else fd_digits)"
     )
     arguments = parser.parse_args(argv)
-    folders = split_folders(arguments.runs)
+    folders = split_paths(arguments.runs, "--runs")
     out_dir = Path(arguments.out) if arguments.out else folders[0] / "report"
     print(make_report(folders, out_dir, metric=arguments.metric).text)
     return 0

@@ -10,6 +10,7 @@ from ditjax import cli
 from ditjax.config import changed, check_used
 from ditjax.errors import UserError
 from ditjax.files.atomic import write_json
+from ditjax.files.paths import split_paths
 from ditjax.parallel.processes import is_primary
 from ditjax.runs.results import load_samples, save_grid
 from ditjax.sampling.editing import EDITS, request_of
@@ -151,17 +152,19 @@ def main(argv: list[str]) -> int:
     pipeline = Pipeline(opened[0], config)
     if is_primary():
         print("\n".join((*opened[0].notes, labels_text(config))), flush=True)
-    num = edit.num if edit and args.num is None else config.sample.num
+    # Without a number, as many as are given: of images and of classes.
+    num = config.sample.num if not edit or "sample.num" in given else None
     record = pipeline.write(
         folder / SAMPLES,
         args.classes,
         edit=edit,
         num=num,
         batch_size=args.batch_size,
-        control=args.control.split(",") if args.control else None,
+        control=split_paths(args.control, "--control") if args.control else None,
     )
     if is_primary():
         save_sample_record(folder, record)
+        num = record["sample"]["num"]
         print(f"{num} images in {folder}: samples.png, samples.npz, samples.json")
     return 0
 

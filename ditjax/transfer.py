@@ -9,6 +9,7 @@ from ditjax import cli
 from ditjax.config import Config, migrated, read
 from ditjax.errors import UserError
 from ditjax.files.atomic import write_atomic, write_json, write_text
+from ditjax.files.paths import split_paths
 from ditjax.models.dit import parse_size
 from ditjax.reporting.transfer import (
     RateRun,
@@ -18,7 +19,7 @@ from ditjax.reporting.transfer import (
     transfer_record,
     transfer_text,
 )
-from ditjax.runs.results import Found, find_results, split_folders
+from ditjax.runs.results import Found, find_results
 
 FINAL_LOSS = "final_loss"  # training loss, the mean over the last logged interval
 # Keys in which the runs of one figure may differ.
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> int:
         "--metric", default=FINAL_LOSS, help=f"a metric to minimize (default: {FINAL_LOSS})"
     )
     args = parser.parse_args(argv)
-    folders = split_folders(args.runs)
+    folders = split_paths(args.runs, "--runs")
     found, problems = find_results(folders)
     if not found:
         raise UserError(f"no readable result.json below {args.runs}: run a sweep first.")

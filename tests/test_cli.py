@@ -8,6 +8,9 @@ from ditjax import cli
 from ditjax.errors import FaultError, StoppedError, UserError
 from ditjax.parallel import compilations, host
 
+AGAIN = ". Run the same command again when the file system answers."
+OTHER = ": give another path, or one that can be read and written."
+
 
 @pytest.mark.parametrize(
     ("error", "status", "out", "err"),
@@ -18,6 +21,19 @@ from ditjax.parallel import compilations, host
         (StoppedError("stopped at step 7"), 0, "stopped at step 7\n", ""),
         (StoppedError("stopped", 143), 143, "stopped\n", ""),
         (KeyboardInterrupt(), 130, "", "interrupted\n"),
+        (
+            OSError(24, "Too many open files", "a.npz"),
+            1,
+            "",
+            f"error: a.npz: Too many open files{AGAIN}\n",
+        ),
+        (OSError(36, "File name too long", "x"), 2, "", f"error: x: File name too long{OTHER}\n"),
+        (
+            PermissionError(13, "Permission denied", b"x"),
+            2,
+            "",
+            f"error: x: Permission denied{OTHER}\n",
+        ),
     ],
 )
 def test_the_end_of_a_command(error, status, out, err, monkeypatch, capsys):

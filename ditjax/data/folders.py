@@ -1,5 +1,6 @@
 """Folders of images: what is read of them, and a line that says what was left out and why."""
 
+import errno
 import functools
 import hashlib
 import os
@@ -14,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from ditjax.data.pictures import readable_suffixes
 from ditjax.errors import UserError, first_few, one_line
+from ditjax.files import faults
 from ditjax.files.masking import masked
 
 _T = TypeVar("_T")
@@ -113,8 +115,10 @@ def _entries(root: Path, folder: Path, left: LeftOut) -> tuple[list[Path], list[
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return False
+        raise
 
 
 def _leads_up(root: Path, folder: Path, link: str) -> bool:
@@ -192,8 +196,13 @@ def list_folder(root: Path) -> Listing:
     train, val, valid, validation, dev, eval, evaluation, test, testing in any case, and 'training'
     for train. Class names are the sorted names of the class folders, those of 'train' if there are
     splits. Images without class folders are of one class. Raises UserError for a folder without
-    images, a class that 'train' lacks, or a class whose name cannot be recorded.
+    images, a class that 'train' lacks, or a class whose name cannot be recorded, and FaultError if
+    the file system does not answer.
     """
+    return faults.retried(root, lambda: _listed(root))
+
+
+def _listed(root: Path) -> Listing:
     left = LeftOut()
     try:
         folders, names = _entries(root, root, left)
@@ -220,12 +229,14 @@ def list_folder(root: Path) -> Listing:
 
 
 def split_above(folder: Path) -> str:
-    """The split of the folder above that a folder is, or ''. Raises UserError."""
+    """The split of the folder above that a folder is, or ''. Raises as `list_folder`."""
     if folder.name.casefold() not in (*_TRAIN, *_HELD_OUT):
         return ""
     above = folder.parent
     try:
-        splits = _split_folders(above, _entries(above, above, LeftOut())[0])
+        splits = faults.retried(
+            above, lambda: _split_folders(above, _entries(above, above, LeftOut())[0])
+        )
     except OSError as error:
         raise _unreadable(error, above) from error
     return next((split for split, place in splits.items() if place == folder), "")
@@ -375,9 +386,10 @@ def read_together(
 
 
 def read_bytes(image: ListedImage) -> bytes:
-    """The bytes of an image file. Raises UserError."""
+    """The bytes of an image file. Raises UserError, and FaultError as `list_folder`."""
     path = image.file.path
-    try:
+
+    def read() -> bytes:
         size = path.stat().st_size
         if size > MAX_FILE:
             raise UserError(
@@ -385,5 +397,8 @@ def read_bytes(image: ListedImage) -> bytes:
                 " smaller, or remove it."
             )
         return path.read_bytes()
+
+    try:
+        return faults.retried(path, read)
     except OSError as error:
         raise _unreadable(error, path) from error

@@ -1,27 +1,78 @@
-"""Sets of samples in batches: an npz as ADM's evaluator reads it, or a folder of image files."""
+"""Images that a user names: one file, or a set in batches, in an npz of ADM or in a folder."""
 
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
-from ditjax.data.folders import LeftOut, walk_images
+from ditjax.data.folders import LeftOut, report_reading, walk_images
 from ditjax.data.pictures import (
     converted,
     open_picture,
     peculiarities,
+    readable_formats,
     readable_suffixes,
     upright,
     upright_size,
 )
-from ditjax.errors import UserError, first_few
-from ditjax.files import npz
+from ditjax.errors import FaultError, UserError, first_few, reason
+from ditjax.files import faults, npz
 
 Images = NDArray[np.uint8]
+_T = TypeVar("_T")
+
+
+def of_file(path: Path, look: Callable[[Image.Image], _T]) -> _T:
+    """What `look` returns of the image in a file, whose pixels are unread.
+
+    Raises UserError for a file that is damaged or cannot be opened, and FaultError if the file
+    system does not answer.
+    """
+
+    def read() -> _T:
+        with open_picture(path) as opened:
+            return look(opened)
+
+    try:
+        return faults.retried(path, read)
+    except FaultError:
+        raise
+    except Exception as error:  # Pillow raises a dozen types for damaged files
+        if isinstance(error, UnidentifiedImageError):
+            known = ", ".join(readable_formats())
+            raise UserError(f"{path} is damaged, or not an image of {known}.") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{path} is damaged: {reason(error)}.") from error
+
+
+def given_picture(path: str | os.PathLike[str], what: str) -> Image.Image:
+    """The image of a file that a user names, with its pixels read, by the rule of all pictures.
+
+    A line says what is seen in a way of its own (`pictures.peculiarities`). Raises as `of_file`,
+    and calls the image `what`.
+    """
+
+    def look(opened: Image.Image) -> Image.Image:
+        odd = peculiarities(opened)
+        opened.load()
+        image = upright(opened)
+        if image.has_transparency_data and image.mode in ("L", "RGB"):
+            image = converted(image, image.mode)
+        if odd:
+            report_reading(f"{what} {path}: {', '.join(odd)}")
+        return image
+
+    try:
+        return of_file(Path(path), look)
+    except UserError as error:
+        raise UserError(f"{what} {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +110,15 @@ class ImageSet:
                 yield np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
 
     def _file(self, path: Path) -> Images:
-        try:
-            with open_picture(path) as opened:
-                opened.load()
-                pixels = np.asarray(converted(upright(opened), "RGB"))
-        except Exception as error:  # Pillow raises a dozen types for damaged files
-            raise UserError(f"{path} is damaged: {error}.") from error
+        pixels = of_file(path, _pixels)
         if pixels.shape != (self.height, self.width, 3):
             raise UserError(_differs(path, pixels.shape[:2], self))
         return pixels
+
+
+def _pixels(opened: Image.Image) -> Images:
+    opened.load()
+    return np.asarray(converted(upright(opened), "RGB"))
 
 
 def open_images(path: str | os.PathLike[str]) -> ImageSet:
@@ -75,10 +126,11 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
 
     The images of a folder are the files below it, read as `data/pictures.py` says, in the order of
     their paths. Sizes are read now, pixels in `batches`. Raises UserError for an empty set, another
-    type or shape, or the first image that is damaged or differs in size from the first.
+    type or shape, or the first image that is damaged or differs in size from the first, and
+    FaultError if the file system does not answer.
     """
     path = Path(path)
-    return _open_folder(path) if path.is_dir() else _open_npz(path)
+    return _open_folder(path) if faults.is_folder(path) else _open_npz(path)
 
 
 # Of an npz of samples, those that are read: here, and by `evaluate`.
@@ -100,8 +152,12 @@ def _open_npz(path: Path) -> ImageSet:
 
 
 def _open_folder(path: Path) -> ImageSet:
-    left, peculiar = LeftOut(), Counter[str]()
-    files = tuple(sorted(file.path for file in walk_images(path, path, left)))
+    def walk() -> tuple[tuple[Path, ...], LeftOut]:
+        left = LeftOut()
+        return tuple(sorted(file.path for file in walk_images(path, path, left))), left
+
+    files, left = faults.retried(path, walk)
+    peculiar = Counter[str]()
     if not files:
         raise UserError(
             f"{path} holds no image: expected files ending in"
@@ -109,12 +165,8 @@ def _open_folder(path: Path) -> ImageSet:
         )
     found: ImageSet | None = None
     for file in files:
-        try:
-            with open_picture(file) as image:
-                height, width = upright_size(image)
-                peculiar.update(peculiarities(image))
-        except Exception as error:
-            raise UserError(f"{file} is damaged: {error}.") from error
+        (height, width), odd = of_file(file, lambda x: (upright_size(x), peculiarities(x)))
+        peculiar.update(odd)
         found = found or ImageSet(path, len(files), height, width, files)
         if (height, width) != (found.height, found.width):
             raise UserError(_differs(file, (height, width), found))

@@ -8,7 +8,6 @@ ImageNet's.
 
 import functools
 import io
-import os
 import re
 import warnings
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import IO
 
 import numpy as np
 from PIL import Image, features
-
-from ditjax.errors import UserError
 
 # PIL's own limit against decompression bombs: twice the pixels of 256 MiB at 3 bytes a pixel.
 MAX_PIXELS = 178_956_970
@@ -78,19 +75,6 @@ def open_picture(source: Path | IO[bytes]) -> Image.Image:
         image.close()
         raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
     return image
-
-
-def given_picture(path: str | os.PathLike[str], what: str) -> Image.Image:
-    """The image of a file that a user names, upright, with its pixels read.
-
-    Raises UserError, which calls the image `what`, for a file that cannot be read.
-    """
-    try:
-        with open_picture(Path(path)) as opened:
-            opened.load()
-            return upright(opened)
-    except Exception as error:  # Pillow raises a dozen types for damaged files
-        raise UserError(f"{what} {path} cannot be read: {error}.") from None
 
 
 def decode_image(encoded: bytes) -> Image.Image:

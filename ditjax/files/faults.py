@@ -7,6 +7,7 @@ then the command ends. Nothing is set aside, replaced or removed because of such
 
 import errno
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,13 @@ _WORDS = tuple(sorted({os.strerror(code) for code in _FAULTS}))
 def is_fault(error: BaseException) -> bool:
     """Whether an error, or one that it was raised from, is a fault of the file system."""
     return any(_is_fault(each) for each in _chain(error))
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether reading again may help: a fault that was not waited for, and no permission."""
+    if isinstance(error, FaultError) or not is_fault(error):
+        return False
+    return not any(isinstance(each, PermissionError) for each in _chain(error))
 
 
 def _is_fault(error: BaseException) -> bool:
@@ -62,13 +70,14 @@ def retried(what: object, read: Callable[[], Read], waits: Sequence[float] | Non
     """Call `read`, and again after each of `waits` seconds (default WAITS) while it meets a fault.
 
     Raises FaultError, which names `what`, if the fault stays. Other errors are raised at once, and
-    so is a PermissionError, which does not pass.
+    so is a PermissionError, which does not pass. An error that was raised from a fault is one: a
+    reader that turns every error into a UserError may be retried as a whole.
     """
     for seconds in (*(WAITS if waits is None else waits), None):
         try:
             return read()
         except Exception as error:
-            if isinstance(error, PermissionError) or not is_fault(error):
+            if not may_pass(error):
                 raise
             if seconds is None:
                 raise unread(what, error) from error
@@ -96,14 +105,25 @@ def _words(error: BaseException) -> str:
 def exists(path: str | os.PathLike[str]) -> bool:
     """Whether there is a file or folder at a path. Raises FaultError if that cannot be found out.
 
-    `Path.exists` says False for a stale handle in some versions of Python.
+    `Path.exists` says False for a stale handle in some versions of Python, and raises an error for
+    a name that is too long.
     """
+    return _mode(path) is not None
 
-    def found() -> bool:
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a folder at a path. Raises as `exists`."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def _mode(path: str | os.PathLike[str]) -> int | None:
+    def found() -> int | None:
         try:
-            os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+            return os.stat(path).st_mode
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                return None
+            raise
 
     return retried(path, found)

@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
@@ -139,25 +138,6 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     return result
 
 
-def split_folders(words: str, flag: str = "--runs") -> list[Path]:
-    """The folders that a flag names, comma-separated; a folder's own name may have commas.
-
-    The longest name that exists is taken. Raises UserError if a name is empty.
-    """
-    parts, folders = words.split(","), []
-    while parts:
-        lengths = [n for n in range(1, len(parts) + 1) if os.path.exists(",".join(parts[:n]))]
-        length = max(lengths, default=1)
-        if length > 1 and all(map(os.path.exists, parts[:length])):
-            line = f"note: {flag}: {','.join(parts[:length])!r} is taken for one folder"
-            print(f"{line}; write ./ before each of several", file=sys.stderr)
-        folders.append(Path(",".join(parts[:length])))
-        del parts[:length]
-    if not words or Path() in folders:
-        raise UserError(f"{flag}={words}: expected one or more folders, comma-separated.")
-    return folders
-
-
 def find_results(
     folders: Sequence[str | os.PathLike[str]],
 ) -> tuple[list[Found], list[str]]:
@@ -276,11 +256,18 @@ def load_samples(
         images = npz.read_array(archive, "arr_0", limit)
         label = npz.read_array(archive, "label", limit) if "label" in npz.names(archive) else None
     _checked_images(images, f"{path}: arr_0 is")
-    if label is not None and (label.dtype.kind not in "iu" or label.shape != images.shape[:1]):
+    return images, None if label is None else checked_labels(path, label, len(images))
+
+
+def checked_labels(
+    path: str | os.PathLike[str], label: NDArray[Any], count: int
+) -> NDArray[np.int32]:
+    """The labels of `count` samples as i32[count]. Raises UserError for another type or shape."""
+    if label.dtype.kind not in "iu" or label.shape != (count,):
         raise UserError(
-            f"{path}: label is {label.dtype}{list(label.shape)}, expected i32[{len(images)}]."
+            f"{path}: label is {label.dtype}{list(label.shape)}, expected i32[{count}]."
         )
-    return images, None if label is None else label.astype(np.int32)
+    return label.astype(np.int32)
 
 
 def _checked_images(images: _Images, name: str = "images are") -> _Images:

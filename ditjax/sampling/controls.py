@@ -11,7 +11,7 @@ from PIL import Image
 from ditjax.config import Config
 from ditjax.data import source, stream
 from ditjax.data.crop import normalize
-from ditjax.data.pictures import given_picture
+from ditjax.data.images import given_picture
 from ditjax.data.records import HostBatch
 from ditjax.errors import UserError
 from ditjax.runs import opening
@@ -63,6 +63,12 @@ def given_controls(c: Config, images: ControlImage | Sequence[ControlImage]) -> 
         )
     side = c.data.image_size
     pixels = [_pixels(image, side, K) for image, K in zip(given, channels, strict=True)]
+    counts = {len(x) for x in pixels}
+    if len(counts - {1}) > 1:
+        raise UserError(
+            f"controls of {' and '.join(str(len(x)) for x in pixels)} images: expected as many of"
+            " each, or one, as image i of each controls sample i."
+        )
 
     def rows(indices: np.ndarray) -> HostBatch:
         each = [normalize(x[indices % len(x)]) for x in pixels]

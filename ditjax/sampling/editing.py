@@ -11,9 +11,10 @@ from PIL import Image
 
 from ditjax.config import Config
 from ditjax.data.crop import normalize
-from ditjax.data.pictures import given_picture
+from ditjax.data.images import given_picture
 from ditjax.diffusion.denoising import estimate_noise
 from ditjax.errors import UserError, shown
+from ditjax.files.paths import split_paths
 from ditjax.training.task import Known
 
 # A path, a PIL image, u8[H,W], [H,W,C] or [N,H,W,C], or a list of these.
@@ -49,7 +50,10 @@ def inpaint_request(c: Config, image: Pictures, mask: Pictures) -> Request:
             " each image, of the same size."
         )
     if not holes.any(axis=(1, 2)).all():
-        raise UserError("mask is black everywhere: expected white where the image is to be drawn.")
+        raise UserError(
+            "mask is black everywhere: expected white, at least 128 of 255, where the image is to"
+            " be drawn."
+        )
     known = np.broadcast_to(~holes[..., None], (*pixels.shape[:3], 1)).astype(np.float32)
     return Request(
         Known(normalize(pixels), known),
@@ -113,7 +117,10 @@ class EditKind(NamedTuple):
 
 
 _OF_METHODS = ("edit.method", "edit.jump", "edit.resample", "edit.strength", "sample.*")
-_OF_NOISE = ("edit.sigma", *(f"sample.{k}" for k in ("num", "batch_size", "weights", "cfg_scale")))
+_OF_NOISE = (
+    "edit.sigma",
+    *(f"sample.{k}" for k in ("num", "batch_size", "weights", "adapters", "cfg_scale")),
+)
 # --edit -> kind
 EDITS: Mapping[str, EditKind] = {
     "inpaint": EditKind(inpaint_request, ("image", "mask"), _OF_METHODS),
@@ -125,7 +132,8 @@ EDITS: Mapping[str, EditKind] = {
 def check_read(edit: str, keys: Iterable[str]) -> None:
     """Raise UserError for a key of config.edit or config.sample that does not affect an edit."""
     for key in keys:
-        if not any(fnmatch.fnmatch(key, pattern) for pattern in EDITS[edit].reads):
+        mine = key.startswith(("edit.", "sample."))
+        if mine and not any(fnmatch.fnmatch(key, pattern) for pattern in EDITS[edit].reads):
             raise UserError(f"config.{key} has no effect on edit {edit!r}: remove it.")
 
 
@@ -134,8 +142,8 @@ def request_of(
 ) -> Request | None:
     """Build the edit of a command line; None without one.
 
-    `flags` are lists of files, '' for those not given, and `keys` the keys of config.edit and
-    config.sample that are. Raises UserError for what the edit does not take, and what it lacks.
+    `flags` are lists of files, '' for those not given, and `keys` the keys of the recipe that are.
+    Raises UserError for what the edit does not take, and what it lacks.
     """
     takes = EDITS[edit].flags if edit else ()
     given = [f"--{name}" for name, value in flags.items() if value and name not in takes]
@@ -148,7 +156,7 @@ def request_of(
     check_read(edit, keys)
     if missing := [f"--{name}" for name in takes if not flags[name]]:
         raise UserError(f"--edit={edit} needs {' and '.join(missing)}.")
-    return EDITS[edit].make(c, **{name: flags[name].split(",") for name in takes})
+    return EDITS[edit].make(c, **{name: split_paths(flags[name], f"--{name}") for name in takes})
 
 
 # ---- from what people have to arrays
@@ -213,9 +221,10 @@ def _pixels(each: Any, what: str) -> np.ndarray:
 
 
 def _same_size(images: list[np.ndarray], what: str) -> list[np.ndarray]:
-    if not images or len({each.shape for each in images}) > 1:
-        sizes = " and ".join(sorted({str(list(each.shape)) for each in images})) or "none"
-        raise UserError(f"{what}s of {sizes}: expected at least one, all of one shape.")
+    kinds = {f"{each.dtype}{list(each.shape)}" for each in images}
+    if len(kinds) != 1:
+        found = " and ".join(sorted(kinds)) or "none"
+        raise UserError(f"{what}s of {found}: expected at least one, all of one size and type.")
     return images
 
 

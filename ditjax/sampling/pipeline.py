@@ -435,6 +435,7 @@ class Pipeline:
         check_used(changed(c, {"evaluate": {"guided_scale": 0.0}}), given)
         if edit:
             editing.check_read(edit.record["edit"], given)
+        _report_left_out(c.sample.num, edit.num if edit else 0, len(label_of or ()))
         edited = {"edit": self._edited(c, edit)} if edit else {}
         if edit and label_of is None:
             label_of = [self._null_label(c)]
@@ -515,6 +516,14 @@ class Pipeline:
                 "devices": f"{self._mesh.size} x {self._mesh.devices.flat[0].device_kind}",
             },
         }
+
+
+def _report_left_out(num: int, images: int, classes: int) -> None:
+    """Print what of the given images and classes too few samples leave out."""
+    for what, count in (("images", images), ("classes", classes)):
+        if num < count and is_primary():
+            line = f"note: config.sample.num is {num}: the last {count - num} of {count} {what}"
+            print(f"{line} are left out", file=sys.stderr, flush=True)
 
 
 def precision_keys(precision: str) -> dict[str, str]:

@@ -121,3 +121,12 @@ def test_one_image_has_no_distance(digits, tmp_path, sample_file):
     save_samples(tmp_path / "one.npz", digits["test"][:1], np.zeros(1, np.int32))
     with pytest.raises(UserError, match="1 samples have no covariance"):
         run(tmp_path / "one.npz", sample_file, tmp_path / "out.json")
+
+
+def test_labels_that_are_not_one_for_each_image(digits, tmp_path):
+    """Of another shape, NumPy would compare each label with each prediction."""
+    images = digits["test"][:20]
+    for label in (np.zeros((20, 1), int), np.zeros(19, int), np.zeros(20), np.int32(3)):
+        np.savez(tmp_path / "x.npz", arr_0=images, label=label)
+        with pytest.raises(UserError, match=r"x\.npz: label is .*, expected i32\[20\]"):
+            run(tmp_path / "x.npz", "digits/train", tmp_path / "out.json")

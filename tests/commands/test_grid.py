@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -364,7 +365,7 @@ def test_runs_of_one_protocol_share_a_grid(made, finished, tmp_path, capsys):
         (["--cfg_scales=2"], "is not a flag of this command. Did you mean '--cfg_scale'"),
         (["--features=none"], "config.evaluate.features is 'none'"),
         (["--workdir=/nowhere"], "/nowhere is not a run directory"),
-        (["--workdir="], "--workdir=: expected one or more folders"),
+        (["--workdir="], "--workdir=: expected one or more paths"),
         (["--out=README.md"], "--out=README.md is a file"),
     ],
 )
@@ -447,3 +448,19 @@ def test_names_tell_cells_apart_and_are_legal(finished):
         assert not set(name) - set(
             "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-"
         )
+
+
+def test_runs_share_frozen_weights_only_where_these_are_the_same(monkeypatch):
+    """A network adapted to another base, or controlled by another run, is drawn with its own."""
+    c = read(load_recipe(list(TINY)))
+    changes: list[dict] = [{}, {"seed": 3}]
+    changes += [{"adapt": {"base": base, "kind": "lora"}} for base in ("runs/a", "runs/b")]
+    branch = {"adapt": {"base": "runs/a", "kind": "control"}, "model": {"label_dropout": 0.1}}
+    changes += [{**branch, "control": {"blocks": 1, "others": x}} for x in ((), ("runs/x",))]
+    runs = [grid.Run(str(k), Path(), changed(c, each)) for k, each in enumerate(changes)]
+    monkeypatch.setattr(grid, "Evaluator", lambda c, mesh, frozen: object())
+    task = types.SimpleNamespace(frozen=lambda mesh: {})
+    monkeypatch.setattr(grid, "make_task", lambda c: task)
+    made = grid.open_scorers(runs)
+    assert made["0"] is made["1"]
+    assert len({id(scorer) for scorer in made.values()}) == 5

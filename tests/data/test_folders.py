@@ -1,5 +1,6 @@
 """What a folder holds is read or counted among what was left out: the table in docs/data.md."""
 
+import contextlib
 import inspect
 import os
 import re
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax.data.folders import UNLABELLED, LeftOut, list_folder, walk_images
+from ditjax.data.folders import UNLABELLED, LeftOut, list_folder, read_content, walk_images
 from ditjax.data.source import dataset_info, prepare
-from ditjax.errors import UserError
+from ditjax.errors import FaultError, UserError
+from ditjax.files import faults
+from tests.unstable import FOR_EVER, PASSING, Unstable
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -250,3 +253,58 @@ def test_one_class_of_a_flat_folder_is_said(tmp_path, capsys):
     info = dataset_info(f"folder:{tmp_path / 'f'}", "train", tmp_path / "d")
     assert (info.num_examples, info.class_names) == (2, (UNLABELLED,))
     assert "one class, because they are in no class folders: 2 in train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", PASSING)
+def test_a_folder_that_does_not_answer_for_a_while(tmp_path, monkeypatch, code):
+    """Neither a folder that cannot be listed, nor a link that cannot be followed, is left out."""
+    fill(tmp_path, "f/cat/0.png", "f/dog/1.png", "other/2.png", "f/fox -> ../other")
+    root = tmp_path / "f"
+    monkeypatch.setattr(faults, "WAITS", (0.0, 0.0))
+    system = Scanning(monkeypatch, "dog", "fox", code)
+    system.left = 2
+    found = list_folder(root)
+    assert found.class_names == ("cat", "dog", "fox")
+    assert str(found).endswith("; nothing left out")
+    system.left = FOR_EVER
+    for place in ("dog", "fox"):
+        system.names = {place}
+        with pytest.raises(FaultError, match=os.strerror(code)):
+            list_folder(root)
+    monkeypatch.undo()
+    monkeypatch.setattr(faults, "WAITS", (0.0, 0.0))
+    Unstable(monkeypatch, "0.png", FOR_EVER, code)
+    with pytest.raises(FaultError, match=rf"cannot read .*0\.png: {os.strerror(code)}"):
+        read_content(found)
+
+
+class Scanning:
+    """A folder that cannot be listed, and a link that cannot be followed, `left` times."""
+
+    def __init__(self, patch, folder, link, code):
+        self.names, self.left, self.code = {folder, link}, 0, code
+        real = os.scandir
+
+        class Entry:
+            def __init__(self, entry, system):
+                self._entry, self._system = entry, system
+
+            def is_dir(self):
+                self._system.fail(self._entry.path)
+                return self._entry.is_dir()
+
+            def __getattr__(self, name):
+                return getattr(self._entry, name)
+
+        @contextlib.contextmanager
+        def scandir(path):
+            self.fail(path)
+            with real(path) as entries:
+                yield [Entry(each, self) if each.name == link else each for each in entries]
+
+        patch.setattr(os, "scandir", scandir)
+
+    def fail(self, path):
+        if os.path.basename(path) in self.names and self.left:
+            self.left -= 1
+            raise OSError(self.code, os.strerror(self.code), str(path))

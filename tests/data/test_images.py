@@ -1,5 +1,6 @@
 """Sample sets by batches: npz and folders say the same, name what is wrong, and stay small."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 from PIL import Image
 
 from ditjax.data import pictures
-from ditjax.data.images import open_images
-from ditjax.errors import UserError
+from ditjax.data.images import given_picture, open_images
+from ditjax.errors import FaultError, UserError
 from tests.seeded import seeded_images
+from tests.unstable import FOR_EVER, PASSING, Unstable
 
 IMAGES = seeded_images((11, 6, 5, 3), 0)
 
@@ -203,7 +205,7 @@ def test_other_formats_are_not_opened_whatever_their_name(tmp_path):
         (tmp_path / str(i) / name).write_bytes(
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n"
         )
-        with pytest.raises(UserError, match=f"{name} is damaged: cannot identify"):
+        with pytest.raises(UserError, match=f"{name} is damaged, or not an image of"):
             open_images(tmp_path / str(i))
 
 
@@ -216,3 +218,42 @@ def test_decompression_bombs(tmp_path, monkeypatch, pillows_own):
         monkeypatch.setattr(pictures, "MAX_PIXELS", 29)
     with pytest.raises(UserError, match=r"000\.png is damaged: .*(more than 29 pixels|exceeds)"):
         open_images(tmp_path)
+
+
+@pytest.mark.parametrize("code", PASSING)
+def test_a_fault_of_the_file_system_is_no_damage(tmp_path, monkeypatch, capsys, code):
+    expected = all_of(open_images(folder(tmp_path / "f", IMAGES)))
+    system = Unstable(monkeypatch, "001.png", 2, code)
+    images = open_images(tmp_path / "f")
+    system.left = 2
+    np.testing.assert_array_equal(all_of(images), expected)
+    one = given_picture(tmp_path / "f" / "b" / "001.png", "mask")
+    np.testing.assert_array_equal(np.asarray(one), IMAGES[1])
+    assert capsys.readouterr().err.count(f"001.png ({os.strerror(code)}): trying again") == 4
+    system.left = FOR_EVER
+    for read in (
+        lambda: open_images(tmp_path / "f"),
+        lambda: all_of(images),
+        lambda: given_picture(tmp_path / "f" / "b" / "001.png", "mask"),
+    ):
+        with pytest.raises(FaultError, match=rf"001\.png: {os.strerror(code)}\. Nothing was"):
+            read()
+
+
+def test_what_a_user_names_is_told_as_it_is_seen(tmp_path, capsys):
+    """A grey image may have one grey that is transparent, and a file several pages."""
+    pages = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (0, 200)]
+    pages[0].putpixel((0, 0), 255)
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "a.png", transparency=0)
+    assert np.asarray(given_picture(tmp_path / "a.tif", "mask")).max() == 255
+    assert np.asarray(given_picture(tmp_path / "a.png", "mask")).min() == 255
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("a.tif: of several frames or pages, read by the first")
+    assert lines[1].endswith("a.png: with an alpha channel, shown on white")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "none.npz"])
+def test_a_set_that_is_not_there(name):
+    with pytest.raises(UserError, match=f"cannot read {name}: (File name too long|No such file)"):
+        open_images(name)

@@ -90,7 +90,7 @@ def test_users_mistakes_are_one_line(study, tmp_path):
     for argv, words in (
         ([f"--runs={tmp_path}/empty"], "no readable result.json"),
         ([f"--runs={tmp_path}/nowhere"], "nowhere' is not there"),
-        (["--runs=,"], "--runs=,: expected one or more folders"),
+        (["--runs=,"], "--runs=,: expected one or more paths"),
         ([], "required: --runs"),
         ([f"--runs={tmp_path}/good", f"--out={tmp_path}/file/report"], "cannot write"),
     ):

@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,26 +346,3 @@ def test_a_log_whose_line_nests_too_deep_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "x": {deep}}}\n{{"step": 2}}\n')
     with pytest.raises(UserError, match="line 1 is damaged"):
         results.read_metrics(tmp_path / "metrics.jsonl")
-
-
-def test_folders_whose_names_have_commas(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b", "a,b", "lr=1,2", "x,", "c"):
-        (tmp_path / name).mkdir()
-    for words, expected in [
-        ("a", ["a"]),
-        ("c,a", ["c", "a"]),
-        ("lr=1,2", ["lr=1,2"]),
-        ("a,lr=1,2,c", ["a", "lr=1,2", "c"]),
-        ("x,", ["x,"]),
-        ("none,a", ["none", "a"]),
-        (f"{tmp_path}/lr=1,2,{tmp_path}/c", [f"{tmp_path}/lr=1,2", f"{tmp_path}/c"]),
-    ]:
-        assert results.split_folders(words) == [Path(each) for each in expected]
-    assert capsys.readouterr().err == ""
-    assert results.split_folders("a,b") == [Path("a,b")]
-    assert "'a,b' is taken for one folder; write ./ before each" in capsys.readouterr().err
-    assert results.split_folders("./a,./b") == [Path("a"), Path("b")]
-    for words in ("", ",", "a,,c"):
-        with pytest.raises(UserError, match="expected one or more folders"):
-            results.split_folders(words)

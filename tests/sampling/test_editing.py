@@ -16,6 +16,7 @@ from ditjax.data.crop import normalize
 from ditjax.diffusion.denoising import estimate_noise, posterior_mean
 from ditjax.errors import UserError
 from ditjax.files.assets import unflatten
+from ditjax.files.npz import load_array
 from ditjax.models.autoencoder import Moments
 from ditjax.models.network import Conditions
 from ditjax.sampling.draw import sampling_protocol
@@ -160,10 +161,11 @@ def test_nothing_is_edited_without_an_image(pixels):
         (Image.new("RGBA", (8, 8)), MASK, "image is of mode 'RGBA': expected 'L', 'RGB'"),
         (normalize(IMAGE), MASK, r"image is float32\[8, 8, 1\]: expected u8"),
         (IMAGE, MASK.astype(np.float32), r"mask is float32\[8, 8\]: expected u8\[H,W\] or bool"),
-        (IMAGE, np.zeros_like(MASK), "mask is black everywhere: expected white where"),
+        (IMAGE, np.zeros_like(MASK), "mask is black everywhere: expected white, at least 128"),
         ("no.png", MASK, "image no.png cannot be read"),
         (7, MASK, "image is 7: expected a path"),
         ([], MASK, "images of none: expected at least one"),
+        (IMAGE, [MASK > 0, MASK], r"masks of bool\[8, 8\] and uint8\[8, 8\]: expected"),
     ],
 )
 def test_pictures_that_do_not_fit(pixels, image, mask, words):
@@ -293,26 +295,35 @@ def test_flags(pixels, tmp_path):
             request_of(c, edit, flags, keys)
     with pytest.raises(UserError, match=r"sigma has no effect on edit 'upscale'"):
         request_of(c, "upscale", flags, ["edit.sigma"])
+    request_of(c, "denoise", flags, ["edit.sigma", "sample.adapters", "control.scale"])
     with pytest.raises(UserError, match="--mask: no effect with --edit=upscale"):
         request_of(c, "upscale", {**flags, "mask": "x"})
 
 
-def test_the_command_edits(file, tmp_path):
-    Image.fromarray(IMAGE[..., 0]).save(tmp_path / "x.png")
+def test_the_command_edits(file, tmp_path, capsys):
+    Image.fromarray(IMAGE[..., 0]).save(tmp_path / "x,1.png")
     Image.fromarray(255 - IMAGE[..., 0]).save(tmp_path / "y.png")
     Image.fromarray(MASK).save(tmp_path / "m.png")
     words = [
         f"--weights={file}",
         f"--out={tmp_path / 'out'}",
         "--edit=inpaint",
-        f"--image={tmp_path / 'x.png'},{tmp_path / 'y.png'}",
+        f"--image={tmp_path / 'x,1.png'},{tmp_path / 'y.png'}",
         f"--mask={tmp_path / 'm.png'}",
-        *("--sampler=ddim", "--eta=1", "--steps=ddim4", "--classes=3"),
+        *("--sampler=ddim", "--eta=1", "--steps=ddim4", "--classes=3,4,5"),
         "--config.edit.method=ddnm",
     ]
-    assert sample.main(words) == 0
+    assert sample.main(words) == 0  # as many as are given: of images and of classes
     with np.load(tmp_path / "out" / "samples.npz") as archive:
-        np.testing.assert_array_equal(archive["arr_0"][:, :4], [IMAGE[:4], 255 - IMAGE[:4]])
+        np.testing.assert_array_equal(archive["arr_0"][:2, :4], [IMAGE[:4], 255 - IMAGE[:4]])
+        np.testing.assert_array_equal(archive["label"], [3, 4, 5])
+    assert "left out" not in capsys.readouterr().err
+    assert sample.main([*words, "--config.sample.num=1"]) == 0
+    assert load_array(tmp_path / "out" / "samples.npz", "label").tolist() == [3]
+    told = capsys.readouterr()
+    assert told.out.splitlines()[-1].startswith("1 images in")
+    for line in ("the last 1 of 2 images are left out", "the last 2 of 3 classes are left out"):
+        assert line in told.err
     record = json.loads((tmp_path / "out" / "samples.json").read_text())
     assert record["protocol"]["edit"] == record["edit"]
     assert record["edit"]["method"] == "ddnm"
