@@ -36,9 +36,10 @@ def read_network(
     reading.check_no_options(path, "a run", options)
     config = opening.recipe_of(path)
     mesh = make_mesh(-1, 1)
-    params, _ = opening.network_weights(config, make_task(config), path, mesh, step)
+    params, found = opening.network_weights(config, make_task(config), path, mesh, step)
     names = opening.class_names_of(path, config)
-    return networks.from_run(config, params, (Path(path),), names)
+    network = networks.from_run(config, params, (Path(path),), names)
+    return network._replace(notes=(opening.account(path, found, config),))
 
 
 def read_decoder(path: str, which: str) -> LoadedNetwork:

@@ -25,15 +25,21 @@ def data_contents(c: Config) -> dict[str, str]:
 
 
 def read_contents(folder: Path) -> dict[str, str]:
-    """What a run, or the first run of a study that has begun, recorded; {} if none did."""
+    """What a run, or the first run of a study that has begun, recorded; {} if none did.
+
+    A line names a record that is damaged.
+    """
     runs = sorted(folder.glob(f"{rundir.RUNS}/*/{rundir.CONTENTS_FILE}"))
     for path in (folder / rundir.CONTENTS_FILE, *runs):
         try:
             found = load_json(path)
-        except (OSError, ValueError):
+        except FileNotFoundError:
             continue
+        except (OSError, ValueError):
+            found = None
         if isinstance(found, dict):
             return found
+        report_reading(f"warning: {path} is damaged: what the run began with is not compared")
     return {}
 
 
@@ -64,13 +70,13 @@ def same_content(
     """
 
     def same(key: str, before: Any, now: Any) -> bool:
-        if key not in (DATA, AUTOENCODER) or not (before and now):
+        if key not in {DATA, AUTOENCODER, *contents} or not (before and now):
             return False
         ours, theirs = contents.get(key), read_contents(folder).get(key)
         if key == DATA:
             ours = ours or source.known_content(now, data_dir or None)
             theirs = theirs or source.known_content(before, data_dir or None)
-        elif os.path.realpath(before) == os.path.realpath(now):
+        elif key == AUTOENCODER and os.path.realpath(before) == os.path.realpath(now):
             return True
         if ours is None or ours != theirs:
             return False

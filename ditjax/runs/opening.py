@@ -236,6 +236,11 @@ def weights_name(c: Config) -> str:
     return "ema" if sample is None else str(sample.weights)
 
 
+def account(path: str | os.PathLike[str], step: int, c: Config) -> str:
+    """What of a run is taken: 'runs/a: step 400, ema weights'."""
+    return f"{path}: step {step}, {weights_name(c)} weights"
+
+
 def check_no_step(path: str | os.PathLike[str], step: Step) -> None:
     """Raise UserError for a step of something other than a run."""
     if step != "latest":

@@ -52,7 +52,7 @@ def open_adapter(path: str | os.PathLike[str], step: Step = "latest") -> Adapter
     stack = network_module(c.model.kind).NETWORK.stack
     tree = jax.device_get(params["lora"])
     adapter = from_factors(path, tree, c.adapt.scale, stack, c.adapt.sha256)
-    return adapter._replace(notes=(f"{path}: step {found}, {c.sample.weights} weights",))
+    return adapter._replace(notes=(opening.account(path, found, c),))
 
 
 # A command reads each once; what is merged and what its protocol says are the same.

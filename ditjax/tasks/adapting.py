@@ -168,7 +168,7 @@ def read_base(c: Config) -> LoadedNetwork:
         mesh = make_mesh(-1, 1)
         params, step = opening.network_weights(theirs, make_task(theirs), path, mesh)
         base = networks.from_run(theirs, params, (Path(path),))
-        base = base._replace(notes=(f"{path}: step {step}, {which} weights",))
+        base = base._replace(notes=(opening.account(path, step, theirs),))
     else:
         heads = getattr(c.model, "size", "").rpartition("x")[2]
         given = int(heads) if heads.isdecimal() else 0

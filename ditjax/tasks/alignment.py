@@ -23,9 +23,10 @@ import numpy as np
 
 from ditjax.config import Config, Rule, Section, above, key, non_negative, replaced
 from ditjax.data import source
+from ditjax.data.folders import report_reading
 from ditjax.data.names import is_latents
 from ditjax.diffusion.losses import Objective
-from ditjax.errors import UserError
+from ditjax.errors import UserError, first_few
 from ditjax.files import npz
 from ditjax.models.classifier import DIGIT_SIDE
 from ditjax.models.network import Conditions, Inputs, Network
@@ -322,7 +323,9 @@ def open_features(c: Config, network: Network, inputs: Inputs) -> Additions:
     if not teacher.startswith(_FILE):
         return Additions()
     path = Path(teacher.removeprefix(_FILE))
-    features = npz.load_array(path, FEATURES)
+    with npz.reading(path) as archive:
+        others = [name for name in npz.names(archive) if name != FEATURES]
+        features = npz.read_array(archive, FEATURES)
     d = c.data
     records = source.dataset_info(d.name, d.split, d.data_dir or None, d.max_damaged).num_examples
     shape = features.shape
@@ -334,6 +337,15 @@ def open_features(c: Config, network: Network, inputs: Inputs) -> Additions:
             " and T a square number of places, row by row."
         )
     _check_width(c, shape[2], str(path))
+    if not np.isfinite(features).all():
+        bad = int((~np.isfinite(features)).any(axis=(1, 2)).sum())
+        raise UserError(
+            f"{path}: {FEATURES!r} of {bad} of {records} records are not finite in their type,"
+            f" {features.dtype}: compute them again."
+        )
+    if is_primary():
+        left = f"; arrays left out: {first_few(others, 5)}" if others else ", nothing left out"
+        report_reading(f"align: {path}: {FEATURES} of {records:,} records taken{left}")
 
     def add(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {**rows, FEATURES: features[rows["index"]]}

@@ -8,6 +8,7 @@ such as edges, and add what they find to the tokens of the base. The network's f
 import dataclasses
 import functools
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -29,22 +30,24 @@ from ditjax.config import (
     replaced,
 )
 from ditjax.data.names import is_latents
-from ditjax.errors import UserError, reason, shown
+from ditjax.errors import UserError, one_line, reason, shown
 from ditjax.models.embed import Placement
 from ditjax.models.network import Branch, Conditions, ControlSeam, Inputs, Network, NetworkCost
+from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.tasks import make_task
 from ditjax.tasks.objective import process_of, sampler_of, times_of
 from ditjax.training.task import Frozen
 
 CONTROL_REGISTRY = "ditjax.data.maps.CONTROL_MAPS"
+_HUGE = float(np.finfo(np.float32).max)
 
 
 def _read_scales(value: Any, schemas: Schemas) -> tuple[float, ...]:
     """One number for all controls, or one for each."""
     values = value if isinstance(value, tuple | list) else (value,)
     plain = all(isinstance(each, int | float) and not isinstance(each, bool) for each in values)
-    if not values or not plain or not np.isfinite(np.asarray(values, np.float32)).all():
+    if not values or not plain or not all(abs(each) <= _HUGE for each in values):
         raise UserError(
             f"config.control.scale is {shown(value)}: expected a finite number, or one for each"
             " control, such as (1.0, 0.5)."
@@ -216,7 +219,11 @@ def load_controls(c: Config, mesh: Mesh) -> Frozen:
     found = []
     for path in c.control.others:
         theirs = _recipe_of(path)
-        found.append(opening.load_weights(theirs, make_task(theirs), path, mesh)[0]["control"])
+        params, step = opening.load_weights(theirs, make_task(theirs), path, mesh)
+        if is_primary():
+            line = f"control: {opening.account(path, step, theirs)}"
+            print(one_line(line), file=sys.stderr, flush=True)
+        found.append(params["control"])
     return {"controls": found}
 
 

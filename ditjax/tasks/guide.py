@@ -12,11 +12,12 @@ from typing import Any, cast
 from jax.sharding import Mesh
 
 from ditjax.config import Config, replaced
-from ditjax.errors import UserError
+from ditjax.errors import UserError, one_line
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
 from ditjax.tasks import make_task
+from ditjax.tasks.control import is_controlled
 from ditjax.training.task import Frozen
 from ditjax.weights import networks, reading
 
@@ -63,6 +64,11 @@ def guide_recipe(c: Config) -> Config:
                 f"config.sample.guide is {guide!r}, whose {what} is {theirs!r}, and that of the"
                 f" network that it guides {ours!r}: expected the same; name another network."
             )
+    if is_controlled(weak):
+        raise UserError(
+            f"config.sample.guide is {guide!r}, a run of a control, and a guide is given no control"
+            " image: name its base, or another network."
+        )
     model = dataclasses.replace(weak.model, dtype=c.model.dtype, matmul=c.model.matmul)
     return replaced(weak, model=model, sample=dataclasses.replace(weak.sample, guide=""))
 
@@ -96,7 +102,11 @@ def load_guide(c: Config, mesh: Mesh) -> Frozen:
     weak, (path, step) = guide_recipe(c), guide_place(c.sample.guide)
     task = make_task(weak)
     if rundir.is_run(path):
-        return {"guide": opening.network_weights(weak, task, path, mesh, step)[0]}
+        params, found = opening.network_weights(weak, task, path, mesh, step)
+        if is_primary():
+            line = f"guide: {opening.account(path, found, weak)}"
+            print(one_line(line), file=sys.stderr, flush=True)
+        return {"guide": params}
     loaded = reading.load_network(path, wanted="dit")
     if is_primary():
         print("\n".join(loaded.notes), file=sys.stderr, flush=True)

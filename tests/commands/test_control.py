@@ -1,5 +1,6 @@
 """A control by command: trained from a run, drawn with images and scored with records."""
 
+import dataclasses
 import json
 from typing import Any
 from unittest import mock
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ditjax import convert, evaluate, sample, train
+from ditjax.config import replaced
 from ditjax.data import records
 from ditjax.data.crop import normalize
 from ditjax.data.maps import ink_map
@@ -17,9 +19,11 @@ from ditjax.errors import UserError
 from ditjax.files.npz import load_array
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
-from ditjax.sampling.controls import held_out_controls
+from ditjax.sampling import controls
+from ditjax.sampling.controls import given_controls, held_out_controls
 from ditjax.sampling.draw import Drawn
 from ditjax.sampling.pipeline import Pipeline
+from ditjax.tasks.guide import guide_recipe
 from tests.commands.conftest import TINY
 
 SHORT = (*TINY, "--config.train.steps=4", "--config.train.checkpoint_every_steps=2")
@@ -152,3 +156,19 @@ def test_what_a_control_cannot_do_is_said(controlled, finished, tmp_path):
     words = [f"--workdir={controlled}", f"--config.control.others=('{finished}',)"]
     with pytest.raises(UserError, match="which trains no control"):
         sample.main(words)
+
+
+def test_controls_of_other_counts_are_not_paired(pipeline, monkeypatch):
+    monkeypatch.setattr(controls, "map_channels", lambda c: (1, 1))
+    three, two = np.zeros((3, 8, 8, 1), np.uint8), np.ones((2, 8, 8, 1), np.uint8)
+    with pytest.raises(UserError, match="controls of 3 and 2 images: expected as many of each"):
+        given_controls(pipeline.config, [three, two])
+    rows = given_controls(pipeline.config, [three, two[:1]]).rows(np.arange(3))
+    assert rows["maps"].shape == (3, 8, 8, 2)
+
+
+def test_a_run_of_a_control_is_no_guide(controlled, pipeline):
+    c = pipeline.config
+    guided = replaced(c, sample=dataclasses.replace(c.sample, guide=str(controlled)))
+    with pytest.raises(UserError, match="a run of a control, and a guide is given no control"):
+        guide_recipe(guided)

@@ -166,6 +166,16 @@ def test_a_study(photos, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
-def test_a_damaged_record_is_no_record(tmp_path, text):
+def test_a_damaged_record_is_no_record(tmp_path, text, capsys):
     (tmp_path / rundir.CONTENTS_FILE).write_text(text)
     assert contents.read_contents(tmp_path) == {}
+    assert "contents.json is damaged: what the run began with is not" in capsys.readouterr().err
+
+
+def test_features_of_a_file_that_is_moved(tmp_path):
+    """Any other place whose content is on record: what a task's `open_rows` reads."""
+    key, same = "align.teacher", {"align.teacher": "5ac3"}
+    contents.record_contents(tmp_path, same)
+    assert contents.same_content(tmp_path, same)(key, "file:a.npz", "file:/moved/a.npz")
+    assert not contents.same_content(tmp_path, {key: "77"})(key, "file:a.npz", "file:b.npz")
+    assert not contents.same_content(tmp_path, {})(key, "file:a.npz", "none")

@@ -241,16 +241,18 @@ def test_gradients_on_a_mesh_are_those_of_one_device():
 # ---- features from a file
 
 
-def test_features_of_a_file_are_those_of_its_records(own_data, tmp_path):
+def test_features_of_a_file_are_those_of_its_records(own_data, tmp_path, capsys):
     """Written in the records' order, the mixer's features are as if it were the teacher."""
     path = tmp_path / "mixer.npz"
     c = recipe(f"file:{path}", PROJECTOR, data={"flip": False})
     opening.check_data(c)
     images = np.concatenate([b["image"] for b in stream.in_order(opening.data_spec(c), 512)])
     features = np.asarray(classifier_features("digits_mixer", jnp.asarray(images)))
-    np.savez(path, features=features.reshape(len(images), 16, 48))
+    np.savez(path, features=features.reshape(len(images), 16, 48), labels=np.zeros(3))
     task = make_task(c)
     rows = task.open_rows()
+    taken = "mixer.npz: features of 1,438 records taken; arrays left out: labels"
+    assert taken in capsys.readouterr().err
     with stream.train_batches(opening.data_spec(c), 0, 8) as batches:
         batch = rows.add(next(batches))
     assert len(set(batch.pop("index"))) == 8
@@ -268,6 +270,10 @@ def test_features_of_a_file_are_those_of_its_records(own_data, tmp_path):
         (features.reshape(-1, 16, 48)[1:], r"expected floating-point numbers \[1438, T, Z\]"),
         (features.reshape(-1, 16, 48)[:, :15], "T a square number"),
         (features.reshape(-1, 16, 48)[..., :40], "has features of width 40: set it to that"),
+        (
+            features.reshape(-1, 16, 48) * np.nan,
+            "'features' of 1438 of 1438 records are not finite",
+        ),
     ):
         np.savez(path, features=wrong)
         with pytest.raises(UserError, match=words):
