@@ -20,7 +20,7 @@ from flax import linen as nn
 from ditjax.config import Config, Rule, above, at_most, key, non_negative, positive
 from ditjax.errors import UserError, divisors, nearest
 from ditjax.models import grafting, mup
-from ditjax.models.attention import autodiff_attend
+from ditjax.models.attention import attention_weights, autodiff_attend, rotated
 from ditjax.models.blocks import (
     BLOCKS,
     LAYER_NORM_EPS,
@@ -53,9 +53,11 @@ from ditjax.models.network import (
     Denoiser,
     Hook,
     Inputs,
+    InspectionSeam,
     Network,
     NetworkCost,
     Rules,
+    Taps,
 )
 
 # ---- sizes and keys
@@ -377,7 +379,7 @@ def cost(k: DiTKeys, inputs: Inputs) -> NetworkCost:
     )
 
 
-# ---- the module, its sharding rules and its learning rates
+# ---- the module
 
 
 # What a block stores for its backward pass: everything, nothing, or the products with weights.
@@ -503,6 +505,11 @@ class DiT(nn.Module):
         if tapped is not None:
             self._align(tapped[:, :N])
 
+        return self._end(tokens, cond, H, W)
+
+    @nn.nowrap
+    def _end(self, tokens: jax.Array, cond: Conditioning, H: int, W: int) -> jax.Array:
+        """The final layer on tokens [B,N,D] -> [B,H,W,out_channels]."""
         out = FinalLayer(
             self.patch**2 * self.out_channels,
             self.block,
@@ -689,10 +696,15 @@ class ControlBranch(DiT):
 
 def control_branch(k: DiTKeys, inputs: Inputs, branch: Branch, place: Placement) -> ControlBranch:
     """Build the control branch of a recipe's DiT."""
-    own = {"copies": branch.copies, "form": branch.form, "parent": None, "name": None}
-    dit = module(k, inputs, place)
+    return _with_fields_of(
+        module(k, inputs, place), ControlBranch, copies=branch.copies, form=branch.form
+    )
+
+
+def _with_fields_of(dit: DiT, kind: Any, **own: Any) -> Any:
+    """A module of another kind with the fields of a DiT and its own."""
     fields = {name: getattr(dit, name) for name in DiT.__dataclass_fields__}
-    return ControlBranch(**{**fields, **own})
+    return kind(**{**fields, **own, "parent": None, "name": None})
 
 
 def control_variables(base: Any, control: Any) -> Any:
@@ -742,6 +754,135 @@ def branch_cost(k: DiTKeys, inputs: Inputs, branch: Branch) -> tuple[int, int]:
         macs += _block_macs(s) + s.patch**2 * s.in_channels * tokens * D
     return parameters, macs
 
+
+# ---- inspection
+
+
+class Lens(DiT):
+    """The layers behind the blocks, on the tokens x [B,N,D] of any block -> [B,*size,channels].
+
+    The logit lens (nostalgebraist 2020) for a denoiser. Its parameters are those of the DiT.
+    """
+
+    size: tuple[int, int] = (0, 0)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, t: jax.Array, conditions: Conditions, per_block: Any = None
+    ) -> jax.Array:
+        cond = self._conditioning(t, jnp.asarray(conditions.label), conditions.interval)
+        return self._end(x, cond, *self.size)
+
+
+def lens_of(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> Callable[..., jax.Array]:
+    """Build `InspectionSeam.lens`."""
+    lens = _with_fields_of(module(k, inputs, place), Lens, size=inputs.shape[:2])
+    apply: Callable[..., jax.Array] = lens.apply
+    return apply
+
+
+# Field of `Taps` -> the modules whose outputs it is made of.
+_TAPPED = {
+    "tokens": ("blocks",),
+    "branches": ("attn", "cross", "mlp"),
+    "attention": ("qkv", "q_norm", "k_norm"),
+}
+
+
+def reader_of(
+    k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE
+) -> Callable[..., tuple[jax.Array, Taps]]:
+    """Build `InspectionSeam.read`, by Linen's `capture_intermediates`."""
+    dit = module(k, inputs, place).clone(align_block=0)
+    N = shape(k, inputs).tokens
+
+    def read(
+        variables: Any, x: jax.Array, t: jax.Array, conditions: Conditions, *wanted: str
+    ) -> tuple[jax.Array, Taps]:
+        names = {name for each in wanted for name in _TAPPED[each]}
+        result: Any = dit.apply(
+            variables,
+            x,
+            t,
+            conditions,
+            capture_intermediates=lambda module, method: (
+                method == "__call__" and module.name in names
+            ),
+            mutable=["intermediates"],
+        )
+        out, state = result
+        if not names:
+            return out, Taps()
+        blocks = state["intermediates"]["blocks"]
+        found = Taps()
+        if "tokens" in wanted:
+            found = found._replace(tokens=_captured(blocks)[:, :, :N])
+        if "branches" in wanted:
+            each = {
+                name: _captured(blocks[layer.partition("/")[0]])[:, :, :N]
+                for name, layer in branches(k).items()
+            }
+            found = found._replace(branches=each)
+        if "attention" in wanted:
+            found = found._replace(attention=_weights_of(k, inputs, blocks["attn"]))
+        return out, found
+
+    return read
+
+
+def _captured(module: Any) -> jax.Array:
+    """The output of a module, which was evaluated once."""
+    (found,) = module["__call__"]
+    return found
+
+
+def _weights_of(k: DiTKeys, inputs: Inputs, captured: Any) -> jax.Array:
+    """The weights of self-attention f32[L,B,H,M,M], from what its products yield."""
+    qkv = _captured(captured["qkv"])  # [L,B,M,3,H,d]
+    L, B = qkv.shape[:2]
+    q, key = (qkv[:, :, :, i].transpose(0, 1, 3, 2, 4) for i in range(2))
+    if k.qk_norm:
+        q, key = (_captured(captured[name]) for name in ("q_norm", "k_norm"))
+    if k.rope:
+        grid = (inputs.shape[0] // k.patch, inputs.shape[1] // k.patch)
+        q, key = (rotated(x.reshape(L * B, *x.shape[2:]), *grid) for x in (q, key))
+        q, key = (x.reshape(L, B, *x.shape[1:]) for x in (q, key))
+    return attention_weights(q, key, query_factor(k))
+
+
+def patcher_of(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> Callable[..., jax.Array]:
+    """Build `InspectionSeam.patch`. Tokens of conditions are never patched."""
+
+    def hook(tokens: jax.Array, given: tuple[jax.Array, jax.Array]) -> jax.Array:
+        mask, value = given
+        extra = tokens.shape[1] - value.shape[1]
+        mask = jnp.pad(mask, ((0, 0), (0, extra)))
+        value = jnp.pad(value, ((0, 0), (0, extra), (0, 0)))
+        return jnp.where(mask[:, :, None], value.astype(tokens.dtype), tokens)
+
+    dit = module(k, inputs, place).clone(align_block=0, hook=hook)
+
+    def patch(
+        variables: Any,
+        x: jax.Array,
+        t: jax.Array,
+        conditions: Conditions,
+        mask: jax.Array,
+        value: jax.Array,
+    ) -> jax.Array:
+        out: Any = dit.apply(variables, x, t, conditions, (mask, value))
+        return out
+
+    return patch
+
+
+def branches(k: DiTKeys) -> dict[str, str]:
+    """The branches of a block: name -> its last linear layer."""
+    cross = {"cross-attention": "cross/out"} if k.block == "cross_attention" else {}
+    return {"attention": "attn/out", **cross, "mlp": "mlp/out"}
+
+
+# ---- sharding rules and learning rates
 
 # The first match wins; the specs are for the last axes of a leaf (a scanned stack adds a leading
 # one). `fsdp` splits an axis that every product contracts or gathers whole. `tensor` follows
@@ -876,5 +1017,6 @@ NETWORK = Network(
     inherited=("frequency_shift", "norm2_eps"),
     stack="blocks",
     control=ControlSeam(control_branch, control_variables, check_branch, branch_cost),
+    inspection=InspectionSeam(reader_of, patcher_of, lens_of, branches),
     interval=True,
 )

@@ -143,6 +143,36 @@ class ControlSeam(NamedTuple):
     cost: Callable[[Any, Inputs, Branch], tuple[int, int]]
 
 
+class Taps(NamedTuple):
+    """What the blocks of a network computed; what was not asked for is None or empty.
+
+    tokens f[L,B,N,D] after each block; branches: name -> what it yields before its gate,
+    f[L,B,N,D]; attention f32[L,B,H,M,M], the weights of self-attention. N are the tokens of the
+    image; M counts the tokens of conditions behind them, too.
+    """
+
+    tokens: jax.Array | None = None
+    branches: Mapping[str, jax.Array] = {}
+    attention: jax.Array | None = None
+
+
+class InspectionSeam(NamedTuple):
+    """How the blocks of a network are read and changed, if it has a stack of them.
+
+    The first three take (k, inputs, place) and build a function of (variables, x, t, Conditions,
+    ..). `read`, with names of fields of `Taps`, -> (prediction, Taps). `patch`, with mask
+    bool[L,B or 1,N] and value f[L,B,N,D], -> the prediction with the value in the place of what
+    comes out of a block where the mask is set. `lens`, with the tokens [B,N,D] of any block in the
+    place of x, -> the prediction of the layers behind the blocks. `branches(k)` maps each branch of
+    a block to its last linear layer, a path in the block.
+    """
+
+    read: Callable[..., Callable[..., tuple[jax.Array, Taps]]]
+    patch: Callable[..., Callable[..., jax.Array]]
+    lens: Callable[..., Callable[..., jax.Array]]
+    branches: Callable[[Any], Mapping[str, str]]
+
+
 class Network(NamedTuple):
     """The definition of a network.
 
@@ -156,7 +186,7 @@ class Network(NamedTuple):
     For fine-tuning, `grafts` are the rules of the leaves that follow the inputs
     (`models/grafting.py`), `inherited` the keys that weights were trained with and do not show, and
     `stack` is the name of the blocks, whose leaves have a leading axis of them. `control` is None
-    if the network cannot have a control branch.
+    if the network cannot have a control branch, `inspection` if its blocks cannot be read.
     """
 
     keys: type[Model]
@@ -172,4 +202,5 @@ class Network(NamedTuple):
     inherited: tuple[str, ...] = ()
     stack: str = ""
     control: ControlSeam | None = None
+    inspection: InspectionSeam | None = None
     interval: bool = False

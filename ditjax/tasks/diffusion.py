@@ -49,6 +49,7 @@ from ditjax.training.task import (
     Definition,
     Frozen,
     Guidance,
+    Inside,
     Sampling,
     Start,
     Task,
@@ -215,6 +216,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         cost=cost,
         sampling=sampling(c, mesh),
         scores=(validation(c, mesh), *([density(c, mesh)] if c.evaluate.bpd_num else [])),
+        inside=inside_of(c, mesh),
     )
 
 
@@ -471,6 +473,37 @@ def to_uint8(x: jax.Array) -> jax.Array:
     return jnp.clip(127.5 * x + 128.0, 0, 255).astype(jnp.uint8)
 
 
+# ---- inspection
+
+
+def inside_of(c: Config, mesh: Mesh | None = None) -> Inside | None:
+    """What can be read of the network of a recipe, or None if it has no stack of blocks."""
+    network, inputs = network_of(c), inputs_of(c)
+    seam, split = network.inspection, network.attention(c.model, inputs)
+    if seam is None or split is None or network.cost is None:
+        return None
+    place = ANYWHERE if mesh is None else placement(c, mesh)
+    side = math.isqrt(split.tokens)
+
+    def decode(frozen: Frozen, x0: jax.Array) -> jax.Array:
+        return autoencoder.decode_latents(c, frozen["autoencoder"], x0) if c.latent else x0
+
+    return Inside(
+        objective=objective_of(c),
+        x0=functools.partial(_held_out_example, c),
+        decode=decode,
+        shape=inputs.shape,
+        depth=network.cost(c.model, inputs).description["depth"],
+        grid=(side, side),
+        stack=network.stack,
+        branches=seam.branches(c.model),
+        null=c.data.num_classes if c.model.label_dropout > 0 else None,
+        read=seam.read(c.model, inputs, place),
+        patch=seam.patch(c.model, inputs, place),
+        lens=seam.lens(c.model, inputs, place),
+    )
+
+
 # ---- validation loss
 
 
@@ -492,11 +525,7 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
         trained: Any, frozen: Frozen, keys: jax.Array, batch: Batch
     ) -> dict[str, jax.Array]:
         params = transform.join(frozen.get("base"), trained)
-        x0 = batch["image"]
-        if c.latent:
-            noise = samplers.per_sample_noise(keys, shape)(jnp.int32(0))
-            moments = autoencoder.encode_images(c, frozen["autoencoder"], x0)
-            x0 = autoencoder.normalized(c, sample_posterior(moments, noise))
+        x0 = _held_out_example(c, frozen, batch["image"], keys)
         denoise = functools.partial(apply, params, conditions=_held_out_conditions(c, keys, batch))
         eps = samplers.initial_noise(keys, shape)
         found = loss(objective, denoise, x0, batch["t"], eps)
@@ -514,6 +543,15 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
         # Times are spread evenly over the examples.
         drawn=lambda indices: {"t": stratified_times(objective.process, indices, shift)},
     )
+
+
+def _held_out_example(c: Config, frozen: Frozen, images: jax.Array, keys: jax.Array) -> jax.Array:
+    """Images, or z ~ q(z|x) of latents, whose noise depends only on the keys."""
+    if not c.latent:
+        return images
+    noise = samplers.per_sample_noise(keys, inputs_of(c).shape)(jnp.int32(0))
+    moments = autoencoder.encode_images(c, frozen["autoencoder"], images)
+    return autoencoder.normalized(c, sample_posterior(moments, noise))
 
 
 def _held_out_conditions(c: Config, keys: jax.Array, batch: Batch) -> Conditions:

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from ditjax.config import Config, Section
 from ditjax.data.records import HostBatch
-from ditjax.models.network import Conditions, NetworkCost, Rules
+from ditjax.diffusion.losses import Objective
+from ditjax.models.network import Conditions, NetworkCost, Rules, Taps
 from ditjax.training.step import Batch, Metrics
 
 # Frozen weights by name, such as "autoencoder": not trained, but an argument of jitted programs.
@@ -122,6 +123,30 @@ class ValidationScore(NamedTuple):
     drawn: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda indices: {}
 
 
+class Inside(NamedTuple):
+    """What inspection reads and changes in the network of a task, and what that network predicts.
+
+    `x0(frozen, images f32[B,H,W,C] in [-1, 1], keys key[B])` are the examples of a process that is
+    the objective's. `read`, `patch` and `lens` are those of `network.InspectionSeam`. The network
+    has `depth` blocks on rows x columns of tokens, and stacks their parameters below `stack`, where
+    `branches` maps each branch of a block to its last linear layer. `null` is the label that says
+    nothing, or None.
+    """
+
+    objective: Objective
+    x0: Callable[[Frozen, jax.Array, jax.Array], jax.Array]
+    decode: Callable[[Frozen, jax.Array], jax.Array]  # examples -> images f32[B,H,W,C]
+    shape: tuple[int, ...]  # of an example
+    depth: int
+    grid: tuple[int, int]
+    stack: str
+    branches: Mapping[str, str]
+    null: int | None
+    read: Callable[..., tuple[jax.Array, Taps]]
+    patch: Callable[..., jax.Array]
+    lens: Callable[..., jax.Array]
+
+
 class Additions(NamedTuple):
     """What training adds on the host to the rows that it reads, such as features from a file.
 
@@ -162,6 +187,7 @@ class Task(NamedTuple):
     cost: NetworkCost | None = None
     sampling: Sampling | None = None
     scores: tuple[ValidationScore, ...] = ()
+    inside: Inside | None = None  # None: its network has no blocks that can be read
 
 
 class Definition(NamedTuple):

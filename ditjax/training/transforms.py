@@ -5,11 +5,12 @@ A network's parameters are {'params': tree}. Paths are below 'params', such as
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ditjax.errors import UserError, first_few
@@ -172,6 +173,32 @@ def beside(stack: str, shapes: Callable[[], Any]) -> Transform:
         )
 
     return Transform(init, join, merge)
+
+
+class Held(NamedTuple):
+    """Which blocks keep a branch, bool[L], and what it yields in the others, f32[L,D]."""
+
+    keep: jax.Array | np.ndarray
+    value: jax.Array | np.ndarray
+
+
+def without_branches(layers: Mapping[str, str], stack: str) -> Transform:
+    """Hold branches of blocks at constants; at zero, the branch is taken out.
+
+    `layers` maps a branch to its last linear layer, a path in a block of the stack. `base` are
+    {branch: Held}. Of a block that does not keep it, the layer has no kernel, and the value for
+    bias: the branch yields it for every token, before its gate. The other leaves keep their bits.
+    """
+
+    def join(base: Any, trained: Any) -> Any:
+        flat = _flat(trained["params"])
+        for branch, held in base.items():
+            kernel, bias = (f"{stack}/{layers[branch]}/{name}" for name in ("kernel", "bias"))
+            flat[kernel] = jnp.where(held.keep[:, None, None], flat[kernel], 0)
+            flat[bias] = jnp.where(held.keep[:, None], flat[bias], held.value)
+        return {**trained, "params": unflatten(flat)}
+
+    return Transform(lambda params, key: params, join, join)
 
 
 def scaled(factors: Any, scale: float) -> Any:

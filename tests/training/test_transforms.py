@@ -11,13 +11,14 @@ import pytest
 from ditjax.cli import load_recipe
 from ditjax.config import changed, read
 from ditjax.errors import UserError
+from ditjax.files.assets import unflatten
 from ditjax.models.network import Conditions
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 from ditjax.tasks import make_task
 from ditjax.tasks.diffusion import denoiser_module
 from ditjax.training.program import precise, training
-from ditjax.training.transforms import merged_factors, scaled
+from ditjax.training.transforms import Held, merged_factors, scaled, without_branches
 from ditjax.weights.networks import shapes_of
 
 STEPS = 3
@@ -162,3 +163,35 @@ def test_parts_that_do_not_exist_are_refused(adapt, words):
     task = make_task(recipe(**adapt))
     with pytest.raises(UserError, match=words):
         jax.eval_shape(lambda: task.transform.init(base(), jax.random.key(0)))
+
+
+def test_closing_a_branch_is_closing_its_gate_to_the_bit():
+    """Of one block; a branch that is kept keeps its bits, and a value comes out of another."""
+    c = recipe()
+    inside = make_task(c).inside
+    assert inside is not None
+    x, t = np.asarray(batch()["image"]), np.full(8, 300)
+    conditions = Conditions(label=jnp.asarray(batch()["label"]))
+    transform = without_branches(inside.branches, inside.stack)
+
+    def held(branch, block, value=0.0):
+        values = np.full((2, 32), value, np.float32)
+        return {branch: Held(np.arange(2) != block, values)}
+
+    def read(params):
+        return inside.read(params, x, t, conditions, "branches")
+
+    for branch, gate in (("attention", 2), ("mlp", 5)):
+        gated = {path: np.array(leaf) for path, leaf in flat(base()["params"]).items()}
+        for name in ("kernel", "bias"):
+            gated[f"blocks/adaln/linear/{name}"][1, ..., gate, :] = 0
+        expected = read({"params": unflatten(gated)})[0]
+        closed, taps = read(transform.join(held(branch, 1), base()))
+        np.testing.assert_array_equal(closed, expected)
+        assert (np.asarray(taps.branches[branch][1]) == 0).all()
+        assert (np.asarray(taps.branches[branch][0]) != 0).any()
+        value = read(transform.join(held(branch, 1, 0.5), base()))[1].branches[branch]
+        np.testing.assert_array_equal(value[1], 0.5)
+    same = transform.join(held("mlp", 9), base())
+    for path, leaf in flat(base()).items():
+        np.testing.assert_array_equal(flat(same)[path], leaf)
