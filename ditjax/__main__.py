@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": "draw images from a run or from published weights",
     "evaluate": "score a run's samples, or any sample set, with their protocol",
     "grid": "score one checkpoint at every combination of sampler, steps and guidance",
+    "inspect": "look inside a trained network: probes, lens, patching, ablation, similarity",
     "sweep": "train and evaluate every cell of a study, then report",
     "report": "write a page, tables and plots from any number of results",
     "transfer": "find the best learning rate by width and parametrization",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ditjax import cli
-from ditjax.config import changed, check_used
+from ditjax.config import Config, changed, check_used
 from ditjax.errors import UserError
 from ditjax.files.atomic import write_json
 from ditjax.files.paths import split_paths
@@ -53,8 +53,8 @@ _FLAGS: Mapping[str, tuple[str, Any, str]] = {
 }
 
 
-def _parser() -> cli.Parser:
-    parser = cli.parser("sample", "Draw images from a run or from published weights.")
+def add_source(parser: cli.Parser) -> None:
+    """Add the flags of a trained network, a run or weights, which `parse_source` opens."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", default="", help="a run's directory")
     source.add_argument(
@@ -65,6 +65,42 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--autoencoder", default="", help="the autoencoder, if the --weights are of a latent DiT"
     )
+    cli.add_step(parser)
+    cli.add_weights_options(parser)
+
+
+def parse_source(parser: cli.Parser, argv: list[str]) -> tuple[argparse.Namespace, Config, Source]:
+    """A command's flags, its checked recipe, and the network that its flags name.
+
+    Raises UserError.
+    """
+    opened: list[Source] = []
+
+    def recorded(args: argparse.Namespace) -> Mapping[str, Any]:
+        if args.workdir:
+            opened.append(open_run_source(args.workdir, args.step, args.class_names))
+        else:
+            opened.append(
+                open_source(
+                    args.weights,
+                    args.autoencoder,
+                    **cli.weights_options(args),
+                    step=args.step,
+                    class_names=args.class_names,
+                )
+            )
+        return dataclasses.asdict(opened[0].config)
+
+    if parser.parse_known_args(argv)[0].workdir:
+        of_weights = ("autoencoder", "which", "leave_out", "heads", "num_classes", "numerics")
+        cli.check_unused(parser, argv, of_weights, "with --workdir, whose recipe says it")
+    args, config = cli.parse(parser, argv, recorded)
+    return args, config, opened[0]
+
+
+def _parser() -> cli.Parser:
+    parser = cli.parser("sample", "Draw images from a run or from published weights.")
+    add_source(parser)
     parser.add_argument("--out", default="", help="output folder (default: WORKDIR/drawn)")
     parser.add_argument(
         "--classes",
@@ -96,8 +132,6 @@ def _parser() -> cli.Parser:
         help="float32 (exact; the default for --weights), fast (float32 with the backend's rounded"
         " products) or bfloat16",
     )
-    cli.add_step(parser)
-    cli.add_weights_options(parser)
     cli.add_processes(parser)
     return parser
 
@@ -116,28 +150,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Run the command. Raises UserError."""
-    opened: list[Source] = []
-
-    def recorded(args: argparse.Namespace) -> Mapping[str, Any]:
-        if args.workdir:
-            opened.append(open_run_source(args.workdir, args.step, args.class_names))
-        else:
-            opened.append(
-                open_source(
-                    args.weights,
-                    args.autoencoder,
-                    **cli.weights_options(args),
-                    step=args.step,
-                    class_names=args.class_names,
-                )
-            )
-        return dataclasses.asdict(opened[0].config)
-
-    parser = _parser()
-    if parser.parse_known_args(argv)[0].workdir:
-        of_weights = ("autoencoder", "which", "leave_out", "heads", "num_classes", "numerics")
-        cli.check_unused(parser, argv, of_weights, "with --workdir, whose recipe says it")
-    args, config = cli.parse(parser, argv, recorded)
+    args, config, source = parse_source(_parser(), argv)
     config = changed(config, _overrides(args))
     given = [key for flag, (key, _, _) in _FLAGS.items() if getattr(args, flag) is not None]
     ours = ("sample.", "control.", "edit.")
@@ -149,9 +162,9 @@ def main(argv: list[str]) -> int:
     folder = Path(args.out or Path(args.workdir or ".") / "drawn")
     if folder.exists() and not folder.is_dir():  # before hours of work, not after
         raise UserError(f"--out={folder} is a file: give a folder.")
-    pipeline = Pipeline(opened[0], config)
+    pipeline = Pipeline(source, config)
     if is_primary():
-        print("\n".join((*opened[0].notes, labels_text(config))), flush=True)
+        print("\n".join((*source.notes, labels_text(config))), flush=True)
     # Without a number, as many as are given: of images and of classes.
     num = config.sample.num if not edit or "sample.num" in given else None
     record = pipeline.write(

@@ -33,6 +33,7 @@ COMMANDS = (
     "train",
     "sample",
     "evaluate",
+    "inspect",
     "sweep",
     "report",
     "flops",

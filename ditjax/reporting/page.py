@@ -54,23 +54,13 @@ class Study:
 
 def render_page(study: Study) -> str:
     """Render the page. Every string is escaped, images are data URIs, and nothing is loaded."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ditjax", "reporting"),
-        autoescape=True,
-        finalize=_shown,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     runs, metric = study.runs, metric_name(study.metric)
     groups = [analysis.group for analysis in study.analyses]
     columns = table_columns(groups, study.metric, study.absent)
     looks = Encoding(runs)
     rows = {id(each): i for i, each in enumerate(runs)}
     spent = _Budget(PAGE_BYTES)
-    page = environment.get_template("page.html.jinja").render(
+    page = page_template("page.html.jinja").render(
         title=(study.plan.title if study.plan else "") or f"{metric} against Gflops",
         metric=metric,
         lead=_lead(study),
@@ -103,6 +93,21 @@ def render_page(study: Study) -> str:
         sha256=_sha256,
     )
     return encodable(page)
+
+
+def page_template(name: str) -> Any:
+    """A template of this folder, which escapes every string."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ditjax", "reporting"),
+        autoescape=True,
+        finalize=_shown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def _shown(value: Any) -> Any:
