@@ -8,8 +8,11 @@ import pytest
 from PIL import Image
 
 from ditjax import inspect
+from ditjax.cli import load_recipe
+from ditjax.config import read
 from ditjax.errors import UserError
 from ditjax.evaluation.analyses import ANALYSES, warped_images
+from ditjax.evaluation.inspection import Reading, open_instrument
 
 WORDS = ("--num=40", "--batch_size=32", "--times=0.3,0.8")
 
@@ -111,3 +114,15 @@ def test_a_warped_copy_shows_the_places_that_are_said():
     unmoved, same = warped_images(picture, np.zeros((1, 4), np.float32), (8, 8))
     np.testing.assert_allclose(unmoved, picture, atol=1e-4)
     assert np.abs(np.diff(np.asarray(same)[0], axis=0)).max() == 7
+
+
+def test_a_u_net_is_refused_before_its_weights_are_read():
+    c = read(
+        load_recipe(["--config=digits", "--config.model.kind=unet", "--config.model.width=32"])
+    )
+    with pytest.raises(UserError, match="'unet', whose network has no stack of blocks"):
+        open_instrument(c, _never, Reading())
+
+
+def _never(c, mesh):
+    raise AssertionError("weights are read")

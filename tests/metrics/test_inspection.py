@@ -57,11 +57,11 @@ def test_the_regression_has_no_gradient_left():
 
 
 def test_the_penalty_is_chosen_on_rows_that_were_not_fitted():
-    """Noise of as many dimensions as rows is fitted perfectly; the strongest penalty is best."""
-    x, labels = clusters(120, 4)
-    wide = np.concatenate([x, 20 * RNG.normal(size=(120, 150))], axis=1)
-    assert fit_probe(wide, labels, 4).l2 == pytest.approx(0.1)
-    assert fit_probe(wide, labels, 4, [1e-4]).accuracy(wide, labels) == 1
+    """Noise of many dimensions is fitted perfectly without a penalty, and better with one."""
+    x, labels = clusters(400)
+    wide = np.concatenate([x, 2 * np.random.default_rng(5).normal(size=(400, 60))], axis=1)
+    assert fit_probe(wide, labels, 4, [1e-4]).accuracy(wide[:300], labels[:300]) == 1
+    assert fit_probe(wide, labels, 4, [1e-4, 1e-1]).l2 == pytest.approx(0.1)
 
 
 def test_a_probe_refuses_what_it_cannot_fit():
@@ -84,6 +84,26 @@ def test_hsic_is_the_sum_over_different_indices():
         for i, j, q, r in itertools.permutations(range(n), 4)
     ]
     assert unbiased_hsic(k, other) == pytest.approx(np.mean(values), rel=1e-10)
+
+
+def test_cknna_is_of_mutual_neighbours():
+    """By its definition, pair by pair."""
+    n, k = 14, 3
+    features = [RNG.normal(size=(n, d)) for d in (3, 5)]
+    units = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in features]
+
+    def near(x):
+        return [{*sorted(set(range(n)) - {i}, key=lambda j: -(x[i] @ x[j]))[:k]} for i in range(n)]
+
+    def similarity(x, y):
+        both = np.array(
+            [[j in a & b for j in range(n)] for a, b in zip(near(x), near(y), strict=False)]
+        )
+        return unbiased_hsic(both * (x @ x.T), both * (y @ y.T))
+
+    a, b = units
+    scale = np.sqrt(similarity(a, a) * similarity(b, b)) + 1e-6
+    assert cknna(*features, k) == pytest.approx(similarity(a, b) / scale, rel=1e-9)
 
 
 def test_cknna():
