@@ -120,13 +120,12 @@ def test_tokens_of_conditions_are_not_patched():
     k, variables, x, t, _ = network("in_context")
     t, conditions = np.array([500, 500]), Conditions(label=jnp.array([1, 2]))
     out, taps = SEAM.read(k, INPUTS)(variables, x, t, conditions, "tokens")
-    mask = np.zeros((L, 1, N), bool)
-    mask[-1] = True
-    patched = SEAM.patch(k, INPUTS)(variables, x, t, conditions, mask, taps.tokens[:, ::-1])
-    np.testing.assert_array_equal(patched, out[::-1])  # the final layer knows no condition
-    mask[:] = [[[True]], [[False]]]
-    patched = SEAM.patch(k, INPUTS)(variables, x, t, conditions, mask, taps.tokens[:, ::-1])
-    assert np.abs(patched - out[::-1]).max() > 1e-3
+    patch = SEAM.patch(k, INPUTS)
+    mask = np.array([[[True]], [[False]]]) & np.ones((1, 1, N), bool)
+    own = patch(variables, x, t, conditions, mask, taps.tokens)
+    np.testing.assert_array_equal(own, out)
+    others = patch(variables, x, t, conditions, mask, taps.tokens[:, ::-1])
+    assert np.abs(others - out[::-1]).max() > 1e-3  # the label is its own
 
 
 def test_branches_are_layers_of_a_block():
