@@ -126,14 +126,20 @@ TIMES = "One line a share of the noise, from little to much."
 
 
 def _compared(
-    name: str, title: str, caption: str, rows: Sequence[_Row], value: str, **levels: float
+    name: str,
+    title: str,
+    caption: str,
+    rows: Sequence[_Row],
+    value: str,
+    words: str,
+    levels: Mapping[str, float] | None = None,
 ) -> Sketch:
     """The best block against other features, over the noise."""
     lines = [Line("best block", *_best(_of(rows, "block"), value), COLOURS[0])]
     for kind, colour, marker in (("pixels", COLOURS[4], "s"), ("untrained", FAINT, "^")):
         if here := _of(rows, kind):
             lines.append(Line(kind, *_best(here, value), colour, marker, "--"))
-    return _plot(name, title, caption, lines, SHARE, title.partition(",")[0], levels)
+    return _plot(name, title, caption, lines, SHARE, words, levels)
 
 
 # ---- one function an analysis
@@ -141,11 +147,10 @@ def _compared(
 
 def _probe(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
     rows = tables["probe"]
-    title = "Accuracy of linear probes"
     return [
         _plot(
             "probe_by_block",
-            f"{title} by block",
+            "Accuracy of linear probes by block",
             f"Of the class of held-out images, from the mean token. {TIMES}",
             _by_time(_of(rows, "block"), "accuracy"),
             BLOCK,
@@ -153,10 +158,11 @@ def _probe(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
         ),
         _compared(
             "probe_by_noise",
-            f"{title}, the best block beside baselines",
+            "Linear probes beside baselines",
             "Pixels are those of the same noisy images; the untrained network is read after its"
             " last block.",
             rows,
+            "accuracy",
             "accuracy",
         ),
     ]
@@ -194,8 +200,9 @@ def _attention(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
         _grid(
             "attention_maps",
             "Where the central token looks",
-            "Mean weights over images at the middle of the times read; each map from 0 (dark) to"
-            " its own largest weight (light).",
+            f"It is in row {maps.shape[2] // 2 + 1} and column {maps.shape[3] // 2 + 1}. Mean"
+            " weights over images at the middle of the times read; each map from 0 (dark) to its"
+            " own largest weight (light).",
             [[maps[i, j] for j in taken[1]] for i in taken[0]],
             [f"block {blocks[i]}" for i in taken[0]],
             [f"head {j + 1}" for j in taken[1]],
@@ -215,9 +222,9 @@ def _lens(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
         sketches.append(
             _plot(
                 f"lens_{key}",
-                f"Lens: {words}, mean square",
-                f"Solid: the final layer on a block's tokens. Dotted: after a fitted affine map."
-                f" {TIMES}",
+                f"Lens: {words}",
+                "Mean squares. Solid: the final layer on a block's tokens. Dotted: after a fitted"
+                f" affine map. {TIMES}",
                 [*raw, *(line._replace(words="") for line in tuned)],
                 BLOCK,
                 words,
@@ -252,7 +259,7 @@ def _patch(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
     return [
         _plot(
             "patch_by_block",
-            "Patching: share of the label's effect that is recovered",
+            "The label's effect that is recovered",
             f"All tokens after one block are those of the run with the right label. {TIMES}",
             _by_time(_of(rows, "all"), "effect"),
             BLOCK,
@@ -290,8 +297,8 @@ def _gates(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
     return [
         _plot(
             "gates",
-            "Rise of the loss without one branch of a block",
-            "Mean over the times read, held-out images. The table has each time.",
+            "Rise of the loss without one branch",
+            "Of one block, mean over the times read, held-out images. The table has each time.",
             lines,
             BLOCK,
             "rise of the mean square error",
@@ -315,18 +322,19 @@ def _cknna(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
         sketches = [
             _plot(
                 "cknna_by_block",
-                "CKNNA with features of the clean images, by block",
-                f"Features are those of config.evaluate.features. {TIMES}",
+                "CKNNA with features, by block",
+                f"Features of the clean images, by config.evaluate.features. {TIMES}",
                 _by_time(_of(rows, "block"), "cknna"),
                 BLOCK,
                 "CKNNA",
             ),
             _compared(
                 "cknna_by_noise",
-                "CKNNA, the best block beside noisy pixels",
+                "CKNNA with features, beside noisy pixels",
                 "1 for the same neighbourhoods, about 0 for independent ones.",
                 rows,
                 "cknna",
+                "CKNNA",
             ),
         ]
     among = tables["cknna_blocks"]
@@ -350,12 +358,11 @@ def _cknna(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
 def _correspondence(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
     rows = tables["correspondence"]
     levels = {row["kind"]: row["pck"] for row in _of(rows, "same place", "random")}
-    title = "Tokens found within 1 of their place"
     return [
         _plot(
             "correspondence_by_block",
-            f"{title} in a warped copy, by block",
-            f"By the largest cosine between tokens. {TIMES}",
+            "Tokens of a warped copy found, by block",
+            f"Within 1 token of their place, by the largest cosine between tokens. {TIMES}",
             _by_time(_of(rows, "block"), "pck"),
             BLOCK,
             "share found",
@@ -363,11 +370,12 @@ def _correspondence(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
         ),
         _compared(
             "correspondence_by_noise",
-            f"{title}, the best block beside baselines",
+            "Tokens found, beside baselines",
             "Pixels: noisy patches in the place of tokens. Same place: as if nothing had moved.",
             rows,
             "pck",
-            **levels,
+            "share found",
+            levels,
         ),
     ]
 

@@ -89,8 +89,8 @@ def test_hsic_is_the_sum_over_different_indices():
 def test_cknna_is_of_mutual_neighbours():
     """By its definition, pair by pair."""
     n, k = 14, 3
-    features = [RNG.normal(size=(n, d)) for d in (3, 5)]
-    units = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in features]
+    x, y = (RNG.normal(size=(n, d)) for d in (3, 5))
+    a, b = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (x, y))
 
     def near(x):
         return [{*sorted(set(range(n)) - {i}, key=lambda j: -(x[i] @ x[j]))[:k]} for i in range(n)]
@@ -101,9 +101,8 @@ def test_cknna_is_of_mutual_neighbours():
         )
         return unbiased_hsic(both * (x @ x.T), both * (y @ y.T))
 
-    a, b = units
     scale = np.sqrt(similarity(a, a) * similarity(b, b)) + 1e-6
-    assert cknna(*features, k) == pytest.approx(similarity(a, b) / scale, rel=1e-9)
+    assert cknna(x, y, k) == pytest.approx(similarity(a, b) / scale, rel=1e-9)
 
 
 def test_cknna():
