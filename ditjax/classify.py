@@ -1,10 +1,10 @@
-"""Train the two digit classifiers that ship with ditjax; write their weights and manifest.
+"""Train a pair of classifiers that ships with ditjax; write their weights and manifest.
 
     python -m ditjax.classify --out=DIR
 
-takes about a minute on two cores. The features of one give FD-digits; the other judges the class of
-a sample. They share neither architecture, nor seed, nor augmentation. The weights of the last step
-are kept: the test split is scored once and selects nothing.
+takes about a minute on two cores. The features of one give a distance, such as FD-digits;
+the other judges the class of a sample. They share neither architecture, nor seed, nor augmentation.
+The weights of the last step are kept: the test split is scored once and selects nothing.
 """
 
 import dataclasses
@@ -19,19 +19,21 @@ import numpy as np
 import optax
 
 from ditjax import cli
+from ditjax.data import source
 from ditjax.data.crop import normalize
-from ditjax.data.records import load_arrays
+from ditjax.data.records import HostBatch, load_arrays
 from ditjax.errors import UserError
 from ditjax.evaluation.digits import (
     FEATURE_CLASSIFIER,
     JUDGE,
+    PAIRS,
     accuracy,
     apply_classifier,
     recognise,
 )
 from ditjax.files.assets import save_assets
 from ditjax.metrics.frechet import batch_moments, frechet_distance
-from ditjax.models.classifier import DIGIT_SIDE, DigitsConvNet, DigitsMixer
+from ditjax.models.classifier import DigitsConvNet, DigitsMixer
 
 _LINEN_FIELDS = ("parent", "name")
 
@@ -71,10 +73,12 @@ RECIPES = {
         epochs=90,
     ),
 }
+# What the data set is, where its full name does not say so.
+_DATA = {"digits": "scikit-learn load_digits; record i is test when i % 5 == 4"}
 
 
 def augment(key: jax.Array, x: jax.Array, augmentation: Augmentation) -> jax.Array:
-    """Rotate, zoom, shift (bilinear, black outside), scale contrast, add noise: f32[B,8,8,1]."""
+    """Rotate, zoom, shift (bilinear, black outside), scale contrast, add noise: f32[B,S,S,1]."""
     uniform_key, noise_key = jax.random.split(key)
     draws = jax.random.uniform(uniform_key, (x.shape[0], 6), minval=-1.0)
     angle = augmentation.rotation_radians * draws[:, 0:1]  # [B,1]
@@ -82,16 +86,16 @@ def augment(key: jax.Array, x: jax.Array, augmentation: Augmentation) -> jax.Arr
     shift = augmentation.shift_pixels * draws[:, 2:4]
     contrast = jnp.exp(augmentation.log_contrast * draws[:, 4:5])
     level = augmentation.noise * jnp.abs(draws[:, 5:6])
-    pixels = jnp.arange(DIGIT_SIDE, dtype=jnp.float32)
-    centre = (DIGIT_SIDE - 1) / 2
+    pixels = jnp.arange(x.shape[1], dtype=jnp.float32)
+    centre = (x.shape[1] - 1) / 2
     row, column = (
         axis.reshape(1, -1) - centre for axis in jnp.meshgrid(pixels, pixels, indexing="ij")
     )
     cos, sin = jnp.cos(angle) / zoom, jnp.sin(angle) / zoom
-    source_row = cos * row + sin * column + shift[:, :1] + centre  # [B,64]
+    source_row = cos * row + sin * column + shift[:, :1] + centre  # [B,S²]
     source_column = cos * column - sin * row + shift[:, 1:] + centre
 
-    def tent(source: jax.Array) -> jax.Array:  # bilinear weights, [B,64] -> [B,64,8]
+    def tent(source: jax.Array) -> jax.Array:  # bilinear weights, [B,S²] -> [B,S²,S]
         return jnp.maximum(0.0, 1.0 - jnp.abs(source[:, :, None] - pixels[None, None, :]))
 
     # Ink is x + 1: pixels that the tents do not reach get 0 ink, the background.
@@ -106,7 +110,7 @@ def train_classifier(
     labels: np.ndarray,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> dict[str, Any]:
-    """Train by cross-entropy on augmented images u8[N,8,8,1], labels i32[N]. Returns parameters.
+    """Train by cross-entropy on augmented images u8[N,S,S,1], labels i32[N]. Returns parameters.
 
     Random draws depend only on (recipe.seed, step), so the same arrays give the same weights on the
     same kind of machine. `progress(step, steps, loss)` is called ten times.
@@ -155,7 +159,10 @@ def _train_step(
 
 def main(argv: list[str]) -> int:
     """Train both, and write NAME.npz and manifest.json to --out. Raises UserError."""
-    parser = cli.parser("classify", "Train the two shipped digit classifiers.", config=False)
+    parser = cli.parser("classify", "Train a pair of the shipped classifiers.", config=False)
+    parser.add_argument(
+        "--features", choices=PAIRS, default="digits", help="which pair (default: digits)"
+    )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the npz files and manifest"
     )
@@ -166,46 +173,62 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--seed={args.seed}: expected 0 or more.")
     save_assets(args.out, {})  # raises for an unwritable folder before the training
 
-    train_split = load_arrays("digits", "train", args.data_dir)
-    test_split = load_arrays("digits", "test", args.data_dir)
-    for name, recipe in RECIPES.items():
+    pair = PAIRS[args.features]
+    train_split = load_arrays(pair.data, "train", args.data_dir)
+    test_split = load_arrays(pair.data, "test", args.data_dir)
+    data = _DATA.get(pair.data) or source.known_content(pair.data, args.data_dir)
+    flags = (f"--features={args.features}", "--out=DIR", f"--seed={args.seed}")
+    for name in (pair.features, pair.judge):
+        recipe = RECIPES[name]
         recipe = dataclasses.replace(recipe, seed=recipe.seed + args.seed)
-        start = time.monotonic()
-
-        def report(
-            step: int, steps: int, loss: float, name: str = name, start: float = start
-        ) -> None:
-            rate = step / (time.monotonic() - start)
-            left = (steps - step) / rate
-            print(
-                f"{name}: step {step}/{steps}  loss {loss:.3f}  {rate:.0f} steps/s"
-                f"  {left:.0f} s left",
-                flush=True,
-            )
-
-        params = train_classifier(recipe, train_split["image"], train_split["label"], report)
-        train_features, _ = recognise(recipe.network, params, train_split["image"])
-        test_features, test_logits = recognise(recipe.network, params, test_split["image"])
+        params = train_classifier(
+            recipe, train_split["image"], train_split["label"], _progress_of(name)
+        )
         record = {
-            "network": _network(recipe),
-            "recipe": _settings(recipe),
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-            "data": "scikit-learn load_digits; record i is test when i % 5 == 4",
-            "train_count": len(train_split["label"]),
-            "test_count": len(test_split["label"]),
-            "test_accuracy": accuracy(test_logits, test_split["label"]),
-            "frechet_train_test": frechet_distance(
-                batch_moments(train_features), batch_moments(test_features)
-            ),
-            "made_by": f"python -m ditjax.classify --out=DIR --seed={args.seed}",
-            "jax": jax.__version__,
+            **_measured(recipe, params, train_split, test_split),
+            "data": data,
+            "made_by": " ".join(("python -m ditjax.classify", *flags)),
         }
         save_assets(args.out, {name: (params, record)})
         print(
-            f"{name}: test accuracy {record['test_accuracy']:.4f} on {record['test_count']} digits,"
+            f"{name}: test accuracy {record['test_accuracy']:.4f} on {record['test_count']} images,"
             f" Fréchet distance train to test {record['frechet_train_test']:.3f}"
         )
     return 0
+
+
+def _progress_of(name: str) -> Callable[[int, int, float], None]:
+    start = time.monotonic()
+
+    def report(step: int, steps: int, loss: float) -> None:
+        rate = step / (time.monotonic() - start)
+        left = (steps - step) / rate
+        print(
+            f"{name}: step {step}/{steps}  loss {loss:.3f}  {rate:.0f} steps/s  {left:.0f} s left",
+            flush=True,
+        )
+
+    return report
+
+
+def _measured(
+    recipe: Recipe, params: Any, train_split: HostBatch, test_split: HostBatch
+) -> dict[str, Any]:
+    """Return the record of trained parameters: network, recipe, and scores of both splits."""
+    train_features, _ = recognise(recipe.network, params, train_split["image"])
+    test_features, test_logits = recognise(recipe.network, params, test_split["image"])
+    return {
+        "network": _network(recipe),
+        "recipe": _settings(recipe),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "train_count": len(train_split["label"]),
+        "test_count": len(test_split["label"]),
+        "test_accuracy": accuracy(test_logits, test_split["label"]),
+        "frechet_train_test": frechet_distance(
+            batch_moments(train_features), batch_moments(test_features)
+        ),
+        "jax": jax.__version__,
+    }
 
 
 def _network(recipe: Recipe) -> dict[str, Any]:

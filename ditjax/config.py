@@ -99,13 +99,16 @@ def key(
 
 
 _DOTTED: re.Pattern[str] = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+# Of the classifiers that ship (`evaluation/features.py`).
+SHIPPED_FEATURES = ("digits", "scenes")
+FEATURES_EXPECTED = f"{', '.join(map(repr, SHIPPED_FEATURES))} or 'inception:FILE'"
 FEATURE_NAME = Rule(
     lambda v: (
-        v in ("digits", "scenes", "none")
+        v in (*SHIPPED_FEATURES, "none")
         or bool(v.partition("inception:")[2])
         or bool(_DOTTED.fullmatch(v))
     ),
-    "'digits', 'scenes', 'none', 'inception:FILE' or the dotted name of your own function",
+    f"'none', {FEATURES_EXPECTED}, or the dotted name of your own function",
 )
 
 
@@ -485,8 +488,8 @@ class Train(Section):
         if self.evaluate_every_steps and c.evaluate.features == "none":
             raise UserError(
                 f"config.train.evaluate_every_steps is {self.evaluate_every_steps} and"
-                " config.evaluate.features is 'none': set features to 'digits', 'scenes' or"
-                " 'inception:FILE', or evaluate_every_steps to 0."
+                f" config.evaluate.features is 'none': set features to {FEATURES_EXPECTED},"
+                " or evaluate_every_steps to 0."
             )
         self._check_averages()
         if self.batch_size % self.microbatches:
@@ -679,7 +682,7 @@ class Evaluate(Section):
     FREE: ClassVar[bool] = True
 
     split: str = key("validation")  # held-out images for the validation loss or the PSNR
-    # 'digits', 'scenes', 'inception:FILE', 'none' or the dotted name of your own function
+    # as FEATURE_NAME says
     features: str = key("none", PATH, FEATURE_NAME)
     reference: str = key("", PATH)  # statistics, images or DATASET/SPLIT; '' = the training split
     # The parts of a sample set have nine-digit names.

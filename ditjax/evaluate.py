@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ditjax import cli
-from ditjax.config import Config, changed, migrated
+from ditjax.config import SHIPPED_FEATURES, Config, changed, migrated
 from ditjax.data.folders import report_reading
 from ditjax.data.images import open_images
 from ditjax.errors import UserError
@@ -145,7 +145,8 @@ def evaluate_run(
 
 # Flags that abbreviate keys of the recipe when a run is evaluated.
 FLAGS = {
-    "features": "inception:WEIGHTS, digits or scenes (config.evaluate.features)",
+    "features": f"inception:WEIGHTS, {', '.join(SHIPPED_FEATURES)}, or a function's dotted name"
+    " (config.evaluate.features)",
     "reference": "statistics (npz with mu, sigma), an npz or folder of images, or DATASET[/SPLIT];"
     " default for a run: its training images (config.evaluate.reference)",
 }
@@ -155,8 +156,8 @@ def _parser() -> cli.Parser:
     parser = cli.parser(
         "evaluate",
         "Score a run's samples, drawn by its recipe, or any --samples, and print the protocol: FID,"
-        " sFID, IS, precision, recall, KID; FD-digits on the features of the shipped classifier;"
-        " PSNR for an autoencoder's run.",
+        " sFID, IS, KID, MIND, precision, recall, density, coverage; FD-digits on the"
+        " features of a shipped classifier; PSNR for an autoencoder's run.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", default="", help="a run's directory")

@@ -1,22 +1,38 @@
-"""The two shipped digit classifiers: one gives the features of FD-digits, the other the judge."""
+"""The shipped classifiers, in pairs: one gives the features of a distance, the other the judge."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 
 from ditjax.data.crop import normalize, resize_images
-from ditjax.models import classifier
-from ditjax.models.classifier import Recognition
+from ditjax.models.classifier import DIGIT_SIDE, Recognition
 from ditjax.parallel.processes import padded
 from ditjax.weights.shipped import Classifier, shipped_classifier
 
-FEATURE_CLASSIFIER = "digits_convnet"
-JUDGE = "digits_mixer"
+
+class Pair(NamedTuple):
+    """Two classifiers of a data set, and the side of its images.
+
+    `features` and `judge` are assets. They share neither architecture, nor seed, nor augmentation.
+    """
+
+    data: str
+    features: str
+    judge: str
+    side: int
+
+
+# By the name of their features: 'digits' gives FD-digits.
+PAIRS = {
+    "digits": Pair("digits", "digits_convnet", "digits_mixer", DIGIT_SIDE),
+}
+FEATURE_CLASSIFIER = PAIRS["digits"].features
+JUDGE = PAIRS["digits"].judge
 
 
 def apply_classifier(network: Classifier, params: Any, x: jax.Array) -> Recognition:
-    """Apply a classifier to f32[B,8,8,1] in [-1,1]. Returns features and logits."""
+    """Apply a classifier to f32[B,side,side,1] in [-1,1]. Returns features and logits."""
     return cast(Recognition, network.apply({"params": params}, x))
 
 
@@ -26,7 +42,7 @@ _forward = jax.jit(apply_classifier, static_argnums=0)
 def recognise(
     network: Classifier, params: dict[str, Any], images: np.ndarray, batch_size: int = 512
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Classify images u8[N,8,8,1] in batches. Returns features f32[N,F], logits f32[N,10]."""
+    """Classify images u8[N,side,side,1] in batches. Returns features f32[N,F], logits f32[N,10]."""
     parts: list[Recognition] = []
     for start in range(0, len(images), batch_size):
         x = normalize(images[start : start + batch_size])
@@ -40,14 +56,20 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(np.argmax(logits, axis=1) == labels))
 
 
-def recognise_digits(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def recognise_shipped(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Classify u8[N,H,W,C] of any size by a shipped classifier: f32[N,F], logits f32[N,10]."""
-    small = resize_images(images, classifier.DIGIT_SIDE)
+    network, params = shipped_classifier(name)
+    small = resize_images(images, network.side)
     if small.shape[-1] == 3:
         small = small.mean(-1, keepdims=True).round().astype(np.uint8)
-    return recognise(*shipped_classifier(name), small)
+    return recognise(network, params, small)
+
+
+def predict_class(judge: str, images: np.ndarray) -> np.ndarray:
+    """Return the class that a shipped classifier predicts for each image: u8[N,H,W,C] -> i[N]."""
+    return np.argmax(recognise_shipped(judge, images)[1], axis=1)
 
 
 def predict_digit(images: np.ndarray) -> np.ndarray:
-    """Return the digit that the judge predicts for each image: u8[N,H,W,C] -> i[N]."""
-    return np.argmax(recognise_digits(JUDGE, images)[1], axis=1)
+    """Return the digit that the judge of 'digits' predicts for each image: u8[N,H,W,C] -> i[N]."""
+    return predict_class(JUDGE, images)

@@ -3,21 +3,21 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax.config import Config, replaced
+from ditjax.config import FEATURES_EXPECTED, Config, replaced
 from ditjax.data import records, source
 from ditjax.data.images import open_images
 from ditjax.data.names import Split
 from ditjax.errors import UserError
 from ditjax.evaluation import scoring
 from ditjax.evaluation.control import ControlScores
-from ditjax.evaluation.features import Extractor, digits_extractor, open_extractor, scenes_extractor
+from ditjax.evaluation.features import SHIPPED_EXTRACTORS, Extractor, open_extractor
 from ditjax.evaluation.scoring import (
     ExtractedFeatures,
     Reference,
@@ -28,6 +28,7 @@ from ditjax.evaluation.scoring import (
 from ditjax.evaluation.validation import Validator
 from ditjax.files import lease, npz
 from ditjax.files.npz import load_array
+from ditjax.metrics import neighbours
 from ditjax.parallel.rules import check_batch
 from ditjax.runs import opening
 from ditjax.runs.results import SAMPLES_FILE
@@ -63,8 +64,8 @@ class Evaluator:
         sampling_of(c, make_task(c))
         if c.evaluate.features == "none":
             raise UserError(
-                "config.evaluate.features is 'none': expected 'digits', 'scenes' or"
-                " 'inception:FILE' (evaluate and grid take --features=)."
+                f"config.evaluate.features is 'none': expected {FEATURES_EXPECTED}"
+                " (evaluate and grid take --features=)."
             )
         check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
         self._drawer = drawer or Drawer(mesh, frozen)
@@ -80,7 +81,7 @@ class Evaluator:
 
     @property
     def distance(self) -> str:
-        """The metric that selects the best model: 'fid' or 'fd_digits'."""
+        """The metric that selects the best model: 'fid', or 'fd_digits' on those features."""
         return scoring.distance_name(self.extractor.family)
 
     def in_memory(self, c: Config, params: Any, num: int) -> Evaluated:
@@ -129,7 +130,7 @@ class Evaluator:
         metrics = self._metrics(c, extracted, load_array(path, "label"))
         metrics |= self._control_metrics(c, path)
         if self.extractor.shipped:
-            metrics |= self._digits_metrics(c, params, folder, model)
+            metrics |= self._shipped_metrics(c, params, folder, model)
         metrics |= self._validate(c, params)
         return Evaluated(metrics, self.protocol_of_run(c), self.reference.name, seconds)
 
@@ -198,12 +199,12 @@ class Evaluator:
             found["accuracy"] = float(np.mean(extracted.predicted == label))
         return found
 
-    def _digits_metrics(
+    def _shipped_metrics(
         self, c: Config, params: Any, folder: Path, model: dict[str, Any]
     ) -> dict[str, float]:
-        """Return the distance of real digits to real digits, and the accuracy under guidance."""
-        real = real_distance(self.extractor.name, *_real_splits(c, self.extractor), c.data.data_dir)
-        found = {"fd_digits_floor": real}
+        """Return the floors that real images set, and the accuracy under guidance."""
+        splits = _real_splits(c, self.extractor)
+        found = dict(real_scores(self.extractor.name, *splits, c.data.data_dir))
         if c.evaluate.guided_scale not in (0, c.sample.cfg_scale):
             path = folder / GUIDED_FILE
             self._draw(c, params, path, c.evaluate.guided_num, c.evaluate.guided_scale, model)
@@ -250,14 +251,25 @@ def _real_splits(c: Config, extractor: Extractor) -> tuple[Split, str | Split]:
 
 
 @functools.cache
-def real_distance(features: str, real: Split, against: str | Split, data_dir: str) -> float:
-    """Return FD-digits of real images that were not trained on: the floor of that metric."""
-    extractor = scenes_extractor() if features == "scenes" else digits_extractor()
+def real_scores(
+    features: str, real: Split, against: str | Split, data_dir: str
+) -> Mapping[str, float]:
+    """Return the distance and the authenticity of real images that were not trained on, as floors.
+
+    `features` are those of a shipped classifier.
+    """
+    extractor = SHIPPED_EXTRACTORS[features]()._replace(judge=None)
     assert extractor.side is not None
     reference = open_reference(against, extractor, extractor.side, data_dir)
     images = records.load_arrays(*real, data_dir or None, extractor.side)["image"]
     extracted = extract_features(extractor, [images], len(images))
-    return score(extracted, reference.statistics, None, family="digits", brief=True)["fd_digits"]
+    distance = scoring.distance_name(extractor.family)
+    found = score(extracted, reference.statistics, None, family=extractor.family, brief=True)
+    floors = {f"{distance}_floor": found[distance]}
+    if reference.pool is not None:
+        authentic = neighbours.authenticity(reference.pool, extracted.pool)
+        floors[f"authenticity_{extractor.family}_floor"] = float(authentic.mean())
+    return floors
 
 
 def _label_of(c: Config) -> Sequence[int] | None:

@@ -1,4 +1,4 @@
-"""Feature extractors on a mesh: FID's Inception, or the shipped digit classifiers."""
+"""Feature extractors on a mesh: FID's Inception, or the shipped classifiers."""
 
 import functools
 import os
@@ -15,13 +15,13 @@ from ditjax.data import scenes
 from ditjax.errors import UserError
 from ditjax.evaluation.digits import (
     FEATURE_CLASSIFIER,
-    JUDGE,
-    predict_digit,
-    recognise_digits,
+    PAIRS,
+    predict_class,
+    recognise_shipped,
 )
 from ditjax.evaluation.scenes import predict_scene_digit, recognise_scenes
 from ditjax.files.assets import load_asset
-from ditjax.models import classifier, inception
+from ditjax.models import inception
 from ditjax.parallel import processes, rules
 from ditjax.weights import tensors
 from ditjax.weights.inception import load_inception
@@ -100,61 +100,66 @@ def inception_extractor(
     return Extractor("inception", extract, size, record)
 
 
+def classifier_extractor(name: str) -> Extractor:
+    """Return the features of a shipped pair of classifiers: 'mnist' gives FD-mnist (not FID)."""
+    pair = PAIRS[name]
+
+    def extract(images: np.ndarray) -> ImageFeatures:
+        pool, logits = recognise_shipped(pair.features, images)
+        return ImageFeatures(pool, None, logits)
+
+    record = {
+        "features": pair.features,
+        "features_sha256": load_asset(pair.features)[1]["sha256"],
+        "judge_sha256": load_asset(pair.judge)[1]["sha256"],
+        "resize": f"bicubic to {pair.side} where larger, grey",
+        "features_precision": "float32",
+    }
+    judge = functools.partial(predict_class, pair.judge)
+    return Extractor(name, extract, 512, record, judge, pair.side, family=name, shipped=True)
+
+
 def digits_extractor() -> Extractor:
-    """Return the shipped digit classifier's features, for FD-digits (not FID)."""
-    resize = f"bicubic to {classifier.DIGIT_SIDE} where larger, grey"
-    return _shipped_extractor(
-        "digits",
-        "digits_convnet",
-        resize,
-        recognise_digits,
-        predict_digit,
-        512,
-        classifier.DIGIT_SIDE,
-    )
+    """Return the features of FD-digits (not FID)."""
+    return classifier_extractor("digits")
 
 
 def scenes_extractor() -> Extractor:
     """Return the features of windows of digit scenes, for FD-digits of scenes (not FID)."""
-    features = "digits_convnet in windows of a scene, mean and largest, and colours"
-    return _shipped_extractor(
-        "scenes", features, "none", recognise_scenes, predict_scene_digit, 256, scenes.SCENE_SIDE
+
+    def extract(images: np.ndarray) -> ImageFeatures:
+        pool, logits = recognise_scenes(FEATURE_CLASSIFIER, images)
+        return ImageFeatures(pool, None, logits)
+
+    digits = digits_extractor()
+    features = f"{FEATURE_CLASSIFIER} in windows of a scene, mean and largest, and colours"
+    return digits._replace(
+        name="scenes",
+        extract=extract,
+        batch_size=256,
+        record={**digits.record, "features": features, "resize": "none"},
+        judge=predict_scene_digit,
+        side=scenes.SCENE_SIDE,
     )
 
 
-def _shipped_extractor(
-    name: str,
-    features: str,
-    resize: str,
-    classify: Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]],
-    judge: Callable[[np.ndarray], np.ndarray],
-    batch_size: int,
-    side: int,
-) -> Extractor:
-    """Return an extractor of the two shipped classifiers; `classify` gives features and logits."""
-
-    def extract(images: np.ndarray) -> ImageFeatures:
-        pool, logits = classify(FEATURE_CLASSIFIER, images)
-        return ImageFeatures(pool, None, logits)
-
-    record = {
-        "features": features,
-        "features_sha256": load_asset(FEATURE_CLASSIFIER)[1]["sha256"],
-        "judge_sha256": load_asset(JUDGE)[1]["sha256"],
-        "resize": resize,
-        "features_precision": "float32",
-    }
-    return Extractor(name, extract, batch_size, record, judge, side, family="digits", shipped=True)
+def _on_one_device(make: Callable[[], Extractor], mesh: Mesh, batch_size: int) -> Extractor:
+    del mesh, batch_size
+    return make()
 
 
+# Of the shipped classifiers, which run on one device whatever the mesh.
+SHIPPED_EXTRACTORS: dict[str, Callable[[], Extractor]] = {
+    **{name: functools.partial(classifier_extractor, name) for name in PAIRS},
+    "scenes": scenes_extractor,
+}
 EXTRACTORS: dict[str, Callable[[Mesh, int], Extractor]] = {
-    "digits": lambda mesh, batch_size: digits_extractor(),
-    "scenes": lambda mesh, batch_size: scenes_extractor(),
+    name: functools.partial(_on_one_device, make) for name, make in SHIPPED_EXTRACTORS.items()
 }
 
 
 def open_extractor(text: str, mesh: Mesh, batch_size: int = 0) -> Extractor:
-    """Open 'inception:WEIGHTS', 'digits', 'scenes', or the extractor of a function's dotted name.
+    """Open 'inception:WEIGHTS', one of `EXTRACTORS`, or a function's by its dotted name.
 
     The function is called with (mesh, batch_size) and returns an `Extractor`; a batch size of 0
     leaves the choice to the function. Raises UserError for other names.

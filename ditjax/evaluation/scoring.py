@@ -1,4 +1,4 @@
-"""Scores of a set of images against a reference: one pass for features, then NumPy in float64."""
+"""Scores of a set of images against a reference: one pass for features, then exact sums."""
 
 import dataclasses
 import hashlib
@@ -23,13 +23,14 @@ from ditjax.evaluation.statistics import (
     statistics_hash,
 )
 from ditjax.files import npz
-from ditjax.metrics import frechet, scores, uncertainty
+from ditjax.metrics import frechet, neighbours, scores, sliced, uncertainty
 from ditjax.parallel import processes
 from ditjax.parallel.processes import is_primary
 from ditjax.runs.log import Progress
 
 # As in ADM's evaluator: precision and recall with k = 3, on 10,000 images of the reference.
 PR_NEIGHBOURS = 3
+DC_NEIGHBOURS = 5  # as in Naeem et al. 2020
 REFERENCE_FEATURES = 10_000
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 LEVELS = (1, 2, 3, 4)  # sample counts n/k from which the distance is extrapolated
@@ -125,8 +126,8 @@ def score(
     """Return metrics by name.
 
     `family` names the features: '' means those of FID, whose metrics have plain names; the metrics
-    of others carry the name, such as 'fd_digits'. `reference_pool` f[N,F] adds precision, recall
-    and KID. Intervals are 95 % bootstraps over the samples with the reference taken as known.
+    of others carry the name, such as 'fd_digits'. `reference_pool` f[N,F] adds the metrics of two
+    feature sets. Intervals are 95 % bootstraps over the samples with the reference taken as known.
     `brief` leaves out slow metrics.
     """
     fid = distance_name(family)
@@ -168,16 +169,38 @@ def distance_name(family: str) -> str:
 def _feature_set_metrics(
     pool: np.ndarray, reference: np.ndarray, family: str, seed: int
 ) -> dict[str, float]:
+    """The metrics of two feature sets, each with its interval.
+
+    Intervals are over the samples, but those of recall and coverage, which are means over the
+    reference's images.
+    """
     found: dict[str, float] = {}
+
+    def add(name: str, value: float, influence: np.ndarray) -> None:
+        interval = uncertainty.bootstrap_interval(value, influence, seed)
+        found.update({name: value, f"{name}_low": interval.low, f"{name}_high": interval.high})
+
     suffix = f"_{family}" if family else ""
-    if min(len(pool), len(reference)) > PR_NEIGHBOURS:
-        pr = scores.precision_recall(reference, pool, PR_NEIGHBOURS)
-        found |= {f"precision{suffix}": pr.precision, f"recall{suffix}": pr.recall}
-    size = min(KID_SUBSET_SIZE, len(pool), len(reference))
-    subsets = scores.random_subsets(len(pool), len(reference), KID_SUBSETS, size, seed)
+    smaller = min(len(pool), len(reference))
+    if smaller > PR_NEIGHBOURS:
+        pr = neighbours.precision_recall(reference, pool, PR_NEIGHBOURS)
+        add(f"precision{suffix}", pr.precision, pr.in_reference)
+        add(f"recall{suffix}", pr.recall, pr.in_samples)
+        authentic = neighbours.authenticity(reference, pool)
+        add(f"authenticity{suffix}", float(authentic.mean()), authentic)
+    if smaller > DC_NEIGHBOURS:
+        dc = neighbours.density_coverage(reference, pool, DC_NEIGHBOURS)
+        add(f"density{suffix}", dc.density, dc.balls)
+        add(f"coverage{suffix}", dc.coverage, dc.covered)
+    size = min(KID_SUBSET_SIZE, smaller)
+    subsets = list(scores.random_subsets(len(pool), len(reference), KID_SUBSETS, size, seed))
     mean, deviation = scores.kid(pool, reference, subsets)
     name = f"kd_{family}" if family else "kid"
-    return {**found, name: mean, f"{name}_subset_deviation": deviation}
+    add(name, mean, scores.kid_influence(pool, reference, subsets[0]))
+    found[f"{name}_subset_deviation"] = deviation
+    monge = sliced.monge_distance(pool, reference, seed)
+    add(f"md_{family}" if family else "mind", monge.value, monge.influence)
+    return found
 
 
 class Reference(NamedTuple):

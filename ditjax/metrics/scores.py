@@ -1,8 +1,7 @@
-"""Scores of a sample set from its features: Inception Score, KID, precision, recall; F1 of masks.
+"""Scores of a sample set from its features: Inception Score and KID; F1 of masks.
 
-Everything is computed in float64 NumPy on the host. A kernel or a squared distance is a small
-difference of large sums: in float32 KID could not tell good models apart, and copies of one image
-would lie at a distance from each other. Features keep their type, and one block at a time is
+Everything is computed in float64 NumPy on the host. KID is a small difference of large sums: in
+float32 it could not tell good models apart. Features keep their type, and one block at a time is
 converted to float64.
 """
 
@@ -128,7 +127,7 @@ def kid(
     The deviation is that of one pair, not of the mean. Raises UserError for features that differ in
     dimensions or are not finite, an index out of range, no pairs, or a pair of fewer than 2.
     """
-    x, y = _pair(x, y)
+    x, y = check_pair(x, y)
     values = []
     for in_x, in_y in subsets:
         try:
@@ -147,12 +146,35 @@ def polynomial_mmd2(x: FeatureArray, y: FeatureArray) -> float:
     k(x_i, y_j). Its expectation is 0 for equal distributions, so it may be negative.
     Raises UserError for fewer than 2 rows in either.
     """
-    x, y = _pair(x, y)
+    x, y = check_pair(x, y)
     if min(len(x), len(y)) < 2:
         raise UserError(f"KID of {len(x)} and {len(y)} features: expected at least 2 in each set.")
     x64, y64 = x.astype(np.float64), y.astype(np.float64)
     across = float(_kernel(x64, y64).mean())
     return _off_diagonal_mean(x64) + _off_diagonal_mean(y64) - 2 * across
+
+
+def kid_influence(
+    x: FeatureArray, y: FeatureArray, subset: tuple[ArrayLike, ArrayLike], block: int = 2000
+) -> NDArray[np.float64]:
+    """The influence of each of x f[n,d] on the MMD^2 of x and y f[m,d], f64[n], of mean 0.
+
+    psi(x_i) = 2 E k(x_i, x) - 2 E k(x_i, y), where the means are over a pair of subsets as `kid`
+    takes them, without x_i itself. A bootstrap of it is the interval of KID over samples, to first
+    order; of equal distributions it is 0 and the interval too narrow.
+    """
+    x, y = check_pair(x, y)
+    in_x, in_y = (np.asarray(each) for each in subset)
+    others, theirs = x[in_x].astype(np.float64), y[in_y].astype(np.float64)
+    own = np.isin(np.arange(len(x)), in_x)
+    psi = np.empty(len(x))
+    for start in range(0, len(x), block):
+        at = slice(start, start + block)
+        rows = x[at].astype(np.float64)
+        itself = np.where(own[at], ((rows**2).sum(axis=1) / x.shape[1] + 1) ** 3, 0.0)
+        among = (_kernel(rows, others).sum(axis=1) - itself) / (len(others) - own[at])
+        psi[at] = 2 * (among - _kernel(rows, theirs).mean(axis=1))
+    return psi - psi.mean()
 
 
 def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -163,44 +185,6 @@ def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float6
 def _off_diagonal_mean(x: NDArray[np.float64]) -> float:
     n, k = len(x), _kernel(x, x)
     return float((k.sum() - np.trace(k)) / (n * (n - 1)))
-
-
-class PrecisionRecall(NamedTuple):
-    """Precision and recall in [0,1], the means of `in_reference` b[M] and `in_samples` b[N]."""
-
-    precision: float
-    recall: float
-    in_reference: NDArray[np.bool_]
-    in_samples: NDArray[np.bool_]
-
-
-def precision_recall(
-    reference: FeatureArray, samples: FeatureArray, k: int = 3, block: int = 2000
-) -> PrecisionRecall:
-    """Kynkäänniemi et al. 2019, Eq. 2: the share of samples in the reference's manifold, and back.
-
-    reference f[N,d], samples f[M,d]. A manifold is the union of the balls around its points, each
-    with a radius of the distance to the k-th nearest other point. ADM uses k=3, all samples and a
-    reference of 10,000. Memory: a few times block^2 float64 numbers, whatever N and M are.
-
-    ADM rounds distances to float16, which moves points across the edge of a ball and changes the
-    numbers by about 5e-4. torch-fidelity rounds to float32, which makes no difference.
-    Raises UserError for features that differ in dimensions or are not finite, or k points or fewer.
-    """
-    reference, samples = _pair(reference, samples)
-    for name, features in (("the reference", reference), ("the sample set", samples)):
-        if not 1 <= k < len(features):
-            raise UserError(
-                f"precision and recall with k={k} of {len(features)} features in {name}: expected"
-                " more than k of them, and k of at least 1."
-            )
-    if block < 1:
-        raise UserError(f"block {block}: expected at least 1 row.")
-    in_reference = in_manifold(samples, reference, manifold_radii2(reference, k, block), block)
-    in_samples = in_manifold(reference, samples, manifold_radii2(samples, k, block), block)
-    return PrecisionRecall(
-        float(in_reference.mean()), float(in_samples.mean()), in_reference, in_samples
-    )
 
 
 def mask_f1(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -214,52 +198,8 @@ def mask_f1(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> NDArray[np
     return np.where(total == 0, 1.0, 2 * both / np.maximum(total, 1))
 
 
-def manifold_radii2(features: FeatureArray, k: int, block: int = 2000) -> NDArray[np.float64]:
-    """Squared distance of each of features f[N,d] to its k-th nearest other, f64[N]."""
-    radii2 = []
-    for rows in _blocks(features, block):
-        nearest = np.full((len(rows), k + 1), np.inf)
-        for columns in _blocks(features, block):
-            both = np.concatenate([nearest, _distances2(rows, columns)], axis=1)
-            nearest = np.partition(both, k, axis=1)[:, : k + 1]
-        # A point is its own nearest, at distance 0: the k-th other is the (k+1)-th.
-        radii2.append(nearest.max(axis=1))
-    return np.concatenate(radii2)
-
-
-def in_manifold(
-    points: FeatureArray, manifold: FeatureArray, radii2: NDArray[np.float64], block: int = 2000
-) -> NDArray[np.bool_]:
-    """Whether each of points f[M,d] lies in a ball around one of manifold f[N,d]: b[M]."""
-    inside = []
-    for rows in _blocks(points, block):
-        found = np.zeros(len(rows), np.bool_)
-        for start in range(0, len(manifold), block):
-            columns = manifold[start : start + block].astype(np.float64)
-            within = radii2[None, start : start + block]
-            found |= (_distances2(rows, columns) <= within).any(axis=1)
-        inside.append(found)
-    return np.concatenate(inside)
-
-
-def _blocks(features: FeatureArray, block: int) -> Iterator[NDArray[np.float64]]:
-    for start in range(0, len(features), block):
-        yield features[start : start + block].astype(np.float64)
-
-
-def _distances2(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """|x|^2 - 2 x.y + |y|^2, f64[n,m]; a sum below its rounding error becomes zero.
-
-    Copies of an image are then at distance 0 from each other. A rounding error would put them
-    outside a ball of radius 0.
-    """
-    scale = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None, :]
-    distances2 = scale - 2 * (x @ y.T)
-    noise = 8 * np.finfo(np.float64).eps * np.sqrt(x.shape[1])
-    return np.where(distances2 <= noise * scale, 0.0, distances2)
-
-
-def _pair(x: FeatureArray, y: FeatureArray) -> tuple[FeatureArray, FeatureArray]:
+def check_pair(x: FeatureArray, y: FeatureArray) -> tuple[FeatureArray, FeatureArray]:
+    """Two sets f[n,d] and f[m,d] as floats. Raises UserError unless they are that, and finite."""
     x, y = _checked(x, "features"), _checked(y, "features")
     if x.shape[1] != y.shape[1]:
         raise UserError(

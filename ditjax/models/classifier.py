@@ -1,8 +1,8 @@
-"""Two digit classifiers for 8x8 images, with deliberately different architectures.
+"""Small classifiers of square grey images, with two deliberately different architectures.
 
 `DigitsConvNet` computes the features of FD-digits. `DigitsMixer` predicts the class of a sample: it
-has 16 patches and no 3x3 convolution, so the two are unlikely to share a blind spot.
-`ditjax.classify` trains both.
+has patches and no 3x3 convolution, so the two are unlikely to share a blind spot.
+`ditjax.classify` trains a pair of them on a data set.
 """
 
 from typing import NamedTuple
@@ -25,46 +25,49 @@ class Recognition(NamedTuple):
 
 
 class DigitsConvNet(nn.Module):
-    """Four 3x3 convolutions, 8x8 -> 4x4 -> 2x2, and a dense layer.
+    """Stages of two 3x3 convolutions, the second of which halves the side, and a dense layer.
 
-    x f32[B,8,8,1] in [-1,1] -> features f32[B,64], logits f32[B,10]. SiLU, because a dead ReLU is a
-    feature with zero variance.
+    Stage s has width 2^s channels: 8x8 -> 4x4 -> 2x2 with the defaults.
+    x f32[B,side,side,1] in [-1,1] -> features f32[B,features], logits f32[B,10]. SiLU, because a
+    dead ReLU is a feature with zero variance.
     Raises UserError for another image shape.
     """
 
     width: int = 20
     features: int = 64
+    side: int = DIGIT_SIDE
+    stages: int = 2
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Recognition:
-        _check_images(x)
-        h = nn.silu(nn.Conv(self.width, (3, 3), name="conv_0")(x))
-        h = nn.silu(nn.Conv(self.width, (3, 3), strides=2, name="conv_1")(h))  # [B,4,4,width]
-        h = nn.silu(nn.Conv(2 * self.width, (3, 3), name="conv_2")(h))
-        h = nn.silu(nn.Conv(2 * self.width, (3, 3), strides=2, name="conv_3")(h))  # [B,2,2,2*width]
+        _check_images(x, self.side)
+        h = x
+        for stage in range(self.stages):
+            width = self.width * 2**stage
+            h = nn.silu(nn.Conv(width, (3, 3), name=f"conv_{2 * stage}")(h))
+            h = nn.silu(nn.Conv(width, (3, 3), strides=2, name=f"conv_{2 * stage + 1}")(h))
         h = nn.silu(nn.Dense(self.features, name="penultimate")(h.reshape(h.shape[0], -1)))
         return Recognition(h, nn.Dense(NUM_CLASSES, name="logits")(h))
 
 
 class DigitsMixer(nn.Module):
-    """MLP-Mixer (Tolstikhin et al. 2021) over the 16 patches of 2x2 pixels, mean-pooled.
+    """MLP-Mixer (Tolstikhin et al. 2021) over square patches of `patch` pixels, mean-pooled.
 
-    x f32[B,8,8,1] in [-1,1] -> features f32[B,width], logits f32[B,10].
+    x f32[B,side,side,1] in [-1,1] -> features f32[B,width], logits f32[B,10].
     Raises UserError for another image shape.
     """
 
     width: int = 48
     blocks: int = 3
+    side: int = DIGIT_SIDE
+    patch: int = 2
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Recognition:
-        _check_images(x)
-        B, tokens = x.shape[0], (DIGIT_SIDE // 2) ** 2
-        h = (
-            x.reshape(B, DIGIT_SIDE // 2, 2, DIGIT_SIDE // 2, 2)
-            .transpose(0, 1, 3, 2, 4)
-            .reshape(B, tokens, 4)
-        )
+        _check_images(x, self.side)
+        B, rows, p = x.shape[0], self.side // self.patch, self.patch
+        tokens = rows**2
+        h = x.reshape(B, rows, p, rows, p).transpose(0, 1, 3, 2, 4).reshape(B, tokens, p * p)
         h = nn.Dense(self.width, name="patches")(h)  # [B,N,D]
         h = h + self.param("positions", nn.initializers.normal(0.02), (1, tokens, self.width))
         for i in range(self.blocks):
@@ -78,9 +81,9 @@ class DigitsMixer(nn.Module):
         return Recognition(h, nn.Dense(NUM_CLASSES, name="logits")(h))
 
 
-def _check_images(x: jax.Array) -> None:
-    if x.ndim != 4 or x.shape[1:] != (DIGIT_SIDE, DIGIT_SIDE, 1):
+def _check_images(x: jax.Array, side: int) -> None:
+    if x.ndim != 4 or x.shape[1:] != (side, side, 1):
         raise UserError(
-            f"images of shape {tuple(x.shape)}: the digit classifiers expect [batch, 8, 8, 1] in"
-            " [-1, 1]; resize and convert to grey first."
+            f"images of shape {tuple(x.shape)}: this classifier expects [batch, {side}, {side}, 1]"
+            " in [-1, 1]; resize and convert to grey first."
         )

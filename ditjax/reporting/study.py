@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ditjax.config import fixed_keys, is_free, migrated, schema_of
+from ditjax.config import SHIPPED_FEATURES, fixed_keys, is_free, migrated, schema_of
 from ditjax.errors import FaultError
 from ditjax.files.atomic import load_json
 from ditjax.runs import rundir
@@ -23,7 +23,8 @@ from ditjax.runs.rundir import RUNS, STUDY_FILE
 from ditjax.studies.words import metric_name, number, plural, short
 
 NOT_RUN, UNFINISHED, UNREADABLE = "not run", "not finished", "unreadable"
-METRICS_BY_RANK = ("fid", "fd_digits")  # the default metric is the first that a result has
+# The default metric is the first that a result has.
+METRICS_BY_RANK = ("fid", *(f"fd_{name}" for name in SHIPPED_FEATURES))
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def by_patch(patch: str) -> tuple[float, str]:
 
 
 def default_metric(found: Sequence[Found]) -> str:
-    """FID if a result has it, else FD-digits."""
+    """FID if a result has it, else the distance on shipped features, else FD-digits."""
     names = {name for each in found for name in each.result["metrics"]}
-    return next((name for name in METRICS_BY_RANK if name in names), METRICS_BY_RANK[-1])
+    return next((name for name in METRICS_BY_RANK if name in names), METRICS_BY_RANK[1])
 
 
 def usable(each: Found, metric: str) -> bool:

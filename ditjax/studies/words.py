@@ -4,22 +4,25 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from ditjax.config import SHIPPED_FEATURES
 from ditjax.errors import printable
 from ditjax.scaling.fit import Interval, PowerLaw
 
+_SHARES = ("precision", "recall", "density", "coverage")
 # Only the distance on the features of the 2015 Inception is called FID.
 METRIC_NAMES = {
-    "fd_digits": "FD-digits",
-    "fd_digits_floor": "FD-digits floor",
-    "fd_digits_inf": "FD-digits∞",
-    "kd_digits": "KD-digits",
-    "precision_digits": "precision",
-    "recall_digits": "recall",
+    **{f"fd_{name}": f"FD-{name}" for name in SHIPPED_FEATURES},
+    **{f"fd_{name}_floor": f"FD-{name} floor" for name in SHIPPED_FEATURES},
+    **{f"fd_{name}_inf": f"FD-{name}∞" for name in SHIPPED_FEATURES},
+    **{f"kd_{name}": f"KD-{name}" for name in SHIPPED_FEATURES},
+    **{f"md_{name}": f"MD-{name}" for name in SHIPPED_FEATURES},
+    **{f"{metric}_{name}": metric for metric in _SHARES for name in SHIPPED_FEATURES},
     "fid": "FID",
     "fid_inf": "FID∞",
     "sfid": "sFID",
     "inception_score": "IS",
     "kid": "KID",
+    "mind": "MIND",
     "val_loss": "validation loss",
     "val_vlb": "validation L_vlb",
 }

@@ -11,7 +11,7 @@ from ditjax.data import records
 from ditjax.errors import UserError
 from ditjax.evaluation.features import digits_extractor
 from ditjax.evaluation.statistics import load_statistics, save_statistics
-from ditjax.metrics import frechet, scores
+from ditjax.metrics import frechet, neighbours
 from tests.sample_files import save_samples
 
 
@@ -51,7 +51,7 @@ def test_against_a_data_set(sample_file, digits, tmp_path, capsys):
     distance = frechet.frechet_distance(moments["test"], moments["train"])
     assert metrics["fd_digits"] == pytest.approx(distance, rel=1e-9)
     assert metrics["fd_digits_low"] < distance < metrics["fd_digits_high"]
-    pr = scores.precision_recall(pools["train"], pools["test"])
+    pr = neighbours.precision_recall(pools["train"], pools["test"])
     assert metrics["precision_digits"] == pr.precision
     assert metrics["recall_digits"] == pr.recall
     assert not {name for name in metrics if name.startswith(("fid", "kid", "inception"))}

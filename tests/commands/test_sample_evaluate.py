@@ -115,7 +115,8 @@ def test_real_digits_score_as_real(data_dir):
         return score(seen, reference.statistics, None, family="digits")["fd_digits"]
 
     test_split = Split("digits", "test")
-    floor = evaluator.real_distance("digits", test_split, "digits/train", str(data_dir))
+    floors = evaluator.real_scores("digits", test_split, "digits/train", str(data_dir))
+    floor = floors["fd_digits_floor"]
     assert fd_digits(real["image"]) == pytest.approx(floor)
     assert np.mean(predict_digit(real["image"]) == real["label"]) > 0.98
     noise = np.random.default_rng(0).integers(0, 256, real["image"].shape, np.uint8)

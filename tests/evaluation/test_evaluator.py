@@ -216,7 +216,9 @@ def test_what_cannot_be_evaluated():
 
 
 def test_the_floor_is_of_real_digits():
-    assert 10 < evaluation.real_distance("digits", Split("digits", "test"), "digits/train", "") < 20
+    floors = evaluation.real_scores("digits", Split("digits", "test"), "digits/train", "")
+    assert 10 < floors["fd_digits_floor"] < 20
+    assert 0.3 < floors["authenticity_digits_floor"] < 0.9
 
 
 def test_scenes_are_seen_in_windows(tmp_path):

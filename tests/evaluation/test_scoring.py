@@ -7,7 +7,7 @@ from ditjax.errors import UserError
 from ditjax.evaluation.features import Extractor, ImageFeatures
 from ditjax.evaluation.scoring import extract_features, open_reference, score, statistics_of
 from ditjax.evaluation.statistics import save_statistics
-from ditjax.metrics import frechet, scores
+from ditjax.metrics import frechet, neighbours, scores, sliced
 from tests.sample_files import save_samples
 
 WIDTH, SPATIAL, CLASSES = 6, 4, 5
@@ -61,11 +61,25 @@ def test_scores_are_those_of_the_definitions(reference):
     p = np.exp(log_p)
     divergence = (p * (log_p - np.log(p.mean(0)))).sum(1).mean()
     assert found["inception_score"] == pytest.approx(np.exp(divergence), rel=1e-6)
-    pr = scores.precision_recall(theirs.pool, ours.pool)
+    pr = neighbours.precision_recall(theirs.pool, ours.pool)
     assert (found["precision"], found["recall"]) == (pr.precision, pr.recall)
     assert found["fid_low"] < found["fid"] < found["fid_high"]
     assert found["fid_inf"] < found["fid"]
     assert found.keys() >= {"kid", "kid_subset_deviation", "inception_score_split_deviation"}
+    dc = neighbours.density_coverage(theirs.pool, ours.pool)
+    assert (found["density"], found["coverage"]) == (dc.density, dc.coverage)
+    monge = sliced.monge_distance(ours.pool, theirs.pool, 0)
+    assert found["mind"] == pytest.approx(monge.value, rel=1e-12)
+    for name in ("precision", "recall", "density", "coverage", "authenticity", "kid", "mind"):
+        assert found[f"{name}_low"] < found[name] < found[f"{name}_high"], name
+
+
+def test_metrics_on_other_features_carry_their_name(reference):
+    _, statistics, pool = reference
+    seen = extract_features(EXTRACTOR, [images(50, 2)], 50)
+    found = score(seen, statistics, pool, family="mine")
+    assert {"fd_mine", "kd_mine", "md_mine", "density_mine", "coverage_mine"} <= found.keys()
+    assert not {"fid", "kid", "mind", "density"} & found.keys()
 
 
 def test_brief_is_the_same_distance(reference):

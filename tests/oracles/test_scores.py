@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from ditjax.metrics.frechet import gaussian_frechet_distance
+from ditjax.metrics.neighbours import precision_recall
 from ditjax.metrics.scores import (
     inception_score,
     kid,
     log_softmax,
     no_scores,
-    precision_recall,
     update_scores,
 )
 from tests import feature_sets
