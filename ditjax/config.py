@@ -294,6 +294,16 @@ class Data(Section):
     max_damaged: int = non_negative(0, free=True)  # damaged records to skip and report; 0 = stop
 
 
+@dataclass(frozen=True)
+class Text(Section):
+    """The captions of a data set, and how they become tokens (`data/captions.py`)."""
+
+    captions: Literal["first", "random", "concat"] = key("random")  # of a record that has several
+    feature: str = key("")  # with the captions; '' = the only one that holds texts
+    tokenizer: str = key("scenes", PATH)  # the shipped one, a folder or a file
+    tokens: int = positive(77, most=4096)  # to which every text is padded or cut
+
+
 def numbers(path: str, kind: Any = float, *rules: Rule) -> Callable[[Any, "Schemas"], Any]:
     """A reader of any count of numbers, () among them, each of which satisfies the rules."""
 

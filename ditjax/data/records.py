@@ -6,16 +6,17 @@ Records are array_record, read by the data source of tensorflow-datasets. An err
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from ditjax.data.builders import ImageFolder
+from ditjax.data.captions import CaptionReader, captions_of, find_captions
 from ditjax.data.crop import check_pixels, crop_pixels, mirror, normalize
 from ditjax.data.pictures import decode_image, upright
-from ditjax.data.source import DataDir, DataSpec, OpenSplit, open_split
+from ditjax.data.source import DataDir, DataSpec, OpenSplit, class_names_by_feature, open_split
 from ditjax.errors import FaultError, UserError, reason
 from ditjax.files import faults
 
@@ -57,10 +58,21 @@ class _Source:
                 self._source = self._open()
 
 
+class Words(NamedTuple):
+    """The captions of a record, and its classes, one of each ClassLabel; -1 is none."""
+
+    captions: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
+
+
 class ImageRecords:
-    """The images of a split: record index -> (PIL image, label)."""
+    """The images of a split: record index -> (PIL image, label).
+
+    `captions` is the feature with the captions, '' for none; `class_features` are those of classes.
+    """
 
     def __init__(self, opened: OpenSplit) -> None:
+        self.captions, self.class_features = "", tuple[str, ...]()
         if not opened.image:
             raise UserError(f"{opened.title}: it holds encoded latents; name a data set of images.")
         self.info, self._opened = opened.info, opened
@@ -69,8 +81,23 @@ class ImageRecords:
         skip = {opened.image: tfds.decode.SkipDecoding()}
         self._source = _Source(lambda: opened.builder.as_data_source(opened.split, decoders=skip))
 
+    def with_captions(self, feature: str) -> Self:
+        """The same with captions: of this feature, or of the only one. Raises UserError."""
+        title, features = self._opened.title, self._opened.builder.info.features
+        self.captions = find_captions(features, feature, title)
+        if not self.captions:
+            raise UserError(
+                f"{title}: none of its features holds captions ({', '.join(features)})."
+            )
+        self.class_features = tuple(class_names_by_feature(features))
+        return self
+
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Record index in the split -> (decoded PIL image, label).
+        """Record index in the split -> (decoded PIL image, label). Raises as `read_words`."""
+        return self.read_words(index)[:2]
+
+    def read_words(self, index: int) -> tuple[Image.Image, int, Words]:
+        """Record index in the split -> (decoded PIL image, label, captions and classes).
 
         Raises DamagedRecordsError, and FaultError if the file system does not answer.
         """
@@ -79,6 +106,10 @@ class ImageRecords:
             what = f"{self._opened.title}: record {index}"
             record = faults.retried(what, lambda: self._source.read(index))
             image = self._shown(decode_image(record[self._opened.image]))
+            words = Words()
+            if self.captions:
+                classes = tuple(int(record[name]) for name in self.class_features)
+                words = Words(captions_of(record[self.captions]), classes)
         except FaultError:
             raise
         except Exception as error:  # bad bytes fail in several ways
@@ -90,7 +121,7 @@ class ImageRecords:
                 f" 0..{self.info.num_classes - 1} (some test splits hide their labels):"
                 " use a labelled split."
             )
-        return image, label
+        return image, label, words
 
     def damaged(self, index: int, error: Exception, record: Any = None) -> DamagedRecordsError:
         """The error for one record; `record` is what could be read of it."""
@@ -123,11 +154,22 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 
 class ImageReader:
-    """Images at one size: indices -> batch. A small split is kept in memory."""
+    """Images at one size: indices -> batch. A small split is kept in memory.
+
+    With a `captions` reader, a batch has tokens and classes, too, and captions stay in memory.
+    """
 
     def __init__(
-        self, images: ImageRecords, size: int, channels: int, *, cache_mb: int, threads: int
+        self,
+        images: ImageRecords,
+        size: int,
+        channels: int,
+        *,
+        cache_mb: int,
+        threads: int,
+        captions: CaptionReader | None = None,
     ) -> None:
+        self._captions, self._words = captions, dict[int, Words]()
         self._split, self.num_examples = images, images.info.num_examples
         self._shape = (size, size, channels)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ditjax-decode")
@@ -148,11 +190,26 @@ class ImageReader:
             self._cached[fresh] = True
         return self._images[indices], self._labels[indices]
 
-    def batch(self, indices: np.ndarray, mirrored: np.ndarray) -> HostBatch:
-        """indices i64[n], mirrored bool[n] -> image f32[n,H,W,C] in [-1,1], label i32[n]."""
+    def batch(
+        self, indices: np.ndarray, mirrored: np.ndarray, chosen: np.ndarray | None = None
+    ) -> HostBatch:
+        """indices i64[n], mirrored bool[n] -> image f32[n,H,W,C] in [-1,1], label i32[n].
+
+        With captions also 'caption' i32[n,M], the ids of those that `chosen` f64[n] in [0, 1)
+        chooses (None: the first), and 'classes' i32[n,K].
+        """
         images, labels = self.gather(indices)
         mirror(images, mirrored)
-        return {"image": normalize(images), "label": labels}
+        batch = {"image": normalize(images), "label": labels}
+        if self._captions is None:
+            return batch
+        words = [self._words[index] for index in indices.tolist()]
+        if self._cached is None:
+            self._words = {}
+        chosen = np.zeros(len(indices)) if chosen is None else chosen
+        tokens = self._captions.tokens([each.captions for each in words], chosen)
+        classes = np.array([each.classes for each in words], np.int32)
+        return {**batch, "caption": tokens, "classes": classes}
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -166,19 +223,21 @@ class ImageReader:
             if isinstance(found, DamagedRecordsError):
                 damaged, remedy = damaged | found.records, found.remedy
             else:
-                images[row], labels[row] = found
+                images[row], labels[row], words = found
+                if self._captions is not None:
+                    self._words[int(indices[row])] = words
         if damaged:
             raise DamagedRecordsError(damaged, remedy)
         return images, labels
 
-    def _decode_one(self, index: int) -> tuple[np.ndarray, int] | DamagedRecordsError:
+    def _decode_one(self, index: int) -> tuple[np.ndarray, int, Words] | DamagedRecordsError:
         size, _, channels = self._shape
         try:
-            image, label = self._split.read(index)
+            image, label, words = self._split.read_words(index)
         except DamagedRecordsError as error:
             return error
         try:
-            return crop_pixels(image, size, channels), label
+            return crop_pixels(image, size, channels), label, words
         except (ValueError, OSError) as error:
             return self._split.damaged(index, error)
 
@@ -235,12 +294,16 @@ class LatentReader:
 def open_image_reader(spec: DataSpec, cache_mb: int) -> ImageReader:
     """A reader of a split's images at the size of `spec`. Raises UserError as `open_split`."""
     opened = open_split(spec.name, spec.split, spec.data_dir, spec.max_damaged)
+    images, captions = ImageRecords(opened), None
+    if spec.text is not None:
+        images, captions = images.with_captions(spec.text.feature), CaptionReader(spec.text)
     return ImageReader(
-        ImageRecords(opened),
+        images,
         spec.image_size,
         spec.channels,
         cache_mb=cache_mb,
         threads=spec.threads,
+        captions=captions,
     )
 
 

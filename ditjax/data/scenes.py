@@ -71,7 +71,7 @@ def scene(digits: Handwriting, seed: int, split: str, index: int) -> Scene:
     place, within the canvas and almost clear of the others. A digit that finds no room is left out.
     Half of the backgrounds are near black, the others darkly tinted.
     """
-    u = _uniforms(seed, split, index)
+    u = scene_uniforms(seed, _SPLITS.index(split), index, _WORDS)
     label, count = int(next(u) * _CLASSES), 1 + int(next(u) * MAX_COUNT)
     background = _background(u)
     best: list[_Placed] = []
@@ -106,7 +106,7 @@ def _layout(
     for _ in range(count):
         record = candidates[int(next(u) * len(candidates))]
         size = SIZES[0] + int(next(u) * (SIZES[1] - SIZES[0] + 1))
-        colour = _rgb(next(u), 0.3 + 0.7 * next(u), 0.75 + 0.25 * next(u))
+        colour = rgb(next(u), 0.3 + 0.7 * next(u), 0.75 + 0.25 * next(u))
         ink = magnified(digits.ink[record], size)
         places = [
             (int(next(u) * (SCENE_SIDE - size + 1)), int(next(u) * (SCENE_SIDE - size + 1)))
@@ -131,26 +131,24 @@ def magnified(ink: np.ndarray, size: int) -> np.ndarray:
 def _background(u: Iterator[float]) -> np.ndarray:
     dark, hue, saturation, value = next(u) < 0.5, next(u), next(u), next(u)
     return (
-        _rgb(hue, 0, 0.08 * value)
-        if dark
-        else _rgb(hue, 0.4 + 0.5 * saturation, 0.15 + 0.25 * value)
+        rgb(hue, 0, 0.08 * value) if dark else rgb(hue, 0.4 + 0.5 * saturation, 0.15 + 0.25 * value)
     )
 
 
-def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
+def rgb(hue: float, saturation: float, value: float) -> np.ndarray:
     """Hue, saturation, value in [0, 1] -> RGB f64[3] in [0, 1] (Smith 1978)."""
     k = (np.array([5.0, 3.0, 1.0]) + 6 * hue) % 6
     return value * (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 
-def _uniforms(seed: int, split: str, index: int) -> Iterator[float]:
-    """The uniform numbers in [0, 1) that a scene draws, in order.
+def scene_uniforms(seed: int, stream: int, index: int, count: int) -> Iterator[float]:
+    """The uniform numbers in [0, 1) that a scene draws, in order: `count` at most.
 
-    Philox4x64-10 (Salmon et al. 2011) with key (seed, split); scene i counts from i·2^64. NumPy
+    Philox4x64-10 (Salmon et al. 2011) with key (seed, stream); scene i counts from i·2^64. NumPy
     promises never to change its words.
     """
-    key = np.array([seed, _SPLITS.index(split)], np.uint64)
-    words = np.random.Philox(key=key, counter=index << 64).random_raw(_WORDS)
+    key = np.array([seed, stream], np.uint64)
+    words = np.random.Philox(key=key, counter=index << 64).random_raw(count)
     return iter(((words >> np.uint64(11)) * 2.0**-53).tolist())
 
 
@@ -168,13 +166,13 @@ class SceneSet(NamedTuple):
         return f"{self.examples}-seed{self.seed}" if self.seed else str(self.examples)
 
 
-def parse_scene_set(config: str) -> SceneSet:
+def parse_scene_set(config: str, name: str = "digit_scenes") -> SceneSet:
     """'20000' or '20000-seed1' -> SceneSet. Raises UserError."""
     match = _CONFIG.fullmatch(config)
     if match is None:
         raise UserError(
-            f"data set 'digit_scenes/{config}': expected 'digit_scenes', 'digit_scenes/N' or"
-            " 'digit_scenes/N-seedS', with N from 10 to 99999999 training scenes."
+            f"data set '{name}/{config}': expected '{name}', '{name}/N' or"
+            f" '{name}/N-seedS', with N from 10 to 99999999 training scenes."
         )
     return SceneSet(int(match[1]), int(match[2] or 0))
 

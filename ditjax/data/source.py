@@ -36,6 +36,8 @@ from ditjax.data.builders import (
     is_complete,
     write_whole,
 )
+from ditjax.data.caption_scenes import CaptionScenes
+from ditjax.data.captions import CaptionFolder, TextSpec, find_captions, list_captions
 from ditjax.data.crop import check_pixels
 from ditjax.data.folders import Listing, list_folder, read_content, report_reading, split_above
 from ditjax.data.names import LATENTS, VERSION, DatasetName, Split, is_latents, parse_name
@@ -57,6 +59,7 @@ class DataSpec:
     threads: how many images are read and decoded at once.
     max_damaged: how many unreadable records to skip. Each is reported and replaced by the next
     readable one.
+    text: which captions to read, and how they become tokens; None for none.
     """
 
     name: str
@@ -68,6 +71,7 @@ class DataSpec:
     cache_mb: int = 256
     threads: int = 16
     max_damaged: int = 0
+    text: TextSpec | None = None
 
     def __post_init__(self) -> None:
         check_pixels(self.image_size, self.channels)
@@ -125,6 +129,9 @@ def open_split(name: str, split: str, data_dir: DataDir = None, max_damaged: int
                 f"{title}: there is no image among its features ({', '.join(features)})."
             )
     label = _pick(features, tfds.features.ClassLabel, "label", title)
+    # What images with captions have beside is no class to learn, such as LAION's 'nsfw'.
+    if label != "label" and _has_captions(features):
+        label = ""
     # A data set without classes has one.
     class_names = tuple(features[label].names if label else ["unlabelled"])
     channels = features[image].shape[-1] if image else None
@@ -151,6 +158,19 @@ def _pick(features: Any, kind: type, usual: str, title: str) -> str:
             f"{title}: it has several images ({', '.join(found)}) and none named 'image'."
         )
     return ""
+
+
+def class_names_by_feature(features: Any) -> dict[str, tuple[str, ...]]:
+    """The names of the classes of every ClassLabel among features, in their order."""
+    labels = {k: each for k, each in features.items() if type(each) is tfds.features.ClassLabel}
+    return {name: tuple(each.names) for name, each in labels.items()}
+
+
+def _has_captions(features: Any) -> bool:
+    try:
+        return bool(find_captions(features, "", ""))
+    except UserError:  # there are several
+        return True
 
 
 def _check_files(builder: Any, split: str, title: str) -> None:
@@ -218,7 +238,9 @@ def _names_a_dataset(text: str, root: Path) -> bool:
             return os.path.isdir(folder) or _converted(folder, root) is not None
         if parsed.kind == "latents":
             return os.path.isdir(expand_home(parsed.path))
-        if parsed.base == DigitScenes.name and parsed.config:
+        if parsed.kind == "captions":
+            return os.path.exists(expand_home(parsed.path)) or "{" in parsed.path
+        if parsed.base in _SCENES and parsed.config:
             return bool(scenes.parse_scene_set(parsed.config))
         return parsed.kind == "prepared" and _find(parsed, root) is not None
     except UserError:
@@ -238,9 +260,12 @@ def known_content(name: str, data_dir: DataDir = None) -> str | None:
         if parsed.kind == "folder":
             found = _converted(_resolved(parsed), root)
             place = root / found.place if found else None
-        elif parsed.base == DigitScenes.name:
+        elif parsed.kind == "captions":
+            found = _recorded(_captions_record(parsed, root), root)
+            place = root / found.place if found else None
+        elif parsed.base in _SCENES:
             size = scenes.parse_scene_set(parsed.config or str(scenes.DEFAULT_EXAMPLES))
-            place = root / DigitScenes.name / size.name / str(DigitScenes.VERSION)
+            place = root / parsed.base / size.name / str(_SCENES[parsed.base].VERSION)
         elif parsed.kind == "prepared":
             place = _find(parsed, root)
         return str(_open(name, place).info.full_name) if place else None
@@ -263,6 +288,9 @@ def latent_shape(name: str) -> tuple[int, ...]:
 
 
 # ---- preparation
+
+# Our scenes, by name: prepared in any number.
+_SCENES: dict[str, Any] = {each.name: each for each in (DigitScenes, CaptionScenes)}
 
 
 def data_root(data_dir: DataDir = None) -> Path:
@@ -295,7 +323,8 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
     """The builder of a data set under `data_root`, which is prepared now if it is missing.
 
     A name is 'digits'; 'digit_scenes', or 'digit_scenes/N' for another number of scenes;
-    'folder:PATH' for a folder of class folders; 'latents:PATH' for encoded latents; the dotted name
+    'caption_scenes' in the same way; 'folder:PATH' for a folder of class folders; 'captions:PATH'
+    for images with captions; 'latents:PATH' for encoded latents; the dotted name
     of a builder class of yours, 'package.module.Birds'; or any tensorflow-datasets name with an
     optional configuration and version: 'imagenet2012', 'mnist:3.0.1', 'imagenet_resized/64x64'. A
     prepared data set is opened without TensorFlow, and its folder may be read-only. To prepare a
@@ -314,7 +343,9 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
         return _prepare_folder(parsed, root, max_damaged)
     if parsed.kind == "builder":
         return _prepare_builder(parsed, root)
-    if parsed.base == DigitScenes.name:
+    if parsed.kind == "captions":
+        return _prepare_captions(parsed, root, max_damaged)
+    if parsed.base in _SCENES:
         return _prepare_scenes(parsed, root)
     if parsed.base == Digits.name:
         if name not in (Digits.name, f"{Digits.name}:{Digits.VERSION}"):
@@ -328,7 +359,7 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
             " folder, 'folder:/path', or set data_dir."
         )
     if found is None:
-        known = [*tfds.list_builders(with_community_datasets=False), DigitScenes.name]
+        known = [*tfds.list_builders(with_community_datasets=False), *_SCENES]
         if parsed.base not in known:
             raise UserError(
                 f"data set {name!r} is unknown: not among the {len(known)} of tensorflow-datasets,"
@@ -355,13 +386,14 @@ def _own(
 
 
 def _prepare_scenes(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilder:
-    size = scenes.parse_scene_set(parsed.config or str(scenes.DEFAULT_EXAMPLES))
-    version = str(DigitScenes.VERSION)
+    cls = _SCENES[parsed.base]
+    size = scenes.parse_scene_set(parsed.config or str(scenes.DEFAULT_EXAMPLES), parsed.base)
+    version = str(cls.VERSION)
     if parsed.version not in (None, version):
         raise UserError(f"data set {parsed.text!r}: expected version {version}.")
     # In full: 'digit_scenes' means the default size, whatever other sizes are prepared there.
-    folder = root / DigitScenes.name / size.name / version
-    return _own(parsed.text, root, folder, lambda: DigitScenes(root, size))
+    folder = root / cls.name / size.name / version
+    return _own(parsed.text, root, folder, lambda: cls(root, size))
 
 
 def _prepare_builder(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilder:
@@ -452,13 +484,56 @@ def _record_of(folder: Path, root: Path) -> Path:
 
 def _converted(folder: Path, root: Path) -> _Conversion | None:
     """The last conversion of the folder at a path, if it is there."""
-    try:
-        found = _Conversion(**load_json(_record_of(folder, root)))
-    except (OSError, ValueError, TypeError):
+    record = _record_of(folder, root)
+    if not record.exists():
         # Before version 2.0.0 a conversion was named by the path, and had no record.
         place = f"{ImageFolder.name}/{folder_identity(folder)}/1.0.0"
         return _Conversion("", "", place) if is_complete(root / place) else None
+    return _recorded(record, root)
+
+
+def _recorded(record: Path, root: Path) -> _Conversion | None:
+    """The conversion that a record names, if it is there."""
+    try:
+        found = _Conversion(**load_json(record))
+    except (OSError, ValueError, TypeError):
+        return None
     return found if is_complete(root / found.place) else None
+
+
+def _captions_record(parsed: DatasetName, root: Path) -> Path:
+    return root / CaptionFolder.name / f"{folder_identity(_resolved(parsed))}.json"
+
+
+def _prepare_captions(
+    parsed: DatasetName, root: Path, max_damaged: int
+) -> tfds.core.DatasetBuilder:
+    """Images with captions, converted if their content is not there yet."""
+    name, path, record = parsed.text, _resolved(parsed), _captions_record(parsed, root)
+    before = _recorded(record, root)
+    if before and not (path.exists() or "{" in parsed.path):
+        report_reading(f"data: {path} is gone; its conversion in {root} is read")
+        return _open(name, root / before.place)
+    listing = list_captions(os.fspath(path), max_damaged)
+    if before is None or before.digest != listing.digest:
+        with _exclusive(name, root):
+            content = listing.content()
+            text = content_name(content)
+            if before and before.content != text:
+                raise UserError(
+                    f"data set {name!r}: images or captions were added, removed or changed since it"
+                    f" was converted; undo that, or convert it anew after: rm '{record}'"
+                )
+            place = f"{CaptionFolder.name}/{text}/{CaptionFolder.VERSION}"
+            write_whole(CaptionFolder(listing, content, root, max_damaged))
+            before = _Conversion(listing.digest, text, place)
+            write_json(record, before._asdict())
+    builder = _open(name, root / before.place)
+    splits = builder.info.splits
+    counts = ", ".join(f"{splits[split].num_examples:,} in {split}" for split in sorted(splits))
+    left = f"{len(listing.missing)} missing files left out" if listing.missing else ""
+    report_reading(f"data: {path}: images with captions: {counts}; {left or 'nothing left out'}")
+    return builder
 
 
 def _convert(name: str, listing: Listing, root: Path, max_damaged: int) -> _Conversion:

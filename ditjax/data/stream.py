@@ -31,8 +31,9 @@ from ditjax.data.source import DataSpec, open_split
 from ditjax.errors import UserError
 from ditjax.files.masking import masked
 
-# Philox streams of one seed: 0, 1, 2, ... order the epochs, and the last one draws the flips.
-_FLIPS = 2**64 - 1
+# Philox streams of one seed: 0, 1, 2, ... order the epochs, the last one draws the flips, and the
+# one before it the captions.
+_FLIPS, _CAPTIONS = 2**64 - 1, 2**64 - 2
 _BATCHES_AHEAD = 2
 
 
@@ -76,6 +77,11 @@ def flips(seed: int, start: int, count: int) -> np.ndarray:
     """Whether elements [start, start + count) of the stream are mirrored: bool[count], p = 1/2."""
     # A Philox block is four words; element j owns block j.
     return _words(seed, _FLIPS, start, 4 * count)[::4] >> np.uint64(63) == 1
+
+
+def caption_choices(seed: int, start: int, count: int) -> np.ndarray:
+    """What chooses the captions of elements [start, start + count) of the stream: f64 in [0, 1)."""
+    return (_words(seed, _CAPTIONS, start, 4 * count)[::4] >> np.uint64(11)) * 2.0**-53
 
 
 def _words(seed: int, stream: int, block: int, count: int) -> np.ndarray:
@@ -123,10 +129,15 @@ class _SkippingReader:
         self._lock = threading.Lock()
 
     def batch(
-        self, indices: np.ndarray, mirrored: np.ndarray, after: Callable[[int, int], int]
+        self,
+        indices: np.ndarray,
+        mirrored: np.ndarray,
+        after: Callable[[int, int], int],
+        *chosen: np.ndarray,
     ) -> HostBatch:
         """Records `indices` i64[n], with the records that were read as 'index' i64[n].
 
+        `chosen` f64[n] chooses their captions, if the data set has any.
         after(row, k) is the k-th record after that of a row. Past the limit, DamagedRecordsError is
         raised.
         """
@@ -134,7 +145,7 @@ class _SkippingReader:
             if self._damaged:
                 indices = np.array([self._sound(i, row, after) for row, i in enumerate(indices)])
             try:
-                return {**self._reader.batch(indices, mirrored), "index": indices}
+                return {**self._reader.batch(indices, mirrored, *chosen), "index": indices}
             except DamagedRecordsError as error:
                 self._note(error)
 
@@ -176,6 +187,11 @@ class _ProcessBatches(grain.sources.RandomAccessDataSource):
     ) -> None:
         reader: ImageReader | LatentReader
         if is_latents(spec.name):
+            if spec.text is not None:
+                raise UserError(
+                    f"config.data.name is {spec.name!r}, encoded latents, which hold no captions:"
+                    " name a data set of images with captions."
+                )
             opened = open_split(spec.name, spec.split)
             reader = LatentReader(opened, spec.cache_mb)
         else:
@@ -183,7 +199,7 @@ class _ProcessBatches(grain.sources.RandomAccessDataSource):
         self.reader = _SkippingReader(reader, spec.max_damaged, warn)
         self._N = self.reader.num_examples
         self._rows, self._batch_size = rows, batch_size
-        self._seed, self._flip = seed, spec.flip
+        self._seed, self._flip, self._captioned = seed, spec.flip, spec.text is not None
         # A batch may straddle two epochs, and the one ahead may already be in the next.
         self._order = lru_cache(maxsize=3)(lambda e: epoch_order(seed, e, self._N))
 
@@ -196,8 +212,9 @@ class _ProcessBatches(grain.sources.RandomAccessDataSource):
         indices = _records(self._order, self._N, start, start + B)[self._rows]
         mirrored = flips(self._seed, start, B) if self._flip else np.zeros(B, bool)
         mirrored = mirrored[self._rows]
+        chosen = [caption_choices(self._seed, start, B)[self._rows]] if self._captioned else []
         return self.reader.batch(
-            indices, mirrored, lambda row, k: self._after(start + int(self._rows[row]), k)
+            indices, mirrored, lambda row, k: self._after(start + int(self._rows[row]), k), *chosen
         )
 
     def _after(self, element: int, k: int) -> int:
@@ -242,9 +259,10 @@ def train_batches(
 
     A batch holds the `rows` i[b] of the global batch, None for all: 'image' f32[b,H,W,C] = x/127.5
     - 1 in [-1,1] (for encoded latents 'mean' and 'log_variance' f32[b,h,w,c]), 'label' i32[b], and
-    'index' i64[b], the record in the split. Every epoch holds every record once, in an order of its
-    own; batches straddle epochs, and no remainder is dropped. A damaged record is reported once by
-    `warn` and replaced by the next readable one in its epoch's order.
+    'index' i64[b], the record in the split; with spec.text also 'caption' i32[b,M], the tokens of
+    one of the record's captions, and 'classes'. Every epoch holds every record once, in an order of
+    its own; batches straddle epochs, and no remainder is dropped. A damaged record is reported once
+    by `warn` and replaced by the next readable one in its epoch's order.
 
     Raises UserError at once for invalid arguments or a data set that cannot be opened. The iterator
     raises DamagedRecordsError beyond spec.max_damaged records; each process counts its own since it

@@ -60,15 +60,26 @@ def save_assets(
     The same arrays give the same bytes. Other assets in the folder's manifest are kept. Raises
     UserError if the folder cannot be written.
     """
+    files = {}
+    for name, (params, record) in assets.items():
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **flatten(params))  # type: ignore[arg-type]
+        files[f"{name}.npz"] = (buffer.getvalue(), record)
+    save_asset_files(directory, files)
+
+
+def save_asset_files(
+    directory: str | os.PathLike[str], files: Mapping[str, tuple[bytes, dict[str, Any]]]
+) -> None:
+    """Write {NAME.SUFFIX: (content, record)}, then the manifest. As `save_assets`."""
     folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         records = _read_manifest(folder) if (folder / MANIFEST).exists() else {}
-        for name, (params, record) in assets.items():
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **flatten(params))  # type: ignore[arg-type]
-            write_atomic(folder / f"{name}.npz", buffer.getvalue())
-            records[name] = {**record, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+        for file, (content, record) in files.items():
+            write_atomic(folder / file, content)
+            digest = hashlib.sha256(content).hexdigest()
+            records[Path(file).stem] = {**record, "sha256": digest}
         text = json.dumps({"schema": 1, "assets": records}, indent=2, sort_keys=True) + "\n"
         # The manifest is last: a run that dies before leaves a mismatch, which reading refuses.
         write_atomic(folder / MANIFEST, text.encode())
@@ -81,6 +92,23 @@ def load_asset(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parameters of an asset, a tree of NumPy arrays, and its record in the manifest.
 
+    Raises UserError as `asset_bytes`, and for a file that does not hold plain arrays.
+    """
+    content, record = asset_bytes(name, ".npz", directory)
+    # Parsed from the bytes that were hashed, because the file may change in between.
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return unflatten({path: file[path] for path in file.files}), record
+    except (ValueError, zipfile.BadZipFile) as error:
+        path = Path(directory) / f"{name}.npz"
+        raise UserError(f"{path} is not an npz file of plain arrays: {error}") from error
+
+
+def asset_bytes(
+    name: str, suffix: str, directory: str | os.PathLike[str] = SHIPPED
+) -> tuple[bytes, dict[str, Any]]:
+    """The content of an asset's file, and its record in the manifest.
+
     Raises UserError for an unknown name, a missing or unreadable file, or a SHA-256 that differs
     from the manifest's.
     """
@@ -91,7 +119,7 @@ def load_asset(
             f"asset {name!r} is not in {folder / MANIFEST}: it has {', '.join(sorted(records))}."
             f"{nearest(name, records)}"
         )
-    path = folder / f"{name}.npz"
+    path = folder / f"{name}{suffix}"
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -102,12 +130,7 @@ def load_asset(
             f"{path} has SHA-256 {digest[:12]}, the manifest says {expected[:12]}: the file is"
             f" damaged or not the one that was measured; {_REMEDY}."
         )
-    # Parsed from the bytes that were hashed, because the file may change in between.
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            return unflatten({path: file[path] for path in file.files}), records[name]
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not an npz file of plain arrays: {error}") from error
+    return content, records[name]
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Multi-head attention: softmax(q kᵀ / √d) v."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ditjax.models.embed import ANYWHERE, Linear, Placement
+from ditjax.models.embed import ANYWHERE, Initializer, Linear, Placement, xavier_uniform
 
 
 @jax.custom_vjp
@@ -22,10 +23,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _attend(q, k, v)[0]
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Return y and the residuals of the gradient: weights are not divided by their `total`."""
     q = q * q.shape[-1] ** -0.5
     logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
+    logits = logits if bias is None else logits + bias
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     total = weights.sum(-1, keepdims=True)
     weights = weights.astype(v.dtype)
@@ -60,6 +64,27 @@ def attention_weights(q: jax.Array, k: jax.Array, scale: float = 1.0) -> jax.Arr
 def autodiff_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """`attend`, differentiated by JAX itself: forwards, too, which a `custom_vjp` refuses."""
     return _attend(q, k, v)[0]
+
+
+MASKED = -1e9  # finite: a row whose keys are all masked attends to all of them, and stays finite
+
+
+def biased_attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+    """`attend` with a bias that is added to the logits; differentiated by JAX itself.
+
+    bias: f32 [1 or B, 1 or H, 1 or N, M], such as MASKED for a key that is not to be seen.
+    """
+    return _attend(q, k, v, bias)[0]
+
+
+def causal_bias(tokens: int) -> np.ndarray:
+    """The bias under which token i sees tokens 0 to i: f32 [1, 1, N, N]."""
+    return np.triu(np.full((tokens, tokens), MASKED, np.float32), 1)[None, None]
+
+
+def key_bias(mask: jax.Array) -> jax.Array:
+    """The bias under which keys are seen where mask bool[B, M] is true: f32 [B, 1, 1, M]."""
+    return jnp.where(mask, np.float32(0), np.float32(MASKED))[:, None, None, :]
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
@@ -112,8 +137,9 @@ def rotated(x: jax.Array, rows: int, columns: int) -> jax.Array:
 class SelfAttention(nn.Module):
     """x [B, N, D] -> [B, N, D], with one fused qkv product: kernel [D, 3, H, d] and bias.
 
-    The logits are q kᵀ / √d times `query_scale`. `qk_norm` normalises queries and keys of each
-    head; `rope` (rows, columns) rotates them by their positions (`rotated`).
+    The logits are q kᵀ / √d times `query_scale`, plus `bias` (`biased_attend`) if it is given.
+    `qk_norm` normalises queries and keys of each head; `rope` (rows, columns) rotates them by their
+    positions (`rotated`). d is D / H, or `head_width`. `inits` are those of both kernels.
     """
 
     heads: int
@@ -122,23 +148,30 @@ class SelfAttention(nn.Module):
     query_scale: float = 1.0
     qk_norm: bool = False
     rope: tuple[int, int] | None = None
+    head_width: int = 0
+    use_bias: bool = True
+    inits: tuple[Initializer, Initializer] = (xavier_uniform, xavier_uniform)
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         D, put = x.shape[-1], self.place.put
-        qkv = Linear(
-            (3, self.heads, D // self.heads), dtype=self.dtype, place=self.place, name="qkv"
-        )(x)
+        linear = functools.partial(
+            Linear, dtype=self.dtype, place=self.place, use_bias=self.use_bias
+        )
+        features = (3, self.heads, self.head_width or D // self.heads)
+        qkv = linear(features, kernel_init=self.inits[0], name="qkv")(x)
         q, k, v = (_heads_first(qkv[:, :, i]) for i in range(3))
         if self.qk_norm:
             q, k = HeadNorm(name="q_norm")(q), HeadNorm(name="k_norm")(k)
         if self.rope:
             q, k = (rotated(each, *self.rope) for each in (q, k))
         compute = self.place.attend or attend
+        if bias is not None:
+            compute = functools.partial(biased_attend, bias=bias)
         q = _scaled(q, self.query_scale)
         y = compute(put("queries", q), put("keys", k), put("keys", v))
-        y = _heads_first(put("queries", y)).reshape(x.shape)
-        return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(y))
+        y = _heads_first(put("queries", y)).reshape(*x.shape[:2], -1)
+        return put("tokens", linear(D, kernel_init=self.inits[1], name="out")(y))
 
 
 class CrossAttention(nn.Module):

@@ -3,6 +3,7 @@
 Every block maps `(tokens [B,N,D], Conditioning) -> tokens`, so that one stack can scan any of them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ditjax.models.attention import CrossAttention, SelfAttention, rms_norm
-from ditjax.models.embed import ANYWHERE, Linear, Placement, xavier_uniform
+from ditjax.models.embed import ANYWHERE, Initializer, Linear, Placement, xavier_uniform
 
 LAYER_NORM_EPS = 1e-6
 
@@ -74,38 +75,61 @@ class Modulation(nn.Module):
         return [out[:, i] for i in range(self.count)]
 
 
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, Sec. 2
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
+
+
 class MLP(nn.Module):
-    """Linear(D, ratio·D) -> GELU (tanh) -> Linear(ratio·D, D); no dropout."""
+    """Linear(D, ratio·D) -> GELU (tanh) -> Linear(ratio·D, D); no dropout.
 
-    ratio: float
-    dtype: Any = jnp.float32
-    place: Placement = ANYWHERE
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        D, put = x.shape[-1], self.place.put
-        h = Linear(int(D * self.ratio), dtype=self.dtype, place=self.place, name="in")(x)
-        h = nn.gelu(put("hidden", h), approximate=True)
-        return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(h))
-
-
-class SwiGLU(nn.Module):
-    """Shazeer 2020 Eq. 6: Linear(D, D) of silu(gate) · up, each of width ratio·D; no dropout.
-
-    One product computes both: kernel [D, 2, ratio·D].
+    `activation` is another of ACTIVATION_FUNCTIONS; `inits` are those of both kernels.
     """
 
     ratio: float
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
+    activation: str = "gelu_tanh"
+    use_bias: bool = True
+    inits: tuple[Initializer, Initializer] = (xavier_uniform, xavier_uniform)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         D, put = x.shape[-1], self.place.put
-        width = (2, int(D * self.ratio))
-        h = Linear(width, dtype=self.dtype, place=self.place, name="gate_up")(x)
-        h = put("hidden", nn.silu(h[:, :, 0]) * h[:, :, 1])
-        return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(h))
+        linear = functools.partial(
+            Linear, dtype=self.dtype, place=self.place, use_bias=self.use_bias
+        )
+        h = linear(int(D * self.ratio), kernel_init=self.inits[0], name="in")(x)
+        h = ACTIVATION_FUNCTIONS[self.activation](put("hidden", h))
+        return put("tokens", linear(D, kernel_init=self.inits[1], name="out")(h))
+
+
+class SwiGLU(nn.Module):
+    """Shazeer 2020 Eq. 6: Linear(D, D) of silu(gate) · up, each of width ratio·D; no dropout.
+
+    One product computes both: kernel [D, 2, ratio·D]. With another `activation` it is another gated
+    unit of the same paper, such as GEGLU.
+    """
+
+    ratio: float
+    dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
+    activation: str = "silu"
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        D, put = x.shape[-1], self.place.put
+        linear = functools.partial(
+            Linear, dtype=self.dtype, place=self.place, use_bias=self.use_bias
+        )
+        h = linear((2, int(D * self.ratio)), name="gate_up")(x)
+        h = put("hidden", ACTIVATION_FUNCTIONS[self.activation](h[:, :, 0]) * h[:, :, 1])
+        return put("tokens", linear(D, name="out")(h))
 
 
 # config.model.mlp -> the MLP of a block

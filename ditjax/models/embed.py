@@ -55,7 +55,7 @@ ANYWHERE = Placement()
 
 
 class Linear(nn.Module):
-    """y = x W + b over the last axis; kernel [D_in, *features], bias [*features].
+    """y = x W + b over the last axis; kernel [D_in, *features], bias [*features] if `use_bias`.
 
     Where the mesh allows it, this is a product of two matrices. The leading axes are merged first:
     on CPUs, a weight gradient that contracts batch and tokens as two axes runs at half speed.
@@ -72,19 +72,23 @@ class Linear(nn.Module):
     kernel_init: Initializer = xavier_uniform
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         features = (self.features,) if isinstance(self.features, int) else self.features
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], *features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
         lead, D = x.shape[:-1], x.shape[-1]
         rows = (-1,) if self.place.merge_rows else lead
         columns = (-1,) if self.place.merge_columns else features
         x = x.astype(self.dtype).reshape(*rows, D)
         kernel = kernel.reshape(D, *columns).astype(self.dtype)
         y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-        y = y + bias.reshape(columns).astype(self.dtype)[(None,) * len(rows)]
+        if bias is not None:
+            y = y + bias.reshape(columns).astype(self.dtype)[(None,) * len(rows)]
         if self.has_variable("lora", "a"):
             y = y + self._low_rank(x).reshape(y.shape)
         return y.reshape(*lead, *features)

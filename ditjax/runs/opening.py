@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from ditjax.config import Config, as_tree, migrated, read
 from ditjax.data import latents, source
+from ditjax.data.captions import TextSpec
 from ditjax.data.classes import ClassNames, class_names, names_of
 from ditjax.data.folders import report_reading
 from ditjax.data.names import Split, is_latents, parse_name
@@ -35,7 +36,7 @@ SAMPLES_LEASE = ".samples.lease"
 
 def data_spec(c: Config) -> source.DataSpec:
     """The data set of a recipe, as the readers expect it."""
-    d = c.data
+    d, text = c.data, getattr(c, "text", None)
     return source.DataSpec(
         name=d.name,
         split=d.split,
@@ -46,16 +47,20 @@ def data_spec(c: Config) -> source.DataSpec:
         cache_mb=d.cache_mb,
         threads=d.threads,
         max_damaged=d.max_damaged,
+        text=text and TextSpec(text.captions, text.feature, text.tokenizer, text.tokens),
     )
 
 
 def held_out(c: Config) -> source.DataSpec:
     """The images of a recipe's validation loss; for latents, the images they encode.
 
-    A damaged image is an error, because a loss over other images would be another metric.
+    A damaged image is an error, because a loss over other images would be another metric. Of the
+    captions of an image, the first is used.
     """
     name, split = source.images_of(Split(c.data.name, c.evaluate.split))
-    return dataclasses.replace(data_spec(c), name=name, split=split, flip=False, max_damaged=0)
+    spec = data_spec(c)
+    text = spec.text and spec.text._replace(mode="first")
+    return dataclasses.replace(spec, name=name, split=split, flip=False, max_damaged=0, text=text)
 
 
 def check_data(c: Config) -> source.DatasetInfo:

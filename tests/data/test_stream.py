@@ -367,13 +367,13 @@ def test_cached_and_uncached_are_the_same(spec):
 
 
 def test_a_cached_record_is_decoded_once_and_an_uncached_one_each_time(spec, monkeypatch):
-    read, seen = ImageRecords.read, []
+    read, seen = ImageRecords.read_words, []
 
     def counted(self, index):
         seen.append(index)
         return read(self, index)
 
-    monkeypatch.setattr(ImageRecords, "read", counted)
+    monkeypatch.setattr(ImageRecords, "read_words", counted)
     # Batches ahead are decoded two at a time: a record at a seam may be met by both threads.
     take(spec, 36)
     assert 359 <= len(seen) <= 359 + 2 * 32

@@ -100,7 +100,7 @@ def full_disk() -> None:
 
 def damaged_records() -> None:
     """What cannot be read is black."""
-    real = records.ImageRecords.read
+    real = records.ImageRecords.read_words
 
     def read(self: Any, index: int) -> Any:
         try:
@@ -109,7 +109,7 @@ def damaged_records() -> None:
             return Image.new("L", (8, 8)), 0
 
     _put(stream, "_check_files", _nothing)
-    _put(records.ImageRecords, "read", read)
+    _put(records.ImageRecords, "read_words", read)
 
 
 def poisoned() -> None:

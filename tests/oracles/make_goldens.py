@@ -11,7 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-NAMES = ("adapters", "inception", "networks", "samplers", "scores", "solvers", "torch_file", "unet")
+NAMES = (
+    "adapters",
+    "inception",
+    "networks",
+    "samplers",
+    "scores",
+    "solvers",
+    "text",
+    "torch_file",
+    "unet",
+)
 FOLDER = Path(__file__).parent.parent / "goldens"
 
 

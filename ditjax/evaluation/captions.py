@@ -1,0 +1,84 @@
+"""The judge of caption scenes with one digit: digit, colour and place, read off the pixels.
+
+No network here was trained on scenes: the digit is judged by the shipped classifier of handwriting.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ditjax.data.caption_scenes import HUES
+from ditjax.errors import UserError
+from ditjax.evaluation.digits import JUDGE, recognise
+from ditjax.models.classifier import DIGIT_SIDE
+from ditjax.weights.shipped import shipped_classifier
+
+_SEEN = 0.3  # of the darkest ink: fainter pixels are no part of the digit
+_BATCH = 512
+
+
+class Judged(NamedTuple):
+    """Indices of digits, colours and places, i[B] each (`data/caption_scenes.py`)."""
+
+    digit: np.ndarray
+    colour: np.ndarray
+    place: np.ndarray
+
+
+def judge_scenes(images: np.ndarray) -> Judged:
+    """What images u8[B,S,S,3] show. Raises UserError for images of another shape."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UserError(
+            f"images are {images.dtype}{list(images.shape)}: scenes are uint8 [N,S,S,3]."
+        )
+    x = images.astype(np.float32) / np.float32(255)
+    ink = x.max(-1) - np.median(x.max(-1), axis=(1, 2), keepdims=True)
+    ink = np.maximum(ink, 0) / np.maximum(ink.max(axis=(1, 2), keepdims=True), np.float32(0.1))
+    digits = np.stack([_cut(each) for each in ink])[..., None]
+    logits = recognise(*shipped_classifier(JUDGE), digits, _BATCH)[1]
+    return Judged(np.argmax(logits, axis=1), _colours(x, ink), _places(ink))
+
+
+def _cut(ink: np.ndarray) -> np.ndarray:
+    """The square around the ink of a scene, f32[S,S] -> u8[8,8]: as tall as the digit."""
+    seen = ink > _SEEN
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    if not len(rows):
+        return np.zeros((DIGIT_SIDE, DIGIT_SIDE), np.uint8)
+    side = max(np.ptp(rows), np.ptp(columns)) + 1
+    middle = (rows[0] + rows[-1] + 1) / 2, (columns[0] + columns[-1] + 1) / 2
+    top, left = (centre - side / 2 for centre in middle)
+    picture = Image.fromarray(np.pad(ink, side))
+    box = (left + side, top + side, left + 2 * side, top + 2 * side)
+    small = picture.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BOX, box)
+    return np.rint(255 * np.clip(np.asarray(small), 0, 1)).astype(np.uint8)
+
+
+def _colours(x: np.ndarray, ink: np.ndarray) -> np.ndarray:
+    """The colour whose hue is nearest to that of the ink's mean colour."""
+    mean = (x * ink[..., None] ** 2).sum((1, 2)) / np.maximum((ink**2).sum((1, 2)), 1e-6)[:, None]
+    red, green, blue = mean.T
+    hue = np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue))
+    # The angle on the colour circle is not that of HSV: both are taken of pure colours.
+    of_names = np.array([_circle(each) for each in HUES])
+    away = np.abs((hue[:, None] - of_names + 180) % 360 - 180)
+    return np.argmin(away, axis=1)
+
+
+def _circle(hue: float) -> float:
+    """The angle on the colour circle of a pure colour of HSV."""
+    k = (np.array([5.0, 3.0, 1.0]) + hue / 60) % 6
+    red, green, blue = 1 - np.clip(np.minimum(k, 4 - k), 0, 1)
+    return float(np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue)))
+
+
+def _places(ink: np.ndarray) -> np.ndarray:
+    """The third of the canvas that holds the middle of the ink, in rows and columns."""
+    S = ink.shape[1]
+    centres = np.arange(S) + 0.5
+    total = np.maximum(ink.sum((1, 2)), 1e-6)
+    row = (ink.sum(2) * centres).sum(1) / total
+    column = (ink.sum(1) * centres).sum(1) / total
+    third = [np.clip((3 * each / S).astype(int), 0, 2) for each in (row, column)]
+    return np.asarray(3 * third[0] + third[1])
