@@ -419,6 +419,7 @@ class Optim(Section):
     b2: float = key(0.999, FRACTION)
     eps: float = key(1e-8, above(0))
     weight_decay: float = key(0.0, at_least(0))
+    decay: Literal["all", "kernels"] = key("all")  # kernels: no scale and no bias decays
     clip_norm: float = key(0.0, at_least(0))  # 0 = no clipping
     # An update is skipped if its gradient norm exceeds this many times the norms' running mean.
     spike_factor: float = key(0.0, zero_or_above(1))  # 0 = off
@@ -832,6 +833,18 @@ def _read_fields(value: Any, schemas: Schemas) -> tuple[tuple[str, str], ...]:
         raise _unexpected("published_protocol is", value, "pairs such as ('labels', 'uniform')")
     _check_unique([field for field, _ in value], "field", "published_protocol is", value)
     return tuple((field, _typed(str, text, "sweep.published_protocol")) for field, text in value)
+
+
+def text_pairs(path: str, example: tuple[str, str]) -> Callable[[Any, "Schemas"], Any]:
+    """A reader of pairs of texts, (('a', 'b'), ...)."""
+
+    def read(value: Any, schemas: "Schemas") -> Any:
+        pairs = value if isinstance(value, tuple | list) else None
+        if pairs is None or not all(_is_pair(each) for each in pairs):
+            raise UserError(f"config.{path} is {shown(value)}: expected pairs such as {example!r}.")
+        return tuple((_typed(str, a, path), _typed(str, b, path)) for a, b in pairs)
+
+    return read
 
 
 def _as_list(value: Any) -> list[Any]:

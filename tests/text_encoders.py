@@ -18,6 +18,12 @@ def golden(name):
         }
 
 
+def golden_images():
+    """The images f32[3,8,8,3] that CLIP's golden embeds."""
+    with np.load(GOLDENS) as file:
+        return file["images"]
+
+
 def write_folder(folder, found, rename=lambda name: name):
     """Write a model's folder of transformers: config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)

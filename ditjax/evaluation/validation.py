@@ -84,11 +84,9 @@ def held_out_means(c: Config, mesh: Mesh, params: Any) -> tuple[dict[str, float]
         batch = {name: value for name, value in rows.items() if name != "index"}
         parts.append(measure(params, start, batch))
         start += len(rows["label"])
-    means = {
-        metric: float(np.concatenate([part[name] for part in parts]).mean())
-        for name, metric in score.names.items()
-    }
-    return means, dict(score.protocol)
+    measured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    means = {metric: float(measured[name].mean()) for name, metric in score.names.items()}
+    return {**means, **score.summary(measured)}, dict(score.protocol)
 
 
 class Validator:

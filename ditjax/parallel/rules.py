@@ -31,6 +31,7 @@ ACTIVATIONS: dict[str, P] = {
     "hidden": P(BATCH_AXES, "context", "tensor"),  # [B, N, 4D]
     "queries": P(BATCH_AXES, "tensor", "context", None),  # [B, H, N, d]
     "keys": P(BATCH_AXES, "tensor", None, None),  # [B, H, M, d]; values too
+    "similarities": P(BATCH_AXES, None),  # [B, B], of every row with every other
 }
 
 # The share of the parameters that may be replicated along an fsdp or tensor axis. Networks below a
@@ -182,6 +183,24 @@ def by_heads(attend: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.
     return jax.shard_map(
         attend, mesh=mesh, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False
     )
+
+
+def by_rows(of_rows: Callable[..., Any], mesh: Mesh) -> Callable[[Any, Any], Any]:
+    """Run `of_rows(own, whole, first, shared)` on each device's rows, beside those of all devices.
+
+    (own, shared): trees of arrays [B, ...], split over the batch, and of whole arrays. `whole` are
+    the gathered rows, through which gradients flow; the rows `own` are `whole[first:]`.
+    """
+    rows = P(BATCH_AXES)
+
+    def local(own: Any, shared: Any) -> Any:
+        def gather(x: jax.Array) -> jax.Array:
+            return jax.lax.all_gather(x, BATCH_AXES, tiled=True)
+
+        first = jax.lax.axis_index(BATCH_AXES) * len(jax.tree.leaves(own)[0])
+        return of_rows(own, jax.tree.map(gather, own), first, shared)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(rows, P()), out_specs=rows)
 
 
 def check_batch(batch_size: int, mesh: Mesh, what: str) -> None:

@@ -53,13 +53,15 @@ def make_optimizer(
     clip_norm: float,
     spike_factor: float = 0.0,
     scale: Callable[[Any], Any] | None = None,
+    decayed: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019, Alg. 2), after clipping to a global norm if clip_norm > 0.
 
     The paper trains with weight decay 0; optax's default is not 0. With a `spike_factor` the state
     starts with the running norm that `spike_limit` reads. `scale` multiplies Adam's update, a tree
     like the parameters, by learning rates per parameter. It does not affect weight decay, which is
-    learning_rate · weight_decay for all of them.
+    learning_rate · weight_decay for all of them, or for those where the tree `decayed(params)` is
+    true.
     """
     parts = [running_norm()] if spike_factor else []
     if clip_norm:
@@ -68,7 +70,7 @@ def make_optimizer(
     if scale is not None:
         parts.append(optax.stateless(lambda updates, params: scale(updates)))
     if weight_decay:
-        parts.append(optax.add_decayed_weights(weight_decay))
+        parts.append(optax.add_decayed_weights(weight_decay, decayed))
     parts.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*parts)
 

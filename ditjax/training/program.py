@@ -46,7 +46,18 @@ def optimizer_of(
         clip_norm=o.clip_norm,
         spike_factor=o.spike_factor,
         scale=None if rates is None else functools.partial(_scaled, rates),
+        decayed=_kernels if o.decay == "kernels" else None,
     )
+
+
+def _kernels(params: Any) -> Any:
+    """Which parameters decay in Radford et al. 2021, Sec. 2.5: no gain, no bias, no temperature."""
+
+    def decays(path: Any, leaf: Any) -> bool:
+        name = rules.path_of(path).rpartition("/")[2]
+        return not name.endswith(("scale", "bias"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def _scaled(rates: Callable[[str], float], updates: Any) -> Any:

@@ -113,7 +113,9 @@ class ValidationScore(NamedTuple):
     `measure(trained, frozen, keys key[B], batch)` -> {name: f32[B]}. If `num` > 0, that many
     examples are drawn, and `drawn(indices i[n])` adds arrays that depend only on an example's
     index; if 0, every example of the split is used once, and only by `evaluate`. `names` maps each
-    score to the name of its mean. Two values can be compared if their `protocol` is equal.
+    score to the name of its mean. `summary` makes scores of all examples together, such as
+    retrieval, of what was measured [N, ...]; only if `num` is 0. Two values can be compared if
+    their `protocol` is equal.
     """
 
     measure: Callable[[Any, Frozen, jax.Array, Batch], dict[str, jax.Array]]
@@ -121,6 +123,7 @@ class ValidationScore(NamedTuple):
     protocol: Mapping[str, Any]
     num: int = 0
     drawn: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda indices: {}
+    summary: Callable[[Mapping[str, np.ndarray]], dict[str, float]] = lambda measured: {}
 
 
 class Inside(NamedTuple):

@@ -13,7 +13,17 @@ from ditjax.runs.rundir import leaves
 
 NAMES = recipes.list_recipes()
 # Another argument, another recipe: of the names that take a word and not only a model.
-ARGUMENTS = [*NAMES, "base:S/4", "digits_latent:autoencoder", "paper/decoders:original"]
+ARGUMENTS = [
+    *NAMES,
+    "base:S/4",
+    "digits_latent:autoencoder",
+    "paper/decoders:original",
+    "small/clip:shuffled",
+]
+# The recipes of other tasks than diffusion.
+TASKS = {"digits_latent:autoencoder": "autoencoder"} | dict.fromkeys(
+    ("clip_b32", "small/clip", "small/clip:shuffled"), "clip"
+)
 # What an argument such as XL/2 says, whatever the paper's is.
 OF_THE_ARGUMENT = {"model.size", "model.patch"}
 
@@ -32,7 +42,7 @@ def test_a_recipe_is_loaded_by_its_name(name):
     assert tree == load_recipe([f"--config=experiments/{word}.py{found}{arg}"])
     assert tree == completed(recipes.build(name))
     c = read(tree)
-    assert c.task == ("autoencoder" if arg == "autoencoder" else "diffusion")
+    assert c.task == TASKS.get(name, "diffusion")
     assert read(recipes.build(name)) == c
 
 
@@ -44,7 +54,7 @@ def test_a_recipe_states_only_what_differs(name):
     """
     stated = dict(leaves(recipes.build(name)))
     task = stated.pop("task", "diffusion")
-    assert (task == "diffusion") == (name != "digits_latent:autoencoder")
+    assert task == TASKS.get(name, "diffusion")
     defaults = dict(leaves(completed({"task": task})))
     word = name.partition(":")[0]
     module = importlib.import_module(f"ditjax.recipes.{word.replace('/', '.')}")
@@ -63,5 +73,5 @@ def made_of(module: ModuleType) -> list[ModuleType]:
 def differing(module: ModuleType) -> list[str]:
     """The keys that a recipe changes."""
     tree: Any = module.get_config().to_dict()
-    defaults = dict(leaves(completed({})))
-    return [key for key, value in leaves(tree) if value != defaults[key]]
+    defaults = dict(leaves(completed({"task": tree.get("task", "diffusion")})))
+    return [key for key, value in leaves(tree) if value != defaults.get(key)]
