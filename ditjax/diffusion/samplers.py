@@ -68,11 +68,14 @@ class Steps(NamedTuple):
     `step(x, memory, row, noise)` -> x at the next time, the memory, and the x̂0 that it was computed
     from. `memory` is what a step leaves to the next beside x, such as the network's
     (`gaussian.Stateful`), as it is before the first. `row` is one of `rows`, tables [n, ...].
+    `sigma` f64[n] is the standard deviation of the noise that a step adds to its mean; None if it
+    depends on the network, or if no step adds noise.
     """
 
     step: Callable[[jax.Array, Any, Any, Noise], tuple[jax.Array, Any, jax.Array]]
     memory: Any
     rows: Any
+    sigma: np.ndarray | None = None
 
 
 def walk(steps: Steps, x_T: jax.Array, noise: Noise) -> jax.Array:
@@ -131,7 +134,15 @@ def ddpm_steps(
         sigma = jnp.where(i < len(schedule) - 1, jnp.exp(0.5 * p.log_variance), 0.0)
         return p.mean + sigma * noise(i), memory, p.x0
 
-    return Steps(step, network.start(x_T), jnp.arange(len(schedule), dtype=jnp.int32))
+    log_variance = {
+        "fixed_small": schedule.posterior_log_variance_clipped,
+        "fixed_large": schedule.log_betas_clipped,
+    }.get(variance)
+    sigmas = None
+    if log_variance is not None:
+        sigmas = np.append(np.exp(0.5 * log_variance[:0:-1]), 0.0)
+    rows = jnp.arange(len(schedule), dtype=jnp.int32)
+    return Steps(step, network.start(x_T), rows, sigmas)
 
 
 def ddim(
@@ -187,7 +198,8 @@ def ddim_steps(
             x = x + extract(sigma, t, x_t.ndim) * noise(i)
         return x, memory, p.x0
 
-    return Steps(step, network.start(x_T), jnp.arange(len(schedule), dtype=jnp.int32))
+    rows = jnp.arange(len(schedule), dtype=jnp.int32)
+    return Steps(step, network.start(x_T), rows, sigma[::-1])
 
 
 def _table_index(schedule: Schedule, x_t: jax.Array, i: jax.Array) -> jax.Array:

@@ -152,7 +152,7 @@ def _linear(estimate: Estimate, tables: LinearSteps, x: jax.Array, memory: Any) 
         return x, (x0s[:-1], memory), x0
 
     rows = (jnp.arange(len(tables.keep)), _on_device(tables, x.dtype))
-    return Steps(step, (history, memory), rows)
+    return Steps(step, (history, memory), rows, tables.spread)
 
 
 class TwoStageSteps(NamedTuple):
