@@ -169,6 +169,7 @@ _IMPORTED = (
     "control.source",
     "sample.sampler",
     "edit.method",
+    "reward.source",
     "evaluate.features",
 )
 

@@ -124,6 +124,27 @@ def digits_extractor() -> Extractor:
     return classifier_extractor("digits")
 
 
+def mixer_extractor(mesh: Mesh, batch_size: int) -> Extractor:
+    """Return the features of the other digit classifier, which judges: for FD-mixer (not FID).
+
+    For networks that were trained on what `digits_convnet` says (`tasks/rewards.py`).
+    """
+    del mesh, batch_size
+
+    def extract(images: np.ndarray) -> ImageFeatures:
+        pool, logits = recognise_digits(JUDGE, images)
+        return ImageFeatures(pool, None, logits)
+
+    record = {
+        "features": JUDGE,
+        "features_sha256": load_asset(JUDGE)[1]["sha256"],
+        "resize": f"bicubic to {classifier.DIGIT_SIDE} where larger, grey",
+        "features_precision": "float32",
+    }
+    side = classifier.DIGIT_SIDE
+    return Extractor("mixer", extract, 512, record, predict_digit, side, family="mixer")
+
+
 def scenes_extractor() -> Extractor:
     """Return the features of windows of digit scenes, for FD-digits of scenes (not FID)."""
 

@@ -94,10 +94,7 @@ def classifier_features(name: str, images: jax.Array) -> jax.Array:
     """
     tap = _CLASSIFIERS[name]
     network, params = shipped_classifier(tap.asset)
-    B = images.shape[0]
-    if images.shape[1:3] != (DIGIT_SIDE, DIGIT_SIDE):
-        images = jax.image.resize(images, (B, DIGIT_SIDE, DIGIT_SIDE, images.shape[3]), "linear")
-    images = images.mean(-1, keepdims=True) if images.shape[3] > 1 else images
+    images = digit_images(images)
     if tap.random:
         params = network.init(jax.random.key(0), images[:1])["params"]
     _, state = network.apply(
@@ -107,6 +104,14 @@ def classifier_features(name: str, images: jax.Array) -> jax.Array:
         mutable=["intermediates"],
     )
     return as_map(state["intermediates"][tap.layer]["__call__"][0])
+
+
+def digit_images(images: jax.Array) -> jax.Array:
+    """Bring images f32[B,H,W,C] in [-1, 1] to the classifiers' 8x8 grey pixels."""
+    B = images.shape[0]
+    if images.shape[1:3] != (DIGIT_SIDE, DIGIT_SIDE):
+        images = jax.image.resize(images, (B, DIGIT_SIDE, DIGIT_SIDE, images.shape[3]), "linear")
+    return images.mean(-1, keepdims=True) if images.shape[3] > 1 else images
 
 
 def as_map(features: Any) -> jax.Array:

@@ -207,6 +207,13 @@ def load_frozen(c: Config, mesh: Mesh) -> Any:
     return opening.load_weights(trained, make(trained), path, mesh)[0]
 
 
+def frozen_shapes(c: Config) -> Any:
+    """The parameters of a latent recipe's autoencoder as shapes."""
+    module, side = _frozen_module(c), c.data.image_size
+    image = jax.ShapeDtypeStruct((1, side, side, c.data.channels), jnp.float32)
+    return jax.eval_shape(lambda x: module.init(jax.random.key(0), x, jax.random.key(0)), image)
+
+
 def in_front_of(c: Config, trained: Config) -> Config:
     """Set the architecture of a latent recipe's autoencoder to a trained one's; keep the path."""
     section = dataclasses.replace(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax.config import Config, FrozenAutoencoder, Sample, network_module
+from ditjax.config import Config, FrozenAutoencoder, Sample, network_module, replaced
 from ditjax.data.names import is_latents
 from ditjax.diffusion import losses, samplers
 from ditjax.diffusion.gaussian import Denoise
@@ -26,7 +26,7 @@ from ditjax.models.autoencoder import Moments, sample_posterior
 from ditjax.models.embed import ANYWHERE, Placement, drop_labels
 from ditjax.models.network import DTYPES, Conditions, Inputs, Network, NetworkCost
 from ditjax.parallel import rules
-from ditjax.tasks import adapting, alignment, autoencoder, control, editing
+from ditjax.tasks import adapting, alignment, autoencoder, control, editing, rewards
 from ditjax.tasks.guide import guide_recipe, load_guide
 from ditjax.tasks.objective import (
     Diffusion,
@@ -157,12 +157,22 @@ def cost_with_loss(c: Config) -> NetworkCost | None:
     cost = network.cost(c.model, inputs)
     if control.is_controlled(c):
         cost = control.with_cost(c, network, inputs, cost)
+    if rewards.is_rewarded(c):
+        drawn = sampling(c)
+        assert drawn.timesteps is not None  # `rewards.check_reward`
+        return rewards.with_reward_cost(c, cost, len(drawn.timesteps) + drawn.guided)
     evaluations = training_loss(c.diffusion).evaluations(**loss_options(c.diffusion))
     return cost._replace(passes=cost.passes + evaluations)
 
 
 def make(c: Config, mesh: Mesh | None = None) -> Task:
     """Build the class-conditional diffusion task of a recipe, for a mesh or one device."""
+    task = _on_images(c, mesh)
+    return rewards.rewarded(c, task, policy_of(c, mesh)) if rewards.is_rewarded(c) else task
+
+
+def _on_images(c: Config, mesh: Mesh | None) -> Task:
+    """The task that is trained on the images of its data set."""
     network, inputs, init = network_of(c), inputs_of(c), _initialiser(c)
 
     def start(mesh: Mesh) -> Start:
@@ -312,6 +322,7 @@ def check(c: Config) -> None:
     network_of(c).check(c.model, inputs_of(c))
     alignment.check_alignment(c, network_of(c), inputs_of(c))
     control.check_control(c, network_of(c), inputs_of(c))
+    rewards.check_reward(c, inputs_of(c))
     check_sampling(c)
     d = c.diffusion
     if null_weight(d.target_omega, d.target_kappa) and c.model.label_dropout == 0:
@@ -335,6 +346,18 @@ def check(c: Config) -> None:
 
 
 # ---- sampling
+
+
+def policy_of(c: Config, mesh: Mesh | None = None) -> rewards.Policy:
+    """The network of a recipe as what draws, with the guidance of its samples and without."""
+    apply = apply_of(c, mesh)
+
+    def denoise(c: Config, params: Any, labels: jax.Array) -> Denoise:
+        return denoiser(c, apply, params, Conditions(label=labels), guidance_of(c))
+
+    plain = replaced(c, sample=dataclasses.replace(c.sample, cfg_scale=1.0))
+    guided, unguided = (functools.partial(denoise, each) for each in (c, plain))
+    return rewards.Policy(inputs_of(c).shape, guided, unguided)
 
 
 def guidance_of(c: Config) -> Guidance:
@@ -612,6 +635,7 @@ TASK = Definition(
         "control": control.Control,
         "sample": Sample,
         "edit": editing.Edit,
+        "reward": rewards.Reward,
     },
     check=check,
     resolve=lambda c, workdir: adapting.with_base(c, workdir, network_of(c), inputs_of),

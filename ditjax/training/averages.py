@@ -25,6 +25,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 POWER, EMA = "power:", "ema:"  # prefixes of an average's name, before its std or its decay
+# Not an average: "held:8" are the weights after the last update whose number 8 divides, "held:0"
+# those that training started from.
+HELD = "held:"
 
 
 class Averages(NamedTuple):
@@ -70,10 +73,20 @@ def updated_averages(averages: Any, params: Any) -> Any:
     n = averages.updates + 1
 
     def update(name: str, tree: Any) -> Any:
+        if name.startswith(HELD):
+            every = int(name.removeprefix(HELD))
+            new = n % every == 0 if every else False
+            return jax.tree.map(lambda a, p: jnp.where(new, p, a), tree, params)
         share = share_of_newest(name, n)
         return jax.tree.map(lambda a, p: a + share * (p - a), tree, params)
 
     return Averages(n, {name: update(name, tree) for name, tree in averages.trees.items()})
+
+
+def held_weights(averages: Any) -> dict[str, Any]:
+    """The weights that are held, by name; {} if there are none."""
+    trees = averages.trees if averages != () else {}
+    return {name: tree for name, tree in trees.items() if name.startswith(HELD)}
 
 
 def inner_product(

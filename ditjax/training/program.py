@@ -88,7 +88,8 @@ def initial_state(c: Config, task: Task, start: Any = None) -> TrainState:
     key = keys.stream(c.seed, keys.INIT)
     params = task.init(key) if start is None else start
     trained = task.transform.init(params, key)
-    return init_state(trained, optimizer_of(c, task.rates), c.train.averages)
+    names = (*c.train.averages, *task.holds)
+    return init_state(trained, optimizer_of(c, task.rates), names)
 
 
 def abstract_state(c: Config, task: Task, mesh: Mesh) -> TrainState:
@@ -125,6 +126,7 @@ def _jit_step(c: Config, task: Task, mesh: Mesh, shardings: TrainState) -> jax.s
         place=lambda grads: jax.lax.with_sharding_constraint(grads, shardings.params),
         limit=functools.partial(spike_limit, factor=factor) if factor else no_limit,
         averages=task.averages,
+        rollout=task.rollout,
     )
     return jax.jit(
         step,
@@ -169,8 +171,12 @@ def training(c: Config, task: Task, mesh: Mesh) -> Training:
             name: jax.ShapeDtypeStruct((c.train.batch_size, *one.shape), one.dtype)
             for name, one in task.inputs.items()
         }
+        whole = rules.replicated(mesh)
+        others = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), task.shapes()
+        )
         with precise(c):
-            return jit_step.lower(abstract, base, batch)
+            return jit_step.lower(abstract, base | others, batch)
 
     return Training(
         init,

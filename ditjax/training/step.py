@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ditjax.training.averages import no_averages, updated_averages
+from ditjax.training.averages import held_weights, no_averages, updated_averages
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -18,6 +18,8 @@ Metrics = dict[str, jax.Array]
 Draw = Callable[[Batch, jax.Array], Batch]
 # (params, frozen weights, drawn batch) -> (scalar loss, scalars to log)
 LossFn = Callable[[Any, Any, Batch], tuple[jax.Array, Metrics]]
+# (params, frozen weights, drawn batch) -> the batch with what the network itself draws
+Rollout = Callable[[Any, Any, Batch], Batch]
 # The frozen weights that are the average of the trained ones, for a loss that asks for them.
 AVERAGE = "average"
 # optimizer state -> the largest gradient norm that is not skipped
@@ -98,6 +100,12 @@ def mean_gradient(
     return jax.tree.map(lambda x: x / parts, total)
 
 
+def _with_weights_of(state: TrainState, frozen: Any, average: bool) -> Any:
+    """Add what a loss reads of the state, beside the weights that it differentiates."""
+    found = {**held_weights(state.averages), **({AVERAGE: state.ema} if average else {})}
+    return {**frozen, **found} if found else frozen
+
+
 def no_limit(opt_state: Any) -> jax.Array:
     """Accept every finite gradient."""
     return jnp.array(jnp.inf)
@@ -114,6 +122,7 @@ def make_step(
     place: Callable[[Any], Any] = lambda gradient: gradient,
     limit: Limit = no_limit,
     averages: bool = False,
+    rollout: Rollout | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """Build the training step (state, frozen weights, batch) -> (state, metrics).
 
@@ -125,13 +134,16 @@ def make_step(
     `key` is the run's key. It is folded with the step only here, so that a step's random numbers
     depend only on (seed, step). They are drawn before the batch is split into `parts`: the update
     is the same for any number of parts, up to rounding. `place` shards gradients as the parameters
-    are. With `averages`, the frozen weights of the loss hold the average as `AVERAGE`.
+    are. With `averages`, the frozen weights of the loss hold the average as `AVERAGE`; weights that
+    the state holds (`averages.HELD`) are among them by name. `rollout` adds to a drawn batch what
+    the network draws itself, before the batch is split.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         drawn = draw(batch, jax.random.fold_in(key, state.step))
-        if averages:
-            frozen = {**frozen, AVERAGE: state.ema}
+        frozen = _with_weights_of(state, frozen, averages)
+        if rollout is not None:
+            drawn = rollout(state.params, frozen, drawn)
         loss_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         if parts == 1:
             (loss, metrics), grads = loss_and_grad(state.params, frozen, drawn)

@@ -169,6 +169,11 @@ class Task(NamedTuple):
     are loaded only for sampling. `open_rows` is called once by training, before anything compiles.
     With `averages`, `loss` finds the average of the trained parameters in `frozen[AVERAGE]`.
 
+    `rollout(trained, frozen, drawn)` adds to a drawn batch what the network draws itself, such as
+    images for a reward; no gradient passes through it. The training state `holds` trained weights
+    of earlier steps, such as "held:8" (`averages.HELD`), which `rollout` and `loss` find in
+    `frozen` by name. `shapes` are those of what the two read of `frozen` beside "base".
+
     `start` loads the parameters that a run begins with, if these are not `init`'s. `transform` is
     what it trains of them; unless that is all, frozen weights "base" are what `start` loads.
     """
@@ -182,6 +187,9 @@ class Task(NamedTuple):
     frozen: Callable[[Mesh], Frozen] = lambda mesh: {}
     reads: tuple[str, ...] = ()
     open_rows: Callable[[], Additions] = Additions
+    rollout: Callable[[Any, Frozen, Batch], Batch] | None = None
+    holds: tuple[str, ...] = ()
+    shapes: Callable[[], Frozen] = dict
     averages: bool = False
     transform: Transform = IDENTITY
     start: Callable[[Mesh], Start] | None = None

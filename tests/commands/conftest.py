@@ -1,10 +1,13 @@
 """A tiny run that every command can be tried on."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 
 from ditjax import train
+from ditjax.data import stream
 
 TINY = (
     "--config=experiments/digits.py:1x32x2/4",
@@ -22,6 +25,40 @@ TINY = (
     "--config.evaluate.guided_num=20",
     "--config.evaluate.val_loss_num=0",  # one program less to compile; tests that are of it ask
 )
+
+
+class CutError(Exception):
+    """The end of a run that nothing announces."""
+
+
+def cut_after(batches: int) -> Callable[..., Any]:
+    """In place of `stream.train_batches`: it ends with an error."""
+    real = stream.train_batches
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        source = real(*args, **kwargs)
+
+        class Cut:
+            count = 0
+
+            def __iter__(self) -> Self:
+                return self
+
+            def __next__(self) -> Any:
+                self.count += 1
+                if self.count > batches:
+                    raise CutError
+                return next(source)
+
+            def __enter__(self) -> Self:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                source.close()
+
+        return Cut()
+
+    return cut
 
 
 @pytest.fixture(scope="session")

@@ -17,17 +17,13 @@ from ditjax.runs import opening
 from ditjax.tasks import make_task
 from ditjax.tasks.adapters import open_adapter
 from ditjax.weights import reading
-from tests.commands.conftest import TINY
+from tests.commands.conftest import TINY, CutError, cut_after
 
 SHORT = (*TINY, "--config.train.steps=4", "--config.train.checkpoint_every_steps=2")
 LORA = ("--config.adapt.kind=lora", "--config.adapt.rank=2", "--config.train.log_every_steps=1")
 
 
 FEW = ("--config.evaluate.num_samples=16", "--config.evaluate.guided_scale=0")
-
-
-class CutError(Exception):
-    pass
 
 
 def trained(workdir):
@@ -74,34 +70,9 @@ def test_a_file_of_diffusers_is_a_base_with_its_numerics(finished, tmp_path, cap
 
 
 def test_lora_resumes_to_the_bit_and_saves_factors_alone(finished, lora, tmp_path):
-    real = stream.train_batches
-
-    def cut_at_3(*args, **kwargs):
-        source = real(*args, **kwargs)
-
-        class Cut:
-            count = 0
-
-            def __iter__(self):
-                return self
-
-            def __next__(self):
-                self.count += 1
-                if self.count > 3:
-                    raise CutError
-                return next(source)
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                source.close()
-
-        return Cut()
-
     run = [*SHORT, *LORA, f"--config.adapt.base={finished}", f"--workdir={tmp_path}"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "train_batches", cut_at_3)
+        patch.setattr(stream, "train_batches", cut_after(3))
         with pytest.raises(CutError):
             train.main(run)
     assert train.main(run) == 0
