@@ -183,6 +183,17 @@ def torn_log() -> None:
     _put(log, "_truncate", lambda *_: {})
 
 
+def killed_finetuning() -> None:
+    """The factors are lost at a resume; their optimizer is not."""
+    real = checkpoint.Checkpoints.restore
+
+    def restore(self: Any, *args: Any) -> Any:
+        state, position = real(self, *args)
+        return state._replace(params=jax.tree.map(jnp.zeros_like, state.params)), position
+
+    _put(checkpoint.Checkpoints, "restore", restore)
+
+
 def broken(row: str) -> None:
     """From here on what that row stands on is broken."""
     function: Callable[[], None] = globals()[row]

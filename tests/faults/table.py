@@ -47,6 +47,7 @@ ROWS = (
     Row(15, "one of two processes killed or stopped", training.peer_lost, ()),
     Row(16, "other devices: 8 to 1, 1 to 2x2x2", training.other_mesh, ()),
     Row(17, "a torn line in a log", training.torn_log),
+    Row(18, "SIGKILL while fine-tuning with LoRA", training.killed_finetuning, ()),
 )
 
 

@@ -1,4 +1,4 @@
-"""Rows 1 to 6, 8 and 15 to 17: a run is killed, told to end, damaged, starved of disk, poisoned."""
+"""Rows 1 to 6, 8 and 15 to 18: a run is killed, told to end, damaged, starved of disk, poisoned."""
 
 import contextlib
 import json
@@ -53,6 +53,31 @@ def killed_mid_step(trial: Trial) -> Outcome:
     child.wait()
     run.finish()
     return Outcome(judge(run, reference), f"mesh {mesh}")
+
+
+# Chains of three steps, in rounds of three updates: a round ends at no checkpoint.
+REWARD = (
+    "--config.reward.method=ddpo",
+    "--config.reward.updates=3",
+    "--config.reward.kl=0.1",
+    "--config.sample.steps=ddim3",
+)
+
+
+def killed_finetuning(trial: Trial) -> Outcome:
+    """Row 18: LoRA beside the weights of a finished run; in every other trial, on a reward."""
+    how = "reward" if trial.number % 2 else "data"
+    base = trial.battery.unbroken().workdir
+    words = (f"--config.adapt.base={base}", "--config.adapt.kind=lora", "--config.adapt.rank=2")
+    words += REWARD if how == "reward" else ()
+    reference = trial.battery.unbroken("1", f"lora, {how}", *words)
+    run = trial.battery.run("finetuned")
+    (child,) = run.start(*words)
+    _somewhere(trial, [child])
+    child.kill(signal.SIGKILL)
+    child.wait()
+    run.finish(*words)
+    return Outcome(judge(run, reference), how)
 
 
 def killed_while_saving(trial: Trial) -> Outcome:

@@ -11,13 +11,15 @@ import pytest
 from scipy import fft
 
 from ditjax.cli import load_recipe
-from ditjax.config import changed, merged, read
+from ditjax.config import changed, merged, read, replaced
 from ditjax.diffusion import chains
 from ditjax.diffusion.losses import simple_loss
 from ditjax.errors import UserError
+from ditjax.evaluation.features import digits_extractor, mixer_extractor
 from ditjax.files.assets import unflatten
 from ditjax.machines.roofline import hardware_flops
 from ditjax.models.network import Conditions, training_flops
+from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 from ditjax.tasks import cost_of, make_task, rewards
 from ditjax.tasks.diffusion import policy_of, to_uint8
@@ -236,6 +238,46 @@ def test_rewards_are_what_they_say():
     np.testing.assert_allclose(
         rewards.digit_reward(digits, label), expected[np.arange(4), label], atol=1e-4
     )
+
+
+def of_pixels(images, labels):
+    assert images.shape == (B, 32, 32, 1), "a latent network's images are decoded"
+    return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("method", ["ddpo", "dpo"])
+def test_a_latent_networks_images_are_decoded(method):
+    """By the frozen autoencoder, an argument of the step, whose shapes a plan knows."""
+    c = read(load_recipe(["--config=digits_latent", f"--config.train.batch_size={B}"]))
+    source = "tests.tasks.test_rewards.of_pixels"
+    reward = {"method": method, "source": source, **({"group": 4} if method == "ddpo" else {})}
+    small = {"sweep": {}, "sample": {"steps": "ddim2", "sampler": "ddim", "eta": 1.0}}
+    c = replaced(changed(c, {"adapt": {"base": "x"}, **small}), reward=rewards.Reward(**reward))
+    task = make_task(c)
+    assert task.reads == ("autoencoder",)
+    frozen = task.shapes()
+    paths = jax.tree_util.tree_leaves_with_path(frozen["autoencoder"])
+    layers = {rules.path_of(path).split("/")[1] for path, _ in paths}
+    assert {"encoder", "decoder"} <= layers
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    label = {"label": jax.ShapeDtypeStruct((B,), jnp.int32)}
+    drawn = jax.eval_shape(task.draw, label, jax.random.key(0))
+    frozen |= dict.fromkeys(task.holds, params)
+    batch = jax.eval_shape(task.rollout, params, frozen, drawn)
+    assert batch["reward"].shape == (B,)
+    loss, _ = jax.eval_shape(task.loss, params, frozen, batch)
+    assert loss.shape == ()
+
+
+def test_the_features_of_the_judge_are_not_those_of_the_reward():
+    mesh = make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    ours, digits = mixer_extractor(mesh, 0), digits_extractor()
+    found = ours.extract(images)
+    assert found.pool.shape == (3, 48)
+    assert ours.record["features_sha256"] == digits.record["judge_sha256"]
+    assert ours.judge
+    np.testing.assert_array_equal(ours.judge(images), found.logits.argmax(1))
 
 
 def test_the_cost_counts_what_is_drawn_and_what_is_differentiated():
