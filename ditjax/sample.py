@@ -13,6 +13,7 @@ from ditjax.files.atomic import write_json
 from ditjax.files.paths import split_paths
 from ditjax.parallel.processes import is_primary
 from ditjax.runs.results import load_samples, save_grid
+from ditjax.sampling.cascade import Cascade, parse_upsamplers, stage_file
 from ditjax.sampling.editing import EDITS, request_of
 from ditjax.sampling.pipeline import (
     PRECISIONS,
@@ -132,6 +133,11 @@ def _parser() -> cli.Parser:
         help="float32 (exact; the default for --weights), fast (float32 with the backend's rounded"
         " products) or bfloat16",
     )
+    parser.add_argument(
+        "--upsample",
+        default="",
+        help="runs that enlarge what is drawn, lowest first: RUN[:NOISE],.. (a cascade)",
+    )
     cli.add_processes(parser)
     return parser
 
@@ -153,7 +159,7 @@ def main(argv: list[str]) -> int:
     args, config, source = parse_source(_parser(), argv)
     config = changed(config, _overrides(args))
     given = [key for flag, (key, _, _) in _FLAGS.items() if getattr(args, flag) is not None]
-    ours = ("sample.", "control.", "edit.")
+    ours = ("sample.", "control.", "edit.", "given.")
     words = [word[9:].partition("=")[0] for word in argv if word.startswith("--config.")]
     given += [word for word in words if word.startswith(ours)]
     check_used(changed(config, {"evaluate": {"guided_scale": 0.0}}), given)
@@ -163,18 +169,21 @@ def main(argv: list[str]) -> int:
     if folder.exists() and not folder.is_dir():  # before hours of work, not after
         raise UserError(f"--out={folder} is a file: give a folder.")
     pipeline = Pipeline(source, config)
+    cascade = Cascade(pipeline, parse_upsamplers(args.upsample))
     if is_primary():
         print("\n".join((*source.notes, labels_text(config))), flush=True)
     # Without a number, as many as are given: of images and of classes.
     num = config.sample.num if not edit or "sample.num" in given else None
     record = pipeline.write(
-        folder / SAMPLES,
+        folder / (stage_file(0) if args.upsample else SAMPLES),
         args.classes,
         edit=edit,
         num=num,
         batch_size=args.batch_size,
         control=split_paths(args.control, "--control") if args.control else None,
     )
+    if args.upsample:
+        record = cascade.write(folder, record, SAMPLES)
     if is_primary():
         save_sample_record(folder, record)
         num = record["sample"]["num"]

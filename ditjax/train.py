@@ -33,6 +33,7 @@ from ditjax.runs.checkpoint import Checkpoints, Score
 from ditjax.runs.log import MetricsLog, Progress
 from ditjax.runs.results import save_grid, tile
 from ditjax.sampling.draw import Drawer
+from ditjax.sampling.given import held_out_given
 from ditjax.tasks import make_task, resolved
 from ditjax.training.meter import Meter
 from ditjax.training.program import Training, learning_rate_of, precise, training
@@ -446,17 +447,17 @@ class _Grids:
         count = -(-(GRID_SIDE**2) // devices) * devices
         sample = dataclasses.replace(c.sample, batch_size=count)
         self._c, self._drawer = replaced(c, sample=sample), drawer
-        self._controls = drawer.controls(c)  # raises now if the split is missing
+        self._given = held_out_given(c)  # raises now if the split is missing
 
     def save(self, params: Any, step: int, folder: Path, log: MetricsLog) -> None:
-        # Controlled samples have the labels of the records that control them.
+        # Samples that are given something of records have the labels of these.
         images = self._drawer.whole(
             self._c,
             params,
             GRID_SIDE**2,
             seed=self._c.seed,
-            label_of=None if self._controls else range(self._c.data.num_classes),
-            controls=self._controls,
+            label_of=None if self._given else range(self._c.data.num_classes),
+            given=self._given,
         ).images
         if is_primary():
             upscale = max(1, 32 // images.shape[1])

@@ -32,6 +32,7 @@ from ditjax.evaluation.digits import predict_digit
 from ditjax.runs import opening
 from ditjax.runs.results import save_grid
 from ditjax.sampling.editing import inpaint_request
+from ditjax.sampling.given import given_known
 from ditjax.sampling.pipeline import Pipeline
 from ditjax.tasks.objective import objective_of, times_of
 
@@ -76,12 +77,16 @@ def nearest(train: np.ndarray, known: np.ndarray, rows: np.ndarray) -> np.ndarra
 
 
 def completions(
-    run: str, images: np.ndarray, known: np.ndarray, label: np.ndarray | None
+    run: str,
+    images: np.ndarray,
+    known: np.ndarray,
+    label: np.ndarray | None,
+    arms: dict[str, dict[str, Any]] = ARMS,
 ) -> Iterator[tuple[str, Any]]:
     """Each arm, and its completions u8[K,N,H,W,C], of the labels i[N] or of none."""
     pipeline = Pipeline.from_pretrained(run)
     request = inpaint_request(pipeline.config, images, ~known.reshape(images.shape[1:3]))
-    for name, edit in ARMS.items():
+    for name, edit in arms.items():
         sample = {"cfg_scale": 1.0, "batch_size": len(images)}
         c = changed(pipeline.config, {"edit": edit, "sample": sample})
         began = time.monotonic()
@@ -89,7 +94,7 @@ def completions(
             *(c, pipeline._params, COMPLETIONS * len(images)),
             seed=0,
             label_of=[c.data.num_classes] if label is None else label.tolist(),
-            given=request.given,
+            given=given_known(request.given),
         )
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
         yield name, drawn.images.reshape(COMPLETIONS, *images.shape)
@@ -153,6 +158,7 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--num", type=int, default=359)
     parser.add_argument("--labelled", action="store_true", help="complete digits of known classes")
+    parser.add_argument("--masked", default="", help="a run that was trained on masks")
     parser.add_argument("--figure", default="")
     args = parser.parse_args()
     train, test = (load_arrays("digits", name) for name in ("train", "test"))
@@ -164,7 +170,9 @@ def main() -> None:
     arms = {"Gaussian": gaussian(bank, known, rows), "nearest": nearest(bank, known, rows)}
     print_denoised(args.run, images, bank)
     shown = {"truth": images[None], "known": np.where(known.reshape(8, 8, 1), images, 128)[None]}
-    for name, drawn in completions(args.run, images, known, label if args.labelled else None):
+    given = (images, known, label if args.labelled else None)
+    trained = completions(args.masked, *given, {"trained on masks": {}}) if args.masked else ()
+    for name, drawn in (*completions(args.run, *given), *trained):
         arms[name] = normalize(drawn).reshape(COMPLETIONS, len(images), -1).astype(np.float64)
     print("| method | energy score | RMSE of the mean of 4 | judge's accuracy |")
     arms |= ideal(opening.recipe_of(args.run), bank, known, rows)

@@ -1,4 +1,4 @@
-"""Training objectives, f32[B] each: L_simple, the bound L_vlb, DiT's hybrid, and MeanFlow."""
+"""Training objectives, f32[B] each: L_simple, the bound, DiT's hybrid, MeanFlow, regression."""
 
 import functools
 import math
@@ -67,6 +67,26 @@ def simple_loss(
     out = process.evaluate(denoise, process.noised(x0, t, eps), t)
     mse = _mse(objective, out, x0, t, eps)
     return {"loss": _weighted(objective, mse, t), "mse": mse}
+
+
+def without_x(objective: Objective, denoise: Denoise, shape: tuple[int, ...]) -> jax.Array:
+    """x̂0 f32[B,H,W,C] of a network of x0 that is given zeros for x, at the noisiest time."""
+    process = objective.process
+    t = process.from_unit(jnp.ones(shape[0], jnp.float32))
+    out = denoise(jnp.zeros(shape, jnp.float32), process.c_noise(t))
+    return out[..., : shape[-1]].astype(jnp.float32)
+
+
+def regression_loss(
+    objective: Objective, denoise: Denoise, x0: jax.Array, t: jax.Array, eps: jax.Array
+) -> dict[str, jax.Array]:
+    """The squared error of an estimate of x0 by its conditions alone -> loss, mse f32[B].
+
+    Its minimum is E[x0 | conditions]: the regressor that super-resolution is compared with. x, t
+    and eps have no part in it.
+    """
+    mse = _mean_flat(jnp.square(x0 - without_x(objective, denoise, x0.shape)))
+    return {"loss": mse, "mse": mse}
 
 
 def vlb_loss(
@@ -253,7 +273,7 @@ class Loss(NamedTuple):
     `requires` the only values of others with which it has a meaning. `interval`: it trains a
     network of two times, denoise(x, t, h) with h = t - r, by forward derivatives. It is given
     r f32[B], the `unconditional` network and which labels are `dropped`, too, and evaluates a
-    network `evaluations(**options)` further times.
+    network `evaluations(**options)` further times. `blind`: its network is never given x.
     """
 
     evaluate: Callable[..., dict[str, jax.Array]]
@@ -261,6 +281,7 @@ class Loss(NamedTuple):
     requires: Mapping[str, Any] = {}
     interval: bool = False
     evaluations: Callable[..., int] = lambda **options: 0
+    blind: bool = False
 
 
 def _meanflow_evaluations(
@@ -291,6 +312,9 @@ LOSSES: dict[str, Loss] = {
     "hybrid": Loss(hybrid_loss),
     "simple": Loss(simple_loss),
     "vlb": Loss(vlb_loss),
+    "regression": Loss(
+        regression_loss, requires={"prediction": "x0", "weighting": "none"}, blind=True
+    ),
     "meanflow": _MEANFLOW,
     "meanflow_v": _MEANFLOW._replace(
         evaluate=functools.partial(meanflow_loss, predicted_tangent=True),

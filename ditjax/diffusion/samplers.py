@@ -20,8 +20,8 @@ from ditjax.errors import UserError
 # step i32[], counted from 0 at the noisiest -> standard normal f32[B,H,W,C]
 Noise = Callable[[jax.Array], jax.Array]
 
-# Two streams of a sample's key. Step indices are folded into the second only.
-_INITIAL, _STEPS = 0, 1
+# Streams of a sample's key. Step indices are folded into the second only.
+_INITIAL, _STEPS, _GIVEN = 0, 1, 2
 
 
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -45,6 +45,14 @@ def per_sample_noise(keys: jax.Array, shape: tuple[int, ...]) -> Noise:
         return _normal_each(jax.vmap(jax.random.fold_in, (0, None))(stream, i), shape)
 
     return noise
+
+
+def given_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The noise that is added to what a sample is given: keys key[B] -> f32[B,*shape].
+
+    It is independent of what `initial_noise` and `per_sample_noise` draw. Raises as they do.
+    """
+    return _normal_each(_stream(keys, _GIVEN), shape)
 
 
 def _stream(keys: jax.Array, stream: int) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 from ditjax.diffusion import samplers
 from ditjax.diffusion.adaptive import dopri5
 from ditjax.diffusion.gaussian import Denoise, stateful
-from ditjax.diffusion.losses import Objective
+from ditjax.diffusion.losses import Objective, without_x
 from ditjax.diffusion.meanflow import IntervalDenoise
 from ditjax.diffusion.process import (
     Discrete,
@@ -53,7 +53,7 @@ class Sampler(NamedTuple):
     steps, on its own grid. `derivatives`: it needs α̇ and σ̇, which such a process does not have.
     `check(process, times, **options)` raises UserError for a combination that cannot be solved.
     `adaptive`: it chooses its own steps, one sample's apart from another's. `interval`: it needs a
-    network of two times, and calls denoise(x, t, h).
+    network of two times, and calls denoise(x, t, h). `blind`: it is for networks without x.
     `steps(denoise, objective, times, x_T, *, clip_x0, **options)` are the steps that `solve` takes,
     if none builds on the estimates of those before: chains take them in another order, and do more
     between them (`inverse.repaint`).
@@ -68,6 +68,7 @@ class Sampler(NamedTuple):
     adaptive: bool = False
     steps: Callable[..., Steps] | None = None
     interval: bool = False
+    blind: bool = False
 
 
 # ---- the steps
@@ -732,6 +733,20 @@ def mean_flow(
     return jnp.clip(x, -1, 1) if clip_x0 else x
 
 
+def regression(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x_T: jax.Array,
+    noise: Noise,
+    *,
+    clip_x0: bool,
+) -> jax.Array:
+    """The one estimate of `losses.regression_loss`; neither x_T nor noise has a part in it."""
+    x0 = without_x(objective, denoise, x_T.shape)
+    return jnp.clip(x0, -1, 1) if clip_x0 else x0
+
+
 # config.sample.sampler -> sampler
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(respaced_ddpm, discrete=True, steps=respaced_ddpm_steps),
@@ -744,6 +759,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m_sde": Sampler(tabled(dpmpp_2m_sde)),
     "unipc": Sampler(unipc, options=("order",)),
     "meanflow": Sampler(mean_flow, interval=True),
+    "regression": Sampler(regression, evaluated=lambda process, times: times[:1], blind=True),
     "dopri5": Sampler(adaptive_ode, options=("rtol",), derivatives=True, adaptive=True),
     "sde": Sampler(
         tabled(sde),

@@ -16,8 +16,8 @@ from ditjax.data.images import open_images
 from ditjax.data.names import Split
 from ditjax.errors import UserError
 from ditjax.evaluation import scoring
-from ditjax.evaluation.control import ControlScores
 from ditjax.evaluation.features import SHIPPED_EXTRACTORS, Extractor, open_extractor
+from ditjax.evaluation.given import GivenScores
 from ditjax.evaluation.scoring import (
     ExtractedFeatures,
     Reference,
@@ -33,6 +33,7 @@ from ditjax.parallel.rules import check_batch
 from ditjax.runs import opening
 from ditjax.runs.results import SAMPLES_FILE
 from ditjax.sampling.draw import Drawer, digests_of, draw_to, sampling_protocol
+from ditjax.sampling.given import held_out_given
 from ditjax.sampling.program import sampling_of
 from ditjax.tasks import make_task
 from ditjax.training.task import Frozen
@@ -70,7 +71,7 @@ class Evaluator:
         check_batch(c.sample.batch_size, mesh, "config.sample.batch_size")
         self._drawer = drawer or Drawer(mesh, frozen)
         self._digests = digests_of(frozen)
-        self._controls = self._drawer.controls(c)  # raises now if their split is missing
+        self._given = held_out_given(c)  # raises now if its split is missing
         self._sampling(c)  # raises now if an adapter cannot be read
         self.extractor = open_extractor(c.evaluate.features, mesh)
         self.reference = reference_of(c, self.extractor)
@@ -90,14 +91,14 @@ class Evaluator:
         Nothing is written to disk.
         """
         labels: list[np.ndarray] = []
-        scores = self._control_scores(c)
+        scores = self._given_scores(c)
 
         def images() -> Iterator[np.ndarray]:
             for part in self._drawer(
                 *(c, params, [(0, num)]),
                 seed=c.evaluate.seed,
                 label_of=_label_of(c),
-                controls=self._controls,
+                given=self._given,
             ):
                 labels.append(part.label)
                 if scores:
@@ -128,7 +129,7 @@ class Evaluator:
         batches = images.batches(self.extractor.batch_size)
         extracted = extract_features(self.extractor, batches, num, title="features")
         metrics = self._metrics(c, extracted, load_array(path, "label"))
-        metrics |= self._control_metrics(c, path)
+        metrics |= self._given_metrics(c, path)
         if self.extractor.shipped:
             metrics |= self._shipped_metrics(c, params, folder, model)
         metrics |= self._validate(c, params)
@@ -150,18 +151,18 @@ class Evaluator:
         return protocol | self._validate.protocol(c)
 
     def _sampling(self, c: Config) -> dict[str, Any]:
-        # Controlled samples have the labels of the records that control them.
-        labels = "records" if self._controls else c.evaluate.labels
+        # Samples that are given something of records have the labels of these.
+        labels = "records" if self._given else c.evaluate.labels
         return sampling_protocol(
-            c, seed=c.evaluate.seed, labels=labels, controls=self._controls, **self._digests
+            c, seed=c.evaluate.seed, labels=labels, given=self._given, **self._digests
         )
 
-    def _control_scores(self, c: Config) -> ControlScores | None:
-        return ControlScores(c, self._controls, c.evaluate.seed) if self._controls else None
+    def _given_scores(self, c: Config) -> GivenScores | None:
+        return GivenScores(c, self._given, c.evaluate.seed) if self._given else None
 
-    def _control_metrics(self, c: Config, samples: Path) -> dict[str, float]:
-        """How well samples follow their control images; {} without a control."""
-        scores = self._control_scores(c)
+    def _given_metrics(self, c: Config, samples: Path) -> dict[str, float]:
+        """How well samples follow what they are given; {} for nothing."""
+        scores = self._given_scores(c)
         if scores is None:
             return {}
         with npz.reading(samples) as archive:
@@ -181,7 +182,7 @@ class Evaluator:
             {"model": model, "sampling": self._sampling(c)},
             seed=c.evaluate.seed,
             label_of=_label_of(c),
-            controls=self._controls,
+            given=self._given,
         )
 
     def _metrics(

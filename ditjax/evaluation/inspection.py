@@ -211,6 +211,11 @@ def open_instrument(
     mesh = make_mesh(1, 1, jax.devices()[:1])
     task = make_task(c, mesh)
     inside = task.inside
+    if inside is None and getattr(c, "given", None) and c.given.kind != "none":
+        raise UserError(
+            f"config.given.kind is {c.given.kind!r}, whose network is given channels beside x:"
+            " expected a run of a network that is given a label alone."
+        )
     if inside is None:
         raise UserError(
             f"config.model.kind is {c.model.kind!r}, whose network has no stack of blocks to"

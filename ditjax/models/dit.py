@@ -236,6 +236,7 @@ class Shape(NamedTuple):
     qk_norm: bool = False
     projector: tuple[int, int] = (0, 0)  # its hidden and its output width; 0 = none
     interval: bool = False  # a second time
+    level: bool = False  # of the noise in given channels
 
     @property
     def tokens(self) -> int:
@@ -282,7 +283,7 @@ def trainable_parameters(s: Shape) -> int:
     final = _FINAL_MODULATIONS[s.block] * (D * D + D)
     final += 2 * D * (s.block in ("in_context", "cross_attention"))
     patch_in, patch_out = s.patch**2 * s.in_channels, s.patch**2 * s.out_channels
-    times = (1 + s.interval) * ((TIMESTEP_FREQUENCIES * D + D) + (D * D + D))
+    times = (1 + s.interval + s.level) * ((TIMESTEP_FREQUENCIES * D + D) + (D * D + D))
     embed = (patch_in * D + D) + times
     embed += (s.num_classes + int(s.null_label)) * D
     if s.projector[0]:
@@ -313,7 +314,7 @@ def forward_macs(s: Shape) -> int:
     """
     L, D, _ = s.size
     N = s.tokens
-    times = (1 + s.interval) * (TIMESTEP_FREQUENCIES * D + D * D)
+    times = (1 + s.interval + s.level) * (TIMESTEP_FREQUENCIES * D + D * D)
     embed = s.patch**2 * s.in_channels * N * D + times
     final = _FINAL_MODULATIONS[s.block] * D * D + s.patch**2 * s.out_channels * N * D
     return L * _block_macs(s) + embed + final + N * D
@@ -337,7 +338,7 @@ def shape(k: DiTKeys, inputs: Inputs) -> Shape:
         size=parse_size(k.size),
         patch=k.patch,
         input_size=H,
-        in_channels=C,
+        in_channels=C + inputs.given,
         out_channels=inputs.out_channels,
         num_classes=inputs.num_classes,
         null_label=k.label_dropout > 0,
@@ -347,6 +348,7 @@ def shape(k: DiTKeys, inputs: Inputs) -> Shape:
         qk_norm=k.qk_norm,
         projector=(k.align_width, k.align_features) if k.align_block else (0, 0),
         interval=inputs.interval,
+        level=inputs.level,
     )
 
 
@@ -436,6 +438,15 @@ class Projector(nn.Module):
         )
 
 
+def _given(conditions: Conditions, channels: int) -> jax.Array:
+    """The channels that are given beside x. Raises ValueError for others than the network has."""
+    found = conditions.channels
+    if found is None or found.shape[-1] != channels:
+        shape = None if found is None else list(found.shape)
+        raise ValueError(f"channels are {shape}: this network needs {channels} of them")
+    return jnp.asarray(found)
+
+
 class DiT(nn.Module):
     """x f32[B,H,W,C], t i32[B], label i32[B] -> f32[B,H,W,out_channels].
 
@@ -445,7 +456,9 @@ class DiT(nn.Module):
     `num_classes`, the null label. `place` says where a mesh has the activations. `base` sets the
     initialisation and the scale of attention as in `models/mup.py`. After each block, `hook` maps
     its tokens and its slice of `per_block`, whose arrays have a leading axis of L, to new tokens.
-    With `interval`, a second embedding, of h = t - r, is added to that of t f32[B].
+    With `interval`, a second embedding, of h = t - r, is added to that of t f32[B]. `given` counts
+    the channels that are concatenated to x; with `level` an embedding of their noise, which is zero
+    at first, is added, too.
 
     With `align_block`, the tokens [B,N,D] after that block are sown as `tapped`, and what the
     projector makes of them as `aligned`, if the collection "intermediates" is mutable. Elsewhere
@@ -477,24 +490,29 @@ class DiT(nn.Module):
     align_block: int = 0
     projector: tuple[int, int] = (0, 0)  # hidden and output width
     interval: bool = False
+    given: int = 0
+    level: bool = False
 
     @nn.compact
     def __call__(
         self, x: jax.Array, t: jax.Array, conditions: Conditions, per_block: Any = None
     ) -> jax.Array:
-        conditions.only("label", *(["interval"] if self.interval else []))
+        doors = {"interval": self.interval, "channels": self.given, "level": self.level}
+        conditions.only("label", *(name for name, has in doors.items() if has))
         if per_block is not None and self.hook is None:
             raise ValueError("per_block is given to a DiT without a hook")
         label = conditions.label
         if label is None:
             raise ValueError("a DiT needs a label: use the null label for unconditional outputs")
+        if self.given:
+            x = jnp.concatenate([x, _given(conditions, self.given)], axis=-1)
         _, H, W, _ = x.shape
         if H % self.patch or W % self.patch:
             raise UserError(
                 f"an input of {H}x{W} is not divisible into patches of {self.patch}:"
                 f" choose a patch size that divides both."
             )
-        cond = self._conditioning(t, label, conditions.interval)
+        cond = self._conditioning(t, label, conditions.interval, conditions.level)
         tokens = self._embedder()(x)
         N, grid = tokens.shape[1], (H // self.patch, W // self.patch)
 
@@ -521,10 +539,19 @@ class DiT(nn.Module):
         return unpatchify(out, self.patch, H, W).astype(jnp.float32)
 
     @nn.nowrap
-    def _conditioning(self, t: jax.Array, label: Any, h: AnyArray | None = None) -> Conditioning:
+    def _conditioning(
+        self, t: jax.Array, label: Any, h: AnyArray | None = None, level: AnyArray | None = None
+    ) -> Conditioning:
         """The embedded times and labels."""
         put = self.place.put
         t_emb = self._embed_times(t, h)
+        if self.level:
+            if level is None:
+                raise ValueError("a network that was trained on noisy channels needs their level")
+            embed = TimestepEmbedder(
+                self.width, self.frequency_shift, self.dtype, out_std=0.0, name="s_embedder"
+            )
+            t_emb = t_emb + embed(jnp.asarray(level))
         y_emb = LabelEmbedder(
             self.num_classes, self.width, self.null_label, self.dtype, name="y_embedder"
         )(label)
@@ -905,9 +932,9 @@ RULES: Rules = (
     (r"adaln/linear/bias", (None, "tensor")),
     (r"mlp/gate_up/kernel", ("fsdp", None, "tensor")),
     (r"mlp/gate_up/bias", (None, "tensor")),
-    (r"(mlp|[th]_embedder)/in/kernel", ("fsdp", "tensor")),
-    (r"(mlp|[th]_embedder)/in/bias", ("tensor",)),
-    (r"(attn|cross|mlp|[th]_embedder)/out/kernel", ("tensor", "fsdp")),
+    (r"(mlp|[hst]_embedder)/in/kernel", ("fsdp", "tensor")),
+    (r"(mlp|[hst]_embedder)/in/bias", ("tensor",)),
+    (r"(attn|cross|mlp|[hst]_embedder)/out/kernel", ("tensor", "fsdp")),
     (r"y_embedder/table", (None, "fsdp")),
     (r"projector/in/kernel", ("fsdp", "tensor")),
     (r"projector/in/bias", ("tensor",)),
@@ -916,8 +943,8 @@ RULES: Rules = (
     (r"control/in/kernel", (None, "fsdp")),
     (r"copies/out/kernel", ("fsdp", None)),
     # Factors of adapters, a [S, D, r] and b [S, r, *features], are split as their kernel is.
-    (r"(attn|cross|mlp|[th]_embedder)/out/a", ("tensor", None)),
-    (r"(attn|cross|mlp|[th]_embedder)/out/b", (None, "fsdp")),
+    (r"(attn|cross|mlp|[hst]_embedder)/out/a", ("tensor", None)),
+    (r"(attn|cross|mlp|[hst]_embedder)/out/b", (None, "fsdp")),
     (r"(qkv|q|kv)/b", (None, "tensor", None)),
     (r"mlp/(in|gate_up)/b", (None, "tensor")),
     (r"adaln/linear/b", (None, None, "tensor")),
@@ -927,9 +954,9 @@ RULES: Rules = (
 
 # Exactly one pattern matches the path of each parameter.
 KINDS: mup.Kinds = (
-    (r"(x_embedder|[th]_embedder/in)/kernel", "input"),
+    (r"(x_embedder|[hst]_embedder/in)/kernel", "input"),
     (r"y_embedder/table", "input"),
-    (r"(attn/(qkv|out)|cross/(q|kv|out)|mlp/(in|gate_up|out)|[th]_embedder/out)/kernel", "hidden"),
+    (r"(attn/(qkv|out)|cross/(q|kv|out)|mlp/(in|gate_up|out)|[hst]_embedder/out)/kernel", "hidden"),
     (r"adaln/linear/kernel", "hidden"),
     # Only the projector's first layer reads D numbers; the factors of a fixed layer are an input's.
     (r"(final_layer/linear|projector/in)/kernel", "output"),
@@ -968,6 +995,8 @@ def module(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:
         align_block=k.align_block,
         projector=(k.align_width, k.align_features),
         interval=inputs.interval,
+        given=inputs.given,
+        level=inputs.level,
     )
 
 
@@ -1019,4 +1048,5 @@ NETWORK = Network(
     control=ControlSeam(control_branch, control_variables, check_branch, branch_cost),
     inspection=InspectionSeam(reader_of, patcher_of, lens_of, branches),
     interval=True,
+    given=True,
 )

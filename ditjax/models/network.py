@@ -38,7 +38,8 @@ class Conditions(NamedTuple):
     context_mask bool[B,M], is the input of cross-attention; prefix f[B,M,D] are tokens that are
     added to the sequence and removed at the end; channels f[B,H,W,C] are concatenated to x, or read
     by the control branch beside it; interval f32[B] is h = t - r, over which a network of two times
-    averages, and None is 0. A network raises ValueError for a condition that it does not support.
+    averages, and None is 0; level [B] is the network's time of the noise in the channels. A network
+    raises ValueError for a condition that it does not support.
     """
 
     label: AnyArray | None = None
@@ -48,6 +49,7 @@ class Conditions(NamedTuple):
     prefix: AnyArray | None = None
     channels: AnyArray | None = None
     interval: AnyArray | None = None
+    level: AnyArray | None = None
 
     def only(self, *names: str) -> None:
         """Raise ValueError if a condition that is not among `names` is set."""
@@ -59,13 +61,16 @@ class Conditions(NamedTuple):
 class Inputs(NamedTuple):
     """The shape of one example, and the number of output channels and classes.
 
-    `interval`: the network is given a second time, h = t - r (`Conditions`).
+    `interval`: the network is given a second time, h = t - r. `given`: so many channels are given
+    beside x, and with `level` the level of their noise (`Conditions`).
     """
 
     shape: tuple[int, ...]  # (H, W, C)
     out_channels: int
     num_classes: int
     interval: bool = False
+    given: int = 0
+    level: bool = False
 
 
 class Attention(NamedTuple):
@@ -181,7 +186,7 @@ class Network(NamedTuple):
     t, Conditions). `cost` is None if no closed form is known. `rules` are the sharding rules of the
     parameters. `rates(k)` maps a parameter's path to its learning-rate multiplier, or is None if
     all are 1. `varied` are the keys that `NetworkCost.name` shows, in that order. `interval`: the
-    module takes the interval of `Conditions`.
+    module takes the interval of `Conditions`, and with `given` channels and their level.
 
     For fine-tuning, `grafts` are the rules of the leaves that follow the inputs
     (`models/grafting.py`), `inherited` the keys that weights were trained with and do not show, and
@@ -204,3 +209,4 @@ class Network(NamedTuple):
     control: ControlSeam | None = None
     inspection: InspectionSeam | None = None
     interval: bool = False
+    given: bool = False

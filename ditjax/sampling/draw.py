@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,14 +16,13 @@ from ditjax.runs import opening
 from ditjax.runs.checkpoint import Step
 from ditjax.runs.log import Progress
 from ditjax.runs.snapshots import average_record
-from ditjax.sampling.controls import Controls, held_out_controls
-from ditjax.sampling.editing import Request
-from ditjax.sampling.program import NO_CONTROLS, BatchSampler, batch_sampler, sampling_of
+from ditjax.sampling.given import GivenRows, cycled, held_out_given
+from ditjax.sampling.program import NOTHING, BatchSampler, batch_sampler, sampling_of
 from ditjax.sampling.samples import SampleWriter
 from ditjax.tasks import make_task
 from ditjax.tasks.adapters import adapters_record, with_adapters
 from ditjax.training.program import precise
-from ditjax.training.task import Frozen, Known
+from ditjax.training.task import Frozen
 
 
 class Drawn(NamedTuple):
@@ -54,31 +52,29 @@ class Drawer:
         *,
         seed: int,
         label_of: Sequence[int] | None = None,
-        given: Known | None = None,
+        given: GivenRows | None = None,
         title: str = "",
         num: int = 0,
-        controls: Controls | None = None,
     ) -> Iterator[Drawn]:
         """Yield the samples of each range [start, stop), drawn by config.sample.
 
         Sample i depends only on (seed, i), its label, which is label_of[i % len], or uniform if
-        `label_of` is None, and row i % len of what is `given`. A controlled one depends on its
-        control image, too: by default on record i of config.evaluate.split, whose label it takes
-        then unless `label_of` is given. With a title, progress towards `num` samples is reported.
+        `label_of` is None, and on what it is `given`: by default, if the network needs anything, on
+        record i of config.evaluate.split, whose label it takes then unless `label_of` is given.
+        With a title, progress towards `num` samples is reported.
         """
         sampler = self.sampler(c)
         guidance = sampling_of(c, make_task(c)).guidance
-        controls = controls or self.controls(c)
+        given = given or held_out_given(c)
         progress = Progress(title, num, "images") if title else None
         for first, last in ranges:
             for start in range(first, last, sampler.batch_size):
                 indices = np.arange(start, start + sampler.batch_size)
-                wanted = None if label_of is None else _cycled(indices, np.asarray(label_of))
-                controlled = controls.rows(indices) if controls else NO_CONTROLS
-                keys, conditions, label = sampler.place(seed, start, wanted, controlled)
-                if given is not None:
-                    each = jax.tree.map(lambda x, i=indices: sampler.spread(_cycled(i, x)), given)
-                    guidance = guidance._replace(given=each)
+                wanted = None if label_of is None else cycled(indices, np.asarray(label_of))
+                rows = given.rows(indices) if given else NOTHING
+                keys, conditions, label, known = sampler.place(seed, start, wanted, rows)
+                if known is not None:
+                    guidance = guidance._replace(given=known)
                 with precise(c), sampler.compiling():
                     drawn = sampler.program(params, self._frozen, keys, conditions, guidance)
                 count = min(last - start, sampler.batch_size)
@@ -94,20 +90,14 @@ class Drawer:
         *,
         seed: int,
         label_of: Sequence[int] | None = None,
-        given: Known | None = None,
+        given: GivenRows | None = None,
         title: str = "",
-        controls: Controls | None = None,
     ) -> Drawn:
         """Draw samples 0 to num - 1 in memory; with a title, progress is reported."""
-        options: Any = {"seed": seed, "label_of": label_of, "given": given, "controls": controls}
+        options: Any = {"seed": seed, "label_of": label_of, "given": given}
         parts = list(self(c, params, [(0, num)], title=title, num=num, **options))
         images, label = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
         return Drawn(0, images, label)
-
-    def controls(self, c: Config) -> Controls | None:
-        """Where control images come from if none are given; None if a recipe takes none."""
-        controlled = sampling_of(c, make_task(c)).control is not None
-        return held_out_controls(c) if controlled else None
 
     def sampler(self, c: Config) -> BatchSampler:
         """The sampler of a recipe. Raises UserError for an illegal batch size or steps."""
@@ -136,10 +126,6 @@ def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dic
     return {"run": str(workdir), "step": step, "params_sha256": opening.digest(params)}
 
 
-def _cycled(indices: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return rows[indices % len(rows)]
-
-
 def sampling_protocol(
     c: Config,
     *,
@@ -148,14 +134,14 @@ def sampling_protocol(
     decoder: str,
     guide: str = "",
     others: Sequence[str] = (),
-    controls: Controls | None = None,
+    given: GivenRows | None = None,
 ) -> dict[str, Any]:
     """Everything but the count that two sample sets must share for their scores to be compared.
 
     `labels`: 'uniform', 'balanced' or the requested classes. `decoder`: the SHA-256 of the
     autoencoder's parameters, or 'pixels'. `guide`: that of the weak network's, if one guides.
-    `others`: those of further controls, and `controls` the images. The model itself is not part of
-    the protocol.
+    `others`: those of further controls; `given`: what samples are given. The model itself is not
+    part of the protocol.
     """
     s = c.sample
     guided = s.cfg_scale != 1
@@ -175,7 +161,7 @@ def sampling_protocol(
         "sampling_precision": [c.model.dtype, c.model.matmul],
         **({"guide": guide} if guide and guided else {}),
         **({"control_others": list(others)} if others else {}),
-        **(controls.record if controls else {}),
+        **(given.record if given else {}),
         **adapters_record(c),
         **sampling_of(c, make_task(c)).protocol,
     }
@@ -190,25 +176,25 @@ def draw_to(
     *,
     seed: int,
     label_of: Sequence[int] | None = None,
-    edit: Request | None = None,
+    given: GivenRows | None = None,
+    size: tuple[int, int] | None = None,
     title: str = "sample",
-    controls: Controls | None = None,
 ) -> float:
     """Draw config.sample.num samples into the npz at `path`, writing each batch before the next.
 
     Existing samples of the same provenance are kept; others are replaced. Every process draws, and
-    the first one writes. Returns the duration in seconds.
+    the first one writes. `size` are the images' (H, W), by default the recipe's. Returns the
+    duration in seconds.
     """
     began, num = time.monotonic(), c.sample.num
-    shape = (*(edit.size if edit else 2 * (c.data.image_size,)), c.data.channels)
+    shape = (*(size or 2 * (c.data.image_size,)), c.data.channels)
     drawer.sampler(c)  # raises before anything is written
     writer, ranges = None, []
     if is_primary():
         writer = SampleWriter(path, num, shape, provenance, labelled=True, replace=True)
         ranges = list(writer.missing(c.sample.batch_size))
     ranges = processes.broadcast_ranges(ranges)
-    given = edit.given if edit else None
-    options: Any = {"seed": seed, "label_of": label_of, "given": given, "controls": controls}
+    options: Any = {"seed": seed, "label_of": label_of, "given": given}
     for part in drawer(c, params, ranges, title=title, num=num, **options):
         if writer:
             writer.write(part.start, part.images, part.label)

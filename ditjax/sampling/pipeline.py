@@ -31,8 +31,14 @@ from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
 from ditjax.runs.snapshots import average_record
 from ditjax.sampling import editing
-from ditjax.sampling.controls import ControlImage, Controls, given_controls
 from ditjax.sampling.draw import Drawer, digests_of, draw_to, sampling_protocol
+from ditjax.sampling.given import (
+    ControlImage,
+    GivenRows,
+    given_controls,
+    given_known,
+    held_out_given,
+)
 from ditjax.sampling.program import sampling_of
 from ditjax.tasks import make_task
 from ditjax.tasks.adapters import adapters_record, open_once, with_adapters
@@ -271,8 +277,9 @@ class Pipeline:
 
         Classes are numbers, names or WordNet ids; None draws them uniformly. Image i depends only
         on (seed, i), its class and its control image, not on the batch or the devices. `control`
-        are control images of a run that has a control, as `controls.given_controls` takes them.
-        Other arguments default to the recipe's (`self.config.sample`). Raises UserError.
+        are control images of a run that has a control, as `given.given_controls` takes them.
+        Other arguments default to the recipe's (`self.config.sample`). A network that was trained
+        to enlarge or complete images is given held-out ones here. Raises UserError.
         """
         return self._draw(
             classes,
@@ -345,7 +352,7 @@ class Pipeline:
         **keys: Any,
     ) -> Output:
         c, label_of, edited = self._request(classes, edit, **keys)
-        controls = self._controls(c, control)
+        given, others = self._given(c, edit, control)
         began = time.monotonic()
         drawn = self._drawer.whole(
             c,
@@ -353,12 +360,11 @@ class Pipeline:
             c.sample.num,
             seed=c.seed,
             label_of=label_of,
-            given=edit.given if edit else None,
+            given=given,
             title="" if quiet else "sample",
-            controls=controls,
         )
         images = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in drawn.images]
-        record = self._record(c, label_of, edited, time.monotonic() - began, controls)
+        record = self._record(c, label_of, edited, time.monotonic() - began, others)
         return Output(images, drawn.images, drawn.label, record)
 
     @lease.scope()
@@ -379,14 +385,14 @@ class Pipeline:
         UserError, also if another process is writing samples to the same folder.
         """
         c, label_of, edited = self._request(classes, edit, num=num, batch_size=batch_size)
-        controls = self._controls(c, control)
+        given, others = self._given(c, edit, control)
         opening.acquire_lease(Path(path).parent, opening.SAMPLES_LEASE)
-        record = self._record(c, label_of, edited, 0.0, controls)
+        record = self._record(c, label_of, edited, 0.0, others)
         labels = "uniform" if label_of is None else f"classes {record['classes']}"
-        if label_of is None and controls and control is None:
+        if label_of is None and others and control is None:
             labels = "records"
         protocol = sampling_protocol(
-            c, seed=c.seed, labels=labels, controls=controls, **digests_of(self._frozen)
+            c, seed=c.seed, labels=labels, given=others, **digests_of(self._frozen)
         )
         provenance = {
             "model": {**self._source.record, "params_sha256": opening.digest(self._params)},
@@ -400,8 +406,8 @@ class Pipeline:
             provenance,
             seed=c.seed,
             label_of=label_of,
-            controls=controls,
-            edit=edit,
+            given=given,
+            size=edit.size if edit else None,
         )
         return {**record, "protocol": provenance["sampling"], "seconds": round(seconds, 3)}
 
@@ -460,17 +466,32 @@ class Pipeline:
             )
         return c.data.num_classes
 
-    def _controls(
-        self, c: Config, control: ControlImage | Sequence[ControlImage] | None
-    ) -> Controls | None:
-        """The given control images, or those of a controlled run's records, which a line says."""
+    def _given(
+        self,
+        c: Config,
+        edit: editing.Request | None,
+        control: ControlImage | Sequence[ControlImage] | None,
+    ) -> tuple[GivenRows | None, GivenRows | None]:
+        """What samples are given, and what of it is not an edit's."""
+        others = self._beside_edit(c, edit, control)
+        return (given_known(edit.given, others) if edit else others), others
+
+    def _beside_edit(
+        self,
+        c: Config,
+        edit: editing.Request | None,
+        control: ControlImage | Sequence[ControlImage] | None,
+    ) -> GivenRows | None:
+        """The given control images, or what a network needs of held-out records, as a line says."""
+        needs = sampling_of(c, make_task(c)).needs
         if control is None:
-            default = self._drawer.controls(c)
+            default = None if edit and needs and needs.edited else held_out_given(c)
             if default and is_primary():
-                line = f"control images: those of {default.record['control_images']}, in order"
+                ((name, images),) = default.record.items()
+                line = f"{name.replace('_', ' ')}: those of {images}, in order"
                 print(line, file=sys.stderr, flush=True)
             return default
-        if sampling_of(c, make_task(c)).control is None:
+        if needs is None or needs.edited:
             raise UserError(
                 "a control image is given, and the network has no control: name a run that was"
                 " trained with config.adapt.kind 'control'."
@@ -490,12 +511,11 @@ class Pipeline:
         label_of: list[int] | None,
         edited: dict[str, Any],
         seconds: float,
-        controls: Controls | None,
+        given: GivenRows | None,
     ) -> dict[str, Any]:
         null = [c.data.num_classes]
-        controlled = (
-            {"control": dataclasses.asdict(c.control), **controls.record} if controls else {}
-        )
+        protocol = sampling_of(c, make_task(c)).protocol
+        beside = {name: protocol[name] for name in ("control", "given") if name in protocol}
         return {
             **self._source.record,
             **adapters_record(c),
@@ -505,7 +525,8 @@ class Pipeline:
             "sample": dataclasses.asdict(c.sample),
             "model": dataclasses.asdict(c.model),
             "diffusion": dataclasses.asdict(c.diffusion),
-            **controlled,
+            **beside,
+            **(given.record if given else {}),
             "autoencoder_scale": c.autoencoder.scale if c.latent else None,
             "autoencoder_statistics": c.autoencoder.statistics if c.latent else None,
             "image_size": c.data.image_size,

@@ -1,7 +1,7 @@
 """The jitted program that draws a batch of samples."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -10,12 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ditjax.config import Config
-from ditjax.data.records import HostBatch
 from ditjax.errors import UserError
 from ditjax.models.network import Conditions
 from ditjax.parallel import compiling, processes, rules
 from ditjax.training import keys
-from ditjax.training.task import Frozen, Sampling, Task
+from ditjax.training.task import Beside, Frozen, Known, Sampling, Task
 
 
 def sampling_of(c: Config, task: Task) -> Sampling:
@@ -25,29 +24,27 @@ def sampling_of(c: Config, task: Task) -> Sampling:
     return task.sampling
 
 
-NO_CONTROLS: HostBatch = {}
+NOTHING: Mapping[str, Any] = {}
 
 
-def _no_maps(images: jax.Array, keys: jax.Array) -> jax.Array:
-    raise ValueError("control images are given to a task that takes none")
+def _nothing(images: jax.Array, keys: jax.Array) -> Beside:
+    raise ValueError("images are given to a task whose samples need none")
 
 
 class BatchSampler(NamedTuple):
     """The jitted sampler of `batch_size` samples at a time.
 
-    `place(seed, start, labels i[B] or None, controls)` returns the arguments for samples start to
-    start + B on the mesh: (keys, conditions, labels i32[B]). `controls` are the rows of
-    `controls.Controls`, by default none; their labels are taken if none are given.
+    `place(seed, start, labels i[B] or None, rows)` returns the arguments for samples start to
+    start + B on the mesh: (keys, conditions, labels i32[B], what is known or None). `rows` are of
+    `given.GivenRows`, by default none; their labels are taken if no others are given.
     `program(params, frozen, keys, conditions, guidance)` returns the images u8[B,H,W,C]; call it
-    inside `precise` and `compiling()`. `spread` puts an array whose first axis is the batch on the
-    mesh.
+    inside `precise` and `compiling()`.
     """
 
     program: Callable[[Any, Frozen, Any, Conditions, Any], jax.Array]
-    place: Callable[..., tuple[Any, Conditions, np.ndarray]]
+    place: Callable[..., tuple[Any, Conditions, np.ndarray, Known | None]]
     compiling: Callable[[], AbstractContextManager[None]]
     batch_size: int
-    spread: Callable[[np.ndarray], jax.Array]
 
 
 def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
@@ -70,32 +67,34 @@ def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
 
     spread = functools.partial(processes.from_whole, batch_sharding)
 
-    maps_of = jax.jit(sampling.control or _no_maps, out_shardings=batch_sharding)
+    made = sampling.needs.beside if sampling.needs else _nothing
+    of_images = jax.jit(made, out_shardings=batch_sharding)
 
-    def channels_of(seed: int, indices: jax.Array, controls: HostBatch) -> jax.Array | None:
-        if "maps" in controls:
-            return spread(controls["maps"])
-        if "image" not in controls:
-            return None
-        images = spread(controls["image"])
-        return maps_of(images, keys_of(keys.stream(seed, keys.CONTROL), indices))
+    def beside_of(seed: int, indices: jax.Array, rows: Mapping[str, Any]) -> Beside:
+        given: Beside = jax.tree.map(spread, rows.get("beside", Beside()))
+        if "image" not in rows:
+            return given
+        each = keys_of(keys.stream(seed, keys.CONTROL), indices)
+        found: Beside = of_images(spread(rows["image"]), each)
+        return found._replace(**{k: v for k, v in given._asdict().items() if v is not None})
 
     def place(
-        seed: int, start: int, labels: np.ndarray | None, controls: HostBatch = NO_CONTROLS
-    ) -> tuple[Any, Conditions, np.ndarray]:
+        seed: int, start: int, labels: np.ndarray | None, rows: Mapping[str, Any] = NOTHING
+    ) -> tuple[Any, Conditions, np.ndarray, Known | None]:
         indices = np.arange(start, start + B, dtype=np.uint32)
-        labels = controls.get("label") if labels is None else labels
+        labels = rows.get("label") if labels is None else labels
         if labels is None:
             labels = np.asarray(labels_of(keys.stream(seed, keys.LABELS), indices))
         labels = np.asarray(labels, np.int32)
         on_mesh = [spread(x) for x in (indices, labels)]
         each = keys_of(keys.stream(seed, keys.SAMPLE), on_mesh[0])
-        channels = channels_of(seed, on_mesh[0], controls)
-        return each, Conditions(label=on_mesh[1], channels=channels), labels
+        beside = beside_of(seed, on_mesh[0], rows)
+        conditions = Conditions(label=on_mesh[1], channels=beside.channels)
+        return each, conditions, labels, beside.known
 
     program = jax.jit(
         sampling.draw,
         in_shardings=(None, None, batch_sharding, batch_sharding, None),
         out_shardings=rules.replicated(mesh),
     )
-    return BatchSampler(program, place, compiling.once(), B, spread)
+    return BatchSampler(program, place, compiling.once(), B)

@@ -26,7 +26,7 @@ from ditjax.models.autoencoder import Moments, sample_posterior
 from ditjax.models.embed import ANYWHERE, Placement, drop_labels
 from ditjax.models.network import DTYPES, Conditions, Inputs, Network, NetworkCost
 from ditjax.parallel import rules
-from ditjax.tasks import adapting, alignment, autoencoder, control, editing, rewards
+from ditjax.tasks import adapting, alignment, autoencoder, control, editing, given, rewards
 from ditjax.tasks.guide import guide_recipe, load_guide
 from ditjax.tasks.objective import (
     Diffusion,
@@ -47,6 +47,7 @@ from ditjax.training.step import Batch, Metrics
 from ditjax.training.task import (
     IDENTITY,
     Definition,
+    FromImages,
     Frozen,
     Guidance,
     Inside,
@@ -57,7 +58,7 @@ from ditjax.training.task import (
     ValidationScore,
 )
 
-CONTROL = "control"  # of a drawn batch: control maps f32[B,h,w,K]
+GIVEN = "conditions"  # of a drawn batch: fields of `Conditions` beside the label
 
 # ---- the network of a recipe
 
@@ -77,6 +78,8 @@ def inputs_of(c: Config) -> Inputs:
         out_channels=channels * (2 if learned else 1),
         num_classes=c.data.num_classes,
         interval=training_loss(c.diffusion).interval,
+        given=given.extra_channels(c),
+        level=given.has_level(c),
     )
 
 
@@ -233,11 +236,17 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
 def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
     """The initial parameters of a recipe's network by a key."""
     # Without the mesh, which could not divide the batch of one that initialises the parameters.
-    model, shape = denoiser_module(c), inputs_of(c).shape
+    model, inputs = denoiser_module(c), inputs_of(c)
 
     def init(key: jax.Array) -> Any:
-        x, label = jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32)
-        return model.init(key, x, label, Conditions(label=label))
+        x, label = jnp.zeros((1, *inputs.shape)), jnp.zeros((1,), jnp.int32)
+        conditions = Conditions(label=label)
+        if inputs.given:
+            channels = jnp.zeros((*x.shape[:-1], inputs.given))
+            conditions = conditions._replace(
+                channels=channels, level=label if inputs.level else None
+            )
+        return model.init(key, x, label, conditions)
 
     return init
 
@@ -252,22 +261,35 @@ def _pixels(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
 def draw(
     c: Config, times: Callable[[jax.Array, int], Batch], batch: Batch, key: jax.Array
 ) -> Batch:
-    """Draw times and eps ~ N(0, I), and drop labels at random; make the control maps."""
+    """Draw times and eps ~ N(0, I), and drop labels at random; make what the network is given."""
     key_t, key_eps, key_drop = jax.random.split(key, 3)
     x0, label = batch["x0"], batch["label"]
-    dropout, maps = c.model.label_dropout, {}
-    if control.is_controlled(c):
-        # Of a fourth key, so that what the other three draw is as without a control.
+    made, found = _conditions_of_images(c), dict[str, Any]()
+    if made is not None:
+        # Of a fourth key, so that what the other three draw is as without.
         each = jax.random.split(jax.random.fold_in(key, 3), len(x0))
-        maps = {CONTROL: control.maps_of((c,))(batch.get("image", x0), each)}
-        dropout = c.control.drop
+        found = {GIVEN: made(batch.get("image", x0), each)}
+    dropout = c.control.drop if control.is_controlled(c) else c.model.label_dropout
     return {
         **{name: value for name, value in batch.items() if name not in ("label", "image")},
         **times(key_t, len(x0)),
         "eps": jax.random.normal(key_eps, x0.shape, jnp.float32),
         "y": drop_labels(key_drop, label, dropout, c.data.num_classes),
-        **maps,
+        **found,
     }
+
+
+def _conditions_of_images(
+    c: Config,
+) -> Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None:
+    """The fields of `Conditions` that a network is given of (images, keys), or None.
+
+    Those of a control are of pixels, others of what the network is trained to draw.
+    """
+    if not control.is_controlled(c):
+        return given.in_training(c)
+    maps = control.maps_of((c,))
+    return lambda images, keys: {"channels": maps(images, keys)}
 
 
 def make_loss(
@@ -292,11 +314,12 @@ def make_loss(
         params = transform.join(frozen.get("base"), trained)
         of_params = functools.partial(apply, params)
         tapped = alignment.Tapped(of_params, drawn["y"])
-        conditions = Conditions(label=drawn["y"], channels=drawn.get(CONTROL))
+        beside: Any = drawn.get(GIVEN, {})
+        conditions = Conditions(label=drawn["y"], **beside)
         denoise = tapped if align else with_conditions(of_params, conditions)
-        given = of_interval(of_params, drawn) if chosen.interval else {}
+        further = of_interval(of_params, drawn) if chosen.interval else {}
         parts = chosen.evaluate(
-            objective, denoise, drawn["x0"], drawn["t"], drawn["eps"], **options, **given
+            objective, denoise, drawn["x0"], drawn["t"], drawn["eps"], **options, **further
         )
         means = {name: value.mean() for name, value in parts.items()}
         if align is None:
@@ -319,6 +342,7 @@ def check(c: Config) -> None:
             f"config.diffusion.loss is {c.diffusion.loss!r}, which needs a network of two times,"
             f" and config.model.kind is {c.model.kind!r}: choose another network, or another loss."
         )
+    given.check_given(c, network_of(c))
     network_of(c).check(c.model, inputs_of(c))
     alignment.check_alignment(c, network_of(c), inputs_of(c))
     control.check_control(c, network_of(c), inputs_of(c))
@@ -365,7 +389,9 @@ def guidance_of(c: Config) -> Guidance:
     process = process_of(c.diffusion)
     low, high = sorted(process.network_time(share) for share in c.sample.cfg_interval)
     weights = control.control_weights(c) if control.is_controlled(c) else None
-    return Guidance(np.float32(c.sample.cfg_scale), np.float32(low), np.float32(high), weights)
+    level = np.float32(c.given.noise) if given.has_level(c) else None
+    scale, bounds = np.float32(c.sample.cfg_scale), (np.float32(low), np.float32(high))
+    return Guidance(scale, *bounds, weights, level=level)
 
 
 def guided(c: Config) -> Literal["never", "always", "within"]:
@@ -388,7 +414,7 @@ def denoiser(
     With guidance, the conditional and the unconditional half are evaluated as one doubled batch,
     or the conditional prediction of `weak(x, t, conditions)` is taken for the unconditional half.
     """
-    labels, channels = conditions.label, conditions.channels
+    labels = conditions.label
     assert labels is not None
     if g.control is not None:
         apply = functools.partial(apply, weights=g.control)
@@ -404,10 +430,7 @@ def denoiser(
             params,
             jnp.concatenate([x, x]),
             twice(t),
-            Conditions(
-                label=jnp.concatenate([labels, null]),
-                channels=None if channels is None else jnp.concatenate([channels, channels]),
-            ),
+            _doubled(conditions, null),
             **control.conditional_rows(c, len(x)),
         )
         conditional, unconditional = jnp.split(both, 2)
@@ -421,6 +444,14 @@ def denoiser(
     return always if guided(c) == "always" else within(always, conditional, g.low, g.high)
 
 
+def _doubled(conditions: Conditions, null: jax.Array) -> Conditions:
+    """The conditions of a doubled batch, whose second half has the labels `null`."""
+    label = jnp.concatenate([jnp.asarray(conditions.label), null])
+    rest = conditions._replace(label=None)
+    both = jax.tree.map(lambda each: jnp.concatenate([each, each]), rest)
+    return both._replace(label=label)
+
+
 def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
     """The sampling of a recipe, on a mesh or one device."""
     process, sampler = process_of(c.diffusion), sampler_of(c)
@@ -430,20 +461,26 @@ def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
         c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema", adapters=""
     )
     architecture = (c.model, c.diffusion, c.data, c.autoencoder, c.adapt)
-    controlled = control.is_controlled(c)
     controls = dataclasses.replace(c.control, scale=(), start=0.0, end=1.0)
-    edit = dataclasses.replace(c.edit, sigma=0.0)
+    edit, shown = dataclasses.replace(c.edit, sigma=0.0), dataclasses.replace(c.given, noise=0.0)
     return Sampling(
         draw=make_sampler(c, mesh),
         guidance=g,
-        compiled=(*architecture, edit, sample, guided(c), controls),
+        compiled=(*architecture, edit, sample, guided(c), controls, shown),
         timesteps=t,
         guided=0 if t is None else _count_guided(guided(c), g, t),
-        protocol={**protocol_of(c), **control.control_protocol(c)},
+        protocol={**protocol_of(c), **control.control_protocol(c), **given.given_protocol(c)},
         weak=guide_recipe(c) if c.sample.guide else None,
-        control=control.maps_of(control.all_controls(c)) if controlled else None,
+        needs=_needs(c),
         edits=functools.partial(editing.edit_protocol, c),
     )
+
+
+def _needs(c: Config) -> FromImages | None:
+    """What samples are given of images, if the network needs anything beside labels."""
+    if control.is_controlled(c):
+        return control.controls_from_images(c)
+    return given.given_from_images(c) if inputs_of(c).given else None
 
 
 def _count_guided(when: str, g: Guidance, t: np.ndarray) -> int:
@@ -462,7 +499,8 @@ def make_sampler(
     """
     apply = apply_of(c, mesh, control.all_controls(c))
     weak = denoiser_module(guide_recipe(c), mesh).apply if c.sample.guide else None
-    shape, times, objective = inputs_of(c).shape, times_of(c), objective_of(c)
+    inputs, times, objective = inputs_of(c), times_of(c), objective_of(c)
+    shape = inputs.shape
     options = {"clip_x0": c.sample.clip_x0, **options_of(c)}
     solve, start = sampler_of(c).solve, objective.process.prior_std
     transform = transform_of(c)
@@ -471,6 +509,9 @@ def make_sampler(
         trained: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, g: Guidance
     ) -> jax.Array:
         params = transform.join(frozen.get("base"), trained)
+        if inputs.given:
+            beside = editing.beside_x(c, frozen, g.given, keys, g.level)
+            conditions = conditions._replace(**beside)
         if "controls" in frozen:
             params = {**params, "controls": frozen["controls"]}
         other = functools.partial(weak, frozen["guide"]) if weak else None
@@ -478,7 +519,7 @@ def make_sampler(
         x_T = samplers.initial_noise(keys, shape)
         x_T = x_T if start == 1 else start * x_T
         noise = samplers.per_sample_noise(keys, shape)
-        if g.given is None:
+        if g.given is None or inputs.given:
             x0 = solve(denoise, objective, times, x_T, noise, **options)
         else:
             x0 = editing.edited(c, frozen, denoise, g.given, x_T, noise)
@@ -500,10 +541,10 @@ def to_uint8(x: jax.Array) -> jax.Array:
 
 
 def inside_of(c: Config, mesh: Mesh | None = None) -> Inside | None:
-    """What can be read of the network of a recipe, or None if it has no stack of blocks."""
+    """What can be read of a recipe's network; None without a stack of blocks, or with channels."""
     network, inputs = network_of(c), inputs_of(c)
     seam, split = network.inspection, network.attention(c.model, inputs)
-    if seam is None or split is None or network.cost is None:
+    if seam is None or split is None or network.cost is None or inputs.given:
         return None
     place = ANYWHERE if mesh is None else placement(c, mesh)
     side = math.isqrt(split.tokens)
@@ -541,6 +582,7 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     objective, shape, d = objective_of(c), inputs_of(c).shape, c.diffusion
     transform, learned = transform_of(c), d.variance == "learned_range"
     loss = losses.hybrid_loss if learned else losses.simple_loss
+    loss = losses.regression_loss if training_loss(d).blind else loss
     # NumPy guarantees that SeedSequence's output never changes.
     shift = int(np.random.SeedSequence(c.evaluate.seed).generate_state(1)[0])
 
@@ -549,7 +591,8 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     ) -> dict[str, jax.Array]:
         params = transform.join(frozen.get("base"), trained)
         x0 = _held_out_example(c, frozen, batch["image"], keys)
-        denoise = functools.partial(apply, params, conditions=_held_out_conditions(c, keys, batch))
+        conditions = _held_out_conditions(c, keys, batch, x0)
+        denoise = functools.partial(apply, params, conditions=conditions)
         eps = samplers.initial_noise(keys, shape)
         found = loss(objective, denoise, x0, batch["t"], eps)
         return {name: found[name] for name in ("mse", "vlb") if name in found}
@@ -561,6 +604,7 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
             "val_loss_target": validation_target(d),
             **_latent_protocol(c),
             **({"val_loss_control": c.control.source} if control.is_controlled(c) else {}),
+            **given.training_protocol(c),
         },
         num=c.evaluate.val_loss_num,
         # Times are spread evenly over the examples.
@@ -577,13 +621,13 @@ def _held_out_example(c: Config, frozen: Frozen, images: jax.Array, keys: jax.Ar
     return autoencoder.normalized(c, sample_posterior(moments, noise))
 
 
-def _held_out_conditions(c: Config, keys: jax.Array, batch: Batch) -> Conditions:
-    """The label of a held-out image, and the control map of the image itself."""
-    maps = None
-    if control.is_controlled(c):
+def _held_out_conditions(c: Config, keys: jax.Array, batch: Batch, x0: jax.Array) -> Conditions:
+    """The label of a held-out image, and what the network is given of the image itself."""
+    made, found = _conditions_of_images(c), {}
+    if made is not None:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
-        maps = control.maps_of((c,))(batch["image"], own)
-    return Conditions(label=batch["label"], channels=maps)
+        found = made(batch["image"] if control.is_controlled(c) else x0, own)
+    return Conditions(label=batch["label"], **found)
 
 
 def density(c: Config, mesh: Mesh | None = None) -> ValidationScore:
@@ -599,7 +643,8 @@ def density(c: Config, mesh: Mesh | None = None) -> ValidationScore:
         trained: Any, frozen: Frozen, keys: jax.Array, batch: Batch
     ) -> dict[str, jax.Array]:
         params = transform.join(frozen.get("base"), trained)
-        denoise = functools.partial(apply, params, conditions=_held_out_conditions(c, keys, batch))
+        conditions = _held_out_conditions(c, keys, batch, batch["image"])
+        denoise = functools.partial(apply, params, conditions=conditions)
         pairs = jax.vmap(jax.random.split)(keys)
         spread = jax.vmap(lambda key: jax.random.uniform(key, shape))(pairs[:, 0])
         probe = jax.vmap(lambda key: jax.random.rademacher(key, shape, jnp.float32))(pairs[:, 1])
@@ -636,6 +681,7 @@ TASK = Definition(
         "sample": Sample,
         "edit": editing.Edit,
         "reward": rewards.Reward,
+        "given": given.GivenChannels,
     },
     check=check,
     resolve=lambda c, workdir: adapting.with_base(c, workdir, network_of(c), inputs_of),

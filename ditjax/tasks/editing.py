@@ -25,6 +25,7 @@ from ditjax.diffusion.inverse import InverseMethod, Measured, known_means, known
 from ditjax.diffusion.samplers import Noise, walk
 from ditjax.errors import UserError
 from ditjax.tasks import autoencoder
+from ditjax.tasks.given import given_conditions
 from ditjax.tasks.objective import objective_of, options_of, sampler_of, times_of
 from ditjax.training.task import Frozen, Known
 
@@ -46,6 +47,8 @@ class Edit(Section):
     sigma: float = key(0.0, at_least(0), protocol=True)
 
     def unused(self, name: str, c: Config) -> str:
+        if c.given.kind != "none":  # whose network was trained to edit, by no method
+            return "given.kind"
         every = {each for method in registry(METHOD_REGISTRY).values() for each in method.options}
         return "method" if name in every - {*method_of(c).options} else super().unused(name, c)
 
@@ -66,6 +69,8 @@ def edit_protocol(c: Config, given: Known) -> dict[str, Any]:
 
     Raises UserError for a method that does not go with the sampler or with what is given.
     """
+    if c.given.kind != "none":
+        return _trained_protocol(c, given)
     if given.sigma is not None:
         _check_noise(c, np.asarray(given.sigma))
         return {}
@@ -89,6 +94,42 @@ def edit_protocol(c: Config, given: Known) -> dict[str, Any]:
             " expected a network of pixels (config.autoencoder.kind='none')."
         )
     return {"method": c.edit.method, **settings_of(c)}
+
+
+def _trained_protocol(c: Config, given: Known) -> dict[str, Any]:
+    """The protocol of an edit by a network that was trained to make it.
+
+    Raises UserError for an edit that the network was not trained for.
+    """
+    said = f"config.given.kind is {c.given.kind!r}"
+    edit = "denoise" if given.sigma is not None else "low" if given.mask is None else "mask"
+    if edit != c.given.kind:
+        does = {"low": "enlarges images: --edit=upscale", "mask": "completes them: --edit=inpaint"}
+        raise UserError(f"{said}, whose network {does[c.given.kind]}.")
+    side = np.shape(given.image)[1]
+    if edit == "low" and side != c.given.side:
+        raise UserError(
+            f"an image of {side}x{side} to enlarge, and {said} of {c.given.side}x{c.given.side}:"
+            " expected that size."
+        )
+    return {"method": "trained"}
+
+
+def beside_x(
+    c: Config,
+    frozen: Frozen,
+    given: Known | None,
+    keys: jax.Array,
+    level: jax.Array | np.float32 | None,
+) -> dict[str, jax.Array]:
+    """What a network that was trained to edit is given: fields of `Conditions`."""
+    if given is None:
+        raise ValueError("this network draws nothing without an image: sampling gives it none")
+    if c.latent:
+        measured = _measured(c, frozen, given)
+        mask = measured.project(jnp.ones_like(measured.image))[..., :1]
+        given = Known(measured.image, mask)
+    return given_conditions(c, given, keys, level)
 
 
 def _check_noise(c: Config, sigma: np.ndarray) -> None:

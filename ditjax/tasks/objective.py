@@ -63,7 +63,8 @@ class Diffusion(Section):
     variance: Literal["learned_range", "fixed_small", "fixed_large", "none", "unused"] = key(
         "learned_range"
     )
-    # 'hybrid', 'simple', 'vlb', 'meanflow', 'meanflow_v' or the dotted name of your own function
+    # 'hybrid', 'simple', 'vlb', 'meanflow', 'meanflow_v', 'regression' or the dotted name of your
+    # own function
     loss: str = key("hybrid", registered(LOSS_REGISTRY))
     weighting: Literal[
         "none", "eps", "x0", "velocity", "min_snr", "p2", "edm", "sigmoid", "likelihood"
@@ -351,6 +352,12 @@ def check_sampling(c: Config) -> None:
     _check_guidance(c, len(times) - 1)
     if sampler.interval:
         _check_intervals(c)
+    if sampler.blind != training_loss(c.diffusion).blind:
+        raise UserError(
+            f"config.sample.sampler is {s.sampler!r} and config.diffusion.loss"
+            f" {c.diffusion.loss!r}: a network that estimates x0 without x is trained by"
+            " 'regression' and drawn by 'regression'; set both, or neither."
+        )
     if c.evaluate.bpd_num and (discrete or c.latent):
         reason = "latents have no density of pixels" if c.latent else "process 'ddpm' has no ODE"
         raise UserError(

@@ -65,11 +65,18 @@ class Known(NamedTuple):
     sigma: jax.Array | np.ndarray | None = None
 
 
+class Beside(NamedTuple):
+    """What each sample is given beside its label: channels of `Conditions`, and what is known."""
+
+    channels: jax.Array | np.ndarray | None = None
+    known: Known | None = None
+
+
 class Guidance(NamedTuple):
     """Arguments of guidance, f32[] each: the scale, and its timesteps low <= t < high.
 
     `given` is what the images are to agree with, or None; `control` are the arguments of a control,
-    if there is one.
+    if there is one; `level` is the noise that is added to given channels, if the network reads it.
     """
 
     scale: jax.Array | np.float32
@@ -77,6 +84,19 @@ class Guidance(NamedTuple):
     high: jax.Array | np.float32
     control: Any = None
     given: Known | None = None
+    level: jax.Array | np.float32 | None = None
+
+
+class FromImages(NamedTuple):
+    """What a task needs beside the labels of its samples, as it follows from images of a data set.
+
+    `beside(images f32[B,H,W,C] in [-1, 1], keys key[B])` makes it on the device; `name` is the
+    entry of a protocol that says which images. `edited`: an edit gives it, too.
+    """
+
+    beside: Callable[[jax.Array, jax.Array], Beside]
+    name: str
+    edited: bool = False
 
 
 class Sampling(NamedTuple):
@@ -89,8 +109,8 @@ class Sampling(NamedTuple):
     the recipe of another network that takes the place of the second evaluation there. `protocol`
     are the fields of the sampling protocol that only this task has.
 
-    `control` is None, or (images f32[B,H,W,C] in [-1, 1], keys key[B]) -> the control images, as
-    `conditions.channels` f32[B,h,w,K]: those that follow from an image of a data set.
+    `needs` is None if samples need nothing but labels: otherwise they are of control images, or of
+    low-resolution or incomplete ones.
 
     A task that can draw images that agree with `guidance.given` says what that adds to the protocol
     by `edits(given)`, which raises UserError for what does not go with the recipe.
@@ -103,7 +123,7 @@ class Sampling(NamedTuple):
     guided: int
     protocol: Mapping[str, Any] = {}
     weak: Config | None = None
-    control: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    needs: FromImages | None = None
     edits: Callable[[Known], Mapping[str, Any]] | None = None
 
 

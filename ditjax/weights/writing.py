@@ -36,6 +36,8 @@ def write_ditjax(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     """Write one safetensors file: parameter paths as names, the recipe's main keys as metadata."""
     tree = dataclasses.asdict(network.config)
     kept = {section: tree[section] for section in _KEPT if section in tree}
+    if tree.get("given", {}).get("kind", "none") != "none":
+        kept["given"] = tree["given"]  # other files are as they were without this section
     if "autoencoder" in kept:
         kept["autoencoder"]["path"] = ""
     if "sample" in kept:
@@ -193,6 +195,11 @@ def _check_expressible(network: LoadedNetwork, program: str, *, sit: bool = Fals
                 f" code requires {'a null label' if key == 'label_dropout' else repr(wanted)}."
                 " Convert to ditjax's own format."
             )
+    if network.config.given.kind != "none":
+        raise UserError(
+            f"{program} has no such DiT: config.given.kind is {network.config.given.kind!r}, and"
+            " its code gives a network no channels beside x. Convert to ditjax's own format."
+        )
     if m.align_block:
         print(
             f"note: {program} has no projector; training alone reads it: left out", file=sys.stderr

@@ -19,8 +19,7 @@ from ditjax.errors import UserError
 from ditjax.files.npz import load_array
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
-from ditjax.sampling import controls
-from ditjax.sampling.controls import given_controls, held_out_controls
+from ditjax.sampling import given
 from ditjax.sampling.draw import Drawn
 from ditjax.sampling.pipeline import Pipeline
 from ditjax.tasks.guide import guide_recipe
@@ -124,18 +123,15 @@ def test_evaluation_takes_condition_i_from_record_i(controlled, pipeline):
         np.where(np.asarray(ink_map(normalize(x), jax.random.key(0))) > 0, 255, 0)
         for x in digits["image"][:4]
     ]
-    given = pipeline(
+    again = pipeline(
         own.label.tolist(), seed=0, quiet=True, control=np.stack(maps).astype(np.uint8)
     )
-    assert np.abs(given.array - first).max() <= 1
+    assert np.abs(again.array - first).max() <= 1
 
 
 def test_grids_while_training_have_the_labels_of_the_records(controlled, tmp_path):
     class Recorder:
         mesh = make_mesh(-1, 1)
-
-        def controls(self, c):
-            return held_out_controls(c)
 
         def whole(self, c, params, num, **options):
             self.options = options
@@ -145,7 +141,7 @@ def test_grids_while_training_have_the_labels_of_the_records(controlled, tmp_pat
     log = mock.Mock()
     train._Grids(opening.recipe_of(controlled), drawer).save(None, 1, tmp_path, log)
     assert drawer.options["label_of"] is None
-    assert drawer.options["controls"].rows(np.arange(3))["image"].shape == (3, 8, 8, 1)
+    assert drawer.options["given"].rows(np.arange(3))["image"].shape == (3, 8, 8, 1)
 
 
 def test_what_a_control_cannot_do_is_said(controlled, finished, tmp_path):
@@ -159,12 +155,12 @@ def test_what_a_control_cannot_do_is_said(controlled, finished, tmp_path):
 
 
 def test_controls_of_other_counts_are_not_paired(pipeline, monkeypatch):
-    monkeypatch.setattr(controls, "map_channels", lambda c: (1, 1))
+    monkeypatch.setattr(given, "map_channels", lambda c: (1, 1))
     three, two = np.zeros((3, 8, 8, 1), np.uint8), np.ones((2, 8, 8, 1), np.uint8)
     with pytest.raises(UserError, match="controls of 3 and 2 images: expected as many of each"):
-        given_controls(pipeline.config, [three, two])
-    rows = given_controls(pipeline.config, [three, two[:1]]).rows(np.arange(3))
-    assert rows["maps"].shape == (3, 8, 8, 2)
+        given.given_controls(pipeline.config, [three, two])
+    rows = given.given_controls(pipeline.config, [three, two[:1]]).rows(np.arange(3))
+    assert rows["beside"].channels.shape == (3, 8, 8, 2)
 
 
 def test_a_run_of_a_control_is_no_guide(controlled, pipeline):

@@ -47,7 +47,7 @@ def draw(c, mesh, start, labels=None, scale=1.0):
     params = noisy_params()
     params = jax.device_put(params, rules.state_shardings(params, mesh, task.rules))
     sampler = batch_sampler(c, task, mesh)
-    keys, conditions, label = sampler.place(c.seed, start, labels)
+    keys, conditions, label, _ = sampler.place(c.seed, start, labels)
     guidance = sampling_of(c, task).guidance
     return np.asarray(sampler.program(params, {}, keys, conditions, guidance)), label
 

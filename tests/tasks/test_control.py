@@ -279,7 +279,9 @@ def test_the_draw_without_control_is_as_before_and_labels_are_dropped_by_its_own
     np.testing.assert_array_equal(found["eps"], noise)
     assert (np.asarray(found["y"]) == 10).all()
     own = jax.random.split(jax.random.fold_in(key, 3), B)
-    np.testing.assert_array_equal(found["control"], jax.vmap(noisy_map)(example["x0"], own))
+    np.testing.assert_array_equal(
+        found["conditions"]["channels"], jax.vmap(noisy_map)(example["x0"], own)
+    )
 
 
 def otsu(grey):
@@ -392,7 +394,7 @@ def test_latents_are_controlled_by_pixels():
         {k: jax.ShapeDtypeStruct((2, *v.shape), v.dtype) for k, v in task.inputs.items()},
         jax.random.key(0),
     )
-    assert drawn["control"].shape == (2, 256, 256, 1)
+    assert drawn["conditions"]["channels"].shape == (2, 256, 256, 1)
     assert "image" not in drawn
     for changes, expected in (
         ({"control": {"form": "pixart"}}, "set it to 'sd3'"),

@@ -1,10 +1,11 @@
-"""The control images of samples: given ones, or those of the held-out records of a recipe."""
+"""What samples are given beside their labels: images to edit, control images, held-out records."""
 
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -12,43 +13,65 @@ from ditjax.config import Config
 from ditjax.data import source, stream
 from ditjax.data.crop import normalize
 from ditjax.data.images import given_picture
-from ditjax.data.records import HostBatch
 from ditjax.errors import UserError
 from ditjax.runs import opening
+from ditjax.sampling.program import sampling_of
+from ditjax.tasks import make_task
 from ditjax.tasks.control import map_channels
+from ditjax.training.task import Beside, Known
 
 ControlImage = str | os.PathLike[str] | Image.Image | np.ndarray
 _MODES = {1: "L", 3: "RGB"}
 
 
-class Controls(NamedTuple):
-    """Where the control images of samples come from.
+class GivenRows(NamedTuple):
+    """What each sample is given.
 
-    `rows(indices i[n])` are {'maps': f32[n,H,W,K]}, or images and labels of records,
-    {'image': f32[n,H,W,C] in [-1, 1], 'label': i[n]}, from which maps are made. `record` identifies
-    them in a protocol.
+    `rows(indices i[n])` are {'beside': `Beside` of n rows}, or images and labels of records,
+    {'image': f32[n,H,W,C] in [-1, 1], 'label': i[n]}, from which the task makes it; of both, what
+    is given goes before what is made. `record` identifies it in a protocol.
     """
 
-    rows: Callable[[np.ndarray], HostBatch]
+    rows: Callable[[np.ndarray], Mapping[str, Any]]
     record: Mapping[str, Any]
 
 
-def held_out_controls(c: Config) -> Controls:
-    """Sample i is controlled by record i of config.evaluate.split, and begins again after the last.
+def cycled(indices: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Row i % len of each index i."""
+    return rows[indices % len(rows)]
 
-    Raises UserError for a split that is missing.
+
+def given_known(known: Known, beside: GivenRows | None = None) -> GivenRows:
+    """What is known of N images, of i % N for sample i, and what else samples are given."""
+
+    def rows(indices: np.ndarray) -> Mapping[str, Any]:
+        each = jax.tree.map(lambda x: cycled(indices, np.asarray(x)), known)
+        found = dict(beside.rows(indices)) if beside else {}
+        return {**found, "beside": found.get("beside", Beside())._replace(known=each)}
+
+    return GivenRows(rows, beside.record if beside else {})
+
+
+def held_out_given(c: Config) -> GivenRows | None:
+    """Sample i is of record i of config.evaluate.split, and begins again after the last.
+
+    None for a task whose samples need nothing but labels. Raises UserError for a split that is
+    missing.
     """
+    needs = sampling_of(c, make_task(c)).needs
+    if needs is None:
+        return None
     spec = opening.held_out(c)
     info = source.dataset_info(spec.name, spec.split, spec.data_dir)
 
-    def rows(indices: np.ndarray) -> HostBatch:
+    def rows(indices: np.ndarray) -> Mapping[str, Any]:
         (batch,) = stream.read_records(spec, indices % info.num_examples, len(indices))
         return {name: batch[name] for name in ("image", "label")}
 
-    return Controls(rows, {"control_images": f"{info.full_name}/{c.evaluate.split}"})
+    return GivenRows(rows, {needs.name: f"{info.full_name}/{c.evaluate.split}"})
 
 
-def given_controls(c: Config, images: ControlImage | Sequence[ControlImage]) -> Controls:
+def given_controls(c: Config, images: ControlImage | Sequence[ControlImage]) -> GivenRows:
     """Control images, one for each control of the recipe: files, PIL images or u8 arrays.
 
     An array [n,H,W,K] controls sample i by image i % n. Raises UserError for another number, size
@@ -70,12 +93,12 @@ def given_controls(c: Config, images: ControlImage | Sequence[ControlImage]) -> 
             " each, or one, as image i of each controls sample i."
         )
 
-    def rows(indices: np.ndarray) -> HostBatch:
-        each = [normalize(x[indices % len(x)]) for x in pixels]
-        return {"maps": np.concatenate(each, axis=-1)}
+    def rows(indices: np.ndarray) -> Mapping[str, Any]:
+        each = [normalize(cycled(indices, x)) for x in pixels]
+        return {"beside": Beside(np.concatenate(each, axis=-1))}
 
     digests = [hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest() for x in pixels]
-    return Controls(rows, {"control_images": digests})
+    return GivenRows(rows, {"control_images": digests})
 
 
 def _pixels(image: ControlImage, side: int, channels: int) -> np.ndarray:

@@ -1,0 +1,81 @@
+"""How well samples follow what they are given: control images, or what is known of a record."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ditjax.config import Config
+from ditjax.data.crop import normalize
+from ditjax.metrics.restoration import SSIM_SIDE, psnr, ssim
+from ditjax.metrics.scores import mask_f1
+from ditjax.sampling.given import GivenRows
+from ditjax.sampling.program import sampling_of
+from ditjax.tasks import make_task
+from ditjax.training import keys
+from ditjax.training.task import Beside
+
+PEAK = 255.0
+
+
+class GivenScores:
+    """Scores of samples that are added in order, from sample 0 on, each given of its record.
+
+    What is given of a record is made of the sample in the same way (`Sampling.needs`). Of control
+    images, `control_f1` is the F1 of the pixels above 0 against those asked for,
+    `control_f1_shuffled` against those of the next sample, and `control_error` the mean squared
+    difference. Of a low-resolution or incomplete image, `psnr_db` and `ssim` are the sample's
+    against the record itself, and `consistency_db` is the PSNR of the low-resolution images. PSNRs
+    are means of each sample's; SSIM is left out below 11 pixels a side.
+    """
+
+    def __init__(self, c: Config, given: GivenRows, seed: int) -> None:
+        needs = sampling_of(c, make_task(c)).needs
+        assert needs is not None
+        beside_of = needs.beside
+
+        def beside(images: jax.Array, indices: jax.Array) -> Beside:
+            key = keys.stream(seed, keys.CONTROL)
+            return beside_of(images, jax.vmap(jax.random.fold_in, (None, 0))(key, indices))
+
+        self._beside, self._rows = jax.jit(beside), given.rows
+        self._parts: list[dict[str, np.ndarray]] = []
+        self._start = 0
+
+    def add(self, images: np.ndarray) -> None:
+        """Score the next samples, u8[B,H,W,C]."""
+        indices = np.arange(self._start, self._start + len(images), dtype=np.uint32)
+        self._start += len(images)
+        samples, records = normalize(images), self._records(indices)
+        found, asked = (self._beside(each, indices) for each in (samples, records))
+        if asked.known is None:
+            others = indices + np.uint32(1)
+            other = self._beside(self._records(others), others)
+            maps = (np.asarray(each.channels) for each in (found, asked, other))
+            self._parts.append(_map_scores(*maps))
+            return
+        truth = 127.5 * (records + 1)
+        scores = {"psnr_db": psnr(images, truth, PEAK)}
+        if images.shape[1] >= SSIM_SIDE:
+            scores["ssim"] = ssim(images, truth, PEAK)
+        if asked.known.mask is None:
+            low, wanted = (127.5 * np.asarray(each.known.image) for each in (found, asked))
+            scores["consistency_db"] = psnr(low, wanted, PEAK)
+        self._parts.append(scores)
+
+    def _records(self, indices: np.ndarray) -> np.ndarray:
+        return np.asarray(self._rows(indices.astype(np.int64))["image"])
+
+    def means(self) -> dict[str, float]:
+        """The mean of each score over all samples."""
+        parts: Any = self._parts
+        return {name: float(np.concatenate([p[name] for p in parts]).mean()) for name in parts[0]}
+
+
+def _map_scores(found: np.ndarray, asked: np.ndarray, other: np.ndarray) -> dict[str, np.ndarray]:
+    error = np.square(found - asked).reshape(len(found), -1).mean(1)
+    return {
+        "control_f1": mask_f1(found > 0, asked > 0),
+        "control_f1_shuffled": mask_f1(found > 0, other > 0),
+        "control_error": error.astype(np.float64),
+    }
