@@ -1,6 +1,7 @@
 """Denoising: the mean of x0 given y = x0 + σ n by one evaluation, large images, and σ from y."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +32,42 @@ def posterior_mean(
     return c_skip * x + c_out * out
 
 
-def noise_range(process: Process) -> tuple[float, float]:
-    """The smallest and the largest σ/α that a network of the process is trained on."""
-    ends = np.array([float(process.from_unit(u)) for u in (0.0, 1.0)])
+def noise_range(process: Process, most: float = 1.0) -> tuple[float, float]:
+    """The smallest and largest σ/α of a process up to a share `most` of its times."""
+    with jax.ensure_compile_time_eval():  # also while a program is traced
+        ends = np.array([float(process.from_unit(u)) for u in (0.0, most)])
     c = process.at(ends)
     with np.errstate(divide="ignore"):
         low, high = c.sigma / c.alpha
     return float(low), float(high)
+
+
+def residual_noise(
+    mean: Callable[[jax.Array, jax.Array], jax.Array],
+    y: jax.Array,
+    low: float,
+    high: float,
+    steps: int = 14,
+) -> jax.Array:
+    """σ f32[B] of images y f32[B,H,W,C], at which what is removed is as large: rms(y - x̂0(σ)) = σ.
+
+    mean(y, σ f32[B]) -> x̂0. It is found by bisection of ln σ, up to the deviation of y. It is less
+    than the noise σ_n by what the mean keeps of it: on Gaussian data of variances λ it solves
+    mean σ²(λ + σ_n²)/(λ + σ²)² = 1, which is σ_n where λ is 0.
+    """
+    axes = tuple(range(1, y.ndim))
+    most = jnp.clip(y.std(axes), low, high)
+    ends = jnp.full_like(most, np.log(low)), jnp.log(most)
+
+    def halve(_: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        below, above = ends
+        middle = (below + above) / 2
+        removed = jnp.sqrt(jnp.square(y - mean(y, jnp.exp(middle))).mean(axes))
+        larger = removed < jnp.exp(middle)
+        return jnp.where(larger, below, middle), jnp.where(larger, middle, above)
+
+    below, above = jax.lax.fori_loop(0, steps, halve, ends)
+    return jnp.exp((below + above) / 2)
 
 
 def in_windows(apply: Callable[[jax.Array], jax.Array], image: jax.Array, size: int) -> jax.Array:

@@ -26,7 +26,8 @@ class Times:
 
     mean, std: of the logit of the time, for 'logit_normal'. mode: s of SD3's 'mode'. stratified:
     u_i = (i + U)/B mod 1 over the global batch, in random order, instead of independent u_i (Kingma
-    et al. 2021, App. I.1). shift: t ← st/(1 + (s-1)t), which adds ln s to the logit of t.
+    et al. 2021, App. I.1). shift: t ← st/(1 + (s-1)t), which adds ln s to the logit of t. most:
+    times are multiplied by it, so that a network of little noise is trained on no more.
     """
 
     distribution: str = "uniform"
@@ -35,6 +36,7 @@ class Times:
     mode: float = 1.29
     stratified: bool = False
     shift: float = 1.0
+    most: float = 1.0
 
 
 def normal_quantile(u: jax.Array) -> jax.Array:
@@ -72,7 +74,8 @@ def draw_times(times: Times, process: Process, key: jax.Array, batch: int) -> ja
         u = jax.random.permutation(key_order, u)
     else:
         u = jax.random.uniform(key, (batch,), jnp.float32)
-    return process.from_unit(shifted(QUANTILES[times.distribution](u, times), times.shift))
+    t = shifted(QUANTILES[times.distribution](u, times), times.shift)
+    return process.from_unit(t if times.most == 1 else times.most * t)
 
 
 def draw_intervals(
@@ -97,12 +100,15 @@ def stratified_timesteps(indices: np.ndarray, num: int, shift: int) -> np.ndarra
     return (_van_der_corput(indices, shift) * np.uint64(num) >> np.uint64(32)).astype(np.int32)
 
 
-def stratified_times(process: Process, indices: np.ndarray, shift: int) -> np.ndarray:
-    """The time of pair i, spread evenly as in `stratified_timesteps` -> [n]."""
-    if isinstance(process, Discrete):
+def stratified_times(
+    process: Process, indices: np.ndarray, shift: int, most: float = 1.0
+) -> np.ndarray:
+    """The time of pair i, spread evenly up to `most` as in `stratified_timesteps` -> [n]."""
+    if isinstance(process, Discrete) and most == 1:
         return stratified_timesteps(indices, len(process.schedule), shift)
     u = (_van_der_corput(indices, shift).astype(np.float64) + 0.5) / 2**32
-    return np.asarray(process.from_unit(u), np.float32)
+    found = np.asarray(process.from_unit(most * u))
+    return found if isinstance(process, Discrete) else found.astype(np.float32)
 
 
 def _van_der_corput(indices: np.ndarray, shift: int) -> np.ndarray:

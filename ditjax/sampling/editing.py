@@ -94,6 +94,12 @@ def denoise_request(c: Config, image: Pictures) -> Request:
             f"image of {height}x{width} to denoise: expected at least {size}x{size}, the size of"
             " the network's images."
         )
+    if c.edit.sigma == 0 and c.edit.estimate == "residual":  # while the images are drawn
+        given = Known(
+            pixels.astype(np.float32) / 127.5 - 1, sigma=np.zeros(len(pixels), np.float32)
+        )
+        record = {"edit": "denoise", "image": _digest(pixels), "estimated": "residual"}
+        return Request(given, record, (height, width))
     sigma = np.array([c.edit.sigma or estimate_noise(each) for each in pixels])
     if not sigma.all():
         raise UserError(
@@ -116,9 +122,17 @@ class EditKind(NamedTuple):
     reads: tuple[str, ...]
 
 
-_OF_METHODS = ("edit.method", "edit.jump", "edit.resample", "edit.strength", "sample.*")
+_OF_METHODS = (
+    "edit.method",
+    "edit.jump",
+    "edit.resample",
+    "edit.strength",
+    "sample.*",
+    "given.noise",
+)
 _OF_NOISE = (
     "edit.sigma",
+    "edit.estimate",
     *(f"sample.{k}" for k in ("num", "batch_size", "weights", "adapters", "cfg_scale")),
 )
 # --edit -> kind

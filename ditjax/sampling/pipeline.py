@@ -338,7 +338,8 @@ class Pipeline:
         Images are of the network's size or larger: bytes, or floats in the same units. Image i is
         the mean of all that image i % N may have been. Raises UserError.
         """
-        c = changed(self.config, {"edit": {"sigma": sigma}})
+        own = {k: v for k, v in keys.items() if k == "estimate"}
+        c = changed(self.config, {"edit": {"sigma": sigma, **own}})
         edit = editing.denoise_request(c, image)
         return self._draw(classes, edit, quiet=quiet, sigma=sigma, **keys)
 

@@ -608,7 +608,9 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
         },
         num=c.evaluate.val_loss_num,
         # Times are spread evenly over the examples.
-        drawn=lambda indices: {"t": stratified_times(objective.process, indices, shift)},
+        drawn=lambda indices: {
+            "t": stratified_times(objective.process, indices, shift, d.time_most)
+        },
     )
 
 

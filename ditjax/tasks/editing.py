@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from ditjax.config import (
     registered,
     registry,
 )
-from ditjax.diffusion.denoising import in_windows, noise_range, posterior_mean
+from ditjax.diffusion.denoising import in_windows, noise_range, posterior_mean, residual_noise
 from ditjax.diffusion.gaussian import Denoise
 from ditjax.diffusion.inverse import InverseMethod, Measured, known_means, known_pixels
 from ditjax.diffusion.samplers import Noise, walk
@@ -45,10 +45,14 @@ class Edit(Section):
     strength: float = key(1.0, above(0), protocol=True)  # of a gradient
     # of the noise to remove, on pixels from 0 to 255; 0 = estimated from the image
     sigma: float = key(0.0, at_least(0), protocol=True)
+    # how: by its finest details, or such that as much is removed
+    estimate: Literal["wavelet", "residual"] = key("wavelet", protocol=True)
 
     def unused(self, name: str, c: Config) -> str:
         if c.given.kind != "none":  # whose network was trained to edit, by no method
             return "given.kind"
+        if name == "estimate" and self.sigma:
+            return "sigma"
         every = {each for method in registry(METHOD_REGISTRY).values() for each in method.options}
         return "method" if name in every - {*method_of(c).options} else super().unused(name, c)
 
@@ -144,14 +148,20 @@ def _check_noise(c: Config, sigma: np.ndarray) -> None:
             f"config.sample.cfg_scale is {c.sample.cfg_scale} and an image to denoise, whose mean"
             " guidance would move: set it to 1."
         )
-    low, high = noise_range(objective_of(c).process)
-    wrong = sigma[(sigma < low) | (sigma > high)]
+    low, high = _noise_range(c)
+    unknown = (sigma == 0) & (c.edit.estimate == "residual")
+    wrong = sigma[~unknown & ((sigma < low) | (sigma > high))]
     if wrong.size:
         raise UserError(
             f"an image with noise of {127.5 * wrong[0]:.4g}, on pixels from 0 to 255: expected"
             f" {127.5 * low:.4g} to {127.5 * high:.4g}, as the network was trained; set"
             " config.edit.sigma."
         )
+
+
+def _noise_range(c: Config) -> tuple[float, float]:
+    """The noise that a recipe's network was trained on, on pixels from -1 to 1."""
+    return noise_range(objective_of(c).process, c.diffusion.time_most)
 
 
 def edited(
@@ -164,8 +174,15 @@ def edited(
     objective, times = objective_of(c), times_of(c)
     if given.sigma is not None:
         y, sigma = jnp.asarray(given.image), jnp.asarray(given.sigma)
-        mean = functools.partial(posterior_mean, denoise, objective, sigma=sigma)
-        return in_windows(mean, y, c.data.image_size)
+
+        def removed_from(y: jax.Array, sigma: jax.Array) -> jax.Array:
+            mean = functools.partial(posterior_mean, denoise, objective, sigma=sigma)
+            return in_windows(mean, y, c.data.image_size)
+
+        if c.edit.estimate == "residual":
+            found = residual_noise(removed_from, y, *_noise_range(c))
+            sigma = jnp.where(sigma > 0, sigma, found)
+        return removed_from(y, sigma)
     sampler, method = sampler_of(c), method_of(c)
     measured, settings = _measured(c, frozen, given), settings_of(c)
     options = {"clip_x0": c.sample.clip_x0, **options_of(c)}

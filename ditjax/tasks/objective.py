@@ -77,6 +77,7 @@ class Diffusion(Section):
     time_mode: float = key(1.29, between(-1, 1.75), used_if=("time", ("mode",)))  # s
     time_stratified: bool = key(False)
     time_shift: float = key(1.0, above(0))
+    time_most: float = key(1.0, above(0), at_most(1))
     # the network is given time_scale * t
     time_scale: float = key(1000.0, above(0), used_if=_CONTINUOUS)
     # the network's time and velocity run from noise to data
@@ -187,7 +188,8 @@ def time_draw(d: Diffusion) -> Any:
     The losses of intervals have r f32[B], too.
     """
     made = process_of(d)
-    times = Times(d.time, d.time_mean, d.time_std, d.time_mode, d.time_stratified, d.time_shift)
+    shape = (d.time_mean, d.time_std, d.time_mode)
+    times = Times(d.time, *shape, d.time_stratified, d.time_shift, d.time_most)
 
     def drawn(key: jax.Array, batch: int) -> dict[str, jax.Array]:
         if not training_loss(d).interval:
@@ -318,10 +320,11 @@ def _check_intervals(c: Config) -> None:
 
 def validation_target(d: Diffusion) -> str:
     """What a validation loss is the error of: losses of different targets are not comparable."""
+    below = "" if d.time_most == 1 else f", times below {d.time_most:g}"
     if d.process == "ddpm":
-        return f"{d.prediction}, {d.schedule}, {d.timesteps} steps"
+        return f"{d.prediction}, {d.schedule}, {d.timesteps} steps{below}"
     scale = f" {d.sigma_min:g} to {d.sigma_max:g} of {d.sigma_data:g}" if d.process == "edm" else ""
-    return f"{d.prediction}, {d.process}{scale}"
+    return f"{d.prediction}, {d.process}{scale}{below}"
 
 
 def check_sampling(c: Config) -> None:

@@ -5,10 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ditjax.diffusion.denoising import estimate_noise, in_windows, noise_range, posterior_mean
+from ditjax.diffusion.denoising import (
+    estimate_noise,
+    in_windows,
+    noise_range,
+    posterior_mean,
+    residual_noise,
+)
 from ditjax.diffusion.losses import Objective
 from ditjax.diffusion.process import EDM, GVP, VP, Discrete, Flow, precondition
 from ditjax.diffusion.schedule import make_schedule
+from ditjax.diffusion.times import Times, draw_times, stratified_times
 
 PROCESSES = {
     "flow": Flow(),
@@ -138,3 +145,38 @@ def test_the_noise_of_an_image():
     assert estimate_noise(np.zeros((8, 8, 1))) == 0
     noisy = smooth + np.array([5.0, 15.0]) * rng.standard_normal((128, 128, 2))
     assert estimate_noise(noisy) == pytest.approx(10, rel=0.05)
+
+
+def test_the_noise_of_what_is_removed():
+    """On Gaussian data it solves mean σ²(λ + σ_n²)/(λ + σ²)² = 1: less than σ_n, if λ is not 0."""
+    n, noise = 4096, 0.3
+    for flat in (1.0, 0.5):  # the share of directions without data
+        spread = np.where(np.arange(n) < flat * n, 0.0, 2.0)
+        rng = np.random.default_rng(0)
+        y = rng.standard_normal(n) * np.sqrt(spread + noise**2)
+
+        def mean(image, sigma, spread=spread):
+            kept = spread[None] / (spread[None] + sigma[:, None] ** 2)
+            return image * kept.reshape(image.shape)
+
+        image = jnp.asarray(np.stack([y, 3 * y]).reshape(2, 64, 64, 1), jnp.float32)
+        found = np.asarray(residual_noise(mean, image, 0.01, 80.0))
+        sigma = np.geomspace(0.02, 1, 2000)[:, None]
+        share = (sigma**2 * (spread + noise**2) / (spread + sigma**2) ** 2).mean(1)
+        expected = float(sigma[np.flatnonzero(share > 1)[-1], 0])
+        assert found[0] == pytest.approx(expected, rel=0.03)
+    assert found[0] < noise
+    assert found[1] > found[0]
+
+
+def test_times_below_a_share():
+    """Training and validation draw none above, and the range of noise ends there."""
+    for made, last in ((PROCESSES["ddpm"], 113), (PROCESSES["flow"], 0.114)):
+        drawn = np.asarray(draw_times(Times(most=0.114), made, jax.random.key(0), 2000))
+        held = stratified_times(made, np.arange(2000), 7, 0.114)
+        assert last * 0.9 < drawn.max() <= last
+        assert last * 0.9 < held.max() <= last
+        assert held.dtype == drawn.dtype
+    low, high = noise_range(PROCESSES["ddpm"], 0.114)
+    assert 127.5 * low == pytest.approx(1.275, rel=1e-3)
+    assert 45 < 127.5 * high < 55

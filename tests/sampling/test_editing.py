@@ -253,6 +253,18 @@ def test_noise_is_estimated(pixels):
     assert edit["sigma"] == pytest.approx([10, 30], rel=0.3)
 
 
+def test_noise_is_what_is_removed(pixels):
+    """rms(y - x̂0) = σ, by the network itself, of each image; it is 0 for a given σ."""
+    noisy = 127.5 + np.array([15.0, 40.0])[:, None, None, None] * RNG.standard_normal((2, 8, 8, 1))
+    output = pixels.denoise(noisy, estimate="residual", quiet=True)
+    assert output.record["edit"]["estimated"] == "residual"
+    removed = np.sqrt(((noisy - output.array) ** 2).mean((1, 2, 3)))
+    again = pixels.denoise(noisy[1:], float(removed[1]), quiet=True).array
+    assert np.abs(again.astype(float) - output.array[1:]).mean() < 2
+    with pytest.raises(UserError, match=r"edit\.estimate has no effect: config\.edit\.sigma"):
+        pixels.denoise(noisy, 20.0, estimate="residual", quiet=True)
+
+
 @pytest.mark.parametrize(
     ("image", "keys", "words"),
     [
