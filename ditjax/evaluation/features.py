@@ -131,18 +131,20 @@ def mixer_extractor(mesh: Mesh, batch_size: int) -> Extractor:
     """
     del mesh, batch_size
 
+    pair = PAIRS["digits"]
+
     def extract(images: np.ndarray) -> ImageFeatures:
-        pool, logits = recognise_digits(JUDGE, images)
+        pool, logits = recognise_shipped(pair.judge, images)
         return ImageFeatures(pool, None, logits)
 
     record = {
-        "features": JUDGE,
-        "features_sha256": load_asset(JUDGE)[1]["sha256"],
-        "resize": f"bicubic to {classifier.DIGIT_SIDE} where larger, grey",
+        "features": pair.judge,
+        "features_sha256": load_asset(pair.judge)[1]["sha256"],
+        "resize": f"bicubic to {pair.side} where larger, grey",
         "features_precision": "float32",
     }
-    side = classifier.DIGIT_SIDE
-    return Extractor("mixer", extract, 512, record, predict_digit, side, family="mixer")
+    judge = functools.partial(predict_class, pair.judge)
+    return Extractor("mixer", extract, 512, record, judge, pair.side, family="mixer")
 
 
 def scenes_extractor() -> Extractor:
