@@ -68,8 +68,8 @@ def killed_finetuning(trial: Trial) -> Outcome:
     """Row 18: LoRA beside the weights of a finished run; in every other trial, on a reward."""
     how = "reward" if trial.number % 2 else "data"
     base = trial.battery.unbroken().workdir
-    words = (f"--config.adapt.base={base}", "--config.adapt.kind=lora", "--config.adapt.rank=2")
-    words += REWARD if how == "reward" else ()
+    lora = (f"--config.adapt.base={base}", "--config.adapt.kind=lora", "--config.adapt.rank=2")
+    words = lora + REWARD if how == "reward" else lora
     reference = trial.battery.unbroken("1", f"lora, {how}", *words)
     run = trial.battery.run("finetuned")
     (child,) = run.start(*words)

@@ -263,6 +263,7 @@ def test_a_latent_networks_images_are_decoded(method):
     label = {"label": jax.ShapeDtypeStruct((B,), jnp.int32)}
     drawn = jax.eval_shape(task.draw, label, jax.random.key(0))
     frozen |= dict.fromkeys(task.holds, params)
+    assert task.rollout is not None
     batch = jax.eval_shape(task.rollout, params, frozen, drawn)
     assert batch["reward"].shape == (B,)
     loss, _ = jax.eval_shape(task.loss, params, frozen, batch)
