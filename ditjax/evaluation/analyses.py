@@ -116,14 +116,15 @@ def self_attention(tool: Instrument) -> Finding:
             attention_distance(among, rows_, columns),
             among[..., centre, :],
         )
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+        keys = jnp.full(len(x0), weights.shape[-1])  # in_context has more than N
+        return *(jnp.moveaxis(x, 0, 1) for x in found), keys
 
     rows: list[TableRow] = []
     pictures = np.empty(0)
     held = tool.held
     for i, t in enumerate(tool.times):
         found = tool.over(program, (held.x0, held.eps, held.label), t, tool.params)
-        entropy, distance, maps = (x.mean(0) for x in found)
+        entropy, distance, maps, keys = (x.mean(0) for x in found)
         if i == tool.middle:
             pictures = maps.reshape(*maps.shape[:2], rows_, columns)
         for k, block in enumerate(tool.blocks):
@@ -131,7 +132,7 @@ def self_attention(tool: Instrument) -> Finding:
                 values = {"entropy": entropy[k, head], "distance": distance[k, head]}
                 values = {name: float(value) for name, value in values.items()}
                 rows.append(tool.at(i, kind="head", block=block, head=head + 1, **values))
-    uniform = {"entropy": float(np.log(N)), "distance": float(distances(rows_, columns).mean())}
+    uniform = {"entropy": float(np.log(keys)), "distance": float(distances(rows_, columns).mean())}
     rows.append({"kind": "uniform", **uniform})
     near = min((r for r in rows if r["kind"] == "head"), key=lambda r: r["distance"])
     line = (

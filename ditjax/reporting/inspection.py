@@ -267,8 +267,9 @@ def _patch(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
         ),
         _grid(
             "patch_tokens",
-            "The same, a token or a window of tokens at a time",
-            f"At the middle of the times read, from 0 or less (dark) to {number(most)} (light).",
+            "The same, token by token",
+            "One token, or a window of a grid of 8x8, at a time, at the middle of the times read;"
+            f" from 0 or less (dark) to {number(most)} (light).",
             [[np.clip(effects[k] / most, 0, 1) for k in taken]],
             [""],
             [f"block {blocks[k]}" for k in taken],
@@ -426,7 +427,7 @@ def _draw_grid(
     """_Pictures f[h,w] or f[h,w,C] of 0 to 1 side by side; maps are scaled to their largest."""
     across, down, cell, gap = len(columns), len(rows), 62.0, 6.0
     left = 10.0 + (48.0 if any(rows) else 0.0)
-    width = max(left + across * (cell + gap) + 6, 7.2 * len(title) + 20)
+    width = max(left + across * (cell + gap) + 6, 7.8 * len(title) + 20)
     lines = [line for note in notes for line in textwrap.wrap(note, int(width / 4.8))]
     top, foot = 18.0 + (24.0 if title else 0.0), 8.0 + 12.5 * len(lines)
     height = top + down * (cell + gap) + foot

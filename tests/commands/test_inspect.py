@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from ditjax import inspect
-from ditjax.cli import load_recipe
 from ditjax.config import read
 from ditjax.errors import UserError
 from ditjax.evaluation.analyses import ANALYSES, warped_images
@@ -117,9 +116,14 @@ def test_a_warped_copy_shows_the_places_that_are_said():
 
 
 def test_a_u_net_is_refused_before_its_weights_are_read():
-    c = read(
-        load_recipe(["--config=digits", "--config.model.kind=unet", "--config.model.width=32"])
-    )
+    size = {
+        "width": 16,
+        "multipliers": (1.0,),
+        "attention_factors": (),
+        "groups": 8,
+        "head_width": 8,
+    }
+    c = read({"model": {"kind": "unet", **size}, "data": {"image_size": 32}})
     with pytest.raises(UserError, match="'unet', whose network has no stack of blocks"):
         open_instrument(c, _never, Reading())
 
