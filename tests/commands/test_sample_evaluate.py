@@ -86,16 +86,13 @@ def test_evaluate(finished, capsys):
     assert evaluate.main([*TINY, f"--workdir={finished}"]) == 0
     record = json.loads((finished / "evaluation.json").read_text())
     metrics = record["metrics"]
+    with_interval = ("fd", "kd", "md", "precision", "recall", "density", "coverage", "authenticity")
     assert metrics.keys() == {
-        "fd_digits",
-        "fd_digits_low",
-        "fd_digits_high",
-        "precision_digits",
-        "recall_digits",
-        "kd_digits",
+        *(f"{name}_digits{end}" for name in with_interval for end in ("", "_low", "_high")),
         "kd_digits_subset_deviation",
         "accuracy",
         "fd_digits_floor",
+        "authenticity_digits_floor",
         "accuracy_guided",
     }
     assert metrics["fd_digits"] > 3 * metrics["fd_digits_floor"], "20 steps make no digits"
