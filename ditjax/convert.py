@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 from ditjax import cli
-from ditjax.errors import UserError
+from ditjax.errors import UserError, first_few
 from ditjax.files import lease
 from ditjax.models.dit import DiTKeys, query_factor
 from ditjax.parallel.mesh import make_mesh
@@ -199,6 +199,8 @@ def _summary(
     if isinstance(found, Adapter):
         return text
     network = found
+    if bad := networks.not_finite(network):
+        text += f"\nnote: {len(bad)} arrays hold NaN or infinities: {first_few(bad)}"
     if not network.decodes:
         text += f"\n{networks.labels_text(network.config)}"
         theirs = {"release": 0, "sit": 0, "diffusers": 1, "pipeline": 1}.get(target)

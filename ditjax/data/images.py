@@ -65,7 +65,7 @@ def given_picture(path: str | os.PathLike[str], what: str) -> Image.Image:
         image = upright(opened)
         if image.has_transparency_data and image.mode in ("L", "RGB"):
             image = converted(image, image.mode)
-        if odd:
+        if odd and image.mode in ("1", "L", "RGB"):  # others are refused
             report_reading(f"{what} {path}: {', '.join(odd)}")
         return image
 

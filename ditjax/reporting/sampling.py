@@ -12,6 +12,7 @@ from ditjax.files.atomic import load_json
 from ditjax.runs.results import Found
 from ditjax.runs.rundir import RUNS
 from ditjax.scaling.claims import Claim, sampling_does_not_make_up
+from ditjax.studies.words import plural
 
 GRID_FILE = "grid.json"
 
@@ -32,8 +33,9 @@ def read_sampled(
 
     Only cells with the most frequent combination of guidance, sampler and number of samples are
     kept, so that cells differ only in their steps. A file that cannot be read is added to
-    `problems`.
+    `problems`, and so is the number of cells that are left out.
     """
+    left = Counter[str]()
     by_name = {each.result["run"]: each for each in found}
     kept: list[tuple[str, Sampled]] = []
     for path in _files(folders):
@@ -42,15 +44,19 @@ def read_sampled(
             for cell in cells:
                 value = cell["metrics"].get(metric)
                 gflops, run = float(cell["sampling_gflops"]), by_name.get(cell["run"])
-                if run is None or value is None:
-                    continue
-                if gflops > 0 and 0 < float(value) < math.inf:
+                if run is None:
+                    left["of runs without a result here"] += 1
+                elif value is None or not (gflops > 0 and 0 < float(value) < math.inf):
+                    left[f"without a {metric}"] += 1
+                else:
                     kept.append((_same(cell), Sampled(run, gflops, float(value))))
         except (FaultError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             problems.append(f"{path} is no whole grid ({type(error).__name__}: {error}).")
-    if not kept:
-        return []
-    most = Counter(same for same, _ in kept).most_common(1)[0][0]
+    most = Counter(same for same, _ in kept).most_common(1)[0][0] if kept else ""
+    left["of other settings than most"] += sum(same != most for same, _ in kept)
+    if left := +left:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left.items())
+        problems.append(f"grids: {plural(left.total(), 'cell')} left out: {reasons}.")
     unique = {(id(one.run), one.gflops): one for same, one in kept if same == most}
     return sorted(unique.values(), key=lambda one: (one.run.result["gflops"], one.gflops))
 

@@ -138,7 +138,7 @@ def _placed(network: LoadedNetwork, c: Config, mesh: Mesh, rules: Rules = ()) ->
             f"the recipe describes another network than the weights at {network.files[0]}, a"
             f" {network.name}: do not change the keys of its architecture."
         )
-    return opening.put_on_mesh(networks.as_float32(network.params), mesh, rules)
+    return opening.put_on_mesh(networks.as_float32(network), mesh, rules)
 
 
 def _file_record(network: LoadedNetwork, which: str) -> dict[str, Any]:

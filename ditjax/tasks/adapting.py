@@ -27,6 +27,7 @@ from ditjax.config import (
     key,
     replaced,
 )
+from ditjax.data import source
 from ditjax.errors import UserError, first_few, one_line, shown
 from ditjax.files.assets import flatten, unflatten
 from ditjax.models.grafting import End, Grafted, Join, graft
@@ -167,7 +168,8 @@ def read_base(c: Config) -> LoadedNetwork:
             theirs = replaced(theirs, sample=sample)
         mesh = make_mesh(-1, 1)
         params, step = opening.network_weights(theirs, make_task(theirs), path, mesh)
-        base = networks.from_run(theirs, params, (Path(path),))
+        names = opening.class_names_of(path, theirs)
+        base = networks.from_run(theirs, params, (Path(path),), names)
         base = base._replace(notes=(opening.account(path, step, theirs),))
     else:
         heads = getattr(c.model, "size", "").rpartition("x")[2]
@@ -178,7 +180,7 @@ def read_base(c: Config) -> LoadedNetwork:
             f"config.adapt.base={path} holds a {base.name} of task {base.config.task!r}: expected a"
             f" network of task {c.task!r} and config.model.kind {c.model.kind!r}."
         )
-    return base._replace(params=networks.as_float32(base.params))
+    return base._replace(params=networks.as_float32(base))
 
 
 def with_base(
@@ -206,6 +208,7 @@ def with_base(
         found, digest = base.config.model, opening.digest(base.params)
         _check_digest(c, digest, c.adapt.sha256)
         fresh = _on_network(c, base, network, inputs_of, task.init).fresh
+        _report_classes(c, base)
     values = {name: getattr(found, name) for name in network.inherited}
     # Raises for patterns and blocks that the network does not have.
     trained = jax.eval_shape(
@@ -219,6 +222,24 @@ def with_base(
                 file=sys.stderr,
             )
     return changed(c, {"model": values, "adapt": {"sha256": digest}})
+
+
+def _report_classes(c: Config, base: LoadedNetwork) -> None:
+    """Print which classes begin as other classes of the base, where the names of both are known."""
+    names, of = base.class_names, c.adapt.classes or range(c.data.num_classes)
+    if names is None or (not c.adapt.classes and len(names) != c.data.num_classes):
+        return
+    d = c.data
+    ours = source.dataset_info(d.name, d.split, d.data_dir or None, d.max_damaged).class_names
+    other = [
+        f"{k} ({name}) as {names[j][0]}"
+        for k, (name, j) in enumerate(zip(ours, of, strict=False))
+        if 0 <= j < len(names) and names[j] and name not in names[j]
+    ]
+    if other and is_primary():
+        line = f"note: of {len(ours)} classes {len(other)} begin as others of the base: class"
+        line += f" {first_few(other)}; config.adapt.classes chooses these"
+        print(one_line(line), file=sys.stderr)
 
 
 def _check_fresh(c: Config, frozen: set[str]) -> None:

@@ -202,7 +202,7 @@ def load_frozen(c: Config, mesh: Mesh) -> Any:
         networks.check_statistics(
             path, published, c.autoencoder, "; set config.autoencoder.{key} to that"
         )
-        return opening.put_on_mesh(networks.as_float32(published.params), mesh)
+        return opening.put_on_mesh(networks.as_float32(published), mesh)
     # The averaged weights, whatever config.sample.weights is.
     return opening.load_weights(trained, make(trained), path, mesh)[0]
 

@@ -110,4 +110,4 @@ def load_guide(c: Config, mesh: Mesh) -> Frozen:
     loaded = reading.load_network(path, wanted="dit")
     if is_primary():
         print("\n".join(loaded.notes), file=sys.stderr, flush=True)
-    return {"guide": opening.put_on_mesh(networks.as_float32(loaded.params), mesh, task.rules)}
+    return {"guide": opening.put_on_mesh(networks.as_float32(loaded), mesh, task.rules)}

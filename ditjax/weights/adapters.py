@@ -267,15 +267,23 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         if (len(a), b.shape[1], len(b) % count) != (rank, rank, 0):
             faults.append(f"{name} has A {a.shape} and B {b.shape}, not of rank {rank}")
             continue
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            faults.append(f"{name} has values that are not finite")
         scale = stated.scale(name) if stated else 1.0
         for k, rows in zip(module.projections, np.split(b, count), strict=True):
             pair = (a, rows) if count == 1 else _used(a, rows)
             found[Product(module.layer, block, k)] = LowRank(*pair, scale)
     if faults:
-        raise UserError(f"{path}: {first_few(faults)}: expected the ranks that it states.")
+        raise UserError(
+            f"{path}: {first_few(faults)}: expected the ranks that it states, and numbers."
+        )
     notes = [f"{file}: {len(tensors)} tensors taken, none left out"]
     if not stated:
         notes.append(f"{file} states no alpha: its factors are taken with scale 1, as in diffusers")
+    if config:
+        notes += _unmet(*config, located)
+    if idle := sum(not module.scale for module in found.values()):
+        notes.append(f"{file}: {idle} of {len(found)} products have alpha 0 and change nothing")
     return Adapter(Path(path), layout, found, notes=tuple(notes))
 
 
@@ -329,6 +337,16 @@ def _config(
     if not isinstance(config, dict):
         raise UserError(f"{file}: {CONFIG_KEY} in its metadata is not a JSON object.")
     return f"{CONFIG_KEY} of {file}", {k.removeprefix(_OF_PIPELINE): v for k, v in config.items()}
+
+
+def _unmet(where: str, config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """A line on modules that a configuration lists and the file has no tensors of."""
+    listed = config.get("target_modules")
+    if not isinstance(listed, list):  # a regular expression, or a word for all
+        return []
+    ends = [f".{name}" for name in names]
+    words = [x for x in listed if isinstance(x, str) and not any(e.endswith(f".{x}") for e in ends)]
+    return [f"{where} lists {first_few(words)}, of which there are no tensors"] if words else []
 
 
 def _used(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -387,12 +405,20 @@ def factors_of(
 ) -> dict[str, np.ndarray]:
     """Factors f32 of Σ w s B A, by 'layer/a' and 'layer/b' as `transforms.low_rank` has them.
 
-    Those of several adapters are concatenated along r, and padded with zeros. Each must fit.
+    Those of several adapters are concatenated along r, and padded with zeros. Each must fit. Raises
+    UserError for a scale that float32 does not hold.
     """
     added: dict[str, dict[Product, list[tuple[np.ndarray, np.ndarray]]]] = {}
     for adapter, weight in adapters:
         for place, (a, b, scale) in adapter.modules.items():
-            pair = a.astype(np.float32), b.astype(np.float32) * np.float32(weight * scale)
+            with np.errstate(over="ignore"):
+                scaled = b.astype(np.float32) * np.float32(weight * scale)
+            if not np.isfinite(scaled).all():
+                raise UserError(
+                    f"{adapter.path}: its factors times the scale {weight:g} are beyond float32:"
+                    " expected a smaller one."
+                )
+            pair = a.astype(np.float32), scaled
             added.setdefault(place.layer, {}).setdefault(place, []).append(pair)
     found = {}
     for layer, places in added.items():

@@ -12,7 +12,7 @@ import numpy as np
 
 from ditjax.config import Autoencoder, Config, FrozenAutoencoder, read, replaced, task_module
 from ditjax.data.classes import ClassNames, class_names
-from ditjax.errors import UserError, one_line
+from ditjax.errors import UserError, first_few, one_line
 from ditjax.files.assets import flatten
 from ditjax.parallel.rules import path_of
 from ditjax.training.task import Task
@@ -238,6 +238,24 @@ def combined_recipe(dit: LoadedNetwork, autoencoder: LoadedNetwork) -> Config:
     )
 
 
-def as_float32(params: Any) -> Any:
-    """Convert weights to float32, the type of a network's parameters."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+def not_finite(network: LoadedNetwork) -> list[str]:
+    """The parameters that hold NaN or infinities, by path."""
+
+    def whole(leaf: np.ndarray) -> bool:
+        with np.errstate(invalid="ignore"):  # no copy: the leaves are large
+            return not leaf.size or bool(np.isfinite(leaf.min()) and np.isfinite(leaf.max()))
+
+    return [path for path, leaf in network.leaves.items() if not whole(leaf)]
+
+
+def as_float32(network: LoadedNetwork) -> Any:
+    """The weights of a network in float32, the type of its parameters, to compute with.
+
+    Raises UserError for values that are not finite, with which it would draw noise.
+    """
+    if bad := not_finite(network):
+        raise UserError(
+            f"{network.files[0]} holds a {network.name} with NaN or infinities in {first_few(bad)}:"
+            " save it from before it diverged, or download it again."
+        )
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), network.params)

@@ -120,22 +120,43 @@ def load_network(
     file = weights.read_tensors(path, which, _MARKS[wanted])
     file = _without(file, leave_out)
     names = file.tensors.keys()
+    given = Given(heads, num_classes, numerics)
     if vocabulary.METADATA in file.metadata:
-        return _load_ours(file)
+        return _without_effect(_load_ours(file), given)
     if any(name.startswith(("x_embedder.", "t_embedder.", "blocks.0.attn.")) for name in names):
-        return _load_dit(file, "release", Given(heads, num_classes, numerics))
+        return _load_dit(file, "release", given)
     if _UNET in names:
-        return _load_unet(file, Given(heads, num_classes, numerics))
+        return _without_effect(_load_unet(file, given), given)
     if any(name.startswith("transformer_blocks.0.") for name in names):
-        return _load_dit(file, "diffusers", Given(heads, num_classes, numerics))
+        return _load_dit(file, "diffusers", given)
     if any(re.match(r"(first_stage_model\.)?(encoder|decoder)\.", name) for name in names):
-        return _load_autoencoder(file)
+        return _without_effect(_load_autoencoder(file), given)
     some = ", ".join(weights.collapse(names)[:4]) or "nothing"
     raise UserError(
         f"{path} holds no known network: expected a DiT (of the public release or of diffusers), a"
         " U-Net (of guided-diffusion) or a KL autoencoder (of diffusers or latent diffusion); it"
         f" holds {some}."
     )
+
+
+def _without_effect(network: LoadedNetwork, given: Given) -> LoadedNetwork:
+    """A network whose file says all. Raises UserError for a user who says something else."""
+    c = network.config
+    size = getattr(c.model, "size", "")
+    shift = {0: "release", 1: "diffusers"}.get(getattr(c.model, "frequency_shift", -1))
+    found = {
+        "heads": parse_size(size).heads if size else None,
+        "num_classes": None if network.decodes else c.data.num_classes,
+        "numerics": shift,
+    }
+    for name, value in found.items():
+        if getattr(given, name) not in (_NOT_GIVEN[name], value):  # type: ignore[literal-required]
+            states = "has none" if value is None else f"states {value}"
+            raise UserError(
+                f"--{name} is {getattr(given, name)}, and {network.files[0]}, a {network.name},"
+                f" {states}: remove --{name}."
+            )
+    return network
 
 
 def load_autoencoder(path: str | os.PathLike[str], which: str = "ema") -> LoadedNetwork:
@@ -420,6 +441,11 @@ def _unet_keys(file: weights.TensorFile) -> dict[str, Any]:
 def _load_unet(file: weights.TensorFile, given: Given) -> LoadedNetwork:
     """A U-Net of guided-diffusion, whose files hold tensors alone."""
     arguments = Arguments(file.path, file.config, file.extra)
+    if "label_emb.weight" not in file.tensors:
+        raise UserError(
+            f"{file.path} has no label_emb.weight: it is an unconditional U-Net, a classifier or"
+            " incomplete; expected a class-conditional U-Net of guided-diffusion."
+        )
     rows, _ = _shape(file, "label_emb.weight", 2)
     labels = labels_of(arguments, rows, given.num_classes or rows, 0.0)
     keys = _unet_keys(file)

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ditjax.errors import UserError, first_few, reason, shown
+from ditjax.files import faults
 from ditjax.files.atomic import atomic, read_json
 from ditjax.weights.layouts import Shapes
 from ditjax.weights.states import Marks, find_network
@@ -128,11 +129,15 @@ def _read_file(path: Path, which: str, marks: Marks) -> TensorFile:
 
 def _saved(path: Path) -> tuple[Mapping[Any, Any], dict[str, str] | None]:
     """The tree that a file holds, and the metadata of a safetensors file."""
-    if not os.path.exists(path):  # Path.exists raises for a name that is too long
+    if not faults.exists(path):
         raise UserError(
             f"{path} does not exist: expected a weights file, a model folder of diffusers or a"
             " run's directory."
         )
+    return faults.retried(path, lambda: _parsed(path))
+
+
+def _parsed(path: Path) -> tuple[Mapping[Any, Any], dict[str, str] | None]:
     if _looks_like_safetensors(path):
         return _read_safetensors(path)
     saved = read_torch(path)

@@ -1,6 +1,8 @@
 """Training from weights by command: its report, its record, its resume and its refusals."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,15 +10,15 @@ import pytest
 
 from ditjax import convert, evaluate, grid, sample, train
 from ditjax.cli import load_recipe
-from ditjax.config import read
+from ditjax.config import read, replaced
 from ditjax.data import stream
 from ditjax.errors import UserError
 from ditjax.files.assets import flatten
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
-from ditjax.tasks import make_task
+from ditjax.tasks import adapting, make_task
 from ditjax.tasks.adapters import open_adapter
-from ditjax.weights import reading
+from ditjax.weights import networks, reading
 from tests.commands.conftest import TINY, CutError, cut_after
 
 SHORT = (*TINY, "--config.train.steps=4", "--config.train.checkpoint_every_steps=2")
@@ -251,3 +253,23 @@ def test_a_base_that_does_not_fit_is_refused_before_anything_is_written(finished
     with pytest.raises(UserError, match=r"blocks/attn/qkv/kernel is \(1, 64"):
         train.main([*wide, f"--workdir={tmp_path / 'a'}"])
     assert not (tmp_path / "a").exists()
+
+
+def test_classes_that_begin_as_others_of_the_base(capsys):
+    """Equal numbers of classes do not make them the same; a base without names states nothing."""
+    c = read(load_recipe([*TINY, "--config.adapt.base=x"]))
+    same = tuple((str(k),) for k in range(10))
+    base = networks.LoadedNetwork(c, {}, "ditjax", (Path("x"),))
+    five = replaced(c, adapt=dataclasses.replace(c.adapt, classes=(0, 1, 2, 3, 4, -1, -1, 1, 8, 9)))
+    for recipe, names, words in (
+        (c, None, ""),
+        (c, same, ""),
+        (c, same[:5], ""),  # the graft refuses it
+        (c, (*same[:8], ("cat",), ("dog",)), "of 10 classes 2 begin as others of the base: class"),
+        (c, (*same[:8], ("cat",), ("dog",)), " 8 (8) as cat, 9 (9) as dog; config.adapt.classes"),
+        (five, same, "of 10 classes 1 begin as others of the base: class 7 (7) as 1;"),
+    ):
+        adapting._report_classes(recipe, base._replace(class_names=names))
+        told = capsys.readouterr().err
+        assert words in told
+        assert bool(words) == ("note:" in told)

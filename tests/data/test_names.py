@@ -22,6 +22,12 @@ def test_parts(text, parts):
     assert is_latents(text) == (parts[0] == "latents")
 
 
+@pytest.mark.parametrize("text", ["folder:gs://bucket/birds", "latents:s3://bucket/l"])
+def test_urls_are_to_be_mounted(text):
+    with pytest.raises(UserError, match=f"'{text}' is at a URL: .* mount the bucket"):
+        parse_name(text)
+
+
 @pytest.mark.parametrize("text", ["", "../x", "a/b/c", "mnist:3", "folders:/x", "a b"])
 def test_others_are_refused(text):
     with pytest.raises(UserError, match="is not a name"):

@@ -185,7 +185,11 @@ def test_sampling_compute_is_read_from_the_grid_beside_the_runs(study, tmp_path)
     assert "More sampling compute does not make up for a small model." in page
     assert "More sampling compute does not make up for a small model." in summary.text
     found = summary.groups[0].runs
-    sampled = sampling.read_sampled([tmp_path], found, "fd_digits", [])
+    told: list[str] = []
+    sampled = sampling.read_sampled([tmp_path], found, "fd_digits", told)
+    assert told == [
+        "grids: 12 cells left out: 3 of runs without a result here, 9 of other settings than most."
+    ]
     assert len(sampled) == 27, "guided cells and foreign runs are not mixed in"
     costs = {one.run.result["run"]: one.gflops / one.run.result["gflops"] for one in sampled}
     assert set(np.round(list(costs.values()))) == {50}

@@ -399,3 +399,23 @@ def test_what_peft_and_diffusers_write_is_read_and_written(goldens, of_peft, tmp
     named = {name.removeprefix(PREFIX): x for name, x in state.items()}
     save_file(named, tmp_path / "b", goldens["metadata"])
     assert read_adapter(tmp_path / "b").sha256 == adapter.sha256
+
+
+def test_what_an_adapter_would_change_without_a_word(tmp_path):
+    """NaN, a scale beyond float32, modules that are listed and missing, and alpha 0."""
+    state = factors(DIFFUSERS)
+    bad = {**state, "proj_out_2.lora_B.weight": np.full((128, 2), np.nan, "f4")}
+    with pytest.raises(UserError, match="proj_out_2 has values that are not finite"):
+        read_adapter(peft_folder(tmp_path / "nan", bad, config()))
+    listed = config(alpha=0, target_modules=["to_q", "proj_out_2", "proj_out_1"])
+    found = read_adapter(peft_folder(tmp_path / "some", state, listed))
+    assert found.notes[1].endswith("config.json lists proj_out_1, of which there are no tensors")
+    assert found.notes[2].endswith("15 of 15 products have alpha 0 and change nothing")
+    whole = read_adapter(
+        peft_folder(tmp_path / "whole", state, config(target_modules="all-linear"))
+    )
+    assert len(whole.notes) == 1
+    shapes = {"blocks/attn/out/kernel": (2, 3, 16, 48)}
+    one = whole._replace(modules={p: m for p, m in whole.modules.items() if "attn/out" in p.layer})
+    with pytest.raises(UserError, match=r"the scale 1e\+39 are beyond float32: expected a smaller"):
+        factors_of([(one, 1e39)], shapes, "blocks")

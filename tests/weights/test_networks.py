@@ -159,6 +159,6 @@ def test_pixels_belong_to_no_autoencoder(pair):
 def test_half_precision_weights_are_computed_with_as_float32(tmp_path):
     network = reading.load_network(diffusers_folder(tmp_path, "dit", np.float16))
     assert network.dtype == np.float16
-    flat = networks.as_float32(network.params)["params"]["x_embedder"]["kernel"]
+    flat = networks.as_float32(network)["params"]["x_embedder"]["kernel"]
     assert flat.dtype == np.float32
     np.testing.assert_array_equal(flat.astype(np.float16), network.leaves["x_embedder/kernel"])

@@ -23,7 +23,7 @@ from ditjax.tasks.autoencoder import decode_latents, encode_images
 from ditjax.tasks.diffusion import denoiser_module
 from ditjax.weights import layouts, reading, writing
 from ditjax.weights import tensors as weights
-from ditjax.weights.networks import shapes_of
+from ditjax.weights.networks import LoadedNetwork, as_float32, not_finite, shapes_of
 from ditjax.weights.torch_file import write_torch
 from tests.seeded import seeded_state
 from tests.weight_files import (
@@ -331,6 +331,18 @@ def test_nan_weights_are_kept(tmp_path):
     state["blocks.1.mlp.fc1.weight"][3, 4] = np.nan
     network = reading.load_network(release_file(tmp_path / "x.pt", state), heads=3)
     assert np.argwhere(np.isnan(network.leaves["blocks/mlp/in/kernel"])).tolist() == [[1, 4, 3]]
+    assert not_finite(network) == ["blocks/mlp/in/kernel"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nothing_is_computed_with_values_that_are_not_finite(dtype, value):
+    leaf = np.ones((2, 3), dtype)
+    network = LoadedNetwork(read({}), {"params": {"w": leaf}}, "x", (Path("x.pt"),))
+    assert as_float32(network)["params"]["w"].dtype == np.float32
+    leaf[1, 2] = value
+    with pytest.raises(UserError, match=r"x\.pt holds a DiT.* with NaN or infinities in w: save"):
+        as_float32(network)
 
 
 # What a file says in words.

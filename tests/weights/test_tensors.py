@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from ditjax.errors import FaultError, UserError
 from ditjax.weights import tensors as weights
 from ditjax.weights.torch_file import write_torch
+from tests.unstable import FOR_EVER, Unstable
 from tests.weight_files import FOLDER_WEIGHTS, assert_same
 
 DTYPES = (
@@ -426,3 +427,18 @@ def test_tensors_by_what_is_no_name(tmp_path):
     assert "000 are not tensors: expected tensors by name" in refusal(path)
     write_torch(path, {10**600: 1, "a\x1b[2J": 2})
     assert r"000, 'a\x1b[2J'; expected" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_a_file_system_that_does_not_answer_is_no_damage(name, tmp_path, monkeypatch):
+    state = {"a": np.ones(3, np.float32)}
+    path = tmp_path / name
+    if name == "x.pt":
+        write_torch(path, state)
+    else:
+        save_file(state, path)
+    system = Unstable(monkeypatch, name, 2)
+    assert weights.read_tensors(path).tensors["a"].tolist() == [1, 1, 1]
+    system.left = FOR_EVER
+    with pytest.raises(FaultError, match=rf"cannot read .*{name}: Stale file handle"):
+        weights.read_tensors(path)

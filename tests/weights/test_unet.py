@@ -141,7 +141,7 @@ def test_programs_that_have_no_unet(file, target, tmp_path):
 @pytest.mark.parametrize(
     ("leave", "match"),
     [
-        ("label_emb.weight", "label_emb.weight is missing"),
+        ("label_emb.weight", "has no label_emb.weight: it is an unconditional U-Net, a classifier"),
         ("output_blocks.1.2.in_layers.2.weight", "4 output blocks|missing|resblock_updown"),
         ("middle_block.1.qkv.weight", r"middle_block\.1\.qkv\.weight"),
     ],
@@ -152,3 +152,11 @@ def test_what_is_missing_is_named(leave, match, tmp_path):
     save_file(state, tmp_path / "adm.safetensors")
     with pytest.raises(UserError, match=match):
         reading.load_network(tmp_path / "adm.safetensors")
+
+
+@pytest.mark.parametrize(("name", "value"), [("heads", 4), ("numerics", "diffusers")])
+def test_choices_that_it_does_not_leave_open(file, name, value):
+    with pytest.raises(
+        UserError, match=f"--{name} is {value}, and .*, a U-Net-64, has none: remove"
+    ):
+        reading.load_network(file, **{name: value})
