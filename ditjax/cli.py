@@ -31,6 +31,7 @@ from ditjax.errors import (
     FaultError,
     StoppedError,
     UserError,
+    first_few,
     nearest,
     nearest_key,
     one_line,
@@ -265,6 +266,12 @@ def load_recipe(words: Sequence[str], recorded: Mapping[str, Any] | None = None)
         hint = type_of(schema, key)
         if hint is None:
             legal = leaf_keys(schema)
+            group = [each for each in legal if each.startswith(f"{key}.")]
+            if group:
+                raise UserError(
+                    f"'--config.{key}={text}': {key} is a group of keys: expected one of them,"
+                    f" such as {first_few(group)}."
+                )
             raise UserError(
                 f"'--config.{key}={text}': expected --config.KEY=VALUE with a key of the recipe."
                 f"{nearest_key(key, legal)}"
@@ -336,10 +343,18 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
             _end(atomic.full_disk(error.filename or "the output", error), 1)
         if isinstance(error, OSError) and error.filename:
             _end(*_of_file(error))
+        if isinstance(error, RuntimeError) and str(error).startswith(_NO_DEVICE):
+            chosen = os.environ.get("JAX_PLATFORMS", "")
+            _end(
+                f"{reason(error)}. JAX_PLATFORMS is {chosen!r}: set it to 'cpu', or to nothing.", 2
+            )
         processes.wait_for_abort()
         print(printable(masked(traceback.format_exc()), keep="\n"), end="", file=sys.stderr)
         _end(f"{type(error).__name__}: {_one_line(error)}"[:500], 1, printed=True)
     sys.exit(status)
+
+
+_NO_DEVICE = "Unable to initialize backend"  # how JAX reports a platform that is not there
 
 
 def _of_file(error: OSError) -> tuple[str, int]:

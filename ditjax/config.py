@@ -648,7 +648,7 @@ def adapters_of(text: str) -> tuple[tuple[str, float], ...]:
 
     What follows the last colon is the scale if it is a number. Raises UserError for no finite one.
     """
-    found = []
+    found: list[tuple[str, float]] = []
     for word in filter(None, text.split(",")):
         path, _, number = word.rpartition(":")
         try:
@@ -660,6 +660,8 @@ def adapters_of(text: str) -> tuple[tuple[str, float], ...]:
                 f"config.sample.adapters has {shown(word)}: expected PATH or PATH:SCALE, a finite"
                 f" scale and {PATH.expected}."
             )
+        if any(pair[0] == path for path, _ in found):
+            raise UserError(f"config.sample.adapters names {shown(pair[0])} twice: add its scales.")
         found.append(pair)
     return tuple(found)
 
@@ -891,6 +893,13 @@ def _check_key(key: str, where: str, schemas: "Schemas") -> type["Config"]:
         if type_of(cls, key) is not None and not key.startswith("sweep."):
             return cls
     legal = [k for cls in schemas for k in leaf_keys(cls) if not k.startswith("sweep.")]
+    if key.startswith("model."):
+        hint = nearest(key, (each for each in legal if each.startswith("model.")), cutoff=0.8)
+        raise UserError(
+            f"config.sweep.{where} names {shown(key)}, which the recipe's network does not"
+            f" have.{hint} Name a recipe of that network, or leave the study out with"
+            f" --config.sweep.{where}=()."
+        )
     raise UserError(
         f"config.sweep.{where} names {shown(key)}: expected a key of a recipe."
         f"{nearest_key(key, legal)}"
@@ -1353,6 +1362,8 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
             )
         return value
     wrong_type = UserError(f"{prefix}, of type {type(value).__name__}: expected {_describe(hint)}.")
+    if typing.get_origin(hint) is tuple and isinstance(value, int | float | str) and value != "":
+        wrong_type = UserError(f"{prefix}: expected {_describe(hint)}, such as ({shown(value)},).")
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, tuple | list) or not value:
             raise wrong_type
@@ -1420,4 +1431,6 @@ def parse_value(text: str, hint: Any, key: str) -> Any:
         int: "an integer, such as 4000, 10_000, 400k or 1e6",
         float: "a number",
     }.get(hint, "a Python tuple, such as (1, 2) or (('model.size', ('S', 'B')),)")
+    if typing.get_args(hint)[:1] == (str,):
+        expected = f"texts in a Python tuple, such as ({text!r},)"
     raise UserError(f"--config.{key}={shown(text)[1:-1]}: expected {expected}.")

@@ -88,6 +88,7 @@ def evaluate_samples(
     mesh = make_mesh(-1, 1)
     images = open_images(samples)
     report_reading(f"samples: {images}")
+    sampling, label = read_sample_record(images.path)
     extractor = open_extractor(features, mesh, batch_size)
     against = open_reference(reference, extractor, images.height, save_to=save_reference)
     batches = images.batches(extractor.batch_size)
@@ -95,7 +96,6 @@ def evaluate_samples(
     metrics = scoring.score(
         extracted, against.statistics, against.pool, family=extractor.family, seed=seed
     )
-    sampling, label = read_sample_record(images.path)
     if extracted.predicted is not None and label is not None:
         metrics["accuracy"] = float(np.mean(extracted.predicted == label))
     # How images from other programs were made is unknown: only their size is recorded.
@@ -212,6 +212,11 @@ def _evaluate_samples(args: argparse.Namespace) -> int:
     for flag in FLAGS:
         if not getattr(args, flag):
             raise UserError(f"--samples={args.samples} needs --{flag}: {FLAGS[flag]}.")
+    if args.batch_size < 0 or not 0 <= args.seed < 1 << 32:
+        raise UserError(
+            f"--batch_size={args.batch_size} --seed={args.seed}: expected at least 0, and a seed"
+            " below 2**32."
+        )
     evaluated = evaluate_samples(
         args.samples,
         args.reference,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ditjax import cli
-from ditjax.errors import UserError
+from ditjax.errors import UserError, first_few
 from ditjax.files.atomic import write_atomic, write_json, write_text
 from ditjax.files.paths import split_paths
 from ditjax.reporting.analysis import Analysis, analyse
@@ -33,6 +33,7 @@ from ditjax.reporting.study import (
 )
 from ditjax.reporting.table import claim_words, report_record, report_text, runs_csv
 from ditjax.runs.results import find_results
+from ditjax.studies.words import plural
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def make_report(
     found, problems = find_results(run_dirs)
     if not found:
         where = ", ".join(map(str, run_dirs))
-        more = f" {len(problems)} problems, the first: {problems[0]}" if problems else ""
+        more = f" {plural(len(problems), 'problem')}: {first_few(problems)}" if problems else ""
         raise UserError(f"no readable result.json below {where}: run a sweep first.{more}")
     found = without_implausible(without_duplicates(found, problems), problems)
     metric = metric or default_metric(found)

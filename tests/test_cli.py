@@ -9,6 +9,7 @@ from ditjax.errors import FaultError, StoppedError, UserError
 from ditjax.parallel import compilations, host
 
 AGAIN = ". Run the same command again when the file system answers."
+SET = ". JAX_PLATFORMS is 'nowhere': set it to 'cpu', or to nothing."
 OTHER = ": give another path, or one that can be read and written."
 
 
@@ -20,6 +21,7 @@ OTHER = ": give another path, or one that can be read and written."
         (FaultError("the disk is\nfull"), 1, "", "error: the disk is full\n"),
         (StoppedError("stopped at step 7"), 0, "stopped at step 7\n", ""),
         (StoppedError("stopped", 143), 143, "stopped\n", ""),
+        (RuntimeError(f"{cli._NO_DEVICE} 'tpu'"), 2, "", f"error: {cli._NO_DEVICE} 'tpu'{SET}\n"),
         (KeyboardInterrupt(), 130, "", "interrupted\n"),
         (
             OSError(24, "Too many open files", "a.npz"),
@@ -43,6 +45,7 @@ def test_the_end_of_a_command(error, status, out, err, monkeypatch, capsys):
         return 0
 
     monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
     monkeypatch.setattr(host, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(compilations, "enable_cache", lambda: None)
     monkeypatch.setattr("absl.logging.set_verbosity", lambda level: None)

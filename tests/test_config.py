@@ -556,3 +556,22 @@ def test_a_key_that_a_study_gives_a_meaning_is_taken():
     grid = "--config.sweep.grid=(('model.parametrization',('standard','mup')),)"
     check_used(read(load_recipe([DIGITS, grid])), ["model.base_width"])
     check_used(read(digits()), ["sample.eta", "seed", "sample.cfg_channels"])  # of ddim, guided
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (
+            "model.kind=unet",
+            r"'model\.size', which .* not have\. Name .* --config\.sweep\.grid=\(\)",
+        ),
+        ("sweep.grid=(('model.patsh', (2,)),)", r"not have\. Did you mean 'model\.patch'\? Name"),
+        ("model=dit", r"model is a group of keys: expected one of them, such as model\.kind"),
+        ("train.average_stds=0.05", r"is 0\.05: expected a list of float, .*such as \(0\.05,\)"),
+        ("control.others=runs/a", r"expected texts in a Python tuple, such as \('runs/a',\)"),
+        ("sample.adapters=a:2,b,a", "sample.adapters names 'a' twice: add its scales"),
+    ],
+)
+def test_the_remedy_of_a_value(words, match):
+    with pytest.raises(UserError, match=match):
+        read(load_recipe(["--config=digits", f"--config.{words}"]))

@@ -195,6 +195,11 @@ def open_extractor(text: str, mesh: Mesh, batch_size: int = 0) -> Extractor:
             f"features {text!r}: expected inception:FILE (pt_inception-2015-12-05-6726825d.pth;"
             f" docs/evaluation.md), {', '.join(EXTRACTORS)}, or the dotted name of a function."
         )
+    if batch_size and text in EXTRACTORS:
+        raise UserError(
+            f"--batch_size={batch_size} has no effect on features {text!r}, which have a size of"
+            " their own: remove it."
+        )
     opened = lookup(text, "ditjax.evaluation.features.EXTRACTORS")
     extractor = opened(mesh, batch_size)
     if not isinstance(extractor, Extractor) or not (extractor.family or text in EXTRACTORS):

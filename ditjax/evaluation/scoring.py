@@ -22,7 +22,7 @@ from ditjax.evaluation.statistics import (
     save_statistics,
     statistics_hash,
 )
-from ditjax.files import npz
+from ditjax.files import faults, npz
 from ditjax.metrics import frechet, neighbours, scores, sliced, uncertainty
 from ditjax.parallel import processes
 from ditjax.parallel.processes import is_primary
@@ -241,9 +241,10 @@ def open_reference(
 
 def _by_name(text: str, extractor: Extractor, side: int, data_dir: str) -> Reference:
     path = Path(text)
-    if path.is_file() and _holds_statistics(path):
+    there = faults.exists(path)
+    if there and not faults.is_folder(path) and _holds_statistics(path):
         return _from_statistics(path, extractor)
-    if path.exists():
+    if there:
         images = open_images(path)
         report_reading(f"reference: {images}")
         batches = images.batches(extractor.batch_size)

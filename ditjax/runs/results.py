@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ditjax.config import check_recorded
 from ditjax.errors import FaultError, UserError, nearest, shown
-from ditjax.files import npz
+from ditjax.files import faults, npz
 from ditjax.files.atomic import finite_or_null, load_json, write_atomic, write_json
 from ditjax.models.network import training_gflops
 
@@ -150,8 +150,9 @@ def find_results(
     problems: list[str] = []
     seen: set[Path] = set()
     for root in map(Path, folders):
-        if not root.is_dir():
-            raise UserError(f"folder {str(root)!r} is not there: give the folder of a sweep.")
+        if not faults.is_folder(root):
+            is_file = " is a file" if faults.exists(root) else " is not there"
+            raise UserError(f"folder {str(root)!r}{is_file}: give the folder of a sweep.")
         for folder, subfolders, files in os.walk(root, onerror=_note_unreadable(problems)):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             here = Path(folder)

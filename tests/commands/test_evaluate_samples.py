@@ -130,3 +130,17 @@ def test_labels_that_are_not_one_for_each_image(digits, tmp_path):
         np.savez(tmp_path / "x.npz", arr_0=images, label=label)
         with pytest.raises(UserError, match=r"x\.npz: label is .*, expected i32\[20\]"):
             run(tmp_path / "x.npz", "digits/train", tmp_path / "out.json")
+
+
+@pytest.mark.parametrize(
+    ("flag", "match"),
+    [
+        ("--seed=-1", "--seed=-1: expected at least 0"),
+        ("--batch_size=-1", "--batch_size=-1 --seed=0: expected at least 0"),
+        ("--batch_size=4", "--batch_size=4 has no effect on features 'digits'"),
+        (f"--reference={'y' * 300}", "data set 'y+' is not a name"),
+    ],
+)
+def test_flags_that_cannot_be_meant(sample_file, tmp_path, flag, match):
+    with pytest.raises(UserError, match=match):
+        run(sample_file, "digits/train", tmp_path / "out.json", flag)

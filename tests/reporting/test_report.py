@@ -87,9 +87,14 @@ def test_users_mistakes_are_one_line(study, tmp_path):
     (tmp_path / "empty").mkdir()
     study.write_run(tmp_path / "good", *study.sizes[0], 1)
     (tmp_path / "file").write_text("")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "result.json").write_text("{")
     for argv, words in (
         ([f"--runs={tmp_path}/empty"], "no readable result.json"),
         ([f"--runs={tmp_path}/nowhere"], "nowhere' is not there"),
+        ([f"--runs={tmp_path}/file"], "file' is a file: give the folder"),
+        ([f"--runs={tmp_path}/{'x' * 300}"], "x' is not there"),
+        ([f"--runs={tmp_path}/bad"], "1 problem: "),
         (["--runs=,"], "--runs=,: expected one or more paths"),
         ([], "required: --runs"),
         ([f"--runs={tmp_path}/good", f"--out={tmp_path}/file/report"], "cannot write"),
