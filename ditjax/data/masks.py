@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 STROKES = 4  # at most
 # Shares of holes that are a rectangle, a half plane, strokes, and the whole image.
-SHARES = (0.3, 0.3, 0.3, 0.1)
+KIND_SHARES = (0.3, 0.3, 0.3, 0.1)
 
 
 def _grid(height: int, width: int) -> tuple[jax.Array, jax.Array]:
@@ -69,6 +69,6 @@ _HOLES: tuple[Callable[[jax.Array, int, int], jax.Array], ...] = (
 def random_mask(key: jax.Array, height: int, width: int) -> jax.Array:
     """What is known of an image -> f32[H,W,1], 1 where a pixel is known and 0 in the hole."""
     key_kind, key_hole = jax.random.split(key)
-    kind = jax.random.choice(key_kind, len(SHARES), p=jnp.asarray(SHARES))
+    kind = jax.random.choice(key_kind, len(KIND_SHARES), p=jnp.asarray(KIND_SHARES))
     holes = jnp.stack([hole(key_hole, height, width) for hole in _HOLES])
     return 1.0 - holes[kind].astype(jnp.float32)[..., None]

@@ -33,7 +33,7 @@ from ditjax.training.task import IDENTITY, Frozen, Inside
 
 TableRow = dict[str, Any]
 # Shares of the noise at which a network is read, by default.
-SHARES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9)
+NOISE_SHARES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class Finding(NamedTuple):
@@ -66,7 +66,7 @@ class Reading(NamedTuple):
     `num` images of the training split fit what is fitted, and as many held-out ones are measured.
     """
 
-    shares: tuple[float, ...] = SHARES
+    shares: tuple[float, ...] = NOISE_SHARES
     blocks: tuple[int, ...] = ()
     num: int = 1000
     batch_size: int = 64
