@@ -13,7 +13,7 @@ import jax
 from ditjax import __version__, cli
 from ditjax.errors import UserError, nearest
 from ditjax.evaluation.analyses import ANALYSES
-from ditjax.evaluation.inspection import SHARES, Reading, open_instrument
+from ditjax.evaluation.inspection import NOISE_SHARES, Reading, open_instrument
 from ditjax.files.atomic import protocol_hash, write_atomic, write_json, write_text
 from ditjax.files.durations import duration
 from ditjax.reporting.inspection import Part, inspection_part, render_inspection
@@ -56,9 +56,9 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--times",
         type=_list_of(float, "shares of the noise separated by commas, such as 0.1,0.5"),
-        default=SHARES,
+        default=NOISE_SHARES,
         help="where to read: shares of the noise between 0 and 1; with 1,000 timesteps, 0.3 is"
-        f" timestep 300 (default: {','.join(map(str, SHARES))})",
+        f" timestep 300 (default: {','.join(map(str, NOISE_SHARES))})",
     )
     parser.add_argument(
         "--num",
