@@ -331,7 +331,7 @@ def _cknna(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
             ),
             _compared(
                 "cknna_by_noise",
-                "CKNNA with features, beside noisy pixels",
+                "CKNNA with features, beside pixels",
                 "1 for the same neighbourhoods, about 0 for independent ones.",
                 rows,
                 "cknna",
@@ -362,8 +362,9 @@ def _correspondence(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
     return [
         _plot(
             "correspondence_by_block",
-            "Tokens of a warped copy found, by block",
-            f"Within 1 token of their place, by the largest cosine between tokens. {TIMES}",
+            "Tokens found again, by block",
+            "Of a warped copy, within 1 token of their place, by the largest cosine between tokens."
+            f" {TIMES}",
             _by_time(_of(rows, "block"), "pck"),
             BLOCK,
             "share found",
@@ -371,7 +372,7 @@ def _correspondence(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
         ),
         _compared(
             "correspondence_by_noise",
-            "Tokens found, beside baselines",
+            "Tokens found again, beside baselines",
             "Pixels: noisy patches in the place of tokens. Same place: as if nothing had moved.",
             rows,
             "pck",
