@@ -14,6 +14,9 @@ from ditjax.files.paths import split_paths
 from ditjax.runs.results import load_samples
 from ditjax.sampling.editing import Request, upscale_request
 from ditjax.sampling.pipeline import Output, Pipeline, open_source
+from ditjax.sampling.program import sampling_of
+from ditjax.tasks import make_task
+from ditjax.training.task import Known
 
 SEEDS = 2**32
 
@@ -121,3 +124,7 @@ def _check_follows(below: Config, c: Config, path: str) -> None:
             f"{path} enlarges images to {side}x{side}{of}, and the stage below draws"
             f" {lower}x{lower}: expected runs that follow one another, lowest first."
         )
+    edits = sampling_of(c, make_task(c)).edits
+    if edits is None:
+        raise UserError(f"{path} is a run of task {c.task!r}, which does not edit images.")
+    edits(Known(np.zeros((1, lower, lower, c.data.channels), np.float32)))

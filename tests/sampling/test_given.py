@@ -30,6 +30,7 @@ def files(tmp_path_factory):
     return {
         "base": weights(folder / "base.safetensors", **small),
         "low": weights(folder / "low.safetensors", given=NOISY),
+        "plain": weights(folder / "plain.safetensors", sample={"sampler": "ddim"}),
         "mask": weights(folder / "mask.safetensors", given={"kind": "mask"}),
     }
 
@@ -106,6 +107,8 @@ def test_stages_follow_one_another(files):
     base = Pipeline.from_pretrained(files["base"])
     with pytest.raises(UserError, match="to 8x8 from 4x4, and the stage below draws 8x8"):
         Cascade(base, [str(files["low"])] * 2)
+    with pytest.raises(UserError, match=r"whose steps need noise, .*eta is 0\.0"):
+        Cascade(base, [str(files["plain"])])
     with pytest.raises(UserError, match=r"noise is 0\.9 and .* no more noise"):
         Cascade(base, [Upsampler(str(files["low"]), 0.9)])
     assert parse_upsamplers("a,b:0.25,c:/d") == (
