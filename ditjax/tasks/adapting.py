@@ -174,7 +174,7 @@ def read_base(c: Config) -> LoadedNetwork:
     else:
         heads = getattr(c.model, "size", "").rpartition("x")[2]
         given = int(heads) if heads.isdecimal() else 0
-        base = reading.load_network(path, which=which, heads=given, wanted="dit")
+        base = reading.load_network(path, which=which, wanted="dit", assumed_heads=given)
     if (base.config.task, base.config.model.kind) != (c.task, c.model.kind):
         raise UserError(
             f"config.adapt.base={path} holds a {base.name} of task {base.config.task!r}: expected a"

@@ -103,6 +103,7 @@ def load_network(
     num_classes: int = 0,
     leave_out: Sequence[str] = (),
     wanted: Wanted = "any",
+    assumed_heads: int = 0,
 ) -> LoadedNetwork:
     """Load a DiT or a KL autoencoder from a weights file or a model folder of diffusers.
 
@@ -111,7 +112,8 @@ def load_network(
     them; a label table of one row more ends with the null label. `numerics`: 'auto' computes what
     the file's own program computes (see `DiTKeys.frequency_shift`); 'release' or 'diffusers'
     overrides it. `leave_out`: tensors or modules that the network does not use. `wanted`: the
-    network to choose where a file holds several.
+    network to choose where a file holds several. `assumed_heads`: a recipe's, for a file that lacks
+    them.
 
     Raises UserError for any other file, with a list of all faults.
     """
@@ -121,14 +123,15 @@ def load_network(
     file = _without(file, leave_out)
     names = file.tensors.keys()
     given = Given(heads, num_classes, numerics)
+    assumed = given._replace(heads=heads or assumed_heads)
     if vocabulary.METADATA in file.metadata:
         return _without_effect(_load_ours(file), given)
     if any(name.startswith(("x_embedder.", "t_embedder.", "blocks.0.attn.")) for name in names):
-        return _load_dit(file, "release", given)
+        return _load_dit(file, "release", assumed)
     if _UNET in names:
         return _without_effect(_load_unet(file, given), given)
     if any(name.startswith("transformer_blocks.0.") for name in names):
-        return _load_dit(file, "diffusers", given)
+        return _load_dit(file, "diffusers", assumed)
     if any(re.match(r"(first_stage_model\.)?(encoder|decoder)\.", name) for name in names):
         return _without_effect(_load_autoencoder(file), given)
     some = ", ".join(weights.collapse(names)[:4]) or "nothing"

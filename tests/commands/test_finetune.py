@@ -273,3 +273,13 @@ def test_classes_that_begin_as_others_of_the_base(capsys):
         told = capsys.readouterr().err
         assert words in told
         assert bool(words) == ("note:" in told)
+
+
+def test_heads_of_a_recipe_are_no_flag(finished, tmp_path):
+    """Heads that a file states are refused by the graft, which says what does not fit."""
+    out = tmp_path / "x.safetensors"
+    convert.main([f"--weights={finished}", "--to=ditjax", f"--out={out}"])
+    c = read(load_recipe([*TINY, f"--config.adapt.base={out}", "--config.model.size=1x32x4"]))
+    assert adapting.read_base(c).config.model.size == "1x32x2"
+    with pytest.raises(UserError, match=r"--heads is 4, and .*, states 2: remove --heads"):
+        convert.main([f"--weights={out}", "--to=ditjax", f"--out={out}", "--heads=4"])
