@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoTokenizer, BertModel, CLIPModel
 
 from ditjax.data.caption_scenes import every_caption
 from ditjax.data.tokenizers import open_tokenizer
 from ditjax.models.text import TextEncoder
+from ditjax.weights.clip import load_clip, write_clip
 from ditjax.weights.text import load_text_encoder
 from tests.oracles import text
 from tests.text_encoders import golden, relative
@@ -28,6 +29,18 @@ def test_the_golden_file_is_what_they_compute(name):
     kept = golden(name)
     for key, value in found.items():
         np.testing.assert_allclose(value, kept[f"out/{key}"], rtol=1e-4, atol=1e-5)
+
+
+def test_clip_model_reads_what_we_write(tmp_path):
+    """Every output to the bit, after a way through our leaves."""
+    model = text.random_model("clip")
+    model.save_pretrained(tmp_path / "theirs")
+    found = load_clip(tmp_path / "theirs")
+    write_clip(tmp_path / "ours", found.config, found.params)
+    again = CLIPModel.from_pretrained(tmp_path / "ours").eval()
+    expected = text.outputs("clip", model)
+    for name, value in text.outputs("clip", again).items():
+        np.testing.assert_array_equal(value, expected[name])
 
 
 @torch.no_grad()
