@@ -181,14 +181,21 @@ class ImageReader:
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """indices i64[n] -> new arrays u8[n,H,W,C], i32[n]."""
+        return self._gather(indices)[:2]
+
+    def _gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Words]]:
+        """As `gather`, with the captions of each record if they are read, else []."""
         if self._cached is None:
             return self._decode(indices)
         fresh = indices[~self._cached[indices]]
         if len(fresh):
             # If two threads decode the same record, they write the same bytes and mark it after.
-            self._images[fresh], self._labels[fresh] = self._decode(fresh)
+            self._images[fresh], self._labels[fresh], words = self._decode(fresh)
+            if self._captions is not None:
+                self._words.update(zip(fresh.tolist(), words, strict=True))
             self._cached[fresh] = True
-        return self._images[indices], self._labels[indices]
+        words = [] if self._captions is None else [self._words[i] for i in indices.tolist()]
+        return self._images[indices], self._labels[indices], words
 
     def batch(
         self, indices: np.ndarray, mirrored: np.ndarray, chosen: np.ndarray | None = None
@@ -198,14 +205,11 @@ class ImageReader:
         With captions also 'caption' i32[n,M], the ids of those that `chosen` f64[n] in [0, 1)
         chooses (None: the first), and 'classes' i32[n,K].
         """
-        images, labels = self.gather(indices)
+        images, labels, words = self._gather(indices)
         mirror(images, mirrored)
         batch = {"image": normalize(images), "label": labels}
         if self._captions is None:
             return batch
-        words = [self._words[index] for index in indices.tolist()]
-        if self._cached is None:
-            self._words = {}
         chosen = np.zeros(len(indices)) if chosen is None else chosen
         tokens = self._captions.tokens([each.captions for each in words], chosen)
         classes = np.array([each.classes for each in words], np.int32)
@@ -214,21 +218,21 @@ class ImageReader:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Words]]:
         images = np.empty((len(indices), *self._shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
+        words: list[Words] = []
         damaged: dict[int, str] = {}
         remedy = ""
         for row, found in enumerate(self._pool.map(self._decode_one, indices.tolist())):
             if isinstance(found, DamagedRecordsError):
                 damaged, remedy = damaged | found.records, found.remedy
             else:
-                images[row], labels[row], words = found
-                if self._captions is not None:
-                    self._words[int(indices[row])] = words
+                images[row], labels[row], each = found
+                words.append(each)
         if damaged:
             raise DamagedRecordsError(damaged, remedy)
-        return images, labels
+        return images, labels, words
 
     def _decode_one(self, index: int) -> tuple[np.ndarray, int, Words] | DamagedRecordsError:
         size, _, channels = self._shape

@@ -256,10 +256,10 @@ def test_no_gain_no_bias_and_no_temperature_decays(task):
 
 @pytest.mark.usefixtures("own_data")
 def test_evaluation_reports_zero_shot_and_retrieval():
-    """Of a network that answers always the same: the share of its class, and no retrieval."""
+    """Of a mesh of eight devices, which the prompts need not divide."""
     c = recipe(
         data={"name": "caption_scenes/80"},
-        clip={"templates": (("colour", "a {} digit"), ("label", "the digit {}"))},
+        clip={"templates": (("colour", "a {} digit"),)},
         evaluate={"split": "train"},
         train={"batch_size": 32},
     )
@@ -267,7 +267,7 @@ def test_evaluation_reports_zero_shot_and_retrieval():
     params = jax.jit(make(c, mesh).init)(jax.random.key(0))
     means, protocol = held_out_means(c, mesh, params)
     assert set(means) == {
-        *("zero_shot_colour", "zero_shot_label", "retrieval_num"),
+        *("zero_shot_colour", "retrieval_num"),
         *(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5)),
     }
     assert 20 < means["retrieval_num"] <= 80
