@@ -257,6 +257,7 @@ def test_no_gain_no_bias_and_no_temperature_decays(task):
 @pytest.mark.usefixtures("own_data")
 def test_evaluation_reports_zero_shot_and_retrieval():
     """Of a mesh of eight devices, which the prompts need not divide."""
+    pytest.importorskip("tokenizers")
     c = recipe(
         data={"name": "caption_scenes/80"},
         clip={"templates": (("colour", "a {} digit"),)},
