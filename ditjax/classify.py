@@ -1,8 +1,9 @@
 """Train a pair of classifiers that ships with ditjax; write their weights and manifest.
 
     python -m ditjax.classify --out=DIR
+    python -m ditjax.classify --features=mnist --out=DIR
 
-takes about a minute on two cores. The features of one give a distance, such as FD-digits;
+The first takes about a minute on two cores. The features of one give a distance, such as FD-digits;
 the other judges the class of a sample. They share neither architecture, nor seed, nor augmentation.
 The weights of the last step are kept: the test split is scored once and selects nothing.
 """
@@ -33,7 +34,7 @@ from ditjax.evaluation.digits import (
 )
 from ditjax.files.assets import save_assets
 from ditjax.metrics.frechet import batch_moments, frechet_distance
-from ditjax.models.classifier import DigitsConvNet, DigitsMixer
+from ditjax.models.classifier import MNIST_SIDE, DigitsConvNet, DigitsMixer
 
 _LINEN_FIELDS = ("parent", "name")
 
@@ -71,6 +72,18 @@ RECIPES = {
         Augmentation(rotation_radians=0.25, shift_pixels=0.5, noise=0.2),
         seed=1,
         epochs=90,
+    ),
+    PAIRS["mnist"].features: Recipe(
+        DigitsConvNet(width=8, side=MNIST_SIDE, stages=3),
+        Augmentation(rotation_radians=0.15, shift_pixels=1.5),
+        seed=0,
+        epochs=1,
+    ),
+    PAIRS["mnist"].judge: Recipe(
+        DigitsMixer(width=40, blocks=2, side=MNIST_SIDE, patch=4),
+        Augmentation(rotation_radians=0.25, shift_pixels=1.0, noise=0.2),
+        seed=1,
+        epochs=1,
     ),
 }
 # What the data set is, where its full name does not say so.

@@ -100,7 +100,7 @@ def key(
 
 _DOTTED: re.Pattern[str] = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 # Of the classifiers that ship (`evaluation/features.py`).
-SHIPPED_FEATURES = ("digits", "scenes")
+SHIPPED_FEATURES = ("digits", "mnist", "scenes")
 FEATURES_EXPECTED = f"{', '.join(map(repr, SHIPPED_FEATURES))} or 'inception:FILE'"
 FEATURE_NAME = Rule(
     lambda v: (

@@ -156,8 +156,8 @@ def _parser() -> cli.Parser:
     parser = cli.parser(
         "evaluate",
         "Score a run's samples, drawn by its recipe, or any --samples, and print the protocol: FID,"
-        " sFID, IS, KID, MIND, precision, recall, density, coverage; FD-digits on the"
-        " features of a shipped classifier; PSNR for an autoencoder's run.",
+        " sFID, IS, KID, MIND, precision, recall, density, coverage; FD-digits or FD-mnist"
+        " on the features of a shipped classifier; PSNR for an autoencoder's run.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", default="", help="a run's directory")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from ditjax.data.crop import normalize, resize_images
-from ditjax.models.classifier import DIGIT_SIDE, Recognition
+from ditjax.models.classifier import DIGIT_SIDE, MNIST_SIDE, Recognition
 from ditjax.parallel.processes import padded
 from ditjax.weights.shipped import Classifier, shipped_classifier
 
@@ -23,9 +23,10 @@ class Pair(NamedTuple):
     side: int
 
 
-# By the name of their features: 'digits' gives FD-digits.
+# By the name of their features: 'mnist' gives FD-mnist.
 PAIRS = {
     "digits": Pair("digits", "digits_convnet", "digits_mixer", DIGIT_SIDE),
+    "mnist": Pair("mnist", "mnist_convnet", "mnist_mixer", MNIST_SIDE),
 }
 FEATURE_CLASSIFIER = PAIRS["digits"].features
 JUDGE = PAIRS["digits"].judge

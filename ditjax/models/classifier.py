@@ -1,7 +1,7 @@
 """Small classifiers of square grey images, with two deliberately different architectures.
 
-`DigitsConvNet` computes the features of FD-digits. `DigitsMixer` predicts the class of a sample: it
-has patches and no 3x3 convolution, so the two are unlikely to share a blind spot.
+`DigitsConvNet` computes the features of FD-digits and FD-mnist. `DigitsMixer` predicts the class of
+a sample: it has patches and no 3x3 convolution, so the two are unlikely to share a blind spot.
 `ditjax.classify` trains a pair of them on a data set.
 """
 
@@ -14,6 +14,7 @@ from flax import linen as nn
 from ditjax.errors import UserError
 
 DIGIT_SIDE = 8
+MNIST_SIDE = 28
 NUM_CLASSES = 10
 
 
