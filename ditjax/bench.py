@@ -150,7 +150,7 @@ def noise_batch(c: Config) -> dict[str, np.ndarray]:
     """Return a random batch of the recipe's shapes: cached moments if latent, else images."""
     rng, B = np.random.default_rng(0), c.train.batch_size
     labels = rng.integers(0, c.data.num_classes, B).astype(np.int32)
-    shape = (B, c.input_size, c.input_size, c.input_channels)
+    shape = (B, *c.input_shape)
     noise = rng.standard_normal(shape).astype(np.float32)
     if not c.latent:
         return {"image": np.clip(noise, -1, 1), "label": labels}

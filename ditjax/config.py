@@ -100,7 +100,7 @@ def key(
 
 _DOTTED: re.Pattern[str] = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 # Of the classifiers that ship (`evaluation/features.py`).
-SHIPPED_FEATURES = ("digits", "mnist", "scenes")
+SHIPPED_FEATURES = ("digits", "mnist", "scenes", "clips")
 FEATURES_EXPECTED = f"{', '.join(map(repr, SHIPPED_FEATURES))} or 'inception:FILE'"
 FEATURE_NAME = Rule(
     lambda v: (
@@ -287,12 +287,23 @@ class Data(Section):
     split: str = key("train")
     image_size: int = positive(256, most=16_384)
     channels: Literal[1, 3] = key(3)
+    frames: int = positive(1, most=4096)  # of a clip; 1 = images
+    frame_stride: int = positive(1, most=4096)  # frames of the data from one to the next
     num_classes: int = positive(1000, most=2**24)
     flip: bool = key(True)
     data_dir: str = key("", PATH, free=True)  # '' = $DITJAX_DATA or ~/.cache/ditjax/data
     cache_mb: int = non_negative(256, free=True)  # a split that decodes to less stays in memory
     threads: int = positive(16, most=1024, free=True)
     max_damaged: int = non_negative(0, free=True)  # damaged records to skip and report; 0 = stop
+
+    def unused(self, name: str, c: "Config") -> str:
+        return "data.frames" if name == "frame_stride" and self.frames == 1 else ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, C) of an image, or (F, H, W, C) of a clip."""
+        image = (self.image_size, self.image_size, self.channels)
+        return (self.frames, *image) if self.frames > 1 else image
 
 
 @dataclass(frozen=True)
@@ -1033,6 +1044,11 @@ class Config:
     def input_channels(self) -> int:
         """Channels of the network's input."""
         return self.autoencoder.latent_channels if self.latent else self.data.channels
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(H, W, C) of the network's input, or (F, H, W, C)."""
+        return (*self.data.shape[:-3], self.input_size, self.input_size, self.input_channels)
 
 
 def task_module(name: str) -> ModuleType:

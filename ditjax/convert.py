@@ -97,6 +97,9 @@ TARGETS: Mapping[str, Target] = {
     "sit": Target(
         "a checkpoint (.pt) of SiT's training script, for its processes", writing.write_sit, "dit"
     ),
+    "latte": Target(
+        "a state dict (.pt) with the names of Latte, of a DiT of clips", writing.write_latte, "dit"
+    ),
     "diffusers": Target("a model folder: config.json and safetensors", writing.write_diffusers),
     "adm": Target(
         "a U-Net's state dict (.pt) with the names of guided-diffusion", writing.write_adm, "dit"

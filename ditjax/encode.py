@@ -42,6 +42,11 @@ def encode_dataset(
     """
     if not c.latent:
         raise UserError("config.autoencoder.kind is 'none': there is nothing to encode with.")
+    if c.data.frames > 1:
+        raise UserError(
+            f"config.data.frames is {c.data.frames}: latents are cached of images alone; train on"
+            " the clips themselves, whose frames are encoded at each step."
+        )
     if jax.process_count() > 1:
         raise UserError(
             "encode runs in one process: start it on one machine, or one process per machine"

@@ -15,7 +15,7 @@ from ditjax.data.images import open_images
 from ditjax.errors import UserError
 from ditjax.evaluation import scoring
 from ditjax.evaluation.evaluator import GUIDED_FILE, Evaluator, scores_protocol
-from ditjax.evaluation.features import open_extractor
+from ditjax.evaluation.features import check_frames_of, open_extractor
 from ditjax.evaluation.scoring import open_reference
 from ditjax.evaluation.validation import held_out_means
 from ditjax.files import faults, npz
@@ -67,7 +67,7 @@ def save_picture(samples: Path) -> None:
     """Write NAME.png beside NAME.npz: a grid of its first samples, sorted by class."""
     images, label = load_samples(samples, GRID_IMAGES)
     order = np.argsort(np.asarray(label), kind="stable")
-    upscale = max(1, 32 // images.shape[1])
+    upscale = max(1, 32 // images.shape[-3])
     save_grid(images[order], samples.with_suffix(".png"), 10, upscale=upscale)
 
 
@@ -90,7 +90,10 @@ def evaluate_samples(
     report_reading(f"samples: {images}")
     sampling, label = read_sample_record(images.path)
     extractor = open_extractor(features, mesh, batch_size)
-    against = open_reference(reference, extractor, images.height, save_to=save_reference)
+    check_frames_of(extractor, images.frames, str(images.path))
+    against = open_reference(
+        reference, extractor, images.height, save_to=save_reference, frames=images.frames
+    )
     batches = images.batches(extractor.batch_size)
     extracted = scoring.extract_features(extractor, batches, images.count, title="samples")
     metrics = scoring.score(

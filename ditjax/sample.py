@@ -8,11 +8,12 @@ from typing import Any
 
 from ditjax import cli
 from ditjax.config import Config, changed, check_used
+from ditjax.data import clips
 from ditjax.errors import UserError
-from ditjax.files.atomic import write_json
+from ditjax.files.atomic import write_atomic, write_json
 from ditjax.files.paths import split_paths
 from ditjax.parallel.processes import is_primary
-from ditjax.runs.results import load_samples, save_grid
+from ditjax.runs.results import load_samples, save_grid, tiled_frames
 from ditjax.sampling.cascade import Cascade, parse_upsamplers, stage_file
 from ditjax.sampling.editing import EDITS, request_of
 from ditjax.sampling.pipeline import (
@@ -30,13 +31,19 @@ GRID_IMAGES = 100
 MIN_GRID_SIDE = 32  # pixels; smaller images are enlarged in the grid
 
 
-def save_sample_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write samples.png and samples.json beside the samples.npz in `folder`."""
+def save_sample_record(folder: Path, record: Mapping[str, Any], mp4: bool = False) -> None:
+    """Write samples.png and samples.json beside the samples.npz in `folder`.
+
+    Of clips samples.gif is written, too, and with `mp4` samples.mp4.
+    """
     images, _ = load_samples(folder / SAMPLES, GRID_IMAGES)
     classes = record["classes"]
     columns = min(len(images), 10, len(classes or images))
-    upscale = max(1, MIN_GRID_SIDE // images.shape[1])
+    upscale = max(1, MIN_GRID_SIDE // images.shape[-3])
     save_grid(images, folder / "samples.png", columns, upscale=upscale)
+    if mp4:
+        frames = tiled_frames(images, columns, upscale=upscale)
+        write_atomic(folder / "samples.mp4", clips.encode_mp4(frames))
     write_json(folder / "samples.json", record)
 
 
@@ -116,6 +123,11 @@ def _parser() -> cli.Parser:
     for flag, (key, kind, text) in _FLAGS.items():
         parser.add_argument(f"--{flag}", type=kind, help=f"{text} (config.{key})")
     parser.add_argument(
+        "--mp4",
+        action="store_true",
+        help="of clips, also write samples.mp4 (needs pip install 'ditjax[video]')",
+    )
+    parser.add_argument(
         "--edit",
         choices=EDITS,
         default="",
@@ -163,6 +175,8 @@ def main(argv: list[str]) -> int:
     words = [word[9:].partition("=")[0] for word in argv if word.startswith("--config.")]
     given += [word for word in words if word.startswith(ours)]
     check_used(changed(config, {"evaluate": {"guided_scale": 0.0}}), given)
+    if args.mp4:
+        clips.check_mp4(config.data.frames)
     flags = {"image": args.image, "mask": args.mask}
     edit = request_of(config, args.edit, flags, [key for key in given if key != "seed"])
     folder = Path(args.out or Path(args.workdir or ".") / "drawn")
@@ -185,7 +199,7 @@ def main(argv: list[str]) -> int:
     if args.upsample:
         record = cascade.write(folder, record, SAMPLES)
     if is_primary():
-        save_sample_record(folder, record)
+        save_sample_record(folder, record, args.mp4)
         num = record["sample"]["num"]
         print(f"{num} images in {folder}: samples.png, samples.npz, samples.json")
     return 0

@@ -460,7 +460,7 @@ class _Grids:
             given=self._given,
         ).images
         if is_primary():
-            upscale = max(1, 32 // images.shape[1])
+            upscale = max(1, 32 // images.shape[-3])
             save_grid(images, folder / "samples" / f"{step:07}.png", GRID_SIDE, upscale=upscale)
             log.image(step, "samples", tile(images, GRID_SIDE))
 

@@ -20,8 +20,16 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ditjax.data import scenes
-from ditjax.data.folders import Content, ListedImage, Listing, read_bytes, read_together
-from ditjax.data.pictures import converted, decode_image, peculiarities
+from ditjax.data.clips import FRAMES_SUFFIX, VIDEO_SUFFIXES, as_animation, video_frames
+from ditjax.data.folders import (
+    Content,
+    ListedImage,
+    Listing,
+    frame_files,
+    read_bytes,
+    read_together,
+)
+from ditjax.data.pictures import converted, decode_image, peculiarities, upright
 from ditjax.errors import FaultError, UserError
 from ditjax.files import faults
 
@@ -119,6 +127,7 @@ class ImageFolder(
     ) -> None:
         self._listing, self._content, self._left = listing, content, max_damaged
         self._peculiar: Counter[str] = Counter()
+        self._longest, self._shortest = 0, dict[str, int]()
         config = tfds.core.BuilderConfig(
             name=content_name(content), description=f"Converted from {listing.root}."
         )
@@ -150,9 +159,11 @@ class ImageFolder(
         def hashed(image: ListedImage) -> bytes:
             return hashlib.sha256(os.fsencode(image.name)).digest()
 
-        content = Content()
+        content, shortest = Content(), (0, 0)
         images = read_together(sorted(self._listing.files[split], key=hashed), _inspected)
-        for i, (image, (encoded, fault, peculiar)) in enumerate(images):
+        for i, (image, (encoded, fault, peculiar, stored, frames)) in enumerate(images):
+            shortest = min(shortest, (frames, i)) if i else (frames, i)
+            self._longest = max(self._longest, frames)
             if fault and not self._left:
                 raise UserError(
                     f"{image.file.path} is not a sound image ({fault}): repair or remove the file,"
@@ -162,7 +173,7 @@ class ImageFolder(
             self._peculiar.update(peculiar)
             content.add(image, encoded)
             name = os.fsencode(image.name).decode(errors="replace")
-            yield i, {"image": encoded, "label": image.class_name, "file_name": name}
+            yield i, {"image": stored, "label": image.class_name, "file_name": name}
         if str(content) != self._content[split]:
             raise UserError(
                 f"files in {self._listing.root} changed while they were read: run the same command"
@@ -170,17 +181,47 @@ class ImageFolder(
             )
         # tensorflow-datasets writes the metadata after the last record.
         self.info.metadata["peculiar"] = dict(sorted(self._peculiar.items()))
+        if self._longest > 1:  # the record with the fewest frames, for those who ask for clips
+            self._shortest[split] = shortest[1]
+            self.info.metadata["shortest"] = self._shortest
 
 
-def _inspected(image: ListedImage) -> tuple[bytes, str, list[str]]:
-    """The bytes of an image file, what is wrong with them ('' if nothing), its peculiarities."""
-    encoded = read_bytes(image)
+def _inspected(image: ListedImage) -> tuple[bytes, str, list[str], bytes, int]:
+    """The bytes of a file, what is wrong with them ('' if nothing), its peculiarities.
+
+    Then what is stored of it, which for folders of frames and videos is an animated picture, and
+    the number of its frames.
+    """
+    encoded = stored = read_bytes(image)
     try:
-        decoded = decode_image(encoded)
+        stored = animated(image.file.path) or encoded
+        decoded = decode_image(stored)
         converted(decoded, "RGB")
     except ValueError as error:
-        return encoded, str(error), []
-    return encoded, "", peculiarities(decoded)
+        return encoded, str(error), [], encoded, 0
+    return encoded, "", peculiarities(decoded), stored, getattr(decoded, "n_frames", 1)
+
+
+def animated(path: Path) -> bytes:
+    """A folder of frames or a video as one animated picture; b"" for another file.
+
+    Raises ValueError for frames that cannot be read or differ in size.
+    """
+    suffix = path.suffix.lower()
+    if suffix in VIDEO_SUFFIXES:
+        return as_animation(list(video_frames(path)))
+    if suffix != FRAMES_SUFFIX or not path.is_dir():
+        return b""
+    frames: list[Image.Image] = []
+    for each in frame_files(path):
+        frame = converted(upright(decode_image(each.read_bytes())), "RGB")
+        if frames and frame.size != frames[0].size:
+            raise ValueError(
+                f"its frame {each.name} is {frame.width}x{frame.height}, and the first"
+                f" {frames[0].width}x{frames[0].height}"
+            )
+        frames.append(frame)
+    return as_animation(frames)
 
 
 def content_name(content: dict[str, str]) -> str:

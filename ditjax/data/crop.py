@@ -41,6 +41,20 @@ def crop_pixels(image: Image.Image, size: int, channels: int) -> np.ndarray:
     return np.asarray(cropped).reshape(size, size, channels)
 
 
+def clip_pixels(
+    image: Image.Image, frames: int, stride: int, size: int, channels: int
+) -> np.ndarray:
+    """Frames 0, stride, ... of an animated PIL image -> u8[frames,size,size,channels].
+
+    Each is cropped as an image is. Raises as `crop_pixels`, and EOFError past the last frame.
+    """
+    clip = np.empty((frames, size, size, channels), np.uint8)
+    for i in range(frames):
+        image.seek(i * stride)
+        clip[i] = crop_pixels(image, size, channels)
+    return clip
+
+
 def resize_images(images: np.ndarray, size: int) -> np.ndarray:
     """`center_crop` of every image: u8[N,H,W,C], C 1 or 3 -> u8[N,size,size,C]."""
     if images.dtype != np.uint8 or images.ndim != 4:
@@ -57,8 +71,8 @@ def resize_images(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def mirror(images: np.ndarray, mirrored: np.ndarray) -> None:
-    """Flip the rows `mirrored` bool[N] of images [N,H,W,C] left-right, in place."""
-    images[mirrored] = images[mirrored, :, ::-1]
+    """Flip the rows `mirrored` bool[N] of images [N,..,H,W,C] left-right, in place."""
+    images[mirrored] = images[mirrored][..., ::-1, :]
 
 
 def normalize(images: np.ndarray) -> np.ndarray:

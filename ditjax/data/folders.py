@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from ditjax.data.clips import FRAMES_SUFFIX, VIDEO_SUFFIXES, has_video
 from ditjax.data.pictures import readable_suffixes
 from ditjax.errors import UserError, first_few, one_line
 from ditjax.files import faults
@@ -64,10 +65,13 @@ class LeftOut:
 
 
 class ImageFile(NamedTuple):
-    """A file that is taken for an image, and its status when it was found."""
+    """A file that is taken for an image or a clip, and what shows whether it was changed.
+
+    A folder NAME.frames is one clip, whose frames are the images in it in the order of their names.
+    """
 
     path: Path
-    status: os.stat_result
+    stamp: str
 
 
 def walk_images(root: Path, folder: Path, left: LeftOut) -> Iterator[ImageFile]:
@@ -101,7 +105,7 @@ def _entries(root: Path, folder: Path, left: LeftOut) -> tuple[list[Path], list[
     folders, names = [], []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if not _is_folder(entry):
+            if not _is_folder(entry) or entry.name.endswith(FRAMES_SUFFIX):
                 names.append(entry.name)
             elif entry.name.startswith("."):
                 left.add("hidden files and folders", entry.name)
@@ -138,14 +142,30 @@ def _image_file(root: Path, path: Path, left: LeftOut) -> ImageFile | None:
         left.add("hidden files and folders", path.name)
     elif path.is_symlink() and not path.exists():
         left.add("broken links", _below(root, path))
-    elif suffix not in readable_suffixes():
+    elif suffix == FRAMES_SUFFIX and path.is_dir():
+        if frames := frame_files(path):
+            return ImageFile(path, "".join(f"{each.name}\0{_stamp(each)}\n" for each in frames))
+        left.add("folders without images", _below(root, path))
+    elif suffix in VIDEO_SUFFIXES and not has_video():
+        left.add("videos, which need pip install 'ditjax[video]',", suffix)
+    elif suffix not in readable_suffixes() | VIDEO_SUFFIXES:
         left.add("files of other types", suffix or "no suffix")
     else:
-        status = path.stat()
-        if stat.S_ISREG(status.st_mode):
-            return ImageFile(path, status)
+        if stat.S_ISREG(path.stat().st_mode):
+            return ImageFile(path, _stamp(path))
         left.add("no regular files", _below(root, path))
     return None
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The images in a folder of frames, in the order of their names."""
+    return sorted(each for each in folder.iterdir() if each.suffix.lower() in readable_suffixes())
+
+
+def _stamp(path: Path) -> str:
+    """Size and times of a file."""
+    s = path.stat()
+    return f"{s.st_size}\0{s.st_mtime_ns}\0{s.st_ctime_ns}"
 
 
 def _below(root: Path, path: Path) -> str:
@@ -338,8 +358,7 @@ def _digest(root: Path, files: dict[str, list[ListedImage]]) -> str:
     for split, found in files.items():
         digest.update(f"{split}\n".encode())
         for each in found:
-            s = each.file.status
-            line = f"{each.name}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ctime_ns}\n"
+            line = f"{each.name}\0{each.file.stamp}\n"
             digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
@@ -386,8 +405,14 @@ def read_together(
 
 
 def read_bytes(image: ListedImage) -> bytes:
-    """The bytes of an image file. Raises UserError, and FaultError as `list_folder`."""
+    """The bytes of an image file, or of all frames of a clip.
+
+    Raises UserError, and FaultError as `list_folder`.
+    """
     path = image.file.path
+    if path.suffix.lower() == FRAMES_SUFFIX and path.is_dir():
+        frames = [image.file._replace(path=each) for each in frame_files(path)]
+        return b"".join(read_bytes(image._replace(file=each)) for each in frames)
 
     def read() -> bytes:
         size = path.stat().st_size

@@ -1,6 +1,7 @@
 """Images that a user names: one file, or a set in batches, in an npz of ADM or in a folder."""
 
 import dataclasses
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -79,7 +80,8 @@ def given_picture(path: str | os.PathLike[str], what: str) -> Image.Image:
 class ImageSet:
     """`count` unread images of height x width, in an npz (`files` is empty) or in `files`.
 
-    `note` says what was left out, and what is read in a way of its own; '' if nothing.
+    Of clips, which only an npz holds, `frames` is more than 1. `note` says what was left out, and
+    what is read in a way of its own; '' if nothing.
     """
 
     path: Path
@@ -88,14 +90,16 @@ class ImageSet:
     width: int
     files: tuple[Path, ...] = ()
     note: str = ""
+    frames: int = 1
 
     def __str__(self) -> str:
         """'40 images of 32x32 in samples.npz'."""
+        what = f"clips of {self.frames} frames" if self.frames > 1 else "images"
         size = f"{self.height}x{self.width}"
-        return f"{self.count:,} images of {size} in {self.path}{self.note}"
+        return f"{self.count:,} {what} of {size} in {self.path}{self.note}"
 
     def batches(self, size: int) -> Iterator[Images]:
-        """Batches u8[B,H,W,3] in order, B = size except for the last; grey is repeated to RGB.
+        """Batches u8[B,..,H,W,3] in order, B = size except for the last; grey is repeated to RGB.
 
         One batch is in memory at a time. Raises a UserError that names a damaged file.
         """
@@ -107,7 +111,7 @@ class ImageSet:
             return
         with npz.reading(self.path) as archive:
             for images in npz.rows(archive, "arr_0", size):
-                yield np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
+                yield np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
     def _file(self, path: Path) -> Images:
         pixels = of_file(path, _pixels)
@@ -122,7 +126,7 @@ def _pixels(opened: Image.Image) -> Images:
 
 
 def open_images(path: str | os.PathLike[str]) -> ImageSet:
-    """An npz with arr_0 u8[N,H,W,C], C = 1 or 3, or a folder of images of one size.
+    """An npz with arr_0 u8[N,H,W,C] or u8[N,F,H,W,C], C = 1 or 3, or a folder of equal images.
 
     The images of a folder are the files below it, read as `data/pictures.py` says, in the order of
     their paths. Sizes are read now, pixels in `batches`. Raises UserError for an empty set, another
@@ -141,14 +145,17 @@ def _open_npz(path: Path) -> ImageSet:
     with npz.reading(path) as archive:
         shape, dtype = npz.shape_and_dtype(archive, "arr_0")
         others = [name for name in npz.names(archive) if name not in _ARRAYS]
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape[1:3]:
+    image = len(shape) in (4, 5) and shape[-1] in (1, 3) and 0 not in shape[1:]
+    if dtype != np.uint8 or not image:
         raise UserError(
-            f"{path}: arr_0 is {dtype}{list(shape)}, expected u8[N,H,W,C] with C = 1 or 3."
+            f"{path}: arr_0 is {dtype}{list(shape)}, expected u8[N,H,W,C], or u8[N,F,H,W,C] of"
+            " clips, with C = 1 or 3."
         )
     if shape[0] == 0:
         raise UserError(f"{path}: arr_0 holds no image.")
     note = f"; arrays left out: {first_few(others, 5)}" if others else ""
-    return ImageSet(path, *shape[:3], note=note)
+    height, width = shape[-3:-1]
+    return ImageSet(path, shape[0], height, width, note=note, frames=math.prod(shape[1:-3]))
 
 
 def _open_folder(path: Path) -> ImageSet:

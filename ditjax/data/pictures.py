@@ -166,5 +166,5 @@ def peculiarities(image: Image.Image) -> list[str]:
     if image.mode.startswith("I"):
         found.append("of 16 bits, read by the upper 8")
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        found.append("of several frames or pages, read by the first")
+        found.append("of several frames or pages, whose first is the image")
     return found

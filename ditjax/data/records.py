@@ -3,6 +3,7 @@
 Records are array_record, read by the data source of tensorflow-datasets. An error names the record.
 """
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from PIL import Image
 
 from ditjax.data.builders import ImageFolder
 from ditjax.data.captions import CaptionReader, captions_of, find_captions
-from ditjax.data.crop import check_pixels, crop_pixels, mirror, normalize
+from ditjax.data.crop import check_pixels, clip_pixels, crop_pixels, mirror, normalize
 from ditjax.data.pictures import decode_image, upright
 from ditjax.data.source import DataDir, DataSpec, OpenSplit, class_names_by_feature, open_split
 from ditjax.errors import FaultError, UserError, reason
@@ -123,6 +124,16 @@ class ImageRecords:
             )
         return image, label, words
 
+    def check_length(self, index: int, image: Image.Image, frames: int, stride: int) -> None:
+        """Raise UserError for a record with too few frames for a clip."""
+        found, needed = getattr(image, "n_frames", 1), 1 + (frames - 1) * stride
+        if found < needed:
+            raise UserError(
+                f"{self._opened.title}: record {index} has {found} frame{'s' * (found > 1)}:"
+                f" config.data.frames={frames} with frame_stride={stride} needs {needed}. Remove"
+                " shorter clips from the data, or lower one of the two."
+            )
+
     def damaged(self, index: int, error: Exception, record: Any = None) -> DamagedRecordsError:
         """The error for one record; `record` is what could be read of it."""
         file = (record or {}).get("file_name", "")
@@ -154,7 +165,7 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 
 class ImageReader:
-    """Images at one size: indices -> batch. A small split is kept in memory.
+    """Images or clips of one shape: indices -> batch. A small split is kept in memory.
 
     With a `captions` reader, a batch has tokens and classes, too, and captions stay in memory.
     """
@@ -162,25 +173,25 @@ class ImageReader:
     def __init__(
         self,
         images: ImageRecords,
-        size: int,
-        channels: int,
+        shape: tuple[int, ...],
         *,
         cache_mb: int,
         threads: int,
         captions: CaptionReader | None = None,
+        stride: int = 1,
     ) -> None:
         self._captions, self._words = captions, dict[int, Words]()
         self._split, self.num_examples = images, images.info.num_examples
-        self._shape = (size, size, channels)
+        self._shape, self._stride = shape, stride
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ditjax-decode")
         self._cached: np.ndarray | None = None  # which records are in memory
-        if self.num_examples * size * size * channels <= cache_mb * 2**20:
+        if self.num_examples * math.prod(shape) <= cache_mb * 2**20:
             self._images = np.empty((self.num_examples, *self._shape), np.uint8)
             self._labels = np.empty(self.num_examples, np.int32)
             self._cached = np.zeros(self.num_examples, bool)
 
     def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """indices i64[n] -> new arrays u8[n,H,W,C], i32[n]."""
+        """indices i64[n] -> new arrays u8[n,..,H,W,C], i32[n]."""
         return self._gather(indices)[:2]
 
     def _gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Words]]:
@@ -200,7 +211,7 @@ class ImageReader:
     def batch(
         self, indices: np.ndarray, mirrored: np.ndarray, chosen: np.ndarray | None = None
     ) -> HostBatch:
-        """indices i64[n], mirrored bool[n] -> image f32[n,H,W,C] in [-1,1], label i32[n].
+        """indices i64[n], mirrored bool[n] -> image f32[n,..,H,W,C] in [-1,1], label i32[n].
 
         With captions also 'caption' i32[n,M], the ids of those that `chosen` f64[n] in [0, 1)
         chooses (None: the first), and 'classes' i32[n,K].
@@ -235,13 +246,18 @@ class ImageReader:
         return images, labels, words
 
     def _decode_one(self, index: int) -> tuple[np.ndarray, int, Words] | DamagedRecordsError:
-        size, _, channels = self._shape
+        *frames, size, _, channels = self._shape
         try:
             image, label, words = self._split.read_words(index)
         except DamagedRecordsError as error:
             return error
         try:
-            return crop_pixels(image, size, channels), label, words
+            if frames:
+                self._split.check_length(index, image, frames[0], self._stride)
+                pixels = clip_pixels(image, frames[0], self._stride, size, channels)
+            else:
+                pixels = crop_pixels(image, size, channels)
+            return pixels, label, words
         except (ValueError, OSError) as error:
             return self._split.damaged(index, error)
 
@@ -303,12 +319,24 @@ def open_image_reader(spec: DataSpec, cache_mb: int) -> ImageReader:
         images, captions = images.with_captions(spec.text.feature), CaptionReader(spec.text)
     return ImageReader(
         images,
-        spec.image_size,
-        spec.channels,
+        spec.shape,
         cache_mb=cache_mb,
         threads=spec.threads,
         captions=captions,
+        stride=spec.frame_stride,
     )
+
+
+def check_frames(spec: DataSpec) -> None:
+    """Raise UserError if the clips of a split are shorter than asked for.
+
+    A folder's shortest is known since its conversion; of other data sets the first clip is read.
+    """
+    opened = open_split(spec.name, spec.split, spec.data_dir, spec.max_damaged)
+    shortest = (opened.builder.info.metadata or {}).get("shortest") or {}
+    images = ImageRecords(opened)
+    index = int(shortest.get(spec.split, 0))
+    images.check_length(index, images.read(index)[0], spec.frames, spec.frame_stride)
 
 
 def load_arrays(
@@ -340,7 +368,8 @@ def load_arrays(
         channels = info.channels or (1 if first.mode in ("1", "L") else 3)
     check_pixels(image_size, channels)
     threads = os.cpu_count() or 1
-    reader = ImageReader(split_images, image_size, channels, cache_mb=0, threads=threads)
+    shape = (image_size, image_size, channels)
+    reader = ImageReader(split_images, shape, cache_mb=0, threads=threads)
     try:
         images, labels = reader.gather(np.arange(info.num_examples))
     finally:

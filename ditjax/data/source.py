@@ -2,12 +2,13 @@
 
 A data set is prepared once, as array_record, under DATA_DIR/NAME[/CONFIG]/VERSION in the layout of
 tensorflow-datasets, and is then read without TensorFlow. The builders of our own
-(`data/builders.py`, `data/scenes.py`) need no TensorFlow to prepare either.
+(`data/builders.py`, `data/scenes.py`, `data/moving.py`) need no TensorFlow to prepare either.
 """
 
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 
 from ditjax.config import import_attribute
-from ditjax.data import latents, scenes
+from ditjax.data import latents, moving, scenes
 from ditjax.data.builders import (
     Digits,
     ImageFolder,
@@ -40,6 +41,7 @@ from ditjax.data.caption_scenes import CaptionScenes
 from ditjax.data.captions import CaptionFolder, TextSpec, find_captions, list_captions
 from ditjax.data.crop import check_pixels
 from ditjax.data.folders import Listing, list_folder, read_content, report_reading, split_above
+from ditjax.data.moving import MovingDigits
 from ditjax.data.names import LATENTS, VERSION, DatasetName, Split, is_latents, parse_name
 from ditjax.data.scenes import DigitScenes
 from ditjax.errors import UserError, nearest, reason
@@ -54,6 +56,7 @@ class DataSpec:
 
     name, split, data_dir: as `open_split` takes them; a split may be a slice, 'train[:10%]'.
     image_size, channels: H = W and C of the batches; C is 1 (grey) or 3 (RGB), converted at need.
+    frames: F of the clips, frames 0, frame_stride, 2 frame_stride, ... of each; 1 reads images.
     flip: mirror each element left-right with probability 1/2.
     cache_mb: keep decoded images in memory if the whole split takes at most this many MiB.
     threads: how many images are read and decoded at once.
@@ -67,6 +70,8 @@ class DataSpec:
     image_size: int
     channels: int
     flip: bool
+    frames: int = 1
+    frame_stride: int = 1
     data_dir: DataDir = None
     cache_mb: int = 256
     threads: int = 16
@@ -81,6 +86,12 @@ class DataSpec:
             raise UserError(f"threads is {self.threads}: expected at least 1.")
         if self.max_damaged < 0:
             raise UserError(f"max_damaged is {self.max_damaged}: expected 0 (none) or more.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, C) of an image, or (F, H, W, C) of a clip."""
+        image = (self.image_size, self.image_size, self.channels)
+        return (self.frames, *image) if self.frames > 1 else image
 
 
 class DatasetInfo(NamedTuple):
@@ -240,8 +251,8 @@ def _names_a_dataset(text: str, root: Path) -> bool:
             return os.path.isdir(expand_home(parsed.path))
         if parsed.kind == "captions":
             return os.path.exists(expand_home(parsed.path)) or "{" in parsed.path
-        if parsed.base in _SCENES and parsed.config:
-            return bool(scenes.parse_scene_set(parsed.config))
+        if parsed.base in _GENERATED and parsed.config:
+            return bool(_GENERATED[parsed.base].parse(parsed.config))
         return parsed.kind == "prepared" and _find(parsed, root) is not None
     except UserError:
         return False
@@ -263,9 +274,8 @@ def known_content(name: str, data_dir: DataDir = None) -> str | None:
         elif parsed.kind == "captions":
             found = _recorded(_captions_record(parsed, root), root)
             place = root / found.place if found else None
-        elif parsed.base in _SCENES:
-            size = scenes.parse_scene_set(parsed.config or str(scenes.DEFAULT_EXAMPLES))
-            place = root / parsed.base / size.name / str(_SCENES[parsed.base].VERSION)
+        elif parsed.base in _GENERATED:
+            place = _generated_place(parsed, root)
         elif parsed.kind == "prepared":
             place = _find(parsed, root)
         return str(_open(name, place).info.full_name) if place else None
@@ -288,9 +298,6 @@ def latent_shape(name: str) -> tuple[int, ...]:
 
 
 # ---- preparation
-
-# Our scenes, by name: prepared in any number.
-_SCENES: dict[str, Any] = {each.name: each for each in (DigitScenes, CaptionScenes)}
 
 
 def data_root(data_dir: DataDir = None) -> Path:
@@ -323,7 +330,8 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
     """The builder of a data set under `data_root`, which is prepared now if it is missing.
 
     A name is 'digits'; 'digit_scenes', or 'digit_scenes/N' for another number of scenes;
-    'caption_scenes' in the same way; 'folder:PATH' for a folder of class folders; 'captions:PATH'
+    'caption_scenes' and 'moving_digits', which are clips, in the same way; 'folder:PATH' for a
+    folder of class folders; 'captions:PATH'
     for images with captions; 'latents:PATH' for encoded latents; the dotted name
     of a builder class of yours, 'package.module.Birds'; or any tensorflow-datasets name with an
     optional configuration and version: 'imagenet2012', 'mnist:3.0.1', 'imagenet_resized/64x64'. A
@@ -345,8 +353,8 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
         return _prepare_builder(parsed, root)
     if parsed.kind == "captions":
         return _prepare_captions(parsed, root, max_damaged)
-    if parsed.base in _SCENES:
-        return _prepare_scenes(parsed, root)
+    if parsed.base in _GENERATED:
+        return _prepare_generated(parsed, root)
     if parsed.base == Digits.name:
         if name not in (Digits.name, f"{Digits.name}:{Digits.VERSION}"):
             raise UserError(f"data set {name!r}: expected 'digits' or 'digits:{Digits.VERSION}'.")
@@ -359,7 +367,7 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
             " folder, 'folder:/path', or set data_dir."
         )
     if found is None:
-        known = [*tfds.list_builders(with_community_datasets=False), *_SCENES]
+        known = [*tfds.list_builders(with_community_datasets=False), *_GENERATED]
         if parsed.base not in known:
             raise UserError(
                 f"data set {name!r} is unknown: not among the {len(known)} of tensorflow-datasets,"
@@ -385,15 +393,42 @@ def _own(
     return _open(name, folder)
 
 
-def _prepare_scenes(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilder:
-    cls = _SCENES[parsed.base]
-    size = scenes.parse_scene_set(parsed.config or str(scenes.DEFAULT_EXAMPLES), parsed.base)
-    version = str(cls.VERSION)
-    if parsed.version not in (None, version):
-        raise UserError(f"data set {parsed.text!r}: expected version {version}.")
+class _Generated(NamedTuple):
+    """A data set of any size that is computed: its builder, and how a size is read from a name."""
+
+    builder: Any
+    parse: Callable[[str], Any]
+    default: str
+
+
+_SCENES: dict[str, Any] = {each.name: each for each in (DigitScenes, CaptionScenes)}
+
+
+def _scenes_of(name: str, builder: Any) -> _Generated:
+    parse = functools.partial(scenes.parse_scene_set, name=name)
+    return _Generated(builder, parse, str(scenes.DEFAULT_EXAMPLES))
+
+
+_GENERATED = {
+    **{name: _scenes_of(name, each) for name, each in _SCENES.items()},
+    "moving_digits": _Generated(MovingDigits, moving.parse_clip_set, str(moving.DEFAULT_CLIPS)),
+}
+
+
+def _generated_place(parsed: DatasetName, root: Path) -> Path:
+    """Where a data set that is computed is prepared."""
+    of = _GENERATED[parsed.base]
     # In full: 'digit_scenes' means the default size, whatever other sizes are prepared there.
-    folder = root / cls.name / size.name / version
-    return _own(parsed.text, root, folder, lambda: cls(root, size))
+    size = of.parse(parsed.config or of.default)
+    return Path(root / parsed.base / size.name / str(of.builder.VERSION))
+
+
+def _prepare_generated(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilder:
+    of, folder = _GENERATED[parsed.base], _generated_place(parsed, root)
+    if parsed.version not in (None, folder.name):
+        raise UserError(f"data set {parsed.text!r}: expected version {folder.name}.")
+    size = of.parse(parsed.config or of.default)
+    return _own(parsed.text, root, folder, lambda: of.builder(root, size))
 
 
 def _prepare_builder(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilder:

@@ -16,7 +16,12 @@ from ditjax.data.images import open_images
 from ditjax.data.names import Split
 from ditjax.errors import UserError
 from ditjax.evaluation import scoring
-from ditjax.evaluation.features import SHIPPED_EXTRACTORS, Extractor, open_extractor
+from ditjax.evaluation.features import (
+    SHIPPED_EXTRACTORS,
+    Extractor,
+    check_frames_of,
+    open_extractor,
+)
 from ditjax.evaluation.given import GivenScores
 from ditjax.evaluation.scoring import (
     ExtractedFeatures,
@@ -74,6 +79,7 @@ class Evaluator:
         self._given = held_out_given(c)  # raises now if its split is missing
         self._sampling(c)  # raises now if an adapter cannot be read
         self.extractor = open_extractor(c.evaluate.features, mesh)
+        check_frames_of(self.extractor, c.data.frames, "samples of config.data.frames")
         self.reference = reference_of(c, self.extractor)
         self._validate = Validator(mesh, frozen)
         self._validate.protocol(c)  # raises now if the split is missing
@@ -234,7 +240,12 @@ def reference_of(c: Config, extractor: Extractor) -> Reference:
 
     The statistics of a data set are cached. Raises UserError.
     """
-    return open_reference(_reference(c), extractor, c.data.image_size, c.data.data_dir)
+    d = c.data
+    return open_reference(
+        *(_reference(c), extractor, d.image_size, d.data_dir),
+        frames=d.frames,
+        stride=d.frame_stride,
+    )
 
 
 def _reference(c: Config) -> str | Split:

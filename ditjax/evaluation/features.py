@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ditjax.config import lookup
 from ditjax.data import scenes
 from ditjax.errors import UserError
+from ditjax.evaluation.clips import MOVING, clip_features, clip_measures, predict_clip_digit
 from ditjax.evaluation.digits import (
     FEATURE_CLASSIFIER,
     PAIRS,
@@ -22,6 +23,7 @@ from ditjax.evaluation.digits import (
 from ditjax.evaluation.scenes import predict_scene_digit, recognise_scenes
 from ditjax.files.assets import load_asset
 from ditjax.models import inception
+from ditjax.models.classifier import CLIP_SIDE
 from ditjax.parallel import processes, rules
 from ditjax.weights import tensors
 from ditjax.weights.inception import load_inception
@@ -45,6 +47,8 @@ class Extractor(NamedTuple):
     brought for a reference; None means the size of the samples. `family` names the features in
     metrics: '' means those of FID, 'mine' gives fd_mine. `shipped` says that the features are of a
     shipped classifier, for which the distance of real images to real images is computed as well.
+    `clips`: the samples are clips u8[B,F,H,W,C]. `measures` are scores of each sample f[B], by
+    name, whose means are reported.
     """
 
     name: str
@@ -55,6 +59,8 @@ class Extractor(NamedTuple):
     side: int | None = None
     family: str = ""
     shipped: bool = False
+    clips: bool = False
+    measures: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 
 
 def inception_extractor(
@@ -171,10 +177,48 @@ def _on_one_device(make: Callable[[], Extractor], mesh: Mesh, batch_size: int) -
     return make()
 
 
+def clips_extractor() -> Extractor:
+    """Return the features of FD-clips, of clips of moving digits (not FVD)."""
+
+    def extract(clips: np.ndarray) -> ImageFeatures:
+        pool, logits = clip_features(clips)
+        return ImageFeatures(pool, None, logits)
+
+    record = {
+        "features": MOVING,
+        "features_sha256": load_asset(MOVING)[1]["sha256"],
+        "judge_sha256": load_asset(PAIRS["digits"].judge)[1]["sha256"],
+        "resize": f"bicubic to {CLIP_SIDE} where larger, grey",
+        "features_precision": "float32",
+    }
+    return Extractor(
+        "clips",
+        extract,
+        256,
+        record,
+        predict_clip_digit,
+        family="clips",
+        clips=True,
+        measures=clip_measures,
+    )
+
+
+def check_frames_of(extractor: Extractor, frames: int, what: str) -> None:
+    """Raise UserError for features of clips and samples that are images, or the other way round."""
+    if extractor.clips != (frames > 1):
+        samples = f"clips of {frames} frames" if frames > 1 else "images"
+        taken = "clips" if extractor.clips else "images"
+        raise UserError(
+            f"{what} are {samples}, and features {extractor.name!r} are of {taken}: choose others,"
+            f" such as {'none or clips' if frames > 1 else 'digits'}."
+        )
+
+
 # Of the shipped classifiers, which run on one device whatever the mesh.
 SHIPPED_EXTRACTORS: dict[str, Callable[[], Extractor]] = {
     **{name: functools.partial(classifier_extractor, name) for name in PAIRS},
     "scenes": scenes_extractor,
+    "clips": clips_extractor,
 }
 EXTRACTORS: dict[str, Callable[[Mesh, int], Extractor]] = {
     name: functools.partial(_on_one_device, make) for name, make in SHIPPED_EXTRACTORS.items()

@@ -14,7 +14,7 @@ from ditjax.data.folders import report_reading
 from ditjax.data.images import open_images
 from ditjax.data.names import Split, parse_name
 from ditjax.errors import UserError
-from ditjax.evaluation.features import Extractor
+from ditjax.evaluation.features import Extractor, check_frames_of
 from ditjax.evaluation.statistics import (
     Statistics,
     load_features,
@@ -43,7 +43,7 @@ class ExtractedFeatures:
     `pool` f32[n,F] holds the features of all images, or of n images spread evenly over them;
     `moments` those of all. `spatial` holds only moments, or is None. `classes` are the sums of an
     Inception Score; `predicted` i[count] is the class that an independent classifier predicts, or
-    None.
+    None. `measured` are the means of the extractor's scores of each sample.
     """
 
     count: int
@@ -52,6 +52,7 @@ class ExtractedFeatures:
     spatial: frechet.FeatureMoments | None
     classes: scores.ScoreSums
     predicted: np.ndarray | None
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def extract_features(
@@ -62,7 +63,7 @@ def extract_features(
     title: str = "",
     max_pool: int | None = None,
 ) -> ExtractedFeatures:
-    """Extract features from u8[B,H,W,C] batches of `count` images in one pass.
+    """Extract features from u8[B,..,H,W,C] batches of `count` images or clips in one pass.
 
     One batch at a time is in memory. Pool features of at most `max_pool` images are kept. Progress
     is logged if there is a title. Raises UserError for features that are not finite, or for
@@ -72,6 +73,7 @@ def extract_features(
     chosen = np.linspace(0, count - 1, kept).astype(np.int64) if kept > 1 else np.arange(kept)
     split = scores.adm_splits(count)
     pool, predicted = np.empty((0, 0), np.float32), []
+    measured: dict[str, float] = {}
     moments = spatial = classes = None
     done, progress = 0, Progress(title, count, "images") if title else None
     for images in batches:
@@ -92,13 +94,21 @@ def extract_features(
         classes = scores.update_scores(classes, scores.log_softmax(f.logits), split[done:stop])
         if extractor.judge:
             predicted.append(extractor.judge(images))
+        for name, each in (extractor.measures(images) if extractor.measures else {}).items():
+            measured[name] = measured.get(name, 0.0) + float(each.sum()) / count
         done = stop
         if progress:
             progress.report(done)
     if moments is None or classes is None or done != count:
         raise UserError(f"{title or 'images'}: only {done} of the expected {count}.")
     return ExtractedFeatures(
-        count, pool, moments, spatial, classes, np.concatenate(predicted) if predicted else None
+        count,
+        pool,
+        moments,
+        spatial,
+        classes,
+        np.concatenate(predicted) if predicted else None,
+        measured,
     )
 
 
@@ -134,7 +144,7 @@ def score(
     value = frechet.gaussian_frechet_distance(
         extracted.moments.mean, frechet.covariance(extracted.moments), reference.mu, reference.sigma
     )
-    found = {fid: value}
+    found = {fid: value, **extracted.measured}
     if not brief:
         _, influence = uncertainty.frechet_influence(extracted.pool, reference.mu, reference.sigma)
         interval = uncertainty.bootstrap_interval(value, influence, seed)
@@ -221,25 +231,29 @@ def open_reference(
     side: int,
     data_dir: str = "",
     save_to: str | Path = "",
+    frames: int = 1,
+    stride: int = 1,
 ) -> Reference:
     """Open a reference: statistics, images, or a split of a data set ('imagenet2012/validation').
 
     Features of images come from `extractor`. A data set's images are centre-cropped to
-    side x side, and their statistics are cached beside the data. `save_to` is a file to save the
-    reference to in any case. Statistics of other programs do not say what features they are of, so
-    their SHA-256 is recorded. Raises UserError for anything else, and for statistics by ditjax
-    with other features.
+    side x side, or are clips of `frames`, and their statistics are cached beside the data.
+    `save_to` is a file to save the reference to in any case. Statistics of other programs do
+    not say what features they are of, so their SHA-256 is recorded. Raises UserError for
+    anything else, and for statistics by ditjax with other features.
     """
     if isinstance(reference, Split):
-        found = _from_dataset(reference, extractor, extractor.side or side, data_dir)
+        found = _from_dataset(reference, extractor, side, data_dir, frames, stride)
     else:
-        found = _by_name(reference, extractor, extractor.side or side, data_dir)
+        found = _by_name(reference, extractor, side, data_dir, frames, stride)
     if save_to and is_primary():
         save_statistics(save_to, found.statistics, found.pool)
     return found
 
 
-def _by_name(text: str, extractor: Extractor, side: int, data_dir: str) -> Reference:
+def _by_name(
+    text: str, extractor: Extractor, side: int, data_dir: str, frames: int, stride: int
+) -> Reference:
     path = Path(text)
     there = faults.exists(path)
     if there and not faults.is_folder(path) and _holds_statistics(path):
@@ -247,6 +261,7 @@ def _by_name(text: str, extractor: Extractor, side: int, data_dir: str) -> Refer
     if there:
         images = open_images(path)
         report_reading(f"reference: {images}")
+        check_frames_of(extractor, images.frames, str(path))
         batches = images.batches(extractor.batch_size)
         return _from_images(batches, images.count, extractor, path.name)
     if path.is_absolute() or path.suffix in (".npz", ".npy", ".pkl", ".zip"):
@@ -255,22 +270,27 @@ def _by_name(text: str, extractor: Extractor, side: int, data_dir: str) -> Refer
             " a data set, such as imagenet2012/validation."
         )
     images_of = source.images_of(source.parse_split(text, data_dir or None))
-    return _from_dataset(images_of, extractor, side, data_dir)
+    return _from_dataset(images_of, extractor, side, data_dir, frames, stride)
 
 
-def _from_dataset(of: Split, extractor: Extractor, side: int, data_dir: str) -> Reference:
+def _from_dataset(
+    of: Split, extractor: Extractor, side: int, data_dir: str, frames: int, stride: int
+) -> Reference:
+    side = extractor.side or side
     spec = source.DataSpec(
         name=of.name,
         split=of.split,
         image_size=side,
         channels=1 if parse_name(of.name).base == "digits" else 3,
         flip=False,
+        frames=frames,
+        frame_stride=stride,
         data_dir=data_dir or None,
         cache_mb=0,
         threads=4,
     )
     info = source.dataset_info(of.name, of.split, spec.data_dir)
-    title = f"{info.full_name}-{of.split}-{side}"
+    title = f"{info.full_name}-{of.split}-{side}" + (f"-{frames}x{stride}" if frames > 1 else "")
     words = f"{title} {info.num_examples} {sorted(extractor.record.items())}"
     key = hashlib.sha256(words.encode()).hexdigest()[:12]
     file = re.sub(r"[^\w.-]", "_", f"{title}-{key}.npz")

@@ -5,6 +5,7 @@ at all steps are measured on the same draws, on any number of devices and in any
 difference of two models is far more certain than either value.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -161,7 +162,7 @@ class Validator:
         if key in self._kept:
             return iter(self._kept[key])
         batches = stream.read_records(spec, records, size)
-        if 4 * len(records) * spec.image_size**2 * spec.channels > c.data.cache_mb * 2**20:
+        if 4 * len(records) * math.prod(spec.shape) > c.data.cache_mb * 2**20:
             return batches
         self._kept[key] = list(batches)
         return iter(self._kept[key])

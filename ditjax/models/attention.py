@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ditjax.models.embed import ANYWHERE, Initializer, Linear, Placement, xavier_uniform
+from ditjax.models.embed import ANYWHERE, Attend, Initializer, Linear, Placement, xavier_uniform
 
 
 @jax.custom_vjp
@@ -88,7 +88,17 @@ def key_bias(mask: jax.Array) -> jax.Array:
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
-    return x.transpose(0, 2, 1, 3)
+    return x.swapaxes(-3, -2)
+
+
+def _within_groups(
+    compute: Attend, place: Placement, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """Attention within each group of q, k and v [B,G,H,N,d]."""
+    if place.merge_rows:  # the groups are samples
+        return compute(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v))).reshape(q.shape)
+    # Groups on several devices are no longer beside each other in a merged axis.
+    return jax.vmap(attend, 1, 1)(q, k, v)
 
 
 def _scaled(q: jax.Array, by: float) -> jax.Array:
@@ -104,12 +114,13 @@ def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
 
 
 class HeadNorm(nn.Module):
-    """Henry et al. 2020, as RMSNorm: x [B,H,N,d] / RMS over d, times a learned scale [d]."""
+    """Henry et al. 2020, as RMSNorm: x [B,..,N,d] / RMS over d, times a learned scale [d]."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        return (rms_norm(x.astype(jnp.float32)) * scale[None, None, None]).astype(x.dtype)
+        scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+        return (rms_norm(x.astype(jnp.float32)) * scale).astype(x.dtype)
 
 
 def rotary_table(rows: int, columns: int, d: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,6 +148,8 @@ def rotated(x: jax.Array, rows: int, columns: int) -> jax.Array:
 class SelfAttention(nn.Module):
     """x [B, N, D] -> [B, N, D], with one fused qkv product: kernel [D, 3, H, d] and bias.
 
+    Of groups of tokens, [B, G, N, D], each attends to itself.
+
     The logits are q kᵀ / √d times `query_scale`, plus `bias` (`biased_attend`) if it is given.
     `qk_norm` normalises queries and keys of each head; `rope` (rows, columns) rotates them by their
     positions (`rotated`). d is D / H, or `head_width`. `inits` are those of both kernels.
@@ -160,7 +173,7 @@ class SelfAttention(nn.Module):
         )
         features = (3, self.heads, self.head_width or D // self.heads)
         qkv = linear(features, kernel_init=self.inits[0], name="qkv")(x)
-        q, k, v = (_heads_first(qkv[:, :, i]) for i in range(3))
+        q, k, v = (_heads_first(qkv[..., i, :, :]) for i in range(3))
         if self.qk_norm:
             q, k = HeadNorm(name="q_norm")(q), HeadNorm(name="k_norm")(k)
         if self.rope:
@@ -168,9 +181,11 @@ class SelfAttention(nn.Module):
         compute = self.place.attend or attend
         if bias is not None:
             compute = functools.partial(biased_attend, bias=bias)
+        if x.ndim == 4:
+            compute = functools.partial(_within_groups, compute, self.place)
         q = _scaled(q, self.query_scale)
         y = compute(put("queries", q), put("keys", k), put("keys", v))
-        y = _heads_first(put("queries", y)).reshape(*x.shape[:2], -1)
+        y = _heads_first(put("queries", y)).reshape(*x.shape[:-1], -1)
         return put("tokens", linear(D, kernel_init=self.inits[1], name="out")(y))
 
 

@@ -1,6 +1,7 @@
 """The four transformer blocks of the paper (DiT Fig. 3), which differ in how they are conditioned.
 
 Every block maps `(tokens [B,N,D], Conditioning) -> tokens`, so that one stack can scan any of them.
+The block with adaLN-Zero takes groups of tokens, too, [B,G,N,D]: attention stays within a group.
 """
 
 import functools
@@ -52,9 +53,14 @@ class AffineLayerNorm(nn.Module):
         return layer_norm(x, self.eps) * scale + bias
 
 
+def over_tokens(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector [B,D] of each sample, to be broadcast over its tokens x [B,..,N,D]."""
+    return jnp.expand_dims(vector, tuple(range(1, x.ndim - 1)))
+
+
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x (1 + scale) + shift, per sample: x [B,N,D], shift and scale [B,D]."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """x (1 + scale) + shift, per sample: x [B,..,N,D], shift and scale [B,D]."""
+    return x * (1 + over_tokens(scale, x)) + over_tokens(shift, x)
 
 
 class Modulation(nn.Module):
@@ -223,9 +229,9 @@ class AdaLNZeroBlock(Block):
             6, True, cond.vector
         )
         h = modulate(self.normalised(x), shift_msa, scale_msa)
-        x = x + gate_msa[:, None] * self.attend(h)
+        x = x + over_tokens(gate_msa, x) * self.attend(h)
         h = modulate(self.normalised(x, self.config.norm2_eps), shift_mlp, scale_mlp)
-        return x + gate_mlp[:, None] * self.mlp(h)
+        return x + over_tokens(gate_mlp, x) * self.mlp(h)
 
 
 BLOCKS: dict[str, type[Block]] = {

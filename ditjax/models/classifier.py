@@ -3,6 +3,7 @@
 `DigitsConvNet` computes the features of FD-digits and FD-mnist. `DigitsMixer` predicts the class of
 a sample: it has patches and no 3x3 convolution, so the two are unlikely to share a blind spot.
 `ditjax.classify` trains a pair of them on a data set.
+`MovingConvNet` computes the features of FD-clips.
 """
 
 from typing import NamedTuple
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ditjax.errors import UserError
+from ditjax.models.video import tubelets
 
 DIGIT_SIDE = 8
 MNIST_SIDE = 28
 NUM_CLASSES = 10
+CLIP_LENGTH, CLIP_SIDE = 8, 16
 
 
 class Recognition(NamedTuple):
@@ -80,6 +83,46 @@ class DigitsMixer(nn.Module):
             h = h + nn.Dense(self.width, name=f"channel_out_{i}")(y)
         h = jnp.mean(nn.LayerNorm(name="final_norm")(h), axis=1)
         return Recognition(h, nn.Dense(NUM_CLASSES, name="logits")(h))
+
+
+class Motion(NamedTuple):
+    """What is in a clip: features f32[B,F], and four answers.
+
+    digit f32[B,10], bounce f32[B] and shuffled f32[B] are logits; velocity f32[B,2], by row and
+    column, is in pixels from a frame to the next, when the clip begins.
+    """
+
+    features: jax.Array
+    digit: jax.Array
+    velocity: jax.Array
+    bounce: jax.Array
+    shuffled: jax.Array
+
+
+class MovingConvNet(nn.Module):
+    """Convolutions over time and space whose kernels do not overlap, and dense layers.
+
+    x f32[B,8,16,16,1] in [-1,1] -> 4x4x4 of kernels 2x4x4 -> 2x2x2 of kernels 2x2x2 -> `Motion`
+    with 64 features. Raises UserError for another shape.
+    """
+
+    width: int = 48
+    features: int = 64
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Motion:
+        if x.shape[1:] != (CLIP_LENGTH, CLIP_SIDE, CLIP_SIDE, 1):
+            raise UserError(
+                f"clips of shape {tuple(x.shape)}: expected [batch, {CLIP_LENGTH}, {CLIP_SIDE},"
+                f" {CLIP_SIDE}, 1] in [-1, 1]."
+            )
+        h = nn.silu(nn.Dense(self.width, name="conv_0")(tubelets(x, 2, 4)))
+        h = h.reshape(-1, 4, 4, 4, self.width)
+        h = nn.silu(nn.Dense(self.width, name="conv_1")(tubelets(h, 2, 2)))
+        h = nn.silu(nn.Dense(self.features, name="penultimate")(h.reshape(h.shape[0], -1)))
+        out = nn.Dense(NUM_CLASSES + 4, name="heads")(h)
+        digit, velocity = out[:, :NUM_CLASSES], out[:, NUM_CLASSES : NUM_CLASSES + 2]
+        return Motion(h, digit, velocity, out[:, -2], out[:, -1])
 
 
 def _check_images(x: jax.Array, side: int) -> None:

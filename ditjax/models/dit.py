@@ -26,6 +26,7 @@ from ditjax.models.blocks import (
     LAYER_NORM_EPS,
     NORMS,
     AffineLayerNorm,
+    Block,
     BlockConfig,
     Conditioning,
     Modulation,
@@ -263,7 +264,8 @@ _FINAL_MODULATIONS = {"in_context": 0, "cross_attention": 0, "adaln": 2, "adaln_
 _MLP_INPUTS = {"gelu": 1, "swiglu": 2}
 
 
-def _block_parameters(s: Shape) -> int:
+def block_parameters(s: Shape) -> int:
+    """Of one block."""
     D = s.size.width
     attention = (3 * D * D + 3 * D) + (D * D + D)
     ins = _MLP_INPUTS[s.mlp] * s.mlp_width
@@ -289,14 +291,15 @@ def trainable_parameters(s: Shape) -> int:
     if s.projector[0]:
         W, Z = s.projector
         embed += (D * W + W) + (W * W + W) + (W * Z + Z)
-    return L * _block_parameters(s) + embed + final + (D * patch_out + patch_out)
+    return L * block_parameters(s) + embed + final + (D * patch_out + patch_out)
 
 
-def _block_macs(s: Shape) -> int:
-    """Of one block and its norms."""
-    D, N = s.size.width, s.tokens
-    M = N + 2 if s.block == "in_context" else N  # tokens inside the stack
-    block = 4 * M * D * D + 2 * M * M * D + (_MLP_INPUTS[s.mlp] + 1) * M * D * s.mlp_width
+def block_macs(s: Shape, tokens: int, keys: int) -> int:
+    """Of one block and its norms on so many tokens, each of which attends to `keys` of them."""
+    D, N, M = s.size.width, tokens, tokens
+    if s.block == "in_context":
+        M, keys = N + 2, keys + 2  # inside the stack
+    block = 4 * M * D * D + 2 * M * keys * D + (_MLP_INPUTS[s.mlp] + 1) * M * D * s.mlp_width
     block += _BLOCK_MODULATIONS[s.block] * D * D
     norms = 4 if s.qk_norm else 2
     if s.block == "cross_attention":
@@ -312,12 +315,17 @@ def forward_macs(s: Shape) -> int:
 
     adaLN-Zero: L(12ND² + 2N²D + 6D²) + p²C·ND + (FD + D²) + 2D² + p²K·ND + (2L+1)·ND for r = 4.
     """
-    L, D, _ = s.size
     N = s.tokens
+    return s.size.depth * block_macs(s, N, N) + ends_macs(s, N)
+
+
+def ends_macs(s: Shape, tokens: int) -> int:
+    """Of the embeddings and the final layer, for one sample of so many tokens."""
+    D, N = s.size.width, tokens
     times = (1 + s.interval + s.level) * (TIMESTEP_FREQUENCIES * D + D * D)
     embed = s.patch**2 * s.in_channels * N * D + times
     final = _FINAL_MODULATIONS[s.block] * D * D + s.patch**2 * s.out_channels * N * D
-    return L * _block_macs(s) + embed + final + N * D
+    return embed + final + N * D
 
 
 def projector_macs(s: Shape) -> int:
@@ -575,9 +583,11 @@ class DiT(nn.Module):
         return tokens_of
 
     @nn.nowrap
-    def _block(self, grid: tuple[int, int]) -> Callable[..., nn.Module]:
-        """A block, but for its name."""
-        block = BLOCKS[self.block]
+    def _block(
+        self, grid: tuple[int, int], kind: type[Block] | None = None
+    ) -> Callable[..., nn.Module]:
+        """A block, by default of the key `block`, but for its name."""
+        block = kind or BLOCKS[self.block]
         if self.remat != "none":
             # prevent_cse is not needed inside a scan.
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -723,12 +733,12 @@ class ControlBranch(DiT):
 
 def control_branch(k: DiTKeys, inputs: Inputs, branch: Branch, place: Placement) -> ControlBranch:
     """Build the control branch of a recipe's DiT."""
-    return _with_fields_of(
+    return with_fields_of(
         module(k, inputs, place), ControlBranch, copies=branch.copies, form=branch.form
     )
 
 
-def _with_fields_of(dit: DiT, kind: Any, **own: Any) -> Any:
+def with_fields_of(dit: DiT, kind: Any, **own: Any) -> Any:
     """A module of another kind with the fields of a DiT and its own."""
     fields = {name: getattr(dit, name) for name in DiT.__dataclass_fields__}
     return kind(**{**fields, **own, "parent": None, "name": None})
@@ -775,10 +785,11 @@ def branch_cost(k: DiTKeys, inputs: Inputs, branch: Branch) -> tuple[int, int]:
     s = shape(k, inputs)
     D, tokens, copies = s.size.width, s.tokens, branch.copies
     features = D if branch.form == "pixart" else math.prod(branch.shape) // tokens
-    parameters = copies * (_block_parameters(s) + D * D + D) + features * D + D
-    macs = copies * (_block_macs(s) + tokens * D * D) + tokens * features * D
+    parameters = copies * (block_parameters(s) + D * D + D) + features * D + D
+    block = block_macs(s, tokens, tokens)
+    macs = copies * (block + tokens * D * D) + tokens * features * D
     if branch.form == "pixart":
-        macs += _block_macs(s) + s.patch**2 * s.in_channels * tokens * D
+        macs += block + s.patch**2 * s.in_channels * tokens * D
     return parameters, macs
 
 
@@ -803,7 +814,7 @@ class Lens(DiT):
 
 def lens_of(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> Callable[..., jax.Array]:
     """Build `InspectionSeam.lens`."""
-    lens = _with_fields_of(module(k, inputs, place), Lens, size=inputs.shape[:2])
+    lens = with_fields_of(module(k, inputs, place), Lens, size=inputs.shape[:2])
     apply: Callable[..., jax.Array] = lens.apply
     return apply
 

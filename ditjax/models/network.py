@@ -65,7 +65,7 @@ class Inputs(NamedTuple):
     beside x, and with `level` the level of their noise (`Conditions`).
     """
 
-    shape: tuple[int, ...]  # (H, W, C)
+    shape: tuple[int, ...]  # (H, W, C), or (F, H, W, C) of a clip
     out_channels: int
     num_classes: int
     interval: bool = False
@@ -76,13 +76,15 @@ class Inputs(NamedTuple):
 class Attention(NamedTuple):
     """The dimensions of a network's self-attention, which a mesh may split.
 
-    The blocks also process `extra` conditioning tokens, which are removed afterwards.
+    The blocks also process `extra` conditioning tokens, which are removed afterwards. With
+    `frames`, attention stays within a frame of that many tokens, or within a place of all frames.
     """
 
     tokens: int
     extra: int
     heads: int
     head_width: int
+    frames: int = 1
 
 
 class NetworkCost(NamedTuple):
@@ -186,7 +188,8 @@ class Network(NamedTuple):
     t, Conditions). `cost` is None if no closed form is known. `rules` are the sharding rules of the
     parameters. `rates(k)` maps a parameter's path to its learning-rate multiplier, or is None if
     all are 1. `varied` are the keys that `NetworkCost.name` shows, in that order. `interval`: the
-    module takes the interval of `Conditions`, and with `given` channels and their level.
+    module takes the interval of `Conditions`, and with `given` channels and their level. `clips`:
+    it takes clips f32[B,F,H,W,C], too.
 
     For fine-tuning, `grafts` are the rules of the leaves that follow the inputs
     (`models/grafting.py`), `inherited` the keys that weights were trained with and do not show, and
@@ -210,3 +213,4 @@ class Network(NamedTuple):
     inspection: InspectionSeam | None = None
     interval: bool = False
     given: bool = False
+    clips: bool = False

@@ -34,6 +34,15 @@ ACTIVATIONS: dict[str, P] = {
     "similarities": P(BATCH_AXES, None),  # [B, B], of every row with every other
 }
 
+# The same with an axis of groups behind the batch, within which attention stays: a clip's frames,
+# or its places. `context` splits the groups, so that every query and key of one is on one device.
+GROUPED: dict[str, P] = {
+    "tokens": P(BATCH_AXES, "context", None, None),  # [B, G, N, D]
+    "hidden": P(BATCH_AXES, "context", None, "tensor"),  # [B, G, N, 4D]
+    "queries": P(BATCH_AXES, "context", "tensor", None, None),  # [B, G, H, N, d]
+    "keys": P(BATCH_AXES, "context", "tensor", None, None),
+}
+
 # The share of the parameters that may be replicated along an fsdp or tensor axis. Networks below a
 # million parameters may exceed it: their biases alone do, and there is no memory to save.
 MOST_WHOLE, SMALL = 0.02, 1_000_000
@@ -112,17 +121,18 @@ def activation_placement(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
     """
 
     def place(name: str, x: jax.Array) -> jax.Array:
-        spec = ACTIVATIONS[name]
+        spec = ACTIVATIONS[name] if len(ACTIVATIONS[name]) == x.ndim else GROUPED[name]
         _check_divides(spec, x.shape, mesh, name)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return place
 
 
-def check_tokens(tokens: int, extra: int, heads: int, mesh: Mesh) -> None:
+def check_tokens(tokens: int, extra: int, heads: int, mesh: Mesh, frames: int = 1) -> None:
     """Raise UserError if `context` does not divide a network's tokens, or `tensor` its heads.
 
-    `extra` conditioning tokens are added to the others within the blocks.
+    `extra` conditioning tokens are added to the others within the blocks. Of more than one, the
+    `frames` are groups, which `context` must divide, too.
     """
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
     if tokens % context or (tokens + extra) % context:
@@ -131,6 +141,11 @@ def check_tokens(tokens: int, extra: int, heads: int, mesh: Mesh) -> None:
         raise UserError(
             f"mesh axis context={context} does not divide the model's {tokens} tokens{joined}:"
             f" sizes that do: {_legal(common)}."
+        )
+    if frames > 1 and frames % context:
+        raise UserError(
+            f"mesh axis context={context} does not divide the model's {frames} groups of frames:"
+            f" sizes that do: {_legal(math.gcd(tokens, frames))}."
         )
     if heads % tensor:
         raise UserError(

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ditjax.data.clips import encode_gif, picture
 from ditjax.errors import UserError
 from ditjax.reporting.study import Group, by_patch, described, described_by, names_by_size
-from ditjax.runs.results import SAMPLES_FILE, Found, load_samples, tile
+from ditjax.runs.results import SAMPLES_FILE, Found, load_samples, tile, tiled_frames
 from ditjax.studies.words import metric_name, number, plural
 
 MAX_ROWS, MAX_COLUMNS = 8, 5
@@ -88,10 +89,14 @@ def data_uri(images: NDArray[np.uint8]) -> str:
     """A square of the first 9, 4 or 1 images u8[n,H,W,C] as one picture in a data: URI.
 
     Images larger than PAGE_SIDE are scaled down. The picture is a JPEG if they are larger than 64
-    pixels, else a PNG.
+    pixels, else a PNG. Of clips u8[n,F,H,W,C] it is a GIF of the same square in motion.
     """
     from PIL import Image
 
+    if images.ndim == 5:
+        shrink = -(-max(images.shape[2:4]) // PAGE_SIDE)
+        frames = tiled_frames(images[:4, :, ::shrink, ::shrink], min(len(images), 2))
+        return f"data:image/gif;base64,{base64.b64encode(encode_gif(frames)).decode()}"
     side = max(images.shape[1:3])
     most = 9 if side <= 32 else 4
     columns = int(min(len(images), most) ** 0.5)
@@ -104,12 +109,11 @@ def data_uri(images: NDArray[np.uint8]) -> str:
         ]
         images = np.stack([*map(np.asarray, smaller)]).reshape(len(images), height, width, -1)
     grid = tile(images, columns, gap=1 if side <= 32 else 2)
-    picture = Image.fromarray(grid[:, :, 0] if grid.shape[2] == 1 else grid)
     buffer = io.BytesIO()
     if side <= 64:
-        picture.save(buffer, format="PNG", optimize=True)
+        picture(grid).save(buffer, format="PNG", optimize=True)
         kind = "png"
     else:
-        picture.save(buffer, format="JPEG", quality=82)
+        picture(grid).save(buffer, format="JPEG", quality=82)
         kind = "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

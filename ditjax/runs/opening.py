@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ditjax.config import Config, as_tree, migrated, read
-from ditjax.data import latents, source
+from ditjax.data import latents, records, source
 from ditjax.data.captions import TextSpec
 from ditjax.data.classes import ClassNames, class_names, names_of
 from ditjax.data.folders import report_reading
@@ -42,6 +42,8 @@ def data_spec(c: Config) -> source.DataSpec:
         split=d.split,
         image_size=d.image_size,
         channels=d.channels,
+        frames=d.frames,
+        frame_stride=d.frame_stride,
         flip=d.flip,
         data_dir=d.data_dir or None,
         cache_mb=d.cache_mb,
@@ -81,10 +83,7 @@ def check_data(c: Config) -> source.DatasetInfo:
             f"data: {d.name}, {d.split}: {info.num_examples:,} records of {many}; nothing left out"
         )
     if is_latents(d.name):
-        expected, found = (
-            (c.input_size, c.input_size, c.input_channels),
-            source.latent_shape(d.name),
-        )
+        expected, found = c.input_shape, source.latent_shape(d.name)
         if found != expected:
             raise UserError(
                 f"data set {d.name!r} holds latents of {list(found)}, but the recipe's are"
@@ -92,6 +91,8 @@ def check_data(c: Config) -> source.DatasetInfo:
                 " encoding, or encode the data set again."
             )
         _check_statistics(c)
+    elif d.frames > 1:
+        records.check_frames(data_spec(c))
     return info
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditjax.config import check_recorded
+from ditjax.data import clips
 from ditjax.errors import FaultError, UserError, nearest, shown
 from ditjax.files import faults, npz
 from ditjax.files.atomic import finite_or_null, load_json, write_atomic, write_json
@@ -215,22 +216,40 @@ def save_grid(
     """Write images u8[N,H,W,C] (C = 1 or 3) as a PNG of ceil(N / columns) rows, in reading order.
 
     Each pixel is repeated `upscale` times. Between the images are `gap` white pixels, before
-    upscaling, and unused cells are white.
+    upscaling, and unused cells are white. Clips u8[N,F,H,W,C] are strips of their frames, one a
+    row, and the grid in motion is written beside them, as NAME.gif.
     """
-    from PIL import Image
-
-    grid = tile(images, columns, gap=gap)
     if upscale < 1:
         raise UserError(f"upscale {upscale}: expected an integer of at least 1.")
-    grid = grid.repeat(upscale, axis=0).repeat(upscale, axis=1)
+    if np.ndim(images) == 5:
+        frames = tiled_frames(images, columns, gap=gap, upscale=upscale)
+        write_atomic(Path(path).with_suffix(".gif"), clips.encode_gif(frames))
+    grid = _enlarged(tile(images, columns, gap=gap), upscale)
     buffer = io.BytesIO()
-    Image.fromarray(grid[:, :, 0] if grid.shape[2] == 1 else grid).save(buffer, format="PNG")
+    clips.picture(grid).save(buffer, format="PNG")
     return write_atomic(path, buffer.getvalue())
 
 
+def _enlarged(grid: _Images, upscale: int) -> _Images:
+    return grid.repeat(upscale, axis=-3).repeat(upscale, axis=-2)
+
+
+def tiled_frames(
+    images: _Images, columns: int, *, gap: int = 1, upscale: int = 1
+) -> NDArray[np.uint8]:
+    """Clips u8[N,F,H,W,C] -> the frames of a grid of them, u8[F,h,w,C]."""
+    frames = [tile(each, columns, gap=gap) for each in np.moveaxis(images, 1, 0)]
+    return _enlarged(np.stack(frames), upscale)
+
+
 def tile(images: _Images, columns: int, *, gap: int = 1) -> _Images:
-    """Tile u8[N,H,W,C] on white -> u8[rows·H + (rows-1)·gap, columns·W + (columns-1)·gap, C]."""
+    """Tile u8[N,H,W,C] on white -> u8[rows·H + (rows-1)·gap, columns·W + (columns-1)·gap, C].
+
+    A clip of u8[N,F,H,W,C] is a row of its frames.
+    """
     images = _checked_images(images)
+    if images.ndim == 5:
+        images, columns = images.reshape(-1, *images.shape[2:]), images.shape[1]
     n, height, width, channels = images.shape
     if columns < 1 or gap < 0 or n < 1:
         raise UserError(
@@ -249,7 +268,7 @@ def tile(images: _Images, columns: int, *, gap: int = 1) -> _Images:
 def load_samples(
     path: str | os.PathLike[str], limit: int | None = None
 ) -> tuple[_Images, NDArray[np.int32] | None]:
-    """Read an npz: arr_0 u8[N,H,W,C] and label i32[N] or None, or only the first `limit` of them.
+    """Read an npz: arr_0 u8[N,..,H,W,C] and label i32[N] or None, or the first `limit` of them.
 
     Raises UserError with the names of the file and the array. Pickled arrays are refused.
     """
@@ -273,9 +292,10 @@ def checked_labels(
 
 def _checked_images(images: _Images, name: str = "images are") -> _Images:
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+    if images.dtype != np.uint8 or images.ndim not in (4, 5) or images.shape[-1] not in (1, 3):
         raise UserError(
-            f"{name} {images.dtype}{list(images.shape)}, expected u8[N,H,W,C] with C = 1 or 3."
+            f"{name} {images.dtype}{list(images.shape)}, expected u8[N,H,W,C], or u8[N,F,H,W,C] of"
+            " clips, with C = 1 or 3."
         )
     return images
 

@@ -26,7 +26,7 @@ from ditjax.training.task import Frozen
 
 
 class Drawn(NamedTuple):
-    """Samples start to start + B: images u8[B,H,W,C], label i32[B]."""
+    """Samples start to start + B: images u8[B,..,H,W,C], label i32[B]."""
 
     start: int
     images: np.ndarray
@@ -158,6 +158,7 @@ def sampling_protocol(
         "ema_decay": c.train.ema_decay if s.weights == "ema" else None,
         "decoder": decoder,
         "image_size": c.data.image_size,
+        **({"frames": [c.data.frames, c.data.frame_stride]} if c.data.frames > 1 else {}),
         "sampling_precision": [c.model.dtype, c.model.matmul],
         **({"guide": guide} if guide and guided else {}),
         **({"control_others": list(others)} if others else {}),
@@ -187,7 +188,7 @@ def draw_to(
     duration in seconds.
     """
     began, num = time.monotonic(), c.sample.num
-    shape = (*(size or 2 * (c.data.image_size,)), c.data.channels)
+    shape = (*size, c.data.channels) if size else c.data.shape
     drawer.sampler(c)  # raises before anything is written
     writer, ranges = None, []
     if is_primary():

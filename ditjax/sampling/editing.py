@@ -178,6 +178,11 @@ def request_of(
 
 def _images(c: Config, source: Pictures, what: str, *, floats: bool = False) -> np.ndarray:
     """u8[N,H,W,C] with the recipe's channels, or finite floats if these are allowed."""
+    if c.data.frames > 1:
+        raise UserError(
+            f"config.data.frames is {c.data.frames}: edits are of images, and this network draws"
+            " clips."
+        )
     images = np.stack(_same_size([_pixels(each, what) for each in _each(source)], what))
     images = images[..., None] if images.ndim == 3 else images
     fits = images.dtype == np.uint8 or (floats and images.dtype in (np.float32, np.float64))

@@ -22,6 +22,7 @@ from PIL import Image
 from ditjax import __version__
 from ditjax.config import Config, adapters_of, changed, check_used, hints, replaced
 from ditjax.data.classes import ClassNames, parse_classes
+from ditjax.data.clips import picture
 from ditjax.errors import UserError
 from ditjax.files import lease
 from ditjax.models.network import Rules
@@ -29,6 +30,7 @@ from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
+from ditjax.runs.results import tile
 from ditjax.runs.snapshots import average_record
 from ditjax.sampling import editing
 from ditjax.sampling.draw import Drawer, digests_of, draw_to, sampling_protocol
@@ -177,7 +179,10 @@ def open_run_source(
 
 
 class Output(NamedTuple):
-    """PIL images, the same images as u8[N,H,W,C], labels i32[N], and a record of the settings."""
+    """PIL images, the same images as u8[N,H,W,C], labels i32[N], and a record of the settings.
+
+    Of clips, the images are strips of their frames, and the array is u8[N,F,H,W,C].
+    """
 
     images: list[Image.Image]
     array: np.ndarray
@@ -364,7 +369,7 @@ class Pipeline:
             given=given,
             title="" if quiet else "sample",
         )
-        images = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in drawn.images]
+        images = [picture(tile(x[None], 1, gap=0)) for x in drawn.images]
         record = self._record(c, label_of, edited, time.monotonic() - began, others)
         return Output(images, drawn.images, drawn.label, record)
 

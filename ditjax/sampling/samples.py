@@ -29,7 +29,7 @@ _PART = re.compile(r"(\d{9})-(\d{9})\.npz")
 
 
 class SampleWriter:
-    """Write `count` images u8[H,W,C], with labels i32 if `labelled`, to the npz at `path`.
+    """Write `count` images u8[H,W,C] or clips u8[F,H,W,C], and labels i32 if `labelled`, to `path`.
 
     `provenance` is plain JSON of all that the samples depend on (weights, sampler, seed), and is
     stored in the npz. A set that was begun with another provenance is removed with `replace`;
@@ -40,16 +40,16 @@ class SampleWriter:
         self,
         path: str | os.PathLike[str],
         count: int,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         provenance: Mapping[str, Any],
         *,
         labelled: bool,
         replace: bool = False,
     ) -> None:
-        if count < 1 or len(shape) != 3 or min(shape) < 1 or shape[2] not in (1, 3):
+        if count < 1 or len(shape) not in (3, 4) or min(shape) < 1 or shape[-1] not in (1, 3):
             raise UserError(
-                f"{count} samples of {list(shape)}: expected at least one, of [H,W,C] with C = 1"
-                " or 3."
+                f"{count} samples of {list(shape)}: expected at least one, of [H,W,C] or [F,H,W,C]"
+                " with C = 1 or 3."
             )
         self.path, self.count, self.shape, self.labelled = Path(path), count, tuple(shape), labelled
         self.parts = self.path.with_name(f"{self.path.name}.parts")

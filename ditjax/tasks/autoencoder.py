@@ -111,9 +111,16 @@ def _frozen_module(c: Config) -> AutoencoderKL:
 
 
 def encode_images(c: Config, params: Any, images: jax.Array) -> Moments:
-    """The posterior q(z|x) of images f32[B,H,W,C] in [-1, 1]."""
+    """The posterior q(z|x) of images f32[B,H,W,C] in [-1, 1], or of every frame of clips."""
     apply: Callable[..., Any] = _frozen_module(c).apply
-    return apply(params, images, method="encode")
+    moments: Moments = apply(params, frames_of(images), method="encode")
+    lead = images.shape[:-3]
+    return Moments(*(x.reshape(*lead, *x.shape[-3:]) for x in moments))
+
+
+def frames_of(x: jax.Array) -> jax.Array:
+    """All images of f32[B,..,H,W,C], such as the frames of clips, in one batch."""
+    return x.reshape(-1, *x.shape[-3:])
 
 
 def draw_latents(c: Config, moments: Moments, key: jax.Array) -> jax.Array:
@@ -151,9 +158,10 @@ def _channels(values: tuple[float, ...], z: jax.Array) -> jax.Array:
 
 
 def decode_latents(c: Config, params: Any, z: jax.Array) -> jax.Array:
-    """Decode normalised latents f32[B,h,w,c] to images f32[B,H,W,C], approximately in [-1, 1]."""
+    """Decode normalised latents f32[B,..,h,w,c] to f32[B,..,H,W,C], approximately in [-1, 1]."""
     apply: Callable[..., Any] = _frozen_module(c).apply
-    return apply(params, denormalized(c, z), method="decode")
+    images: jax.Array = apply(params, frames_of(denormalized(c, z)), method="decode")
+    return images.reshape(*z.shape[:-3], *images.shape[-3:])
 
 
 _ARCHITECTURE = (

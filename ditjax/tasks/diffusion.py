@@ -74,7 +74,7 @@ def inputs_of(c: Config) -> Inputs:
     learned = c.diffusion.variance in ("learned_range", "unused")
     channels = c.input_channels
     return Inputs(
-        shape=(c.input_size, c.input_size, channels),
+        shape=c.input_shape,
         out_channels=channels * (2 if learned else 1),
         num_classes=c.data.num_classes,
         interval=training_loss(c.diffusion).interval,
@@ -103,7 +103,7 @@ def placement(c: Config, mesh: Mesh) -> Placement:
     chosen = None if kernel is attend else rules.by_heads(kernel, mesh)
     if mesh.size == 1:
         return Placement(attend=chosen)
-    rules.check_tokens(split.tokens, split.extra, split.heads, mesh)
+    rules.check_tokens(split.tokens, split.extra, split.heads, mesh, split.frames)
     return Placement(
         rules.activation_placement(mesh),
         merge_rows=mesh.shape["context"] == 1,
@@ -341,6 +341,16 @@ def check(c: Config) -> None:
         raise UserError(
             f"config.diffusion.loss is {c.diffusion.loss!r}, which needs a network of two times,"
             f" and config.model.kind is {c.model.kind!r}: choose another network, or another loss."
+        )
+    if c.data.frames > 1 and not network_of(c).clips:
+        raise UserError(
+            f"config.data.frames is {c.data.frames}, and config.model.kind is {c.model.kind!r}, a"
+            " network of images: set kind to 'video', or frames to 1."
+        )
+    if c.data.frames > 1 and control.is_controlled(c):
+        raise UserError(
+            f"config.data.frames is {c.data.frames}, and a control is of an image: set it to 1, or"
+            " config.adapt.kind to another than 'control'."
         )
     given.check_given(c, network_of(c))
     network_of(c).check(c.model, inputs_of(c))

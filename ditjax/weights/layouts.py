@@ -25,7 +25,8 @@ class LeafRule(NamedTuple):
     """One of our leaves and the tensors that hold it elsewhere.
 
     Several names are parts of one tensor along its first axis (to_q, to_k, to_v). A name with '{i}'
-    exists once per layer. With `copies`, our one leaf is repeated in each of their layers.
+    exists once per layer: our layer n is their layer `first` + n `every`. With `copies`, our one
+    leaf is repeated in each of their layers.
     """
 
     ours: str
@@ -34,6 +35,12 @@ class LeafRule(NamedTuple):
         "vector", "table", "linear", "conv", "linear_as_conv", "linear_as_conv1d", "patch", "heads"
     ]
     copies: bool = False
+    first: int = 0
+    every: int = 1
+
+    def names(self, layer: int) -> list[str]:
+        """Their names of one of our layers."""
+        return [name.format(i=self.first + layer * self.every) for name in self.theirs]
 
     @property
     def stacked(self) -> bool:
@@ -117,8 +124,7 @@ def expected_shapes(layout: Layout, ours: Shapes, *, patch: int = 1, depth: int 
         whole = _their_shape(rule.kind, shape[1:] if rule.stacked else shape, patch)
         part = (whole[0] // len(rule.theirs), *whole[1:])
         for i in _layers(rule, shape, depth):
-            for name in rule.theirs:
-                shapes[name.format(i=i)] = part
+            shapes |= dict.fromkeys(rule.names(i), part)
     return shapes
 
 
@@ -148,7 +154,7 @@ def to_ours(
 def _join(
     rule: LeafRule, theirs: Mapping[str, np.ndarray], layer: int, shape: tuple[int, ...]
 ) -> np.ndarray:
-    parts = [theirs[name.format(i=layer)] for name in rule.theirs]
+    parts = [theirs[name] for name in rule.names(layer)]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return _our_leaf(rule.kind, whole, shape)
 
@@ -172,8 +178,8 @@ def to_theirs(
         for i in _layers(rule, leaf.shape, depth):
             whole = _their_view(rule.kind, leaf[i] if rule.stacked else leaf, patch)
             size = whole.shape[0] // len(rule.theirs)
-            for part, name in enumerate(rule.theirs):
-                tensors[name.format(i=i)] = whole[part * size : (part + 1) * size]
+            for part, name in enumerate(rule.names(i)):
+                tensors[name] = whole[part * size : (part + 1) * size]
     return tensors
 
 
@@ -200,6 +206,15 @@ DIT_RELEASE: Layout = [
     *_linear("blocks/adaln/linear", "blocks.{i}.adaLN_modulation.1"),
     *_linear("final_layer/linear", "final_layer.linear"),
     *_linear("final_layer/adaln/linear", "final_layer.adaLN_modulation.1"),
+]
+
+# Latte (Vchitect/Latte, models/latte.py), a DiT of clips in the release's names: its blocks are
+# spatial and temporal in turn.
+LATTE: Layout = [rule for rule in DIT_RELEASE if not rule.stacked] + [
+    rule._replace(ours=rule.ours.replace("blocks", f"blocks/{kind}"), first=first, every=2)
+    for first, kind in enumerate(("spatial", "temporal"))
+    for rule in DIT_RELEASE
+    if rule.stacked
 ]
 
 # REPA's projector (sihyun-yu/REPA, models/sit.py) of one teacher, beside the names of the release.

@@ -25,6 +25,7 @@ from ditjax.files.atomic import read_json
 from ditjax.models.dit import PAPER_SIZES, DiTKeys, Size, parse_size
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.models.unet import UNetKeys
+from ditjax.models.video import temporal_table
 from ditjax.weights import layouts, vocabulary
 from ditjax.weights import tensors as weights
 from ditjax.weights.arguments import Arguments, Labels, labels_of, stated_process
@@ -33,7 +34,8 @@ from ditjax.weights.networks import LoadedNetwork, check_fit, shapes_of, task_of
 Numerics = Literal["auto", "release", "diffusers"]
 Wanted = Literal["dit", "autoencoder", "any"]
 
-_TABLE = {"release": "pos_embed", "diffusers": "pos_embed.pos_embed"}
+_TABLE = {"release": "pos_embed", "latte": "pos_embed", "diffusers": "pos_embed.pos_embed"}
+_TEMPORAL_TABLE = "temp_embed"  # of Latte
 
 _MAX_TIMESTEPS = 1_000_000
 # Of averaging in float32, relative to a value. Each update rounds twice by at most 2^-24, until the
@@ -53,7 +55,11 @@ _MARKS = {
 
 _FIRST = "transformer_blocks.0"
 
-_DIT_LAYOUTS = {"release": layouts.DIT_RELEASE, "diffusers": layouts.DIT_DIFFUSERS}
+_DIT_LAYOUTS = {
+    "release": layouts.DIT_RELEASE,
+    "latte": layouts.LATTE,
+    "diffusers": layouts.DIT_DIFFUSERS,
+}
 
 
 class WeightsOptions(TypedDict, total=False):
@@ -126,6 +132,8 @@ def load_network(
     assumed = given._replace(heads=heads or assumed_heads)
     if vocabulary.METADATA in file.metadata:
         return _without_effect(_load_ours(file), given)
+    if _TEMPORAL_TABLE in names:
+        return _load_dit(file, "latte", given)
     if any(name.startswith(("x_embedder.", "t_embedder.", "blocks.0.attn.")) for name in names):
         return _load_dit(file, "release", assumed)
     if _UNET in names:
@@ -272,7 +280,7 @@ def _dit_recipe(
     file: weights.TensorFile, layout: str, given: Given, arguments: Arguments, labels: Labels
 ) -> Config:
     """The recipe of a DiT, from the shapes of its tensors and what the file says in words."""
-    release = layout == "release"
+    release = layout != "diffusers"
     prefix = "x_embedder" if release else "pos_embed"
     D, C, p, _ = _shape(file, f"{prefix}.proj.weight", 4)
     depth = _count(file.tensors, r"(?:transformer_)?blocks\.([0-9]{1,9})\.")
@@ -282,11 +290,7 @@ def _dit_recipe(
         "blocks.0.mlp.fc1.weight" if release else "transformer_blocks.0.ff.net.0.proj.weight",
         2,
     )
-    if out not in (p * p * C, 2 * p * p * C):
-        raise UserError(
-            f"{file.path}: its last layer has {out} outputs: expected {p * p * C}, or"
-            f" {2 * p * p * C} with a learned variance, for {p}x{p} patches of {C} channels."
-        )
+    _check_outputs(file.path, out, p, C)
     if not release:
         _check_config(file, _DIT_CONFIG)
     input_size = _input_size(file, layout, p)
@@ -295,6 +299,7 @@ def _dit_recipe(
     norm2_eps = file.config.get("norm_eps", 1e-5) if of_diffusers else 1e-6
     latent = C not in (1, 3)
     projector = _projector(file, depth, arguments)
+    frames = _shape(file, _TEMPORAL_TABLE, 3)[1] if layout == "latte" else 0
     learned, process = out == 2 * p * p * C, _process(arguments, bool(projector))
     flows = "process" in process
     return _recipe(
@@ -308,6 +313,7 @@ def _dit_recipe(
                 "norm2_eps": norm2_eps,
                 "label_dropout": labels.dropout,
                 **projector,
+                **({"kind": "video", "video": "alternate"} if frames else {}),
             },
             "diffusion": {
                 **process,
@@ -319,15 +325,25 @@ def _dit_recipe(
                 "image_size": input_size * (8 if latent else 1),
                 "num_classes": labels.classes,
                 "channels": 3 if latent else C,
+                **({"frames": frames} if frames else {}),
             },
             "autoencoder": {"kind": "kl" if latent else "none", "latent_channels": C},
             "sample": {
-                "cfg_channels": "three" if release and C >= 3 else "all",
+                # Latte guides all channels.
+                "cfg_channels": "three" if layout == "release" and C >= 3 else "all",
                 "clip_x0": not latent,
                 **(_SIT_SAMPLING if flows else {}),
             },
         },
     )
+
+
+def _check_outputs(path: Path, out: int, p: int, C: int) -> None:
+    if out not in (p * p * C, 2 * p * p * C):
+        raise UserError(
+            f"{path}: its last layer has {out} outputs: expected {p * p * C}, or {2 * p * p * C}"
+            f" with a learned variance, for {p}x{p} patches of {C} channels."
+        )
 
 
 # REPA's process, where a file with its projector does not state one.
@@ -372,8 +388,8 @@ _SIT_SAMPLING = {"sampler": "sde", "steps": "250", "last_step": 0.04}
 
 def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetwork:
     arguments = Arguments(file.path, file.config, file.extra)
-    of_table = {"release": "y_embedder", "diffusers": f"{_FIRST}.norm1.emb.class_embedder"}
-    rows, _ = _shape(file, f"{of_table[layout]}.embedding_table.weight", 2)
+    of_table = f"{_FIRST}.norm1.emb.class_embedder" if layout == "diffusers" else "y_embedder"
+    rows, _ = _shape(file, f"{of_table}.embedding_table.weight", 2)
     labels = labels_of(arguments, rows, given.num_classes, DiTKeys().label_dropout)
     config = _dit_recipe(file, layout, given, arguments, labels)
     size, p = parse_size(config.model.size), config.model.patch
@@ -383,14 +399,19 @@ def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetw
     rules = _DIT_LAYOUTS[layout] + (layouts.REPA_PROJECTOR if config.model.align_block else [])
     expected = dict(layouts.expected_shapes(rules, shapes, patch=p, depth=size.depth))
     table = _TABLE[layout]
-    if layout == "release" or table in file.tensors:
+    if layout != "diffusers" or table in file.tensors:
         expected[table] = (1, side**2, size.width)
-    # The table is compared and not used: its type does not matter.
+    if layout == "latte":
+        expected[_TEMPORAL_TABLE] = (1, config.data.frames, size.width)
+    # The tables are compared and not used: their type does not matter.
+    tables = {table, _TEMPORAL_TABLE}
     weights.check_tensors(
-        file.path, f"{what} {_program(layout)}", file.tensors, expected, any_float={table}
+        file.path, f"{what} {_program(layout)}", file.tensors, expected, any_float=tables
     )
     if table in expected:
         _check_table(file.path, table, file.tensors[table], size.width, side)
+    if layout == "latte":
+        _check_times(file.path, file.tensors[_TEMPORAL_TABLE], size.width)
     notes = (
         file.account,
         *(() if labels.stated else (_unstated_labels(file.path, rows),)),
@@ -514,6 +535,7 @@ def _mlp_ratio(hidden: int, width: int) -> float:
 def _program(layout: str) -> str:
     return {
         "release": "the public release",
+        "latte": "Latte",
         "diffusers": "diffusers",
         "diffusers_old": "diffusers before 0.14",
         "ldm": "latent diffusion",
@@ -612,6 +634,18 @@ def _check_table(path: Path, name: str, table: np.ndarray, width: int, side: int
         raise UserError(
             f"{path}: {name} differs from the 2-D sin-cos table by {error.max():.2g}, and not as"
             " averaging makes it: learned or other tables are not supported."
+        )
+
+
+def _check_times(path: Path, table: np.ndarray, width: int) -> None:
+    """Raise UserError unless a table of times is the frozen one, as far as averaging leaves it."""
+    expected = temporal_table(table.shape[1], width)
+    error = np.abs(table[0].astype(np.float32) - expected)
+    unit = 2e-6 if table.dtype.itemsize > 2 else 2.0**-8
+    if not (error <= unit + _AVERAGING_DRIFT * np.abs(expected)).all():
+        raise UserError(
+            f"{path}: {_TEMPORAL_TABLE} differs from the 1-D sin-cos table by {error.max():.2g}:"
+            " learned or other tables are not supported."
         )
 
 

@@ -13,10 +13,12 @@ import numpy as np
 from ditjax import __version__
 from ditjax.config import Autoencoder, Config, changed
 from ditjax.errors import UserError
+from ditjax.files.assets import unflatten
 from ditjax.files.atomic import recordable, write_json
 from ditjax.models import dit
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.models.unet import UNetKeys
+from ditjax.models.video import VideoKeys, temporal_table
 from ditjax.weights import layouts, vocabulary
 from ditjax.weights import tensors as weights
 from ditjax.weights.arguments import sit_arguments
@@ -43,6 +45,8 @@ def write_ditjax(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     if "sample" in kept:
         kept["sample"] |= {"guide": "", "adapters": ""}
     kept["data"] = {key: tree["data"][key] for key in _KEPT_DATA}
+    if tree["data"]["frames"] > 1:
+        kept["data"]["frames"] = tree["data"]["frames"]
     metadata = {"task": network.config.task, "config": kept, "version": __version__}
     return weights.write_safetensors(
         path,
@@ -68,10 +72,32 @@ def write_release(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     return Path(path)
 
 
-def _release_state(network: LoadedNetwork) -> dict[str, np.ndarray]:
+def write_latte(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
+    """Write a state dict with Latte's names, its two tables of positions included.
+
+    Raises UserError for a network that Latte's code cannot express.
+    """
+    k, frames = network.config.model, network.config.data.frames
+    alternates = isinstance(k, VideoKeys) and k.video == "alternate" and k.tubelet == 1
+    if not alternates or frames == 1:
+        raise UserError(
+            f"Latte has no {network.name} of {frames} frame{'s' * (frames > 1)}: expected a DiT of"
+            " clips with config.model.video=alternate and tubelet=1."
+        )
+    _check_expressible(network, "Latte", kind=VideoKeys)
+    state = _release_state(network, layouts.LATTE)
+    width = state["x_embedder.proj.bias"].size
+    times = temporal_table(frames, width)[None].astype(network.dtype)
+    write_torch(path, {"temp_embed": times, **state})
+    return Path(path)
+
+
+def _release_state(
+    network: LoadedNetwork, layout: layouts.Layout = layouts.DIT_RELEASE
+) -> dict[str, np.ndarray]:
     """The release's state dict of a network, its position table included."""
     network, patch = folded(network), network.config.model.patch
-    tensors = layouts.to_theirs(layouts.DIT_RELEASE, network.leaves, patch=patch)
+    tensors = layouts.to_theirs(layout, network.leaves, patch=patch)
     side, width = network.config.input_size // patch, tensors["x_embedder.proj.bias"].size
     table = sincos_position_embedding(width, side, side)[None].astype(network.dtype)
     return {"pos_embed": table, **tensors}
@@ -159,18 +185,24 @@ def folded(network: LoadedNetwork) -> LoadedNetwork:
     if scale == 1:
         return network
     by = np.array([scale, 1.0, 1.0])[:, None, None]  # of [..., 3, H, d]
-    params = dict(network.params["params"])
-    attn = params["blocks"]["attn"]
-    qkv = {name: (leaf * by).astype(leaf.dtype) for name, leaf in attn["qkv"].items()}
-    params["blocks"] = {**params["blocks"], "attn": {**attn, "qkv": qkv}}
+    leaves = {
+        path: (leaf * by).astype(leaf.dtype) if "/attn/qkv/" in path else leaf
+        for path, leaf in network.leaves.items()
+    }
     config = changed(network.config, {"model": {"parametrization": "standard"}})
-    return network._replace(config=config, params={"params": params})
+    return network._replace(config=config, params={"params": unflatten(leaves)})
 
 
-def _check_expressible(network: LoadedNetwork, program: str, *, sit: bool = False) -> None:
+def _check_expressible(
+    network: LoadedNetwork,
+    program: str,
+    *,
+    sit: bool = False,
+    kind: type[dit.DiTKeys] = dit.DiTKeys,
+) -> None:
     """Raise UserError for a DiT that another program's code cannot express."""
     m, d = network.config.model, network.config.diffusion
-    if not isinstance(m, dit.DiTKeys):
+    if type(m) is not kind:
         raise UserError(f"{program} has no {network.name}: expected a DiT.")
     if sit:
         sit_arguments(network.config)  # raises for another process
