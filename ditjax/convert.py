@@ -1,14 +1,13 @@
 """python -m ditjax.convert: convert weights between ditjax and PyTorch's DiT or diffusers."""
 
 import functools
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 from ditjax import cli
 from ditjax.errors import UserError, first_few
 from ditjax.files import lease
+from ditjax.files.store import place, present
 from ditjax.models.dit import DiTKeys, query_factor
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening, rundir
@@ -38,7 +37,7 @@ def read_network(
     mesh = make_mesh(-1, 1)
     params, found = opening.network_weights(config, make_task(config), path, mesh, step)
     names = opening.class_names_of(path, config)
-    network = networks.from_run(config, params, (Path(path),), names)
+    network = networks.from_run(config, params, (place(path),), names)
     return network._replace(notes=(opening.account(path, found, config),))
 
 
@@ -148,8 +147,8 @@ def convert(
     which = options.get("which", "ema")
     decoders: list[LoadedNetwork] = []
     if target in FOLDERS:
-        lease.acquire(Path(out) / lease.FILE, out)
-    if os.path.exists(Path(source) / vocabulary.MODEL_INDEX):
+        lease.acquire(place(out) / lease.FILE, out)
+    if present(place(source) / vocabulary.MODEL_INDEX):
         return _convert_pipeline(source, target, out, autoencoder, class_names, options)
     found = TARGETS[target].read(source, target, step, class_names, options)
     if autoencoder and target != "pipeline":

@@ -21,6 +21,7 @@ from ditjax.evaluation.validation import held_out_means
 from ditjax.files import faults, npz
 from ditjax.files.atomic import protocol_hash, write_json
 from ditjax.files.npz import read_provenance
+from ditjax.files.store import place
 from ditjax.parallel.mesh import make_mesh, mesh_of
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
@@ -136,13 +137,13 @@ def evaluate_run(
     if task.sampling is None:
         params, step = opening.load_weights(c, task, workdir, mesh, step)
         metrics, protocol = held_out_means(c, mesh, params)
-        return save_evaluation(Path(workdir), step, metrics, protocol)
+        return save_evaluation(place(workdir), step, metrics, protocol)
     evaluator = Evaluator(c, mesh, task.frozen(mesh))
     params, model = load_model(c, workdir, mesh, step)
-    found = evaluator.of_run(c, params, Path(workdir), model)
+    found = evaluator.of_run(c, params, place(workdir), model)
     average = {name: model[name] for name in ("average",) if name in model}
     return save_evaluation(
-        Path(workdir), model["step"], found.metrics, found.protocol, found.reference, average
+        place(workdir), model["step"], found.metrics, found.protocol, found.reference, average
     )
 
 

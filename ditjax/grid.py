@@ -31,6 +31,7 @@ from ditjax.evaluate import EVALUATION_FILE, FLAGS, save_picture
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files import atomic, faults
 from ditjax.files.paths import split_paths
+from ditjax.files.store import place
 from ditjax.parallel import processes
 from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
@@ -555,7 +556,7 @@ def main(argv: list[str]) -> int:
     trained = open_runs(args.workdir, config_of)
     if len(trained) > 1 and not args.out:
         raise UserError(f"a grid of {len(trained)} runs needs --out=DIR.")
-    out = Path(args.out or trained[0].folder / "grid")
+    out = place(args.out or trained[0].folder / "grid")
     if out.exists() and not out.is_dir():  # before hours of work, not after
         raise UserError(f"--out={out} is a file: give a folder.")
     study = _load_published(args.published) if args.published else None

@@ -15,6 +15,7 @@ from ditjax import cli
 from ditjax.errors import UserError, first_few
 from ditjax.files.atomic import write_atomic, write_json, write_text
 from ditjax.files.paths import split_paths
+from ditjax.files.store import place
 from ditjax.reporting.analysis import Analysis, analyse
 from ditjax.reporting.curves import Logs
 from ditjax.reporting.figures import pictures
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     folders = split_paths(arguments.runs, "--runs")
-    out_dir = Path(arguments.out) if arguments.out else folders[0] / "report"
+    out_dir = place(arguments.out) if arguments.out else folders[0] / "report"
     print(make_report(folders, out_dir, metric=arguments.metric).text)
     return 0
 
@@ -77,7 +78,7 @@ def make_report(
     scored.csv if cells have published figures.
     Raises UserError if there is no result or `out_dir` cannot be written.
     """
-    out_dir = Path(out_dir)
+    out_dir = place(out_dir)
     found, problems = find_results(run_dirs)
     if not found:
         where = ", ".join(map(str, run_dirs))

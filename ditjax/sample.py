@@ -12,6 +12,7 @@ from ditjax.data import clips
 from ditjax.errors import UserError
 from ditjax.files.atomic import write_atomic, write_json
 from ditjax.files.paths import split_paths
+from ditjax.files.store import place
 from ditjax.parallel.processes import is_primary
 from ditjax.runs.results import load_samples, save_grid, tiled_frames
 from ditjax.sampling.cascade import Cascade, parse_upsamplers, stage_file
@@ -179,7 +180,7 @@ def main(argv: list[str]) -> int:
         clips.check_mp4(config.data.frames)
     flags = {"image": args.image, "mask": args.mask}
     edit = request_of(config, args.edit, flags, [key for key in given if key != "seed"])
-    folder = Path(args.out or Path(args.workdir or ".") / "drawn")
+    folder = place(args.out or place(args.workdir or ".") / "drawn")
     if folder.exists() and not folder.is_dir():  # before hours of work, not after
         raise UserError(f"--out={folder} is a file: give a folder.")
     pipeline = Pipeline(source, config)

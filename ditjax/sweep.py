@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from ditjax import cli
 from ditjax.config import Config, migrated
@@ -19,6 +19,7 @@ from ditjax.errors import FaultError, StoppedError, UserError, one_line
 from ditjax.evaluate import save_evaluation
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files import atomic, faults, lease
+from ditjax.files.store import Mirror, is_object, place
 from ditjax.machines import costs
 from ditjax.machines import topology as machines
 from ditjax.machines.cost_text import cost_text
@@ -28,6 +29,7 @@ from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, results, rundir
 from ditjax.runs.log import Progress, last_metrics
 from ditjax.runs.provenance import cores, environment, typed
+from ditjax.runs.steps import check_can_hold
 from ditjax.sampling.draw import model_record
 from ditjax.sampling.program import sampling_of
 from ditjax.studies import status
@@ -45,6 +47,7 @@ from ditjax.tasks import make_task, resolved
 from ditjax.train import train
 
 LEASE = ".sweep.lease"  # of a whole study; the cells of an array job take only their own leases
+PROGRESS_EVERY = 20.0  # between lines of progress
 ORPHAN_SECONDS = 60.0  # time for a cell to save a checkpoint when its sweep is gone
 # The flags that select cells: processes of one study may differ in them.
 SELECTION = ("models", "cells", "shard", "failed")
@@ -198,27 +201,35 @@ def run_cells(
     failed: list[Cell] = []
     total = sum(cell.training_gflops for cell in study)
     done = total - sum(cell.training_gflops for cell in left)
-    progress = Progress("sweep", 100, "% of the work", every_seconds=20.0)
-    began = time.monotonic()
+    progress = Progress("sweep", 100, "% of the work", every_seconds=PROGRESS_EVERY)
+    began = reported = time.monotonic()
+    logs = Mirror(workdir) if is_object(workdir) else None
     try:
         while waiting or running:
             while waiting and free:
-                running.append(_start(waiting.pop(0), workdir, argv, free.pop(), command))
+                running.append(_start(waiting.pop(0), workdir, argv, free.pop(), command, logs))
             time.sleep(0.5)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 free.append(job.cpus)
                 done += job.cell.training_gflops
+                _ship(logs)
                 if not _log_end(job, workdir, time.monotonic() - began):
                     failed.append(job.cell)
-            share = done + sum(_progress(job, workdir) for job in running)
-            progress.report(min(99.0, 100 * share / total))
+            # Each question costs a store several requests.
+            if logs is None or time.monotonic() - reported > PROGRESS_EVERY:
+                share = done + sum(_progress(job, workdir) for job in running)
+                progress.report(min(99.0, 100 * share / total))
+                reported = time.monotonic()
     finally:
         for job in running:
             job.process.terminate()
         for job in running:
             job.process.wait()
             _record_end(job, workdir, status.STOPPED, "the sweep was stopped")
+        if logs:
+            with contextlib.suppress(OSError):  # of a store that does not answer
+                logs.close()
     progress.report(100)
     return failed
 
@@ -232,14 +243,18 @@ def _needs_no_process(cell: Cell, workdir: Path) -> bool:
 
 
 def _start(
-    cell: Cell, workdir: Path, argv: list[str], cpus: frozenset[int], typed_command: str
+    cell: Cell,
+    workdir: Path,
+    argv: list[str],
+    cpus: frozenset[int],
+    typed_command: str,
+    logs: Mirror | None,
 ) -> _Job:
     """Start the process of a cell on some CPU cores."""
     folder = rundir.inside(workdir / rundir.RUNS, cell.name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         status.clear_ending(folder)
-        log = (folder / rundir.LOG_FILE).open("ab")
+        log = _open_log(folder, logs)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}.") from None
     command = [sys.executable, "-m", "ditjax.sweep", *argv, f"--index={cell.number}"]
@@ -258,6 +273,25 @@ def _start(
         if cpus:
             os.sched_setaffinity(0, ours)
     return _Job(cell, process, cpus)
+
+
+def _open_log(folder: Path, logs: Mirror | None) -> IO[bytes]:
+    """Open a cell's log to add to it; on a store, a file of this machine that is copied there."""
+    path = folder / rundir.LOG_FILE
+    if logs:
+        before = path.read_bytes() if path.exists() else b""
+        path = logs.local / rundir.RUNS / folder.name / rundir.LOG_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if logs and not path.exists():
+        path.write_bytes(before)
+    return path.open("ab")
+
+
+def _ship(logs: Mirror | None) -> None:
+    """Copy to a store what cells have logged; a failure is tried again later."""
+    if logs:
+        with contextlib.suppress(OSError):
+            logs.ship()
 
 
 def _progress(job: _Job, workdir: Path) -> float:
@@ -387,7 +421,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     early, _ = parser.parse_known_args(argv)
     _check_flags(early)
     if early.status and not any(word.startswith("--config=") for word in argv):
-        if not (Path(early.workdir) / rundir.RECIPE_FILE).exists():
+        if not (place(early.workdir) / rundir.RECIPE_FILE).exists():
             raise UserError(
                 f"{early.workdir} holds no study that has begun: give another --workdir, or the"
                 " study's --config=FILE as well."
@@ -399,7 +433,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
 def main(argv: list[str]) -> int:
     """Run the command: return 0 if no cell failed, 1 otherwise. Raises UserError."""
     args, config = _parse(argv)
-    workdir = Path(args.workdir)
+    workdir = place(args.workdir)
     study = cells(args.recipe)
     if args.index is not None and not 0 <= args.index < len(study):
         raise UserError(f"--index={args.index}: the study has cells 0 to {len(study) - 1}.")
@@ -474,7 +508,8 @@ def _cost_text(study: Sequence[Cell], name: str, *, compiled: bool) -> str:
 
 
 def _check_study(workdir: Path, recipe: Mapping[str, Any], study: Sequence[Cell]) -> None:
-    """Raise UserError if the directory holds another study."""
+    """Raise UserError if the directory holds another study, or can hold no run."""
+    check_can_hold(workdir)
     recorded: Mapping[str, Any] = {}
     if not rundir.is_run(workdir):
         with contextlib.suppress(UserError):  # none yet, or damaged and soon rewritten

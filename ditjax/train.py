@@ -24,6 +24,7 @@ from ditjax.errors import StoppedError, UserError
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files import lease
 from ditjax.files.atomic import protocol_hash, write_json
+from ditjax.files.store import Mirror, is_object
 from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
 from ditjax.parallel.stopping import RESUME_HINT, Stopping
@@ -165,6 +166,7 @@ class Session:
     def save(self, step: int, score: Score | None) -> None:
         """Save a checkpoint of the state and of the position in the data."""
         lease.check_held()
+        self.log.sync()  # a run that resumes at this step has every line up to it
         if self.snapshots:  # a run that resumes at this step has every snapshot up to it
             self.snapshots.wait()
         position = {**position_of(self.config), **self.meter.position()}
@@ -410,6 +412,8 @@ class _Profile:
 
     def __init__(self, steps: range, folder: Path) -> None:
         self._steps, self._folder, self._open = steps, folder, False
+        # The profiler writes to disks only.
+        self._mirror = Mirror(folder) if steps and is_object(folder) else None
 
     def step(self, step: int, state: TrainState) -> AbstractContextManager[Any]:
         """Return a context for a step's dispatch; the first profiled step starts the trace."""
@@ -417,7 +421,7 @@ class _Profile:
             return contextlib.nullcontext()
         if step == self._steps[0]:
             jax.block_until_ready(state)  # so that the trace holds no earlier step
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(str(self._mirror.local if self._mirror else self._folder))
             self._open = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
@@ -437,6 +441,8 @@ class _Profile:
     def __exit__(self, *_: object) -> None:
         if self._open:
             self._stop()
+        if self._mirror:
+            self._mirror.close()
 
 
 class _Grids:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ditjax import cli
@@ -10,6 +9,7 @@ from ditjax.config import Config, migrated, read
 from ditjax.errors import UserError
 from ditjax.files.atomic import write_atomic, write_json, write_text
 from ditjax.files.paths import split_paths
+from ditjax.files.store import place
 from ditjax.models.dit import parse_size
 from ditjax.reporting.transfer import (
     RateRun,
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"no readable result.json below {args.runs}: run a sweep first.")
     runs = rate_runs(found, args.metric)
     made = rate_curves(runs)
-    out = Path(args.out) if args.out else folders[0] / "transfer"
+    out = place(args.out) if args.out else folders[0] / "transfer"
     diverged = sum(not math.isfinite(run.value) for run in runs)
     words = summary_of_seeds(made) + (f", {diverged} diverged" if diverged else "") + "."
     text = "\n".join(

@@ -24,6 +24,7 @@ from ditjax.data.pictures import (
 )
 from ditjax.errors import FaultError, UserError, first_few, reason
 from ditjax.files import faults, npz
+from ditjax.files.store import local_copy, place
 
 Images = NDArray[np.uint8]
 _T = TypeVar("_T")
@@ -133,8 +134,8 @@ def open_images(path: str | os.PathLike[str]) -> ImageSet:
     type or shape, or the first image that is damaged or differs in size from the first, and
     FaultError if the file system does not answer.
     """
-    path = Path(path)
-    return _open_folder(path) if faults.is_folder(path) else _open_npz(path)
+    path = place(path)
+    return _open_folder(local_copy(path)) if faults.is_folder(path) else _open_npz(path)
 
 
 # Of an npz of samples, those that are read: here, and by `evaluate`.

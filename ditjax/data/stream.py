@@ -30,6 +30,7 @@ from ditjax.data.records import (
 from ditjax.data.source import DataSpec, open_split
 from ditjax.errors import UserError
 from ditjax.files.masking import masked
+from ditjax.files.store import append_line
 
 # Philox streams of one seed: 0, 1, 2, ... order the epochs, the last one draws the flips, and the
 # one before it the captions.
@@ -109,8 +110,7 @@ def record_warnings(path: Path) -> Warn:
         print_warning(line)
         recorded = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         if line not in recorded:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+            append_line(path, line)
 
     return warn
 

@@ -23,6 +23,7 @@ from ditjax.evaluation.statistics import (
     statistics_hash,
 )
 from ditjax.files import faults, npz
+from ditjax.files.store import place
 from ditjax.metrics import frechet, neighbours, scores, sliced, uncertainty
 from ditjax.parallel import processes
 from ditjax.parallel.processes import is_primary
@@ -254,7 +255,7 @@ def open_reference(
 def _by_name(
     text: str, extractor: Extractor, side: int, data_dir: str, frames: int, stride: int
 ) -> Reference:
-    path = Path(text)
+    path = place(text)
     there = faults.exists(path)
     if there and not faults.is_folder(path) and _holds_statistics(path):
         return _from_statistics(path, extractor)

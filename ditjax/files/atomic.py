@@ -12,7 +12,6 @@ import json
 import math
 import os
 import secrets
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from ditjax.errors import FaultError, UserError
-from ditjax.files import faults
+from ditjax.files import faults, store
 from ditjax.files.masking import masked, masked_tree
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk that takes no more data
@@ -39,31 +38,51 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path`, synced and renamed to `path` when the block ends.
 
     Makes the folder. An exception leaves `path` as it was; a killed process leaves the temporary
-    file, which `unfinished` finds. Raises UserError if the folder cannot be made or written, and
-    FaultError if the disk is full.
+    file, which `unfinished` finds. On a store, a file of this machine that is uploaded at the end.
+    Raises UserError if the folder cannot be made or written, and FaultError if the disk is full or
+    the store does not answer.
     """
-    path = Path(path)
+    path = store.place(path)
+    if isinstance(path, store.ObjectPath):
+        with _write_errors(path), store.uploaded(path) as temporary:
+            yield temporary
+        return
     # A file of tempfile's has mode 600; this one follows the umask, for readers of a shared folder.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in FULL:
-            raise FaultError(full_disk(path, error)) from error
-        raise UserError(unwritable(path, error)) from error
+        with _write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Raise FaultError for a full disk or a store that does not answer, UserError for others."""
+    try:
+        yield
+    except OSError as error:
+        if store.is_object(path) and isinstance(error, TimeoutError):
+            raise FaultError(unanswered(path, error)) from error
+        if error.errno in FULL:
+            raise FaultError(full_disk(path, error)) from error
+        raise UserError(unwritable(path, error)) from error
+
+
 def unwritable(path: str | os.PathLike[str], error: OSError) -> str:
     """The error message for a file that cannot be written."""
     return f"cannot write {path}: {error.strerror or error}; choose a writable folder."
+
+
+def unanswered(path: str | os.PathLike[str], error: OSError) -> str:
+    """The error message for a store that does not answer."""
+    return f"cannot write {path}: {error.strerror}. Run the same command again to resume."
 
 
 def full_disk(path: str | os.PathLike[str], error: OSError) -> str:
@@ -91,7 +110,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write bytes to `path`, whole or not at all. Raises as `atomic_path`."""
     with atomic(path) as file:
         file.write(data)
-    return Path(path)
+    return store.place(path)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -136,13 +155,7 @@ def load_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
     ValueError if the file is not UTF-8, not JSON, too long or nested too deep.
     """
 
-    def read() -> bytes:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        with open(path, "rb") as file:
-            return file.read(limit + 1)
-
-    data = faults.retried(path, read)
+    data = faults.retried(path, lambda: store.read_start(path, limit + 1))
     if len(data) > limit:
         raise ValueError(f"it has more than {limit} bytes")
     try:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import jax
 
 from ditjax.errors import FaultError, one_line, reason
+from ditjax.files import store
 
 Read = TypeVar("Read")
 
@@ -120,7 +121,7 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 def _mode(path: str | os.PathLike[str]) -> int | None:
     def found() -> int | None:
         try:
-            return os.stat(path).st_mode
+            return store.place(path).stat().st_mode
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
                 return None

@@ -11,6 +11,8 @@ systems they do not work everywhere, or outlive their holders.
   has not changed for SILENCE_SECONDS of the waiting process's clock; clocks are never compared.
 - A lease is removed by renaming it to a unique name. Of several processes that try, one succeeds;
   it puts the file back if it is not the lease that it had judged.
+- On a store (gs://, s3://) there are neither links nor renames: `ObjectLease` writes only if nobody
+  else has written.
 - A holder that was suspended until another process took its place finds that process in the file,
   at its next turn or before it saves (`check_held`), and ends.
 """
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from ditjax.errors import UserError, one_line
+from ditjax.files import store
 from ditjax.files.atomic import unwritable
 
 FILE = ".lease"  # the lease of a whole directory
@@ -73,7 +76,7 @@ class Lease:
         waits: bool = False,
         lost: Callable[[str], object] | None = None,
     ) -> None:
-        self.file, self._what = Path(os.path.abspath(file)), what
+        self.file, self._what = store.place(file).absolute(), what
         self._waits, self._lost = waits, lost or end_process
         self._made: list[Path] = []  # directories made for the lease, the innermost first
         self._turn = 0
@@ -155,7 +158,10 @@ class Lease:
                 line = f"waiting for the end of {who}, which uses {self._what}{bound}"
                 print(line, file=sys.stderr, flush=True)
             time.sleep(POLL_SECONDS)
-        # Processes that were killed while they took part have left files.
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove the files of processes that were killed while they took part."""
         for path in self.file.parent.glob(f"{self.file.name}.*"):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -257,6 +263,51 @@ class Lease:
                 folder.rmdir()
 
 
+class ObjectLease(Lease):
+    """A lease on a store, whose every change is a write that succeeds only if nobody else wrote.
+
+    It is released by a record that says so, never by a removal: a store may ignore the condition
+    of a removal. The silence of a holder is judged as on other machines' disks.
+    """
+
+    file: store.ObjectPath
+
+    def _create(self) -> bool:
+        found = store.read_version(self.file)
+        if found is not None and not _is_released(found[0]):
+            return self._is_mine(found[0])  # a write whose answer was lost
+        version = found[1] if found else store.ABSENT
+        return store.write_if(self.file, self._text(), version) or self._is_mine(_read(self.file))
+
+    def _publish(self, data: bytes) -> bool:
+        return self._create()
+
+    def _take_away(self, is_meant: Callable[[bytes], bool]) -> None:
+        found = store.read_version(self.file)
+        if found is not None and is_meant(found[0]):
+            store.write_if(self.file, _RELEASED + secrets.token_hex(8).encode(), found[1])
+
+    def _move(self) -> None:
+        self._turn += 1
+        found = store.read_version(self.file)
+        if found is not None and self._is_mine(found[0]):
+            store.write_if(self.file, self._text(), found[1])
+
+    def _is_settled(self) -> bool:
+        return True
+
+    def _tidy(self) -> None:
+        """Nothing is left by those who did not succeed."""
+
+
+# What a released lease begins with on a store; what follows makes it unlike the one before.
+_RELEASED = b"released "
+
+
+def _is_released(data: bytes) -> bool:
+    return data.startswith(_RELEASED)
+
+
 def holders(files: Iterable[Path], patience: float) -> dict[Path, Holder]:
     """The holders of those leases that are held. Nothing is changed.
 
@@ -302,9 +353,10 @@ def acquire(
 
     Raises UserError as `Lease`.
     """
-    path = Path(os.path.realpath(file))
+    path = store.place(file).resolve()
     if path not in _leases:
-        _leases[path] = Lease(path, what, waits=waits, lost=lost)
+        kind = ObjectLease if store.is_object(path) else Lease
+        _leases[path] = kind(path, what, waits=waits, lost=lost)
 
 
 def check_held() -> None:
@@ -348,10 +400,10 @@ def _write_new(path: Path, data: bytes) -> None:
 
 
 def _read(path: Path) -> bytes | None:
-    """The content of a lease; None if it does not exist."""
+    """The content of a lease; None if it does not exist, or was released on a store."""
     try:
-        with open(path, "rb") as file:
-            return file.read(4096)
+        data = store.read_start(path, 4096)
+        return None if store.is_object(path) and _is_released(data) else data
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ESTALE):
             return None

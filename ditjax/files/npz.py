@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditjax.errors import UserError, first_few, nearest, one_line, reason, shown
-from ditjax.files import faults
+from ditjax.files import faults, store
 from ditjax.files.masking import masked_tree
 
 # A compressed file of some MB can unpack to any size, so what is read at once is bounded.
@@ -45,11 +45,11 @@ def reading(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
 def _archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
     with contextlib.ExitStack() as stack, _damage():
         try:
-            archive = stack.enter_context(zipfile.ZipFile(path))
+            archive = stack.enter_context(zipfile.ZipFile(store.zip_source(path)))
         except zipfile.BadZipFile:
             _check_kind(path)
             raise
-        entries, length = archive.infolist(), os.stat(path).st_size
+        entries, length = archive.infolist(), store.place(path).stat().st_size
         if any(entry.compress_size > length for entry in entries):
             raise ValueError("it claims more than its own length")
         if len(entries) > MAX_MEMBERS:
@@ -96,8 +96,7 @@ _KINDS = {
 
 def _check_kind(path: str | os.PathLike[str]) -> None:
     """Raise UserError, with the remedy, for a file of another well-known kind."""
-    with open(path, "rb") as file:
-        start = file.read(512)
+    start = store.read_start(path, 512)
     for magic, (what, remedy) in _KINDS.items():
         if start.startswith(magic):
             raise UserError(f"{path} is {what}, not an npz: {remedy}.")

@@ -1,10 +1,10 @@
 """Lists of paths in a flag, whose own names may have commas."""
 
-import os
 import sys
 from pathlib import Path
 
 from ditjax.errors import UserError, one_line
+from ditjax.files.store import place, present
 
 
 def split_paths(words: str, flag: str) -> list[Path]:
@@ -14,12 +14,12 @@ def split_paths(words: str, flag: str) -> list[Path]:
     """
     parts, paths = words.split(","), []
     while parts:
-        lengths = [n for n in range(1, len(parts) + 1) if os.path.exists(",".join(parts[:n]))]
+        lengths = [n for n in range(1, len(parts) + 1) if present(place(",".join(parts[:n])))]
         length = max(lengths, default=1)
-        if length > 1 and all(map(os.path.exists, parts[:length])):
+        if length > 1 and all(present(place(part)) for part in parts[:length]):
             line = f"note: {flag}: {','.join(parts[:length])!r} is taken for one path"
             print(one_line(f"{line}; write ./ before each of several"), file=sys.stderr)
-        paths.append(Path(",".join(parts[:length])))
+        paths.append(place(",".join(parts[:length])))
         del parts[:length]
     if not words or Path() in paths:
         raise UserError(f"{flag}={words}: expected one or more paths, comma-separated.")

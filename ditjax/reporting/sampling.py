@@ -9,6 +9,7 @@ from typing import Any
 
 from ditjax.errors import FaultError, UserError
 from ditjax.files.atomic import load_json
+from ditjax.files.store import place
 from ditjax.runs.results import Found
 from ditjax.runs.rundir import RUNS
 from ditjax.scaling.claims import Claim, sampling_does_not_make_up
@@ -63,7 +64,7 @@ def read_sampled(
 
 def _files(folders: Sequence[str | Path]) -> Iterable[Path]:
     seen = set()
-    for folder in map(Path, folders):
+    for folder in map(place, folders):
         root = folder.parent if folder.name == RUNS else folder
         for path in (root / GRID_FILE, *sorted(root.glob(f"*/{GRID_FILE}"))):
             if path.is_file() and path.resolve() not in seen:

@@ -17,6 +17,7 @@ import numpy as np
 from ditjax.config import SHIPPED_FEATURES, fixed_keys, is_free, migrated, schema_of
 from ditjax.errors import FaultError
 from ditjax.files.atomic import load_json
+from ditjax.files.store import place
 from ditjax.runs import rundir
 from ditjax.runs.results import METRICS_FILE, RESULT_FILE, Found, Result, is_plausible
 from ditjax.runs.rundir import RUNS, STUDY_FILE
@@ -351,7 +352,7 @@ def read_plan(
     None if there is none. Cells of one name are one cell. A file that cannot be read or is not the
     plan of a study is added to `problems`.
     """
-    roots = [Path(folder) for folder in folders]
+    roots = [place(folder) for folder in folders]
     roots += [each.folder.parent.parent for each in found if each.folder.parent.name == RUNS]
     studies = {}
     for root in roots:

@@ -1,8 +1,7 @@
 """Checkpoints: the training state in orbax's format, the position in the data, and digests.
 
 DIRECTORY/STEP holds `state` (orbax), `position` (of the data), `metrics` if the step was evaluated,
-and `digests` of every leaf and of the other two items. A step is renamed to its number when all of
-it is on disk; until then it is STEP.orbax-checkpoint-tmp, which nothing reads.
+and `digests` of every leaf and of the other two items. `runs/steps.py` says which steps are whole.
 """
 
 import contextlib
@@ -12,7 +11,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import threading
 from collections import OrderedDict
@@ -22,11 +20,13 @@ from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from ditjax.errors import FaultError, UserError, first_few, one_line, reason
-from ditjax.files import digests, faults
-from ditjax.files.atomic import protocol_hash, sync_folder
+from ditjax.files import digests, faults, store
+from ditjax.files.atomic import protocol_hash
 from ditjax.parallel.processes import is_primary
+from ditjax.runs.steps import check_can_hold, steps_in
 
 Step = int | Literal["latest", "best"]
 
@@ -51,9 +51,6 @@ class DamagedError(UserError):
 
 
 _STATE, _POSITION, _METRICS, _DIGESTS = "state", "position", "metrics", "digests"
-_UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a step that is being written
-_DELETED = ".deleted"  # our suffix of a step that is being removed
-_ASIDE = "damaged-"  # prefix of a step that is not what was saved
 _FULL = re.compile("no space left on device|disk quota exceeded|file too large", re.IGNORECASE)
 
 
@@ -87,13 +84,15 @@ class Checkpoints:
         noun: str = "checkpoint",
     ) -> None:
         # Orbax fails on relative paths, and only when it writes in the background.
-        self.directory = Path(directory).resolve()
+        self.directory = store.place(directory).resolve()
+        check_can_hold(self.directory)
+        self._steps = steps_in(self.directory)
         try:
             if not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {self.directory}: {error.strerror}.") from None
-        if not self.directory.is_dir():
+        if read_only and not self.directory.is_dir():
             raise UserError(f"{self.directory} does not exist: train first, or name another run.")
         self._keep, self._keep_every, self._noun = keep, keep_every, noun
         self._writing: int | None = None  # the step that is being written in the background
@@ -110,20 +109,12 @@ class Checkpoints:
             async_options=_options(self._sync),
         )
         if not read_only and is_primary():
-            for path in self.directory.iterdir():
-                if _UNFINISHED in path.name or path.name.endswith(_DELETED):
-                    shutil.rmtree(path, ignore_errors=True)
+            self._steps.tidy()
 
     @property
     def steps(self) -> list[int]:
         """All complete checkpoints in ascending order, without unfinished ones."""
-
-        def names() -> list[str]:
-            with os.scandir(self.directory) as entries:
-                return [entry.name for entry in entries if entry.is_dir()]
-
-        found = faults.retried(self.directory, names)
-        return sorted(int(name) for name in found if re.fullmatch("0|[1-9][0-9]*", name))
+        return faults.retried(self.directory, self._steps.numbers)
 
     @property
     def latest_step(self) -> int | None:
@@ -139,7 +130,7 @@ class Checkpoints:
     @property
     def damaged(self) -> list[str]:
         """The names of the damaged checkpoints that were set aside."""
-        return sorted(path.name for path in self.directory.glob(f"{_ASIDE}*"))
+        return self._steps.damaged()
 
     def save(
         self, step: int, state: Any, position: dict[str, Any], score: Score | None = None
@@ -164,7 +155,7 @@ class Checkpoints:
         self._writing = self._saved = step
         with self._save_faults(step):
             self._orbax.save(
-                self._folder(step),
+                _orbax_path(self._folder(step)),
                 args=ocp.args.Composite(
                     **{_STATE: ocp.args.StandardSave(_stored(state))},
                     **{name: ocp.args.JsonSave(item) for name, item in items.items()},
@@ -179,7 +170,7 @@ class Checkpoints:
             return
         with self._save_faults(step):
             self._orbax.check_for_errors()
-        if self._folder(step).exists():
+        if self._steps.is_whole(step):
             self.wait()
 
     def wait(self) -> None:
@@ -193,8 +184,7 @@ class Checkpoints:
         with self._save_faults(step):
             self._orbax.wait_until_finished()
             if is_primary():
-                _sync_files(self._folder(step))
-                sync_folder(self.directory)
+                self._steps.settle(step)
         self._writing = None
         self._known.pop(step, None)
         if is_primary():
@@ -211,7 +201,7 @@ class Checkpoints:
         self._check_types(step, saved, abstract_state)
         stored = _stored(abstract_state)
         args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(stored)})
-        folder = self._folder(step)
+        folder = _orbax_path(self._folder(step))
         state = self._read(step, lambda: self._orbax.restore(folder, args=args)[_STATE])
         if stored is not abstract_state:
             state = abstract_state._replace(**state)
@@ -238,7 +228,7 @@ class Checkpoints:
         def read() -> Any:
             with ocp.PyTreeCheckpointer() as reader:
                 return reader.restore(
-                    self._folder(step) / _STATE,
+                    _orbax_path(self._folder(step) / _STATE),
                     args=ocp.args.PyTreeRestore(
                         target,
                         restore_args=ocp.checkpoint_utils.construct_restore_args(target),
@@ -269,20 +259,12 @@ class Checkpoints:
         return later
 
     def set_aside(self, error: DamagedError) -> None:
-        """Rename a damaged step, so that nothing takes it for a checkpoint."""
-        name = f"{_ASIDE}{error.step}"
-        for k in range(1, 1000):
-            if not (self.directory / name).exists():
-                break
-            name = f"{_ASIDE}{error.step}-{k}"
+        """Set a damaged step aside, so that nothing takes it for a checkpoint."""
         self._known.pop(error.step, None)
-        # Another process may have renamed it first.
-        with contextlib.suppress(FileNotFoundError):
-            self._folder(error.step).rename(self.directory / name)
-            sync_folder(self.directory)
+        if done := self._steps.set_aside(error.step, error.what):
             print(
                 f"warning: {self._noun} {error.step} in {self.directory} is damaged: {error.what}."
-                f" It was renamed to {name}; the one before it is used",
+                f" {done}; the one before it is used",
                 file=sys.stderr,
             )
 
@@ -314,10 +296,9 @@ class Checkpoints:
         return self.directory / str(step)
 
     def _sync(self) -> None:
-        """Sync a step. Orbax calls this in the background before it renames the step."""
-        for folder in self.directory.glob(f"{self._writing}{_UNFINISHED}*"):
-            for inner, _, _ in os.walk(folder):
-                _sync_files(Path(inner))
+        """Sync a step. Orbax calls this in the background before it commits the step."""
+        assert self._writing is not None
+        self._steps.sync(self._writing)
 
     def _remove_superseded(self) -> None:
         try:
@@ -334,10 +315,7 @@ class Checkpoints:
                     self._remove(step)
 
     def _remove(self, step: int) -> None:
-        # Renamed first, so that a half-removed checkpoint is not taken for a step.
-        gone = self.directory / f"{step}{_DELETED}"
-        self._folder(step).rename(gone)
-        remover = threading.Thread(target=shutil.rmtree, args=(gone, True))
+        remover = threading.Thread(target=self._steps.remove(step))
         remover.start()
         self._removers.append(remover)
 
@@ -490,16 +468,12 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _orbax_path(path: Path) -> epath.Path:
+    """A path as orbax takes it: of a pathlib.Path it would take the local one of that name."""
+    return epath.Path(os.fspath(path))
+
+
 def _types(folder: Path) -> dict[str, list[Any]]:
     """Path of a leaf -> [dtype, shape], from orbax's metadata."""
     with ocp.PyTreeCheckpointer() as reader:
-        return digests.leaf_types(reader.metadata(folder).item_metadata.tree)
-
-
-def _sync_files(folder: Path) -> None:
-    """Make the files of a folder and their names durable."""
-    for path in folder.iterdir():
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
+        return digests.leaf_types(reader.metadata(_orbax_path(folder)).item_metadata.tree)

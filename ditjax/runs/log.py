@@ -14,10 +14,11 @@ import numpy as np
 
 from ditjax.errors import FaultError
 from ditjax.files import faults
-from ditjax.files.atomic import full_disk, write_atomic
+from ditjax.files.atomic import full_disk, unanswered, write_atomic
 from ditjax.files.durations import clock
 from ditjax.files.masking import masked_tree
-from ditjax.runs.results import METRICS_FILE
+from ditjax.files.store import Mirror, is_object, place
+from ditjax.runs.results import LOG_PARTS, METRICS_FILE, log_files, read_log
 
 
 @contextlib.contextmanager
@@ -39,6 +40,7 @@ with _without("torch"):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 SYNC_SECONDS = 20.0  # between flushes of the TensorBoard events
+PART_BYTES = 1 << 16  # of lines, in a file that is copied to a store
 _TAIL = 1 << 16  # bytes at the end of a log that are searched for its newest lines
 
 
@@ -48,21 +50,38 @@ class MetricsLog:
     One process has `write`; in the others the log does nothing. `last` holds the newest value of
     each name in the lines that are kept, {} for a new run. New events replace those of earlier
     starts beyond `start_step`.
+
+    On a store, lines and events are written to files of this machine, which are copied every 20
+    seconds and by `sync`. A file is copied whole each time: a new one begins when PART_BYTES of
+    lines are in it. The lines of all are joined at the end.
     """
 
     def __init__(
         self, directory: str | os.PathLike[str], start_step: int, *, write: bool = True
     ) -> None:
-        self.path = Path(directory) / METRICS_FILE
+        folder = place(directory)
+        self.path = folder / METRICS_FILE
         self.last: dict[str, Any] = _truncate(self.path, start_step) if write else {}
-        self._file = self.path.open("a", encoding="utf-8") if write else None
+        self._mirror = Mirror(folder) if write and is_object(folder) else None
+        self._local = self._mirror.local if self._mirror else folder
+        self._file: TextIO | None = None
         # Not tensorboardX's SummaryWriter, whose thread ends silently at the first error, so that
         # the next write waits for ever.
         self._events: Any = None
         self._synced = time.monotonic()
         if write:
-            self._events = EventsWriter(str(Path(directory) / "events"), f".{os.getpid()}")
+            self._open(start_step + 1)
             self._event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _open(self, step: int) -> None:
+        """Open the files of lines and events from a step on, which are parts on a store."""
+        path, suffix = self.path, f".{os.getpid()}"
+        if self._mirror:
+            path = self._local / LOG_PARTS / f"{step:012}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            suffix += f".{step}"
+        self._file = path.open("a", encoding="utf-8")
+        self._events = EventsWriter(str(self._local / "events"), suffix)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Write a line {"step": step, name: value, ...}, and an event for each number.
@@ -72,6 +91,9 @@ class MetricsLog:
         if self._file is None:
             return
         with self._faults():
+            if self._mirror and self._file.tell() > PART_BYTES:
+                self._close()
+                self._open(step)
             self._file.write(json.dumps({"step": step, **masked_tree(values)}) + "\n")
             self._file.flush()
             for name, value in values.items():
@@ -84,41 +106,66 @@ class MetricsLog:
             with self._faults():
                 self._event(step, summary=summary.image(name, grid, dataformats="HWC"))
 
+    def sync(self) -> None:
+        """Copy to a store what has been written. Raises as `scalars`."""
+        if self._mirror:
+            with self._faults():
+                self._events.flush()
+                self._mirror.ship()
+
     def _event(self, step: int, **content: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._events.flush()
             self._synced = time.monotonic()
 
+    def _close(self) -> None:
+        with contextlib.ExitStack() as both:  # whatever the first one raises
+            for file in (self._events, self._file):
+                if file:
+                    both.callback(file.close)
+
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise FaultError(full_disk(self.path, error)) from error
+            silent = self._mirror and isinstance(error, TimeoutError)
+            words = unanswered if silent else full_disk
+            raise FaultError(words(self.path, error)) from error
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an exception, a failure to write has been reported already.
-        reported = contextlib.suppress(*() if kind is None else (OSError,))
-        for file in (self._file, self._events):
-            if file:
-                with reported:
-                    file.close()
+        reported = contextlib.suppress(*() if kind is None else (OSError, FaultError))
+        for close in (self._close, self._join):
+            with reported:
+                close()
+
+    def _join(self) -> None:
+        """Copy to a store what is left, and join the parts of its log."""
+        if self._mirror:
+            with self._faults():
+                self._mirror.close()
+                _truncate(self.path, sys.maxsize)
 
 
 def _truncate(path: Path, last_step: int) -> dict[str, Any]:
     """Keep the lines of steps <= last_step and return the last value of each name.
 
-    A damaged line and all that follow it are removed.
+    A damaged line and all that follow it are removed. The parts of a log on a store are joined.
     """
+    parts = log_files(path)[1:]
     if not faults.exists(path):
+        if is_object(path):  # so that a run that has begun has one
+            write_atomic(path, b"")
         return {}
     kept: list[str] = []
     last: dict[str, Any] = {}
-    for line in faults.retried(path, path.read_bytes).decode(errors="replace").splitlines():
+    lines = faults.retried(path, lambda: read_log(path)).decode(errors="replace").splitlines()
+    for line in lines:
         try:
             values = json.loads(line)
             if values["step"] > last_step:
@@ -127,7 +174,11 @@ def _truncate(path: Path, last_step: int) -> dict[str, Any]:
             break
         kept.append(line)
         last |= values
+    if parts:  # a process that was killed while it joined them left lines twice
+        kept = list(dict.fromkeys(kept))
     write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+    for part in parts:  # its lines are in the file now, or beyond the step
+        part.unlink(missing_ok=True)
     return last
 
 
@@ -142,14 +193,8 @@ def newest_metrics(directory: str | os.PathLike[str], count: int) -> list[dict[s
 
     Only the end of a long log is read.
     """
-    try:
-        with (Path(directory) / METRICS_FILE).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-            lines = file.read(_TAIL).decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
     found: list[dict[str, Any]] = []
-    for line in reversed(lines):
+    for line in _newest_lines(place(directory) / METRICS_FILE):
         with contextlib.suppress(ValueError, RecursionError):
             values = json.loads(line)
             if isinstance(values, dict):
@@ -157,6 +202,16 @@ def newest_metrics(directory: str | os.PathLike[str], count: int) -> list[dict[s
         if len(found) == count:
             break
     return found[::-1]
+
+
+def _newest_lines(path: Path) -> Iterator[str]:
+    """Yield lines from the newest to older ones, of each file of the log those at its end."""
+    with contextlib.suppress(OSError):
+        for each in reversed(log_files(path)):
+            with each.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+                text = file.read(_TAIL).decode("utf-8", errors="replace")
+            yield from reversed(text.splitlines())
 
 
 class Progress:

@@ -20,11 +20,13 @@ from ditjax.data.folders import report_reading
 from ditjax.data.names import Split, is_latents, parse_name
 from ditjax.errors import FaultError, UserError, first_few
 from ditjax.files import lease
+from ditjax.files.store import place
 from ditjax.models.network import Rules
 from ditjax.parallel import processes, rules
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import contents, rundir, snapshots
 from ditjax.runs.checkpoint import Checkpoints, DamagedError, Step
+from ditjax.runs.steps import check_can_hold
 from ditjax.training.averages import POWER
 from ditjax.training.program import abstract_state
 from ditjax.training.step import WEIGHTS, weights_named
@@ -127,24 +129,25 @@ def open_run(
     The directory is leased until the `lease.scope` around the call ends. Raises UserError if
     another run holds the lease, or if not all processes share the directory.
     """
+    check_can_hold(place(workdir))
     acquire_lease(workdir)
     found = {**contents.data_contents(c), **places}
     if frozen and "autoencoder" in frozen:
         found[contents.AUTOENCODER] = digest(frozen["autoencoder"])
-    same = contents.same_content(Path(workdir), found, c.data.data_dir)
+    same = contents.same_content(place(workdir), found, c.data.data_dir)
     if is_primary():
         folder = rundir.open_directory(workdir, as_tree(c), same, classes)
         contents.check_contents(folder, found)
         contents.record_contents(folder, found)
     processes.barrier()
     if not is_primary():
-        if not (Path(workdir) / rundir.RECIPE_FILE).exists():
+        if not (place(workdir) / rundir.RECIPE_FILE).exists():
             raise UserError(
                 f"{processes.name()} does not see the {rundir.RECIPE_FILE} that process 0 wrote to"
                 f" {workdir}: use a --workdir that all processes share."
             )
-        rundir.check_same(Path(workdir), rundir.read_recipe(workdir), as_tree(c), same=same)
-    return Path(workdir)
+        rundir.check_same(place(workdir), rundir.read_recipe(workdir), as_tree(c), same=same)
+    return place(workdir)
 
 
 def acquire_lease(
@@ -152,7 +155,7 @@ def acquire_lease(
 ) -> None:
     """Acquire the lease `file` of a directory, in the first process only."""
     if is_primary():
-        lease.acquire(Path(folder) / file, str(folder), waits=waits, lost=_end)
+        lease.acquire(place(folder) / file, str(folder), waits=waits, lost=_end)
 
 
 def _end(line: str) -> None:
@@ -208,14 +211,14 @@ def load_weights(
     name = weights_name(c)
     abstract = abstract_state(c, task, mesh)
     if name.startswith(POWER):
-        path = Path(workdir)
+        path = place(workdir)
         mine = snapshots.snapshot_step(path, step) if is_primary() else None
         last = processes.broadcast_step(mine)
         assert last is not None
         made = snapshots.combination(c, path, last)
         return snapshots.make_average(path, made, abstract.params), last
     part = WEIGHTS.get(name, f"averages/trees/{name}")
-    with Checkpoints(Path(workdir) / rundir.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
+    with Checkpoints(place(workdir) / rundir.CHECKPOINTS, keep=1, read_only=True) as checkpoints:
         # While a run trains, one process may see a newer checkpoint than another.
         found = processes.broadcast_step(checkpoints.find(step) if is_primary() else None)
         assert found is not None
@@ -279,7 +282,7 @@ def class_names_of(workdir: str | os.PathLike[str], c: Config) -> ClassNames | N
         return class_names() if of_imagenet and c.data.num_classes == 1000 else None
     if len(labels) != c.data.num_classes:
         raise UserError(
-            f"{Path(workdir) / rundir.CLASSES_FILE} names {len(labels)} classes, and the run has"
+            f"{place(workdir) / rundir.CLASSES_FILE} names {len(labels)} classes, and the run has"
             f" {c.data.num_classes}: restore it, or remove it and use class numbers."
         )
     return names_of(labels)

@@ -20,11 +20,13 @@ from ditjax.data import clips
 from ditjax.errors import FaultError, UserError, nearest, shown
 from ditjax.files import faults, npz
 from ditjax.files.atomic import finite_or_null, load_json, write_atomic, write_json
+from ditjax.files.store import is_object, place, walk_tree
 from ditjax.models.network import training_gflops
 
 RESULT_SCHEMA = 1
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
+LOG_PARTS = "metrics"  # on a store, what a run has added to its metrics.jsonl, in parts
 SAMPLES_FILE = "samples.npz"
 
 _Images = NDArray[np.uint8]
@@ -111,7 +113,7 @@ def trained_gflops(result: Result, images: Any) -> Any:
 def write_result(folder: str | os.PathLike[str], result: Result) -> Path:
     """Write `folder`/result.json, a NaN as null. Raises UserError for what is no result."""
     _validated(finite_or_null(result), "result")
-    return write_json(Path(folder) / RESULT_FILE, result)
+    return write_json(place(folder) / RESULT_FILE, result)
 
 
 def read_result(path: str | os.PathLike[str]) -> Result:
@@ -120,7 +122,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     null becomes NaN, and keys beyond the schema are kept. Raises UserError with the file's name,
     and with the key if one is missing or has the wrong type, and FaultError as `load_json`.
     """
-    path = Path(path)
+    path = place(path)
     if path.is_dir():
         path = path / RESULT_FILE
     try:
@@ -150,13 +152,12 @@ def find_results(
     found: list[Found] = []
     problems: list[str] = []
     seen: set[Path] = set()
-    for root in map(Path, folders):
+    for root in map(place, folders):
         if not faults.is_folder(root):
             is_file = " is a file" if faults.exists(root) else " is not there"
             raise UserError(f"folder {str(root)!r}{is_file}: give the folder of a sweep.")
-        for folder, subfolders, files in os.walk(root, onerror=_note_unreadable(problems)):
+        for here, subfolders, files in walk_tree(root, _note_unreadable(problems)):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            here = Path(folder)
             if RESULT_FILE in files:
                 subfolders.clear()  # checkpoints are below
                 if here.resolve() in seen:
@@ -174,15 +175,30 @@ def find_results(
     return found, problems
 
 
+def log_files(path: Path) -> list[Path]:
+    """A metrics.jsonl, and on a store the parts that a run has added to it, in order.
+
+    A store cannot append: a run adds parts, and joins them when it ends or resumes.
+    """
+    if not is_object(path):
+        return [path]
+    return [path, *path.with_name(LOG_PARTS).iterdir()]
+
+
+def read_log(path: Path) -> bytes:
+    """The content of a metrics.jsonl with its parts. Raises OSError."""
+    return b"".join(file.read_bytes() for file in log_files(path))
+
+
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     """Read lines {"step": int, "loss": float, ...} as one dict a step.
 
     A torn last line is dropped. Of a step that a resumed run logged twice, the later line counts.
     Raises UserError with the number of a damaged line before the last.
     """
-    path = Path(path)
+    path = place(path)
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_log(path).split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
     by_step: dict[int, dict[str, float]] = {}

@@ -28,6 +28,7 @@ from ditjax.files.atomic import (
     write_atomic,
     write_json,
 )
+from ditjax.files.store import is_object, place, present
 
 RECIPE_FILE = "config.json"
 CONTENTS_FILE = "contents.json"  # what the places in the recipe held (`runs/contents.py`)
@@ -61,13 +62,13 @@ def legal_name(text: str, longest: int = 128) -> str:
 
 def inside(root: str | os.PathLike[str], name: str) -> Path:
     """root/name, the directory of a run. Raises UserError if a name or link leads out of root."""
-    folder = Path(root) / name
+    folder = place(root) / name
     if not _NAME.fullmatch(name):
         raise UserError(
             f"run name {name[:140]!r}: expected 1 to 128 ASCII letters, digits and '._-', starting"
             " with a letter or digit."
         )
-    if folder.resolve().parent != Path(root).resolve():
+    if folder.resolve().parent != place(root).resolve():
         raise UserError(
             f"{folder} is a link to {folder.resolve()}, outside of {root}: remove it, or give"
             " another --workdir."
@@ -87,7 +88,7 @@ def open_directory(
     recipe. The recipe of a run that has not started is overwritten. Raises UserError if the
     directory cannot be written, or holds a run of another recipe or of other classes.
     """
-    folder = Path(workdir)
+    folder = place(workdir)
     path = folder / RECIPE_FILE
     if has_begun(folder):
         recorded = read_recipe(folder)
@@ -115,7 +116,7 @@ def read_classes(workdir: str | os.PathLike[str]) -> list[str] | None:
 
     Raises UserError for a damaged file.
     """
-    path = Path(workdir) / CLASSES_FILE
+    path = place(workdir) / CLASSES_FILE
     if not faults.exists(path):
         return None
     names = read_json(path, "restore it, or remove it and use class numbers").get("classes")
@@ -153,7 +154,7 @@ def open_study(
 
     Raises UserError if the directory cannot be written or belongs to a single run.
     """
-    folder = Path(workdir)
+    folder = place(workdir)
     if (folder / CHECKPOINTS).exists():
         raise UserError(
             f"--workdir={folder} holds a single run: use another directory for the study."
@@ -175,18 +176,20 @@ def _text(recipe: Mapping[str, Any]) -> bytes:
 def tidy(workdir: str | os.PathLike[str]) -> None:
     """Remove the temporary files of interrupted writes (`files/atomic.py`) from a run's directory.
 
-    Only the holder of the lease may call it.
+    Only the holder of the lease may call it. On a store there are none.
     """
+    folder = place(workdir)
+    if is_object(folder):
+        return
     for pattern in (".*.tmp", "*/.*.tmp"):
-        for path in Path(workdir).glob(pattern):
+        for path in folder.glob(pattern):
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
 def is_run(workdir: str | os.PathLike[str]) -> bool:
     """Whether a directory holds a run; a model folder of diffusers has a config.json too."""
-    # Not Path.exists, which raises an error if the name is too long.
-    return all(os.path.exists(Path(workdir) / name) for name in (RECIPE_FILE, CHECKPOINTS))
+    return all(present(place(workdir) / name) for name in (RECIPE_FILE, CHECKPOINTS))
 
 
 def read_recipe(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -194,7 +197,7 @@ def read_recipe(workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
     A line names the modules that it will import (`config.check_recorded`).
     """
-    path = Path(workdir) / RECIPE_FILE
+    path = place(workdir) / RECIPE_FILE
     try:
         recipe = load_json(path)
     except OSError as error:

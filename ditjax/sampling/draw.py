@@ -3,13 +3,13 @@
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from ditjax.config import Config
+from ditjax.files.store import place
 from ditjax.parallel import processes
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening
@@ -118,7 +118,7 @@ def load_model(
     params, found = opening.load_weights(c, make_task(c), workdir, mesh, step)
     params = with_adapters(c, params, mesh)
     record = model_record(workdir, found, params)
-    return params, {**record, **average_record(c, Path(workdir), found)}
+    return params, {**record, **average_record(c, place(workdir), found)}
 
 
 def model_record(workdir: str | os.PathLike[str], step: int, params: Any) -> dict[str, Any]:

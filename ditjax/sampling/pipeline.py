@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -25,6 +24,7 @@ from ditjax.data.classes import ClassNames, parse_classes
 from ditjax.data.clips import picture
 from ditjax.errors import UserError
 from ditjax.files import lease
+from ditjax.files.store import place, present
 from ditjax.models.network import Rules
 from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.processes import is_primary
@@ -97,7 +97,7 @@ def open_source(
     opening.check_no_step(path, step)
     which = options.get("which", "ema")
     decoder: LoadedNetwork | None = None
-    if os.path.exists(Path(path) / vocabulary.MODEL_INDEX):
+    if present(place(path) / vocabulary.MODEL_INDEX):
         reading.check_no_options(path, "a whole pipeline", options, ("numerics", "which"))
         folder = reading.load_pipeline(path, numerics=options.get("numerics", "auto"))
         dit, decoder, names = folder
@@ -170,7 +170,7 @@ def open_run_source(
     def load(c: Config, mesh: Mesh) -> tuple[Any, Frozen]:
         task = make_task(c)
         params, record["step"] = opening.load_weights(c, task, path, mesh, step)
-        record.update(average_record(c, Path(path), record["step"]))
+        record.update(average_record(c, place(path), record["step"]))
         if c.latent:
             record["autoencoder"] = c.autoencoder.path
         return params, task.frozen(mesh)
@@ -392,7 +392,7 @@ class Pipeline:
         """
         c, label_of, edited = self._request(classes, edit, num=num, batch_size=batch_size)
         given, others = self._given(c, edit, control)
-        opening.acquire_lease(Path(path).parent, opening.SAMPLES_LEASE)
+        opening.acquire_lease(place(path).parent, opening.SAMPLES_LEASE)
         record = self._record(c, label_of, edited, 0.0, others)
         labels = "uniform" if label_of is None else f"classes {record['classes']}"
         if label_of is None and others and control is None:

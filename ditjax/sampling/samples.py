@@ -10,7 +10,6 @@ a moment.
 import json
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from ditjax.errors import UserError
 from ditjax.files import faults, npz
 from ditjax.files.atomic import atomic, load_json, write_atomic
 from ditjax.files.npz import provenance_text, read_provenance
+from ditjax.files.store import place, remove_tree
 
 _PART = re.compile(r"(\d{9})-(\d{9})\.npz")
 
@@ -51,7 +51,8 @@ class SampleWriter:
                 f"{count} samples of {list(shape)}: expected at least one, of [H,W,C] or [F,H,W,C]"
                 " with C = 1 or 3."
             )
-        self.path, self.count, self.shape, self.labelled = Path(path), count, tuple(shape), labelled
+        self.path, self.count = place(path), count
+        self.shape, self.labelled = tuple(shape), labelled
         self.parts = self.path.with_name(f"{self.path.name}.parts")
         self._provenance = provenance_text(provenance)
         self._identity = _identity(json.loads(str(self._provenance)))
@@ -122,7 +123,7 @@ class SampleWriter:
                 with archive.open("provenance.npy", "w") as member:
                     np.lib.format.write_array(member, self._provenance, allow_pickle=False)
             self.finished = True
-        shutil.rmtree(self.parts, ignore_errors=True)
+        remove_tree(self.parts, ignore_errors=True)
         return self.path
 
     def _join(
@@ -152,7 +153,7 @@ class SampleWriter:
     def _found(self) -> list[tuple[int, int]]:
         """Ranges of the whole parts, in order and without overlap."""
         found: list[tuple[int, int]] = []
-        for name in sorted(os.listdir(self.parts)):
+        for name in sorted(path.name for path in self.parts.iterdir()):
             match = _PART.fullmatch(name)
             if match is None:
                 continue
@@ -177,7 +178,7 @@ class SampleWriter:
         if there and not self._is_record(record):
             if not replace:
                 raise UserError(_differs(f"{self.parts} holds part of other samples"))
-            shutil.rmtree(self.parts)
+            remove_tree(self.parts)
             there = False
         if not there:
             write_atomic(record, self._record.encode())

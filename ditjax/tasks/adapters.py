@@ -3,7 +3,6 @@
 import functools
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from ditjax.config import Config, adapters_of, network_module
 from ditjax.errors import UserError, one_line
 from ditjax.files.assets import unflatten
 from ditjax.files.atomic import read_json
+from ditjax.files.store import place
 from ditjax.parallel.mesh import make_mesh
 from ditjax.parallel.processes import is_primary
 from ditjax.parallel.rules import path_of
@@ -39,7 +39,7 @@ def open_adapter(path: str | os.PathLike[str], step: Step = "latest") -> Adapter
             f"{path} is a run of config.adapt.kind {kind!r}: expected a run of LoRA, whose kind is"
             " 'lora', or an adapter of peft or diffusers."
         )
-    record = read_json(Path(path) / rundir.START_FILE)
+    record = read_json(place(path) / rundir.START_FILE)
     words = ("adapted", "fresh", "unused")
     other = {word: sorted(record[word]) for word in words if record.get(word)}
     other |= {"config.adapt.train": c.adapt.train} if c.adapt.train else {}

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -30,6 +29,7 @@ from ditjax.config import (
 from ditjax.data import source
 from ditjax.errors import UserError, first_few, one_line, shown
 from ditjax.files.assets import flatten, unflatten
+from ditjax.files.store import place
 from ditjax.models.grafting import End, Grafted, Join, graft
 from ditjax.models.network import Inputs, Network
 from ditjax.parallel.mesh import make_mesh
@@ -169,7 +169,7 @@ def read_base(c: Config) -> LoadedNetwork:
         mesh = make_mesh(-1, 1)
         params, step = opening.network_weights(theirs, make_task(theirs), path, mesh)
         names = opening.class_names_of(path, theirs)
-        base = networks.from_run(theirs, params, (Path(path),), names)
+        base = networks.from_run(theirs, params, (place(path),), names)
         base = base._replace(notes=(opening.account(path, step, theirs),))
     else:
         heads = getattr(c.model, "size", "").rpartition("x")[2]
@@ -197,7 +197,7 @@ def with_base(
     if not c.adapt.base:
         return c
     task = make_task(c)
-    before = opening.recipe_of(workdir) if rundir.has_begun(Path(workdir)) else None
+    before = opening.recipe_of(workdir) if rundir.has_begun(place(workdir)) else None
     if before is not None and before.task == c.task and before.adapt.base:
         if c.adapt.base != before.adapt.base:
             _check_digest(c, opening.digest(read_base(c).params), before.adapt.sha256)

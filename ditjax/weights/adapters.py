@@ -25,6 +25,7 @@ import numpy as np
 from ditjax.errors import UserError, first_few, shown
 from ditjax.files.assets import flatten
 from ditjax.files.atomic import read_json, write_json
+from ditjax.files.store import local_copy
 from ditjax.training.transforms import num_projections
 from ditjax.weights import tensors as weights
 from ditjax.weights.layouts import DIT_DIFFUSERS, DIT_RELEASE, Layout, Shapes
@@ -242,7 +243,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     Where no alpha is stated, it is the rank, as in diffusers. Raises UserError for anything else,
     with every tensor that is of no linear layer of a DiT, or every module of another rank.
     """
-    file, beside = _files(Path(path))
+    file, beside = _files(local_copy(path))
     tensors, metadata = weights.read_named(file)
     prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), "")
     pairs, unknown = _pairs({name.removeprefix(prefix): x for name, x in tensors.items()})

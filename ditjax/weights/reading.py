@@ -22,6 +22,7 @@ from ditjax.data.classes import ClassNames
 from ditjax.errors import UserError, shown
 from ditjax.files.assets import unflatten
 from ditjax.files.atomic import read_json
+from ditjax.files.store import local_copy, place, present
 from ditjax.models.dit import PAPER_SIZES, DiTKeys, Size, parse_size
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.models.unet import UNetKeys
@@ -123,7 +124,7 @@ def load_network(
 
     Raises UserError for any other file, with a list of all faults.
     """
-    if os.path.exists(Path(path) / vocabulary.MODEL_INDEX):
+    if present(place(path) / vocabulary.MODEL_INDEX):
         raise UserError(f"{path} is a whole pipeline: expected its folder 'transformer' or 'vae'.")
     file = weights.read_tensors(path, which, _MARKS[wanted])
     file = _without(file, leave_out)
@@ -777,7 +778,7 @@ class PipelineFolder(NamedTuple):
 
 def load_pipeline(folder: str | os.PathLike[str], *, numerics: Numerics = "auto") -> PipelineFolder:
     """Load a whole DiTPipeline folder. Raises UserError for any other folder."""
-    folder = Path(folder)
+    folder = local_copy(folder)
     index = read_json(folder / vocabulary.MODEL_INDEX)
     if index.get("_class_name") != "DiTPipeline":
         raise UserError(

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ditjax.errors import UserError, first_few, reason, shown
 from ditjax.files import faults
 from ditjax.files.atomic import atomic, read_json
+from ditjax.files.store import local_copy
 from ditjax.weights.layouts import Shapes
 from ditjax.weights.states import Marks, find_network
 from ditjax.weights.torch_file import read_torch
@@ -101,7 +102,7 @@ def read_tensors(path: str | os.PathLike[str], which: str = "ema", marks: Marks 
     dotted path of any other; `marks` are names by which it is recognised (`weights/states.py`).
     Raises UserError for a path that is missing, unreadable, or does not hold weights.
     """
-    path = Path(path)
+    path = local_copy(path)
     read = _read_folder if os.path.isdir(path) else _read_file
     return read(path, which, marks)
 
@@ -111,7 +112,7 @@ def read_named(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dic
 
     Raises UserError for a path that is missing, unreadable, or of another format.
     """
-    saved, metadata = _saved(Path(path))
+    saved, metadata = _saved(local_copy(path))
     if metadata is None:
         raise UserError(f"{path} is a file of PyTorch: expected a safetensors file.")
     return dict(saved), metadata

@@ -74,7 +74,7 @@ time.sleep(float(sys.argv[1]))
 def test_a_sweep_that_is_told_to_stop_tells_its_cells_and_waits_for_them(tmp_path, monkeypatch):
     saved = [tmp_path / "0", tmp_path / "1"]
 
-    def start(cell, workdir, argv, cpus, told):
+    def start(cell, workdir, argv, cpus, told, logs):
         command = [sys.executable, "-S", "-c", CELL, "60", str(saved[cell.number])]
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout
@@ -96,7 +96,7 @@ def test_a_sweep_that_is_told_to_stop_tells_its_cells_and_waits_for_them(tmp_pat
 
 
 def test_a_cell_that_was_stopped_is_not_done(tmp_path, monkeypatch, capfd):
-    def start(cell, workdir, argv, cpus, told):
+    def start(cell, workdir, argv, cpus, told, logs):
         process = subprocess.Popen([sys.executable, "-S", "-c", ""])
         return sweep._Job(cell, process, cpus)
 
@@ -108,7 +108,7 @@ def test_a_cell_that_was_stopped_is_not_done(tmp_path, monkeypatch, capfd):
 
 
 def test_a_cell_that_was_killed_has_failed(tmp_path, monkeypatch, capfd):
-    def start(cell, workdir, argv, cpus, told):
+    def start(cell, workdir, argv, cpus, told, logs):
         folder = workdir / "runs" / cell.name
         folder.mkdir(parents=True)
         (folder / "log.txt").write_text("trains\n")
