@@ -31,13 +31,13 @@ from ditjax.data.folders import (
 )
 from ditjax.data.pictures import converted, decode_image, peculiarities, upright
 from ditjax.errors import FaultError, UserError
-from ditjax.files import faults
+from ditjax.files import faults, store
 
 
 def expand_home(path: str) -> str:
     """A path with a leading '~' or '~NAME' expanded. Raises UserError for an unknown name."""
     try:
-        return os.fspath(Path(path).expanduser())
+        return os.fspath(store.place(path).expanduser())
     except RuntimeError as error:
         raise UserError(f"path {path!r}: {error} Give the whole path.") from None
 
@@ -279,7 +279,9 @@ def count_records(path: str | os.PathLike[str]) -> int:
     """
     try:
         # Given a bare path, and not the counts of dataset_info.json, grain reads the file itself.
-        paths = [os.fspath(path)]
+        if store.is_object(path := store.place(path)) and not path.exists():
+            return 0
+        paths = [os.fspath(store.for_readers(path))]
         return faults.retried(path, lambda: len(grain.sources.ArrayRecordDataSource(paths)))
     except FaultError:
         raise

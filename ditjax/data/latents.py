@@ -35,6 +35,7 @@ from ditjax.files.atomic import (
     write_atomic,
     write_json,
 )
+from ditjax.files.store import for_readers, place, present
 
 # ImageNet's 84 GB are 626 files of 2,048 records, each seconds of work on an accelerator.
 SHARD_MB = 128
@@ -79,7 +80,7 @@ class LatentWriter:
             )
         if shard_mb < 1:
             raise UserError(f"shards of {shard_mb} MiB: expected at least 1.")
-        self._folder, metadata = _prepared(Path(directory)), recordable(metadata)
+        self._folder, metadata = _prepared(place(directory)), recordable(metadata)
         self._split, self._shape, self._class_names = split, shape, class_names
         size = 2 * 2 * 4 * math.prod(shape)
         per_shard = min(num_examples, max(1, shard_mb * 2**20 // size))
@@ -194,7 +195,7 @@ class LatentWriter:
     @property
     def _template(self) -> tfds.core.ShardedFileTemplate:
         return tfds.core.ShardedFileTemplate(
-            data_dir=self._folder,
+            data_dir=os.fspath(self._folder),
             dataset_name=_NAME,
             split=self._split,
             filetype_suffix="array_record",
@@ -202,7 +203,7 @@ class LatentWriter:
 
     def _path(self, shard: range) -> Path:
         index = self._shards.index(shard)
-        return Path(
+        return place(
             self._template.sharded_filepath(shard_index=index, num_shards=len(self._shards))
         )
 
@@ -269,13 +270,13 @@ def _features(
 
 
 def _prepared(folder: Path) -> Path:
-    return Path(expand_home(os.fspath(folder))) / _NAME / _VERSION
+    return place(expand_home(os.fspath(folder))) / _NAME / _VERSION
 
 
 def recorded_statistics(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The statistics of the latents at `path`, as recorded; None for sets older than the record."""
     try:
-        found = load_json(_prepared(Path(path)) / _METADATA)
+        found = load_json(_prepared(place(path)) / _METADATA)
     except (OSError, ValueError):
         return None
     statistics = found.get(STATISTICS) if isinstance(found, dict) else None
@@ -284,21 +285,21 @@ def recorded_statistics(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 def open_latents(path: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
     """The builder of the encoded data set at `path`. Raises UserError if none is complete there."""
-    folder, title = Path(path), f"data set {LATENTS + os.fspath(path)!r}"
+    folder, title = place(path), f"data set {LATENTS + os.fspath(path)!r}"
     found = _prepared(folder)
     # Path.exists raises for a name that is too long.
-    if os.path.exists(found / _METADATA) and not os.path.exists(found / _INFO):
+    if present(found / _METADATA) and not present(found / _INFO):
         raise UserError(
             f"{title}: its encoding is not finished; resume it with the same command of"
             f" python -m ditjax.encode and --out={folder}."
         )
-    if not os.path.exists(found / _INFO):
+    if not present(found / _INFO):
         raise UserError(
             f"{title}: no encoded latents at {folder}: make them with"
             f" python -m ditjax.encode --config=... --out={folder}"
         )
     try:
-        builder = tfds.builder_from_directory(os.fspath(found.resolve()))
+        builder = tfds.builder_from_directory(os.fspath(for_readers(found.resolve())))
         features = builder.info.features
         shape = features["mean"].shape
         whole = shape == features["log_variance"].shape and len(shape) == 4 and "label" in features

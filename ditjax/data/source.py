@@ -45,6 +45,7 @@ from ditjax.data.moving import MovingDigits
 from ditjax.data.names import LATENTS, VERSION, DatasetName, Split, is_latents, parse_name
 from ditjax.data.scenes import DigitScenes
 from ditjax.errors import UserError, nearest, reason
+from ditjax.files import store
 from ditjax.files.atomic import load_json, write_json
 
 DataDir = str | os.PathLike[str] | None
@@ -248,7 +249,7 @@ def _names_a_dataset(text: str, root: Path) -> bool:
             folder = _resolved(parsed)
             return os.path.isdir(folder) or _converted(folder, root) is not None
         if parsed.kind == "latents":
-            return os.path.isdir(expand_home(parsed.path))
+            return store.place(expand_home(parsed.path)).is_dir()
         if parsed.kind == "captions":
             return os.path.exists(expand_home(parsed.path)) or "{" in parsed.path
         if parsed.base in _GENERATED and parsed.config:
@@ -303,7 +304,7 @@ def latent_shape(name: str) -> tuple[int, ...]:
 def data_root(data_dir: DataDir = None) -> Path:
     """The folder of prepared data sets: data_dir, else $DITJAX_DATA, else ~/.cache/ditjax/data.
 
-    Raises UserError for a URL: array_record files are read from file systems only; and for 'None'.
+    It may be on a store, for data sets that were prepared elsewhere. Raises UserError for 'None'.
     """
     chosen = os.fspath(data_dir or os.environ.get("DITJAX_DATA") or "~/.cache/ditjax/data")
     if chosen in ("None", "none", "null"):
@@ -312,13 +313,8 @@ def data_root(data_dir: DataDir = None) -> Path:
             f"{where} is {chosen!r}: expected a folder; leave it empty for the default, or write"
             f" ./{chosen} for a folder of that name."
         )
-    if "://" in chosen:
-        raise UserError(
-            f"data_dir {chosen!r} is a URL: array_record is read from a file system only;"
-            " mount the bucket (gcsfuse, s3fs) and give the path of the mount."
-        )
     try:
-        return Path(expand_home(chosen)).absolute()
+        return store.place(expand_home(chosen)).absolute()
     except UserError as error:
         raise UserError(
             f"{error} Data sets are kept there unless DITJAX_DATA or config.data.data_dir names a"
@@ -479,6 +475,8 @@ def _prepare_folder(parsed: DatasetName, root: Path, max_damaged: int) -> tfds.c
     if not found or found.digest != listing.digest:
         # Files are read to see whether their content changed; a folder that cannot be written to
         # can hold what another process prepared.
+        if store.is_object(root):
+            raise _unprepared(name, root)
         writable = os.access(root, os.W_OK) or not root.exists()
         with _exclusive(name, root) if writable else contextlib.nullcontext():
             found = _convert(name, listing, root, max_damaged)
@@ -507,8 +505,13 @@ def left_out_of(name: str) -> str:
 
 
 def _resolved(parsed: DatasetName) -> Path:
+    folder = store.place(expand_home(parsed.path))
+    if store.is_object(folder):
+        raise UserError(
+            f"data set {parsed.text!r}: folders of images are read from disks: copy it to one."
+        )
     try:
-        return Path(expand_home(parsed.path)).resolve()
+        return folder.resolve()
     except (RuntimeError, OSError, ValueError) as error:  # a loop of links, a name too long
         raise UserError(f"data set {parsed.text!r}: {error}; give the folder's own path.") from None
 
@@ -656,6 +659,8 @@ def _exclusive(name: str, root: Path) -> Iterator[None]:
 
     The kernel releases the lock when its holder dies.
     """
+    if store.is_object(root):
+        raise _unprepared(name, root)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with open(root / ".prepare.lock", "a") as lock:
@@ -675,6 +680,15 @@ def _exclusive(name: str, root: Path) -> Iterator[None]:
             f"data set {name!r} cannot be written under {root}:"
             f" {error.strerror or error}; {remedy}."
         ) from error
+
+
+def _unprepared(name: str, root: Path) -> UserError:
+    """The error for a data set that is not on a store, where nothing can be prepared."""
+    return UserError(
+        f"data set {name!r} is not prepared under {root}, and data sets are prepared on disks:"
+        " prepare it in a folder of this machine (config.data.data_dir), and copy that folder's"
+        f" content to {root}."
+    )
 
 
 def _find(parsed: DatasetName, root: Path) -> Path | None:
@@ -701,7 +715,7 @@ def _versions(folder: Path) -> list[Path]:
 
 def _open(name: str, folder: Path) -> tfds.core.DatasetBuilder:
     try:
-        builder = tfds.builder_from_directory(folder)
+        builder = tfds.builder_from_directory(os.fspath(store.for_readers(folder)))
         formats = {file_format.value for file_format in builder.info.available_file_formats()}
     except Exception as error:  # A damaged JSON file fails in as many ways as it has keys.
         raise UserError(

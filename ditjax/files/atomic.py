@@ -95,7 +95,9 @@ def full_disk(path: str | os.PathLike[str], error: OSError) -> str:
 
 def unfinished(path: str | os.PathLike[str]) -> list[Path]:
     """Temporary files that killed processes left while writing `path`."""
-    path = Path(path)
+    path = store.place(path)
+    if store.is_object(path):  # a put leaves none
+        return []
     return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
 
 

@@ -430,6 +430,16 @@ def local_copy(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def for_readers(path: Path) -> Path:
+    """What array_record reads in the place of a path: a path of this machine or on gs://.
+
+    It would take an absent object for an empty one or wait without a word: that one is there is
+    for the caller to find out. What is on other stores is copied. Raises as `local_copy`.
+    """
+    direct = isinstance(path, ObjectPath) and path.scheme == "gs"
+    return path if direct else local_copy(path)
+
+
 def _download(path: ObjectPath, entries: dict[str, Entry], target: Path) -> None:
     """Copy objects below a path; the copy appears whole."""
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,7 @@ def check_can_hold(directory: Path) -> None:
     if isinstance(directory, store.ObjectPath) and directory.scheme != "gs":
         raise UserError(
             f"{directory}: orbax writes checkpoints to disks and to gs://, not to"
-            f" {directory.scheme}://: give another --workdir. Samples, reports, weights and data may be"
+            f" {directory.scheme}://: give another --workdir. Files and data may be"
             " there."
         )
 

@@ -130,8 +130,9 @@ def test_data_root(monkeypatch):
     assert data_root("/given") == Path("/given")
     monkeypatch.delenv("DITJAX_DATA")
     assert data_root() == Path.home() / ".cache/ditjax/data"
-    with pytest.raises(UserError, match="gcsfuse"):
-        data_root("gs://bucket/data")
+    assert str(data_root("gs://bucket/data")) == "gs://bucket/data"
+    with pytest.raises(UserError, match="az:// cannot be read or written"):
+        data_root("az://bucket/data")
     with pytest.raises(UserError, match=r"data_dir is 'None': expected a folder; leave it empty"):
         data_root("None")
     monkeypatch.setenv("DITJAX_DATA", "None")
