@@ -40,20 +40,7 @@ def encode_dataset(
     shards that other processes still have to write; at 0 the data set is complete. Raises
     UserError.
     """
-    if not c.latent:
-        raise UserError("config.autoencoder.kind is 'none': there is nothing to encode with.")
-    if c.data.frames > 1:
-        raise UserError(
-            f"config.data.frames is {c.data.frames}: latents are cached of images alone; train on"
-            " the clips themselves, whose frames are encoded at each step."
-        )
-    if jax.process_count() > 1:
-        raise UserError(
-            "encode runs in one process: start it on one machine, or one process per machine"
-            " with --index=K --count=N."
-        )
-    if not 0 <= index < count:
-        raise UserError(f"--index={index} --count={count}: expected an index from 0 to count - 1.")
+    _check(c, index, count)
     mesh = mesh_of(c)
     size = c.train.batch_size
     rules.check_batch(size, mesh, "config.train.batch_size")
@@ -89,6 +76,24 @@ def encode_dataset(
     if not remaining:
         writer.finish()
     return remaining
+
+
+def _check(c: Config, index: int, count: int) -> None:
+    """Raise UserError for what cannot be encoded here."""
+    if not c.latent:
+        raise UserError("config.autoencoder.kind is 'none': there is nothing to encode with.")
+    if c.data.frames > 1:
+        raise UserError(
+            f"config.data.frames is {c.data.frames}: latents are cached of images alone; train on"
+            " the clips themselves, whose frames are encoded at each step."
+        )
+    if jax.process_count() > 1:
+        raise UserError(
+            "encode runs in one process: start it on one machine, or one process per machine"
+            " with --index=K --count=N."
+        )
+    if not 0 <= index < count:
+        raise UserError(f"--index={index} --count={count}: expected an index from 0 to count - 1.")
 
 
 def _encoded(

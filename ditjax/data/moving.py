@@ -32,7 +32,7 @@ _CONFIG = re.compile(r"([1-9]\d{1,7})(-two)?(?:-seed(\d{1,9}))?")
 _WORDS_PER_DIGIT = 6
 
 
-class Clip(NamedTuple):
+class MovingClip(NamedTuple):
     """frames u8[F,S,S]; the class of all digits; top-left corners f64[n,F,2] of their boxes."""
 
     frames: np.ndarray
@@ -46,7 +46,9 @@ def reflected(x: np.ndarray, room: float) -> np.ndarray:
     return np.asarray(np.minimum(folded, 2 * room - folded))
 
 
-def moving_clip(digits: Handwriting, seed: int, split: str, index: int, count: int = 1) -> Clip:
+def moving_clip(
+    digits: Handwriting, seed: int, split: str, index: int, count: int = 1
+) -> MovingClip:
     """Clip `index` of a split: `count` digits of one class, its label, each by another hand.
 
     A digit starts anywhere on the canvas, at a speed and in a direction of its own, and bounces off
@@ -73,7 +75,7 @@ def moving_clip(digits: Handwriting, seed: int, split: str, index: int, count: i
             np.maximum(frame, _placed(ink, corner, side), out=frame)
     # Rounded to six places first, so that the last bit of a product cannot change a pixel.
     frames = np.rint(np.round(255 * canvas, 6)).astype(np.uint8)
-    return Clip(frames, label, corners)
+    return MovingClip(frames, label, corners)
 
 
 def _placed(ink: np.ndarray, corner: np.ndarray, side: int) -> np.ndarray:
