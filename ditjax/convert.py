@@ -201,7 +201,7 @@ def _summary(
     if isinstance(found, Adapter):
         return text
     network = found
-    if bad := networks.not_finite(network):
+    if bad := networks.not_finite(network.leaves):
         text += f"\nnote: {len(bad)} arrays hold NaN or infinities: {first_few(bad)}"
     if not network.decodes:
         text += f"\n{networks.labels_text(network.config)}"

@@ -57,13 +57,13 @@ class DataSpec:
 
     name, split, data_dir: as `open_split` takes them; a split may be a slice, 'train[:10%]'.
     image_size, channels: H = W and C of the batches; C is 1 (grey) or 3 (RGB), converted at need.
-    frames: F of the clips, frames 0, frame_stride, 2 frame_stride, ... of each; 1 reads images.
     flip: mirror each element left-right with probability 1/2.
     cache_mb: keep decoded images in memory if the whole split takes at most this many MiB.
     threads: how many images are read and decoded at once.
     max_damaged: how many unreadable records to skip. Each is reported and replaced by the next
     readable one.
     text: which captions to read, and how they become tokens; None for none.
+    frames: F of the clips, frames 0, frame_stride, 2 frame_stride, ... of each; 1 reads images.
     """
 
     name: str
@@ -71,13 +71,13 @@ class DataSpec:
     image_size: int
     channels: int
     flip: bool
-    frames: int = 1
-    frame_stride: int = 1
     data_dir: DataDir = None
     cache_mb: int = 256
     threads: int = 16
     max_damaged: int = 0
     text: TextSpec | None = None
+    frames: int = 1
+    frame_stride: int = 1
 
     def __post_init__(self) -> None:
         check_pixels(self.image_size, self.channels)

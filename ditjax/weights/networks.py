@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,24 +238,29 @@ def combined_recipe(dit: LoadedNetwork, autoencoder: LoadedNetwork) -> Config:
     )
 
 
-def not_finite(network: LoadedNetwork) -> list[str]:
-    """The parameters that hold NaN or infinities, by path."""
+def not_finite(leaves: Mapping[str, np.ndarray]) -> list[str]:
+    """The paths of those that hold NaN or infinities."""
 
     def whole(leaf: np.ndarray) -> bool:
         with np.errstate(invalid="ignore"):  # no copy: the leaves are large
             return not leaf.size or bool(np.isfinite(leaf.min()) and np.isfinite(leaf.max()))
 
-    return [path for path, leaf in network.leaves.items() if not whole(leaf)]
+    return [path for path, leaf in leaves.items() if not whole(leaf)]
+
+
+def check_finite(leaves: Mapping[str, np.ndarray], file: Path, name: str) -> None:
+    """Raise UserError for values with which a network would compute noise."""
+    if bad := not_finite(leaves):
+        raise UserError(
+            f"{file} holds a {name} with NaN or infinities in {first_few(bad)}:"
+            " save it from before it diverged, or download it again."
+        )
 
 
 def as_float32(network: LoadedNetwork) -> Any:
     """The weights of a network in float32, the type of its parameters, to compute with.
 
-    Raises UserError for values that are not finite, with which it would draw noise.
+    Raises UserError for values that are not finite.
     """
-    if bad := not_finite(network):
-        raise UserError(
-            f"{network.files[0]} holds a {network.name} with NaN or infinities in {first_few(bad)}:"
-            " save it from before it diverged, or download it again."
-        )
+    check_finite(network.leaves, network.files[0], network.name)
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), network.params)

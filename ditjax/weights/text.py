@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ditjax.errors import UserError, shown
 from ditjax.files.assets import unflatten
@@ -18,7 +19,7 @@ from ditjax.models.text import Layers, TextConfig, TextEncoder
 from ditjax.weights import layouts
 from ditjax.weights import tensors as weights
 from ditjax.weights.layouts import Layout, LeafRule
-from ditjax.weights.networks import as_float32, initial_shapes
+from ditjax.weights.networks import check_finite, initial_shapes
 
 # transformers' hidden_act -> ours
 ACTIVATION_NAMES = {
@@ -333,4 +334,6 @@ def read_leaves(
     expected = layouts.expected_shapes(rules, ours, patch=patch)
     what = f"{folder.kind} of transformers"
     weights.check_tensors(folder.file.path, what, folder.file.tensors, expected)
-    return as_float32(unflatten(layouts.to_ours(rules, folder.file.tensors, ours)))
+    leaves = layouts.to_ours(rules, folder.file.tensors, ours)
+    check_finite(leaves, folder.file.path, what)
+    return unflatten({path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()})

@@ -331,7 +331,7 @@ def test_nan_weights_are_kept(tmp_path):
     state["blocks.1.mlp.fc1.weight"][3, 4] = np.nan
     network = reading.load_network(release_file(tmp_path / "x.pt", state), heads=3)
     assert np.argwhere(np.isnan(network.leaves["blocks/mlp/in/kernel"])).tolist() == [[1, 4, 3]]
-    assert not_finite(network) == ["blocks/mlp/in/kernel"]
+    assert not_finite(network.leaves) == ["blocks/mlp/in/kernel"]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
