@@ -249,7 +249,7 @@ def test_what_a_user_names_is_told_as_it_is_seen(tmp_path, capsys):
     assert np.asarray(given_picture(tmp_path / "a.tif", "mask")).max() == 255
     assert np.asarray(given_picture(tmp_path / "a.png", "mask")).min() == 255
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].endswith("a.tif: of several frames or pages, read by the first")
+    assert lines[0].endswith("a.tif: of several frames or pages, whose first is the image")
     assert lines[1].endswith("a.png: with an alpha channel, shown on white")
 
 

@@ -264,6 +264,6 @@ def test_of_several_frames_the_first(tmp_path, suffix, capsys):
     flat = Image.new("RGB", (6, 6), (0, 0, 255))
     flat.save(place(tmp_path, f"0{suffix}"), save_all=True, append_images=more, lossless=True)
     check(tmp_path, np.asarray(flat).astype(int), atol=2)
-    line = "; 1 of several frames or pages, read by the first"
+    line = "; 1 of several frames or pages, whose first is the image"
     assert line in capsys.readouterr().err
     assert line in str(open_images(tmp_path / "f"))
