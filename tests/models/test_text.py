@@ -119,3 +119,10 @@ def test_a_missing_tensor_is_named(found, tmp_path):
     less = {k: v for k, v in found["bert"].items() if "layer.1.output.dense.bias" not in k}
     with pytest.raises(UserError, match=r"1 missing: encoder.layer.1.output.dense.bias"):
         load_text_encoder(write_folder(tmp_path / "x", less))
+
+
+def test_weights_that_are_not_finite_are_named(found, tmp_path):
+    name = "tensor/embeddings.LayerNorm.bias"
+    bad = {**found["bert"], name: np.full_like(found["bert"][name], np.nan)}
+    with pytest.raises(UserError, match="with NaN or infinities in norm/bias"):
+        load_text_encoder(write_folder(tmp_path / "x", bad))
