@@ -37,6 +37,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # without, and gradients are off by 3e-5.
 UNOPTIMIZED = (
     "commands",
+    "diffusion",
     "faults",
     "evaluation",
     "models",

@@ -17,6 +17,7 @@ from ditjax.diffusion.gaussian import (
     p_mean_variance,
     q_posterior,
     split_channels,
+    stateful,
 )
 from ditjax.diffusion.meanflow import (
     IntervalDenoise,
@@ -73,7 +74,8 @@ def without_x(objective: Objective, denoise: Denoise, shape: tuple[int, ...]) ->
     """x̂0 f32[B,H,W,C] of a network of x0 that is given zeros for x, at the noisiest time."""
     process = objective.process
     t = process.from_unit(jnp.ones(shape[0], jnp.float32))
-    out = denoise(jnp.zeros(shape, jnp.float32), process.c_noise(t))
+    x, network = jnp.zeros(shape, jnp.float32), stateful(denoise)
+    out, _ = network.step(x, process.c_noise(t), network.start(x))
     return out[..., : shape[-1]].astype(jnp.float32)
 
 

@@ -6,9 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ditjax.data import records, scenes
+from ditjax.data import records, source
 from ditjax.data.scenes import (
     SCENE_SIDE,
+    SIZES,
     Handwriting,
     load_handwriting,
     magnified,
@@ -49,7 +50,7 @@ def test_classes_and_counts_are_even_and_places_are_everywhere(many):
     assert min(counts.values()) > 90
     boxes = np.array([box for each in many for box in each.boxes])
     rows, columns, sizes = boxes.T
-    assert (sizes.min(), sizes.max()) == scenes.SIZES
+    assert (sizes.min(), sizes.max()) == SIZES
     for start in (rows, columns):
         assert start.min() == 0
         assert (start + sizes).max() == SCENE_SIDE
@@ -142,7 +143,9 @@ def test_the_data_set_is_the_first_scenes_in_the_same_bytes_each_time(train, man
 
 
 def test_the_short_name_is_the_size_of_the_recipes(tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes, "DEFAULT_EXAMPLES", 12)
+    of = source._GENERATED["digit_scenes"]
+    assert of.default == "20000"
+    monkeypatch.setitem(source._GENERATED, "digit_scenes", of._replace(default="12"))
     assert prepare("digit_scenes", tmp_path).info.full_name == "digit_scenes/12/1.0.0"
 
 

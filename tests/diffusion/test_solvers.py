@@ -343,7 +343,7 @@ def test_evaluations_are_counted():
     counts = {name: len(SAMPLERS[name].evaluated(made, times)) for name in FIXED}
     assert counts == {
         "ddpm": 6, "ddim": 6, "euler": 6, "heun": 11, "edm": 11, "dpmpp_2m": 6, "dpmpp_2s": 11,
-        "dpmpp_2m_sde": 6, "unipc": 6, "sde": 6, "sde_heun": 11,
+        "dpmpp_2m_sde": 6, "unipc": 6, "sde": 6, "sde_heun": 11, "regression": 1,
     }  # fmt: skip
 
 
