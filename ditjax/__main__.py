@@ -21,7 +21,7 @@ COMMANDS = {
     "flops": "count parameters and Gflops",
     "bench": "time a recipe's train step on this machine, beside PyTorch",
     "plan": "compile a recipe's train step for a machine that is not here: memory, time, cost",
-    "classify": "train the two digit classifiers that ship",
+    "classify": "train the small classifiers that ship",
 }
 
 
