@@ -189,7 +189,7 @@ class CaptionListing(NamedTuple):
 def list_captions(path: str, max_damaged: int = 0) -> CaptionListing:
     """The images and captions at a path: a folder with metadata, a tar file, or shards in braces.
 
-    Raises UserError for metadata that cannot be read, a row that is none, and for more than
+    Raises UserError for metadata or a row that cannot be read, and for more than
     `max_damaged` files that are missing.
     """
     if path.endswith(".tar"):

@@ -54,7 +54,7 @@ class Tokenizer:
         self.pad = next((int(each) for each in pads if each is not None), max(self.end, 0))
 
     def __call__(self, texts: Sequence[str], length: int) -> Tokens:
-        """The ids of texts, padded or cut to `length`. Raises UserError for a text that is none."""
+        """The ids of texts, padded or cut to `length`. Raises UserError for what is no text."""
         for text in texts:
             check_text(text)
         ids = np.full((len(texts), length), self.pad, np.int32)

@@ -65,7 +65,7 @@ def extra_channels(c: Config) -> int:
 
 
 def has_level(c: Config) -> bool:
-    """Whether a recipe's network is told the level of the noise in what it is given."""
+    """Whether a recipe's network takes the level of the noise in its channels."""
     return bool(c.given.noise_most > 0)
 
 
