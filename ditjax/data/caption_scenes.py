@@ -7,7 +7,7 @@ shows these alone, so that it measures whether a model combines what it learned.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -16,7 +16,7 @@ from PIL import Image
 from ditjax.data.scenes import (
     DEFAULT_EXAMPLES,
     SCENE_SIDE,
-    TEST_SHARE,
+    GeneratedBuilder,
     Handwriting,
     SceneSet,
     load_handwriting,
@@ -156,7 +156,7 @@ def every_caption() -> list[str]:
 
 
 class CaptionScenes(
-    tfds.core.GeneratorBasedBuilder,
+    GeneratedBuilder,
     skip_registration=True,  # type: ignore[call-arg]
 ):
     """Caption scenes as a data set: 32x32 RGB, N training and N // 10 scenes in either test split.
@@ -164,53 +164,29 @@ class CaptionScenes(
     The label is the digit, of the first if there are two. The other classes are -1 if there are.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
-
-    def __init__(self, data_dir: Any, size: SceneSet) -> None:
-        self._size = size
-        config = tfds.core.BuilderConfig(
-            name=size.name, description=f"Scenes 0 to {size.examples - 1} of seed {size.seed}."
-        )
-        super().__init__(data_dir=data_dir, config=config, file_format="array_record")
+    TEST_SPLITS = ("test", "test_heldout")
 
     def _info(self) -> tfds.core.DatasetInfo:
         def classes(names: Sequence[str]) -> tfds.features.ClassLabel:
             return tfds.features.ClassLabel(names=list(names))
 
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=(
-                "One or two real handwritten digits on a dark 32x32 canvas, each of a colour, a"
-                " size and a place, with captions that name some of these. Pairs with (digit +"
-                " colour) mod 8 = 0 are in the split test_heldout alone. The digits are"
-                " scikit-learn's load_digits: record i is in the test splits iff i % 5 == 4."
-            ),
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(
-                        shape=(SCENE_SIDE, SCENE_SIDE, 3), encoding_format="png"
-                    ),
-                    "label": classes(DIGIT_NAMES),
-                    "captions": tfds.features.Sequence(tfds.features.Text()),
-                    "digit": classes(DIGIT_NAMES),
-                    "colour": classes(INK_COLOURS),
-                    "size": classes(tuple(SCENE_SIZES)),
-                    "place": classes(PLACES),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage="https://archive.ics.uci.edu/dataset/80",
-            license="Creative Commons Attribution 4.0 (CC BY 4.0), as the digits are",
-            # Scene i is record i.
-            disable_shuffling=True,
+        return self.info_of(
+            "One or two real handwritten digits on a dark 32x32 canvas, each of a colour, a"
+            " size and a place, with captions that name some of these. Pairs with (digit +"
+            " colour) mod 8 = 0 are in the split test_heldout alone. The digits are"
+            " scikit-learn's load_digits: record i is in the test splits iff i % 5 == 4.",
+            {
+                "image": tfds.features.Image(
+                    shape=(SCENE_SIDE, SCENE_SIDE, 3), encoding_format="png"
+                ),
+                "label": classes(DIGIT_NAMES),
+                "captions": tfds.features.Sequence(tfds.features.Text()),
+                "digit": classes(DIGIT_NAMES),
+                "colour": classes(INK_COLOURS),
+                "size": classes(tuple(SCENE_SIZES)),
+                "place": classes(PLACES),
+            },
         )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager  # Nothing is downloaded.
-        test = self._size.examples // TEST_SHARE
-        counts = {"train": self._size.examples, "test": test, "test_heldout": test}
-        return {split: self._generate_examples(split, n) for split, n in counts.items()}
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         digits = load_handwriting("train" if split == "train" else "test")

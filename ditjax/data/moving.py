@@ -9,14 +9,14 @@ digits.
 import io
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from ditjax.data.clips import as_animation
-from ditjax.data.scenes import Handwriting, load_handwriting, magnified
+from ditjax.data.scenes import GeneratedBuilder, Handwriting, load_handwriting, magnified
 from ditjax.errors import UserError
 
 CLIP_FRAMES = 16
@@ -24,7 +24,6 @@ CANVASES = {1: 16, 2: 32}  # of the canvas, by the number of digits
 BOXES = (8, 12)  # smallest and largest side of a digit's box in pixels
 SPEEDS = (1.0, 2.5)  # pixels from a frame to the next
 DEFAULT_CLIPS = 4_000
-_TEST_SHARE = 10  # training clips for each test clip
 
 _SPLITS = ("train", "test")
 _CLASSES = 10
@@ -116,49 +115,26 @@ def parse_clip_set(config: str) -> ClipSet:
 
 
 class MovingDigits(
-    tfds.core.GeneratorBasedBuilder,
+    GeneratedBuilder,
     skip_registration=True,  # type: ignore[call-arg]
 ):
     """Clips as a data set: 16 frames of 16x16 grey, or of 32x32 with two digits, ten classes."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
-
-    def __init__(self, data_dir: Any, size: ClipSet) -> None:
-        self._size = size
-        config = tfds.core.BuilderConfig(
-            name=size.name, description=f"Clips 0 to {size.examples - 1} of seed {size.seed}."
-        )
-        super().__init__(data_dir=data_dir, config=config, file_format="array_record")
+    KIND = "Clips"
 
     def _info(self) -> tfds.core.DatasetInfo:
         side, count = CANVASES[self._size.digits], self._size.digits
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=(
-                f"{CLIP_FRAMES} frames of {side}x{side}, an animated PNG each, of {count} real"
-                " handwritten digit(s) of one class that move and bounce off the walls; the class"
-                " is the label. The digits are scikit-learn's load_digits: record i is in test"
-                " clips iff i % 5 == 4, and in training clips otherwise. Clip i is a function of"
-                " (seed, split, i)."
-            ),
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(side, side, 1), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(names=[str(d) for d in range(_CLASSES)]),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            homepage="https://archive.ics.uci.edu/dataset/80",
-            license="Creative Commons Attribution 4.0 (CC BY 4.0), as the digits are",
-            # Clip i is record i.
-            disable_shuffling=True,
+        return self.info_of(
+            f"{CLIP_FRAMES} frames of {side}x{side}, an animated PNG each, of {count} real"
+            " handwritten digit(s) of one class that move and bounce off the walls; the class"
+            " is the label. The digits are scikit-learn's load_digits: record i is in test"
+            " clips iff i % 5 == 4, and in training clips otherwise. Clip i is a function of"
+            " (seed, split, i).",
+            {
+                "image": tfds.features.Image(shape=(side, side, 1), encoding_format="png"),
+                "label": tfds.features.ClassLabel(names=[str(d) for d in range(_CLASSES)]),
+            },
         )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager  # Nothing is downloaded.
-        counts = {"train": self._size.examples, "test": self._size.examples // _TEST_SHARE}
-        return {split: self._generate_examples(split, n) for split, n in counts.items()}
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         digits = load_handwriting(split)

@@ -6,7 +6,7 @@ scene occurs in a training scene.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -177,50 +177,67 @@ def parse_scene_set(config: str, name: str = "digit_scenes") -> SceneSet:
     return SceneSet(int(match[1]), int(match[2] or 0))
 
 
-class DigitScenes(
+class GeneratedBuilder(
     tfds.core.GeneratorBasedBuilder,
     skip_registration=True,  # type: ignore[call-arg]
 ):
-    """Scenes as a data set: 32x32 RGB, ten classes, N training and N // 10 test scenes."""
+    """A data set that is computed from handwritten digits: example i of a split is record i.
+
+    `size` has a name, examples and a seed. There is one example of a test split for `TEST_SHARE` of
+    the training split.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
+    KIND: ClassVar[str] = "Scenes"  # what the examples are
+    TEST_SPLITS: ClassVar[tuple[str, ...]] = ("test",)
 
-    def __init__(self, data_dir: Any, size: SceneSet) -> None:
+    def __init__(self, data_dir: Any, size: Any) -> None:
         self._size = size
         config = tfds.core.BuilderConfig(
-            name=size.name, description=f"Scenes 0 to {size.examples - 1} of seed {size.seed}."
+            name=size.name,
+            description=f"{self.KIND} 0 to {size.examples - 1} of seed {size.seed}.",
         )
         super().__init__(data_dir=data_dir, config=config, file_format="array_record")
 
-    def _info(self) -> tfds.core.DatasetInfo:
+    def info_of(self, description: str, features: Mapping[str, Any]) -> tfds.core.DatasetInfo:
+        """What `_info` returns, by the description and the features."""
         return tfds.core.DatasetInfo(
             builder=self,
-            description=(
-                "One to three real handwritten digits of one class on a 32x32 canvas, each of its"
-                " own hand, size, colour and place; the class is the label. The digits are"
-                " scikit-learn's load_digits: record i is in test scenes iff i % 5 == 4, and in"
-                " training scenes otherwise. Scene i is a function of (seed, split, i)."
-            ),
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(
-                        shape=(SCENE_SIDE, SCENE_SIDE, 3), encoding_format="png"
-                    ),
-                    "label": tfds.features.ClassLabel(names=[str(d) for d in range(_CLASSES)]),
-                }
-            ),
+            description=description,
+            features=tfds.features.FeaturesDict(dict(features)),
             supervised_keys=("image", "label"),
             homepage="https://archive.ics.uci.edu/dataset/80",
             license="Creative Commons Attribution 4.0 (CC BY 4.0), as the digits are",
-            # Scene i is record i.
             disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager  # Nothing is downloaded.
-        counts = {"train": self._size.examples, "test": self._size.examples // TEST_SHARE}
+        test = dict.fromkeys(self.TEST_SPLITS, self._size.examples // TEST_SHARE)
+        counts = {"train": self._size.examples, **test}
         return {split: self._generate_examples(split, n) for split, n in counts.items()}
+
+
+class DigitScenes(
+    GeneratedBuilder,
+    skip_registration=True,  # type: ignore[call-arg]
+):
+    """Scenes as a data set: 32x32 RGB, ten classes, N training and N // 10 test scenes."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.info_of(
+            "One to three real handwritten digits of one class on a 32x32 canvas, each of its"
+            " own hand, size, colour and place; the class is the label. The digits are"
+            " scikit-learn's load_digits: record i is in test scenes iff i % 5 == 4, and in"
+            " training scenes otherwise. Scene i is a function of (seed, split, i).",
+            {
+                "image": tfds.features.Image(
+                    shape=(SCENE_SIDE, SCENE_SIDE, 3), encoding_format="png"
+                ),
+                "label": tfds.features.ClassLabel(names=[str(d) for d in range(_CLASSES)]),
+            },
+        )
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         digits = load_handwriting(split)
