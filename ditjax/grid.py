@@ -202,7 +202,7 @@ class Scorer(NamedTuple):
 def open_scorers(trained: Sequence[Run]) -> dict[str, Scorer]:
     """Return scorers by run name.
 
-    Runs with the same reference, frozen networks and control images share one.
+    Runs with the same reference, frozen networks and given images share one.
     """
     made: dict[Any, Scorer] = {}
     of_run: dict[str, Scorer] = {}
@@ -210,8 +210,8 @@ def open_scorers(trained: Sequence[Run]) -> dict[str, Scorer]:
         c = run.config
         key = (
             *(c.task, c.data, c.evaluate, c.mesh, c.sample.guide, c.model.dtype, c.model.matmul),
-            # What is frozen, and what controls the samples.
-            *(getattr(c, name, None) for name in ("autoencoder", "adapt", "control")),
+            # What is frozen, and what the samples are given.
+            *(getattr(c, name, None) for name in ("autoencoder", "adapt", "control", "given")),
         )
         if key not in made:
             mesh = mesh_of(c)

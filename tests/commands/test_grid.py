@@ -451,16 +451,17 @@ def test_names_tell_cells_apart_and_are_legal(finished):
 
 
 def test_runs_share_frozen_weights_only_where_these_are_the_same(monkeypatch):
-    """A network adapted to another base, or controlled by another run, is drawn with its own."""
+    """Another base, control, or image that is given: each is drawn with its own."""
     c = read(load_recipe(list(TINY)))
     changes: list[dict] = [{}, {"seed": 3}]
     changes += [{"adapt": {"base": base, "kind": "lora"}} for base in ("runs/a", "runs/b")]
     branch = {"adapt": {"base": "runs/a", "kind": "control"}, "model": {"label_dropout": 0.1}}
     changes += [{**branch, "control": {"blocks": 1, "others": x}} for x in ((), ("runs/x",))]
+    changes += [{"given": {"kind": "low", "side": side}} for side in (2, 4)]
     runs = [grid.Run(str(k), Path(), changed(c, each)) for k, each in enumerate(changes)]
     monkeypatch.setattr(grid, "Evaluator", lambda c, mesh, frozen: object())
     task = types.SimpleNamespace(frozen=lambda mesh: {})
     monkeypatch.setattr(grid, "make_task", lambda c: task)
     made = grid.open_scorers(runs)
     assert made["0"] is made["1"]
-    assert len({id(scorer) for scorer in made.values()}) == 5
+    assert len({id(scorer) for scorer in made.values()}) == 7
