@@ -5,7 +5,6 @@ import json
 import shlex
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from ditjax.evaluation.analyses import ANALYSES
 from ditjax.evaluation.inspection import NOISE_SHARES, Reading, open_instrument
 from ditjax.files.atomic import protocol_hash, write_atomic, write_json, write_text
 from ditjax.files.durations import duration
+from ditjax.files.store import place
 from ditjax.reporting.inspection import Part, inspection_part, render_inspection
 from ditjax.reporting.table import csv_of
 from ditjax.sample import add_source, parse_source
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
             f" {', '.join(ANALYSES)}.{nearest(wrong[0], ANALYSES)}"
         )
     what = tuple(name for name in ANALYSES if name in args.what)
-    folder = Path(args.out or Path(args.workdir or ".") / "inspection")
+    folder = place(args.out or place(args.workdir or ".") / "inspection")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out={folder} is a file: give a folder.")
     reading = Reading(args.times, args.blocks, args.num, args.batch_size)
