@@ -27,7 +27,7 @@ from ditjax.data.crop import normalize
 from ditjax.data.records import HostBatch, load_arrays
 from ditjax.data.scenes import load_handwriting
 from ditjax.errors import UserError
-from ditjax.evaluation.digits import (
+from ditjax.evaluation.classifiers import (
     FEATURE_CLASSIFIER,
     JUDGE,
     PAIRS,

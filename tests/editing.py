@@ -28,7 +28,7 @@ from ditjax.data.records import load_arrays
 from ditjax.diffusion.inverse import METHODS, known_pixels
 from ditjax.diffusion.samplers import initial_noise, per_sample_noise, walk
 from ditjax.diffusion.solvers import SAMPLERS
-from ditjax.evaluation.digits import predict_digit
+from ditjax.evaluation.classifiers import JUDGE, predict_class
 from ditjax.runs import opening
 from ditjax.runs.results import save_grid
 from ditjax.sampling.editing import inpaint_request
@@ -179,11 +179,11 @@ def main() -> None:
     for name, x in arms.items():
         byte = np.clip(127.5 * x + 128, 0, 255).astype(np.uint8).reshape(COMPLETIONS, *images.shape)
         shown[name] = byte
-        named = np.mean([np.mean(predict_digit(each) == label) for each in byte])
+        named = np.mean([np.mean(predict_class(JUDGE, each) == label) for each in byte])
         score = energy_score(x[..., ~known], rows[:, ~known])
         rmse = np.sqrt(np.mean((x.mean(0) - rows)[:, ~known] ** 2))
         print(f"| {name} | {score} | {rmse:.3f} | {named:.3f} |")
-    print(f"| truth | 0 | 0 | {np.mean(predict_digit(images) == label):.3f} |")
+    print(f"| truth | 0 | 0 | {np.mean(predict_class(JUDGE, images) == label):.3f} |")
     if args.figure:
         columns = [int(np.flatnonzero(label == digit)[1]) for digit in range(10)] * 2
         cells = [

@@ -12,7 +12,7 @@ from ditjax import classify
 from ditjax.config import FEATURE_NAME, SHIPPED_FEATURES
 from ditjax.data.crop import normalize
 from ditjax.errors import UserError
-from ditjax.evaluation import digits as at_work
+from ditjax.evaluation import classifiers as at_work
 from ditjax.files.assets import SHIPPED, load_asset
 from ditjax.metrics.frechet import batch_moments, frechet_distance
 from ditjax.models import classifier

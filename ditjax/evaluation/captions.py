@@ -10,7 +10,7 @@ from PIL import Image
 
 from ditjax.data.caption_scenes import HUES
 from ditjax.errors import UserError
-from ditjax.evaluation.digits import JUDGE, recognise
+from ditjax.evaluation.classifiers import JUDGE, recognise
 from ditjax.models.classifier import DIGIT_SIDE
 from ditjax.weights.shipped import shipped_classifier
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ditjax.data.crop import normalize, resize_images
 from ditjax.data.moving import BOXES, CANVASES, SPEEDS
 from ditjax.errors import UserError
-from ditjax.evaluation.digits import JUDGE, recognise
+from ditjax.evaluation.classifiers import JUDGE, recognise
 from ditjax.metrics.motion import motion_error
 from ditjax.models.classifier import CLIP_LENGTH, CLIP_SIDE, DIGIT_SIDE, NUM_CLASSES
 from ditjax.parallel.processes import padded

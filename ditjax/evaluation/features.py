@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from ditjax.config import lookup
 from ditjax.data import scenes
 from ditjax.errors import UserError
-from ditjax.evaluation.clips import MOVING, clip_features, clip_measures, predict_clip_digit
-from ditjax.evaluation.digits import (
+from ditjax.evaluation.classifiers import (
     FEATURE_CLASSIFIER,
     PAIRS,
     predict_class,
     recognise_shipped,
 )
+from ditjax.evaluation.clips import MOVING, clip_features, clip_measures, predict_clip_digit
 from ditjax.evaluation.scenes import predict_scene_digit, recognise_scenes
 from ditjax.files.assets import load_asset
 from ditjax.models import inception

@@ -4,7 +4,7 @@ import numpy as np
 
 from ditjax.data.scenes import SCENE_SIDE
 from ditjax.errors import UserError
-from ditjax.evaluation.digits import JUDGE, recognise
+from ditjax.evaluation.classifiers import JUDGE, recognise
 from ditjax.models.classifier import DIGIT_SIDE as WINDOW
 from ditjax.models.classifier import NUM_CLASSES
 from ditjax.weights.shipped import shipped_classifier

@@ -16,7 +16,7 @@ from ditjax.data import crop, records, source, stream
 from ditjax.data.names import Split
 from ditjax.errors import UserError
 from ditjax.evaluation import evaluator
-from ditjax.evaluation.digits import predict_digit
+from ditjax.evaluation.classifiers import JUDGE, predict_class
 from ditjax.evaluation.features import digits_extractor
 from ditjax.evaluation.scoring import extract_features, open_reference, score
 from ditjax.models import autoencoder as network
@@ -115,12 +115,12 @@ def test_real_digits_score_as_real(data_dir):
     floors = evaluator.real_scores("digits", test_split, "digits/train", str(data_dir))
     floor = floors["fd_digits_floor"]
     assert fd_digits(real["image"]) == pytest.approx(floor)
-    assert np.mean(predict_digit(real["image"]) == real["label"]) > 0.98
+    assert np.mean(predict_class(JUDGE, real["image"]) == real["label"]) > 0.98
     noise = np.random.default_rng(0).integers(0, 256, real["image"].shape, np.uint8)
     assert fd_digits(noise) > 10 * floor
     # Larger images are brought to 8x8, colour to grey: digits stay digits.
     large = crop.resize_images(real["image"], 32).repeat(3, axis=-1)
-    assert np.mean(predict_digit(large) == real["label"]) > 0.95
+    assert np.mean(predict_class(JUDGE, large) == real["label"]) > 0.95
 
 
 SMALL_AUTOENCODER = (

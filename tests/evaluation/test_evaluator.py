@@ -13,7 +13,7 @@ from ditjax.config import changed, read
 from ditjax.data.names import Split
 from ditjax.errors import UserError
 from ditjax.evaluation import evaluator as evaluation
-from ditjax.evaluation.digits import predict_digit
+from ditjax.evaluation.classifiers import JUDGE, predict_class
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files.atomic import protocol_hash
 from ditjax.files.npz import load_array
@@ -145,10 +145,10 @@ def test_in_memory_and_by_way_of_the_disk_agree(evaluator, of_run):
 def test_of_a_run(of_run):
     folder, found = of_run
     images, label = (load_array(folder / "samples.npz", name) for name in ("arr_0", "label"))
-    assert found.metrics["accuracy"] == np.mean(predict_digit(images) == label)
+    assert found.metrics["accuracy"] == np.mean(predict_class(JUDGE, images) == label)
     images, label = (load_array(folder / "guided.npz", name) for name in ("arr_0", "label"))
     assert len(images) == 30
-    assert found.metrics["accuracy_guided"] == np.mean(predict_digit(images) == label)
+    assert found.metrics["accuracy_guided"] == np.mean(predict_class(JUDGE, images) == label)
     assert found.reference == "digits/train, 8x8"
     assert json.loads(json.dumps(found.protocol)) == found.protocol
 

@@ -69,8 +69,3 @@ def recognise_shipped(name: str, images: np.ndarray) -> tuple[np.ndarray, np.nda
 def predict_class(judge: str, images: np.ndarray) -> np.ndarray:
     """Return the class that a shipped classifier predicts for each image: u8[N,H,W,C] -> i[N]."""
     return np.argmax(recognise_shipped(judge, images)[1], axis=1)
-
-
-def predict_digit(images: np.ndarray) -> np.ndarray:
-    """Return the digit that the judge of 'digits' predicts for each image: u8[N,H,W,C] -> i[N]."""
-    return predict_class(JUDGE, images)
