@@ -105,15 +105,46 @@ class FirstDigits(Digits):
 # ---- a folder of class folders
 
 
-class ImageFolder(
+class ConvertedBuilder(
     tfds.core.GeneratorBasedBuilder,
     skip_registration=True,  # type: ignore[call-arg]
 ):
-    """A folder of class folders, converted once. The files' own encoded bytes are stored.
+    """Images of a user that are listed, and converted once. Their own encoded bytes are stored.
 
-    Features are imagenet2012's: image, label, file_name (relative to the folder). The name of the
-    configuration is a digest of the content, so that a copy of the folder is the same data set
-    wherever it is.
+    The name of the configuration is a digest of the content, so that a copy of a folder is the same
+    data set wherever it is.
+    """
+
+    def __init__(
+        self, listing: Any, content: dict[str, str], data_dir: Path, max_damaged: int = 0
+    ) -> None:
+        self._listing, self._content, self._left = listing, content, max_damaged
+        config = tfds.core.BuilderConfig(
+            name=content_name(content), description=f"Converted from {listing.root}."
+        )
+        super().__init__(data_dir=data_dir, config=config, file_format="array_record")
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager
+        return {split: self._generate_examples(split) for split in self._content}
+
+    def skip(self, image: Any, fault: object) -> None:
+        """Count a damaged image. Raises UserError if that is one too many."""
+        if self._left <= 0:
+            raise UserError(
+                f"{image} is not a sound image ({fault}): repair or remove the file, then run"
+                " again, or set config.data.max_damaged to skip it."
+            )
+        self._left -= 1
+
+
+class ImageFolder(
+    ConvertedBuilder,
+    skip_registration=True,  # type: ignore[call-arg]
+):
+    """A folder of class folders.
+
+    Features are imagenet2012's: image, label, file_name (relative to the folder).
     """
 
     VERSION = tfds.core.Version("2.0.0")
@@ -125,13 +156,9 @@ class ImageFolder(
     def __init__(
         self, listing: Listing, content: dict[str, str], data_dir: Path, max_damaged: int = 0
     ) -> None:
-        self._listing, self._content, self._left = listing, content, max_damaged
         self._peculiar: Counter[str] = Counter()
         self._longest, self._shortest = 0, dict[str, int]()
-        config = tfds.core.BuilderConfig(
-            name=content_name(content), description=f"Converted from {listing.root}."
-        )
-        super().__init__(data_dir=data_dir, config=config, file_format="array_record")
+        super().__init__(listing, content, data_dir, max_damaged)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -151,10 +178,6 @@ class ImageFolder(
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager
-        return {split: self._generate_examples(split) for split in self._listing.files}
-
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         def hashed(image: ListedImage) -> bytes:
             return hashlib.sha256(os.fsencode(image.name)).digest()
@@ -164,12 +187,8 @@ class ImageFolder(
         for i, (image, (encoded, fault, peculiar, stored, frames)) in enumerate(images):
             shortest = min(shortest, (frames, i)) if i else (frames, i)
             self._longest = max(self._longest, frames)
-            if fault and not self._left:
-                raise UserError(
-                    f"{image.file.path} is not a sound image ({fault}): repair or remove the file,"
-                    " then run again, or set config.data.max_damaged to skip it."
-                )
-            self._left -= bool(fault)
+            if fault:
+                self.skip(image.file.path, fault)
             self._peculiar.update(peculiar)
             content.add(image, encoded)
             name = os.fsencode(image.name).decode(errors="replace")

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from ditjax.data.builders import content_name
+from ditjax.data.builders import ConvertedBuilder
 from ditjax.data.folders import MAX_FILE, report_reading
 from ditjax.data.pictures import converted, decode_image
 from ditjax.data.tokenizers import Tokenizer, check_text, cut_line, open_tokenizer
@@ -380,29 +380,13 @@ def _sample(shard: Path, name: str, parts: Mapping[str, bytes]) -> tuple[Caption
 
 
 class CaptionFolder(
-    tfds.core.GeneratorBasedBuilder,
+    ConvertedBuilder,
     skip_registration=True,  # type: ignore[call-arg]
 ):
-    """A folder or shards of captioned images, converted once: image, captions, file_name.
-
-    The name of the configuration is a digest of the content. Records are in the order of metadata.
-    """
+    """A folder or shards of captioned images: image, captions, file_name, in metadata's order."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
-
-    def __init__(
-        self,
-        listing: CaptionListing,
-        content: dict[str, str],
-        data_dir: Path,
-        max_damaged: int = 0,
-    ) -> None:
-        self._listing, self._left = listing, max_damaged - len(listing.missing)
-        config = tfds.core.BuilderConfig(
-            name=content_name(content), description=f"Converted from {listing.root}."
-        )
-        super().__init__(data_dir=data_dir, config=config, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -418,20 +402,11 @@ class CaptionFolder(
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager
-        return {split: self._generate_examples(split) for split in self._listing.splits}
-
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for i, (each, encoded) in enumerate(self._listing.examples(split)):
             try:
                 converted(decode_image(encoded), "RGB")
             except ValueError as error:
-                if self._left <= 0:
-                    raise UserError(
-                        f"{each.path or each.name} is not a sound image ({error}): repair or remove"
-                        " it, then run again, or set config.data.max_damaged to skip it."
-                    ) from error
-                self._left -= 1
+                self.skip(each.path or each.name, error)
             record = {"image": encoded, "captions": list(each.captions), "file_name": each.name}
             yield i, record

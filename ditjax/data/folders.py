@@ -208,6 +208,16 @@ class Listing(NamedTuple):
         left = f"; left out: {self.left_out}" if self.left_out else "; nothing left out"
         return f"{self.root}: images of {classes}: {counts}{left}"
 
+    def content(self) -> dict[str, str]:
+        """Split -> the digest of its images' names and bytes. Raises UserError."""
+        found = {}
+        for split, images in self.files.items():
+            content = Content()
+            for image, encoded in read_together(images, read_bytes):
+                content.add(image, encoded)
+            found[split] = str(content)
+        return found
+
 
 def list_folder(root: Path) -> Listing:
     """ROOT/CLASS/**/IMAGE, ROOT/SPLIT/CLASS/**/IMAGE, ROOT/SPLIT/**/IMAGE or ROOT/IMAGE -> Listing.
@@ -379,17 +389,6 @@ class Content:
 
     def __str__(self) -> str:
         return f"{self._sum:064x}"
-
-
-def read_content(listing: Listing) -> dict[str, str]:
-    """Split -> the digest of its images' names and bytes. Raises UserError."""
-    found = {}
-    for split, images in listing.files.items():
-        content = Content()
-        for image, encoded in read_together(images, read_bytes):
-            content.add(image, encoded)
-        found[split] = str(content)
-    return found
 
 
 def read_together(

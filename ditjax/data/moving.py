@@ -16,7 +16,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ditjax.data.clips import as_animation
-from ditjax.data.scenes import GeneratedBuilder, Handwriting, load_handwriting, magnified
+from ditjax.data.scenes import (
+    GeneratedBuilder,
+    Handwriting,
+    load_handwriting,
+    magnified,
+    scene_uniforms,
+)
 from ditjax.errors import UserError
 
 CLIP_FRAMES = 16
@@ -53,9 +59,8 @@ def moving_clip(
     A digit starts anywhere on the canvas, at a speed and in a direction of its own, and bounces off
     the walls. Where two overlap, the brighter pixel is seen.
     """
-    key = np.array([seed, len(_SPLITS) + _SPLITS.index(split)], np.uint64)
-    words = np.random.Philox(key=key, counter=index << 64).random_raw(1 + count * _WORDS_PER_DIGIT)
-    u = iter(((words >> np.uint64(11)) * 2.0**-53).tolist())
+    stream = len(_SPLITS) + _SPLITS.index(split)
+    u = scene_uniforms(seed, stream, index, 1 + count * _WORDS_PER_DIGIT)
     label, side = int(next(u) * _CLASSES), CANVASES[count]
     candidates, t = digits.of_class[label], np.arange(CLIP_FRAMES)
     canvas = np.zeros((CLIP_FRAMES, side, side))

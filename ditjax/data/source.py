@@ -38,9 +38,15 @@ from ditjax.data.builders import (
     write_whole,
 )
 from ditjax.data.caption_scenes import CaptionScenes
-from ditjax.data.captions import CaptionFolder, TextSpec, find_captions, list_captions
+from ditjax.data.captions import (
+    CaptionFolder,
+    CaptionListing,
+    TextSpec,
+    find_captions,
+    list_captions,
+)
 from ditjax.data.crop import check_pixels
-from ditjax.data.folders import Listing, list_folder, read_content, report_reading, split_above
+from ditjax.data.folders import Listing, list_folder, report_reading, split_above
 from ditjax.data.moving import MovingDigits
 from ditjax.data.names import LATENTS, VERSION, DatasetName, Split, is_latents, parse_name
 from ditjax.data.scenes import DigitScenes
@@ -246,8 +252,7 @@ def _names_a_dataset(text: str, root: Path) -> bool:
     try:
         parsed = parse_name(text)
         if parsed.kind == "folder":
-            folder = _resolved(parsed)
-            return os.path.isdir(folder) or _converted(folder, root) is not None
+            return _is_there(parsed) or _converted(_record_of(parsed, root), root) is not None
         if parsed.kind == "latents":
             return store.place(expand_home(parsed.path)).is_dir()
         if parsed.kind == "captions":
@@ -269,11 +274,8 @@ def known_content(name: str, data_dir: DataDir = None) -> str | None:
         if parsed.kind == "latents":
             return _latents_content(parsed.path)
         place = None
-        if parsed.kind == "folder":
-            found = _converted(_resolved(parsed), root)
-            place = root / found.place if found else None
-        elif parsed.kind == "captions":
-            found = _recorded(_captions_record(parsed, root), root)
+        if parsed.kind in _CONVERTED:
+            found = _converted(_record_of(parsed, root), root)
             place = root / found.place if found else None
         elif parsed.base in _GENERATED:
             place = _generated_place(parsed, root)
@@ -327,13 +329,12 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
 
     A name is 'digits'; 'digit_scenes', or 'digit_scenes/N' for another number of scenes;
     'caption_scenes' and 'moving_digits', which are clips, in the same way; 'folder:PATH' for a
-    folder of class folders; 'captions:PATH'
-    for images with captions; 'latents:PATH' for encoded latents; the dotted name
-    of a builder class of yours, 'package.module.Birds'; or any tensorflow-datasets name with an
-    optional configuration and version: 'imagenet2012', 'mnist:3.0.1', 'imagenet_resized/64x64'. A
-    prepared data set is opened without TensorFlow, and its folder may be read-only. To prepare a
-    data set of tensorflow-datasets, a separate process is started, so that TensorFlow never shares
-    this one's devices.
+    folder of class folders; 'captions:PATH' for images with captions; 'latents:PATH' for encoded
+    latents; the dotted name of a builder class of yours, 'package.module.Birds'; or any
+    tensorflow-datasets name with an optional configuration and version: 'imagenet2012',
+    'mnist:3.0.1', 'imagenet_resized/64x64'. A prepared data set is opened without TensorFlow, and
+    its folder may be read-only. To prepare a data set of tensorflow-datasets, a separate process is
+    started, so that TensorFlow never shares this one's devices.
 
     Up to `max_damaged` damaged images of a folder are stored as they are, for the reader to skip.
     Raises UserError for an unknown name, a folder that changed since it was converted, more damaged
@@ -343,12 +344,10 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
     if parsed.kind == "latents":
         return latents.open_latents(parsed.path)
     root = data_root(data_dir)
-    if parsed.kind == "folder":
-        return _prepare_folder(parsed, root, max_damaged)
+    if parsed.kind in _CONVERTED:
+        return _prepare_converted(parsed, root, max_damaged)
     if parsed.kind == "builder":
         return _prepare_builder(parsed, root)
-    if parsed.kind == "captions":
-        return _prepare_captions(parsed, root, max_damaged)
     if parsed.base in _GENERATED:
         return _prepare_generated(parsed, root)
     if parsed.base == Digits.name:
@@ -443,7 +442,7 @@ def _prepare_builder(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilde
     return _open(parsed.text, folder)
 
 
-# ---- folders of images
+# ---- images of a user: folders, and those with captions
 
 
 class _Conversion(NamedTuple):
@@ -459,19 +458,19 @@ class _Conversion(NamedTuple):
     place: str
 
 
-def _prepare_folder(parsed: DatasetName, root: Path, max_damaged: int) -> tfds.core.DatasetBuilder:
-    name, folder = parsed.text, _resolved(parsed)
-    found = _converted(folder, root)
+_CONVERTED: dict[str, Any] = {"folder": ImageFolder, "captions": CaptionFolder}
+
+
+def _prepare_converted(
+    parsed: DatasetName, root: Path, max_damaged: int
+) -> tfds.core.DatasetBuilder:
+    name, folder, record = parsed.text, _resolved(parsed), _record_of(parsed, root)
+    found = _converted(record, root)
     # A conversion outlives its folder: the originals may be deleted or left on another machine.
-    if not parsed.path or not os.path.isdir(folder):  # Path.is_dir raises for too long a name
-        if parsed.path and found:
-            report_reading(f"data: {folder} is gone; its conversion in {root} is read")
-            return _open(name, root / found.place)
-        raise UserError(
-            f"data set {name!r}: there is no folder '{folder if parsed.path else ''}';"
-            " expected 'folder:/path/to/class/folders'."
-        )
-    listing = list_folder(folder)
+    if found and parsed.path and not _is_there(parsed):
+        report_reading(f"data: {folder} is gone; its conversion in {root} is read")
+        return _open(name, root / found.place)
+    listing = _list(parsed, folder, max_damaged)
     if not found or found.digest != listing.digest:
         # Files are read to see whether their content changed; a folder that cannot be written to
         # can hold what another process prepared.
@@ -479,21 +478,44 @@ def _prepare_folder(parsed: DatasetName, root: Path, max_damaged: int) -> tfds.c
             raise _unprepared(name, root)
         writable = os.access(root, os.W_OK) or not root.exists()
         with _exclusive(name, root) if writable else contextlib.nullcontext():
-            found = _convert(name, listing, root, max_damaged)
+            found = _convert(parsed, listing, root, max_damaged)
     builder = _open(name, root / found.place)
-    if builder.version < ImageFolder.VERSION:
-        splits = builder.info.splits
-        counts = ", ".join(f"{splits[split].num_examples:,} in {split}" for split in sorted(splits))
+    splits = builder.info.splits
+    counts = ", ".join(f"{splits[split].num_examples:,} in {split}" for split in sorted(splits))
+    if builder.version < _CONVERTED[parsed.kind].VERSION:
         report_reading(
             f"data: {folder} was converted by an older ditjax, which is read: {counts}; images are"
             " not turned upright, and colours under transparency are seen; convert anew after: rm"
-            f" -r '{builder.data_dir}' '{_record_of(folder, root)}'"
+            f" -r '{builder.data_dir}' '{record}'"
         )
-        return builder
-    peculiar = (builder.info.metadata or {}).get("peculiar") or {}
-    also = "".join(f"; {count} {what}" for what, count in peculiar.items())
-    report_reading(f"data: {listing}{also}")
+    elif isinstance(listing, Listing):
+        peculiar = (builder.info.metadata or {}).get("peculiar") or {}
+        also = "".join(f"; {count} {what}" for what, count in peculiar.items())
+        report_reading(f"data: {listing}{also}")
+    else:
+        many = len(listing.missing)
+        left = f"{many} missing files left out" if many else "nothing left out"
+        report_reading(f"data: {folder}: images with captions: {counts}; {left}")
     return builder
+
+
+def _is_there(parsed: DatasetName) -> bool:
+    """Whether a folder is there, or a tar file; shards in braces are looked for when listed."""
+    folder = _resolved(parsed)
+    if parsed.kind == "captions":
+        return folder.exists() or "{" in parsed.path
+    return os.path.isdir(folder)  # Path.is_dir raises for too long a name
+
+
+def _list(parsed: DatasetName, folder: Path, max_damaged: int) -> Listing | CaptionListing:
+    if parsed.kind == "captions":
+        return list_captions(os.fspath(folder), max_damaged)
+    if not parsed.path or not _is_there(parsed):
+        raise UserError(
+            f"data set {parsed.text!r}: there is no folder '{folder if parsed.path else ''}';"
+            " expected 'folder:/path/to/class/folders'."
+        )
+    return list_folder(folder)
 
 
 def left_out_of(name: str) -> str:
@@ -516,22 +538,17 @@ def _resolved(parsed: DatasetName) -> Path:
         raise UserError(f"data set {parsed.text!r}: {error}; give the folder's own path.") from None
 
 
-def _record_of(folder: Path, root: Path) -> Path:
-    return root / ImageFolder.name / f"{folder_identity(folder)}.json"
+def _record_of(parsed: DatasetName, root: Path) -> Path:
+    """The record of the conversion of a path."""
+    return root / _CONVERTED[parsed.kind].name / f"{folder_identity(_resolved(parsed))}.json"
 
 
-def _converted(folder: Path, root: Path) -> _Conversion | None:
-    """The last conversion of the folder at a path, if it is there."""
-    record = _record_of(folder, root)
+def _converted(record: Path, root: Path) -> _Conversion | None:
+    """The conversion that a record names, if it is there."""
     if not record.exists():
         # Before version 2.0.0 a conversion was named by the path, and had no record.
-        place = f"{ImageFolder.name}/{folder_identity(folder)}/1.0.0"
-        return _Conversion("", "", place) if is_complete(root / place) else None
-    return _recorded(record, root)
-
-
-def _recorded(record: Path, root: Path) -> _Conversion | None:
-    """The conversion that a record names, if it is there."""
+        place = record.relative_to(root).with_suffix("") / "1.0.0"
+        return _Conversion("", "", str(place)) if is_complete(root / place) else None
     try:
         found = _Conversion(**load_json(record))
     except (OSError, ValueError, TypeError):
@@ -539,64 +556,34 @@ def _recorded(record: Path, root: Path) -> _Conversion | None:
     return found if is_complete(root / found.place) else None
 
 
-def _captions_record(parsed: DatasetName, root: Path) -> Path:
-    return root / CaptionFolder.name / f"{folder_identity(_resolved(parsed))}.json"
-
-
-def _prepare_captions(
-    parsed: DatasetName, root: Path, max_damaged: int
-) -> tfds.core.DatasetBuilder:
-    """Images with captions, converted if their content is not there yet."""
-    name, path, record = parsed.text, _resolved(parsed), _captions_record(parsed, root)
-    before = _recorded(record, root)
-    if before and not (path.exists() or "{" in parsed.path):
-        report_reading(f"data: {path} is gone; its conversion in {root} is read")
-        return _open(name, root / before.place)
-    listing = list_captions(os.fspath(path), max_damaged)
-    if before is None or before.digest != listing.digest:
-        with _exclusive(name, root):
-            content = listing.content()
-            text = content_name(content)
-            if before and before.content != text:
-                raise UserError(
-                    f"data set {name!r}: images or captions were added, removed or changed since it"
-                    f" was converted; undo that, or convert it anew after: rm '{record}'"
-                )
-            place = f"{CaptionFolder.name}/{text}/{CaptionFolder.VERSION}"
-            write_whole(CaptionFolder(listing, content, root, max_damaged))
-            before = _Conversion(listing.digest, text, place)
-            write_json(record, before._asdict())
-    builder = _open(name, root / before.place)
-    splits = builder.info.splits
-    counts = ", ".join(f"{splits[split].num_examples:,} in {split}" for split in sorted(splits))
-    left = f"{len(listing.missing)} missing files left out" if listing.missing else ""
-    report_reading(f"data: {path}: images with captions: {counts}; {left or 'nothing left out'}")
-    return builder
-
-
-def _convert(name: str, listing: Listing, root: Path, max_damaged: int) -> _Conversion:
-    """Convert the folder unless its content is there; record where it is. Raises UserError."""
-    before = _converted(listing.root, root)
+def _convert(
+    parsed: DatasetName, listing: Listing | CaptionListing, root: Path, max_damaged: int
+) -> _Conversion:
+    """Convert a folder unless its content is there; record where it is. Raises UserError."""
+    name, record, kind = parsed.text, _record_of(parsed, root), _CONVERTED[parsed.kind]
+    before = _converted(record, root)
     if before and before.digest == listing.digest:  # another process did it meanwhile
         return before
-    content = read_content(listing)
+    content = listing.content()
     text = content_name(content)
     if before:
-        old = root / before.place
-        same = text == before.content if before.content else _same_as_records(name, old, listing)
+        same = text == before.content
+        if not before.content:
+            assert isinstance(listing, Listing)  # captions always had a record
+            same = _same_as_records(name, root / before.place, listing)
         if not same:
             raise UserError(
                 f"data set {name!r}: files were added, removed or changed since {listing.root} was"
-                " converted; undo that, or convert it anew after: rm -r"
-                f" '{_record_of(listing.root, root)}'"
+                f" converted; undo that, or convert it anew after: rm -r '{record}'"
                 + ("" if before.content else f" '{root / before.place}'")
             )
-    place = before.place if before else f"{ImageFolder.name}/{text}/{ImageFolder.VERSION}"
+    place = before.place if before else f"{kind.name}/{text}/{kind.VERSION}"
     if not is_complete(root / place):
-        write_whole(ImageFolder(listing, content, root, max_damaged))
+        left = max_damaged if isinstance(listing, Listing) else max_damaged - len(listing.missing)
+        write_whole(kind(listing, content, root, left))
     found = _Conversion(listing.digest, before.content if before else text, place)
     with contextlib.suppress(UserError):  # prepared for us in a folder that is read only
-        write_json(_record_of(listing.root, root), found._asdict())
+        write_json(record, found._asdict())
     return found
 
 

@@ -378,13 +378,13 @@ def test_a_folder_is_its_content_wherever_it_is(photographs, tmp_path, kind, mon
 
 
 def test_the_files_are_read_again_only_if_one_was_touched(photographs, tmp_path, monkeypatch):
-    read = []
+    read, content = [], folders.Listing.content
 
     def counted(listing):
         read.append(1)
-        return folders.read_content(listing)
+        return content(listing)
 
-    monkeypatch.setattr(source, "read_content", counted)
+    monkeypatch.setattr(folders.Listing, "content", counted)
     for touches in (False, False, True, False):
         if touches:
             touched(photographs)
@@ -472,12 +472,14 @@ def test_pixels_of_version_1_are_what_they_were(tmp_path):
 
 
 def test_files_that_change_while_they_are_read(photographs, tmp_path, monkeypatch):
+    content = folders.Listing.content
+
     def then_changed(listing):
-        found = folders.read_content(listing)
+        found = content(listing)
         photograph(9).save(photographs / "zebra" / "a.PNG")
         return found
 
-    monkeypatch.setattr(source, "read_content", then_changed)
+    monkeypatch.setattr(folders.Listing, "content", then_changed)
     with pytest.raises(UserError, match="changed while they were read: run the same command"):
         prepare(f"folder:{photographs}", tmp_path / "data")
     assert not list((tmp_path / "data").rglob("*array_record*"))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditjax.data.folders import UNLABELLED, LeftOut, list_folder, read_content, walk_images
+from ditjax.data.folders import UNLABELLED, LeftOut, list_folder, walk_images
 from ditjax.data.source import dataset_info, prepare
 from ditjax.errors import FaultError, UserError
 from ditjax.files import faults
@@ -275,7 +275,7 @@ def test_a_folder_that_does_not_answer_for_a_while(tmp_path, monkeypatch, code):
     monkeypatch.setattr(faults, "WAITS", (0.0, 0.0))
     Unstable(monkeypatch, "0.png", FOR_EVER, code)
     with pytest.raises(FaultError, match=rf"cannot read .*0\.png: {os.strerror(code)}"):
-        read_content(found)
+        found.content()
 
 
 class Scanning:
