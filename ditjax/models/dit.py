@@ -363,7 +363,7 @@ def shape(k: DiTKeys, inputs: Inputs) -> Shape:
 def cost(k: DiTKeys, inputs: Inputs) -> NetworkCost:
     """The cost of a recipe's DiT."""
     s = shape(k, inputs)
-    L, D, heads = s.size
+    L, D, _ = s.size
     tokens = s.tokens + (2 if s.block == "in_context" else 0)
     attention = 2 * L * tokens**2 * D
     # 'full' repeats the whole forward pass of the blocks, 'dots' the two products of attention.
@@ -377,16 +377,14 @@ def cost(k: DiTKeys, inputs: Inputs) -> NetworkCost:
         training_macs=repeated + 3 * projector_macs(s),
         passes=passes,
         tokens=s.tokens,
-        description={
-            "size": k.size,
-            "depth": L,
-            "width": D,
-            "heads": heads,
-            "patch": k.patch,
-            "block": k.block,
-            "tokens": s.tokens,
-        },
+        description=description(k, s.tokens),
     )
+
+
+def description(k: DiTKeys, tokens: int, **own: Any) -> dict[str, Any]:
+    """Build `NetworkCost.description`, with what a network has of its own."""
+    sizes = {"size": k.size, **parse_size(k.size)._asdict(), "patch": k.patch}
+    return {**sizes, **own, "block": k.block, "tokens": tokens}
 
 
 # ---- the module
@@ -536,15 +534,14 @@ class DiT(nn.Module):
     @nn.nowrap
     def _end(self, tokens: jax.Array, cond: Conditioning, H: int, W: int) -> jax.Array:
         """The final layer on tokens [B,N,D] -> [B,H,W,out_channels]."""
-        out = FinalLayer(
-            self.patch**2 * self.out_channels,
-            self.block,
-            self.dtype,
-            self.place,
-            self.norm,
-            name="final_layer",
-        )(tokens, cond.vector)
+        out = self._final(self.patch**2 * self.out_channels)(tokens, cond.vector)
         return unpatchify(out, self.patch, H, W).astype(jnp.float32)
+
+    @nn.nowrap
+    def _final(self, features: int) -> FinalLayer:
+        """The final layer, of so many values a token."""
+        args = (features, self.block, self.dtype, self.place, self.norm)
+        return FinalLayer(*args, name="final_layer")
 
     @nn.nowrap
     def _conditioning(
@@ -570,8 +567,7 @@ class DiT(nn.Module):
     @nn.nowrap
     def _embedder(self) -> Callable[[jax.Array], jax.Array]:
         """The embedding of x [B,H,W,C] as tokens [B,N,D] with their positions."""
-        init = functools.partial(xavier_uniform, fan_out=self._base().width)
-        embed = Linear(self.width, init, self.dtype, self.place, name="x_embedder")
+        embed = self._patches()
 
         def tokens_of(x: jax.Array) -> jax.Array:
             H, W = x.shape[1:3]
@@ -581,6 +577,12 @@ class DiT(nn.Module):
             return tokens + jnp.asarray(position, self.dtype)[None]
 
         return tokens_of
+
+    @nn.nowrap
+    def _patches(self) -> Linear:
+        """The embedding of the values of a token."""
+        init = functools.partial(xavier_uniform, fan_out=self._base().width)
+        return Linear(self.width, init, self.dtype, self.place, name="x_embedder")
 
     @nn.nowrap
     def _block(
@@ -649,17 +651,22 @@ class DiT(nn.Module):
             tokens = tokens if self.hook is None else self.hook(tokens, hook_input)
             return (tokens, tapped if here is None else jnp.where(here, tokens, tapped)), None
 
-        scan = nn.scan(
-            body,
+        scan = self._scan(self.depth, over=(nn.broadcast, 0))(body)
+        carry = (tokens, jnp.zeros_like(tokens) if taps else None)
+        return scan(self._block(grid)(name="blocks"), carry, cond, (per_block, here))[0]
+
+    @nn.nowrap
+    def _scan(self, length: int, over: Any = nn.broadcast) -> Callable[..., Any]:
+        """Build a loop over blocks of stacked parameters."""
+        return functools.partial(
+            nn.scan,
             # The results of `capture_intermediates` are stacked as the parameters are.
             variable_axes={"params": 0, "intermediates": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=self.depth,
-            unroll=min(self.unroll, self.depth),
+            in_axes=over,
+            length=length,
+            unroll=min(self.unroll, length),
         )
-        carry = (tokens, jnp.zeros_like(tokens) if taps else None)
-        return scan(self._block(grid)(name="blocks"), carry, cond, (per_block, here))[0]
 
     def _base(self) -> mup.Base:
         return self.base or mup.Base(self.width, self.width // self.heads)
@@ -715,14 +722,7 @@ class ControlBranch(DiT):
             pixels = self.patch * control.shape[1] // x.shape[1]
             tokens = tokens + zero(patchify(control, pixels))
         copy = CopiedBlock(self._block(grid), self.dtype, self.place, name="copies")
-        scan = nn.scan(
-            lambda module, tokens, cond: module(tokens, cond),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.copies,
-            unroll=min(self.unroll, self.copies),
-        )
+        scan = self._scan(self.copies)(lambda module, tokens, cond: module(tokens, cond))
         _, residuals = scan(copy, self.place.put("tokens", tokens), cond)
         if per_block is not None:
             residuals = residuals * per_block[:, None, None, None].astype(residuals.dtype)

@@ -14,7 +14,6 @@ An image is a clip of one frame, without the temporal table: the one token of a 
 itself. A `joint` DiT of images is `models/dit.py`'s, with its parameters and its program.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,14 +28,8 @@ from ditjax.config import Config, key, positive
 from ditjax.errors import UserError, divisors
 from ditjax.models import dit, grafting
 from ditjax.models.blocks import Block, Conditioning, modulate, over_tokens
-from ditjax.models.dit import DiT, DiTKeys, FinalLayer
-from ditjax.models.embed import (
-    ANYWHERE,
-    Linear,
-    Placement,
-    sincos_position_embedding,
-    xavier_uniform,
-)
+from ditjax.models.dit import DiT, DiTKeys
+from ditjax.models.embed import ANYWHERE, Placement, sincos_position_embedding
 from ditjax.models.network import Attention, Conditions, Inputs, Network, NetworkCost
 
 # ---- keys
@@ -148,7 +141,7 @@ def _parameters(k: VideoKeys, inputs: Inputs) -> int:
 def cost(k: VideoKeys, inputs: Inputs) -> NetworkCost:
     """The cost of a recipe's network for one clip."""
     s, c, macs = _shape(k, inputs), cut(k, inputs), clip_macs(k, inputs)
-    L, D, heads = s.size
+    L, D, _ = s.size
     keys = {"joint": c.tokens, "divided": c.places + c.frames, "spatial": c.places}
     attended = 2 * L * c.tokens * keys.get(k.video, (c.places + c.frames) / 2) * D
     repeated = {"none": 0, "dots": int(attended), "full": macs}[k.remat]
@@ -159,17 +152,7 @@ def cost(k: VideoKeys, inputs: Inputs) -> NetworkCost:
         macs=macs,
         training_macs=repeated,
         tokens=c.tokens,
-        description={
-            "size": k.size,
-            "depth": L,
-            "width": D,
-            "heads": heads,
-            "patch": k.patch,
-            "tubelet": k.tubelet,
-            "video": k.video,
-            "block": k.block,
-            "tokens": c.tokens,
-        },
+        description=dit.description(k, c.tokens, tubelet=k.tubelet, video=k.video),
     )
 
 
@@ -304,23 +287,15 @@ class VideoDiT(DiT):
         H, W = clip.shape[2:4]
         grid = (H // self.patch, W // self.patch)
         tokens = self._walk(self._embedded(clip, grid), cond, grid)
-        out = FinalLayer(
-            self.tubelet * self.patch**2 * self.out_channels,
-            self.block,
-            self.dtype,
-            self.place,
-            self.norm,
-            name="final_layer",
-        )(tokens, cond.vector)
+        features = self.tubelet * self.patch**2 * self.out_channels
+        out = self._final(features)(tokens, cond.vector)
         out = untubelets(out, self.tubelet, self.patch, H, W)
         return out.reshape(*x.shape[:-1], self.out_channels).astype(jnp.float32)
 
     @nn.nowrap
     def _embedded(self, clip: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """The tokens [B,F',S,D] of a clip with their places."""
-        init = functools.partial(xavier_uniform, fan_out=self._base().width)
-        embed = Linear(self.width, init, self.dtype, self.place, name="x_embedder")
-        tokens = embed(tubelets(clip, self.tubelet, self.patch))
+        tokens = self._patches()(tubelets(clip, self.tubelet, self.patch))
         table = sincos_position_embedding(self.width, *grid, self.position_grid)
         return tokens + jnp.asarray(table, self.dtype)[None, None]
 
@@ -356,18 +331,6 @@ class VideoDiT(DiT):
         pair = _Pair(self._block(grid), self.place, run, name="blocks")
         scan = self._scan(half, over=(nn.broadcast, 0))
         return scan(lambda module, *args: module(*args))(pair, tokens, cond, added)[0]
-
-    @nn.nowrap
-    def _scan(self, length: int, over: Any = (nn.broadcast,)) -> Callable[..., Any]:
-        """Build a loop over blocks of stacked parameters."""
-        return functools.partial(
-            nn.scan,
-            variable_axes={"params": 0, "intermediates": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=over,
-            length=length,
-            unroll=min(self.unroll, length),
-        )
 
 
 def module(k: VideoKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from ditjax.weights.networks import initial_shapes
 from ditjax.weights.tensors import CONFIG_FILE, write_safetensors
 from ditjax.weights.text import (
     ACTIVATION_NAMES,
+    LoadedEncoder,
     TransformersFolder,
     clip_blocks,
     clip_layers,
@@ -52,16 +53,7 @@ def clip_rules() -> Layout:
     ]
 
 
-class LoadedClip(NamedTuple):
-    """CLIP: its sizes, its parameters f32, its files, and a line to print."""
-
-    config: ClipConfig
-    params: Any
-    files: tuple[Path, ...]
-    account: str
-
-
-def load_clip(path: str | os.PathLike[str]) -> LoadedClip:
+def load_clip(path: str | os.PathLike[str]) -> LoadedEncoder[ClipConfig]:
     """The CLIP in a folder of transformers. Raises UserError as `load_text_encoder`.
 
     Its images are normalised by `preprocessor_config.json` there, OpenAI's by OPENAI_MEAN and _STD.
@@ -86,7 +78,7 @@ def load_clip(path: str | os.PathLike[str]) -> LoadedClip:
     )
     params = read_leaves(folder, clip_rules(), ours, config.image.patch)
     params["logit_scale"] = np.asarray(scale, np.float32)
-    return LoadedClip(config, params, file.files, file.account)
+    return LoadedEncoder(config, params, file.files, file.account)
 
 
 def _image_config(folder: TransformersFolder) -> ImageConfig:

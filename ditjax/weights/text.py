@@ -7,7 +7,7 @@ tensors; config.json says what tensors do not show: heads, activation, epsilon, 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -110,10 +110,13 @@ def _t5_rules(gated: bool) -> Layout:
     ]
 
 
-class LoadedText(NamedTuple):
-    """A text encoder: its sizes, its parameters f32, its files, and a line to print."""
+_C = TypeVar("_C")
 
-    config: TextConfig
+
+class LoadedEncoder(NamedTuple, Generic[_C]):
+    """A network of transformers: its sizes, its parameters f32, its files, and a line to print."""
+
+    config: _C
     params: Any
     files: tuple[Path, ...]
     account: str
@@ -310,7 +313,7 @@ _READERS = {
 }
 
 
-def load_text_encoder(path: str | os.PathLike[str]) -> LoadedText:
+def load_text_encoder(path: str | os.PathLike[str]) -> LoadedEncoder[TextConfig]:
     """The text encoder in a folder of transformers, whose `model_type` is BERT's, CLIP's or T5's.
 
     Raises a UserError that lists every missing, extra, mis-shaped and differently typed tensor.
@@ -324,7 +327,7 @@ def load_text_encoder(path: str | os.PathLike[str]) -> LoadedText:
     config, rules = _READERS[folder.kind](folder)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = read_leaves(folder, rules, initial_shapes(TextEncoder(config).init, ids))
-    return LoadedText(config, params, folder.file.files, folder.file.account)
+    return LoadedEncoder(config, params, folder.file.files, folder.file.account)
 
 
 def read_leaves(

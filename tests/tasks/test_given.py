@@ -75,7 +75,7 @@ def test_a_low_image_is_enlarged():
 
 
 def test_noise_of_a_low_image_is_of_its_level():
-    """α y + σ ε of the process, enlarged; ε is white, and the level is given to the network."""
+    """α y + σ ε of the process, enlarged; ε is white, and the network is given its level."""
     c = recipe(NOISY)
     low = jnp.asarray(RNG.uniform(-1, 1, (400, 4, 4, 1)), jnp.float32)
     made = jax.jit(functools.partial(given.given_conditions, c))
