@@ -23,7 +23,7 @@ from ditjax.parallel import rules
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.training.step import Batch, Metrics
-from ditjax.training.task import Definition, Frozen, Task, ValidationScore
+from ditjax.training.task import Definition, Frozen, Task, ValidationScore, check_draws_nothing
 from ditjax.weights import networks, reading
 
 
@@ -33,8 +33,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         rules.check_data_only(mesh, "the autoencoder")
     module = network_module(c.model.kind).NETWORK.module(c.model, c.autoencoder, c.data.channels)
     apply: Callable[..., Any] = module.apply
-    side = c.data.image_size
-    image = jax.ShapeDtypeStruct((side, side, c.data.channels), jnp.float32)
+    inputs = image_inputs(c)
 
     def draw(batch: Batch, key: jax.Array) -> Batch:
         """Draw the noise of z ~ q(z|x), in the moments' shape."""
@@ -51,8 +50,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         z = sample_posterior(moments, drawn["eps"])
         mse = jnp.square(apply(params, z, method="decode") - drawn["x0"]).mean()
         kl = kl_to_standard_normal(moments).mean() / moments.mean[0].size
-        # Images span [-1, 1]: the peak is 2.
-        psnr = 10 * jnp.log10(4 / mse)
+        psnr = psnr_db(mse)
         return mse + c.autoencoder.kl_weight * kl, {"mse": mse, "kl": kl, "psnr_db": psnr}
 
     def measure(params: Any, frozen: Frozen, keys: jax.Array, batch: Batch) -> dict[str, jax.Array]:
@@ -60,12 +58,12 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         x = batch["image"]
         decoded = apply(params, apply(params, x, method="encode").mean, method="decode")
         mse = jnp.square(jnp.clip(decoded, -1, 1) - x).mean(axis=(1, 2, 3))
-        return {"psnr_db": 10 * jnp.log10(4 / mse)}
+        return {"psnr_db": psnr_db(mse)}
 
     return Task(
         name=f"KL autoencoder (f={module.config.downsample})",
-        inputs={"x0": image, "label": jax.ShapeDtypeStruct((), jnp.int32)},
-        init=lambda key: module.init(key, jnp.zeros((1, *image.shape)), key),
+        inputs=inputs,
+        init=lambda key: module.init(key, jnp.zeros((1, *inputs["x0"].shape)), key),
         prepare=lambda frozen, batch, key: {"x0": batch["image"], "label": batch["label"]},
         draw=draw,
         loss=loss,
@@ -83,23 +81,35 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
     )
 
 
-def check(c: Config) -> None:
-    """Raise UserError for data or settings that this task does not support."""
+def image_inputs(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """One example of a task that reconstructs images."""
+    side = c.data.image_size
+    return {
+        "x0": jax.ShapeDtypeStruct((side, side, c.data.channels), jnp.float32),
+        "label": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+
+
+def psnr_db(mse: jax.Array) -> jax.Array:
+    """10 log10(2² / mse): images span [-1, 1], so that the peak is 2."""
+    return 10 * jnp.log10(4 / mse)
+
+
+def check_reconstructs(c: Config) -> None:
+    """Raise UserError for data or settings that a task which reconstructs images lacks."""
     if is_latents(c.data.name):
         raise UserError(
             f"config.data.name is {c.data.name!r}, encoded latents, and the recipe trains an"
             " autoencoder: name a data set of images."
         )
-    if c.train.evaluate_every_steps:
-        raise UserError(
-            f"config.train.evaluate_every_steps is {c.train.evaluate_every_steps} and config.task"
-            f" is {c.task!r}: only tasks that draw samples are evaluated during training. Set it to"
-            " 0."
-        )
+    check_draws_nothing(c)
 
 
 TASK = Definition(
-    make=make, network="autoencoder", sections={"autoencoder": Autoencoder}, check=check
+    make=make,
+    network="autoencoder",
+    sections={"autoencoder": Autoencoder},
+    check=check_reconstructs,
 )
 
 

@@ -22,7 +22,14 @@ from ditjax.models.clip import CLIP_RULES, ClipConfig, clip_config, clip_cost, u
 from ditjax.models.embed import ANYWHERE, Placement
 from ditjax.parallel import rules
 from ditjax.training.step import Batch, Metrics
-from ditjax.training.task import Additions, Definition, Frozen, Task, ValidationScore
+from ditjax.training.task import (
+    Additions,
+    Definition,
+    Frozen,
+    Task,
+    ValidationScore,
+    check_draws_nothing,
+)
 
 _EXAMPLE = ("colour", "a {} digit")
 
@@ -295,12 +302,7 @@ def check(c: Config) -> None:
             "config.data.flip is True: a mirrored image's caption may say left where it was; set it"
             " to False."
         )
-    if c.train.evaluate_every_steps:
-        raise UserError(
-            f"config.train.evaluate_every_steps is {c.train.evaluate_every_steps} and config.task"
-            f" is {c.task!r}: only tasks that draw samples are evaluated during training. Set it to"
-            " 0."
-        )
+    check_draws_nothing(c)
     for feature, template in c.clip.templates:
         if template.count("{}") != 1 or "{" in template.replace("{}", ""):
             raise UserError(

@@ -127,6 +127,7 @@ def _jit_step(c: Config, task: Task, mesh: Mesh, shardings: TrainState) -> jax.s
         limit=functools.partial(spike_limit, factor=factor) if factor else no_limit,
         averages=task.averages,
         rollout=task.rollout,
+        anneal=task.anneal,
     )
     return jax.jit(
         step,

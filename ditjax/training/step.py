@@ -123,24 +123,25 @@ def make_step(
     limit: Limit = no_limit,
     averages: bool = False,
     rollout: Rollout | None = None,
+    anneal: Callable[[Batch, jax.Array], Batch] | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """Build the training step (state, frozen weights, batch) -> (state, metrics).
 
-    A step computes the gradient, updates the parameters with the optimizer, and updates the
-    averages. The update is skipped if the loss or the gradient's global norm is not finite, or if
-    the norm is above `limit`: then parameters, averages and optimizer state keep their bits, and
-    the metric "skipped" bool[] is true.
+    A step updates the parameters and the averages. The update is skipped if the loss or the
+    gradient's global norm is not finite, or the norm above `limit`: then parameters, averages and
+    optimizer state keep their bits, and the metric "skipped" bool[] is true.
 
-    `key` is the run's key. It is folded with the step only here, so that a step's random numbers
-    depend only on (seed, step). They are drawn before the batch is split into `parts`: the update
-    is the same for any number of parts, up to rounding. `place` shards gradients as the parameters
+    The run's `key` is folded with the step only here, so that a step's random numbers depend only
+    on (seed, step). They are drawn before the batch is split into `parts`: the update is the same
+    for any number of parts, up to rounding. `place` shards gradients as the parameters
     are. With `averages`, the frozen weights of the loss hold the average as `AVERAGE`; weights that
-    the state holds (`averages.HELD`) are among them by name. `rollout` adds to a drawn batch what
-    the network draws itself, before the batch is split.
+    the state holds (`averages.HELD`) are among them by name. `anneal` adds what follows from the
+    step, `rollout` what the network draws itself, both before the batch is split.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         drawn = draw(batch, jax.random.fold_in(key, state.step))
+        drawn = drawn if anneal is None else anneal(drawn, state.step)
         frozen = _with_weights_of(state, frozen, averages)
         if rollout is not None:
             drawn = rollout(state.params, frozen, drawn)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ditjax.config import Config, Section
 from ditjax.data.records import HostBatch
 from ditjax.diffusion.losses import Objective
+from ditjax.errors import UserError
 from ditjax.models.network import Conditions, NetworkCost, Rules, Taps
 from ditjax.training.step import Batch, Metrics
 
@@ -187,7 +188,9 @@ class Task(NamedTuple):
     batch of `inputs`, on the devices and with the frozen weights; `draw` adds all random numbers of
     a step. `reads` names the frozen weights that `prepare` and `loss` need; if it is empty, they
     are loaded only for sampling. `open_rows` is called once by training, before anything compiles.
-    With `averages`, `loss` finds the average of the trained parameters in `frozen[AVERAGE]`.
+    `anneal(drawn, step)` adds what follows from the number of the step, such as a temperature, for
+    every example. With `averages`, `loss` finds the average of the trained parameters in
+    `frozen[AVERAGE]`.
 
     `rollout(trained, frozen, drawn)` adds to a drawn batch what the network draws itself, such as
     images for a reward; no gradient passes through it. The training state `holds` trained weights
@@ -204,6 +207,7 @@ class Task(NamedTuple):
     prepare: Callable[[Frozen, Batch, jax.Array], Batch]
     draw: Callable[[Batch, jax.Array], Batch]
     loss: Callable[[Any, Frozen, Batch], tuple[jax.Array, Metrics]]
+    anneal: Callable[[Batch, jax.Array], Batch] | None = None
     frozen: Callable[[Mesh], Frozen] = lambda mesh: {}
     reads: tuple[str, ...] = ()
     open_rows: Callable[[], Additions] = Additions
@@ -235,3 +239,13 @@ class Definition(NamedTuple):
     sections: Mapping[str, type[Section]] = {}
     check: Callable[[Config], None] = lambda c: None
     resolve: Callable[[Config, str | os.PathLike[str]], Config] = lambda c, workdir: c
+
+
+def check_draws_nothing(c: Config) -> None:
+    """Raise UserError for an evaluation during training, by a task that draws no samples."""
+    if c.train.evaluate_every_steps:
+        raise UserError(
+            f"config.train.evaluate_every_steps is {c.train.evaluate_every_steps} and config.task"
+            f" is {c.task!r}: only tasks that draw samples are evaluated during training. Set it to"
+            " 0."
+        )

@@ -10,7 +10,7 @@ cannot write (protocols 0 and 1, INST, OBJ, EXT, PERSID, out-of-band buffers) ar
 """
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from mmap import mmap
 from typing import Any, ClassVar
@@ -78,7 +78,8 @@ class Machine:
 
     `calls` maps the 'module.name' of each global that may be called to its constructor; `names`
     decides whether any other global may be mentioned, and `inert` whether objects of it become
-    `Unknown`; `persistent` takes the argument of BINPERSID. Raises Refusal.
+    `Unknown`; `persistent` takes the argument of BINPERSID. `roots` are the classes of which the
+    whole may be an `Unknown`. Raises Refusal.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Machine:
         names: Callable[[str], bool] = lambda name: False,
         persistent: Callable[[Any], Any] | None = None,
         inert: Callable[[str], bool] = lambda name: False,
+        roots: Collection[str] = (),
     ) -> None:
         self.data = data
         self.position = start
@@ -98,6 +100,7 @@ class Machine:
         self.names = names
         self.persistent = persistent
         self.inert = inert
+        self.roots = roots
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -110,7 +113,7 @@ class Machine:
                 opcode = self.take(1)
                 if opcode == b".":
                     (result,) = self.stack
-                    if isinstance(result, Unknown | Global) and not self.knows(result.name):
+                    if isinstance(result, Unknown | Global) and not self.may_be_all(result.name):
                         raise _asks_for(result.name)
                     return result
                 step = self.OPCODES.get(opcode)
@@ -237,6 +240,10 @@ class Machine:
         if not self.knows(full) and not self.inert(full):
             raise _asks_for(full)
         self.push(Global(full))
+
+    def may_be_all(self, name: str) -> bool:
+        """Whether a pickle may be nothing but a global of this name, or an object of it."""
+        return name in self.roots or self.knows(name)
 
     def knows(self, name: str) -> bool:
         return name in self.calls or self.names(name)

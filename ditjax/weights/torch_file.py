@@ -16,7 +16,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
@@ -45,14 +45,15 @@ _ALIGNMENT: Final = 64  # of torch's storages
 _CHUNK: Final = 1 << 22
 
 
-def read_torch(path: str | os.PathLike[str]) -> Any:
+def read_torch(path: str | os.PathLike[str], roots: Collection[str] = ()) -> Any:
     """Read a file of torch.save: dict, list, tuple, set, str, numbers, bytes, None and arrays.
 
     Tensors and Parameters become read-only arrays mapped from the file: nothing is copied, views of
     one storage share its bytes, and the file must not change while they are used. The storages of a
     zip are checked against its checksums. OrderedDict, defaultdict and argparse.Namespace become
     dict, torch.Size tuple, and torch.device, torch.dtype and paths str. An object of any other
-    class becomes `pickles.Unknown`, its attributes as items.
+    class becomes `pickles.Unknown`, its attributes as items; the file may be one such object if its
+    class is among `roots`.
 
     Raises UserError for a file that cannot be read, is not of this format, is damaged, or is one
     such object; and for one that asks for what no data needs, such as os.system.
@@ -66,17 +67,17 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
                 raise Refusal("is empty: download or save it again")
             # The arrays keep the map alive; closing the file does not end it.
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return _read(file, data)
+            return _read(file, data, roots)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}.") from error
     except Refusal as refusal:
         raise UserError(f"{path} {refusal}.") from None
 
 
-def _read(file: IO[bytes], data: mmap.mmap) -> Any:
+def _read(file: IO[bytes], data: mmap.mmap, roots: Collection[str]) -> Any:
     head = data[:512]
     if head.startswith(b"PK"):
-        return _read_zip(file, data)
+        return _read_zip(file, data, roots)
     if _MAGIC.to_bytes(10, "little") in head[:40]:
         return _read_legacy(data)
     if head[:1] == b"\x80":
@@ -123,7 +124,7 @@ class ZipEntry(NamedTuple):
     crc: int
 
 
-def _read_zip(file: IO[bytes], data: mmap.mmap) -> Any:
+def _read_zip(file: IO[bytes], data: mmap.mmap, roots: Collection[str]) -> Any:
     records = _records(file, data)
     tops = [name for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(tops) != 1:
@@ -162,7 +163,7 @@ def _read_zip(file: IO[bytes], data: mmap.mmap) -> Any:
         return storage
 
     end = pickle.start + pickle.size
-    machine = Machine(data, pickle.start, end, CALLS, may_name, persistent, may_hold)
+    machine = Machine(data, pickle.start, end, CALLS, may_name, persistent, may_hold, roots)
     tree = pickles.resolve(machine.run())
     for name in storages:
         _verify(file, records[name], name)

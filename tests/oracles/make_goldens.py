@@ -13,6 +13,7 @@ import numpy as np
 
 NAMES = (
     "adapters",
+    "dvae",
     "inception",
     "networks",
     "samplers",
