@@ -540,6 +540,7 @@ UNUSED = [
     (("evaluate.guided_scale=0", "evaluate.guided_num=9"), r"evaluate\.guided_scale is 0\.0"),
     (("train.evaluate_every_steps=0", "train.evaluate_num=9"), r"train\.evaluate_every_steps is 0"),
     (("model.base_width=64",), r"model\.parametrization is 'standard'"),
+    (("model.attention_alpha=0.5",), r"model\.attention_hops is 0"),
     (("autoencoder.path=x",), r"autoencoder\.kind is 'none'"),
 ]
 

@@ -1,7 +1,8 @@
 """Multi-head attention: softmax(q kᵀ / √d) v."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,81 @@ def causal_bias(tokens: int) -> np.ndarray:
 def key_bias(mask: jax.Array) -> jax.Array:
     """The bias under which keys are seen where mask bool[B, M] is true: f32 [B, 1, 1, M]."""
     return jnp.where(mask, np.float32(0), np.float32(MASKED))[:, None, None, :]
+
+
+# ---- windows and hops
+
+
+class Window(NamedTuple):
+    """The places that a token of a grid sees: those at most `radius` rows and columns away."""
+
+    rows: int
+    columns: int
+    radius: int
+
+
+def _neighbours(x: jax.Array, window: Window) -> list[jax.Array]:
+    """The tokens of x [B,H,N,d] that each token sees, zeros beyond the grid: (2r+1)² of [B,H,N,d].
+
+    Each is a slice of the padded grid: nothing is gathered.
+    """
+    rows, columns, r = window
+    grid = x.reshape(*x.shape[:2], rows, columns, -1)
+    padded = jnp.pad(grid, ((0, 0), (0, 0), (r, r), (r, r), (0, 0)))
+    shifts = [(i, j) for i in range(2 * r + 1) for j in range(2 * r + 1)]
+    return [padded[:, :, i : i + rows, j : j + columns].reshape(x.shape) for i, j in shifts]
+
+
+def window_bias(window: Window) -> np.ndarray:
+    """0 for a neighbour on the grid and -inf for one beyond it: f32[N, (2r+1)²]."""
+    rows, columns, r = window
+    y, x = (each.reshape(-1, 1) for each in np.indices((rows, columns)))
+    dy, dx = (each.reshape(1, -1) - r for each in np.indices((2 * r + 1, 2 * r + 1)))
+    inside = (y + dy >= 0) & (y + dy < rows) & (x + dx >= 0) & (x + dx < columns)
+    return np.where(inside, np.float32(0), np.float32(-np.inf))
+
+
+def mixing(
+    q: jax.Array, k: jax.Array, window: Window | None = None
+) -> Callable[[jax.Array], jax.Array]:
+    """Build the product with A, the softmax of q kᵀ / √d: f32[B,H,N,d] -> A z, of the same shape.
+
+    With a window, a row of A is the softmax over the token's neighbours.
+    """
+    if window is None:
+        weights = attention_weights(q, k)
+        return lambda z: jnp.einsum("bhnm,bhmd->bhnd", weights, z)
+    q32, k32 = q.astype(jnp.float32) * q.shape[-1] ** -0.5, k.astype(jnp.float32)
+    logits = jnp.stack([(q32 * each).sum(-1) for each in _neighbours(k32, window)], -1)
+    of = jax.nn.softmax(logits + window_bias(window)[None, None], axis=-1)
+    return lambda z: sum(
+        (of[..., i, None] * each for i, each in enumerate(_neighbours(z, window))),
+        start=jnp.zeros_like(z),
+    )
+
+
+def diffused_attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    hops: int,
+    alpha: float,
+    window: Window | None = None,
+) -> jax.Array:
+    """Attention diffusion after Wang et al. 2021 (MAGNA) Eqs. 3-6, with the softmax of `attend`.
+
+    Z⁰ = V, Z^{k+1} = (1 - α) A Z^k + α V; the output is Z^hops. Its limit is α (I - (1 - α) A)⁻¹ V,
+    from which it differs by at most 2 (1 - α)^hops max|V|. hops=1 with α=0 is attention. With a
+    window of radius r, a token depends on those within hops·r rows and columns. A and Z are
+    float32. q, k and v are [B,H,N,d] of one sequence.
+    """
+    spread, v32 = mixing(q, k, window), v.astype(jnp.float32)
+
+    def hop(z: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return (1 - alpha) * spread(z) + alpha * v32, None
+
+    return jax.lax.scan(hop, v32, None, length=hops)[0].astype(v.dtype)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:

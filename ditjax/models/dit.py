@@ -20,7 +20,13 @@ from flax import linen as nn
 from ditjax.config import Config, Rule, above, at_most, key, non_negative, positive
 from ditjax.errors import UserError, divisors, nearest
 from ditjax.models import grafting, mup
-from ditjax.models.attention import attention_weights, autodiff_attend, rotated
+from ditjax.models.attention import (
+    Window,
+    attention_weights,
+    autodiff_attend,
+    diffused_attend,
+    rotated,
+)
 from ditjax.models.blocks import (
     BLOCKS,
     LAYER_NORM_EPS,
@@ -35,6 +41,7 @@ from ditjax.models.blocks import modulate as modulate_tokens
 from ditjax.models.embed import (
     ANYWHERE,
     TIMESTEP_FREQUENCIES,
+    Attend,
     LabelEmbedder,
     Linear,
     Placement,
@@ -139,6 +146,11 @@ class DiTKeys(Denoiser):
     mlp: Literal["gelu", "swiglu"] = key("gelu")  # swiglu has 3 products: mlp_ratio 8/3 costs as 4
     qk_norm: bool = key(False)  # RMSNorm of queries and keys
     rope: bool = key(False)  # rotary positions, beside the sin-cos embedding
+    # A token attends to those at most so many rows and columns away; 0 = to all. Its values travel
+    # so many hops, at each of which (1 - alpha) of them moves on (`attention.diffused_attend`).
+    attention_window: int = non_negative(0, most=64)
+    attention_hops: int = non_negative(0, most=1024)  # 0 = plain attention
+    attention_alpha: float = key(0.15, above(0), at_most(1))
     # Representation alignment (tasks/alignment.py): a projector of the tokens after this block,
     # which only training evaluates; 0 = none. Its hidden width, and that of the teacher's features.
     align_block: int = non_negative(0)
@@ -159,6 +171,8 @@ class DiTKeys(Denoiser):
     def unused(self, name: str, c: Config) -> str:
         if name in ("align_width", "align_features") and not self.align_block:
             return "model.align_block"
+        if name == "attention_alpha" and not self.attention_hops:
+            return "model.attention_hops"
         standard = self.parametrization == "standard" and name in ("base_width", "base_head_width")
         return "model.parametrization" if standard else ""
 
@@ -196,6 +210,7 @@ def check(k: DiTKeys, inputs: Inputs) -> None:
             f"config.model.attention is {k.attention!r}, and config.diffusion.loss needs forward"
             " derivatives of the network, which this kernel lacks: set it to 'auto' or 'plain'."
         )
+    _check_attention(k, inputs)
     if k.norm != "layer" and k.block not in ("adaln", "adaln_zero"):
         raise UserError(
             f"config.model.norm is {k.norm!r} with block {k.block!r}, whose norms are LayerNorms"
@@ -215,6 +230,32 @@ def check(k: DiTKeys, inputs: Inputs) -> None:
         raise UserError(
             f"config.model.mlp_ratio is {k.mlp_ratio}: with width {width}, the MLP would have no"
             " hidden unit; increase it."
+        )
+
+
+def _check_attention(k: DiTKeys, inputs: Inputs) -> None:
+    """Raise UserError for a window or hops that the network cannot have."""
+    name = "attention_window" if k.attention_window else "attention_hops"
+    if not getattr(k, name):
+        return
+    said = f"config.model.{name} is {getattr(k, name)}"
+    if k.attention not in ("auto", "plain"):
+        raise UserError(
+            f"{said}, and config.model.attention {k.attention!r}, a kernel that has neither windows"
+            " nor hops: set it to 'auto' or 'plain'."
+        )
+    if not k.attention_window:
+        return
+    if k.block == "in_context":
+        raise UserError(
+            f"{said} with block 'in_context', whose tokens of time and label have no place on the"
+            " grid: choose another block, or set the window to 0."
+        )
+    rows, columns = inputs.shape[0] // k.patch, inputs.shape[1] // k.patch
+    if (2 * k.attention_window + 1) ** 2 >= rows * columns:
+        raise UserError(
+            f"{said}: its (2r + 1)² = {(2 * k.attention_window + 1) ** 2} places cost as much as"
+            f" attention to all {rows}x{columns} tokens; expected fewer places, or 0 for all."
         )
 
 
@@ -238,6 +279,8 @@ class Shape(NamedTuple):
     projector: tuple[int, int] = (0, 0)  # its hidden and its output width; 0 = none
     interval: bool = False  # a second time
     level: bool = False  # of the noise in given channels
+    window: int = 0
+    hops: int = 0
 
     @property
     def tokens(self) -> int:
@@ -299,13 +342,24 @@ def block_macs(s: Shape, tokens: int, keys: int) -> int:
     D, N, M = s.size.width, tokens, tokens
     if s.block == "in_context":
         M, keys = N + 2, keys + 2  # inside the stack
-    block = 4 * M * D * D + 2 * M * keys * D + (_MLP_INPUTS[s.mlp] + 1) * M * D * s.mlp_width
+    block = (
+        4 * M * D * D + attention_macs(s, M, keys) + (_MLP_INPUTS[s.mlp] + 1) * M * D * s.mlp_width
+    )
     block += _BLOCK_MODULATIONS[s.block] * D * D
     norms = 4 if s.qk_norm else 2
     if s.block == "cross_attention":
         block += 2 * N * D * D + 2 * 2 * D * D + 2 * N * 2 * D  # q and output; k and v; scores
         norms += 1
     return block + norms * M * D
+
+
+def attention_macs(s: Shape, tokens: int, keys: int) -> int:
+    """Of the products of self-attention: NMD(1 + K) for K sums of values, by default one.
+
+    M are the `keys` of a token, or the (2r + 1)² places of its window.
+    """
+    seen = (2 * s.window + 1) ** 2 if s.window else keys
+    return tokens * seen * s.size.width * (1 + max(1, s.hops))
 
 
 def forward_macs(s: Shape) -> int:
@@ -357,6 +411,8 @@ def shape(k: DiTKeys, inputs: Inputs) -> Shape:
         projector=(k.align_width, k.align_features) if k.align_block else (0, 0),
         interval=inputs.interval,
         level=inputs.level,
+        window=k.attention_window,
+        hops=k.attention_hops,
     )
 
 
@@ -365,8 +421,8 @@ def cost(k: DiTKeys, inputs: Inputs) -> NetworkCost:
     s = shape(k, inputs)
     L, D, _ = s.size
     tokens = s.tokens + (2 if s.block == "in_context" else 0)
-    attention = 2 * L * tokens**2 * D
-    # 'full' repeats the whole forward pass of the blocks, 'dots' the two products of attention.
+    attention = L * attention_macs(s, tokens, tokens)
+    # 'full' repeats the whole forward pass of the blocks, 'dots' the products of attention.
     repeated = {"none": 0, "dots": attention, "full": forward_macs(s)}[k.remat]
     # A forward derivative costs the products again, and those of two activations twice.
     passes = 4 + attention / forward_macs(s) if s.interval else 3.0
@@ -877,7 +933,7 @@ def _captured(module: Any) -> jax.Array:
 def _weights_of(k: DiTKeys, inputs: Inputs, captured: Any) -> jax.Array:
     """The weights of self-attention f32[L,B,H,M,M], from what its products yield."""
     qkv = _captured(captured["qkv"])  # [L,B,M,3,H,d]
-    L, B = qkv.shape[:2]
+    L, B, M = qkv.shape[:3]
     q, key = (qkv[:, :, :, i].transpose(0, 1, 3, 2, 4) for i in range(2))
     if k.qk_norm:
         q, key = (_captured(captured[name]) for name in ("q_norm", "k_norm"))
@@ -885,6 +941,11 @@ def _weights_of(k: DiTKeys, inputs: Inputs, captured: Any) -> jax.Array:
         grid = (inputs.shape[0] // k.patch, inputs.shape[1] // k.patch)
         q, key = (rotated(x.reshape(L * B, *x.shape[2:]), *grid) for x in (q, key))
         q, key = (x.reshape(L, B, *x.shape[1:]) for x in (q, key))
+    if attend := attend_of(k, inputs):
+        # What attention makes of one-hot values are its weights.
+        q, key = (x.reshape(L * B, *x.shape[2:]) for x in (q * query_factor(k), key))
+        one_hot = jnp.broadcast_to(jnp.eye(M, dtype=jnp.float32), (*q.shape[:2], M, M))
+        return attend(q, key, one_hot).reshape(L, B, *one_hot.shape[1:])
     return attention_weights(q, key, query_factor(k))
 
 
@@ -976,11 +1037,25 @@ KINDS: mup.Kinds = (
 )
 
 
+def attend_of(k: DiTKeys, inputs: Inputs) -> Attend | None:
+    """The self-attention of a recipe's window and hops, or None for that of the devices."""
+    if not (k.attention_window or k.attention_hops):
+        return None
+    grid = (inputs.shape[0] // k.patch, inputs.shape[1] // k.patch)
+    return functools.partial(
+        diffused_attend,
+        hops=k.attention_hops or 1,
+        alpha=k.attention_alpha if k.attention_hops else 0.0,
+        window=Window(*grid, k.attention_window) if k.attention_window else None,
+    )
+
+
 def module(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:
     """Build the denoiser of a recipe; its parameters do not depend on `place`."""
     size = parse_size(k.size)
-    if inputs.interval:
-        place = dataclasses.replace(place, attend=autodiff_attend)
+    attend = attend_of(k, inputs) or (autodiff_attend if inputs.interval else None)
+    if attend:
+        place = dataclasses.replace(place, attend=attend)
     return DiT(
         depth=size.depth,
         width=size.width,
@@ -1036,7 +1111,8 @@ def attention(k: DiTKeys, inputs: Inputs) -> Attention:
     size = parse_size(k.size)
     extra = 2 if k.block == "in_context" else 0
     tokens = shape(k, inputs).tokens
-    return Attention(tokens, extra, size.heads, size.width // size.heads)
+    whole = bool(k.attention_window or k.attention_hops)
+    return Attention(tokens, extra, size.heads, size.width // size.heads, whole=whole)
 
 
 NETWORK = Network(
@@ -1054,7 +1130,13 @@ NETWORK = Network(
         (r"x_embedder/kernel", grafting.input_channels),
         (r"final_layer/linear/(kernel|bias)", grafting.output_channels),
     ),
-    inherited=("frequency_shift", "norm2_eps"),
+    inherited=(
+        "frequency_shift",
+        "norm2_eps",
+        "attention_window",
+        "attention_hops",
+        "attention_alpha",
+    ),
     stack="blocks",
     control=ControlSeam(control_branch, control_variables, check_branch, branch_cost),
     inspection=InspectionSeam(reader_of, patcher_of, lens_of, branches),

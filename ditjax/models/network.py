@@ -78,6 +78,7 @@ class Attention(NamedTuple):
 
     The blocks also process `extra` conditioning tokens, which are removed afterwards. With
     `frames`, attention stays within a frame of that many tokens, or within a place of all frames.
+    `whole`: it needs every query and key of a head on one device.
     """
 
     tokens: int
@@ -85,6 +86,7 @@ class Attention(NamedTuple):
     heads: int
     head_width: int
     frames: int = 1
+    whole: bool = False
 
 
 class NetworkCost(NamedTuple):

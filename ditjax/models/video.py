@@ -89,6 +89,8 @@ def check(k: VideoKeys, inputs: Inputs) -> None:
         ("block", k.block, "adaln_zero"),
         ("rope", k.rope, False),
         ("align_block", k.align_block, 0),
+        ("attention_window", k.attention_window, 0),
+        ("attention_hops", k.attention_hops, 0),
     ):
         if value != wanted:
             raise UserError(

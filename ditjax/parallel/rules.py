@@ -161,6 +161,15 @@ def check_whole(mesh: Mesh, what: str) -> None:
     )
 
 
+def check_whole_tokens(mesh: Mesh) -> None:
+    """Raise UserError for a mesh that splits tokens, of a network whose attention has them whole.
+
+    On a split grid each hop of a window would need a halo from its neighbours.
+    """
+    what = "attention in windows or hops (config.model.attention_window, attention_hops)"
+    _check_unsplit(mesh, ("context",), f"{what} needs all tokens of a head on one device")
+
+
 def check_data_only(mesh: Mesh, what: str) -> None:
     """Raise UserError for a mesh with another axis than `data`."""
     others = [axis for axis in mesh.shape if axis != "data"]

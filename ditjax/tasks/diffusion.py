@@ -103,6 +103,8 @@ def placement(c: Config, mesh: Mesh) -> Placement:
     chosen = None if kernel is attend else rules.by_heads(kernel, mesh)
     if mesh.size == 1:
         return Placement(attend=chosen)
+    if split.whole:
+        rules.check_whole_tokens(mesh)
     rules.check_tokens(split.tokens, split.extra, split.heads, mesh, split.frames)
     return Placement(
         rules.activation_placement(mesh),

@@ -218,6 +218,8 @@ def _check_expressible(
         ("mlp", m.mlp, "gelu"),
         ("qk_norm", m.qk_norm, False),
         ("rope", m.rope, False),
+        ("attention_window", m.attention_window, 0),
+        ("attention_hops", m.attention_hops, 0),
         ("position_grid", m.position_grid, 0),
         ("label_dropout", m.label_dropout > 0, True),
     ):

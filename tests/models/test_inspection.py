@@ -21,6 +21,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "cross_attention": {"block": "cross_attention"},
     "in_context": {"block": "in_context"},
     "modern": {**MODERN, **MUP},
+    "window": {"attention_window": 1, "rope": True, **MUP},
+    "hops": {"block": "in_context", "attention_hops": 3, "qk_norm": True, **MUP},
 }
 SEAM: Any = NETWORK.inspection
 L, N, D, HEADS = 2, 16, 16, 2
@@ -68,7 +70,7 @@ def test_maps_of_attention_make_the_branch(kind):
     """a v W + b of the maps is what the block's attention yields; rows sum to 1."""
     k, variables, *args = network(kind)
     taps = read(kind)[1]
-    M = N + 2 * (kind == "in_context")
+    M = N + 2 * (k.block == "in_context")
     assert taps.attention.shape == (L, 2, HEADS, M, M)
     np.testing.assert_allclose(taps.attention.sum(-1), 1, atol=1e-6)
     p = variables["params"]["blocks"]["attn"]

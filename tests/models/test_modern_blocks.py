@@ -136,12 +136,16 @@ def test_every_parameter_has_one_kind():
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [{"data": 1, "fsdp": 2, "tensor": 2, "context": 2}, {"data": 2, "fsdp": 4}],
-    ids=["all-axes", "fsdp"],
+    ("sizes", "model"),
+    [
+        ({"data": 1, "fsdp": 2, "tensor": 2, "context": 2}, ALL),
+        ({"data": 2, "fsdp": 4}, ALL),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, {"attention_window": 1, "attention_hops": 2}),
+    ],
+    ids=["all-axes", "fsdp", "windows"],
 )
-def test_gradients_on_a_mesh_are_those_of_one_device(sizes):
-    c = recipe(unroll=1, **ALL)
+def test_gradients_on_a_mesh_are_those_of_one_device(sizes, model):
+    c = recipe(unroll=1, **model)
     key = jax.random.key(0)
     params = jax.tree.map(lambda x: 0.1 * normal(*x.shape), shapes(c))
     batch = {"x0": normal(8, 8, 8, 1), "label": jnp.arange(8, dtype=jnp.int32)}
