@@ -171,6 +171,7 @@ _IMPORTED = (
     "edit.method",
     "reward.source",
     "evaluate.features",
+    "train.tracker",
 )
 
 
@@ -481,6 +482,8 @@ class Train(Section):
     average_stds: tuple[float, ...] = key((), read=numbers("train.average_stds", float, WIDTH))
     average_every_steps: int = non_negative(0, free=True)  # between snapshots of average_stds
     log_every_steps: int = positive(100, free=True)
+    # Beside the run's own log: 'wandb', 'trackio', or the dotted name of your own.
+    tracker: str = key("none", registered("ditjax.runs.trackers.TRACKERS"), free=True)
     checkpoint_every_steps: int = positive(10_000, free=True)
     keep_checkpoints: int = positive(2, free=True)  # the newest; the best is kept beside them
     keep_every_steps: int = non_negative(0, free=True)  # its multiples are never deleted; 0 = off

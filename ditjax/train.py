@@ -16,7 +16,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from ditjax import cli
-from ditjax.config import Config, replaced
+from ditjax.config import Config, as_tree, replaced
 from ditjax.config import Train as TrainKeys
 from ditjax.data import stream
 from ditjax.data.prefetch import ahead
@@ -33,6 +33,7 @@ from ditjax.runs import snapshots as averages
 from ditjax.runs.checkpoint import Checkpoints, Score
 from ditjax.runs.log import MetricsLog, Progress
 from ditjax.runs.results import save_grid, tile
+from ditjax.runs.trackers import check_tracker, open_tracker
 from ditjax.sampling.draw import Drawer
 from ditjax.sampling.given import held_out_given
 from ditjax.tasks import make_task, resolved
@@ -185,6 +186,7 @@ def open_training(
 ) -> Iterator[Session]:
     """Open or resume the run in a directory, with everything that the training loop needs."""
     _check_weights(c)
+    check_tracker(c.train.tracker)
     mesh = mesh_of(c)
     task = make_task(c, mesh)
     dataset = opening.check_data(c)
@@ -204,9 +206,10 @@ def open_training(
     ) as checkpoints:
         state, start, saved = _restore_or_init(c, folder, task, programs, checkpoints, mesh)
         _check_profile(profile, start)
+        tracker = open_tracker(c.train.tracker, folder, as_tree(c)) if is_primary() else None
         with (
             _snapshots(c, folder, start) as snapshots,
-            MetricsLog(folder, start, write=is_primary()) as log,
+            MetricsLog(folder, start, write=is_primary(), tracker=tracker) as log,
             _open_batches(c, folder, programs, start) as batches,
             _Profile(profile, folder / PROFILE) as profiled,
         ):

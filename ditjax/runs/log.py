@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, TensorBoard events, and one line of progress."""
+"""The log of a run: metrics.jsonl, TensorBoard events, a tracker, and one line of progress."""
 
 import contextlib
 import json
@@ -19,6 +19,7 @@ from ditjax.files.durations import clock
 from ditjax.files.masking import masked_tree
 from ditjax.files.store import Mirror, is_object, place
 from ditjax.runs.results import LOG_PARTS, METRICS_FILE, log_files, read_log
+from ditjax.runs.trackers import Writer
 
 
 @contextlib.contextmanager
@@ -44,12 +45,58 @@ PART_BYTES = 1 << 16  # of lines, in a file that is copied to a store
 _TAIL = 1 << 16  # bytes at the end of a log that are searched for its newest lines
 
 
+class _Lines:
+    """Lines {"step": step, name: value, ...} of a file, which is added to."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        self.file: TextIO = path.open("a", encoding="utf-8")
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps({"step": step, **masked_tree(values)}) + "\n")
+        self.file.flush()
+
+    def image(self, step: int, name: str, grid: np.ndarray) -> None:
+        """Nothing: pictures have no line."""
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _Events:
+    """TensorBoard's events of the numbers and pictures, flushed every SYNC_SECONDS."""
+
+    def __init__(self, folder: Path, suffix: str) -> None:
+        # Not tensorboardX's SummaryWriter, whose thread ends silently at the first error, so that
+        # the next write waits for ever.
+        self.file = EventsWriter(str(folder / "events"), suffix)
+        self._synced = time.monotonic()
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.event(step, summary=summary.scalar(name, value))
+
+    def image(self, step: int, name: str, grid: np.ndarray) -> None:
+        self.event(step, summary=summary.image(name, grid, dataformats="HWC"))
+
+    def event(self, step: int, **content: Any) -> None:
+        self.file.write_event(Event(wall_time=time.time(), step=step, **content))
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.file.flush()
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        self.file.close()
+
+
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of one run; resuming drops lines beyond `start_step`.
 
     One process has `write`; in the others the log does nothing. `last` holds the newest value of
     each name in the lines that are kept, {} for a new run. New events replace those of earlier
-    starts beyond `start_step`.
+    starts beyond `start_step`. A `tracker` is given all that is written, and is closed with the
+    log.
 
     On a store, lines and events are written to files of this machine, which are copied every 20
     seconds and by `sync`. A file is copied whole each time: a new one begins when PART_BYTES of
@@ -57,73 +104,70 @@ class MetricsLog:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], start_step: int, *, write: bool = True
+        self,
+        directory: str | os.PathLike[str],
+        start_step: int,
+        *,
+        write: bool = True,
+        tracker: Writer | None = None,
     ) -> None:
         folder = place(directory)
         self.path = folder / METRICS_FILE
         self.last: dict[str, Any] = _truncate(self.path, start_step) if write else {}
         self._mirror = Mirror(folder) if write and is_object(folder) else None
         self._local = self._mirror.local if self._mirror else folder
-        self._file: TextIO | None = None
-        # Not tensorboardX's SummaryWriter, whose thread ends silently at the first error, so that
-        # the next write waits for ever.
-        self._events: Any = None
-        self._synced = time.monotonic()
+        self._tracker = tracker
         if write:
             self._open(start_step + 1)
-            self._event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+            self._events.event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._writes = write
 
     def _open(self, step: int) -> None:
         """Open the files of lines and events from a step on, which are parts on a store."""
         path, suffix = self.path, f".{os.getpid()}"
         if self._mirror:
             path = self._local / LOG_PARTS / f"{step:012}.jsonl"
-            path.parent.mkdir(exist_ok=True)
             suffix += f".{step}"
-        self._file = path.open("a", encoding="utf-8")
-        self._events = EventsWriter(str(self._local / "events"), suffix)
+        self._lines = _Lines(path)
+        self._events = _Events(self._local, suffix)
+
+    @property
+    def _writers(self) -> tuple[Writer, ...]:
+        return (self._lines, self._events, *([self._tracker] if self._tracker else []))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Write a line {"step": step, name: value, ...}, and an event for each number.
 
         Raises FaultError if they cannot be written.
         """
-        if self._file is None:
+        if not self._writes:
             return
         with self._faults():
-            if self._mirror and self._file.tell() > PART_BYTES:
+            if self._mirror and self._lines.file.tell() > PART_BYTES:
                 self._close()
                 self._open(step)
-            self._file.write(json.dumps({"step": step, **masked_tree(values)}) + "\n")
-            self._file.flush()
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._event(step, summary=summary.scalar(name, value))
+            for writer in self._writers:
+                writer.scalars(step, values)
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
         """Write a grid u8[H,W,C] as an event. Raises as `scalars`."""
-        if self._events:
+        if self._writes:
             with self._faults():
-                self._event(step, summary=summary.image(name, grid, dataformats="HWC"))
+                for writer in self._writers:
+                    writer.image(step, name, grid)
 
     def sync(self) -> None:
         """Copy to a store what has been written. Raises as `scalars`."""
         if self._mirror:
             with self._faults():
-                self._events.flush()
+                self._events.file.flush()
                 self._mirror.ship()
 
-    def _event(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
-        if time.monotonic() - self._synced > SYNC_SECONDS:
-            self._events.flush()
-            self._synced = time.monotonic()
-
     def _close(self) -> None:
-        with contextlib.ExitStack() as both:  # whatever the first one raises
-            for file in (self._events, self._file):
-                if file:
-                    both.callback(file.close)
+        if self._writes:
+            with contextlib.ExitStack() as both:  # whatever the first one raises
+                both.callback(self._lines.close)
+                both.callback(self._events.close)
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
@@ -143,6 +187,8 @@ class MetricsLog:
         for close in (self._close, self._join):
             with reported:
                 close()
+        if self._tracker:
+            self._tracker.close()
 
     def _join(self) -> None:
         """Copy to a store what is left, and join the parts of its log."""

@@ -21,6 +21,7 @@ from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
 from ditjax.tasks import make_task
 from tests.commands.conftest import TINY
+from tests.toys import tracker
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -46,9 +47,11 @@ def test_what_a_run_leaves(finished):
         assert grid.size == ((8 * 8 + 7) * 4, (8 * 8 + 7) * 4)
 
 
-def test_the_same_command_resumes_exactly(finished, tmp_path, capsys):
-    # A cosine schedule knows its end: a run is cut by leaving its loop, not by another recipe.
-    cut = [*TINY, f"--workdir={tmp_path}"]
+def test_the_same_command_resumes_exactly(finished, tmp_path, capsys, monkeypatch):
+    # A cosine schedule knows its end: a run is cut by leaving its loop, not by another recipe. A
+    # tracker, which the finished run has not, changes nothing.
+    cut = [*TINY, f"--workdir={tmp_path}", "--config.train.tracker=tests.toys.tracker.Kept"]
+    monkeypatch.setattr(tracker, "OPENED", opened := [])
     real = stream.train_batches
 
     class CutError(Exception):
@@ -95,6 +98,8 @@ def test_the_same_command_resumes_exactly(finished, tmp_path, capsys):
     assert train.main(cut) == 0
     assert lines(tmp_path) == lines(finished)
     assert "20 steps, loss" in capsys.readouterr().out
+    assert [[step for step, _ in each.rows] for each in opened] == [[5, 10], [15, 20], []]
+    assert len({each.run.id for each in opened}) == 1
 
 
 def test_the_rate_of_the_last_update_is_logged(finished):

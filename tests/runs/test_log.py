@@ -119,9 +119,8 @@ class Full:
 def test_a_full_disk_is_told_in_one_line(tmp_path):
     with pytest.raises(FaultError) as told, MetricsLog(tmp_path, 0) as log:  # noqa: PT012
         log.scalars(1, {"loss": 1.0})
-        assert log._file
-        log._file.close()
-        vars(log)["_file"] = Full()
+        log._lines.close()
+        vars(log._lines)["file"] = Full()
         log.scalars(2, {"loss": 1.0})
     assert str(told.value) == (
         f"cannot write {tmp_path / 'metrics.jsonl'}: No space left on device. Free some space, then"
@@ -131,8 +130,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
 
 def test_events_that_cannot_be_written_are_told_in_one_line(tmp_path):
     with MetricsLog(tmp_path, 0) as log:
-        assert log._events
-        writer = vars(log._events)
+        writer = vars(log._events.file)
         whole, writer["_py_recordio_writer"] = writer["_py_recordio_writer"], Full()
         with pytest.raises(FaultError, match="No space left on device"):
             log.scalars(1, {"loss": 1.0})
