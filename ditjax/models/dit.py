@@ -419,7 +419,7 @@ def shape(k: DiTKeys, inputs: Inputs) -> Shape:
 def cost(k: DiTKeys, inputs: Inputs) -> NetworkCost:
     """The cost of a recipe's DiT."""
     s = shape(k, inputs)
-    L, D, _ = s.size
+    L = s.size.depth
     tokens = s.tokens + (2 if s.block == "in_context" else 0)
     attention = L * attention_macs(s, tokens, tokens)
     # 'full' repeats the whole forward pass of the blocks, 'dots' the products of attention.
