@@ -157,7 +157,7 @@ class Checkpoints:
             self._orbax.save(
                 _orbax_path(self._folder(step)),
                 args=ocp.args.Composite(
-                    **{_STATE: ocp.args.StandardSave(_stored(state))},
+                    **{_STATE: ocp.args.StandardSave(_one_copy(_stored(state)))},
                     **{name: ocp.args.JsonSave(item) for name, item in items.items()},
                 ),
                 force=True,
@@ -455,6 +455,23 @@ def _stored(state: Any) -> Any:
     if not empty:
         return state
     return OrderedDict((name, value) for name, value in fields.items() if name not in empty)
+
+
+def _one_copy(state: Any) -> Any:
+    """A state whose replicated leaves are on one device, without a copy.
+
+    Of several replicas in a process, orbax would compile a slice of each leaf for every device.
+    """
+    if jax.process_count() > 1:  # they share the work of writing
+        return state
+    return jax.tree.map(
+        lambda leaf: (
+            leaf.addressable_data(0)
+            if isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+            else leaf
+        ),
+        state,
+    )
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

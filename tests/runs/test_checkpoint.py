@@ -51,6 +51,15 @@ def abstract(mesh) -> TrainState:
     )
 
 
+def test_saving_what_every_device_has_compiles_nothing(tmp_path, caplog):
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(make_mesh(8, 1)))
+    saved = jax.device_put(state(2.0), shardings)
+    jax.clear_caches()  # another test may have saved such a state
+    with Checkpoints(tmp_path, keep=1) as checkpoints, jax.log_compiles():
+        checkpoints.save(2, saved, {})
+    assert not [line for line in caplog.messages if "compil" in line]
+
+
 def test_the_newest_are_kept_and_come_back_on_any_mesh(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 3):
