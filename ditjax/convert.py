@@ -5,13 +5,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Unpack
 
 from ditjax import cli
+from ditjax.config import Config, as_tree
 from ditjax.errors import UserError, first_few
-from ditjax.files import lease
-from ditjax.files.store import place, present
+from ditjax.files import faults, hub, lease
+from ditjax.files.atomic import read_json
+from ditjax.files.store import is_object, place, present
 from ditjax.models.dit import DiTKeys, query_factor
 from ditjax.parallel.mesh import make_mesh
+from ditjax.reporting.card import model_card
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
+from ditjax.runs.results import EVALUATION_FILE
 from ditjax.tasks import make_task
 from ditjax.tasks.adapters import open_adapter
 from ditjax.weights import networks, reading, vocabulary, writing
@@ -136,12 +140,17 @@ def convert(
     autoencoder: str = "",
     step: Step = "latest",
     class_names: str = "auto",
+    push: str = "",
     **options: Unpack[reading.WeightsOptions],
 ) -> str:
-    """Write `out` in the layout `target`. Returns a summary to print.
+    """Write `out` in the layout `target`, and push it to a repository. Returns a summary to print.
 
     Raises UserError for a source that cannot be read or that the layout cannot express.
     """
+    if push:
+        hub.check_push(push)
+        if is_object(place(out)):
+            raise UserError(f"--push={push}: --out={out} must be on this machine.")
     if not rundir.is_run(source):
         opening.check_no_step(source, step)
     which = options.get("which", "ema")
@@ -149,7 +158,8 @@ def convert(
     if target in FOLDERS:
         lease.acquire(place(out) / lease.FILE, out)
     if present(place(source) / vocabulary.MODEL_INDEX):
-        return _convert_pipeline(source, target, out, autoencoder, class_names, options)
+        text, network = _convert_pipeline(source, target, out, autoencoder, class_names, options)
+        return _pushed(push, source, out, network, text)
     found = TARGETS[target].read(source, target, step, class_names, options)
     if autoencoder and target != "pipeline":
         raise UserError(f"--autoencoder goes with --to=pipeline, not with --to={target}.")
@@ -158,7 +168,7 @@ def convert(
             raise UserError("--to=pipeline needs the DiT's --autoencoder.")
         decoders = [read_decoder(autoencoder, which)]
     TARGETS[target].write(out, found, *decoders)
-    return _summary(source, out, found, target, *decoders)
+    return _pushed(push, source, out, found, _summary(source, out, found, target, *decoders))
 
 
 def _convert_pipeline(
@@ -168,8 +178,8 @@ def _convert_pipeline(
     autoencoder: str,
     class_names: str,
     options: reading.WeightsOptions,
-) -> str:
-    """Write a whole pipeline as another one. Returns a summary to print."""
+) -> tuple[str, LoadedNetwork]:
+    """Write a whole pipeline as another one. Returns a summary to print, and the network."""
     if target != "pipeline":
         raise UserError(
             f"{source} is a whole pipeline: convert {source}/transformer or {source}/vae, or"
@@ -183,7 +193,38 @@ def _convert_pipeline(
         decoder = read_decoder(autoencoder, options.get("which", "ema"))
     network = network._replace(class_names=names if any(names) else None)
     _write_pipeline(out, networks.with_class_names(network, class_names), decoder)
-    return _summary(source, out, network, target, decoder)
+    return _summary(source, out, network, target, decoder), network
+
+
+def _pushed(repo: str, source: str, out: str, found: LoadedNetwork | Adapter, summary: str) -> str:
+    """Write `out` to the hub, with a card, if a repository is named. Returns what to print."""
+    if not repo:
+        return summary
+    c = getattr(found, "config", None)
+    evaluation = None
+    if rundir.is_run(source):
+        c = opening.recipe_of(source)
+        if faults.exists(path := place(source) / EVALUATION_FILE):
+            record = read_json(path)
+            # The summary names the step that was read.
+            evaluation = record if f": step {record['step']}, " in summary else None
+    file = place(out)
+    name = f"{hub.PREFIX}{repo}" + ("" if file.is_dir() else f"/{file.name}")
+    about = summary.replace(source, place(source).name).replace(out, file.name)
+    card = model_card(found.name, about, name, _stated(c) if c else {}, evaluation)
+    url = hub.push(repo, file, card)
+    scores = "its scores" if evaluation else "no scores: none of this step are on record"
+    return f"{summary}\npushed to {url}, with a card that has {scores}"
+
+
+def _stated(c: Config) -> dict[str, Any]:
+    """The keys of a recipe that differ from the paper's values; of paths the last name alone."""
+    usual = dict(rundir.leaves(as_tree(type(c)())))
+    return {
+        key: value.rpartition("/")[2] if isinstance(value, str) and value[:1] in "/~" else value
+        for key, value in rundir.leaves(as_tree(c))
+        if value != usual.get(key)
+    }
 
 
 def _summary(
@@ -253,6 +294,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--autoencoder", default="", help="with --to=pipeline: the autoencoder's weights"
     )
+    parser.add_argument(
+        "--push",
+        default="",
+        metavar="OWNER/NAME",
+        help="also write it to this repository of the Hugging Face hub, with a model card",
+    )
     cli.add_step(parser)
     cli.add_weights_options(parser)
     args = parser.parse_args(argv)
@@ -265,6 +312,7 @@ def main(argv: list[str]) -> int:
             **cli.weights_options(args),
             step=args.step,
             class_names=args.class_names,
+            push=args.push,
         )
     )
     return 0

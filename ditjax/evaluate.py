@@ -26,12 +26,16 @@ from ditjax.parallel.mesh import make_mesh, mesh_of
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Step
-from ditjax.runs.results import SAMPLES_FILE, checked_labels, load_samples, save_grid
+from ditjax.runs.results import (
+    EVALUATION_FILE,
+    SAMPLES_FILE,
+    checked_labels,
+    load_samples,
+    save_grid,
+)
 from ditjax.sample import GRID_IMAGES
 from ditjax.sampling.draw import load_model
 from ditjax.tasks import make_task
-
-EVALUATION_FILE = "evaluation.json"
 
 
 def save_evaluation(

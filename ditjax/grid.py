@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from ditjax import cli
 from ditjax.config import Config, changed, migrated, read, void_by
 from ditjax.errors import UserError
-from ditjax.evaluate import EVALUATION_FILE, FLAGS, save_picture
+from ditjax.evaluate import FLAGS, save_picture
 from ditjax.evaluation.evaluator import Evaluator
 from ditjax.files import atomic, faults
 from ditjax.files.paths import split_paths
@@ -289,7 +289,7 @@ def run_grid(
                     "protocol": found.protocol,
                     "seconds": round(found.seconds, 3),
                 }
-                atomic.write_json(folder / EVALUATION_FILE, record)
+                atomic.write_json(folder / results.EVALUATION_FILE, record)
                 value = number(found.metrics.get(evaluator.distance))
                 _log(f"[{k}/{len(cells)}] {cell.name}: {evaluator.distance} {value}")
         processes.barrier()  # until all processes have read the samples
@@ -300,7 +300,7 @@ def run_grid(
 
 def _is_done(folder: Path, identity: Mapping[str, Any], protocol: Mapping[str, Any]) -> bool:
     """Return whether the cell on disk is the one that would be made now. Logs a stale one."""
-    path = folder / EVALUATION_FILE
+    path = folder / results.EVALUATION_FILE
     if not faults.exists(path):
         return False
     try:
@@ -363,7 +363,7 @@ def _report(
     """Write grid.csv, .json, .txt and pareto.png from the cells on disk. Returns the text."""
     if not is_primary():
         return ""
-    records = [read_cell(out / CELLS / cell.name / EVALUATION_FILE) for cell in cells]
+    records = [read_cell(out / CELLS / cell.name / results.EVALUATION_FILE) for cell in cells]
     outcomes = [
         Outcome(
             **{key: record[key] for key in Outcome._fields if key != "gflops"},
@@ -580,7 +580,7 @@ def _cost_table(cells: Sequence[GridCell], out: Path) -> str:
     lines = [f"{'cell':<{width}} {'Gflops':>10} {'samples':>9} {'Pflops':>10}  on disk"]
     for cell in cells:
         num = cell.config.evaluate.num_samples
-        exists = (out / CELLS / cell.name / EVALUATION_FILE).exists()
+        exists = (out / CELLS / cell.name / results.EVALUATION_FILE).exists()
         lines.append(
             f"{cell.name:<{width}} {cell.gflops:>10.4g} {num:>9,}"
             f" {cell.gflops * num / 1e6:>10.4g}  {'yes' if exists else 'no'}"

@@ -59,7 +59,7 @@ PURE = {
     "scaling": {"numpy", "scipy"},
     # Beside arrays, the clients of object stores: files/store.py imports them for a URL.
     "files": {"etils", "jax", "numpy", "ml_dtypes", "boto3", "botocore", "fsspec", "gcsfs"}
-    | {"google", "requests"},
+    | {"google", "requests", "huggingface_hub"},
     "training": {"jax", "numpy", "optax"},
     "parallel": {"jax", "numpy"},
     "tasks": {"jax", "numpy", "optax"},

@@ -44,12 +44,6 @@ class Split(NamedTuple):
 
 def parse_name(text: str) -> DatasetName:
     """Any of the forms of `DatasetName`. Raises UserError for another."""
-    kind, _, path = text.partition(":")
-    if kind in ("folder", "latents") and "://" in path:
-        raise UserError(
-            f"data set {text!r} is at a URL: data are read from a file system only; mount the"
-            " bucket (gcsfuse, s3fs) and give the path of the mount."
-        )
     if is_latents(text):
         return DatasetName(text, "latents", text.removeprefix(LATENTS))
     if text.startswith(_FOLDER):

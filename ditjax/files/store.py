@@ -29,6 +29,7 @@ from pathlib import Path, PosixPath
 from typing import Any, NamedTuple, Protocol
 
 from ditjax.errors import FaultError, UserError, reason
+from ditjax.files import hub
 
 ABSENT = ""  # the version of an object that does not exist
 SHIP_SECONDS = 20.0  # between copies of files that grow
@@ -43,7 +44,8 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 def place(path: str | os.PathLike[str]) -> Path:
     """The path of a file or folder on this machine, or of an object on a store.
 
-    Raises UserError for a URL of another kind, or without a bucket.
+    What is on the hub, hf:OWNER/NAME, is copied to this machine (`files/hub.py`). Raises UserError
+    for a URL of another kind, or without a bucket.
     """
     if isinstance(path, ObjectPath):
         return path
@@ -51,6 +53,8 @@ def place(path: str | os.PathLike[str]) -> Path:
         # What pathlib makes of a URL, by a caller who did not ask here.
         return ObjectPath(path) if path.parts[:1] in _FIRST_PARTS else path
     text = os.fspath(path)
+    if text.startswith(hub.PREFIX):
+        return hub.fetched(text)
     found = _URL.fullmatch(text)
     if found is None:
         return Path(text)

@@ -28,6 +28,7 @@ RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
 LOG_PARTS = "metrics"  # on a store, what a run has added to its metrics.jsonl, in parts
 SAMPLES_FILE = "samples.npz"
+EVALUATION_FILE = "evaluation.json"
 
 _Images = NDArray[np.uint8]
 

@@ -13,7 +13,9 @@ from ditjax import cli, convert, sample
 from ditjax.config import read
 from ditjax.data.classes import class_names
 from ditjax.errors import UserError
+from ditjax.files import hub
 from ditjax.files.assets import flatten, unflatten
+from ditjax.files.atomic import write_json
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening, rundir
 from ditjax.runs.checkpoint import Checkpoints
@@ -193,6 +195,25 @@ def test_a_run(finished, tmp_path, capsys):
     vae = diffusers_folder(tmp_path / "vae", "autoencoder")
     with pytest.raises(UserError, match="do not belong together"):
         run(f"--weights={finished}", "--to=pipeline", f"--out={tmp_path}/p", f"--autoencoder={vae}")
+
+
+def test_a_card_has_the_scores_of_its_own_step_alone(finished, tmp_path, capsys, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(hub, "check_push", lambda repo: None)
+    monkeypatch.setattr(hub, "push", lambda *found: pushed.append(found) or "there")
+    record = {"metrics": {"fd_digits": 5.0}, "reference": "", "protocol": {}, "protocol_hash": "0"}
+    for step, said in ((20, "its scores"), (10, "no scores: none of this step are on record")):
+        write_json(finished / "evaluation.json", {"step": step, **record})
+        words = ("--to=ditjax", f"--out={tmp_path}/a.safetensors", "--push=me/one")
+        run(f"--weights={finished}", *words)
+        assert f"pushed to there, with a card that has {said}" in capsys.readouterr().out
+    (finished / "evaluation.json").unlink()
+    (repo, path, first), (_, _, second) = pushed
+    assert (repo, path) == ("me/one", tmp_path / "a.safetensors")
+    assert "| FD-digits | 5.00 | - |" in first
+    assert "FD-digits" not in second
+    assert '| `model.size` | `"1x32x2"` |' in first
+    assert str(tmp_path) not in first
 
 
 def test_sampling_a_run_as_weights(finished, tmp_path, capsys):

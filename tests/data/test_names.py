@@ -15,17 +15,13 @@ from ditjax.errors import UserError
         ("a/b:1.2.3", ("prepared", "", "a", "b", "1.2.3")),
         ("folder:/data/a b", ("folder", "/data/a b", "", None, None)),
         ("latents:~/latents", ("latents", "~/latents", "", None, None)),
+        ("latents:gs://bucket/l", ("latents", "gs://bucket/l", "", None, None)),
+        ("latents:hf:owner/name", ("latents", "hf:owner/name", "", None, None)),
     ],
 )
 def test_parts(text, parts):
     assert parse_name(text) == DatasetName(text, *parts)
     assert is_latents(text) == (parts[0] == "latents")
-
-
-@pytest.mark.parametrize("text", ["folder:gs://bucket/birds", "latents:s3://bucket/l"])
-def test_urls_are_to_be_mounted(text):
-    with pytest.raises(UserError, match=f"'{text}' is at a URL: .* mount the bucket"):
-        parse_name(text)
 
 
 @pytest.mark.parametrize("text", ["", "../x", "a/b/c", "mnist:3", "folders:/x", "a b"])
