@@ -368,6 +368,11 @@ def _parser() -> cli.Parser:
     parser.add_argument("--failed", action="store_true", help="only cells that have failed")
     parser.add_argument("--dry_run", action="store_true", help="list the cells and their cost")
     parser.add_argument(
+        "--print_commands",
+        action="store_true",
+        help="print the command of each cell that is not done, the most work first, for a queue",
+    )
+    parser.add_argument(
         "--topology",
         default="",
         help="with --dry_run: estimate hours on CHIP:SHAPE, as v5e:4x4 (config.sweep.topology)",
@@ -392,6 +397,9 @@ def _parser() -> cli.Parser:
     return parser
 
 
+_LISTINGS = ("dry_run", "status", "print_commands")  # flags with which nothing is run
+
+
 def _check_flags(args: argparse.Namespace) -> None:
     """Raise UserError for flags that exclude each other."""
     if (args.distributed or args.coordinator) and args.index is None:
@@ -400,13 +408,14 @@ def _check_flags(args: argparse.Namespace) -> None:
         )
     if args.jobs < 1:
         raise UserError(f"--jobs={args.jobs}: expected at least 1.")
-    given = [name for name in (*SELECTION, "dry_run", "status") if getattr(args, name)]
+    given = [name for name in (*SELECTION, *_LISTINGS) if getattr(args, name)]
     if args.index is not None and given:
         raise UserError(f"--index={args.index} runs one cell: leave --{given[0]} out.")
     if args.index is not None and args.jobs > 1:
         raise UserError(f"--index={args.index} runs one cell: leave --jobs out.")
-    if args.dry_run and args.status:
-        raise UserError("--dry_run and --status exclude each other: give one of them.")
+    listings = [f"--{name}" for name in _LISTINGS if getattr(args, name)]
+    if len(listings) > 1:
+        raise UserError(f"{' and '.join(listings)} exclude each other: give one of them.")
     if (args.topology or args.plan) and not args.dry_run:
         raise UserError("--topology and --plan estimate the cost of a study: add --dry_run.")
     if args.watch is not None and not (args.status and 1 <= args.watch <= 86_400):
@@ -459,6 +468,11 @@ def main(argv: list[str]) -> int:
         states = [each for each in states if each.stage == status.FAILED]
     if args.dry_run:
         _print_plan(states, args.topology or config.sweep.topology, compiled=args.plan)
+        return 0
+    if args.print_commands:
+        left = by_work([each.cell for each in states if each.stage != status.DONE])
+        for cell in left:
+            print(typed("sweep", [*words, f"--index={cell.number}"]))
         return 0
     if args.failed and not states:
         print("no cell has failed")

@@ -23,6 +23,7 @@ from ditjax.studies.cells import by_work, cells
 from tests.commands.conftest import TINY
 from tests.files.test_masking import SECRETS
 from tests.runs.test_results import a_result
+from tests.test_docs import check_command
 
 ONE = "--config.sweep.grid=(('model.patch',(4,)),)"
 GRID = "--config.sweep.grid=(('model.size',('1x32x2',)),('model.patch',(4,8)),('seed',(0,1)))"
@@ -39,7 +40,9 @@ def test_a_grid_that_cannot_run(tmp_path):
         ([GRID, "--shard=2/2"], "counted from 0"),
         ([GRID, "--index=1", "--shard=0/2"], "--index=1 runs one cell: leave --shard out"),
         ([GRID, "--index=1", "--dry_run"], "leave --dry_run out"),
-        ([GRID, "--status", "--dry_run"], "give one of them"),
+        ([GRID, "--status", "--dry_run"], "--dry_run and --status exclude .* give one of them"),
+        ([GRID, "--print_commands", "--dry_run"], "give one of them"),
+        ([GRID, "--index=1", "--print_commands"], "leave --print_commands out"),
         ([GRID, "--watch=5"], "together with --status"),
         ([GRID, "--status", "--watch=0"], "1 to 86400 seconds"),
         ([GRID, "--distributed"], "train one cell in several processes"),
@@ -57,6 +60,24 @@ def test_dry_run_lists_and_writes_nothing(tmp_path, capsys):
     assert sweep.main([*TINY, GRID, f"--workdir={tmp_path / 's'}", "--dry_run", "--cells=1-2"]) == 0
     assert capsys.readouterr().out.count("DiT-1x32x2-p") == 2
     assert not (tmp_path / "s").exists()
+
+
+def test_commands_for_a_queue_are_one_line_a_cell(tmp_path, capsys, monkeypatch):
+    workdir, read = tmp_path / "a study", status.read_states
+    one_done = lambda *a: [  # noqa: E731
+        each._replace(stage=status.DONE) if each.cell.number == 1 else each for each in read(*a)
+    ]
+    monkeypatch.setattr(status, "read_states", one_done)
+    words = [*TINY, GRID, f"--workdir={workdir}", "--print_commands"]
+    assert sweep.main([*words, "--cells=0-2"]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    # What is more work comes first: patch 4 before 8.
+    assert [line[-1] for line in lines] == ["--index=0", "--index=2"]
+    for line in lines:
+        assert line[:3] == ["python", "-m", "ditjax.sweep"]
+        assert line[3:-1] == [*TINY, GRID, f"--workdir={workdir}"]
+        check_command(["sweep", *line[3:]])
+    assert not workdir.exists()
 
 
 CELL = """
