@@ -10,8 +10,9 @@ import io
 import os
 import re
 import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -286,9 +287,30 @@ def write_whole(builder: tfds.core.DatasetBuilder) -> None:
         raise
 
 
+def write_below(root: Path, make: Callable[[Path], tfds.core.DatasetBuilder]) -> None:
+    """Prepare what `make` builds below a root, as `write_whole`.
+
+    For a root on a store it is written to a folder of this machine, and then copied: a data set
+    there is complete with its last object.
+    """
+    if not store.is_object(root):
+        write_whole(make(root))
+        return
+    with tempfile.TemporaryDirectory(prefix="ditjax-") as scratch:
+        builder = make(Path(scratch))
+        folder = Path(builder.data_dir)
+        target = root / folder.relative_to(scratch)
+        if not is_complete(target):
+            write_whole(builder)
+            store.upload_tree(folder, target, last=_INFO)
+
+
+_INFO, _FEATURES = "dataset_info.json", "features.json"
+
+
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds a whole data set in the layout of tensorflow-datasets."""
-    return all(faults.exists(folder / name) for name in ("dataset_info.json", "features.json"))
+    return all(faults.exists(folder / name) for name in (_INFO, _FEATURES))
 
 
 def count_records(path: str | os.PathLike[str]) -> int:

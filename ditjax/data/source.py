@@ -35,7 +35,7 @@ from ditjax.data.builders import (
     expand_home,
     folder_identity,
     is_complete,
-    write_whole,
+    write_below,
 )
 from ditjax.data.caption_scenes import CaptionScenes
 from ditjax.data.captions import (
@@ -51,7 +51,7 @@ from ditjax.data.moving import MovingDigits
 from ditjax.data.names import LATENTS, VERSION, DatasetName, Split, is_latents, parse_name
 from ditjax.data.scenes import DigitScenes
 from ditjax.errors import UserError, nearest, reason
-from ditjax.files import store
+from ditjax.files import lease, store
 from ditjax.files.atomic import load_json, write_json
 
 DataDir = str | os.PathLike[str] | None
@@ -354,7 +354,8 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
         if name not in (Digits.name, f"{Digits.name}:{Digits.VERSION}"):
             raise UserError(f"data set {name!r}: expected 'digits' or 'digits:{Digits.VERSION}'.")
         folder = root / Digits.name / str(Digits.VERSION)
-        return _own(name, root, folder, lambda: Digits(data_dir=root, file_format="array_record"))
+        make = functools.partial(Digits, file_format="array_record")
+        return _own(name, root, folder, lambda root: make(data_dir=root))
     found = _find(parsed, root)
     if found is None and parsed.base == ImageFolder.name:
         raise UserError(
@@ -379,12 +380,12 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
 
 
 def _own(
-    name: str, root: Path, folder: Path, make: Callable[[], tfds.core.DatasetBuilder]
+    name: str, root: Path, folder: Path, make: Callable[[Path], tfds.core.DatasetBuilder]
 ) -> tfds.core.DatasetBuilder:
     """A data set of one of our builders in `folder`, prepared if it is missing."""
     if not is_complete(folder):
         with _exclusive(name, root):
-            write_whole(make())
+            write_below(root, make)
     return _open(name, folder)
 
 
@@ -423,7 +424,7 @@ def _prepare_generated(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuil
     if parsed.version not in (None, folder.name):
         raise UserError(f"data set {parsed.text!r}: expected version {folder.name}.")
     size = of.parse(parsed.config or of.default)
-    return _own(parsed.text, root, folder, lambda: of.builder(root, size))
+    return _own(parsed.text, root, folder, lambda root: of.builder(root, size))
 
 
 def _prepare_builder(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilder:
@@ -438,7 +439,7 @@ def _prepare_builder(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilde
     folder = root / builder.name / str(builder.VERSION)
     if not is_complete(folder):
         with _exclusive(parsed.text, root):
-            write_whole(builder(data_dir=root, file_format="array_record"))
+            write_below(root, lambda root: builder(data_dir=root, file_format="array_record"))
     return _open(parsed.text, folder)
 
 
@@ -474,9 +475,7 @@ def _prepare_converted(
     if not found or found.digest != listing.digest:
         # Files are read to see whether their content changed; a folder that cannot be written to
         # can hold what another process prepared.
-        if store.is_object(root):
-            raise _unprepared(name, root)
-        writable = os.access(root, os.W_OK) or not root.exists()
+        writable = store.is_object(root) or os.access(root, os.W_OK) or not root.exists()
         with _exclusive(name, root) if writable else contextlib.nullcontext():
             found = _convert(parsed, listing, root, max_damaged)
     builder = _open(name, root / found.place)
@@ -528,12 +527,9 @@ def left_out_of(name: str) -> str:
 
 def _resolved(parsed: DatasetName) -> Path:
     folder = store.place(expand_home(parsed.path))
-    if store.is_object(folder):
-        raise UserError(
-            f"data set {parsed.text!r}: folders of images are read from disks: copy it to one."
-        )
     try:
-        return folder.resolve()
+        # Of a folder on a store the copy, which has another path when an object has changed.
+        return store.local_copy(folder).resolve()
     except (RuntimeError, OSError, ValueError) as error:  # a loop of links, a name too long
         raise UserError(f"data set {parsed.text!r}: {error}; give the folder's own path.") from None
 
@@ -580,7 +576,7 @@ def _convert(
     place = before.place if before else f"{kind.name}/{text}/{kind.VERSION}"
     if not is_complete(root / place):
         left = max_damaged if isinstance(listing, Listing) else max_damaged - len(listing.missing)
-        write_whole(kind(listing, content, root, left))
+        write_below(root, lambda root: kind(listing, content, root, left))
     found = _Conversion(listing.digest, before.content if before else text, place)
     with contextlib.suppress(UserError):  # prepared for us in a folder that is read only
         write_json(record, found._asdict())
@@ -618,6 +614,12 @@ _BUILD = (
 
 def _prepare_with_tensorflow(parsed: DatasetName, root: Path) -> None:
     name = parsed.text
+    if store.is_object(root):
+        raise UserError(
+            f"data set {name!r} is not prepared under {root}, and TensorFlow prepares on disks:"
+            " prepare it in a folder of this machine (config.data.data_dir), and copy that folder's"
+            f" content to {root}."
+        )
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
             f"data set {name!r} is not prepared under {root}, and preparing it needs TensorFlow"
@@ -644,10 +646,13 @@ def _prepare_with_tensorflow(parsed: DatasetName, root: Path) -> None:
 def _exclusive(name: str, root: Path) -> Iterator[None]:
     """Hold the lock of a data_dir: one process prepares, the others wait and find the work done.
 
-    The kernel releases the lock when its holder dies.
+    The kernel releases the lock when its holder dies. On a store it is a lease.
     """
     if store.is_object(root):
-        raise _unprepared(name, root)
+        with lease.scope():
+            lease.acquire(root / ".prepare.lease", str(root), waits=True)
+            yield
+        return
     try:
         root.mkdir(parents=True, exist_ok=True)
         with open(root / ".prepare.lock", "a") as lock:
@@ -667,15 +672,6 @@ def _exclusive(name: str, root: Path) -> Iterator[None]:
             f"data set {name!r} cannot be written under {root}:"
             f" {error.strerror or error}; {remedy}."
         ) from error
-
-
-def _unprepared(name: str, root: Path) -> UserError:
-    """The error for a data set that is not on a store, where nothing can be prepared."""
-    return UserError(
-        f"data set {name!r} is not prepared under {root}, and data sets are prepared on disks:"
-        " prepare it in a folder of this machine (config.data.data_dir), and copy that folder's"
-        f" content to {root}."
-    )
 
 
 def _find(parsed: DatasetName, root: Path) -> Path | None:

@@ -398,10 +398,14 @@ def uploaded(path: ObjectPath) -> Iterator[Path]:
         path.store.put(path.where, temporary, None)
 
 
-def upload_tree(source: Path, target: ObjectPath, last: str = "") -> None:
+def upload_tree(source: Path, target: Path, last: str = "") -> None:
     """Copy the files of a folder to a store; the file named `last` comes after all others."""
     files = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
-    act = lambda name: target.store.put(target.joinpath(name).where, source / name, None)  # noqa: E731
+    there = ObjectPath(target)
+
+    def act(name: str) -> None:
+        there.store.put(there.joinpath(name).where, source / name, None)
+
     _each(act, [name for name in files if name != last])
     _each(act, [name for name in files if name == last])
 

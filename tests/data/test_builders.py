@@ -17,12 +17,15 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ditjax.data import folders, pictures, source
-from ditjax.data.builders import is_complete
+from ditjax.data.builders import Digits, is_complete, write_below
 from ditjax.data.folders import list_folder
 from ditjax.data.pictures import decode_image
 from ditjax.data.records import load_arrays
 from ditjax.data.source import data_root, prepare
 from ditjax.errors import UserError
+from ditjax.files import lease, store
+from ditjax.files.store import place
+from tests.memory_store import memory  # noqa: F401 (a fixture)
 
 
 def photograph(seed, width=12, height=9):
@@ -371,7 +374,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("kind", SPELLINGS)
 def test_a_folder_is_its_content_wherever_it_is(photographs, tmp_path, kind, monkeypatch):
     first = prepare(f"folder:{photographs}", tmp_path / "data")
-    monkeypatch.setattr(source, "write_whole", None)  # nothing is converted again
+    monkeypatch.setattr(source, "write_below", None)  # nothing is converted again
     again = prepare(f"folder:{SPELLINGS[kind](photographs, tmp_path)}", tmp_path / "data")
     assert again.data_dir == first.data_dir
     assert again.info.full_name == first.info.full_name
@@ -409,7 +412,7 @@ def test_a_conversion_that_was_prepared_elsewhere_is_found_by_content(photograph
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         patch.setattr(source, "_exclusive", None)
-        patch.setattr(source, "write_whole", None)
+        patch.setattr(source, "write_below", None)
         assert prepare(f"folder:{moved}", tmp_path / "data").info.splits["train"].num_examples == 4
 
 
@@ -483,3 +486,62 @@ def test_files_that_change_while_they_are_read(photographs, tmp_path, monkeypatc
     with pytest.raises(UserError, match="changed while they were read: run the same command"):
         prepare(f"folder:{photographs}", tmp_path / "data")
     assert not list((tmp_path / "data").rglob("*array_record*"))
+
+
+def test_a_data_set_on_a_store_is_whole_with_its_last_object(memory, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    root = place("gs://bucket/data")
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        return Digits(data_dir=folder, file_format="array_record")
+
+    def fails(call):
+        if call.startswith("put") and call.endswith("dataset_info.json"):
+            raise TimeoutError("no answer")
+
+    memory.fault = fails
+    with pytest.raises(TimeoutError):
+        write_below(root, make)
+    assert any(call.startswith("put") for call in memory.calls)
+    assert not is_complete(root / "digits" / "1.0.0")
+    memory.fault, memory.calls = lambda call: None, []
+    write_below(root, make)
+    puts = [call for call in memory.calls if call.startswith("put")]
+    assert puts[-1] == "put data/digits/1.0.0/dataset_info.json"
+    assert is_complete(root / "digits" / "1.0.0")
+    here = prepare("digits", tmp_path / "here")
+    for path in Path(here.data_dir).glob("*.array_record-*"):
+        assert (root / "digits" / "1.0.0" / path.name).read_bytes() == path.read_bytes()
+    memory.calls = []
+    write_below(root, make)
+    assert not any(call.startswith("put") for call in memory.calls)
+    assert len(made) == 3
+    assert not list(tmp_path.glob("ditjax-*"))
+
+
+def test_one_process_at_a_time_prepares_on_a_store(memory):  # noqa: F811
+    root = place("gs://bucket/data")
+    with source._exclusive("digits", root):
+        assert list(lease.holders([root / ".prepare.lease"], 0.0))
+    assert not list(lease.holders([root / ".prepare.lease"], 0.0))
+
+
+def test_a_folder_on_a_store_is_a_data_set(memory, photographs, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv(store.CACHE_VARIABLE, str(tmp_path / "copies"))
+    there, data = place("gs://bucket/photographs"), tmp_path / "data"
+    store.upload_tree(photographs, there)
+    ours, theirs = prepare(f"folder:{there}", data), prepare(f"folder:{photographs}", data)
+    assert ours.data_dir == theirs.data_dir
+    memory.calls = []
+    assert prepare(f"folder:{there}", data).data_dir == ours.data_dir
+    assert not any(call.startswith("get") for call in memory.calls)
+    buffer = encoded(photograph(9))
+    (there / "ant" / "new.png").write_bytes(buffer)
+    assert records(prepare(f"folder:{there}", data))[-1].keys() == records(ours)[-1].keys()
+    assert len(records(prepare(f"folder:{there}", data))) == len(records(ours)) + 1
+    with pytest.raises(UserError, match="there is no folder 'gs://bucket/none'"):
+        prepare("folder:gs://bucket/none", data)
+    with pytest.raises(UserError, match="TensorFlow prepares on disks"):
+        prepare("cifar10", "gs://bucket/data")

@@ -75,6 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial")
     args = parser.parse_args()
     failed, most, torn = 0, 0, 0
     with (
@@ -83,7 +84,7 @@ def main() -> int:
         set_in_environment(environment),
         Battery(Path(root)) as battery,
     ):
-        for number in range(args.trials):
+        for number in range(args.first, args.first + args.trials):
             began = time.monotonic()
             try:
                 lost, how = trial(battery, random.Random(f"{args.seed} {number}"), number)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ditjax.data import latents, source, stream
 from ditjax.errors import UserError
@@ -44,10 +45,20 @@ def test_latents(root, tmp_path):
 
 
 @BOTH
-def test_a_prepared_data_set(root, tmp_path):
-    with pytest.raises(UserError, match="data sets are prepared on disks"):
-        source.prepare("digits", str(root))
-    here = source.prepare("digits", tmp_path)
-    store.upload_tree(Path(here.data_dir), root / "digits" / "1.0.0", last="dataset_info.json")
+def test_a_data_set_is_prepared_there(root, tmp_path):
     ours, theirs = first_batch("digits", str(root)), first_batch("digits", str(tmp_path))
     assert all((ours[key] == theirs[key]).all() for key in ours)
+
+
+@BOTH
+def test_a_folder_of_images(root, tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((8, 8, 3), 40 * int(path.stem), np.uint8)
+        Image.fromarray(pixels).save(path)
+    store.upload_tree(tmp_path / "images", root / "images")
+    there = source.prepare(f"folder:{root / 'images'}", str(root / "data"))
+    here = source.prepare(f"folder:{tmp_path / 'images'}", tmp_path / "data")
+    assert there.info.splits["train"].num_examples == here.info.splits["train"].num_examples == 3
+    assert there.info.full_name == here.info.full_name
