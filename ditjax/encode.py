@@ -35,10 +35,11 @@ def encode_dataset(
 ) -> int:
     """Write the latents of config.data's split to `out`; the data set latents:OUT reads them.
 
-    Each latent is the posterior's mean and log variance. An interrupted call resumes at the first
-    missing shard. Process `index` of `count` writes every count-th shard. Returns the number of
-    shards that other processes still have to write; at 0 the data set is complete. Raises
-    UserError.
+    A damaged image that config.data.max_damaged allows is skipped: in its place is the next
+    readable one, and damaged.txt beside the latents names it. Each latent is the posterior's mean
+    and log variance. An interrupted call resumes at the first missing shard. Process `index` of
+    `count` writes every count-th shard. Returns the number of shards that other processes still
+    have to write; at 0 the data set is complete. Raises UserError.
     """
     _check(c, index, count)
     mesh = mesh_of(c)
@@ -62,8 +63,10 @@ def encode_dataset(
         out, c.data.split, shape, info.class_names, info.num_examples, provenance, shard_mb
     )
     missing = writer.missing(index, count)
+    damaged = writer.folder / stream.DAMAGED_FILE
+    warn = stream.record_warnings(damaged)
     # The images are opened once for all shards; no batch spans two shards.
-    with contextlib.closing(stream.in_order(opening.data_spec(c), size, missing)) as images:
+    with contextlib.closing(stream.in_order(opening.data_spec(c), size, missing, warn)) as images:
         encoded = _encoded(c, mesh, frozen, images)
         total = sum(map(len, writer.shards(index, count)))
         done = total - sum(map(len, missing))
@@ -72,6 +75,8 @@ def encode_dataset(
             batches = itertools.islice(encoded, -(-len(shard) // size))
             writer.write(shard, _records(batches, progress, done))
             done += len(shard)
+    if damaged.exists():
+        print(f"{damaged} names the images that were skipped for the next readable ones")
     remaining = len(writer.missing())
     if not remaining:
         writer.finish()

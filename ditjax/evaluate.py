@@ -241,7 +241,7 @@ def _report(record: Mapping[str, Any], out: str) -> None:
     if not is_primary():
         return
     for name, value in record["metrics"].items():
-        print(f"{name:<32} {value:.4f}")
+        print(f"{name:<32} {value:z.4f}")
     print(f"{'protocol_hash':<32} {record['protocol_hash']}")
     if out:
         write_json(out, record)

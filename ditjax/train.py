@@ -45,7 +45,6 @@ from ditjax.training.task import Frozen, Task
 IN_FLIGHT = 2  # dispatched steps that the devices have not done yet; more would only hold batches
 GRID_SIDE = 8  # sample grids during training have 8 x 8 images
 PROFILE = "profile"
-DAMAGED_FILE = "damaged.txt"  # damaged records that were skipped, one per line
 EVALUATION_SECONDS = "eval/seconds"  # of all evaluations so far; training time excludes them
 
 
@@ -290,7 +289,7 @@ def _open_batches(c: Config, folder: Path, programs: Training, start: int) -> st
         c.train.batch_size,
         start_step=start,
         rows=programs.rows,
-        warn=stream.record_warnings(folder / DAMAGED_FILE),
+        warn=stream.record_warnings(folder / stream.DAMAGED_FILE),
     )
 
 

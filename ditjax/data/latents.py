@@ -80,7 +80,7 @@ class LatentWriter:
             )
         if shard_mb < 1:
             raise UserError(f"shards of {shard_mb} MiB: expected at least 1.")
-        self._folder, metadata = _prepared(place(directory)), recordable(metadata)
+        self.folder, metadata = _prepared(place(directory)), recordable(metadata)
         self._split, self._shape, self._class_names = split, shape, class_names
         size = 2 * 2 * 4 * math.prod(shape)
         per_shard = min(num_examples, max(1, shard_mb * 2**20 // size))
@@ -88,7 +88,7 @@ class LatentWriter:
             range(start, min(start + per_shard, num_examples))
             for start in range(0, num_examples, per_shard)
         ]
-        self.finished = faults.exists(self._folder / _INFO)
+        self.finished = faults.exists(self.folder / _INFO)
         if self.finished:
             # Older sets recorded fewer keys; the others are not compared.
             there = self._read_metadata()
@@ -96,20 +96,20 @@ class LatentWriter:
             return
         # The metadata file of tensorflow-datasets describes the shards while they are written.
         record = {**metadata, "num_examples": num_examples, "records_per_shard": per_shard}
-        if faults.exists(self._folder / _METADATA):
+        if faults.exists(self.folder / _METADATA):
             there = self._read_metadata()
             self._check({k: v for k, v in record.items() if k in there or k != STATISTICS})
         else:
-            write_json(self._folder / _METADATA, record)
+            write_json(self.folder / _METADATA, record)
 
     def _read_metadata(self) -> dict[str, Any]:
-        path = self._folder / _METADATA
+        path = self.folder / _METADATA
         try:
             there = load_json(path)
         except (OSError, ValueError):
             there = None
         if not isinstance(there, dict):
-            raise UserError(f"{path} cannot be read: remove {self._folder}, and encode again.")
+            raise UserError(f"{path} cannot be read: remove {self.folder}, and encode again.")
         return there
 
     def _check(self, ours: Mapping[str, Any]) -> None:
@@ -117,7 +117,7 @@ class LatentWriter:
         for key, value in ours.items():
             if there.get(key) != value:
                 raise UserError(
-                    f"{self._folder} holds latents with {key}={there.get(key)!r}, and this command"
+                    f"{self.folder} holds latents with {key}={there.get(key)!r}, and this command"
                     f" has {value!r}: give another --out, or remove that folder."
                 )
 
@@ -163,14 +163,14 @@ class LatentWriter:
             return
         if gap := self.missing():
             raise UserError(
-                f"{self._folder}: {len(gap)} of {len(self._shards)} shards are missing; run the"
+                f"{self.folder}: {len(gap)} of {len(self._shards)} shards are missing; run the"
                 " same command again to write them."
             )
         info = tfds.core.DatasetInfo(
             builder=tfds.core.DatasetIdentity(
                 name=_NAME,
                 version=tfds.core.Version(_VERSION),
-                data_dir=os.fspath(self._folder),
+                data_dir=os.fspath(self.folder),
                 module_name=__name__,
                 release_notes={_VERSION: "First release."},
             ),
@@ -189,13 +189,13 @@ class LatentWriter:
         with tempfile.TemporaryDirectory() as scratch:
             info.write_to_directory(scratch)
             for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == _INFO):
-                write_atomic(self._folder / path.name, path.read_bytes())
+                write_atomic(self.folder / path.name, path.read_bytes())
         self.finished = True
 
     @property
     def _template(self) -> tfds.core.ShardedFileTemplate:
         return tfds.core.ShardedFileTemplate(
-            data_dir=os.fspath(self._folder),
+            data_dir=os.fspath(self.folder),
             dataset_name=_NAME,
             split=self._split,
             filetype_suffix="array_record",

@@ -102,6 +102,9 @@ def print_warning(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
+DAMAGED_FILE = "damaged.txt"  # damaged records that were skipped, one a line
+
+
 def record_warnings(path: Path) -> Warn:
     """Print warnings, and append each to a file once, however often the run is resumed."""
 
@@ -284,14 +287,17 @@ def train_batches(
 
 
 def in_order(
-    spec: DataSpec, batch_size: int, ranges: Iterable[range] | None = None
+    spec: DataSpec,
+    batch_size: int,
+    ranges: Iterable[range] | None = None,
+    warn: Warn = print_warning,
 ) -> Generator[HostBatch, None, None]:
     """Every record of the split once, in record order, never flipped; the last batch may be short.
 
     With `ranges`, only their records, range after range; the last batch of each may be short.
     Batches are those of `train_batches`; a damaged record is replaced by the next readable one.
     """
-    reader = _SkippingReader(open_image_reader(spec, 0), spec.max_damaged, print_warning)
+    reader = _SkippingReader(open_image_reader(spec, 0), spec.max_damaged, warn)
     N = reader.num_examples
     try:
         for records in [range(N)] if ranges is None else ranges:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -187,9 +188,11 @@ def _feature_set_metrics(
     """
     found: dict[str, float] = {}
 
-    def add(name: str, value: float, influence: np.ndarray) -> None:
+    def add(name: str, value: float, influence: np.ndarray, least: float = 0.0) -> None:
         interval = uncertainty.bootstrap_interval(value, influence, seed)
-        found.update({name: value, f"{name}_low": interval.low, f"{name}_high": interval.high})
+        # A sum that is 0 may be rounded below it.
+        low = max(least, interval.low)
+        found.update({name: value, f"{name}_low": low, f"{name}_high": interval.high})
 
     suffix = f"_{family}" if family else ""
     smaller = min(len(pool), len(reference))
@@ -207,7 +210,7 @@ def _feature_set_metrics(
     subsets = list(scores.random_subsets(len(pool), len(reference), KID_SUBSETS, size, seed))
     mean, deviation = scores.kid(pool, reference, subsets)
     name = f"kd_{family}" if family else "kid"
-    add(name, mean, scores.kid_influence(pool, reference, subsets[0]))
+    add(name, mean, scores.kid_influence(pool, reference, subsets[0]), -math.inf)
     found[f"{name}_subset_deviation"] = deviation
     monge = sliced.monge_distance(pool, reference, seed)
     add(f"md_{family}" if family else "mind", monge.value, monge.influence)

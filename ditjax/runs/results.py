@@ -22,6 +22,7 @@ from ditjax.files import faults, npz
 from ditjax.files.atomic import finite_or_null, load_json, write_atomic, write_json
 from ditjax.files.store import is_object, place, walk_tree
 from ditjax.models.network import training_gflops
+from ditjax.runs import rundir
 
 RESULT_SCHEMA = 1
 RESULT_FILE = "result.json"
@@ -147,8 +148,9 @@ def find_results(
 ) -> tuple[list[Found], list[str]]:
     """Find every result below `folders`, by folder and path; return them and all problems in words.
 
-    A folder with a metrics.jsonl and no result.json is a run that did not finish. A folder that is
-    reached twice counts once. Raises UserError for a folder that does not exist.
+    Runs may lie within others. A folder with a metrics.jsonl and no result.json is a run that did
+    not finish. A folder that is reached twice counts once. Raises UserError for a folder that does
+    not exist.
     """
     found: list[Found] = []
     problems: list[str] = []
@@ -160,7 +162,7 @@ def find_results(
         for here, subfolders, files in walk_tree(root, _note_unreadable(problems)):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             if RESULT_FILE in files:
-                subfolders.clear()  # checkpoints are below
+                _leave_out_own(subfolders)
                 if here.resolve() in seen:
                     continue
                 seen.add(here.resolve())
@@ -169,11 +171,17 @@ def find_results(
                 except (UserError, FaultError) as error:
                     problems.append(str(error))
             elif METRICS_FILE in files:
-                subfolders.clear()
+                _leave_out_own(subfolders)
                 if here.resolve() not in seen:
                     seen.add(here.resolve())
                     problems.append(f"{here} has no {RESULT_FILE}: the run did not finish.")
     return found, problems
+
+
+def _leave_out_own(subfolders: list[str]) -> None:
+    """Leave a run's own large folders out of a walk; other runs may lie beside them."""
+    own = (rundir.CHECKPOINTS, rundir.AVERAGES, LOG_PARTS)
+    subfolders[:] = [name for name in subfolders if name not in own]
 
 
 def log_files(path: Path) -> list[Path]:

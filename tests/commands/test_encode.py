@@ -144,6 +144,24 @@ def test_an_array_job_writes_the_same_files(vae, whole, tmp_path, read, capsys):
     assert contents(tmp_path) == contents(whole)
 
 
+def test_skipped_images_are_on_record(vae, data_dir, tmp_path, monkeypatch, capsys):
+    real, read = records.ImageReader.batch, []
+
+    def batch(self, indices, mirrored):
+        if 330 in indices:
+            raise records.DamagedRecordsError({330: "record 330 is damaged"}, "prepare it again")
+        read.extend(indices.tolist())
+        return real(self, indices, mirrored)
+
+    monkeypatch.setattr(records.ImageReader, "batch", batch)
+    command = [*words(vae), f"--out={tmp_path}", "--shard_mb=1", "--index=5", "--count=6"]
+    assert encode.main([*command, "--config.data.max_damaged=1"]) == 0
+    assert read == [*range(320, 330), 331, *range(331, 359)]
+    (path,) = tmp_path.rglob("damaged.txt")
+    assert path.read_text().startswith("record 330 is damaged; skipped, as config.data.max_damage")
+    assert f"{path} names the images that were skipped" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [

@@ -266,7 +266,7 @@ def test_a_full_disk_ends_in_one_line(tmp_path):
             some.write(range(64), records(range(64)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in some._folder.iterdir()] == ["metadata.json"]
+    assert [path.name for path in some.folder.iterdir()] == ["metadata.json"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -1,5 +1,7 @@
 """Scores of a set: one pass gives what the definitions give, whatever the batches."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -80,6 +82,18 @@ def test_metrics_on_other_features_carry_their_name(reference):
     found = score(seen, statistics, pool, family="mine")
     assert {"fd_mine", "kd_mine", "md_mine", "density_mine", "coverage_mine"} <= found.keys()
     assert not {"fid", "kid", "mind", "density"} & found.keys()
+
+
+def test_an_interval_does_not_reach_below_nothing(reference):
+    """Of 200 samples 3 of which are near, precision_low was -5e-18, and was printed as -0."""
+    _, statistics, pool = reference
+    seen = extract_features(EXTRACTOR, [images(200, 2)], 200)
+    moved = seen.pool + np.float32(1e3)
+    moved[:3] = pool[:3]
+    found = score(dataclasses.replace(seen, pool=moved), statistics, pool, family="")
+    assert found["precision"] == 3 / 200
+    for name in ("precision", "recall", "density", "coverage", "mind"):
+        assert found[f"{name}_low"] >= 0, name
 
 
 def test_brief_is_the_same_distance(reference):

@@ -4,13 +4,26 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 from ditjax import report
+
+
+def test_an_unknown_backend_of_matplotlib_is_ignored():
+    done = subprocess.run(
+        [sys.executable, "-c", "import ditjax.reporting.style"],
+        env={**os.environ, "MPLBACKEND": "nonsense"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == "MPLBACKEND is 'nonsense', no backend of matplotlib: ignored\n"
 
 
 def test_page_needs_no_network(nine, read_page):

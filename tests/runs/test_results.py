@@ -248,6 +248,26 @@ def test_find_results_names_every_problem_and_counts_a_folder_once(tmp_path):
         results.find_results([tmp_path / "nowhere"])
 
 
+def test_a_run_within_a_run_is_found(tmp_path):
+    outer = tmp_path / "outer"
+    for folder in (outer, outer / "tuned", outer / "more" / "inner"):
+        results.write_result(folder, a_result())
+    (outer / "halted").mkdir()
+    (outer / "halted" / "metrics.jsonl").write_text('{"step": 1}\n')
+    results.write_result(outer / "halted" / "finished", a_result())
+    for own in ("checkpoints", "averages", "metrics"):
+        results.write_result(outer / own / "x", a_result())
+    found, problems = results.find_results([tmp_path])
+    assert sorted(str(each.folder.relative_to(tmp_path)) for each in found) == [
+        "outer",
+        "outer/halted/finished",
+        "outer/more/inner",
+        "outer/tuned",
+    ]
+    (problem,) = problems
+    assert "halted has no result.json" in problem
+
+
 def test_a_torn_last_line_is_dropped_and_a_step_logged_twice_holds_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": 2.0}', '{"step": 2, "loss": 1.5}']
