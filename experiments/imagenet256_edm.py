@@ -8,7 +8,8 @@
 $LATENTS, $INCEPTION and $REFERENCE are those of imagenet256.py. EDM2's values (Karras et al. 2024)
 are for data of standard deviation .5: ln σ ~ N(-.4, 1) and σ from .002 to 80. These latents have
 about 1, so that every σ is twice that, and the mean of ln σ is -.4 + ln 2. The loss in the space of
-F has weight 1, which is EDM's. An early checkpoint is kept for autoguidance.
+F has weight 1, which is EDM's, over its learned uncertainty, which is EDM2's. An early checkpoint
+is kept for autoguidance.
 
 Published: none of this network; EDM2 has networks of its own. Steps and batch are those of the
 paper's table 4. Hardware and hours, computed and not measured: as imagenet256.py, 400,000 steps are
@@ -30,6 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffusion.sigma_data = 1.0
     config.diffusion.sigma_min = 0.004
     config.diffusion.sigma_max = 160.0
+    config.diffusion.uncertainty = True
     config.diffusion.time = "logit_normal"
     config.diffusion.time_mean = 0.293
     config.train.keep_every_steps = 50_000

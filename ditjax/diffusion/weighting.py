@@ -6,10 +6,12 @@ error multiplies the loss in the space of the target by w c_out². SNR = α²/σ
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from statistics import NormalDist
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ditjax.diffusion.process import Coefficients, Discrete, Process, mixture, precondition
 from ditjax.errors import UserError
@@ -83,3 +85,31 @@ def weight(process: Process, prediction: str, weighting: Weighting, t: jax.Array
     """Return the weight of the loss in the space of the target: t [B] -> f32[B]."""
     w = WEIGHTINGS[weighting.name](process, process.at(t), weighting)
     return jnp.asarray(w * precondition(process, prediction, t).c_out ** 2, jnp.float32)
+
+
+# ---- a weight that is learned
+
+UNCERTAINTY_FEATURES = 128
+
+
+def uncertainty_features(process: Process, t: jax.Array) -> jax.Array:
+    """√2 cos(2π(f c + φ)) of c = ¼ ln(σ/α), Karras et al. 2024 (EDM2) App. B.1: t [B] -> f32[B,F].
+
+    f are quantiles of N(0, 1), evenly spaced, and φ fractions of the golden ratio's multiples: the
+    same in every run. c is EDM's c_noise; at the ends of a process, where it is infinite, it is
+    kept within ±4.
+    """
+    at, n = process.at(t), UNCERTAINTY_FEATURES
+    c = jnp.clip(0.25 * (jnp.log(at.sigma) - jnp.log(at.alpha)), -4.0, 4.0)
+    f = np.array([NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)], np.float32)
+    phase = np.modf(np.arange(n) * (5**0.5 - 1) / 2)[0].astype(np.float32)
+    angle = 2 * np.pi * (c.astype(jnp.float32)[:, None] * f[None] + phase[None])
+    return 2**0.5 * jnp.cos(angle)
+
+
+def uncertain(loss: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """Karras et al. 2024 Eq. 14: loss / exp(u) + u -> f32[B].
+
+    Its minimum over u, at one level of noise, is u = ln E[loss]: every level then weighs the same.
+    """
+    return loss * jnp.exp(-log_variance) + log_variance

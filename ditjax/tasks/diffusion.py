@@ -19,6 +19,7 @@ from ditjax.diffusion.guidance import within
 from ditjax.diffusion.likelihood import density_bits_per_dim, log_density
 from ditjax.diffusion.meanflow import null_weight
 from ditjax.diffusion.times import stratified_times
+from ditjax.diffusion.weighting import UNCERTAINTY_FEATURES, uncertain, uncertainty_features
 from ditjax.errors import UserError
 from ditjax.models import kernels
 from ditjax.models.attention import attend
@@ -160,6 +161,8 @@ def cost_with_loss(c: Config) -> NetworkCost | None:
     if network.cost is None:
         return None
     cost = network.cost(c.model, inputs)
+    if c.diffusion.uncertainty:
+        cost = cost._replace(parameters=cost.parameters + UNCERTAINTY_FEATURES)
     if control.is_controlled(c):
         cost = control.with_cost(c, network, inputs, cost)
     if rewards.is_rewarded(c):
@@ -168,6 +171,35 @@ def cost_with_loss(c: Config) -> NetworkCost | None:
         return rewards.with_reward_cost(c, cost, len(drawn.timesteps) + drawn.guided)
     evaluations = training_loss(c.diffusion).evaluations(**loss_options(c.diffusion))
     return cost._replace(passes=cost.passes + evaluations)
+
+
+# Of the parameters: what a loss is divided by, which the network never reads.
+UNCERTAINTY = "uncertainty"
+
+
+def _rates(c: Config) -> Callable[[str], float] | None:
+    """The learning-rate multipliers of the network's parameters; that of its uncertainty is 1."""
+    of = network_of(c).rates(c.model)
+    if of is None:
+        return None
+    return lambda path: 1.0 if path.partition("/")[0] == UNCERTAINTY else of(path)
+
+
+def _check_uncertainty(c: Config) -> None:
+    """Raise UserError for a loss that cannot be divided by its uncertainty."""
+    if not c.diffusion.uncertainty:
+        return
+    for name, value, wanted in (
+        ("adapt.kind", c.adapt.kind, "full"),
+        ("adapt.base", c.adapt.base, ""),
+        ("align.teacher", c.align.teacher, "none"),
+        ("reward.method", c.reward.method, "none"),
+    ):
+        if value != wanted:
+            raise UserError(
+                f"config.diffusion.uncertainty with config.{name} {value!r}: it is learned with a"
+                f" whole network from its start; expected {wanted!r}."
+            )
 
 
 def make(c: Config, mesh: Mesh | None = None) -> Task:
@@ -227,7 +259,7 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
         transform=transform,
         start=start if c.adapt.base else None,
         rules=network.rules,
-        rates=network.rates(c.model),
+        rates=_rates(c),
         cost=cost,
         sampling=sampling(c, mesh),
         scores=(validation(c, mesh), *([density(c, mesh)] if c.evaluate.bpd_num else [])),
@@ -239,6 +271,7 @@ def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
     """The initial parameters of a recipe's network by a key."""
     # Without the mesh, which could not divide the batch of one that initialises the parameters.
     model, inputs = denoiser_module(c), inputs_of(c)
+    learned = {UNCERTAINTY: {"kernel": jnp.zeros(UNCERTAINTY_FEATURES, jnp.float32)}}
 
     def init(key: jax.Array) -> Any:
         x, label = jnp.zeros((1, *inputs.shape)), jnp.zeros((1,), jnp.int32)
@@ -248,7 +281,10 @@ def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
             conditions = conditions._replace(
                 channels=channels, level=label if inputs.level else None
             )
-        return model.init(key, x, label, conditions)
+        found = model.init(key, x, label, conditions)
+        if not c.diffusion.uncertainty:
+            return found
+        return {**found, "params": {**found["params"], **learned}}
 
     return init
 
@@ -323,6 +359,10 @@ def make_loss(
         parts = chosen.evaluate(
             objective, denoise, drawn["x0"], drawn["t"], drawn["eps"], **options, **further
         )
+        if c.diffusion.uncertainty:
+            kernel = params["params"][UNCERTAINTY]["kernel"]
+            u = uncertainty_features(objective.process, drawn["t"]) @ kernel
+            parts |= {"loss": uncertain(parts["loss"], u), "log_variance": u}
         means = {name: value.mean() for name, value in parts.items()}
         if align is None:
             return means["loss"], means
@@ -354,6 +394,7 @@ def check(c: Config) -> None:
             f"config.data.frames is {c.data.frames}, and a control is of an image: set it to 1, or"
             " config.adapt.kind to another than 'control'."
         )
+    _check_uncertainty(c)
     given.check_given(c, network_of(c))
     network_of(c).check(c.model, inputs_of(c))
     alignment.check_alignment(c, network_of(c), inputs_of(c))

@@ -71,6 +71,8 @@ class Diffusion(Section):
     ] = key("none")
     weighting_gamma: float = key(5.0, above(0), used_if=("weighting", ("min_snr", "p2")))
     weighting_bias: float = key(1.0, used_if=("weighting", ("sigmoid",)))
+    # the loss of each level of noise is divided by what is learned of its size (EDM2)
+    uncertainty: bool = key(False)
     time: Literal["uniform", "logit_normal", "mode", "cosmap"] = key("uniform")
     time_mean: float = key(0.0, used_if=("time", ("logit_normal",)))
     time_std: float = key(1.0, above(0), used_if=("time", ("logit_normal",)))
@@ -106,6 +108,11 @@ class Diffusion(Section):
                 f"config.diffusion.process is {self.process!r}, which has no variational bound and"
                 f" no variance, and config.diffusion has loss {self.loss!r} and variance"
                 f" {self.variance!r}: set loss 'simple' and variance 'none'."
+            )
+        if self.uncertainty and self.loss != "simple":
+            raise UserError(
+                f"config.diffusion.uncertainty with loss {self.loss!r}: it weighs one squared error"
+                " by its level of noise; set loss 'simple', or leave it out."
             )
         if self.sigma_min >= self.sigma_max:
             raise UserError(

@@ -234,10 +234,11 @@ def _check_expressible(
             f"{program} has no such DiT: config.given.kind is {network.config.given.kind!r}, and"
             " its code gives a network no channels beside x. Convert to ditjax's own format."
         )
-    if m.align_block:
-        print(
-            f"note: {program} has no projector; training alone reads it: left out", file=sys.stderr
-        )
+    for has, what in ((m.align_block, "projector"), (d.uncertainty, "learned uncertainty")):
+        if has:
+            print(
+                f"note: {program} has no {what}; training alone reads it: left out", file=sys.stderr
+            )
 
 
 def _transformer_config(network: LoadedNetwork) -> dict[str, Any]:

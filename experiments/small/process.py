@@ -33,6 +33,7 @@ ARMS = (
         ("diffusion.t_eps", 0.05),
     ),
     _EDM,
+    (*_EDM, ("diffusion.uncertainty", True)),
 )
 
 
