@@ -19,6 +19,7 @@ ARGUMENTS = [
     "digits_latent:autoencoder",
     "paper/decoders:original",
     "small/clip:shuffled",
+    "small/unet:rates",
 ]
 # The recipes of other tasks than diffusion.
 TASKS = {"digits_latent:autoencoder": "autoencoder"} | dict.fromkeys(

@@ -12,7 +12,8 @@ from ditjax.tasks.objective import times_of
 
 
 def of(name):
-    return cells(load_recipe([f"--config=experiments/small/{name}.py"]))
+    name, colon, arg = name.partition(":")
+    return cells(load_recipe([f"--config=experiments/small/{name}.py{colon}{arg}"]))
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,33 @@ def test_few_steps_cost_the_same_training():
     for cell in found:  # from pure noise, in one step, too
         noise = 999 if cell.config.diffusion.process == "ddpm" else 1
         assert times_of(cell.config)[0] == noise
+
+
+def test_mnist_scaling_has_twelve_models_and_hardly_repeats_an_image():
+    found = of("mnist_scaling")
+    models = Counter((c.config.model.size, c.config.model.patch) for c in found)
+    assert len(models) == 12
+    assert set(models.values()) == {2}
+    assert max(c.gflops for c in found) > 50 * min(c.gflops for c in found)
+    for cell in found:
+        train = cell.config.train
+        assert train.steps * train.batch_size < 2 * 60_000, "no image is seen more than twice"
+        assert cell.config.evaluate.split == "test"
+        assert train.steps // train.evaluate_every_steps >= 5
+
+
+def test_dit_and_unet_have_equal_gflops_and_rates_that_were_chosen_on_another_seed():
+    tried, found = of("unet:rates"), of("unet:2e-3,1e-3")
+    assert not {c.config.seed for c in tried} & {c.config.seed for c in found}
+    assert Counter(c.config.model.kind for c in tried) == {"dit": 3, "unet": 3}
+    by_kind = {
+        kind: sorted({c.gflops for c in found if c.config.model.kind == kind})
+        for kind in ("dit", "unet")
+    }
+    assert len(found) == 18
+    for dit, unet in zip(*by_kind.values(), strict=True):
+        assert abs(unet / dit - 1) < 0.06
+    for cell in found:
+        rate = {"dit": 2e-3, "unet": 1e-3}[cell.config.model.kind]
+        assert cell.config.optim.learning_rate == rate
+    assert len({(c.config.train, c.config.data) for c in (*tried, *found)}) == 1
