@@ -100,7 +100,7 @@ def key(
 
 _DOTTED: re.Pattern[str] = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 # Of the classifiers that ship (`evaluation/features.py`).
-SHIPPED_FEATURES = ("digits", "mnist", "scenes", "clips")
+SHIPPED_FEATURES = ("digits", "mnist", "scenes", "clips", "captions")
 FEATURES_EXPECTED = f"{', '.join(map(repr, SHIPPED_FEATURES))} or 'inception:FILE'"
 FEATURE_NAME = Rule(
     lambda v: (
@@ -315,6 +315,13 @@ class Text(Section):
     feature: str = key("")  # with the captions; '' = the only one that holds texts
     tokenizer: str = key("scenes", PATH)  # the shipped one, a folder or a file
     tokens: int = positive(77, most=4096)  # to which every text is padded or cut
+
+    def check(self, c: "Config") -> None:
+        if c.data.flip:
+            raise UserError(
+                "config.data.flip is True: a mirrored image's caption may say left where it was;"
+                " set it to False."
+            )
 
 
 def numbers(path: str, kind: Any = float, *rules: Rule) -> Callable[[Any, "Schemas"], Any]:

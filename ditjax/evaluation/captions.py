@@ -10,7 +10,7 @@ from PIL import Image
 
 from ditjax.data.caption_scenes import HUES
 from ditjax.errors import UserError
-from ditjax.evaluation.classifiers import JUDGE, recognise
+from ditjax.evaluation.classifiers import FEATURE_CLASSIFIER, JUDGE, recognise
 from ditjax.models.classifier import DIGIT_SIDE
 from ditjax.weights.shipped import shipped_classifier
 
@@ -32,12 +32,35 @@ def judge_scenes(images: np.ndarray) -> Judged:
         raise UserError(
             f"images are {images.dtype}{list(images.shape)}: scenes are uint8 [N,S,S,3]."
         )
+    x, ink, digits = _parts(images)
+    logits = recognise(*shipped_classifier(JUDGE), digits, _BATCH)[1]
+    return Judged(np.argmax(logits, axis=1), _colours(x, ink), _places(ink))
+
+
+def judged_attributes(images: np.ndarray) -> dict[str, np.ndarray]:
+    """`judge_scenes` by the names of the data set's classes."""
+    return judge_scenes(images)._asdict()
+
+
+def caption_features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features f32[B,F] and logits of scenes u8[B,S,S,3], for FD-captions (not FID).
+
+    Of the digit as the other classifier sees it, the ink's mean colour, its middle and its amount.
+    """
+    x, ink, digits = _parts(images)
+    pool, logits = recognise(*shipped_classifier(FEATURE_CLASSIFIER), digits, _BATCH)
+    total = np.maximum(ink.sum((1, 2)), 1e-6)
+    colour = (x * ink[..., None]).sum((1, 2)) / total[:, None]
+    more = np.stack([*_centre(ink), ink.mean((1, 2))], axis=1)
+    return np.concatenate([pool, colour, more], axis=1).astype(np.float32), logits
+
+
+def _parts(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scenes in [0, 1], their ink f32[B,S,S] by brightness, and the digits u8[B,8,8,1] in it."""
     x = images.astype(np.float32) / np.float32(255)
     ink = x.max(-1) - np.median(x.max(-1), axis=(1, 2), keepdims=True)
     ink = np.maximum(ink, 0) / np.maximum(ink.max(axis=(1, 2), keepdims=True), np.float32(0.1))
-    digits = np.stack([_cut(each) for each in ink])[..., None]
-    logits = recognise(*shipped_classifier(JUDGE), digits, _BATCH)[1]
-    return Judged(np.argmax(logits, axis=1), _colours(x, ink), _places(ink))
+    return x, ink, np.stack([_cut(each) for each in ink])[..., None]
 
 
 def _cut(ink: np.ndarray) -> np.ndarray:
@@ -75,10 +98,12 @@ def _circle(hue: float) -> float:
 
 def _places(ink: np.ndarray) -> np.ndarray:
     """The third of the canvas that holds the middle of the ink, in rows and columns."""
-    S = ink.shape[1]
-    centres = np.arange(S) + 0.5
+    row, column = (np.clip((3 * each).astype(int), 0, 2) for each in _centre(ink))
+    return np.asarray(3 * row + column)
+
+
+def _centre(ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row and the column of the middle of the ink, as shares of the side: f64[B] each."""
+    centres = (np.arange(ink.shape[1]) + 0.5) / ink.shape[1]
     total = np.maximum(ink.sum((1, 2)), 1e-6)
-    row = (ink.sum(2) * centres).sum(1) / total
-    column = (ink.sum(1) * centres).sum(1) / total
-    third = [np.clip((3 * each / S).astype(int), 0, 2) for each in (row, column)]
-    return np.asarray(3 * third[0] + third[1])
+    return (ink.sum(2) * centres).sum(1) / total, (ink.sum(1) * centres).sum(1) / total

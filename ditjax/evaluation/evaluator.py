@@ -22,7 +22,7 @@ from ditjax.evaluation.features import (
     check_frames_of,
     open_extractor,
 )
-from ditjax.evaluation.given import GivenScores
+from ditjax.evaluation.given import Scores, scores_of
 from ditjax.evaluation.scoring import (
     ExtractedFeatures,
     Reference,
@@ -80,6 +80,11 @@ class Evaluator:
         self._sampling(c)  # raises now if an adapter cannot be read
         self.extractor = open_extractor(c.evaluate.features, mesh)
         check_frames_of(self.extractor, c.data.frames, "samples of config.data.frames")
+        if self.extractor.shipped and c.evaluate.guided_scale and self.extractor.judge is None:
+            raise UserError(
+                f"config.evaluate.guided_scale is {c.evaluate.guided_scale}, and features"
+                f" {self.extractor.name!r} judge no class: set it to 0, or config.sample.cfg_scale."
+            )
         self.reference = reference_of(c, self.extractor)
         self._validate = Validator(mesh, frozen)
         self._validate.protocol(c)  # raises now if the split is missing
@@ -163,8 +168,8 @@ class Evaluator:
             c, seed=c.evaluate.seed, labels=labels, given=self._given, **self._digests
         )
 
-    def _given_scores(self, c: Config) -> GivenScores | None:
-        return GivenScores(c, self._given, c.evaluate.seed) if self._given else None
+    def _given_scores(self, c: Config) -> Scores | None:
+        return scores_of(c, self._given, c.evaluate.seed, self.extractor) if self._given else None
 
     def _given_metrics(self, c: Config, samples: Path) -> dict[str, float]:
         """How well samples follow what they are given; {} for nothing."""
@@ -211,7 +216,8 @@ class Evaluator:
     ) -> dict[str, float]:
         """Return the floors that real images set, and the accuracy under guidance."""
         splits = _real_splits(c, self.extractor)
-        found = dict(real_scores(self.extractor.name, *splits, c.data.data_dir))
+        side = self.extractor.side or c.data.image_size
+        found = dict(real_scores(self.extractor.name, *splits, c.data.data_dir, side))
         if c.evaluate.guided_scale not in (0, c.sample.cfg_scale):
             path = folder / GUIDED_FILE
             self._draw(c, params, path, c.evaluate.guided_num, c.evaluate.guided_scale, model)
@@ -264,16 +270,15 @@ def _real_splits(c: Config, extractor: Extractor) -> tuple[Split, str | Split]:
 
 @functools.cache
 def real_scores(
-    features: str, real: Split, against: str | Split, data_dir: str
+    features: str, real: Split, against: str | Split, data_dir: str, side: int
 ) -> Mapping[str, float]:
     """Return the distance and the authenticity of real images that were not trained on, as floors.
 
-    `features` are those of a shipped classifier.
+    `features` are those of a shipped classifier, of images of `side` pixels.
     """
     extractor = SHIPPED_EXTRACTORS[features]()._replace(judge=None)
-    assert extractor.side is not None
-    reference = open_reference(against, extractor, extractor.side, data_dir)
-    images = records.load_arrays(*real, data_dir or None, extractor.side)["image"]
+    reference = open_reference(against, extractor, side, data_dir)
+    images = records.load_arrays(*real, data_dir or None, side)["image"]
     extracted = extract_features(extractor, [images], len(images))
     distance = scoring.distance_name(extractor.family)
     found = score(extracted, reference.statistics, None, family=extractor.family, brief=True)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ditjax.config import lookup
 from ditjax.data import scenes
 from ditjax.errors import UserError
+from ditjax.evaluation.captions import caption_features, judged_attributes
 from ditjax.evaluation.classifiers import (
     FEATURE_CLASSIFIER,
     PAIRS,
@@ -48,7 +49,8 @@ class Extractor(NamedTuple):
     metrics: '' means those of FID, 'mine' gives fd_mine. `shipped` says that the features are of a
     shipped classifier, for which the distance of real images to real images is computed as well.
     `clips`: the samples are clips u8[B,F,H,W,C]. `measures` are scores of each sample f[B], by
-    name, whose means are reported.
+    name, whose means are reported. `attributes` are classes i[B] that samples show, by the names of
+    the data set's features with classes: of samples of captions, they are compared with the record.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Extractor(NamedTuple):
     shipped: bool = False
     clips: bool = False
     measures: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+    attributes: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 
 
 def inception_extractor(
@@ -203,6 +206,27 @@ def clips_extractor() -> Extractor:
     )
 
 
+def captions_extractor() -> Extractor:
+    """Return the features of FD-captions, of caption scenes of any size (not FID)."""
+
+    def extract(images: np.ndarray) -> ImageFeatures:
+        pool, logits = caption_features(images)
+        return ImageFeatures(pool, None, logits)
+
+    digits = digits_extractor()
+    features = f"{FEATURE_CLASSIFIER} of the ink; its colour, place and amount"
+    return digits._replace(
+        name="captions",
+        extract=extract,
+        batch_size=256,
+        record={**digits.record, "features": features, "resize": "none"},
+        judge=None,
+        side=None,
+        family="captions",
+        attributes=judged_attributes,
+    )
+
+
 def check_frames_of(extractor: Extractor, frames: int, what: str) -> None:
     """Raise UserError for features of clips and samples that are images, or the other way round."""
     if extractor.clips != (frames > 1):
@@ -219,6 +243,7 @@ SHIPPED_EXTRACTORS: dict[str, Callable[[], Extractor]] = {
     **{name: functools.partial(classifier_extractor, name) for name in PAIRS},
     "scenes": scenes_extractor,
     "clips": clips_extractor,
+    "captions": captions_extractor,
 }
 EXTRACTORS: dict[str, Callable[[Mesh, int], Extractor]] = {
     name: functools.partial(_on_one_device, make) for name, make in SHIPPED_EXTRACTORS.items()

@@ -1,12 +1,17 @@
-"""How well samples follow what they are given: control images, or what is known of a record."""
+"""How well samples follow what they are given: control images, what is known of a record, captions.
 
-from typing import Any
+Samples are added in order, from sample 0 on; sample i is given of record i.
+"""
+
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from ditjax.config import Config
+from ditjax.data import source
 from ditjax.data.crop import normalize
+from ditjax.evaluation.features import Extractor
 from ditjax.metrics.restoration import SSIM_SIDE, psnr, ssim
 from ditjax.metrics.scores import mask_f1
 from ditjax.sampling.given import GivenRows
@@ -18,8 +23,60 @@ from ditjax.training.task import Beside
 PEAK = 255.0
 
 
+class Scores(Protocol):
+    """Scores of samples that are added in order, from sample 0 on, each given of its record."""
+
+    def add(self, images: np.ndarray) -> None: ...
+
+    def means(self) -> dict[str, float]: ...
+
+
+def scores_of(c: Config, given: GivenRows, seed: int, extractor: Extractor) -> Scores:
+    """The scores of a recipe's samples, by what they are given."""
+    needs = sampling_of(c, make_task(c)).needs
+    if needs is not None and needs.reads == "caption":
+        return CaptionScores(c, given, extractor)
+    return GivenScores(c, given, seed)
+
+
+class CaptionScores:
+    """Whether samples of captions show what is true of their records.
+
+    `accuracy_NAME` is the share of the samples whose attribute NAME, as `Extractor.attributes`
+    judges it, is the record's class of that name; `accuracy_all` that of those with all of them
+    right. Records without a class, such as scenes of two digits, do not count.
+    """
+
+    def __init__(self, c: Config, given: GivenRows, extractor: Extractor) -> None:
+        opened = source.open_split(c.data.name, c.evaluate.split, c.data.data_dir or None)
+        self._names = list(source.class_names_by_feature(opened.builder.info.features))
+        self._rows, self._judge = given.rows, extractor.attributes
+        self._right: dict[str, list[np.ndarray]] = {}
+        self._start = 0
+
+    def add(self, images: np.ndarray) -> None:
+        """Judge the next samples, u8[B,H,W,C]."""
+        indices = np.arange(self._start, self._start + len(images))
+        self._start += len(images)
+        if self._judge is None:
+            return
+        classes, every = self._rows(indices)["classes"], []
+        for name, found in self._judge(images).items():
+            if name in self._names:
+                truth = classes[:, self._names.index(name)]
+                every.append(np.where(truth < 0, np.nan, found == truth))
+                self._right.setdefault(f"accuracy_{name}", []).append(every[-1])
+        if every:
+            self._right.setdefault("accuracy_all", []).append(np.prod(every, axis=0))
+
+    def means(self) -> dict[str, float]:
+        """The share of each attribute that is right, over the records that have it."""
+        found = {name: np.concatenate(parts) for name, parts in self._right.items()}
+        return {k: float(np.nanmean(v)) for k, v in found.items() if not np.isnan(v).all()}
+
+
 class GivenScores:
-    """Scores of samples that are added in order, from sample 0 on, each given of its record.
+    """Scores of samples that are given images.
 
     What is given of a record is made of the sample in the same way (`Sampling.needs`). Of control
     images, `control_f1` is the F1 of the pixels above 0 against those asked for,

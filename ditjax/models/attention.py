@@ -269,16 +269,20 @@ class CrossAttention(nn.Module):
     """x [B, N, D] attends to context [B, M, D_c] -> [B, N, D].
 
     Kernels q [D, H, d] and kv [D_c, 2, H, d]. Always plain attention: a fused kernel would pad the
-    two keys to 128. The logits are q kᵀ / √d times `query_scale`.
+    two keys to 128. The logits are q kᵀ / √d times `query_scale`. With a mask bool[B, M] only the
+    tokens of the context where it is true are seen.
     """
 
     heads: int
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
     query_scale: float = 1.0
+    out_init: Initializer = xavier_uniform
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, context: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
         D, put = x.shape[-1], self.place.put
         q = Linear((self.heads, D // self.heads), dtype=self.dtype, place=self.place, name="q")(x)
         kv = Linear(
@@ -286,6 +290,9 @@ class CrossAttention(nn.Module):
         )(context)
         k, v = (_heads_first(kv[:, :, i]) for i in range(2))
         q = _scaled(_heads_first(q), self.query_scale)
-        y = attend(put("queries", q), put("keys", k), put("keys", v))
+        compute: Attend = attend
+        if mask is not None:
+            compute = functools.partial(biased_attend, bias=key_bias(mask))
+        y = compute(put("queries", q), put("keys", k), put("keys", v))
         y = _heads_first(put("queries", y)).reshape(x.shape)
-        return put("tokens", Linear(D, dtype=self.dtype, place=self.place, name="out")(y))
+        return put("tokens", Linear(D, self.out_init, self.dtype, self.place, name="out")(y))

@@ -58,11 +58,19 @@ class Conditions(NamedTuple):
             raise ValueError(f"this network takes no {', '.join(wrong)}: expected only {names}")
 
 
+class Context(NamedTuple):
+    """The context of `Conditions`: how many tokens of which width."""
+
+    tokens: int = 0
+    width: int = 0
+
+
 class Inputs(NamedTuple):
     """The shape of one example, and the number of output channels and classes.
 
     `interval`: the network is given a second time, h = t - r. `given`: so many channels are given
-    beside x, and with `level` the level of their noise (`Conditions`).
+    beside x, and with `level` the level of their noise (`Conditions`). `context`: what
+    cross-attention reads, and `vector` the width of the condition of that name, 0 for none.
     """
 
     shape: tuple[int, ...]  # (H, W, C), or (F, H, W, C) of a clip
@@ -71,6 +79,8 @@ class Inputs(NamedTuple):
     interval: bool = False
     given: int = 0
     level: bool = False
+    context: Context = Context()
+    vector: int = 0
 
 
 class Attention(NamedTuple):
@@ -191,7 +201,7 @@ class Network(NamedTuple):
     parameters. `rates(k)` maps a parameter's path to its learning-rate multiplier, or is None if
     all are 1. `varied` are the keys that `NetworkCost.name` shows, in that order. `interval`: the
     module takes the interval of `Conditions`, and with `given` channels and their level. `clips`:
-    it takes clips f32[B,F,H,W,C], too.
+    it takes clips f32[B,F,H,W,C], too. `texts`: it takes a context with its mask, and no label.
 
     For fine-tuning, `grafts` are the rules of the leaves that follow the inputs
     (`models/grafting.py`), `inherited` the keys that weights were trained with and do not show, and
@@ -216,3 +226,4 @@ class Network(NamedTuple):
     interval: bool = False
     given: bool = False
     clips: bool = False
+    texts: bool = False

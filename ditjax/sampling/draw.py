@@ -134,14 +134,15 @@ def sampling_protocol(
     decoder: str,
     guide: str = "",
     others: Sequence[str] = (),
+    text: str = "",
     given: GivenRows | None = None,
 ) -> dict[str, Any]:
     """Everything but the count that two sample sets must share for their scores to be compared.
 
     `labels`: 'uniform', 'balanced' or the requested classes. `decoder`: the SHA-256 of the
     autoencoder's parameters, or 'pixels'. `guide`: that of the weak network's, if one guides.
-    `others`: those of further controls; `given`: what samples are given. The model itself is not
-    part of the protocol.
+    `others`: those of further controls; `text`: that of the text encoder; `given`: what samples are
+    given. The model itself is not part of the protocol.
     """
     s = c.sample
     guided = s.cfg_scale != 1
@@ -162,6 +163,7 @@ def sampling_protocol(
         "sampling_precision": [c.model.dtype, c.model.matmul],
         **({"guide": guide} if guide and guided else {}),
         **({"control_others": list(others)} if others else {}),
+        **({"text_encoder": text} if text else {}),
         **(given.record if given else {}),
         **adapters_record(c),
         **sampling_of(c, make_task(c)).protocol,
@@ -211,10 +213,11 @@ def decoder_of(frozen: Frozen) -> str:
 
 
 def digests_of(frozen: Frozen) -> dict[str, Any]:
-    """The arguments `decoder`, `guide` and `others` of `sampling_protocol`."""
+    """The arguments `decoder`, `guide`, `others` and `text` of `sampling_protocol`."""
     found: dict[str, Any] = {"decoder": decoder_of(frozen)}
-    if "guide" in frozen:
-        found["guide"] = opening.digest(frozen["guide"])
+    for name in ("guide", "text"):
+        if name in frozen:
+            found[name] = opening.digest(frozen[name])
     if "controls" in frozen:
         found["others"] = [opening.digest(each) for each in frozen["controls"]]
     return found

@@ -28,8 +28,9 @@ class GivenRows(NamedTuple):
     """What each sample is given.
 
     `rows(indices i[n])` are {'beside': `Beside` of n rows}, or images and labels of records,
-    {'image': f32[n,H,W,C] in [-1, 1], 'label': i[n]}, from which the task makes it; of both, what
-    is given goes before what is made. `record` identifies it in a protocol.
+    {'image': f32[n,H,W,C] in [-1, 1], 'label': i[n]}, and with captions 'caption' i32[n,M] and
+    'classes' i32[n,K], from which the task makes it; of both, what is given goes before what is
+    made. `record` identifies it in a protocol.
     """
 
     rows: Callable[[np.ndarray], Mapping[str, Any]]
@@ -66,9 +67,10 @@ def held_out_given(c: Config) -> GivenRows | None:
 
     def rows(indices: np.ndarray) -> Mapping[str, Any]:
         (batch,) = stream.read_records(spec, indices % info.num_examples, len(indices))
-        return {name: batch[name] for name in ("image", "label")}
+        return batch
 
-    return GivenRows(rows, {needs.name: f"{info.full_name}/{c.evaluate.split}"})
+    record = {needs.name: f"{info.full_name}/{c.evaluate.split}", **needs.protocol()}
+    return GivenRows(rows, record)
 
 
 def given_controls(c: Config, images: ControlImage | Sequence[ControlImage]) -> GivenRows:

@@ -14,7 +14,7 @@ from ditjax.errors import UserError
 from ditjax.models.network import Conditions
 from ditjax.parallel import compiling, processes, rules
 from ditjax.training import keys
-from ditjax.training.task import Beside, Frozen, Known, Sampling, Task
+from ditjax.training.task import Beside, FromRecords, Frozen, Known, Sampling, Task
 
 
 def sampling_of(c: Config, task: Task) -> Sampling:
@@ -27,8 +27,11 @@ def sampling_of(c: Config, task: Task) -> Sampling:
 NOTHING: Mapping[str, Any] = {}
 
 
-def _nothing(images: jax.Array, keys: jax.Array) -> Beside:
-    raise ValueError("images are given to a task whose samples need none")
+def _nothing(values: jax.Array, keys: jax.Array) -> Beside:
+    raise ValueError("records are given to a task whose samples need none")
+
+
+_NO_NEEDS = FromRecords(_nothing, "")
 
 
 class BatchSampler(NamedTuple):
@@ -67,15 +70,15 @@ def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
 
     spread = functools.partial(processes.from_whole, batch_sharding)
 
-    made = sampling.needs.beside if sampling.needs else _nothing
-    of_images = jax.jit(made, out_shardings=batch_sharding)
+    needs = sampling.needs or _NO_NEEDS
+    of_records = jax.jit(needs.beside, out_shardings=batch_sharding)
 
     def beside_of(seed: int, indices: jax.Array, rows: Mapping[str, Any]) -> Beside:
         given: Beside = jax.tree.map(spread, rows.get("beside", Beside()))
-        if "image" not in rows:
+        if needs.reads not in rows:
             return given
         each = keys_of(keys.stream(seed, keys.CONTROL), indices)
-        found: Beside = of_images(spread(rows["image"]), each)
+        found: Beside = of_records(spread(rows[needs.reads]), each)
         return found._replace(**{k: v for k, v in given._asdict().items() if v is not None})
 
     def place(
@@ -89,7 +92,7 @@ def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
         on_mesh = [spread(x) for x in (indices, labels)]
         each = keys_of(keys.stream(seed, keys.SAMPLE), on_mesh[0])
         beside = beside_of(seed, on_mesh[0], rows)
-        conditions = Conditions(label=on_mesh[1], channels=beside.channels)
+        conditions = Conditions(label=on_mesh[1], channels=beside.channels, context=beside.context)
         return each, conditions, labels, beside.known
 
     program = jax.jit(

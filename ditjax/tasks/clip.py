@@ -297,11 +297,6 @@ def check(c: Config) -> None:
             f"config.train.microbatches is {c.train.microbatches}: a pair is compared with all"
             " others of its batch, and the mean over parts is another loss; set it to 1."
         )
-    if c.data.flip:
-        raise UserError(
-            "config.data.flip is True: a mirrored image's caption may say left where it was; set it"
-            " to False."
-        )
     check_draws_nothing(c)
     for feature, template in c.clip.templates:
         if template.count("{}") != 1 or "{" in template.replace("{}", ""):

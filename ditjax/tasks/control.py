@@ -37,7 +37,7 @@ from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.tasks import make_task
 from ditjax.tasks.objective import process_of, sampler_of, times_of
-from ditjax.training.task import Beside, FromImages, Frozen
+from ditjax.training.task import Beside, FromRecords, Frozen
 
 CONTROL_REGISTRY = "ditjax.data.maps.CONTROL_MAPS"
 _HUGE = float(np.finfo(np.float32).max)
@@ -154,10 +154,10 @@ def maps_of(recipes: Sequence[Config]) -> Callable[[jax.Array, jax.Array], jax.A
     return maps
 
 
-def controls_from_images(c: Config) -> FromImages:
+def controls_from_images(c: Config) -> FromRecords:
     """The control images of samples, of images of a data set."""
     maps = maps_of(all_controls(c))
-    return FromImages(lambda images, keys: Beside(maps(images, keys)), "control_images")
+    return FromRecords(lambda images, keys: Beside(maps(images, keys)), "control_images")
 
 
 def map_channels(c: Config) -> tuple[int, ...]:

@@ -27,7 +27,16 @@ from ditjax.models.autoencoder import Moments, sample_posterior
 from ditjax.models.embed import ANYWHERE, Placement, drop_labels
 from ditjax.models.network import DTYPES, Conditions, Inputs, Network, NetworkCost
 from ditjax.parallel import rules
-from ditjax.tasks import adapting, alignment, autoencoder, control, editing, given, rewards
+from ditjax.tasks import (
+    adapting,
+    alignment,
+    autoencoder,
+    control,
+    editing,
+    given,
+    rewards,
+    text_conditions,
+)
 from ditjax.tasks.guide import guide_recipe, load_guide
 from ditjax.tasks.objective import (
     Diffusion,
@@ -47,8 +56,9 @@ from ditjax.tasks.objective import (
 from ditjax.training.step import Batch, Metrics
 from ditjax.training.task import (
     IDENTITY,
+    Additions,
     Definition,
-    FromImages,
+    FromRecords,
     Frozen,
     Guidance,
     Inside,
@@ -60,6 +70,7 @@ from ditjax.training.task import (
 )
 
 GIVEN = "conditions"  # of a drawn batch: fields of `Conditions` beside the label
+_OF_TEXTS = (text_conditions.ENCODER, text_conditions.NULL)
 
 # ---- the network of a recipe
 
@@ -81,6 +92,7 @@ def inputs_of(c: Config) -> Inputs:
         interval=training_loss(c.diffusion).interval,
         given=given.extra_channels(c),
         level=given.has_level(c),
+        context=text_conditions.context_of(c),
     )
 
 
@@ -142,9 +154,12 @@ def apply_of(
 ) -> Callable[..., Any]:
     """The function of a recipe's network: (variables, x, t, conditions) -> prediction.
 
-    With a control it is that of the network and its branches, by default its own alone.
+    With a control it is that of the network and its branches, by default its own alone; with texts
+    the variables hold the null text, too (`text_conditions.with_null_text`).
     """
     module = denoiser_module(c, mesh)
+    if text_conditions.has_texts(c):
+        return text_conditions.with_null_text(c, module.apply)
     if not control.is_controlled(c):
         apply: Callable[..., Any] = module.apply
         return apply
@@ -218,26 +233,22 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
     def frozen(mesh: Mesh) -> Frozen:
         found = {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {}
         base = {"base": start(mesh).params} if adapted else {}
-        return {**found, **base, **control.load_controls(c, mesh), **load_guide(c, mesh)}
+        others = {**control.load_controls(c, mesh), **load_guide(c, mesh)}
+        return {**found, **base, **others, **text_conditions.load_texts(c, mesh)}
 
     transform = transform_of(c)
     adapted = transform is not IDENTITY
     images = c.latent and not is_latents(c.data.name)
     build = functools.partial(denoiser_module, mesh=mesh)
     align = alignment.alignment_of(c, network, inputs, objective_of(c), build)
-    pixels = _pixels(c)
+    pixels, texts = _pixels(c), text_conditions.text_inputs(c)
 
     def prepare(frozen: Frozen, batch: Batch, key: jax.Array) -> Batch:
         """Turn images or moments into x0, and add what the loss is aligned to, or control needs."""
         found = {"label": batch["label"], **(align.prepare(batch) if align else {})}
         found |= {name: batch[name] for name in pixels}
-        if "mean" in batch:
-            moments = Moments(batch["mean"], batch["log_variance"])
-        elif c.latent:
-            moments = autoencoder.encode_images(c, frozen["autoencoder"], batch["image"])
-        else:
-            return {"x0": batch["image"], **found}
-        return {"x0": autoencoder.draw_latents(c, moments, key), **found}
+        found |= text_conditions.prepare_texts(c, frozen, batch)
+        return {"x0": _example(c, frozen, batch, key), **found}
 
     cost = cost_with_loss(c)
     return Task(
@@ -247,14 +258,16 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
             "label": jax.ShapeDtypeStruct((), jnp.int32),
             **(align.inputs if align else {}),
             **pixels,
+            **texts,
         },
         init=init,
         prepare=prepare,
         draw=functools.partial(draw, c, time_draw(c.diffusion)),
         loss=make_loss(c, mesh, align),
         frozen=frozen,
-        reads=("autoencoder",) * images + ("base",) * adapted,
-        open_rows=functools.partial(alignment.open_features, c, network, inputs),
+        reads=("autoencoder",) * images + ("base",) * adapted + tuple(texts and _OF_TEXTS),
+        open_rows=functools.partial(_additions, c),
+        shapes=functools.partial(text_conditions.text_shapes, c),
         averages=c.align.teacher == "self",
         transform=transform,
         start=start if c.adapt.base else None,
@@ -276,6 +289,8 @@ def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
     def init(key: jax.Array) -> Any:
         x, label = jnp.zeros((1, *inputs.shape)), jnp.zeros((1,), jnp.int32)
         conditions = Conditions(label=label)
+        if inputs.context.tokens:
+            conditions = text_conditions.example_conditions(inputs)
         if inputs.given:
             channels = jnp.zeros((*x.shape[:-1], inputs.given))
             conditions = conditions._replace(
@@ -287,6 +302,22 @@ def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
         return {**found, "params": {**found["params"], **learned}}
 
     return init
+
+
+def _example(c: Config, frozen: Frozen, batch: Batch, key: jax.Array) -> jax.Array:
+    """x0 of a batch of images, or of the moments of latents."""
+    if "mean" in batch:
+        moments = Moments(batch["mean"], batch["log_variance"])
+    elif c.latent:
+        moments = autoencoder.encode_images(c, frozen["autoencoder"], batch["image"])
+    else:
+        return batch["image"]
+    return autoencoder.draw_latents(c, moments, key)
+
+
+def _additions(c: Config) -> Additions:
+    """What training adds to the rows that it reads."""
+    return text_conditions.cached_texts(c, alignment.open_features(c, network_of(c), inputs_of(c)))
 
 
 def _pixels(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -350,9 +381,10 @@ def make_loss(
 
     def loss(trained: Any, frozen: Frozen, drawn: Batch) -> tuple[jax.Array, Metrics]:
         params = transform.join(frozen.get("base"), trained)
-        of_params = functools.partial(apply, params)
+        of_params = functools.partial(apply, text_conditions.with_null(frozen, params))
         tapped = alignment.Tapped(of_params, drawn["y"])
-        beside: Any = drawn.get(GIVEN, {})
+        made: Any = drawn.get(GIVEN, {})
+        beside = {**made, **text_conditions.drawn_texts(drawn)}
         conditions = Conditions(label=drawn["y"], **beside)
         denoise = tapped if align else with_conditions(of_params, conditions)
         further = of_interval(of_params, drawn) if chosen.interval else {}
@@ -396,6 +428,7 @@ def check(c: Config) -> None:
         )
     _check_uncertainty(c)
     given.check_given(c, network_of(c))
+    text_conditions.check_texts(c, network_of(c))
     network_of(c).check(c.model, inputs_of(c))
     alignment.check_alignment(c, network_of(c), inputs_of(c))
     control.check_control(c, network_of(c), inputs_of(c))
@@ -444,7 +477,8 @@ def guidance_of(c: Config) -> Guidance:
     weights = control.control_weights(c) if control.is_controlled(c) else None
     level = np.float32(c.given.noise) if given.has_level(c) else None
     scale, bounds = np.float32(c.sample.cfg_scale), (np.float32(low), np.float32(high))
-    return Guidance(scale, *bounds, weights, level=level)
+    negative = text_conditions.negative_ids(c) if c.sample.cfg_scale != 1 else None
+    return Guidance(scale, *bounds, weights, level=level, negative=negative)
 
 
 def guided(c: Config) -> Literal["never", "always", "within"]:
@@ -529,8 +563,10 @@ def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
     )
 
 
-def _needs(c: Config) -> FromImages | None:
-    """What samples are given of images, if the network needs anything beside labels."""
+def _needs(c: Config) -> FromRecords | None:
+    """What samples are given of records, if the network needs anything beside labels."""
+    if text_conditions.has_texts(c):
+        return text_conditions.captions_from_records(c)
     if control.is_controlled(c):
         return control.controls_from_images(c)
     return given.given_from_images(c) if inputs_of(c).given else None
@@ -562,6 +598,8 @@ def make_sampler(
         trained: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, g: Guidance
     ) -> jax.Array:
         params = transform.join(frozen.get("base"), trained)
+        conditions, frozen = text_conditions.encoded_conditions(c, frozen, conditions, g.negative)
+        params = text_conditions.with_null(frozen, params)
         if inputs.given:
             beside = editing.beside_x(c, frozen, g.given, keys, g.level)
             conditions = conditions._replace(**beside)
@@ -644,7 +682,8 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     ) -> dict[str, jax.Array]:
         params = transform.join(frozen.get("base"), trained)
         x0 = _held_out_example(c, frozen, batch["image"], keys)
-        conditions = _held_out_conditions(c, keys, batch, x0)
+        params = text_conditions.with_null(frozen, params)
+        conditions = _held_out_conditions(c, frozen, keys, batch, x0)
         denoise = functools.partial(apply, params, conditions=conditions)
         eps = samplers.initial_noise(keys, shape)
         found = loss(objective, denoise, x0, batch["t"], eps)
@@ -676,12 +715,14 @@ def _held_out_example(c: Config, frozen: Frozen, images: jax.Array, keys: jax.Ar
     return autoencoder.normalized(c, sample_posterior(moments, noise))
 
 
-def _held_out_conditions(c: Config, keys: jax.Array, batch: Batch, x0: jax.Array) -> Conditions:
-    """The label of a held-out image, and what the network is given of the image itself."""
-    made, found = _conditions_of_images(c), {}
+def _held_out_conditions(
+    c: Config, frozen: Frozen, keys: jax.Array, batch: Batch, x0: jax.Array
+) -> Conditions:
+    """The label or caption of a held-out image, and what the network is given of the image."""
+    made, found = _conditions_of_images(c), text_conditions.prepare_texts(c, frozen, batch)
     if made is not None:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
-        found = made(batch["image"] if control.is_controlled(c) else x0, own)
+        found |= made(batch["image"] if control.is_controlled(c) else x0, own)
     return Conditions(label=batch["label"], **found)
 
 
@@ -698,7 +739,8 @@ def density(c: Config, mesh: Mesh | None = None) -> ValidationScore:
         trained: Any, frozen: Frozen, keys: jax.Array, batch: Batch
     ) -> dict[str, jax.Array]:
         params = transform.join(frozen.get("base"), trained)
-        conditions = _held_out_conditions(c, keys, batch, batch["image"])
+        params = text_conditions.with_null(frozen, params)
+        conditions = _held_out_conditions(c, frozen, keys, batch, batch["image"])
         denoise = functools.partial(apply, params, conditions=conditions)
         pairs = jax.vmap(jax.random.split)(keys)
         spread = jax.vmap(lambda key: jax.random.uniform(key, shape))(pairs[:, 0])

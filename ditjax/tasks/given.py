@@ -22,7 +22,7 @@ from ditjax.diffusion.samplers import given_noise
 from ditjax.errors import UserError, divisors
 from ditjax.models.network import Network
 from ditjax.tasks.objective import process_of, training_loss
-from ditjax.training.task import Beside, FromImages, Known
+from ditjax.training.task import Beside, FromRecords, Known
 
 ENLARGED_BY = "bicubic"  # what a network is given of a low-resolution image
 _LOW = ("kind", ("low",))
@@ -110,13 +110,13 @@ def trained_conditions(c: Config, images: jax.Array, keys: jax.Array) -> dict[st
     return given_conditions(c, known_of(c, images, parts[:, 0]), parts[:, 2], level)
 
 
-def given_from_images(c: Config) -> FromImages:
+def given_from_images(c: Config) -> FromRecords:
     """What samples of a recipe are given, of images of a data set."""
 
     def beside(images: jax.Array, keys: jax.Array) -> Beside:
         return Beside(known=known_of(c, images, keys))
 
-    return FromImages(beside, "given_images", edited=True)
+    return FromRecords(beside, "given_images", edited=True)
 
 
 def in_training(c: Config) -> Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None:

@@ -67,10 +67,14 @@ class Known(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What each sample is given beside its label: channels of `Conditions`, and what is known."""
+    """What each sample is given beside its label: channels of `Conditions`, and what is known.
+
+    context i32[B,M] are the tokens of a text, which the task encodes.
+    """
 
     channels: jax.Array | np.ndarray | None = None
     known: Known | None = None
+    context: jax.Array | np.ndarray | None = None
 
 
 class Guidance(NamedTuple):
@@ -78,6 +82,7 @@ class Guidance(NamedTuple):
 
     `given` is what the images are to agree with, or None; `control` are the arguments of a control,
     if there is one; `level` is the noise that is added to given channels, if the network reads it.
+    `negative` i32[1,M] are the tokens of what takes the place of the null text, if anything does.
     """
 
     scale: jax.Array | np.float32
@@ -86,18 +91,26 @@ class Guidance(NamedTuple):
     control: Any = None
     given: Known | None = None
     level: jax.Array | np.float32 | None = None
+    negative: jax.Array | np.ndarray | None = None
 
 
-class FromImages(NamedTuple):
-    """What a task needs beside the labels of its samples, as it follows from images of a data set.
+def _no_protocol() -> Mapping[str, Any]:
+    return {}
 
-    `beside(images f32[B,H,W,C] in [-1, 1], keys key[B])` makes it on the device; `name` is the
-    entry of a protocol that says which images. `edited`: an edit gives it, too.
+
+class FromRecords(NamedTuple):
+    """What a task needs beside the labels of its samples, as it follows from records of a data set.
+
+    `beside(values, keys key[B])` makes it on the device of what it `reads`: 'image', f32[B,H,W,C]
+    in [-1, 1], or 'caption', tokens i32[B,M]. `name` is the entry of a protocol that says which
+    records, and `protocol()` are further ones. `edited`: an edit gives it, too.
     """
 
     beside: Callable[[jax.Array, jax.Array], Beside]
     name: str
     edited: bool = False
+    reads: str = "image"
+    protocol: Callable[[], Mapping[str, Any]] = _no_protocol
 
 
 class Sampling(NamedTuple):
@@ -110,8 +123,8 @@ class Sampling(NamedTuple):
     the recipe of another network that takes the place of the second evaluation there. `protocol`
     are the fields of the sampling protocol that only this task has.
 
-    `needs` is None if samples need nothing but labels: otherwise they are of control images, or of
-    low-resolution or incomplete ones.
+    `needs` is None if samples need nothing but labels: otherwise they are of control images, of
+    low-resolution or incomplete ones, or of captions.
 
     A task that can draw images that agree with `guidance.given` says what that adds to the protocol
     by `edits(given)`, which raises UserError for what does not go with the recipe.
@@ -124,7 +137,7 @@ class Sampling(NamedTuple):
     guided: int
     protocol: Mapping[str, Any] = {}
     weak: Config | None = None
-    needs: FromImages | None = None
+    needs: FromRecords | None = None
     edits: Callable[[Known], Mapping[str, Any]] | None = None
 
 

@@ -112,7 +112,7 @@ def test_real_digits_score_as_real(data_dir):
         return score(seen, reference.statistics, None, family="digits")["fd_digits"]
 
     test_split = Split("digits", "test")
-    floors = evaluator.real_scores("digits", test_split, "digits/train", str(data_dir))
+    floors = evaluator.real_scores("digits", test_split, "digits/train", str(data_dir), 8)
     floor = floors["fd_digits_floor"]
     assert fd_digits(real["image"]) == pytest.approx(floor)
     assert np.mean(predict_class(JUDGE, real["image"]) == real["label"]) > 0.98

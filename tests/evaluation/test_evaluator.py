@@ -216,7 +216,7 @@ def test_what_cannot_be_evaluated():
 
 
 def test_the_floor_is_of_real_digits():
-    floors = evaluation.real_scores("digits", Split("digits", "test"), "digits/train", "")
+    floors = evaluation.real_scores("digits", Split("digits", "test"), "digits/train", "", 8)
     assert 10 < floors["fd_digits_floor"] < 20
     assert 0.3 < floors["authenticity_digits_floor"] < 0.9
 

@@ -20,10 +20,15 @@ ARGUMENTS = [
     "paper/decoders:original",
     "small/clip:shuffled",
     "small/unet:rates",
+    "small/text2image:minilm",
+    "small/text2image:shuffled",
 ]
 # The recipes of other tasks than diffusion.
 TASKS = {"digits_latent:autoencoder": "autoencoder"} | dict.fromkeys(
     ("clip_b32", "small/clip", "small/clip:shuffled"), "clip"
+)
+TASKS |= dict.fromkeys(
+    ("small/text2image", "small/text2image:minilm", "small/text2image:shuffled"), "text2image"
 )
 # What an argument such as XL/2 says, whatever the paper's is.
 OF_THE_ARGUMENT = {"model.size", "model.patch"}

@@ -1,0 +1,324 @@
+"""A DiT of texts: adaLN-single and cross-attention (PixArt-α, Chen et al. 2023, arXiv:2310.00426).
+
+A block is modulated by a table of its own plus six vectors that all blocks share, and attends to
+the tokens of a text. All other keys and layers are `models/dit.py`'s. Parameters: `caption/`, the
+projection of the text; `adaln_single/`, the shared vectors; `blocks/table`, `final_layer/table`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ditjax.config import key, non_negative
+from ditjax.errors import UserError
+from ditjax.models import dit, mup
+from ditjax.models.attention import CrossAttention
+from ditjax.models.blocks import Block, Conditioning, layer_norm, modulate, over_tokens
+from ditjax.models.dit import DiT, DiTKeys
+from ditjax.models.embed import (
+    ANYWHERE,
+    TIMESTEP_FREQUENCIES,
+    Linear,
+    Placement,
+    TimestepEmbedder,
+    unpatchify,
+)
+from ditjax.models.network import (
+    AnyArray,
+    Attention,
+    Conditions,
+    Inputs,
+    Network,
+    NetworkCost,
+    Rules,
+)
+
+# ---- keys
+
+
+@dataclass(frozen=True)
+class TextDiTKeys(DiTKeys):
+    """The keys of `config.model` for a DiT of texts: those of a DiT, and one."""
+
+    kind: str = key("text_dit")
+    # Pixels a side that the network is told, as PixArt-α's of 1024 pixels are; 0 = it is not told.
+    told_side: int = non_negative(0, most=16_384)
+
+
+def check(k: TextDiTKeys, inputs: Inputs) -> None:
+    """Raise UserError if the network cannot process its inputs."""
+    dit.check(k, inputs)
+    for name, value, wanted in (
+        ("block", k.block, "adaln_zero"),
+        ("norm", k.norm, "layer"),
+        ("mlp", k.mlp, "gelu"),
+        ("align_block", k.align_block, 0),
+    ):
+        if value != wanted:
+            raise UserError(
+                f"config.model.{name} is {value!r}, which a DiT of texts (config.model.kind="
+                f"text_dit) does not have: leave it at {wanted!r}."
+            )
+    width = dit.parse_size(k.size).width
+    if k.told_side and width % 3:
+        raise UserError(
+            f"config.model.told_side is {k.told_side} and the width {width}: expected a multiple of"
+            " 3, a third each for height, width and their ratio."
+        )
+
+
+# ---- cost
+
+
+def parameters(k: TextDiTKeys, inputs: Inputs) -> int:
+    """The number of trainable weights and biases."""
+    s = dit.shape(k, inputs)
+    L, D, _ = s.size
+    mlp = (D * s.mlp_width + s.mlp_width) + (s.mlp_width * D + D)
+    block = 2 * (4 * D * D + 4 * D) + mlp + 6 * D + 2 * (D // s.size.heads) * s.qk_norm
+    patch_in, patch_out = s.patch**2 * s.in_channels, s.patch**2 * s.out_channels
+    times = (TIMESTEP_FREQUENCIES * D + D) + (D * D + D)
+    third = D // 3
+    sizes = (TIMESTEP_FREQUENCIES * third + third) + (third * third + third)
+    caption = (inputs.context.width * D + D) + (D * D + D)
+    shared = 6 * (D * D + D) + inputs.vector * D
+    ends = (patch_in * D + D) + (D * patch_out + patch_out) + 2 * D
+    return L * block + times + 2 * sizes * bool(k.told_side) + caption + shared + ends
+
+
+def text_macs(k: TextDiTKeys, inputs: Inputs) -> int:
+    """Multiply-accumulates of one forward pass of one sample, counted as `dit.forward_macs`.
+
+    L(14ND² + 2N²D + 2MD² + 2NMD + 2ND) + p²C·ND + p²K·ND + ND + FD + 7D² + M(C_t D + D²) for M
+    tokens of a text and r = 4; its projection is computed once for all blocks.
+    """
+    s, M = dit.shape(k, inputs), inputs.context.tokens
+    L, D, _ = s.size
+    N = s.tokens
+    block = 4 * N * D * D + 2 * N * N * D + 2 * N * D * s.mlp_width
+    block += 2 * N * D * D + 2 * M * D * D + 2 * N * M * D + (4 if s.qk_norm else 2) * N * D
+    ends = s.patch**2 * (s.in_channels + s.out_channels) * N * D + N * D
+    shared = TIMESTEP_FREQUENCIES * D + 7 * D * D + inputs.vector * D
+    if k.told_side:
+        shared += 3 * (TIMESTEP_FREQUENCIES * (D // 3) + (D // 3) ** 2)
+    return L * block + ends + shared + M * (inputs.context.width * D + D * D)
+
+
+def cost(k: TextDiTKeys, inputs: Inputs) -> NetworkCost:
+    """The cost of a recipe's network."""
+    s, macs = dit.shape(k, inputs), text_macs(k, inputs)
+    L, D, heads = s.size
+    attended = 2 * L * s.tokens * (s.tokens + inputs.context.tokens) * D
+    return NetworkCost(
+        name=f"TextDiT-{k.size}/{k.patch}",
+        parameters=parameters(k, inputs),
+        macs=macs,
+        training_macs={"none": 0, "dots": attended, "full": macs}[k.remat],
+        tokens=s.tokens,
+        description={
+            "size": k.size,
+            "depth": L,
+            "width": D,
+            "heads": heads,
+            "patch": k.patch,
+            "block": "text",
+            "tokens": s.tokens,
+            "text_tokens": inputs.context.tokens,
+        },
+    )
+
+
+# ---- the module
+
+
+class TextConditioning(NamedTuple):
+    """Conditioning of a block: six vectors [B, 6, D], and the text [B, M, D] with its mask."""
+
+    vector: jax.Array
+    context: jax.Array
+    mask: jax.Array | None
+
+
+class TextBlock(Block):
+    """x += g₁ attn(LN(x)(1 + s₁) + b₁); x += cross(x, text); x += g₂ mlp(LN(x)(1 + s₂) + b₂).
+
+    Sec. 2.3. (b₁, s₁, g₁, b₂, s₂, g₂) are the block's table plus the shared vectors; there is no
+    norm before cross-attention. Zero at first are the table, the shared vectors and the last layer
+    of cross-attention: the block begins as the identity.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cond: Conditioning | TextConditioning) -> jax.Array:
+        assert isinstance(cond, TextConditioning)
+        c, zeros = self.config, nn.initializers.zeros
+        table = self.param("table", zeros, (6, x.shape[-1]), jnp.float32)
+        rows = table.astype(c.dtype)[None] + cond.vector
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (rows[:, i] for i in range(6))
+        h = modulate(layer_norm(x), shift, scale)
+        x = x + over_tokens(gate, x) * self.attend(h)
+        cross = CrossAttention(c.heads, c.dtype, c.place, c.query_scale, zeros, name="cross")
+        x = x + cross(x, cond.context, cond.mask)
+        h = modulate(layer_norm(x, c.norm2_eps), shift_mlp, scale_mlp)
+        return x + over_tokens(gate_mlp, x) * self.mlp(h)
+
+
+class TextFinalLayer(nn.Module):
+    """LN(x)(1 + s) + b -> Linear(D, p²·C_out); (b, s) is a table [2, D] plus the time [B, D]."""
+
+    out_features: int
+    dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
+
+    @nn.compact
+    def __call__(self, x: jax.Array, e: jax.Array) -> jax.Array:
+        zeros = nn.initializers.zeros
+        table = self.param("table", zeros, (2, x.shape[-1]), jnp.float32).astype(self.dtype)
+        x = modulate(layer_norm(x), table[None, 0] + e, table[None, 1] + e)
+        return Linear(self.out_features, zeros, self.dtype, self.place, name="linear")(x)
+
+
+class _Caption(nn.Module):
+    """Features of a text [B,M,C_t] -> Linear -> GELU (tanh) -> Linear: [B,M,D]."""
+
+    width: int
+    dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        linear = functools.partial(Linear, self.width, dtype=self.dtype, place=self.place)
+        h = nn.gelu(linear(name="in")(x), approximate=True)
+        return linear(name="out")(h)
+
+
+class _SharedModulation(nn.Module):
+    """The vectors that all blocks share: e [B,D] -> SiLU -> Linear: [B,6,D], zero at first."""
+
+    dtype: Any = jnp.float32
+    place: Placement = ANYWHERE
+
+    @nn.compact
+    def __call__(self, e: jax.Array) -> jax.Array:
+        zeros, put = nn.initializers.zeros, self.place.put
+        linear = Linear((6, e.shape[-1]), zeros, self.dtype, self.place, name="linear")
+        return put("modulation", put("columns", linear(nn.silu(e))))
+
+
+class TextDiT(DiT):
+    """x f32[B,H,W,C], t [B], context f32[B,M,C_t], context_mask bool[B,M] -> f32[B,H,W,out].
+
+    The fields are DiT's. Without a mask every token of the text is seen. `vector` is the width of
+    the condition of that name, whose projection is added to the embedded time; 0 is none.
+    """
+
+    vector: int = 0
+    told_side: int = 0
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, t: jax.Array, conditions: Conditions, per_block: Any = None
+    ) -> jax.Array:
+        conditions.only("context", "context_mask", *(("vector",) if self.vector else ()))
+        if conditions.context is None:
+            raise ValueError("a DiT of texts needs a context: use the null text's for no text")
+        _, H, W, _ = x.shape
+        grid = (H // self.patch, W // self.patch)
+        e = self.place.put("conditioning", self._embed(t, conditions.vector))
+        shared = _SharedModulation(self.dtype, self.place, name="adaln_single")(e)
+        caption = _Caption(self.width, self.dtype, self.place, name="caption")
+        context = self.place.put("context", caption(jnp.asarray(conditions.context)))
+        mask = None if conditions.context_mask is None else jnp.asarray(conditions.context_mask)
+        cond: Any = TextConditioning(shared, context, mask)
+        tokens, _ = self._stack(self._embedder()(x), cond, per_block, grid)
+        features = self.patch**2 * self.out_channels
+        final = TextFinalLayer(features, self.dtype, self.place, name="final_layer")
+        return unpatchify(final(tokens, e), self.patch, H, W).astype(jnp.float32)
+
+    @nn.nowrap
+    def _block(
+        self, grid: tuple[int, int], kind: type[Block] | None = None
+    ) -> Callable[..., nn.Module]:
+        return super()._block(grid, kind or TextBlock)
+
+    @nn.nowrap
+    def _embed(self, t: jax.Array, vector: AnyArray | None) -> jax.Array:
+        """The embedded time, plus the sizes that the network is told and the projected vector."""
+        e = self._embed_times(t, None)
+        if self.told_side:
+            embed = functools.partial(
+                TimestepEmbedder, self.width // 3, self.frequency_shift, self.dtype
+            )
+            side = jnp.full(t.shape, float(self.told_side))
+            of_side = embed(name="side_embedder")(side)
+            ratio = embed(name="ratio_embedder")(jnp.ones_like(side))
+            e = e + jnp.concatenate([of_side, of_side, ratio], axis=-1)
+        if self.vector:
+            if vector is None:
+                raise ValueError(f"this network needs a vector of width {self.vector}")
+            linear = functools.partial(Linear, use_bias=False, dtype=self.dtype, place=self.place)
+            e = e + linear(self.width, name="vector")(jnp.asarray(vector))
+        return e
+
+
+# Those of a DiT serve the same layers; these are of what only this network has.
+TEXT_RULES: Rules = (
+    (r"caption/in/kernel", ("fsdp", "tensor")),
+    (r"caption/in/bias", ("tensor",)),
+    (r"caption/out/kernel", ("tensor", "fsdp")),
+    (r"adaln_single/linear/kernel", ("fsdp", None, "tensor")),
+    (r"adaln_single/linear/bias", (None, "tensor")),
+    (r"(side|ratio)_embedder/(in|out)/kernel", (None, None)),
+    (r"vector/kernel", (None, "fsdp")),
+    *dit.RULES,
+)
+
+TEXT_KINDS: mup.Kinds = (
+    (r"((side|ratio)_embedder/in|caption/in|vector)/kernel", "input"),
+    (r"((side|ratio)_embedder/out|caption/out|adaln_single/linear)/kernel", "hidden"),
+    (r"(blocks|final_layer)/table", "vector"),
+    *dit.KINDS,
+)
+
+
+def module(k: TextDiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> TextDiT:
+    """Build the denoiser of a recipe; its parameters do not depend on `place`."""
+    plain = dit.module(dataclasses.replace(k, label_dropout=0.0), inputs, place)
+    own = {"vector": inputs.vector, "told_side": k.told_side}
+    made: TextDiT = dit.with_fields_of(plain, TextDiT, **own)
+    return made
+
+
+def _attention(k: TextDiTKeys, inputs: Inputs) -> Attention:
+    """The tokens and heads that a mesh may split; the text's tokens it does not split."""
+    size = dit.parse_size(k.size)
+    return Attention(dit.shape(k, inputs).tokens, 0, size.heads, size.width // size.heads)
+
+
+def _rates(k: TextDiTKeys) -> Callable[[str], float] | None:
+    relative = dit.base(k)
+    if relative is None:
+        return None
+    ratio = dit.parse_size(k.size).width / relative.width
+    return lambda path: mup.rate_multiplier(path, ratio, TEXT_KINDS)
+
+
+NETWORK = Network(
+    keys=TextDiTKeys,
+    module=module,
+    cost=cost,
+    check=check,
+    attention=_attention,
+    kernel=lambda k: k.attention,
+    rules=TEXT_RULES,
+    rates=_rates,
+    varied=("size", "patch"),
+    inherited=("frequency_shift", "norm2_eps"),
+    stack="blocks",
+    texts=True,
+)

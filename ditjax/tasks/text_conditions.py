@@ -1,0 +1,360 @@
+"""Conditions that are texts: a frozen encoder's features of captions, prompts and the null text.
+
+A network is given the features as context of cross-attention. The label that a batch carries along
+is not seen by it; the null label marks the examples that are given the null text, the encoder's
+features of "", or of the negative prompt while samples are drawn (Ho & Salimans 2022). So dropping,
+guidance and its rules are those of labels.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ditjax.config import PATH, Config, Text, key, positive
+from ditjax.data.names import is_latents
+from ditjax.data.tokenizers import Tokenizer, open_tokenizer
+from ditjax.errors import UserError
+from ditjax.models.network import Conditions, Context, Inputs, Network
+from ditjax.models.text import TextConfig, TextEncoder
+from ditjax.parallel.mesh import make_mesh
+from ditjax.runs import opening, rundir
+from ditjax.tasks import make_task
+from ditjax.tasks.clip import towers
+from ditjax.training.step import Batch
+from ditjax.training.task import Additions, Beside, FromRecords, Frozen
+from ditjax.weights.text import load_text_encoder
+
+ENCODER, NULL = "text", "null_text"  # frozen weights, and the features of the null text
+_FIELDS = ("context", "context_mask")  # of `Conditions`
+
+
+@dataclass(frozen=True)
+class TextConditions(Text):
+    """The captions of a data set as conditions: their tokens, and a frozen encoder's features."""
+
+    tokens: int = positive(16, most=4096)  # to which every text is padded or cut
+    # the frozen encoder: a folder of transformers (BERT's, CLIP's, T5's) or a run of CLIP
+    encoder: str = key("", PATH, free=True)
+    width: int = positive(768, most=65_536)  # of its features of a token
+    # all tokens, or the one vector that the encoder makes of a text
+    features: Literal["tokens", "pooled"] = key("tokens")
+    # each text is encoded once, alone, and kept in memory as float16 while a run trains
+    cache: bool = key(False)
+    # what the unconditional half is given instead of the null text, while samples are drawn
+    negative: str = key("", free=True, protocol=True)
+
+    def check(self, c: Config) -> None:
+        super().check(c)
+        if self.negative and c.sample.cfg_scale == 1 and c.evaluate.guided_scale in (0, 1):
+            raise UserError(
+                f"config.text.negative is {self.negative[:60]!r} and config.sample.cfg_scale 1:"
+                " without guidance no prompt is negative; raise the scale, or leave it out."
+            )
+
+
+def has_texts(c: Config) -> bool:
+    """Whether a recipe's network is conditioned on texts."""
+    return isinstance(getattr(c, "text", None), TextConditions)
+
+
+def context_of(c: Config) -> Context:
+    """The tokens and the width of what a recipe's network is given; none without texts."""
+    if not has_texts(c):
+        return Context()
+    return Context(c.text.tokens if c.text.features == "tokens" else 1, c.text.width)
+
+
+def text_inputs(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """What an example of a recipe has beside x0 and its label."""
+    if not has_texts(c):
+        return {}
+    M, C = context_of(c)
+    shapes = jax.ShapeDtypeStruct((M, C), jnp.float32), jax.ShapeDtypeStruct((M,), jnp.bool_)
+    return dict(zip(_FIELDS, shapes, strict=True))
+
+
+def example_conditions(inputs: Inputs) -> Conditions:
+    """Conditions of one example that a network of texts is initialised with."""
+    M, C = inputs.context
+    vector = jnp.zeros((1, inputs.vector)) if inputs.vector else None
+    return Conditions(
+        vector=vector, context=jnp.zeros((1, M, C)), context_mask=jnp.ones((1, M), bool)
+    )
+
+
+# ---- the encoder
+
+
+class OpenedEncoder(NamedTuple):
+    """A frozen text encoder. `tokenizer` is the one that a run of CLIP was trained with, or ''."""
+
+    config: TextConfig
+    params: Any  # float32, on the host
+    tokenizer: str = ""
+
+
+@functools.lru_cache(maxsize=2)
+def open_encoder(path: str) -> OpenedEncoder:
+    """The encoder at a path: a folder of transformers, or a run of CLIP. Raises UserError."""
+    if not path:
+        raise UserError(
+            "config.text.encoder is '': expected a folder of transformers with a text encoder, or a"
+            " run of CLIP (docs/text2image.md)."
+        )
+    if not rundir.is_run(path):
+        found = load_text_encoder(path)
+        return OpenedEncoder(found.config, found.params)
+    trained = opening.recipe_of(path)
+    if not hasattr(trained, "clip"):
+        raise UserError(
+            f"config.text.encoder={path} is a run of task {trained.task!r}: expected a run of CLIP,"
+            " or a folder of transformers."
+        )
+    params = opening.load_weights(trained, make_task(trained), path, make_mesh(-1, 1))[0]
+    host = jax.tree.map(np.asarray, params["params"]["text"])
+    return OpenedEncoder(towers(trained).text, host, trained.text.tokenizer)
+
+
+@functools.lru_cache(maxsize=8)
+def tokenizer_of(path: str) -> Tokenizer:
+    """An opened tokenizer; a file is read once."""
+    return open_tokenizer(path)
+
+
+def _checked_encoder(c: Config) -> OpenedEncoder:
+    """The encoder of a recipe. Raises UserError for other features, tokens or texts than its."""
+    encoder, tokenizer = open_encoder(c.text.encoder), tokenizer_of(c.text.tokenizer)
+    config, said = encoder.config, f"the encoder config.text.encoder={c.text.encoder}"
+    width = config.layers.width
+    if c.text.features == "pooled" and config.projection:
+        width = config.projection
+    if c.text.width != width:
+        raise UserError(
+            f"config.text.width is {c.text.width}, and {said} has features of width {width}: set it"
+            " to that."
+        )
+    other = encoder.tokenizer not in ("", c.text.tokenizer)
+    if other and tokenizer_of(encoder.tokenizer).sha256 != tokenizer.sha256:
+        raise UserError(
+            f"config.text.tokenizer is {c.text.tokenizer!r}, and {said} was trained with"
+            f" {encoder.tokenizer!r}: set it to that."
+        )
+    if tokenizer.vocabulary > config.vocabulary:
+        raise UserError(
+            f"config.text.tokenizer {c.text.tokenizer!r} has {tokenizer.vocabulary} tokens, and"
+            f" {said} a table of {config.vocabulary}: give the encoder's own tokenizer."
+        )
+    if config.positions and c.text.tokens > config.positions:
+        raise UserError(
+            f"config.text.tokens is {c.text.tokens}, and {said} has {config.positions} positions:"
+            " expected at most as many."
+        )
+    return encoder
+
+
+def live_tokens(ids: jax.Array, end: int, pad: int) -> jax.Array:
+    """Where ids i32[B,M] are of the text, its end included: bool[B,M]."""
+    if end < 0:
+        return ids != pad
+    ended = jnp.cumsum(ids == end, axis=1)
+    return (ended == 0) | ((ended == 1) & (ids == end))
+
+
+def encode_texts(c: Config, params: Any, ids: jax.Array) -> dict[str, jax.Array]:
+    """Token ids i32[B,M] -> the fields of `Conditions`: context f32[B,M,C], context_mask."""
+    tokenizer, config = tokenizer_of(c.text.tokenizer), open_encoder(c.text.encoder).config
+    mask = live_tokens(ids, tokenizer.end, tokenizer.pad)
+    found: Any = TextEncoder(config).apply({"params": params}, ids, mask)
+    if c.text.features == "pooled":
+        return {"context": found.pooled[:, None], "context_mask": jnp.ones((len(ids), 1), bool)}
+    return {"context": found.tokens, "context_mask": mask}
+
+
+def load_texts(c: Config, mesh: Mesh) -> Frozen:
+    """The frozen encoder on the mesh, and the features of the null text. Raises UserError."""
+    if not has_texts(c):
+        return {}
+    params = opening.put_on_mesh(_checked_encoder(c).params, mesh)
+    ids = jnp.asarray(tokens_of(c, [""]))
+    null = jax.jit(functools.partial(encode_texts, c))(params, ids)
+    return {ENCODER: params, NULL: opening.put_on_mesh(null, mesh)}
+
+
+def text_shapes(c: Config) -> Frozen:
+    """The shapes of what a step reads of the frozen weights."""
+    if not has_texts(c):
+        return {}
+    return {
+        NULL: {
+            name: jax.ShapeDtypeStruct((1, *one.shape), one.dtype)
+            for name, one in text_inputs(c).items()
+        }
+    }
+
+
+def tokens_of(c: Config, texts: Sequence[str]) -> np.ndarray:
+    """The tokens i32[n,M] of texts."""
+    return tokenizer_of(c.text.tokenizer)(texts, c.text.tokens).ids
+
+
+# ---- in training
+
+
+def prepare_texts(c: Config, frozen: Frozen, batch: Batch) -> dict[str, jax.Array]:
+    """The features of a batch's captions, which may be there already (`cached_texts`)."""
+    if not has_texts(c):
+        return {}
+    if "context" in batch:
+        return {"context": batch["context"].astype(jnp.float32), "context_mask": batch[_FIELDS[1]]}
+    return encode_texts(c, frozen[ENCODER], batch["caption"])
+
+
+def drawn_texts(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Conditions` in a drawn batch."""
+    return {name: batch[name] for name in _FIELDS if name in batch}
+
+
+def cached_texts(c: Config, others: Additions) -> Additions:
+    """What training adds to the rows that it reads: `others`, and features if they are cached."""
+    if not has_texts(c):
+        return others
+    encoder, tokenizer = _checked_encoder(c), tokenizer_of(c.text.tokenizer)
+    contents = {
+        **others.contents,
+        "text.tokenizer": tokenizer.sha256,
+        "text.encoder": opening.digest(encoder.params),
+    }
+    if not c.text.cache:
+        return others._replace(contents=contents)
+    kept: dict[bytes, dict[str, np.ndarray]] = {}
+    program = jax.jit(functools.partial(encode_texts, c))
+    params = jax.device_put(encoder.params)
+
+    def features(ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Of one text alone, so that its bits do not depend on the texts beside it."""
+        name = ids.tobytes()
+        if name not in kept:
+            found = {k: np.asarray(v[0]) for k, v in program(params, ids[None]).items()}
+            kept[name] = {**found, "context": found["context"].astype(np.float16)}
+        return kept[name]
+
+    def add(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        each = [features(ids) for ids in rows["caption"]]
+        return {**others.add(rows), **{n: np.stack([x[n] for x in each]) for n in _FIELDS}}
+
+    return Additions(add, contents)
+
+
+# ---- in the network
+
+
+def with_null_text(c: Config, apply: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a network of texts, (variables, x, t, conditions), by its `apply`.
+
+    The examples with the null label are given the null text, which is variables[NULL].
+    """
+
+    def of_texts(
+        variables: Any, x: jax.Array, t: jax.Array, conditions: Conditions, **more: Any
+    ) -> Any:
+        null = variables[NULL]
+        dropped = jnp.asarray(conditions.label) == c.data.num_classes
+        found = {}
+        for name in _FIELDS:
+            value = jnp.asarray(getattr(conditions, name))
+            rows = jnp.expand_dims(dropped, tuple(range(1, value.ndim)))
+            found[name] = jnp.where(rows, null[name], value)
+        own = {name: value for name, value in variables.items() if name != NULL}
+        return apply(own, x, t, conditions._replace(label=None, **found), **more)
+
+    return of_texts
+
+
+def with_null(frozen: Frozen, variables: Any) -> Any:
+    """The variables of `with_null_text`; those of other networks are as they were."""
+    return {**variables, NULL: frozen[NULL]} if NULL in frozen else variables
+
+
+# ---- in sampling
+
+
+def negative_ids(c: Config) -> np.ndarray | None:
+    """The tokens i32[1,M] of a recipe's negative prompt; None for the null text."""
+    return tokens_of(c, [c.text.negative]) if has_texts(c) and c.text.negative else None
+
+
+def encoded_conditions(
+    c: Config, frozen: Frozen, conditions: Conditions, negative: Any
+) -> tuple[Conditions, Frozen]:
+    """Conditions whose context are tokens i32[B,M], encoded; and frozen weights with their null.
+
+    negative: tokens i32[1,M] in the place of the null text, or None.
+    """
+    if not has_texts(c):
+        return conditions, frozen
+    encode = functools.partial(encode_texts, c, frozen[ENCODER])
+    if negative is not None:
+        frozen = {**frozen, NULL: encode(negative)}
+    return conditions._replace(**encode(jnp.asarray(conditions.context))), frozen
+
+
+def captions_from_records(c: Config) -> FromRecords:
+    """What samples are given by default: captions of held-out records."""
+
+    def beside(captions: jax.Array, keys: jax.Array) -> Beside:
+        return Beside(context=captions)
+
+    return FromRecords(beside, "captions", reads="caption", protocol=lambda: text_protocol(c))
+
+
+def text_protocol(c: Config) -> dict[str, Any]:
+    """What texts add to a sampling protocol, beside the encoder's digest."""
+    t = c.text
+    return {
+        "text": {
+            "tokenizer": tokenizer_of(t.tokenizer).sha256,
+            "tokens": t.tokens,
+            "features": t.features,
+            **({"negative": t.negative} if t.negative and c.sample.cfg_scale != 1 else {}),
+        }
+    }
+
+
+# ---- refusals
+
+
+def check_texts(c: Config, network: Network) -> None:
+    """Raise UserError for what does not go with a network of texts, or for one without texts."""
+    kind = f"config.model.kind is {c.model.kind!r}"
+    if network.texts != has_texts(c):
+        raise UserError(
+            f"{kind} and config.task {c.task!r}: a network of texts (kind 'text_dit') goes with"
+            " task 'text2image', and no other network does."
+        )
+    if not has_texts(c):
+        return
+    if is_latents(c.data.name):
+        raise UserError(
+            f"config.data.name is {c.data.name!r}, encoded latents, which hold no captions: name a"
+            " data set of images with captions."
+        )
+    if c.evaluate.labels != "uniform":
+        raise UserError(
+            f"config.evaluate.labels is {c.evaluate.labels!r}, and samples are drawn of the"
+            " captions of records: leave it out."
+        )
+    others = {
+        "config.sample.guide": bool(c.sample.guide),
+        "config.reward.method": c.reward.method != "none",
+        "config.given.kind": c.given.kind != "none",
+        "config.data.frames": c.data.frames > 1,
+    }
+    for name, wrong in others.items():
+        if wrong:
+            raise UserError(f"{name} is set, which a network of texts does not have: leave it out.")

@@ -1,0 +1,233 @@
+"""Text-to-image: the null text, guidance and negative prompts, features kept, refusals, a run."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ditjax import evaluate, train
+from ditjax.config import changed, read
+from ditjax.data.tokenizers import Tokens
+from ditjax.errors import UserError
+from ditjax.files.assets import unflatten
+from ditjax.models.network import Conditions
+from ditjax.parallel.mesh import make_mesh
+from ditjax.tasks import diffusion, make_task, text_conditions
+from ditjax.tasks.text_conditions import NULL, live_tokens
+from ditjax.training.task import Additions
+from ditjax.weights.networks import shapes_of
+from tests.seeded import seeded_state
+from tests.text_encoders import tiny_bert
+
+B = 4
+TINY: dict[str, Any] = {
+    "task": "text2image",
+    "model": {"size": "1x32x2", "patch": 4, "label_dropout": 0.1},
+    "text": {"width": 16, "tokens": 12},
+    "data": {"name": "caption_scenes/40", "image_size": 16, "num_classes": 10, "flip": False},
+    "autoencoder": {"kind": "none"},
+    "diffusion": {"schedule": "cosine", "loss": "simple", "variance": "fixed_small"},
+    "sample": {"sampler": "ddim", "steps": "ddim2", "cfg_scale": 3.0, "cfg_channels": "all"}
+    | {"batch_size": 8},
+    "train": {"batch_size": 8, "steps": 2, "sample_every_steps": 2},
+    "evaluate": {"features": "captions", "num_samples": 8, "val_loss_num": 8, "split": "train"}
+    | {"reference": "caption_scenes/40"},
+}
+
+
+class Letters:
+    """A tokenizer of letters: 1 ends a text and pads it."""
+
+    vocabulary, end, pad, sha256 = 360, 1, 1, "letters"
+
+    def __call__(self, texts, length):
+        ids = np.ones((len(texts), length), np.int32)
+        for row, text in enumerate(texts):
+            found = [0, *(2 + ord(each) % 300 for each in text)][: length - 1]
+            ids[row, : len(found)] = found
+        return Tokens(ids, ids != 1, ())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_bert(tmp_path_factory.mktemp("bert") / "encoder")
+
+
+@pytest.fixture
+def letters(monkeypatch):
+    monkeypatch.setattr(text_conditions, "tokenizer_of", lambda path: Letters())
+
+
+def recipe(folder, **changes):
+    tree = {**TINY, "text": {**TINY["text"], "encoder": str(folder)}}
+    return read({**tree, **{k: {**tree.get(k, {}), **v} for k, v in changes.items()}})
+
+
+def random_params(c):
+    return {"params": unflatten(seeded_state(shapes_of(c), 1))}
+
+
+def loaded(c):
+    return text_conditions.load_texts(c, make_mesh(-1, 1))
+
+
+def captions(c):
+    texts = ["red", "a blue two", "", "the digit nine, cut here"]
+    return jnp.asarray(text_conditions.tokens_of(c, texts))
+
+
+def test_a_text_ends_with_its_first_end():
+    ids = jnp.asarray([[0, 5, 1, 1], [0, 1, 7, 1], [0, 5, 6, 7]])
+    expected = [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    np.testing.assert_array_equal(live_tokens(ids, 1, 1), np.array(expected, bool))
+    np.testing.assert_array_equal(live_tokens(ids, -1, 1), np.asarray(ids) != 1)
+
+
+@pytest.mark.usefixtures("letters")
+@pytest.mark.parametrize("features", ["tokens", "pooled"])
+def test_a_dropped_caption_is_the_null_text(folder, features):
+    """Whatever it was, the loss is that of the null text for all; and otherwise it is not."""
+    c = recipe(folder, text={"features": features})
+    task, frozen, params = make_task(c), loaded(c), random_params(c)
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.uniform(-1, 1, (B, 16, 16, 3)), jnp.float32)
+    batch = {"image": image, "label": jnp.zeros(B, jnp.int32), "caption": captions(c)}
+    prepared = jax.jit(task.prepare)(frozen, batch, jax.random.key(0))
+    assert {n: x.shape[1:] for n, x in prepared.items()} == {
+        name: one.shape for name, one in task.inputs.items()
+    }
+    drawn = task.draw(prepared, jax.random.key(1))
+    loss = jax.jit(lambda drawn: task.loss(params, frozen, drawn)[0])
+    null = jnp.full(B, c.data.num_classes)
+    alone = {**drawn, **{n: jnp.repeat(x, B, 0) for n, x in frozen[NULL].items()}}
+    kept = {**drawn, "y": jnp.zeros(B, jnp.int32)}
+    dropped = loss({**drawn, "y": null})
+    assert dropped == loss({**alone, "y": null}) == loss({**alone, "y": kept["y"]})
+    assert loss(kept) != dropped
+    # Training drops whole captions, as often as labels.
+    many = {name: jnp.repeat(x, 500, 0) for name, x in prepared.items()}
+    share = float((task.draw(many, jax.random.key(2))["y"] == c.data.num_classes).mean())
+    assert share == pytest.approx(0.1, abs=0.03)
+
+
+@pytest.fixture
+def denoisers(folder, letters):
+    """Predictions of the captions at a scale, and what they are made of."""
+    c = recipe(folder)
+    frozen, params = loaded(c), random_params(c)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((B, 16, 16, 3)), jnp.float32)
+    t = jnp.full(B, 300)
+    conditions = Conditions(label=jnp.zeros(B, jnp.int32), context=captions(c))
+
+    @functools.partial(jax.jit, static_argnums=(0,))
+    def predict(scale, negative=None):
+        at = changed(c, {"sample": {"cfg_scale": scale}})
+        given, of = text_conditions.encoded_conditions(at, frozen, conditions, negative)
+        variables = text_conditions.with_null(of, params)
+        apply, g = diffusion.apply_of(at), diffusion.guidance_of(at)
+        return diffusion.denoiser(at, apply, variables, given, g)(x, t)
+
+    @jax.jit
+    def plain(ids):
+        fields = text_conditions.encode_texts(c, frozen["text"], ids)
+        return diffusion.denoiser_module(c).apply(params, x, t, Conditions(**fields))
+
+    return c, predict, plain
+
+
+def test_guidance_is_towards_the_caption_from_the_null_or_negative_text(denoisers):
+    c, predict, plain = denoisers
+    conditional = plain(captions(c))
+    np.testing.assert_allclose(predict(1.0), conditional, atol=2e-6)
+    for text in ("", "a blue two"):
+        ids = jnp.asarray(text_conditions.tokens_of(c, [text]))
+        away = plain(jnp.repeat(ids, B, 0))
+        found = predict(3.0, ids if text else None)
+        np.testing.assert_allclose(found, away + 3 * (conditional - away), atol=2e-5)
+
+
+@pytest.mark.usefixtures("letters")
+def test_a_negative_prompt_is_a_key_of_the_recipe(folder):
+    c = recipe(folder, text={"negative": "blue"})
+    np.testing.assert_array_equal(
+        diffusion.guidance_of(c).negative, text_conditions.tokens_of(c, ["blue"])
+    )
+    assert text_conditions.text_protocol(c)["text"]["negative"] == "blue"
+    assert diffusion.guidance_of(recipe(folder)).negative is None
+    with pytest.raises(UserError, match="without guidance no prompt is negative"):
+        recipe(folder, text={"negative": "blue"}, sample={"cfg_scale": 1.0})
+    with pytest.raises(UserError, match="expected at most 4096"):
+        recipe(folder, text={"negative": "x" * 10_000})
+
+
+@pytest.mark.usefixtures("letters")
+def test_kept_features_are_a_texts_own(folder):
+    """To the bit the same in any batch, and those that are computed, rounded to float16."""
+    c = recipe(folder, text={"cache": True})
+    rows = {"caption": np.asarray(captions(c)), "label": np.zeros(B, np.int32)}
+    found = text_conditions.cached_texts(c, Additions()).add(rows)
+    order = np.array([3, 1])
+    again = text_conditions.cached_texts(c, Additions()).add(
+        {name: x[order] for name, x in rows.items()}
+    )
+    computed = text_conditions.encode_texts(c, loaded(c)["text"], captions(c))
+    for name in ("context", "context_mask"):
+        np.testing.assert_array_equal(again[name], found[name][order])
+        np.testing.assert_allclose(found[name], computed[name], atol=2e-3)
+    assert found["context"].dtype == np.float16
+    contents = text_conditions.cached_texts(recipe(folder), Additions()).contents
+    assert contents.keys() == {"text.tokenizer", "text.encoder"}
+
+
+@pytest.mark.usefixtures("letters")
+def test_what_does_not_go_together_is_one_line(folder):
+    for changes, message in (
+        ({"data": {"flip": True}}, "a mirrored image's caption"),
+        ({"data": {"name": "latents:X"}, "autoencoder": {"kind": "kl"}}, "hold no captions"),
+        ({"evaluate": {"labels": "balanced"}}, "drawn of the captions of records"),
+        ({"sample": {"guide": "runs/x"}}, "config.sample.guide is set"),
+        ({"model": {"kind": "dit"}}, "a network of texts .* goes with task 'text2image'"),
+        ({"model": {"label_dropout": 0.0}}, "guidance needs the null label"),
+    ):
+        with pytest.raises(UserError, match=message):
+            recipe(folder, **changes)
+    for text, message in (
+        ({"width": 12}, "has features of width 16: set it to that"),
+        ({"tokens": 40}, "has 32 positions: expected at most as many"),
+        ({"encoder": ""}, "expected a folder of transformers with a text encoder"),
+        ({"encoder": "nowhere"}, "nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            loaded(recipe(folder, text=text))
+    small = tiny_bert(folder.parent / "small", vocabulary=50)
+    with pytest.raises(UserError, match=r"has 360 tokens, and the encoder .* a table of 50"):
+        loaded(recipe(small))
+
+
+@pytest.mark.usefixtures("own_data")
+def test_a_run_is_trained_and_judged(folder, tmp_path):
+    """Every attribute is judged by what the caption's record shows, and the protocol says how."""
+    pytest.importorskip("tokenizers")
+    c = recipe(folder)
+    workdir = tmp_path / "run"
+    trained = train.train(c, workdir)
+    assert trained.step == 2
+    assert np.isfinite(trained.loss)
+    assert len(list((workdir / "samples").glob("*.png"))) == 1
+    record = evaluate.evaluate_run(c, workdir)
+    found, protocol = record["metrics"], record["protocol"]
+    for name in ("digit", "colour", "place", "all"):
+        assert 0 <= found[f"accuracy_{name}"] <= 1
+    assert found["accuracy_all"] <= found["accuracy_digit"]
+    assert found["val_loss"] > 0
+    assert found["fd_captions"] > 0
+    assert protocol["captions"].endswith("/train")
+    assert protocol["text"]["tokens"] == 12
+    assert len(protocol["text_encoder"]) == 64
+    other = tiny_bert(folder.parent / "other", width=16, layers=2)
+    moved = changed(c, {"text": {"encoder": str(other)}, "train": {"steps": 3}})
+    with pytest.raises(UserError, match=r"text\.encoder"):
+        train.train(moved, workdir)
