@@ -247,6 +247,38 @@ DIT_DIFFUSERS: Layout = [
     *_linear("final_layer/adaln/linear", "proj_out_1"),
 ]
 
+_SINGLE = "adaln_single.emb"
+
+# diffusers' PixArtTransformer2DModel. Keys and values of cross-attention are ours in one product.
+PIXART: Layout = [
+    LeafRule("x_embedder/kernel", ("pos_embed.proj.weight",), "patch"),
+    LeafRule("x_embedder/bias", ("pos_embed.proj.bias",), "vector"),
+    *_linear("t_embedder/in", f"{_SINGLE}.timestep_embedder.linear_1"),
+    *_linear("t_embedder/out", f"{_SINGLE}.timestep_embedder.linear_2"),
+    *_linear("adaln_single/linear", "adaln_single.linear"),
+    *_linear("caption/in", "caption_projection.linear_1"),
+    *_linear("caption/out", "caption_projection.linear_2"),
+    LeafRule("blocks/table", (f"{_D}.scale_shift_table",), "table"),
+    *_linear("blocks/attn/qkv", f"{_D}.attn1.to_q", f"{_D}.attn1.to_k", f"{_D}.attn1.to_v"),
+    *_linear("blocks/attn/out", f"{_D}.attn1.to_out.0"),
+    *_linear("blocks/cross/q", f"{_D}.attn2.to_q"),
+    *_linear("blocks/cross/kv", f"{_D}.attn2.to_k", f"{_D}.attn2.to_v"),
+    *_linear("blocks/cross/out", f"{_D}.attn2.to_out.0"),
+    *_linear("blocks/mlp/in", f"{_D}.ff.net.0.proj"),
+    *_linear("blocks/mlp/out", f"{_D}.ff.net.2"),
+    LeafRule("final_layer/table", ("scale_shift_table",), "table"),
+    *_linear("final_layer/linear", "proj_out"),
+]
+
+# The same of a network that is told the size of its images.
+PIXART_TOLD: Layout = [
+    *PIXART,
+    *_linear("side_embedder/in", f"{_SINGLE}.resolution_embedder.linear_1"),
+    *_linear("side_embedder/out", f"{_SINGLE}.resolution_embedder.linear_2"),
+    *_linear("ratio_embedder/in", f"{_SINGLE}.aspect_ratio_embedder.linear_1"),
+    *_linear("ratio_embedder/out", f"{_SINGLE}.aspect_ratio_embedder.linear_2"),
+]
+
 
 # Modules of a U-Net's blocks in diffusers and in guided-diffusion.
 _RES = {

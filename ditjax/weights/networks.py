@@ -132,7 +132,9 @@ def initial_shapes(init: Callable[..., Any], *inputs: Any) -> dict[str, tuple[in
 
 
 def labels_text(c: Config) -> str:
-    """'classes: 1000, and a null label' or 'classes: 10, no null label'."""
+    """'classes: 1000, and a null label', 'classes: 10, no null label' or 'texts: 16 tokens, ..'."""
+    if text := getattr(c, "text", None):
+        return f"texts: {text.tokens} tokens, {text.width} features each"
     null = "and a null label" if getattr(c.model, "label_dropout", 0) > 0 else "no null label"
     return f"classes: {c.data.num_classes}, {null}"
 

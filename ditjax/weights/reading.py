@@ -55,6 +55,7 @@ _MARKS = {
 }
 
 _FIRST = "transformer_blocks.0"
+_CAPTION = "caption_projection.linear_1.weight"  # of PixArt-α
 
 _DIT_LAYOUTS = {
     "release": layouts.DIT_RELEASE,
@@ -139,6 +140,8 @@ def load_network(
         return _load_dit(file, "release", assumed)
     if _UNET in names:
         return _without_effect(_load_unet(file, given), given)
+    if _CAPTION in names:
+        return _without_effect(_load_pixart(file, given), given)
     if any(name.startswith("transformer_blocks.0.") for name in names):
         return _load_dit(file, "diffusers", assumed)
     if any(re.match(r"(first_stage_model\.)?(encoder|decoder)\.", name) for name in names):
@@ -427,6 +430,84 @@ def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetw
         class_names=_named_in(file, config),
         published=_looks_published(file, config),
     )
+
+
+_PIXART_CONFIG: Mapping[str, tuple[Any, ...]] = {
+    # The published folders are older than the class.
+    "_class_name": ("PixArtTransformer2DModel", "Transformer2DModel"),
+    "activation_fn": ("gelu-approximate",),
+    "norm_type": ("ada_norm_single",),
+    "norm_elementwise_affine": (False,),
+    "norm_eps": (1e-6,),
+    "attention_bias": (True,),
+}
+_PIXART_TOKENS = 120  # to which its pipeline pads and cuts texts
+_UNUSED_NULL = "caption_projection.y_embedding"  # a learned null text, which its pipeline ignores
+
+
+def _load_pixart(file: weights.TensorFile, given: Given) -> LoadedNetwork:
+    """PixArt-α in a folder of diffusers, whose config.json says heads, size and positions."""
+    file = file.without(lambda name: name == _UNUSED_NULL)
+    _check_config(file, _PIXART_CONFIG)
+    D, C, p, _ = _shape(file, "pos_embed.proj.weight", 4)
+    out, _ = _shape(file, "proj_out.weight", 2)
+    hidden, _ = _shape(file, f"{_FIRST}.ff.net.0.proj.weight", 2)
+    _, width = _shape(file, _CAPTION, 2)
+    depth = _count(file.tensors, r"transformer_blocks\.([0-9]{1,9})\.")
+    _check_outputs(file.path, out, p, C)
+    side = _input_size(file, "diffusers", p)
+    heads = _heads(file, depth, D, given.heads, Arguments(file.path, file.config, file.extra))
+    latent = C not in (1, 3)
+    pixels = side * (8 if latent else 1)
+    told = "adaln_single.emb.resolution_embedder.linear_1.weight" in file.tensors
+    learned = out == 2 * p * p * C
+    config = _recipe(
+        file,
+        {
+            "task": "text2image",
+            "model": {
+                "kind": "text_dit",
+                "size": _size_name(Size(depth, D, heads)),
+                "patch": p,
+                "mlp_ratio": _mlp_ratio(hidden, D),
+                "position_grid": _position_grid(file, side, p),
+                "told_side": pixels if told else 0,
+            },
+            "text": {"width": width, "tokens": _PIXART_TOKENS},
+            "diffusion": {
+                "variance": "learned_range" if learned else "fixed_small",
+                "loss": "hybrid" if learned else "simple",
+            },
+            "data": {
+                "image_size": pixels,
+                "channels": 3 if latent else C,
+                "num_classes": 1,
+                "flip": False,
+            },
+            "autoencoder": {"kind": "kl" if latent else "none", "latent_channels": C},
+            "sample": {"cfg_channels": "all", "clip_x0": not latent},
+        },
+    )
+    shapes = shapes_of(config)
+    rules = layouts.PIXART_TOLD if told else layouts.PIXART
+    what = f"DiT of texts of {depth} layers, width {D}, patch {p} in the layout of diffusers"
+    expected = layouts.expected_shapes(rules, shapes, patch=p)
+    weights.check_tensors(file.path, what, file.tensors, expected)
+    params = _params(file, rules, shapes)
+    return LoadedNetwork(config, params, "diffusers", file.files, (file.account,))
+
+
+def _position_grid(file: weights.TensorFile, side: int, patch: int) -> int:
+    """config.model.position_grid: positions are divided by interpolation_scale, by default s/64."""
+    scale, tokens = file.config.get("interpolation_scale"), side // patch
+    scale = max(side // 64, 1) if scale is None else scale
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not number or scale < 1 or (tokens / scale) % 1:
+        raise UserError(
+            f"{file.path}: interpolation_scale in {weights.CONFIG_FILE} is {shown(scale)}: expected"
+            f" a number of at least 1 that divides the {tokens} tokens of a side."
+        )
+    return 0 if scale == 1 else int(tokens / scale)
 
 
 _ADM_HEAD_WIDTH = 64  # of the published models but for that of 128x128

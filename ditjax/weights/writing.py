@@ -17,6 +17,7 @@ from ditjax.files.assets import unflatten
 from ditjax.files.atomic import recordable, write_json
 from ditjax.models import dit
 from ditjax.models.embed import sincos_position_embedding
+from ditjax.models.text_dit import TextDiTKeys
 from ditjax.models.unet import UNetKeys
 from ditjax.models.video import VideoKeys, temporal_table
 from ditjax.weights import layouts, vocabulary
@@ -45,6 +46,9 @@ def write_ditjax(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     if "sample" in kept:
         kept["sample"] |= {"guide": "", "adapters": ""}
     kept["data"] = {key: tree["data"][key] for key in _KEPT_DATA}
+    if "text" in tree:
+        kept["text"] = {**tree["text"], "encoder": "", "negative": ""}
+        kept["data"]["flip"] = False  # which captions need, and is not the default
     if tree["data"]["frames"] > 1:
         kept["data"]["frames"] = tree["data"]["frames"]
     metadata = {"task": network.config.task, "config": kept, "version": __version__}
@@ -127,7 +131,9 @@ def write_sit(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
 def write_diffusers(folder: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     """Write a model folder of diffusers: config.json and diffusion_pytorch_model.safetensors."""
     folder = Path(folder)
-    if not network.decodes:
+    if isinstance(network.config.model, TextDiTKeys):
+        tensors, description = _pixart_tensors(network), _pixart_config(network)
+    elif not network.decodes:
         _check_expressible(network, "diffusers")
         network, patch = folded(network), network.config.model.patch
         depth = next(iter(network.params["params"]["blocks"]["attn"]["qkv"].values())).shape[0]
@@ -264,6 +270,54 @@ def _transformer_config(network: LoadedNetwork) -> dict[str, Any]:
         "patch_size": c.model.patch,
         "sample_size": c.input_size,
         "upcast_attention": False,
+    }
+
+
+def _pixart_tensors(network: LoadedNetwork) -> dict[str, np.ndarray]:
+    """The tensors of PixArtTransformer2DModel. Raises UserError for what it cannot express."""
+    c, program = network.config, "diffusers' PixArtTransformer2DModel"
+    if c.diffusion.process != "ddpm":
+        raise UserError(
+            f"{program} is sampled as DDPM, and config.diffusion.process is"
+            f" {c.diffusion.process!r}. Convert to ditjax's own format."
+        )
+    for key, wanted in (
+        ("qk_norm", False),
+        ("rope", False),
+        ("parametrization", "standard"),
+        ("frequency_shift", 0),
+        ("norm2_eps", 1e-6),
+        ("mlp_ratio", 4.0),
+    ):
+        if (value := getattr(c.model, key)) != wanted:
+            raise UserError(
+                f"{program} has no such network: config.model.{key} is {value!r}, and its code"
+                f" requires {wanted!r}. Convert to ditjax's own format."
+            )
+    if c.model.told_side not in (0, c.data.image_size):
+        raise UserError(
+            f"{program} is told the size of the images that are drawn, {c.data.image_size}, and"
+            f" config.model.told_side is {c.model.told_side}: convert to ditjax's own format."
+        )
+    rules = layouts.PIXART_TOLD if c.model.told_side else layouts.PIXART
+    return layouts.to_theirs(rules, network.leaves, patch=c.model.patch)
+
+
+def _pixart_config(network: LoadedNetwork) -> dict[str, Any]:
+    c = network.config
+    size, tokens = dit.parse_size(c.model.size), c.input_size // c.model.patch
+    scale = tokens / (c.model.position_grid or tokens)
+    shared = _transformer_config(network)
+    return {
+        **{name: value for name, value in shared.items() if name != "num_embeds_ada_norm"},
+        "_class_name": "PixArtTransformer2DModel",
+        "attention_type": "default",
+        "caption_channels": c.text.width,
+        "cross_attention_dim": size.width,
+        "interpolation_scale": int(scale) if scale == int(scale) else scale,
+        "norm_type": "ada_norm_single",
+        "num_embeds_ada_norm": 1000,
+        "use_additional_conditions": bool(c.model.told_side),
     }
 
 

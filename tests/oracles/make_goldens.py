@@ -16,6 +16,7 @@ NAMES = (
     "dvae",
     "inception",
     "networks",
+    "pixart",
     "samplers",
     "scores",
     "solvers",
