@@ -17,7 +17,7 @@ from ditjax.evaluation import scoring
 from ditjax.evaluation.evaluator import GUIDED_FILE, Evaluator, scores_protocol
 from ditjax.evaluation.features import check_frames_of, open_extractor
 from ditjax.evaluation.scoring import open_reference
-from ditjax.evaluation.validation import held_out_means
+from ditjax.evaluation.validation import Validator, held_out_means
 from ditjax.files import faults, npz
 from ditjax.files.atomic import protocol_hash, write_json
 from ditjax.files.npz import read_provenance
@@ -142,6 +142,10 @@ def evaluate_run(
         params, step = opening.load_weights(c, task, workdir, mesh, step)
         metrics, protocol = held_out_means(c, mesh, params)
         return save_evaluation(place(workdir), step, metrics, protocol)
+    if c.evaluate.features == "none" and any(score.num for score in task.scores):
+        params, step = opening.load_weights(c, task, workdir, mesh, step)
+        validator = Validator(mesh, task.frozen(mesh))
+        return save_evaluation(place(workdir), step, validator(c, params), validator.protocol(c))
     evaluator = Evaluator(c, mesh, task.frozen(mesh))
     params, model = load_model(c, workdir, mesh, step)
     found = evaluator.of_run(c, params, place(workdir), model)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax.config import Config
+from ditjax.config import Config, Optim, Section, Train
 from ditjax.data import source, stream
 from ditjax.data.records import HostBatch
 from ditjax.errors import UserError
@@ -139,7 +139,10 @@ class Validator:
         return found
 
     def _program(self, c: Config) -> list[tuple[ValidationScore, Measure]]:
-        key = (c.task, c.model, c.diffusion, c.data, c.autoencoder, c.evaluate, c.sample.batch_size)
+        # All that a score may read: neither how the network was trained, nor how it is drawn from.
+        read = (x for x in vars(c).values() if isinstance(x, Section) and not x.FREE)
+        read = (x for x in read if not isinstance(x, Train | Optim))
+        key = (c.task, *read, c.evaluate, c.sample.batch_size)
         if key not in self._programs:
             self._programs[key] = []
             for score in _counted(c, make_task(c, self._mesh)):

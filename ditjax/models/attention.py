@@ -229,6 +229,9 @@ class SelfAttention(nn.Module):
     The logits are q kᵀ / √d times `query_scale`, plus `bias` (`biased_attend`) if it is given.
     `qk_norm` normalises queries and keys of each head; `rope` (rows, columns) rotates them by their
     positions (`rotated`). d is D / H, or `head_width`. `inits` are those of both kernels.
+
+    If the collection 'cache' has keys and values [B, H, S, d] of this layer, those of x are written
+    to it from its `position` on, and x attends to all S: the bias masks what is not yet written.
     """
 
     heads: int
@@ -254,6 +257,8 @@ class SelfAttention(nn.Module):
             q, k = HeadNorm(name="q_norm")(q), HeadNorm(name="k_norm")(k)
         if self.rope:
             q, k = (rotated(each, *self.rope) for each in (q, k))
+        if self.has_variable("cache", "keys"):
+            k, v = self._with_cached(k, v)
         compute = self.place.attend or attend
         if bias is not None:
             compute = functools.partial(biased_attend, bias=bias)
@@ -263,6 +268,17 @@ class SelfAttention(nn.Module):
         y = compute(put("queries", q), put("keys", k), put("keys", v))
         y = _heads_first(put("queries", y)).reshape(*x.shape[:-1], -1)
         return put("tokens", linear(D, kernel_init=self.inits[1], name="out")(y))
+
+    def _with_cached(self, k: jax.Array, v: jax.Array) -> list[jax.Array]:
+        """The keys and values of the collection 'cache', with these at its position."""
+        first: Any = self.get_variable("cache", "position")
+        found = []
+        for name, new in (("keys", k), ("values", v)):
+            kept: Any = self.get_variable("cache", name)
+            found.append(jax.lax.dynamic_update_slice_in_dim(kept, new, first, axis=2))
+            self.put_variable("cache", name, found[-1])
+        self.put_variable("cache", "position", first + np.int32(k.shape[2]))
+        return found
 
 
 class CrossAttention(nn.Module):

@@ -18,7 +18,15 @@ from ditjax.models.blocks import AffineLayerNorm
 from ditjax.models.dit import parse_size
 from ditjax.models.embed import ANYWHERE, Linear, Placement, patchify
 from ditjax.models.network import DTYPES, Network, NetworkCost, Rules
-from ditjax.models.text import Layers, TextConfig, TextEncoder, apply_layers
+from ditjax.models.text import (
+    LAYER_RULES,
+    Layers,
+    TextConfig,
+    TextEncoder,
+    apply_layers,
+    layers_macs,
+    layers_parameters,
+)
 
 FIRST_SCALE = float(np.log(1 / 0.07))  # Sec. 2.5
 
@@ -156,22 +164,14 @@ def module(k: ClipKeys, config: ClipConfig, place: Placement = ANYWHERE) -> CLIP
     return CLIP(config, DTYPES[k.dtype], place)
 
 
-def _macs(c: Layers, tokens: int) -> int:
-    return c.depth * tokens * (4 * c.width**2 + 2 * c.width * c.hidden + 2 * tokens * c.width)
-
-
-def _parameters(c: Layers) -> int:
-    return c.depth * (4 * c.width**2 + 2 * c.width * c.hidden + 9 * c.width + c.hidden)
-
-
 def clip_cost(k: ClipKeys, c: ClipConfig) -> NetworkCost:
     """Parameters and multiply-accumulates of one image and one text, in closed form."""
     image, text, E = c.image.layers, c.text.layers, c.image.projection
     N, M = (c.image.side // c.image.patch) ** 2, c.text.positions
     pixels = c.image.patch**2 * c.image.channels
-    parameters = _parameters(image) + _parameters(text) + 1 + c.biased
+    parameters = layers_parameters(image) + layers_parameters(text) + 1 + c.biased
     parameters += image.width * (pixels + N + 6 + E) + text.width * (k.vocabulary + M + 2 + E)
-    macs = _macs(image, N + 1) + _macs(text, M) + N * pixels * image.width
+    macs = layers_macs(image, N + 1) + layers_macs(text, M) + N * pixels * image.width
     return NetworkCost(
         name=f"CLIP-{k.size}/{k.patch}",
         parameters=parameters,
@@ -183,13 +183,7 @@ def clip_cost(k: ClipKeys, c: ClipConfig) -> NetworkCost:
 
 CLIP_RULES: Rules = (
     (r"x_embedder/kernel", (None, "fsdp")),
-    (r"attn/qkv/kernel", ("fsdp", None, "tensor", None)),
-    (r"attn/qkv/bias", (None, "tensor", None)),
-    (r"attn/out/kernel", ("tensor", "fsdp")),
-    (r"mlp/in/kernel", ("fsdp", "tensor")),
-    (r"mlp/in/bias", ("tensor",)),
-    (r"mlp/out/kernel", ("tensor", "fsdp")),
-    (r"(words|positions)", (None, "fsdp")),
+    *LAYER_RULES,
     (r"projection", ("fsdp", None)),
 )
 

@@ -15,6 +15,7 @@ from flax import linen as nn
 from ditjax.models.attention import SelfAttention, causal_bias, key_bias, rms_norm
 from ditjax.models.blocks import MLP, AffineLayerNorm, SwiGLU
 from ditjax.models.embed import ANYWHERE, Initializer, Placement, xavier_uniform
+from ditjax.models.network import Rules
 
 
 class Layers(NamedTuple):
@@ -98,21 +99,60 @@ class EncoderLayer(nn.Module):
 
 
 def apply_layers(
-    c: Layers, x: jax.Array, bias: jax.Array | None, dtype: Any, place: Placement
+    c: Layers,
+    x: jax.Array,
+    bias: jax.Array | None,
+    dtype: Any,
+    place: Placement,
+    kinds: np.ndarray | None = None,
 ) -> jax.Array:
-    """The stack, as one scan over the parameters `blocks/` of its layers; called in a module."""
+    """The stack, as one scan over the parameters `blocks/` of its layers; called in a module.
 
-    def body(module: nn.Module, x: jax.Array, bias: Any) -> tuple[jax.Array, None]:
-        return place.put("tokens", module(x, bias)), None
+    With `kinds` i[L], layer l adds `bias[kinds[l]]`, of biases [P, ...]. The collection 'cache' of
+    a layer (`SelfAttention`) is stacked as its parameters are.
+    """
+
+    def body(module: nn.Module, x: jax.Array, kind: Any, bias: Any) -> tuple[jax.Array, None]:
+        chosen = bias if kind is None else bias[kind]
+        return place.put("tokens", module(x, chosen)), None
 
     scan = nn.scan(
         body,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "cache": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(0, nn.broadcast),
         length=c.depth,
     )
-    return scan(EncoderLayer(c, dtype, place, name="blocks"), x, bias)[0]
+    layers = EncoderLayer(c, dtype, place, name="blocks")
+    return scan(layers, x, None if kinds is None else jnp.asarray(kinds), bias)[0]
+
+
+def layers_macs(c: Layers, tokens: int) -> int:
+    """Multiply-accumulates of a stack without gates, on so many tokens."""
+    return c.depth * tokens * (4 * c.width**2 + 2 * c.width * c.hidden + 2 * tokens * c.width)
+
+
+def layers_parameters(c: Layers) -> int:
+    """The number of parameters of a stack of LayerNorms, biases and no gates."""
+    return c.depth * (4 * c.width**2 + 2 * c.width * c.hidden + 9 * c.width + c.hidden)
+
+
+# The sharding rules of a stack and its tables.
+LAYER_RULES: Rules = (
+    (r"attn/qkv/kernel", ("fsdp", None, "tensor", None)),
+    (r"attn/qkv/bias", (None, "tensor", None)),
+    (r"attn/out/kernel", ("tensor", "fsdp")),
+    (r"mlp/in/kernel", ("fsdp", "tensor")),
+    (r"mlp/in/bias", ("tensor",)),
+    (r"mlp/out/kernel", ("tensor", "fsdp")),
+    (r"(words|positions)", (None, "fsdp")),
+)
+
+
+def until_end(ids: jax.Array, end: int) -> jax.Array:
+    """Where ids i32[B,M] are text: up to the first `end`, which every text has -> bool[B,M]."""
+    ends = (ids == end).astype(jnp.int32)
+    return jnp.cumsum(ends, axis=1) - ends == 0
 
 
 class TextConfig(NamedTuple):

@@ -530,7 +530,7 @@ class Pipeline:
             "classes": [] if label_of == null else label_of,
             "sample": dataclasses.asdict(c.sample),
             "model": dataclasses.asdict(c.model),
-            "diffusion": dataclasses.asdict(c.diffusion),
+            **({"diffusion": dataclasses.asdict(c.diffusion)} if hasattr(c, "diffusion") else {}),
             **beside,
             **(given.record if given else {}),
             "autoencoder_scale": c.autoencoder.scale if c.latent else None,

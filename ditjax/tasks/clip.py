@@ -18,9 +18,12 @@ from ditjax.config import Config, Section, Text, at_least, key, network_module, 
 from ditjax.data import source
 from ditjax.data.tokenizers import Tokenizer, open_tokenizer
 from ditjax.errors import UserError, shown
+from ditjax.files import store
 from ditjax.models.clip import CLIP_RULES, ClipConfig, clip_config, clip_cost, unit
 from ditjax.models.embed import ANYWHERE, Placement
 from ditjax.parallel import rules
+from ditjax.runs import rundir
+from ditjax.tasks.opened import Opened, check_channels, opened_run
 from ditjax.training.step import Batch, Metrics
 from ditjax.training.task import (
     Additions,
@@ -30,6 +33,8 @@ from ditjax.training.task import (
     ValidationScore,
     check_draws_nothing,
 )
+from ditjax.weights.clip import load_clip
+from ditjax.weights.tensors import CONFIG_FILE
 
 _EXAMPLE = ("colour", "a {} digit")
 
@@ -240,7 +245,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
     if mesh is not None:
         rules.check_whole(mesh, "CLIP")
     tokenizer = open_tokenizer(c.text.tokenizer)
-    _check_tokenizer(c, tokenizer)
+    check_tokenizer(c, tokenizer)
     config = towers(c)
     split = mesh is not None and mesh.size > 1
     place = Placement(rules.activation_placement(mesh)) if split and mesh else ANYWHERE
@@ -276,7 +281,8 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
     )
 
 
-def _check_tokenizer(c: Config, tokenizer: Tokenizer) -> None:
+def check_tokenizer(c: Config, tokenizer: Tokenizer) -> None:
+    """Raise UserError unless the network of a recipe knows the tokens of its tokenizer."""
     k = c.model
     if tokenizer.vocabulary > k.vocabulary:
         raise UserError(
@@ -299,11 +305,49 @@ def check(c: Config) -> None:
         )
     check_draws_nothing(c)
     for feature, template in c.clip.templates:
-        if template.count("{}") != 1 or "{" in template.replace("{}", ""):
-            raise UserError(
-                f"config.clip.templates has {shown(template)} for {feature!r}: expected one {{}},"
-                " in the place of the class."
-            )
+        check_template("clip.templates", repr(feature), template)
+
+
+def check_template(key_name: str, what: str, template: str) -> None:
+    """Raise UserError for a template of texts that has no place, or several, for a class."""
+    if template.count("{}") != 1 or "{" in template.replace("{}", ""):
+        raise UserError(
+            f"config.{key_name} has {shown(template)} for {what}: expected one {{}}, in the place"
+            " of the class."
+        )
 
 
 TASK = Definition(make=make, network="clip", sections={"text": Text, "clip": Clip}, check=check)
+
+
+# ---- the frozen CLIP of other tasks
+
+
+def open_clip(c: Config, key_name: str) -> Opened:
+    """The CLIP of a run, or of a folder of transformers, that config.`key_name` names.
+
+    Its captions are those of the recipe `c`. Raises UserError if it reads other images or tokens.
+    """
+    section, _, leaf = key_name.partition(".")
+    path: str = getattr(getattr(c, section), leaf)
+    if (store.place(path) / CONFIG_FILE).is_file() and not rundir.is_run(path):
+        loaded = load_clip(path)
+        opened = Opened(loaded.config, lambda mesh: {"params": loaded.params}, loaded.account)
+    else:
+        opened = opened_run(path, key_name, "clip")
+        theirs: Text = opened.recipe.text
+        if theirs.tokenizer != c.text.tokenizer:
+            raise UserError(
+                f"config.text.tokenizer is {c.text.tokenizer!r}, and the CLIP at {path} was trained"
+                f" with {theirs.tokenizer!r}: set it to that."
+            )
+        opened = opened._replace(config=towers(opened.recipe))
+    image, text = opened.config.image, opened.config.text
+    check_channels(path, image.channels, c.data.channels)
+    for name, ours, least in (
+        ("data.image_size", c.data.image_size, image.side),
+        ("text.tokens", c.text.tokens, min(c.text.tokens, text.positions)),
+    ):
+        if ours != least:
+            raise UserError(f"config.{name} is {ours}, and the CLIP at {path} reads {least}.")
+    return opened

@@ -22,14 +22,20 @@ ARGUMENTS = [
     "small/unet:rates",
     "small/text2image:minilm",
     "small/text2image:shuffled",
+    "small/dalle:dvae",
+    "small/dalle:shuffled",
+    "dalle_12b:dvae",
 ]
 # The recipes of other tasks than diffusion.
-TASKS = {"digits_latent:autoencoder": "autoencoder"} | dict.fromkeys(
-    ("clip_b32", "small/clip", "small/clip:shuffled"), "clip"
-)
-TASKS |= dict.fromkeys(
-    ("small/text2image", "small/text2image:minilm", "small/text2image:shuffled"), "text2image"
-)
+TASKS = {
+    "digits_latent:autoencoder": "autoencoder",
+    **dict.fromkeys(("clip_b32", "small/clip", "small/clip:shuffled"), "clip"),
+    **dict.fromkeys(
+        ("small/text2image", "small/text2image:minilm", "small/text2image:shuffled"), "text2image"
+    ),
+    **dict.fromkeys(("small/dalle:dvae", "dalle_12b:dvae"), "dvae"),
+    **dict.fromkeys(("dalle_12b", "small/dalle", "small/dalle:shuffled"), "tokens"),
+}
 # What an argument such as XL/2 says, whatever the paper's is.
 OF_THE_ARGUMENT = {"model.size", "model.patch"}
 
