@@ -25,6 +25,11 @@ TINY = (
     "--config.evaluate.guided_num=20",
     "--config.evaluate.val_loss_num=0",  # one program less to compile; tests that are of it ask
 )
+# Where the network is not the point.
+TOY = (
+    "--config=tests/toys/digits.py",
+    *(word for word in TINY if not word.startswith(("--config=", "--config.model."))),
+)
 
 
 class CutError(Exception):

@@ -15,16 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from ditjax import cli, sample, train
 from ditjax.parallel import processes
-from tests.commands.conftest import TINY
+from tests.commands.conftest import TOY
 
 # The state is split over the devices of both. A constant rate: it does not depend on the steps.
 TRAINED = (
-    *TINY,
+    *TOY,
     "--config.mesh.data=1",
     "--config.mesh.fsdp=8",
     "--config.optim.schedule=constant",
-    "--config.diffusion.loss=simple",  # compiles faster
-    "--config.diffusion.variance=fixed_small",
     "--config.train.steps=6",
     "--config.train.log_every_steps=1",
     "--config.train.checkpoint_every_steps=3",

@@ -21,6 +21,7 @@ from ditjax.runs.checkpoint import Checkpoints
 from ditjax.sampling.draw import Drawer
 from ditjax.sampling.pipeline import Pipeline
 from ditjax.tasks import cost_of, make_task
+from tests.commands.conftest import CutError, cut_after
 
 WORDS = (
     "--config=tests/toys/recipe.py",
@@ -35,36 +36,6 @@ WORDS = (
     "--config.train.average_stds=0.05,0.1,0.2",
     "--config.train.average_every_steps=1",
 )
-
-
-class KilledError(Exception):
-    """Raised in place of a batch."""
-
-
-def killed_after(count):
-    """`stream.train_batches` that raises after so many batches."""
-    real = stream.train_batches
-
-    class Batches:
-        def __init__(self, *args, **kwargs):
-            self.source, self.left = real(*args, **kwargs), count
-
-        def __enter__(self):
-            return self
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            self.left -= 1
-            if self.left < 0:
-                raise KilledError
-            return next(self.source)
-
-        def __exit__(self, *_):
-            self.source.close()
-
-    return Batches
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +72,8 @@ def distance(a, b):
 def test_a_killed_run_resumes_with_the_same_snapshots(whole, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "killed"
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "train_batches", killed_after(13))
-        with pytest.raises(KilledError):
+        patch.setattr(stream, "train_batches", cut_after(13))
+        with pytest.raises(CutError):
             train.main([*WORDS, f"--workdir={folder}"])
     assert sorted(saved(folder)) == list(range(1, 14))
     capsys.readouterr()

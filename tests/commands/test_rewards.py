@@ -14,22 +14,16 @@ from ditjax.runs import opening
 from ditjax.runs.checkpoint import Checkpoints
 from ditjax.tasks import make_task
 from ditjax.training.program import abstract_state
-from tests.commands.conftest import CutError, cut_after
+from tests.commands.conftest import TOY, CutError, cut_after
 
-RECIPE = """
-from experiments import digits
-
-
-def get_config():
-    c = digits.get_config()
-    c.model = {"kind": "tests.toys.network"}  # which compiles fast
-    c.sweep.grid = ()
-    c.optim.warmup_steps = 0
-    c.train = {"steps": 5, "batch_size": 8, "log_every_steps": 1, "checkpoint_every_steps": 1}
-    c.train.sample_every_steps = 0
-    c.sample.steps = "ddim3"
-    return c
-"""
+SHORT = (
+    *TOY,
+    "--config.optim.warmup_steps=0",
+    "--config.train.steps=5",
+    "--config.train.batch_size=8",
+    "--config.train.log_every_steps=1",
+    "--config.train.checkpoint_every_steps=1",
+)
 TUNED = (
     "--config.adapt.kind=partial",
     "--config.adapt.train=^out/",
@@ -48,11 +42,9 @@ def state_of(workdir):
 
 def test_a_run_that_is_cut_within_a_round_resumes_to_the_bit(tmp_path):
     """The state has what is trained alone, and the same of those that draw and of the base."""
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(RECIPE)
     base, whole, cut = (tmp_path / name for name in ("base", "whole", "cut"))
-    assert train.main([f"--config={recipe}", f"--workdir={base}"]) == 0
-    words = [f"--config={recipe}", *TUNED, f"--config.adapt.base={base}"]
+    assert train.main([*SHORT, f"--workdir={base}"]) == 0
+    words = [*SHORT, *TUNED, f"--config.adapt.base={base}"]
     assert train.main([*words, f"--workdir={whole}"]) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "train_batches", cut_after(4))

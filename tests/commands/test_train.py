@@ -20,7 +20,7 @@ from ditjax.files import lease
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
 from ditjax.tasks import make_task
-from tests.commands.conftest import TINY
+from tests.commands.conftest import TINY, TOY, CutError, cut_after
 from tests.toys import tracker
 
 
@@ -31,7 +31,7 @@ def lines(workdir: Path) -> list[dict]:
 
 
 def ema(workdir: Path):
-    c = read(load_recipe(list(TINY)))
+    c = opening.recipe_of(workdir)
     params, step = opening.load_weights(c, make_task(c), workdir, make_mesh(-1, 1))
     return jax.device_get(params), step
 
@@ -52,36 +52,8 @@ def test_the_same_command_resumes_exactly(finished, tmp_path, capsys, monkeypatc
     # tracker, which the finished run has not, changes nothing.
     cut = [*TINY, f"--workdir={tmp_path}", "--config.train.tracker=tests.toys.tracker.Kept"]
     monkeypatch.setattr(tracker, "OPENED", opened := [])
-    real = stream.train_batches
-
-    class CutError(Exception):
-        pass
-
-    def until_13(*args, **kwargs):
-        source = real(*args, **kwargs)
-
-        class Stopping:
-            count = 0
-
-            def __iter__(self):
-                return self
-
-            def __next__(self):
-                self.count += 1
-                if self.count > 13:
-                    raise CutError
-                return next(source)
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                source.close()
-
-        return Stopping()
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "train_batches", until_13)
+        patch.setattr(stream, "train_batches", cut_after(13))
         with pytest.raises(CutError):
             train.main(cut)
     assert [row["step"] for row in lines(tmp_path)] == [5, 10]
@@ -124,8 +96,8 @@ def test_a_finished_run_is_extended_as_if_its_recipe_had_said_so_from_the_start(
         train.main([*TINY, f"--workdir={finished}", "--config.train.steps=30"])
 
 
-def test_fewer_steps_than_are_done_are_refused(finished, tmp_path):
-    words = [*TINY, f"--workdir={tmp_path}", "--config.optim.schedule=constant"]
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    words = [*TOY, f"--workdir={tmp_path}", "--config.optim.schedule=constant"]
     assert train.main([*words, "--config.train.steps=4"]) == 0
     with pytest.raises(UserError, match=r"config.train.steps is 3, and the run .* has done 4"):
         train.main([*words, "--config.train.steps=3"])
@@ -277,7 +249,7 @@ def test_a_damaged_image_is_named(tmp_path):
 def test_damaged_images_are_skipped_up_to_the_cap(tmp_path, capsys):
     one_damaged_of(4, tmp_path)
     words = [
-        *TINY,
+        *TOY,
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.name=folder:{tmp_path / 'images'}",
         "--config.data.num_classes=2",
@@ -331,7 +303,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(UserError, match=said):
         train.main(
             [
-                *TINY,
+                *TOY,
                 f"--workdir={tmp_path}",
                 "--config.optim.learning_rate=1e30",
                 "--config.optim.warmup_steps=0",

@@ -10,12 +10,8 @@ import pytest
 from ditjax import train
 from ditjax.data import stream
 from ditjax.errors import UserError
-from tests.commands.conftest import TINY
+from tests.commands.conftest import TOY, CutError
 from tests.commands.test_train import ema, lines
-
-
-class CutError(Exception):
-    """The run is cut off."""
 
 
 @contextlib.contextmanager
@@ -60,7 +56,7 @@ def run(workdir, bad, *words, cut=None):
     """Whether it came to its end; else what it said, in one line."""
     with spoilt(bad, cut):
         try:
-            return train.main([*TINY, f"--workdir={workdir}", *words]) == 0
+            return train.main([*TOY, f"--workdir={workdir}", *words]) == 0
         except UserError as error:
             said = str(error)
     assert "\n" not in said
@@ -83,7 +79,7 @@ def test_skipped_steps_are_told_and_a_resume_among_them_is_exact(tmp_path, capsy
     # The checkpoint of step 10 lies between two lines of the log.
     words = ["--config.train.max_bad_steps=4", "--config.train.log_every_steps=4"]
     with spoilt(bad) as seen:
-        assert train.main([*TINY, f"--workdir={tmp_path / 'whole'}", *words]) == 0
+        assert train.main([*TOY, f"--workdir={tmp_path / 'whole'}", *words]) == 0
     out, err = capsys.readouterr()
     rows = lines(tmp_path / "whole")
     assert [(r["step"], r.get("skipped")) for r in rows] == [

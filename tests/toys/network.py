@@ -53,6 +53,9 @@ NETWORK = Network(
     keys=ConvKeys,
     module=module,
     cost=cost,
-    rules=((r"(in|out)/kernel", (None, None, None, "fsdp")),),
+    rules=(
+        (r"in/kernel", (None, None, None, "fsdp")),
+        (r"out/kernel", (None, None, "fsdp", None)),
+    ),
     varied=("width",),
 )
