@@ -72,7 +72,7 @@ def check_mp4(frames: int) -> None:
         raise UserError(f"--mp4 needs imageio-ffmpeg: {_EXTRA}; without it, clips are GIFs.")
 
 
-def encode_mp4(frames: NDArray[np.uint8], rate: int = 1000 // _MILLISECONDS) -> bytes:
+def encode_mp4(frames: NDArray[np.uint8]) -> bytes:
     """u8[F,H,W,C] -> H.264 in MP4; white is added below and at the right, to multiples of 16."""
     ffmpeg: Any = importlib.import_module("imageio_ffmpeg")
     frames = np.repeat(frames, 3, axis=-1) if frames.shape[-1] == 1 else frames
@@ -82,6 +82,7 @@ def encode_mp4(frames: NDArray[np.uint8], rate: int = 1000 // _MILLISECONDS) -> 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         size = (frames.shape[2], frames.shape[1])
+        rate = 1000 // _MILLISECONDS
         writer = ffmpeg.write_frames(str(path), size, fps=rate, codec="libx264", quality=8)
         writer.send(None)
         for i in range(F):

@@ -16,6 +16,7 @@ from ditjax.errors import UserError
 from ditjax.evaluation.captions import caption_features, judged_attributes
 from ditjax.evaluation.classifiers import (
     FEATURE_CLASSIFIER,
+    JUDGE,
     PAIRS,
     predict_class,
     recognise_shipped,
@@ -66,9 +67,7 @@ class Extractor(NamedTuple):
     attributes: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
 
 
-def inception_extractor(
-    path: str | os.PathLike[str], mesh: Mesh, batch_size: int = 0, convention: Any = "tf1"
-) -> Extractor:
+def inception_extractor(path: str | os.PathLike[str], mesh: Mesh, batch_size: int = 0) -> Extractor:
     """Load FID's Inception from its weights file; batches are split over the mesh.
 
     Raises UserError for a file of another network.
@@ -87,7 +86,7 @@ def inception_extractor(
     )
     def forward(params: Any, images: jax.Array) -> inception.InceptionFeatures:
         apply: Callable[..., Any] = inception.FIDInception().apply
-        return apply(params, inception.preprocess(images, convention))
+        return apply(params, inception.preprocess(images))
 
     def extract(images: np.ndarray) -> ImageFeatures:
         if images.shape[-1] == 1:
@@ -103,29 +102,51 @@ def inception_extractor(
     record = {
         "features": "FID's Inception (2015)",
         "features_sha256": tensors.sha256_of(network.files),
-        "resize": f"bilinear to 299, {convention} corners",
+        "resize": "bilinear to 299, tf1 corners",
         "features_precision": "float32",
     }
     return Extractor("inception", extract, size, record)
 
 
-def classifier_extractor(name: str) -> Extractor:
-    """Return the features of a shipped pair of classifiers: 'mnist' gives FD-mnist (not FID)."""
-    pair = PAIRS[name]
+def _shipped(
+    name: str,
+    features: str,
+    recognise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    judge: Callable[[np.ndarray], np.ndarray] | None,
+    record: dict[str, Any],
+    **others: Any,
+) -> Extractor:
+    """The features of an asset, by a function to features and logits, in batches of 512."""
 
     def extract(images: np.ndarray) -> ImageFeatures:
-        pool, logits = recognise_shipped(pair.features, images)
+        pool, logits = recognise(images)
         return ImageFeatures(pool, None, logits)
 
     record = {
-        "features": pair.features,
-        "features_sha256": load_asset(pair.features)[1]["sha256"],
-        "judge_sha256": load_asset(pair.judge)[1]["sha256"],
-        "resize": f"bicubic to {pair.side} where larger, grey",
+        "features": features,
+        "features_sha256": load_asset(features)[1]["sha256"],
         "features_precision": "float32",
+        **record,
     }
-    judge = functools.partial(predict_class, pair.judge)
-    return Extractor(name, extract, 512, record, judge, pair.side, family=name, shipped=True)
+    return Extractor(name, extract, 512, record, judge, family=name)._replace(**others)
+
+
+def _judged_by(asset: str) -> dict[str, str]:
+    return {"judge_sha256": load_asset(asset)[1]["sha256"]}
+
+
+def classifier_extractor(name: str) -> Extractor:
+    """Return the features of a shipped pair of classifiers: 'mnist' gives FD-mnist (not FID)."""
+    pair = PAIRS[name]
+    return _shipped(
+        name,
+        pair.features,
+        functools.partial(recognise_shipped, pair.features),
+        functools.partial(predict_class, pair.judge),
+        {"resize": f"bicubic to {pair.side} where larger, grey", **_judged_by(pair.judge)},
+        side=pair.side,
+        shipped=True,
+    )
 
 
 def digits_extractor() -> Extractor:
@@ -139,68 +160,42 @@ def mixer_extractor(mesh: Mesh, batch_size: int) -> Extractor:
     For networks that were trained on what `digits_convnet` says (`tasks/rewards.py`).
     """
     del mesh, batch_size
-
-    pair = PAIRS["digits"]
-
-    def extract(images: np.ndarray) -> ImageFeatures:
-        pool, logits = recognise_shipped(pair.judge, images)
-        return ImageFeatures(pool, None, logits)
-
-    record = {
-        "features": pair.judge,
-        "features_sha256": load_asset(pair.judge)[1]["sha256"],
-        "resize": f"bicubic to {pair.side} where larger, grey",
-        "features_precision": "float32",
-    }
-    judge = functools.partial(predict_class, pair.judge)
-    return Extractor("mixer", extract, 512, record, judge, pair.side, family="mixer")
+    side = PAIRS["digits"].side
+    return _shipped(
+        "mixer",
+        JUDGE,
+        functools.partial(recognise_shipped, JUDGE),
+        functools.partial(predict_class, JUDGE),
+        {"resize": f"bicubic to {side} where larger, grey"},
+        side=side,
+    )
 
 
 def scenes_extractor() -> Extractor:
     """Return the features of windows of digit scenes, for FD-digits of scenes (not FID)."""
-
-    def extract(images: np.ndarray) -> ImageFeatures:
-        pool, logits = recognise_scenes(FEATURE_CLASSIFIER, images)
-        return ImageFeatures(pool, None, logits)
-
-    digits = digits_extractor()
-    features = f"{FEATURE_CLASSIFIER} in windows of a scene, mean and largest, and colours"
-    return digits._replace(
-        name="scenes",
-        extract=extract,
+    windows = f"{FEATURE_CLASSIFIER} in windows of a scene, mean and largest, and colours"
+    return _shipped(
+        "scenes",
+        FEATURE_CLASSIFIER,
+        functools.partial(recognise_scenes, FEATURE_CLASSIFIER),
+        predict_scene_digit,
+        {"features": windows, "resize": "none", **_judged_by(JUDGE)},
         batch_size=256,
-        record={**digits.record, "features": features, "resize": "none"},
-        judge=predict_scene_digit,
         side=scenes.SCENE_SIDE,
+        family="digits",
+        shipped=True,
     )
-
-
-def _on_one_device(make: Callable[[], Extractor], mesh: Mesh, batch_size: int) -> Extractor:
-    del mesh, batch_size
-    return make()
 
 
 def clips_extractor() -> Extractor:
     """Return the features of FD-clips, of clips of moving digits (not FVD)."""
-
-    def extract(clips: np.ndarray) -> ImageFeatures:
-        pool, logits = clip_features(clips)
-        return ImageFeatures(pool, None, logits)
-
-    record = {
-        "features": MOVING,
-        "features_sha256": load_asset(MOVING)[1]["sha256"],
-        "judge_sha256": load_asset(PAIRS["digits"].judge)[1]["sha256"],
-        "resize": f"bicubic to {CLIP_SIDE} where larger, grey",
-        "features_precision": "float32",
-    }
-    return Extractor(
+    return _shipped(
         "clips",
-        extract,
-        256,
-        record,
+        MOVING,
+        clip_features,
         predict_clip_digit,
-        family="clips",
+        {"resize": f"bicubic to {CLIP_SIDE} where larger, grey", **_judged_by(JUDGE)},
+        batch_size=256,
         clips=True,
         measures=clip_measures,
     )
@@ -208,23 +203,22 @@ def clips_extractor() -> Extractor:
 
 def captions_extractor() -> Extractor:
     """Return the features of FD-captions, of caption scenes of any size (not FID)."""
-
-    def extract(images: np.ndarray) -> ImageFeatures:
-        pool, logits = caption_features(images)
-        return ImageFeatures(pool, None, logits)
-
-    digits = digits_extractor()
     features = f"{FEATURE_CLASSIFIER} of the ink; its colour, place and amount"
-    return digits._replace(
-        name="captions",
-        extract=extract,
+    return _shipped(
+        "captions",
+        FEATURE_CLASSIFIER,
+        caption_features,
+        None,
+        {"features": features, "resize": "none", **_judged_by(JUDGE)},
         batch_size=256,
-        record={**digits.record, "features": features, "resize": "none"},
-        judge=None,
-        side=None,
-        family="captions",
+        shipped=True,
         attributes=judged_attributes,
     )
+
+
+def _on_one_device(make: Callable[[], Extractor], mesh: Mesh, batch_size: int) -> Extractor:
+    del mesh, batch_size
+    return make()
 
 
 def check_frames_of(extractor: Extractor, frames: int, what: str) -> None:

@@ -35,7 +35,6 @@ from ditjax.errors import UserError, nearest
 
 INPUT_SIDE = 299
 NUM_LOGITS = 1008
-POOL_FEATURES = 2048
 # ADM's evaluator keeps 7 channels of the 17x17 map: about as many numbers as pool_3 has.
 SPATIAL_CHANNELS = 7
 SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS

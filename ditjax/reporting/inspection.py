@@ -100,14 +100,14 @@ def _plot(
     )
 
 
-def _by_time(rows: Sequence[_Row], value: str, *, dashes: str = "-", words: str = "") -> list[Line]:
+def _by_time(rows: Sequence[_Row], value: str, *, dashes: str = "-") -> list[Line]:
     """One line over blocks for each share of the noise."""
     found = []
     for k, share in enumerate(dict.fromkeys(row["share"] for row in rows)):
         here = [row for row in rows if row["share"] == share]
         look = (COLOURS[k % len(COLOURS)], _MARKS[k % len(_MARKS)], dashes)
         x, y = ([float(row[key]) for row in here] for key in ("block", value))
-        found.append(Line(f"{words}{share:g}", x, y, *look))
+        found.append(Line(f"{share:g}", x, y, *look))
     return found
 
 

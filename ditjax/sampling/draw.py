@@ -181,7 +181,6 @@ def draw_to(
     label_of: Sequence[int] | None = None,
     given: GivenRows | None = None,
     size: tuple[int, int] | None = None,
-    title: str = "sample",
 ) -> float:
     """Draw config.sample.num samples into the npz at `path`, writing each batch before the next.
 
@@ -198,7 +197,7 @@ def draw_to(
         ranges = list(writer.missing(c.sample.batch_size))
     ranges = processes.broadcast_ranges(ranges)
     options: Any = {"seed": seed, "label_of": label_of, "given": given}
-    for part in drawer(c, params, ranges, title=title, num=num, **options):
+    for part in drawer(c, params, ranges, title="sample", num=num, **options):
         if writer:
             writer.write(part.start, part.images, part.label)
     if writer:

@@ -185,15 +185,13 @@ def larger_models_use_compute_better(
     return Claim(claim.text, claim.holds, f"{claim.figures} On the way: {crossings}.")
 
 
-def adaln_zero_is_best(
-    block: Names, model: Names, y: ArrayLike, *, best: str = "adaln_zero"
-) -> Claim:
+def adaln_zero_is_best(block: Names, model: Names, y: ArrayLike) -> Claim:
     """DiT Fig. 5: of one model with each of the blocks, adaLN-Zero has the lowest y.
 
     block, model [n] are names, y f64[n] > 0. Every other block must differ significantly from it,
     so runs of one seed are never enough.
     """
-    text = "adaLN-Zero beats the other blocks."
+    text, best = "adaLN-Zero beats the other blocks.", "adaln_zero"
     y = np.asarray(y, np.float64)
     y = positive_points(np.ones_like(y), y, at_least=0)[1]
     means, noise = _means(zip(_named(model, len(y)), _named(block, len(y)), strict=True), y)

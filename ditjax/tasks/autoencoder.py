@@ -1,6 +1,5 @@
 """The KL autoencoder of latent diffusion: its training, and its use, frozen, by other tasks."""
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ditjax.config import Autoencoder, Config, network_module, replaced
+from ditjax.config import Autoencoder, Config, network_module
 from ditjax.data.names import is_latents
 from ditjax.errors import UserError
 from ditjax.models import autoencoder as network
@@ -230,16 +229,3 @@ def frozen_shapes(c: Config) -> Any:
     module, side = _frozen_module(c), c.data.image_size
     image = jax.ShapeDtypeStruct((1, side, side, c.data.channels), jnp.float32)
     return jax.eval_shape(lambda x: module.init(jax.random.key(0), x, jax.random.key(0)), image)
-
-
-def in_front_of(c: Config, trained: Config) -> Config:
-    """Set the architecture of a latent recipe's autoencoder to a trained one's; keep the path."""
-    section = dataclasses.replace(
-        c.autoencoder,
-        **{
-            field.name: getattr(trained.autoencoder, field.name)
-            for field in dataclasses.fields(Autoencoder)
-            if field.name != "path"
-        },
-    )
-    return replaced(c, autoencoder=section)

@@ -46,11 +46,6 @@ def exponent_of(std: float) -> float:
     return float(roots[np.isreal(roots)].real.max())
 
 
-def std_of(exponent: float) -> float:
-    """σ_rel = sqrt((γ+1) / ((γ+2)²(γ+3))) of the profile with the exponent γ."""
-    return float(np.sqrt((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3))))
-
-
 def share_of_newest(name: str, n: jax.Array) -> jax.Array | float:
     """1 - β_n, the share of the newest weights in an average after update n, f32[]."""
     if name.startswith(EMA):

@@ -19,7 +19,6 @@ from ditjax.training.averages import (
     inner_product,
     no_averages,
     share_of_newest,
-    std_of,
     updated_averages,
 )
 from ditjax.training.program import abstract_state
@@ -35,7 +34,8 @@ def test_exponents_of_widths():
     assert exponent_of(0.05) == pytest.approx(16.97, abs=0.005)
     assert exponent_of(0.10) == pytest.approx(6.94, abs=0.005)
     for std in (0.025, 0.05, 0.13, 0.25):
-        assert std_of(exponent_of(std)) == pytest.approx(std, rel=1e-10)
+        g = exponent_of(std)
+        assert np.sqrt((g + 1) / ((g + 2) ** 2 * (g + 3))) == pytest.approx(std, rel=1e-10)
         k = np.arange(1, 20_001) - 0.5
         weights = shares(std, 20_000)
         mean = weights @ k
