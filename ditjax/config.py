@@ -853,20 +853,19 @@ def _read_published(value: Any, schemas: Schemas) -> tuple[Figure, ...]:
 
 def _read_fields(value: Any, schemas: Schemas) -> tuple[tuple[str, str], ...]:
     """(('num_samples', '50000'), ...): each field once."""
-    if not _are_pairs(value):
-        raise _unexpected("published_protocol is", value, "pairs such as ('labels', 'uniform')")
-    _check_unique([field for field, _ in value], "field", "published_protocol is", value)
-    return tuple((field, _typed(str, text, "sweep.published_protocol")) for field, text in value)
+    read = text_pairs("sweep.published_protocol", ("labels", "uniform"))
+    pairs: tuple[tuple[str, str], ...] = read(value, schemas)
+    _check_unique([field for field, _ in pairs], "field", "published_protocol is", value)
+    return pairs
 
 
 def text_pairs(path: str, example: tuple[str, str]) -> Callable[[Any, "Schemas"], Any]:
     """A reader of pairs of texts, (('a', 'b'), ...)."""
 
     def read(value: Any, schemas: "Schemas") -> Any:
-        pairs = value if isinstance(value, tuple | list) else None
-        if pairs is None or not all(_is_pair(each) for each in pairs):
+        if not _are_pairs(value):
             raise UserError(f"config.{path} is {shown(value)}: expected pairs such as {example!r}.")
-        return tuple((_typed(str, a, path), _typed(str, b, path)) for a, b in pairs)
+        return tuple((_typed(str, a, path), _typed(str, b, path)) for a, b in value)
 
     return read
 

@@ -19,7 +19,11 @@ def cost_text(topology: str, names: Sequence[str], costs: Sequence[Cost]) -> str
     """One row per cell, their sum, and the assumptions."""
     rows = [["cell", "training h", "to", "sampling h", "chip-hours", "to", "GiB a device", ""]]
     for name, each in zip(names, costs, strict=True):
-        rows.append([short(name), *_figures([each]), _gib(each), _note(each)])
+        used = f"{each.needed / GIB:.2f} of {each.hbm / GIB:.2f}"
+        note = (
+            "" if each.fits else "does not fit: split it (config.mesh.fsdp), or a larger topology"
+        )
+        rows.append([short(name), *_figures([each]), used, note])
     if len(costs) > 1:
         rows.append([plural(len(costs), "cell"), *_figures(costs), "", ""])
     labels = ", ".join(dict.fromkeys(each.label for each in costs))
@@ -38,11 +42,3 @@ def _figures(costs: Sequence[Cost]) -> list[str]:
     each = [(cost.best, cost.worst, cost.sampling, *cost.chip_hours) for cost in costs]
     totals = map(sum, zip(*each, strict=True))
     return ["-" if math.isnan(total) else number(total) for total in totals]
-
-
-def _gib(each: Cost) -> str:
-    return f"{each.needed / GIB:.2f} of {each.hbm / GIB:.2f}"
-
-
-def _note(each: Cost) -> str:
-    return "" if each.fits else "does not fit: split it (config.mesh.fsdp), or a larger topology"

@@ -119,18 +119,15 @@ def clip_macs(k: VideoKeys, inputs: Inputs) -> int:
     s, c = _shape(k, inputs), cut(k, inputs)
     N, D, L = c.tokens, s.size.width, s.size.depth
     spatial, temporal = dit.block_macs(s, N, c.places), dit.block_macs(s, N, c.frames)
+    runs = k.video_image == "run" or c.frames > 1
     # Attention, its norm and its three vectors once more.
     second = 4 * N * D * D + 2 * N * c.frames * D + 3 * D * D + N * D
     blocks = {
         "joint": L * dit.block_macs(s, N, N),
         "divided": L * (spatial + second),
         "spatial": L * spatial,
-    }.get(k.video, L // 2 * (spatial + _runs_temporal(k, inputs) * temporal))
+    }.get(k.video, L // 2 * (spatial + runs * temporal))
     return blocks + dit.ends_macs(s, N)
-
-
-def _runs_temporal(k: VideoKeys, inputs: Inputs) -> bool:
-    return k.video_image == "run" or cut(k, inputs).frames > 1
 
 
 def _parameters(k: VideoKeys, inputs: Inputs) -> int:

@@ -72,7 +72,7 @@ def render_page(study: Study) -> str:
         markers=MARKERS,
         variable=variable,
         columns=columns,
-        table=[_row(columns, each) for each in runs],
+        table=[[_cell(one, one.value(each), one.show) for one in columns] for each in runs],
         absent=[_absent_row(columns, cell) for cell in study.absent],
         models=_models(study),
         scored=study.scored,
@@ -89,7 +89,7 @@ def render_page(study: Study) -> str:
         interval=interval_words,
         plural=plural,
         metric_name=metric_name,
-        field=_field,
+        field=lambda value: value if isinstance(value, str) else json.dumps(value),
         sha256=_sha256,
     )
     return encodable(page)
@@ -167,10 +167,6 @@ def _section(study: Study, index: int, looks: Encoding, rows: dict[int, int]) ->
     return _Section(analysis, words, hero, group.every(study.logs, sampled))
 
 
-def _row(columns: Sequence[Column], each: Found) -> list[dict[str, Any]]:
-    return [_cell(column, column.value(each), column.show) for column in columns]
-
-
 def _absent_row(columns: Sequence[Column], cell: Absent) -> list[dict[str, Any]]:
     return [
         _cell(column, column.absent(cell), lambda _, column=column: column.shown_absent(cell))
@@ -235,10 +231,6 @@ def _sample_section(
             )
         made.append((name, line))
     return {"hash": group.protocol_hash, "rows": made, "columns": len(cells.columns), "note": note}
-
-
-def _field(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _distinct(values: Iterable[str]) -> list[str]:

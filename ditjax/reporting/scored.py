@@ -105,10 +105,6 @@ def _reference(result: Result) -> str | None:
     return PurePath(path).name if path else None
 
 
-def _guided_channels(result: Result) -> str | None:
-    return _protocol("cfg_channels")(result)  # None without guidance, where they have no effect
-
-
 def _data(result: Result) -> str | None:
     """The data set's name; None for latents, which are known only by their folder."""
     name = _config("data", "name")(result)
@@ -176,7 +172,7 @@ FIELDS: Mapping[str, Field] = {
     "sampler": Field(_protocol("sampler")),
     "sampling_steps": Field(_protocol("steps")),
     "cfg_scale": Field(_protocol("cfg_scale")),
-    "cfg_channels": Field(_guided_channels),
+    "cfg_channels": Field(_protocol("cfg_channels")),
     "weights": Field(_protocol("weights")),
     "ema_decay": Field(_protocol("ema_decay")),
     "steps": Field(_train("steps")),

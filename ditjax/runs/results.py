@@ -155,11 +155,15 @@ def find_results(
     found: list[Found] = []
     problems: list[str] = []
     seen: set[Path] = set()
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"cannot read {error.filename}: {error.strerror}.")
+
     for root in map(place, folders):
         if not faults.is_folder(root):
             is_file = " is a file" if faults.exists(root) else " is not there"
             raise UserError(f"folder {str(root)!r}{is_file}: give the folder of a sweep.")
-        for here, subfolders, files in walk_tree(root, _note_unreadable(problems)):
+        for here, subfolders, files in walk_tree(root, unreadable):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             if RESULT_FILE in files:
                 _leave_out_own(subfolders)
@@ -442,7 +446,3 @@ def _is(value: Any, kind: type) -> bool:
     if isinstance(value, bool) or (isinstance(value, int) and value.bit_length() > 63):
         return False
     return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _note_unreadable(problems: list[str]) -> Any:
-    return lambda error: problems.append(f"cannot read {error.filename}: {error.strerror}.")

@@ -304,7 +304,8 @@ def _dit_recipe(
     latent = C not in (1, 3)
     projector = _projector(file, depth, arguments)
     frames = _shape(file, _TEMPORAL_TABLE, 3)[1] if layout == "latte" else 0
-    learned, process = out == 2 * p * p * C, _process(arguments, bool(projector))
+    learned = out == 2 * p * p * C
+    process = stated_process(arguments) or (_REPA_PROCESS if projector else {})
     flows = "process" in process
     return _recipe(
         file,
@@ -354,10 +355,6 @@ def _check_outputs(path: Path, out: int, p: int, C: int) -> None:
 _REPA_PROCESS = {"process": "flow", "prediction": "velocity", "time_scale": 1.0}
 _REPA_BLOCK = 8
 _OF_PROJECTOR = "projectors.0.{}.weight"
-
-
-def _process(arguments: Arguments, repa: bool) -> Mapping[str, Any]:
-    return stated_process(arguments) or (_REPA_PROCESS if repa else {})
 
 
 def _projector(file: weights.TensorFile, depth: int, arguments: Arguments) -> dict[str, int]:
@@ -921,15 +918,12 @@ def _with_scheduler(c: Config, folder: Path) -> Config:
             f"{folder}: beta from {ends[0]!r} to {ends[1]!r}: only the linear schedule of the"
             " paper, 0.0001 to 0.02 for 1000 steps, is supported."
         )
+    # The default of those schedulers of diffusers that can clip is to do so.
+    clips = scheduler.get("clip_sample", kind in ("DDIMScheduler", "DDPMScheduler"))
     return changed(
         c,
         {
             "diffusion": {"schedule": schedule, "prediction": prediction, "timesteps": steps},
-            # The default of those schedulers of diffusers that can clip is to do so.
-            "sample": {"clip_x0": bool(scheduler.get("clip_sample", _clips(scheduler)))},
+            "sample": {"clip_x0": bool(clips)},
         },
     )
-
-
-def _clips(scheduler: Mapping[str, Any]) -> bool:
-    return scheduler.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")
