@@ -10,6 +10,7 @@ run is silently averaged in or dropped.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ditjax import cli
 from ditjax.errors import UserError, first_few
@@ -60,19 +61,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--metric", help="metric to fit laws to (default: fid if present, else fd_digits)"
     )
+    parser.add_argument(
+        "--tuned",
+        default="",
+        metavar="KEY,..",
+        help="compare arms at each model's best value of these keys, as optim.learning_rate",
+    )
     arguments = parser.parse_args(argv)
     folders = split_paths(arguments.runs, "--runs")
     out_dir = place(arguments.out) if arguments.out else folders[0] / "report"
-    print(make_report(folders, out_dir, metric=arguments.metric).text)
+    tuned = tuple(key for key in arguments.tuned.split(",") if key)
+    print(make_report(folders, out_dir, metric=arguments.metric, tuned=tuned).text)
     return 0
 
 
 def make_report(
-    run_dirs: Sequence[str | Path], out_dir: str | Path, *, metric: str | None = None
+    run_dirs: Sequence[str | Path],
+    out_dir: str | Path,
+    *,
+    metric: str | None = None,
+    tuned: Sequence[str] = (),
 ) -> Summary:
     """Read every result.json below `run_dirs` and write the report into `out_dir`.
 
-    Laws are fitted to `metric`; if it is None, to fid if a result has it, else to fd_digits. The
+    Laws are fitted to `metric`; if it is None, to fid if a result has it, else to fd_digits. Arms
+    are compared at each model's best values of the keys `tuned`. The
     files are index.html, table.csv, table.tex, table.txt, results.json, gflops_vs_fid.png,
     loss_curves.png, samples_by_model.png (samples_by_model_HASH.png for further protocols), and
     scored.csv if cells have published figures.
@@ -90,28 +103,21 @@ def make_report(
     groups = group_by_protocol(found, metric, problems)
     runs = [each for group in groups for each in group.runs]
     logs = Logs(runs, problems)
-    analyses = tuple(analyse(group, metric, logs, problems) for group in groups)
+    analyses = tuple(analyse(group, metric, logs, problems, tuned) for group in groups)
     sampled = tuple(read_sampled(run_dirs, runs, metric, problems))
     cells = tuple(sample_cells(group, metric, problems) for group in groups[:MAX_GROUPS])
     claim = sampling_claim(sampled) if sampled else None
     listed = {"cells": plan.cells} if plan else None
     scored = tuple(scored_rows([each.result for each in runs], listed))
     study = Study(analyses, plan, logs, sampled, claim, scored, cells, tuple(problems))
-    text = report_text(analyses, problems, plan)
-    if claim:
-        text += f"\n\n{claim_words(claim)}"
-    if scored:
-        text += f"\n\n{scored_text(scored)}"
-    record = report_record(analyses, problems, plan)
-    record["sampling_claim"] = asdict(claim) if claim else None
-    record["scored"] = [asdict(row) for row in scored]
+    text = _text(study)
     page = render_page(study)
     files = [
         write_text(out_dir / "table.csv", runs_csv(groups, study.absent)),
         *([write_text(out_dir / "scored.csv", scored_csv(scored))] if scored else []),
         write_text(out_dir / "table.tex", latex_text(groups, metric, study.absent)),
         write_text(out_dir / "table.txt", text + "\n"),
-        write_json(out_dir / "results.json", record),
+        write_json(out_dir / "results.json", _record(study)),
         *(write_atomic(out_dir / name, png) for name, png in pictures(study).items()),
         write_text(out_dir / "index.html", page),
     ]
@@ -124,6 +130,23 @@ def make_report(
         text=f"{text}\n\nreport: {files[-1]}",
         files=tuple(files),
     )
+
+
+def _text(study: Study) -> str:
+    """The report for a terminal."""
+    parts = [report_text(study.analyses, study.problems, study.plan)]
+    parts += [claim_words(study.sampling)] if study.sampling else []
+    parts += [scored_text(study.scored)] if study.scored else []
+    return "\n\n".join(parts)
+
+
+def _record(study: Study) -> dict[str, Any]:
+    """The content of results.json."""
+    return {
+        **report_record(study.analyses, study.problems, study.plan),
+        "sampling_claim": asdict(study.sampling) if study.sampling else None,
+        "scored": [asdict(row) for row in study.scored],
+    }
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ditjax.errors import UserError
+from ditjax.reporting.arms import RankAgreement, SlopePair, compare_arms, rank_agreements
 from ditjax.reporting.curves import Logs, TrainingCurve, thinned
 from ditjax.reporting.study import (
     Group,
@@ -104,6 +105,7 @@ class Analysis:
     against Gflops: first for all of `runs`, then for each seed, then for other settings. `others`
     are fits for `runs` of the metric against other costs, and of the loss. `agreement` is
     Spearman's correlation of validation loss and metric over the means of `agreed` models, or NaN.
+    `slopes` compare the arms of the group, `ranks` all metrics.
     """
 
     group: Group
@@ -119,13 +121,20 @@ class Analysis:
     claims: tuple[Claim, ...]
     agreement: float
     agreed: int
+    slopes: tuple[SlopePair, ...]
+    ranks: tuple[RankAgreement, ...]
 
 
 MAX_SETTINGS = 12  # fits for settings other than those of most runs
 
 
-def analyse(group: Group, metric: str, logs: Logs, problems: list[str]) -> Analysis:
-    """Analyse one group; what is wrong with its logs is added to `problems`."""
+def analyse(
+    group: Group, metric: str, logs: Logs, problems: list[str], tuned: Sequence[str] = ()
+) -> Analysis:
+    """Analyse one group; what is wrong with its logs is added to `problems`.
+
+    `tuned`: keys at whose best values arms are compared (`arms.compare_arms`).
+    """
     every = [each for each in group.runs if usable(each, metric)]
     sets = by_settings(every) or [({}, [])]
     (values, runs), others = sets[0], sets[1 : 1 + MAX_SETTINGS]
@@ -163,6 +172,8 @@ def analyse(group: Group, metric: str, logs: Logs, problems: list[str]) -> Analy
         tuple(_claims(every, runs, metric, iso)),
         agreement,
         agreed,
+        compare_arms(group.runs, metric, tuned),
+        rank_agreements(runs),
     )
 
 

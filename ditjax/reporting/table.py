@@ -128,6 +128,7 @@ def report_text(
                 else ""
             )
             lines.append(f"  {fit.label}: {law}")
+        lines += [f"  arms: {pair.words}" for pair in analysis.slopes]
         lines += [claim_words(claim) for claim in analysis.claims]
         lines.append("")
     if problems:
@@ -216,6 +217,8 @@ def report_record(
             if analysis.isoflop
             for profile in analysis.isoflop.profiles
         ],
+        "slopes": [of(analysis, pair) for analysis in analyses for pair in analysis.slopes],
+        "ranks": [of(analysis, pair) for analysis in analyses for pair in analysis.ranks],
         "claims": [of(analysis, claim) for analysis in analyses for claim in analysis.claims],
         "problems": list(problems),
     }
