@@ -35,6 +35,7 @@ from ditjax.reporting.study import (
 )
 from ditjax.reporting.table import claim_words, report_record, report_text, runs_csv
 from ditjax.runs.results import find_results
+from ditjax.studies.ladder import read_predictions, reliability
 from ditjax.studies.words import plural
 
 
@@ -109,7 +110,8 @@ def make_report(
     claim = sampling_claim(sampled) if sampled else None
     listed = {"cells": plan.cells} if plan else None
     scored = tuple(scored_rows([each.result for each in runs], listed))
-    study = Study(analyses, plan, logs, sampled, claim, scored, cells, tuple(problems))
+    told = read_predictions(run_dirs, runs, problems)
+    study = Study(analyses, plan, logs, sampled, claim, scored, cells, told, tuple(problems))
     text = _text(study)
     page = render_page(study)
     files = [
@@ -137,6 +139,9 @@ def _text(study: Study) -> str:
     parts = [report_text(study.analyses, study.problems, study.plan)]
     parts += [claim_words(study.sampling)] if study.sampling else []
     parts += [scored_text(study.scored)] if study.scored else []
+    if study.told:
+        parts.append("\n".join(["Registered predictions", *(each.words for each in study.told)]))
+        parts += [words] if (words := reliability(study.told)) else []
     return "\n\n".join(parts)
 
 
@@ -146,6 +151,7 @@ def _record(study: Study) -> dict[str, Any]:
         **report_record(study.analyses, study.problems, study.plan),
         "sampling_claim": asdict(study.sampling) if study.sampling else None,
         "scored": [asdict(row) for row in study.scored],
+        "predictions": [{**asdict(each), "inside": each.inside} for each in study.told],
     }
 
 

@@ -32,7 +32,7 @@ from ditjax.runs.provenance import cores, environment, typed
 from ditjax.runs.steps import check_can_hold
 from ditjax.sampling.draw import model_record
 from ditjax.sampling.program import sampling_of
-from ditjax.studies import status
+from ditjax.studies import ladder, status
 from ditjax.studies.cells import (
     Cell,
     by_work,
@@ -393,6 +393,13 @@ def _parser() -> cli.Parser:
         metavar="SECONDS",
         help="with --status: repeat every SECONDS until all cells are done",
     )
+    parser.add_argument(
+        "--ladder",
+        type=float,
+        metavar="GFLOPS",
+        help="train the next, larger run of that many training Gflops; its score is predicted by"
+        " the study's law and written down first (with --dry_run: only printed)",
+    )
     cli.add_processes(parser)
     return parser
 
@@ -413,6 +420,15 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--index={args.index} runs one cell: leave --{given[0]} out.")
     if args.index is not None and args.jobs > 1:
         raise UserError(f"--index={args.index} runs one cell: leave --jobs out.")
+    if args.ladder is not None:
+        taken = [name for name in (*SELECTION, *_LISTINGS, "plan") if getattr(args, name)]
+        if taken or args.index is not None:
+            raise UserError(
+                f"--ladder={args.ladder:g} trains one run: leave --{(taken or ['index'])[0]} out."
+            )
+        if not 0 < args.ladder < float("inf"):
+            raise UserError(f"--ladder={args.ladder:g}: expected training Gflops, as in a report.")
+        return
     listings = [f"--{name}" for name in _LISTINGS if getattr(args, name)]
     if len(listings) > 1:
         raise UserError(f"{' and '.join(listings)} exclude each other: give one of them.")
@@ -461,6 +477,8 @@ def main(argv: list[str]) -> int:
         run_cell(study[args.index], workdir, waits=started, begin=None if started else begin)
         return 0
     selected = select_cells(study, args.models, args.cells, args.shard)
+    if args.ladder is not None:
+        return _climb(workdir, args.ladder, args.topology or config.sweep.topology, args.dry_run)
     if args.status:
         return _print_status(selected, workdir, args.failed, args.watch)
     states = status.read_states(selected, workdir)
@@ -487,6 +505,36 @@ def main(argv: list[str]) -> int:
         summary = _write_report(workdir, failed)
     _print_end(workdir, summary, failed)
     return 1 if failed else 0
+
+
+def _climb(workdir: Path, budget: float, topology: str, dry_run: bool) -> int:
+    """Plan the next rung, register what it is predicted to score, train it, and report."""
+    from ditjax.reporting.analysis import of_any_length
+    from ditjax.reporting.study import by_settings, default_metric, usable
+
+    found, _ = results.find_results([workdir])
+    metric = default_metric(found)
+    hashes = [each.result["protocol_hash"] for each in found]
+    most = max(hashes, key=hashes.count, default="")
+    every = [e for e in found if e.result["protocol_hash"] == most and usable(e, metric)]
+    if not every:
+        raise UserError(f"{workdir} has no result to fit a law to: run the study first.")
+    rung = ladder.next_rung(of_any_length(every, by_settings(every)[0][1]), metric, budget)
+    print(rung.words)
+    machine = None
+    if topology:
+        chips = machines.parse_topology(topology)
+        cost = costs.estimate(rung.cell.config, chips)
+        print(cost_text(chips.name, [rung.cell.name], [cost]))
+        machine = {"topology": chips.name, **cost._asdict()}
+    if dry_run:
+        return 0
+    with lease.scope(), stopping.raise_on_sigterm():
+        lease.acquire(workdir / LEASE, str(workdir))
+        print(f"registered: {ladder.register(workdir, rung, machine)}", flush=True)
+    run_cell(rung.cell, workdir)
+    print(_write_report(workdir, []))
+    return 0
 
 
 def _print_end(workdir: Path, summary: str, failed: Sequence[Cell]) -> None:

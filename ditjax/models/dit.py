@@ -125,6 +125,19 @@ def _is_size(name: str) -> bool:
     return True
 
 
+def _grown(k: "DiTKeys", factor: float) -> tuple["DiTKeys", float]:
+    """The keys of a DiT about `factor` times as deep and wide, and its width over that of `k`.
+
+    A head keeps its width, or nearly so: heads are whole, and widths multiples of 4.
+    """
+    depth, width, heads = parse_size(k.size)
+    more = max(1, round(heads * factor))
+    unit = more * 4 // math.gcd(more, 4)
+    wider = max(1, round(width * factor / unit)) * unit
+    size = f"{max(1, round(depth * factor))}x{wider}x{more}"
+    return dataclasses.replace(k, size=size), wider / width
+
+
 @dataclass(frozen=True)
 class DiTKeys(Denoiser):
     """The keys of `config.model` for a DiT."""
@@ -1138,6 +1151,7 @@ NETWORK = Network(
         "attention_alpha",
     ),
     stack="blocks",
+    grown=_grown,
     control=ControlSeam(control_branch, control_variables, check_branch, branch_cost),
     inspection=InspectionSeam(reader_of, patcher_of, lens_of, branches),
     interval=True,

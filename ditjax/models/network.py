@@ -205,7 +205,9 @@ class Network(NamedTuple):
 
     For fine-tuning, `grafts` are the rules of the leaves that follow the inputs
     (`models/grafting.py`), `inherited` the keys that weights were trained with and do not show, and
-    `stack` is the name of the blocks, whose leaves have a leading axis of them. `control` is None
+    `stack` is the name of the blocks, whose leaves have a leading axis of them. `grown(k, factor)`
+    are the keys of a network that is about `factor` times as deep and wide, and how many times as
+    wide it is exactly; None if there is no such family. `control` is None
     if the network cannot have a control branch, `inspection` if its blocks cannot be read.
     """
 
@@ -221,6 +223,7 @@ class Network(NamedTuple):
     grafts: tuple[tuple[str, Callable[..., Any]], ...] = ()
     inherited: tuple[str, ...] = ()
     stack: str = ""
+    grown: Callable[[Any, float], tuple[Any, float]] | None = None
     control: ControlSeam | None = None
     inspection: InspectionSeam | None = None
     interval: bool = False

@@ -377,6 +377,12 @@ def width_for(k: UNetKeys, inputs: Inputs, gflops: float) -> int:
     return best
 
 
+def _grown(k: UNetKeys, factor: float) -> tuple[UNetKeys, float]:
+    """The keys of a U-Net about `factor` times as wide, and its width over that of `k`."""
+    width = max(1, round(k.width * factor / k.groups)) * k.groups
+    return dataclasses.replace(k, width=width), width / k.width
+
+
 NETWORK = Network(
     keys=UNetKeys,
     module=module,
@@ -384,4 +390,5 @@ NETWORK = Network(
     check=check,
     rules=_RULES,
     varied=("width",),
+    grown=_grown,
 )

@@ -168,7 +168,7 @@ def analyse(
         extrapolation,
         why,
         iso,
-        joint_of(_of_any_length(every, runs), metric, iso),
+        joint_of(of_any_length(every, runs), metric, iso),
         tuple(_claims(every, runs, metric, iso)),
         agreement,
         agreed,
@@ -243,7 +243,7 @@ def joint_of(runs: Sequence[Found], metric: str, iso: IsoFlop | None) -> Joint:
     return Joint(metric, along_training, law, float(deviation))
 
 
-def _of_any_length(every: Sequence[Found], runs: Sequence[Found]) -> list[Found]:
+def of_any_length(every: Sequence[Found], runs: Sequence[Found]) -> list[Found]:
     """Those of `every` that differ from `runs` in their training steps alone."""
     keys = [key for key in varied_keys(every) if key != "train.steps"]
     return [each for each in every if runs and settings(each, keys) == settings(runs[0], keys)]

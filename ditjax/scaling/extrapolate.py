@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ditjax.errors import UserError
-from ditjax.scaling.fit import Interval, half_width, linearised_offset, linearised_plain
+from ditjax.scaling.fit import (
+    Interval,
+    Linearised,
+    half_width,
+    linearised_offset,
+    linearised_plain,
+)
 from ditjax.scaling.points import Vector, check_level, group_index, positive_points
 
 
@@ -82,6 +88,58 @@ class Extrapolation:
         return self.held[-1].error
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What the law y = c + a·x^(-b) of `models` models says of a further model, at `x`."""
+
+    a: float
+    b: float
+    c: float
+    models: int
+    x: float
+    predicted: float
+    interval: Interval
+
+
+def forecast(
+    x: ArrayLike,
+    y: ArrayLike,
+    at: float,
+    seed: int | np.random.Generator,
+    *,
+    groups: Sequence[Any] | None = None,
+    offset: bool | None = None,
+    level: float = 0.95,
+    resamples: int = 1999,
+) -> Forecast:
+    """Predict y of a further model at x = `at` > 0, with an interval for what it will measure.
+
+    Points, offset, interval and errors are those of `predict_held_out`, which tests this on models
+    that are there.
+    """
+    check_level(level)
+    rng = np.random.default_rng(seed)
+    _, x, y = _model_means(x, y, groups)
+    if len(x) < (5 if offset else 3):
+        raise UserError(
+            f"{len(x)} models: a law that predicts needs {5 if offset else 3}; add models to the"
+            " study."
+        )
+    found = _law_of(x, y, offset)
+    ((value, interval),) = _predictions(
+        found, np.array([at], np.float64), len(x), rng, level, resamples
+    )
+    return Forecast(*found.law, len(x), float(at), value, interval)
+
+
+def power_at(x: ArrayLike, y: ArrayLike, at: float) -> float:
+    """The value at x = `at` of y = a·x^b, by least squares of the logs."""
+    x, y = positive_points(x, y, at_least=1)
+    if np.ptp(y) == 0:
+        return float(y[0])
+    return float(np.exp(np.polyval(np.polyfit(np.log(x), np.log(y), 1), np.log(at))))
+
+
 def predict_held_out(
     x: ArrayLike,
     y: ArrayLike,
@@ -103,13 +161,8 @@ def predict_held_out(
     the interval too narrow. x, y f64[n] > 0; at least 3 groups must remain, 5 with an offset.
     Raises UserError otherwise.
     """
-    x, y = positive_points(x, y, at_least=1)
-    label = group_index(groups, len(x), at_least=1)
+    names, x, y = _model_means(x, y, groups)
     check_level(level)
-    names = list(dict.fromkeys(range(len(x)) if groups is None else groups))
-    size = np.bincount(label)
-    x = np.exp(np.bincount(label, np.log(x)) / size)
-    y = np.exp(np.bincount(label, np.log(y)) / size)
     order = np.argsort(x, kind="stable")
     needed = 5 if offset else 3
     if hold < 1 or len(order) - hold < needed:
@@ -122,22 +175,49 @@ def predict_held_out(
         raise UserError(
             f"hold={hold} parts models of one x ({x[held[0]]:g}): hold out all of them or none."
         )
+    found = _law_of(x[fitted], y[fitted], offset)
+    told = _predictions(found, x[held], len(fitted), rng, level, resamples)
+    predictions = tuple(
+        HeldOut(names[model], float(x[model]), value, interval, float(y[model]))
+        for model, (value, interval) in zip(held, told, strict=True)
+    )
+    return Extrapolation(*found.law, len(fitted), float(x[fitted[-1]]), predictions)
+
+
+def _model_means(
+    x: ArrayLike, y: ArrayLike, groups: Sequence[Any] | None
+) -> tuple[list[Any], Vector, Vector]:
+    """The name of each group, and the geometric means of its x and y."""
+    x, y = positive_points(x, y, at_least=1)
+    label = group_index(groups, len(x), at_least=1)
+    names = list(dict.fromkeys(range(len(x)) if groups is None else groups))
+    size = np.bincount(label)
+    return (
+        names,
+        np.exp(np.bincount(label, np.log(x)) / size),
+        np.exp(np.bincount(label, np.log(y)) / size),
+    )
+
+
+def _law_of(x: Vector, y: Vector, offset: bool | None) -> Linearised:
     if offset is None:
-        offset = _supports_offset(x[fitted], y[fitted])
-    found = (linearised_offset if offset else linearised_plain)(x[fitted], y[fitted])
+        offset = _supports_offset(x, y)
+    return (linearised_offset if offset else linearised_plain)(x, y)
+
+
+def _predictions(
+    found: Linearised, at: Vector, models: int, rng: np.random.Generator, level: float, n: int
+) -> list[tuple[float, Interval]]:
+    """The law's values at x = `at` f64[k], and the intervals of further models there."""
     a, b, c = found.law
-    rows = found.gradient(x[held])
-    predictions = []
-    for model, row in zip(held, rows, strict=True):
-        half = half_width(
-            found, row, np.arange(len(fitted)), rng, level=level, n=resamples, of_new=True
-        )
-        value = float(c + a * x[model] ** -b)
+    told = []
+    for x, row in zip(at, found.gradient(at), strict=True):
+        half = half_width(found, row, np.arange(models), rng, level=level, n=n, of_new=True)
+        value = float(c + a * x**-b)
         with np.errstate(over="ignore"):  # what the points do not bound
             low, high = value * np.exp([-half, half])
-        interval = Interval(float(low), float(high), level)
-        predictions.append(HeldOut(names[model], float(x[model]), value, interval, float(y[model])))
-    return Extrapolation(a, b, c, len(fitted), float(x[fitted[-1]]), tuple(predictions))
+        told.append((value, Interval(float(low), float(high), level)))
+    return told
 
 
 def _supports_offset(x: Vector, y: Vector) -> bool:

@@ -48,3 +48,11 @@ def noise_band(value: float, s: Spread, runs: int, level: float = 0.95) -> tuple
     t = student_quantile(level, s.freedom)
     width = min(t * s.deviation * math.sqrt(1 + 1 / runs), 300.0)
     return value * math.exp(-width), value * math.exp(width)
+
+
+def share_band(held: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Clopper & Pearson 1934: the exact interval of a share that was `held` in `trials`."""
+    tail = (1 - level) / 2
+    low = scipy.special.betaincinv(held, trials - held + 1, tail) if held else 0.0
+    high = scipy.special.betaincinv(held + 1, trials - held, 1 - tail) if held < trials else 1.0
+    return float(low), float(high)
