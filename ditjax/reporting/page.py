@@ -21,7 +21,7 @@ from ditjax.reporting.style import MARKERS, variable
 from ditjax.reporting.table import Column, table_columns, verdict
 from ditjax.runs.results import Found
 from ditjax.scaling.claims import Claim
-from ditjax.studies.ladder import Outcome, reliability
+from ditjax.studies.ladder import Foretold, reliability
 from ditjax.studies.words import encodable, interval_words, metric_name, number, plural, short
 
 MAX_GROUPS = 4  # protocols with plots; the table has all
@@ -38,7 +38,7 @@ class Study:
     sampling: Claim | None
     scored: tuple[Scored, ...]
     cells: tuple[tuple[Cells | None, str], ...]
-    told: tuple[Outcome, ...]
+    told: tuple[Foretold, ...]
     problems: tuple[str, ...]
 
     @property

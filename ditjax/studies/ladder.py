@@ -29,7 +29,7 @@ from ditjax.studies.cells import Cell
 from ditjax.studies.words import metric_name, number, percent, plural, short
 from ditjax.tasks import cost_of, make_task
 
-PREDICTIONS = "predictions"  # the folder of a study's registered predictions
+REGISTERED = "predictions"  # the folder of a study's registered predictions
 PREDICTION_SCHEMA = 1
 _FACTORS = tuple(1.25 ** (k / 45) for k in range(-45, 46))  # of the estimated size
 
@@ -147,7 +147,7 @@ def register(workdir: Path, rung: Rung, machine: dict[str, Any] | None) -> Path:
 
     `machine` is what a plan says of its cost. Raises UserError if another one has its name.
     """
-    path = workdir / PREDICTIONS / f"{rung.cell.name}.json"
+    path = workdir / REGISTERED / f"{rung.cell.name}.json"
     if path.exists():
         found = read_json(path)
         if found.get("recipe") != recordable(rung.cell.recipe):
@@ -176,7 +176,7 @@ def register(workdir: Path, rung: Rung, machine: dict[str, Any] | None) -> Path:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Foretold:
     """A registered prediction, and what was measured: NaN if the run has no such result yet."""
 
     run: str
@@ -209,7 +209,7 @@ class Outcome:
 
 def read_predictions(
     folders: Sequence[str | Path], runs: Sequence[Found], problems: list[str]
-) -> tuple[Outcome, ...]:
+) -> tuple[Foretold, ...]:
     """Read the predictions registered below `folders` and score them by the results `runs`.
 
     An outcome counts only under the protocol that was predicted. What cannot be read is added to
@@ -236,14 +236,14 @@ def read_predictions(
 
 
 def _registered(folder: str | Path) -> list[Path]:
-    return sorted(place(folder).glob(f"{PREDICTIONS}/*.json"))
+    return sorted(place(folder).glob(f"{REGISTERED}/*.json"))
 
 
-def _read(path: Path) -> tuple[Outcome, str]:
+def _read(path: Path) -> tuple[Foretold, str]:
     """The prediction in a file, without its outcome, and its protocol's hash."""
     record = load_json(path)
     low, high = record["interval"]["low"], record["interval"]["high"]
-    told = Outcome(
+    told = Foretold(
         str(record["run"]),
         str(record["metric"]),
         str(record["registered"]),
@@ -254,7 +254,7 @@ def _read(path: Path) -> tuple[Outcome, str]:
     return told, str(record["protocol_hash"])
 
 
-def reliability(told: Sequence[Outcome]) -> str:
+def reliability(told: Sequence[Foretold]) -> str:
     """How many of the predictions with an outcome hold, in one sentence; '' without any."""
     scored = [each for each in told if each.inside is not None]
     if not scored:

@@ -14,7 +14,7 @@ from ditjax.runs.results import Found, write_result
 from ditjax.scaling.extrapolate import forecast
 from ditjax.scaling.spread import share_band
 from ditjax.studies.cells import cells
-from ditjax.studies.ladder import Outcome, next_rung, reliability
+from ditjax.studies.ladder import Foretold, next_rung, reliability
 from ditjax.tasks import cost_of
 from tests.commands.conftest import TINY
 from tests.runs.test_results import a_result
@@ -154,8 +154,8 @@ def test_mistakes_end_before_anything_is_written(five, tmp_path):
 
 
 def test_reliability_is_a_share_with_its_interval():
-    told = [Outcome("a", "fid", "", 10.0, 8.0, 12.0, x) for x in (9.0, 11.0, 20.0)]
-    told.append(Outcome("b", "fid", "", 10.0, 8.0, 12.0, why="not run"))
+    told = [Foretold("a", "fid", "", 10.0, 8.0, 12.0, x) for x in (9.0, 11.0, 20.0)]
+    told.append(Foretold("b", "fid", "", 10.0, 8.0, 12.0, why="not run"))
     assert reliability(told).startswith("2 of 3 registered predictions held")
     assert "not run" in told[-1].words
     assert reliability(told[3:]) == ""
