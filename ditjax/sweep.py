@@ -421,7 +421,9 @@ def _check_flags(args: argparse.Namespace) -> None:
     if args.index is not None and args.jobs > 1:
         raise UserError(f"--index={args.index} runs one cell: leave --jobs out.")
     if args.ladder is not None:
-        taken = [name for name in (*SELECTION, *_LISTINGS, "plan") if getattr(args, name)]
+        taken = [
+            name for name in (*SELECTION, "status", "print_commands", "plan") if getattr(args, name)
+        ]
         if taken or args.index is not None:
             raise UserError(
                 f"--ladder={args.ladder:g} trains one run: leave --{(taken or ['index'])[0]} out."

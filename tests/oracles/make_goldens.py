@@ -16,6 +16,7 @@ NAMES = (
     "dvae",
     "inception",
     "networks",
+    "nowcast",
     "pixart",
     "samplers",
     "scores",

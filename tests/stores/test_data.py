@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ditjax.data import latents, source, stream
+from ditjax.errors import UserError
 from ditjax.files import store
 
 BOTH = pytest.mark.parametrize("server", ["gs", "s3"], indirect=True)
