@@ -158,6 +158,10 @@ class CaptionListing(NamedTuple):
     def splits(self) -> tuple[str, ...]:
         return tuple(self.files) or ("train",)
 
+    @property
+    def left_out(self) -> str:
+        return f"{len(self.missing)} missing files left out" if self.missing else "nothing left out"
+
     def examples(self, split: str) -> Iterator[tuple[CaptionedFile, bytes]]:
         """Each image of a split with its bytes, in order. Raises UserError."""
         if self.shards:
@@ -387,6 +391,12 @@ class CaptionFolder(
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
+
+    def __init__(
+        self, listing: CaptionListing, content: dict[str, str], data_dir: Path, max_damaged: int = 0
+    ) -> None:
+        # Missing files are among the damaged ones.
+        super().__init__(listing, content, data_dir, max_damaged - len(listing.missing))
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(

@@ -181,7 +181,7 @@ class GeneratedBuilder(
     tfds.core.GeneratorBasedBuilder,
     skip_registration=True,  # type: ignore[call-arg]
 ):
-    """A data set that is computed from handwritten digits: example i of a split is record i.
+    """A data set that is computed, by default from the digits: example i of a split is record i.
 
     `size` has a name, examples and a seed. There is one example of a test split for `TEST_SHARE` of
     the training split.
@@ -191,6 +191,8 @@ class GeneratedBuilder(
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
     KIND: ClassVar[str] = "Scenes"  # what the examples are
     TEST_SPLITS: ClassVar[tuple[str, ...]] = ("test",)
+    HOMEPAGE: ClassVar[str] = "https://archive.ics.uci.edu/dataset/80"
+    LICENSE: ClassVar[str] = "Creative Commons Attribution 4.0 (CC BY 4.0), as the digits are"
 
     def __init__(self, data_dir: Any, size: Any) -> None:
         self._size = size
@@ -207,8 +209,8 @@ class GeneratedBuilder(
             description=description,
             features=tfds.features.FeaturesDict(dict(features)),
             supervised_keys=("image", "label"),
-            homepage="https://archive.ics.uci.edu/dataset/80",
-            license="Creative Commons Attribution 4.0 (CC BY 4.0), as the digits are",
+            homepage=self.HOMEPAGE,
+            license=self.LICENSE,
             disable_shuffling=True,
         )
 

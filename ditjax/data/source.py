@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 
 from ditjax.config import import_attribute
-from ditjax.data import latents, moving, scenes
+from ditjax.data import latents, moving, radar, scenes
 from ditjax.data.builders import (
     Digits,
     ImageFolder,
@@ -40,7 +40,6 @@ from ditjax.data.builders import (
 from ditjax.data.caption_scenes import CaptionScenes
 from ditjax.data.captions import (
     CaptionFolder,
-    CaptionListing,
     TextSpec,
     find_captions,
     list_captions,
@@ -49,7 +48,9 @@ from ditjax.data.crop import check_pixels
 from ditjax.data.folders import Listing, list_folder, report_reading, split_above
 from ditjax.data.moving import MovingDigits
 from ditjax.data.names import LATENTS, VERSION, DatasetName, Split, is_latents, parse_name
+from ditjax.data.radar import Radar
 from ditjax.data.scenes import DigitScenes
+from ditjax.data.sevir import SevirWindows, list_sevir
 from ditjax.errors import UserError, nearest, reason
 from ditjax.files import lease, store
 from ditjax.files.atomic import load_json, write_json
@@ -255,7 +256,7 @@ def _names_a_dataset(text: str, root: Path) -> bool:
             return _is_there(parsed) or _converted(_record_of(parsed, root), root) is not None
         if parsed.kind == "latents":
             return store.place(expand_home(parsed.path)).is_dir()
-        if parsed.kind == "captions":
+        if parsed.kind in _LISTED:
             return os.path.exists(expand_home(parsed.path)) or "{" in parsed.path
         if parsed.base in _GENERATED and parsed.config:
             return bool(_GENERATED[parsed.base].parse(parsed.config))
@@ -328,13 +329,14 @@ def prepare(name: str, data_dir: DataDir = None, max_damaged: int = 0) -> tfds.c
     """The builder of a data set under `data_root`, which is prepared now if it is missing.
 
     A name is 'digits'; 'digit_scenes', or 'digit_scenes/N' for another number of scenes;
-    'caption_scenes' and 'moving_digits', which are clips, in the same way; 'folder:PATH' for a
-    folder of class folders; 'captions:PATH' for images with captions; 'latents:PATH' for encoded
-    latents; the dotted name of a builder class of yours, 'package.module.Birds'; or any
-    tensorflow-datasets name with an optional configuration and version: 'imagenet2012',
-    'mnist:3.0.1', 'imagenet_resized/64x64'. A prepared data set is opened without TensorFlow, and
-    its folder may be read-only. To prepare a data set of tensorflow-datasets, a separate process is
-    started, so that TensorFlow never shares this one's devices.
+    'caption_scenes', and the clips 'moving_digits' and 'radar' in the same way; 'folder:PATH' for a
+    folder of class folders; 'captions:PATH' for images with captions; 'sevir:PATH' for radar
+    events; 'latents:PATH' for encoded latents; the dotted name of a builder class of yours,
+    'package.module.Birds'; or any tensorflow-datasets name with an optional configuration and
+    version: 'imagenet2012', 'mnist:3.0.1', 'imagenet_resized/64x64'. A prepared data set is opened
+    without TensorFlow, and its folder may be read-only. To prepare a data set of
+    tensorflow-datasets, a separate process is started, so that TensorFlow never shares this one's
+    devices.
 
     Up to `max_damaged` damaged images of a folder are stored as they are, for the reader to skip.
     Raises UserError for an unknown name, a folder that changed since it was converted, more damaged
@@ -408,6 +410,7 @@ def _scenes_of(name: str, builder: Any) -> _Generated:
 _GENERATED = {
     **{name: _scenes_of(name, each) for name, each in _SCENES.items()},
     "moving_digits": _Generated(MovingDigits, moving.parse_clip_set, str(moving.DEFAULT_CLIPS)),
+    "radar": _Generated(Radar, radar.parse_radar_set, str(radar.DEFAULT_RADAR)),
 }
 
 
@@ -459,7 +462,24 @@ class _Conversion(NamedTuple):
     place: str
 
 
-_CONVERTED: dict[str, Any] = {"folder": ImageFolder, "captions": CaptionFolder}
+_CONVERTED: dict[str, Any] = {
+    "folder": ImageFolder,
+    "captions": CaptionFolder,
+    "sevir": SevirWindows,
+}
+
+
+class _Listed(NamedTuple):
+    """How files that a list names are found, and what their records are."""
+
+    read: Callable[[str, int], Any]
+    records: str
+
+
+_LISTED = {
+    "captions": _Listed(list_captions, "images with captions"),
+    "sevir": _Listed(list_sevir, "windows of radar events"),
+}
 
 
 def _prepare_converted(
@@ -492,23 +512,22 @@ def _prepare_converted(
         also = "".join(f"; {count} {what}" for what, count in peculiar.items())
         report_reading(f"data: {listing}{also}")
     else:
-        many = len(listing.missing)
-        left = f"{many} missing files left out" if many else "nothing left out"
-        report_reading(f"data: {folder}: images with captions: {counts}; {left}")
+        records = _LISTED[parsed.kind].records
+        report_reading(f"data: {folder}: {records}: {counts}; {listing.left_out}")
     return builder
 
 
 def _is_there(parsed: DatasetName) -> bool:
     """Whether a folder is there, or a tar file; shards in braces are looked for when listed."""
     folder = _resolved(parsed)
-    if parsed.kind == "captions":
+    if parsed.kind in _LISTED:
         return folder.exists() or "{" in parsed.path
     return os.path.isdir(folder)  # Path.is_dir raises for too long a name
 
 
-def _list(parsed: DatasetName, folder: Path, max_damaged: int) -> Listing | CaptionListing:
-    if parsed.kind == "captions":
-        return list_captions(os.fspath(folder), max_damaged)
+def _list(parsed: DatasetName, folder: Path, max_damaged: int) -> Any:
+    if parsed.kind in _LISTED:
+        return _LISTED[parsed.kind].read(os.fspath(folder), max_damaged)
     if not parsed.path or not _is_there(parsed):
         raise UserError(
             f"data set {parsed.text!r}: there is no folder '{folder if parsed.path else ''}';"
@@ -552,9 +571,7 @@ def _converted(record: Path, root: Path) -> _Conversion | None:
     return found if is_complete(root / found.place) else None
 
 
-def _convert(
-    parsed: DatasetName, listing: Listing | CaptionListing, root: Path, max_damaged: int
-) -> _Conversion:
+def _convert(parsed: DatasetName, listing: Any, root: Path, max_damaged: int) -> _Conversion:
     """Convert a folder unless its content is there; record where it is. Raises UserError."""
     name, record, kind = parsed.text, _record_of(parsed, root), _CONVERTED[parsed.kind]
     before = _converted(record, root)
@@ -565,7 +582,7 @@ def _convert(
     if before:
         same = text == before.content
         if not before.content:
-            assert isinstance(listing, Listing)  # captions always had a record
+            assert isinstance(listing, Listing)  # what is listed always had a record
             same = _same_as_records(name, root / before.place, listing)
         if not same:
             raise UserError(
@@ -575,8 +592,7 @@ def _convert(
             )
     place = before.place if before else f"{kind.name}/{text}/{kind.VERSION}"
     if not is_complete(root / place):
-        left = max_damaged if isinstance(listing, Listing) else max_damaged - len(listing.missing)
-        write_below(root, lambda root: kind(listing, content, root, left))
+        write_below(root, lambda root: kind(listing, content, root, max_damaged))
     found = _Conversion(listing.digest, before.content if before else text, place)
     with contextlib.suppress(UserError):  # prepared for us in a folder that is read only
         write_json(record, found._asdict())
