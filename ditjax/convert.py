@@ -101,6 +101,9 @@ TARGETS: Mapping[str, Target] = {
     "sit": Target(
         "a checkpoint (.pt) of SiT's training script, for its processes", writing.write_sit, "dit"
     ),
+    "lightning": Target(
+        "a checkpoint (.pt) of LightningDiT's training script", writing.write_lightning, "dit"
+    ),
     "latte": Target(
         "a state dict (.pt) with the names of Latte, of a DiT of clips", writing.write_latte, "dit"
     ),
@@ -248,7 +251,7 @@ def _summary(
     if not network.decodes:
         text += f"\n{networks.labels_text(network.config)}"
         model = network.config.model
-        theirs = {"release": 0, "sit": 0, "diffusers": 1, "pipeline": 1}.get(target)
+        theirs = {"release": 0, "sit": 0, "lightning": 0, "diffusers": 1, "pipeline": 1}.get(target)
         if isinstance(model, TextDiTKeys):
             theirs = None  # what is written computes the same
         text += "" if theirs is None else _differences(model, theirs)

@@ -217,6 +217,19 @@ LATTE: Layout = [rule for rule in DIT_RELEASE if not rule.stacked] + [
     if rule.stacked
 ]
 
+
+def lightning_layout(swiglu: bool, qk_norm: bool) -> Layout:
+    """LightningDiT, when `weights/lightning.py` has folded its scales and turned its rows."""
+    rules = [rule for rule in DIT_RELEASE if not (swiglu and "/mlp/" in rule.ours)]
+    if swiglu:
+        rules += _linear("blocks/mlp/gate_up", "blocks.{i}.mlp.w12")
+        rules += _linear("blocks/mlp/out", "blocks.{i}.mlp.w3")
+    for norm in ("q_norm", "k_norm") if qk_norm else ():
+        name = f"blocks.{{i}}.attn.{norm}.weight"
+        rules.append(LeafRule(f"blocks/attn/{norm}/scale", (name,), "vector"))
+    return rules
+
+
 # REPA's projector (sihyun-yu/REPA, models/sit.py) of one teacher, beside the names of the release.
 REPA_PROJECTOR: Layout = [
     *_linear("projector/in", "projectors.0.0"),

@@ -27,7 +27,7 @@ from ditjax.models.dit import PAPER_SIZES, DiTKeys, Size, parse_size
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.models.unet import UNetKeys
 from ditjax.models.video import temporal_table
-from ditjax.weights import layouts, vocabulary
+from ditjax.weights import layouts, lightning, vocabulary
 from ditjax.weights import tensors as weights
 from ditjax.weights.arguments import Arguments, Labels, labels_of, stated_process
 from ditjax.weights.networks import LoadedNetwork, check_fit, shapes_of, task_of
@@ -35,7 +35,12 @@ from ditjax.weights.networks import LoadedNetwork, check_fit, shapes_of, task_of
 Numerics = Literal["auto", "release", "diffusers"]
 Wanted = Literal["dit", "autoencoder", "any"]
 
-_TABLE = {"release": "pos_embed", "latte": "pos_embed", "diffusers": "pos_embed.pos_embed"}
+_TABLE = {
+    "release": "pos_embed",
+    "latte": "pos_embed",
+    "lightning": "pos_embed",
+    "diffusers": "pos_embed.pos_embed",
+}
 _TEMPORAL_TABLE = "temp_embed"  # of Latte
 
 _MAX_TIMESTEPS = 1_000_000
@@ -136,6 +141,8 @@ def load_network(
         return _without_effect(_load_ours(file), given)
     if _TEMPORAL_TABLE in names:
         return _load_dit(file, "latte", given)
+    if lightning.is_lightning(names):
+        return _load_dit(file, "lightning", assumed)
     if any(name.startswith(("x_embedder.", "t_embedder.", "blocks.0.attn.")) for name in names):
         return _load_dit(file, "release", assumed)
     if _UNET in names:
@@ -289,11 +296,8 @@ def _dit_recipe(
     D, C, p, _ = _shape(file, f"{prefix}.proj.weight", 4)
     depth = _count(file.tensors, r"(?:transformer_)?blocks\.([0-9]{1,9})\.")
     out, _ = _shape(file, "final_layer.linear.weight" if release else "proj_out_2.weight", 2)
-    hidden, _ = _shape(
-        file,
-        "blocks.0.mlp.fc1.weight" if release else "transformer_blocks.0.ff.net.0.proj.weight",
-        2,
-    )
+    own = lightning.block_keys(file.path, file.tensors) if layout == "lightning" else {}
+    hidden = _hidden_width(file, release, own.get("mlp") == "swiglu")
     _check_outputs(file.path, out, p, C)
     if not release:
         _check_config(file, _DIT_CONFIG)
@@ -302,10 +306,10 @@ def _dit_recipe(
     of_diffusers = (layout if given.numerics == "auto" else given.numerics) == "diffusers"
     norm2_eps = file.config.get("norm_eps", 1e-5) if of_diffusers else 1e-6
     latent = C not in (1, 3)
+    factor = 16 if layout == "lightning" else 8  # pixels of a latent
     projector = _projector(file, depth, arguments)
     frames = _shape(file, _TEMPORAL_TABLE, 3)[1] if layout == "latte" else 0
-    learned = out == 2 * p * p * C
-    process = stated_process(arguments) or (_REPA_PROCESS if projector else {})
+    learned, process = out == 2 * p * p * C, _process(arguments, layout, bool(projector))
     flows = "process" in process
     return _recipe(
         file,
@@ -318,6 +322,7 @@ def _dit_recipe(
                 "norm2_eps": norm2_eps,
                 "label_dropout": labels.dropout,
                 **projector,
+                **own,
                 **({"kind": "video", "video": "alternate"} if frames else {}),
             },
             "diffusion": {
@@ -327,20 +332,33 @@ def _dit_recipe(
                 "loss": "hybrid" if learned and not flows else "simple",
             },
             "data": {
-                "image_size": input_size * (8 if latent else 1),
+                "image_size": input_size * (factor if latent else 1),
                 "num_classes": labels.classes,
                 "channels": 3 if latent else C,
                 **({"frames": frames} if frames else {}),
             },
-            "autoencoder": {"kind": "kl" if latent else "none", "latent_channels": C},
-            "sample": {
-                # Latte guides all channels.
-                "cfg_channels": "three" if layout == "release" and C >= 3 else "all",
-                "clip_x0": not latent,
-                **(_SIT_SAMPLING if flows else {}),
-            },
+            **_around(layout, C, flows),
         },
     )
+
+
+def _around(layout: str, channels: int, flows: bool) -> dict[str, dict[str, Any]]:
+    """The autoencoder and the sampling of a DiT."""
+    latent, light = channels not in (1, 3), layout == "lightning"
+    drawn: Mapping[str, Any] = lightning.SAMPLING if light else _SIT_SAMPLING if flows else {}
+    return {
+        "autoencoder": {
+            "kind": "kl" if latent else "none",
+            "latent_channels": channels,
+            **({"multipliers": lightning.AUTOENCODER} if light and latent else {}),
+        },
+        "sample": {
+            # Latte guides all channels.
+            "cfg_channels": "three" if layout in _GUIDES_THREE and channels >= 3 else "all",
+            "clip_x0": not latent,
+            **drawn,
+        },
+    }
 
 
 def _check_outputs(path: Path, out: int, p: int, C: int) -> None:
@@ -355,6 +373,22 @@ def _check_outputs(path: Path, out: int, p: int, C: int) -> None:
 _REPA_PROCESS = {"process": "flow", "prediction": "velocity", "time_scale": 1.0}
 _REPA_BLOCK = 8
 _OF_PROJECTOR = "projectors.0.{}.weight"
+
+
+_GUIDES_THREE = ("release", "lightning")
+
+
+def _hidden_width(file: weights.TensorFile, release: bool, swiglu: bool) -> int:
+    """The hidden width of the blocks' MLPs."""
+    if swiglu:
+        return _shape(file, "blocks.0.mlp.w3.weight", 2)[1]
+    name = "blocks.0.mlp.fc1.weight" if release else "transformer_blocks.0.ff.net.0.proj.weight"
+    return _shape(file, name, 2)[0]
+
+
+def _process(arguments: Arguments, layout: str, repa: bool) -> Mapping[str, Any]:
+    unstated = lightning.PROCESS if layout == "lightning" else _REPA_PROCESS if repa else {}
+    return stated_process(arguments) or unstated
 
 
 def _projector(file: weights.TensorFile, depth: int, arguments: Arguments) -> dict[str, int]:
@@ -395,9 +429,12 @@ def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetw
     config = _dit_recipe(file, layout, given, arguments, labels)
     size, p = parse_size(config.model.size), config.model.patch
     side = config.input_size // p
+    if layout == "lightning":
+        plain = lightning.to_plain(file.path, file.tensors, config.model, *size[::2], side)
+        file = file._replace(tensors=plain)
     what = f"DiT of {size.depth} layers, width {size.width}, patch {p} in the layout of"
     shapes = shapes_of(config)
-    rules = _DIT_LAYOUTS[layout] + (layouts.REPA_PROJECTOR if config.model.align_block else [])
+    rules = _rules_of(layout, config) + (layouts.REPA_PROJECTOR if config.model.align_block else [])
     expected = dict(layouts.expected_shapes(rules, shapes, patch=p, depth=size.depth))
     table = _TABLE[layout]
     if layout != "diffusers" or table in file.tensors:
@@ -417,6 +454,7 @@ def _load_dit(file: weights.TensorFile, layout: str, given: Given) -> LoadedNetw
         file.account,
         *(() if labels.stated else (_unstated_labels(file.path, rows),)),
         *_unstated_projector(config, file.path, arguments),
+        *_unstated_process(layout, file.path, arguments),
     )
     return LoadedNetwork(
         config,
@@ -505,6 +543,22 @@ def _position_grid(file: weights.TensorFile, side: int, patch: int) -> int:
             f" a number of at least 1 that divides the {tokens} tokens of a side."
         )
     return 0 if scale == 1 else int(tokens / scale)
+
+
+def _rules_of(layout: str, c: Config) -> layouts.Layout:
+    if layout == "lightning":
+        return layouts.lightning_layout(c.model.mlp == "swiglu", c.model.qk_norm)
+    return _DIT_LAYOUTS[layout]
+
+
+def _unstated_process(layout: str, path: Path, arguments: Arguments) -> tuple[str, ...]:
+    """What is taken for granted of a LightningDiT."""
+    if layout != "lightning" or stated_process(arguments):
+        return ()
+    return (
+        f"{path} does not say so, but is taken for LightningDiT's: the linear path, with velocities"
+        " from noise to data and unscaled times",
+    )
 
 
 _ADM_HEAD_WIDTH = 64  # of the published models but for that of 128x128
@@ -615,6 +669,7 @@ def _program(layout: str) -> str:
     return {
         "release": "the public release",
         "latte": "Latte",
+        "lightning": "LightningDiT",
         "diffusers": "diffusers",
         "diffusers_old": "diffusers before 0.14",
         "ldm": "latent diffusion",

@@ -20,7 +20,7 @@ from ditjax.models.embed import sincos_position_embedding
 from ditjax.models.text_dit import TextDiTKeys
 from ditjax.models.unet import UNetKeys
 from ditjax.models.video import VideoKeys, temporal_table
-from ditjax.weights import layouts, vocabulary
+from ditjax.weights import layouts, lightning, vocabulary
 from ditjax.weights import tensors as weights
 from ditjax.weights.arguments import sit_arguments
 from ditjax.weights.networks import LoadedNetwork, combined_recipe
@@ -114,9 +114,49 @@ def write_sit(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     learn_sigma=False. Raises UserError for a network that SiT's code cannot express.
     """
     _check_expressible(network, "SiT", sit=True)
-    c, size = network.config, dit.parse_size(network.config.model.size)
+    args = _script_arguments(network, "SiT")
+    write_torch(path, {"ema": _release_state(network), "args": args})
+    return Path(path)
+
+
+def write_lightning(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
+    """Write a checkpoint of LightningDiT's training script: its names under 'ema', and 'args'.
+
+    Scales of norms are 1. Raises UserError for a network that its code cannot express.
+    """
+    own = ("norm", "mlp", "qk_norm", "rope", "mlp_ratio")
+    _check_expressible(network, "LightningDiT", sit=True, own=own)
+    c, k = network.config, network.config.model
+    size = dit.parse_size(k.size)
+    hidden = int(size.width * k.mlp_ratio)
+    expected = int(4.0 * size.width) if k.mlp == "gelu" else int(2 / 3 * int(4.0 * size.width))
+    if hidden != expected or (k.qk_norm and k.norm != "rms"):
+        raise UserError(
+            f"LightningDiT has no such DiT: config.model.mlp_ratio is {k.mlp_ratio} with mlp"
+            f" {k.mlp!r}, qk_norm {k.qk_norm} and norm {k.norm!r}; its code requires an MLP of"
+            f" {expected} hidden units, and norm 'rms' for qk_norm. Convert to ditjax's own format."
+        )
+    layout = layouts.lightning_layout(k.mlp == "swiglu", k.qk_norm)
+    state = _release_state(network, layout)
+    side = c.input_size // k.patch
     args = {
-        "model": f"SiT-{c.model.size}/{c.model.patch}",
+        **_script_arguments(network, "LightningDiT"),
+        "use_qknorm": k.qk_norm,
+        "use_swiglu": k.mlp == "swiglu",
+        "use_rope": k.rope,
+        "use_rmsnorm": k.norm == "rms",
+        "in_chans": c.input_channels,
+    }
+    state = lightning.from_plain(state, k, size.depth, size.heads, side)
+    write_torch(path, {"ema": state, "args": args})
+    return Path(path)
+
+
+def _script_arguments(network: LoadedNetwork, name: str) -> dict[str, Any]:
+    """The arguments of SiT's training script, and of those made of it."""
+    c, size = network.config, dit.parse_size(network.config.model.size)
+    return {
+        "model": f"{name}-{c.model.size}/{c.model.patch}",
         **sit_arguments(c),
         "learn_sigma": c.diffusion.variance == "unused",
         "num_classes": c.data.num_classes,
@@ -124,8 +164,6 @@ def write_sit(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
         "num_heads": size.heads,
         "class_dropout_prob": c.model.label_dropout,
     }
-    write_torch(path, {"ema": _release_state(network), "args": args})
-    return Path(path)
 
 
 def write_diffusers(folder: str | os.PathLike[str], network: LoadedNetwork) -> Path:
@@ -205,8 +243,12 @@ def _check_expressible(
     *,
     sit: bool = False,
     kind: type[dit.DiTKeys] = dit.DiTKeys,
+    own: Sequence[str] = (),
 ) -> None:
-    """Raise UserError for a DiT that another program's code cannot express."""
+    """Raise UserError for a DiT that another program's code cannot express.
+
+    `own` are keys of the network that it has, too.
+    """
     m, d = network.config.model, network.config.diffusion
     if type(m) is not kind:
         raise UserError(f"{program} has no {network.name}: expected a DiT.")
@@ -229,7 +271,7 @@ def _check_expressible(
         ("position_grid", m.position_grid, 0),
         ("label_dropout", m.label_dropout > 0, True),
     ):
-        if value != wanted:
+        if value != wanted and key not in own:
             raise UserError(
                 f"{program} has no such DiT: config.model.{key} is {getattr(m, key)!r}, and its"
                 f" code requires {'a null label' if key == 'label_dropout' else repr(wanted)}."
