@@ -45,3 +45,20 @@ def resized(x: jax.Array | np.ndarray, side: int, kernel: str) -> jax.Array:
         jnp.asarray(resampling_matrix(kernel, n, side), image.dtype) for n in image.shape[1:3]
     )
     return jnp.einsum("ij,bjkc,lk->bilc", rows, image, columns, precision="highest")
+
+
+def blurred(x: jax.Array, sigma: jax.Array, radius: jax.Array) -> jax.Array:
+    """Blur images f32[B,H,W,C] by Gaussians of deviation sigma f32[B] pixels, cut at radius i[B].
+
+    Weights beyond the border are left out, as in `resampling_matrix`, so that a constant image
+    stays as it is. A sigma of 0 changes nothing.
+    """
+
+    def matrix(n: int) -> jax.Array:
+        apart = jnp.abs(jnp.arange(n)[:, None] - jnp.arange(n)[None])[None]
+        width = jnp.maximum(sigma, 1e-3)[:, None, None]
+        weights = jnp.exp(-0.5 * (apart / width) ** 2) * (apart <= radius[:, None, None])
+        return weights / weights.sum(-1, keepdims=True)
+
+    rows, columns = (matrix(n) for n in x.shape[1:3])
+    return jnp.einsum("bij,bjkc,blk->bilc", rows, x, columns, precision="highest")

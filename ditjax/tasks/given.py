@@ -17,7 +17,7 @@ import numpy as np
 from ditjax.config import Config, Section, at_least, at_most, between, check_used, key
 from ditjax.data.masks import random_mask
 from ditjax.diffusion.process import per_sample
-from ditjax.diffusion.resampling import resized
+from ditjax.diffusion.resampling import blurred, resized
 from ditjax.diffusion.samplers import given_noise
 from ditjax.errors import UserError, divisors
 from ditjax.models.network import Network
@@ -26,6 +26,7 @@ from ditjax.training.task import Beside, FromRecords, Known
 
 ENLARGED_BY = "bicubic"  # what a network is given of a low-resolution image
 _LOW = ("kind", ("low",))
+BLUR_RADII = 3  # a blur is cut at 1 to 3 pixels
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class GivenChannels(Section):
     kernel: Literal["area", "bicubic"] = key("area", used_if=_LOW)
     # noise that is added to it, as a share of the process's times: at most in training, in samples
     noise_most: float = key(0.0, between(0, 1), used_if=_LOW)
+    # Gaussian blur of it in training: the largest deviation, in its pixels (DALL-E 2)
+    blur_most: float = key(0.0, between(0, 8), used_if=_LOW)
     noise: float = key(0.0, between(0, 1), free=True, protocol=True, used_if=_LOW)
 
     def check(self, c: Config) -> None:
@@ -107,7 +110,23 @@ def trained_conditions(c: Config, images: jax.Array, keys: jax.Array) -> dict[st
     level = None
     if has_level(c):
         level = c.given.noise_most * jax.vmap(jax.random.uniform)(parts[:, 1])
-    return given_conditions(c, known_of(c, images, parts[:, 0]), parts[:, 2], level)
+    known = known_of(c, images, parts[:, 0])
+    if c.given.blur_most:
+        # Of a fourth key, so that what the other three draw is as without.
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
+        known = known._replace(image=_random_blur(c, jnp.asarray(known.image), own))
+    return given_conditions(c, known, parts[:, 2], level)
+
+
+def _random_blur(c: Config, low: jax.Array, keys: jax.Array) -> jax.Array:
+    """Ramesh et al. 2022 (DALL-E 2) App. C: a blur of each low-resolution image f32[B,h,w,C].
+
+    Its deviation is uniform up to config.given.blur_most, and its radius one of 1 to `BLUR_RADII`.
+    """
+    pairs = jax.vmap(jax.random.split)(keys)
+    sigma = c.given.blur_most * jax.vmap(jax.random.uniform)(pairs[:, 0])
+    radius = jax.vmap(lambda key: jax.random.randint(key, (), 1, BLUR_RADII + 1))(pairs[:, 1])
+    return blurred(low, sigma, radius)
 
 
 def given_from_images(c: Config) -> FromRecords:
@@ -139,6 +158,7 @@ def training_protocol(c: Config) -> dict[str, Any]:
     if g.kind == "none":
         return {}
     low = {"side": g.side, "kernels": [g.kernel, ENLARGED_BY], "noise_most": g.noise_most}
+    low |= {"blur_most": g.blur_most} if g.blur_most else {}
     return {"val_loss_given": {"kind": g.kind, **(low if g.kind == "low" else {})}}
 
 

@@ -6,7 +6,7 @@
 
 It asks what a sample of super-resolution gains over a regressor of the same network, and what noise
 in the low-resolution image is worth when that image is drawn, too. Arms: the regressor, a network
-without noise, and one with. 'base' draws scenes of 16x16 pixels.
+without noise, one with, and one with blur. 'base' draws scenes of 16x16 pixels.
 Hardware, time and the result: docs/cascades.md, "A small study".
 """
 
@@ -22,6 +22,7 @@ ARMS = (
     ),
     (),
     (("given.noise_most", 0.4), ("given.noise", 0.1)),
+    (("given.blur_most", 1.0),),
 )
 
 

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from ditjax.cli import load_recipe
 from ditjax.config import changed, read
 from ditjax.diffusion.losses import regression_loss
-from ditjax.diffusion.resampling import resized
+from ditjax.diffusion.resampling import blurred, resized
 from ditjax.errors import UserError
 from ditjax.evaluation.given import GivenScores
 from ditjax.files.assets import flatten, unflatten
@@ -89,6 +90,37 @@ def test_noise_of_a_low_image_is_of_its_level():
     levels = np.asarray(drawn("noisy")[GIVEN]["level"])
     assert len(set(levels.tolist())) > 3
     assert levels.max() < 400
+
+
+def test_a_blur_is_a_gaussian_of_its_own_for_each_image():
+    """Against SciPy's, at radius 1 and 3; nothing of σ = 0, and nothing of a constant image."""
+    x = RNG.uniform(-1, 1, (3, 8, 6, 2)).astype(np.float32)
+    found = blurred(jnp.asarray(x), jnp.asarray([0.0, 0.8, 1.5]), jnp.asarray([2, 1, 3]))
+    np.testing.assert_allclose(found[0], x[0], atol=1e-6)
+    for i, sigma, radius in ((1, 0.8, 1), (2, 1.5, 3)):
+        smooth = functools.partial(
+            gaussian_filter, sigma=(sigma, sigma, 0), radius=(radius, radius, 0), mode="constant"
+        )
+        expected = smooth(np.float64(x[i])) / smooth(np.ones(x[i].shape))
+        np.testing.assert_allclose(found[i], expected, atol=1e-5)
+    flat = blurred(jnp.full((1, 8, 6, 2), 0.3), jnp.asarray([2.0]), jnp.asarray([3]))
+    np.testing.assert_allclose(flat, 0.3, atol=1e-6)
+
+
+def test_a_low_image_is_blurred_in_training_and_nothing_else_changes():
+    """Up to `blur_most` of its pixels, and then noised and enlarged; noise is as without."""
+    c, without = recipe({**NOISY, "blur_most": 1.0}), recipe(NOISY)
+    found, plain_ = (given.trained_conditions(each, IMAGE, keys()) for each in (c, without))
+    np.testing.assert_array_equal(found["level"], plain_["level"])
+    difference = np.abs(found["channels"] - plain_["channels"]).max((1, 2, 3))
+    assert (difference > 1e-3).sum() >= 4
+    flat = np.full_like(IMAGE, 0.3)
+    same = (given.trained_conditions(each, flat, keys())["channels"] for each in (c, without))
+    np.testing.assert_allclose(*same, atol=1e-5)
+    # Samples are given what is there, and old protocols keep their hashes.
+    assert given.given_protocol(c) == given.given_protocol(without)
+    assert "blur_most" not in given.training_protocol(without)["val_loss_given"]
+    assert given.training_protocol(c)["val_loss_given"]["blur_most"] == 1.0
 
 
 def test_a_mask_and_what_it_leaves():
