@@ -728,6 +728,8 @@ class Evaluate(Section):
     guided_num: int = key(1000, at_least(2), at_most(999_999_999))
     # Pairs (t, eps) on held-out images that L_simple is averaged over; 0 = no validation loss.
     val_loss_num: int = key(0, zero_or_above(1), at_most(999_999_999))
+    # a CLIP, run or folder, that scores samples of captions by their cosine; '' = none
+    clip: str = key("", PATH)
     # Held-out images whose likelihood under the probability-flow ODE is averaged; 0 = none.
     bpd_num: int = key(0, zero_or_above(1), at_most(999_999_999))
 

@@ -17,6 +17,7 @@ from ditjax.parallel.processes import is_primary
 from ditjax.runs.results import load_samples, save_grid, tiled_frames
 from ditjax.sampling.cascade import Cascade, parse_upsamplers, stage_file
 from ditjax.sampling.editing import EDITS, request_of
+from ditjax.sampling.given import read_prompts
 from ditjax.sampling.pipeline import (
     PRECISIONS,
     Pipeline,
@@ -57,6 +58,7 @@ _FLAGS: Mapping[str, tuple[str, Any, str]] = {
     "sampler": ("sample.sampler", str, "a sampler, such as ddim or dpmpp_2m"),
     "eta": ("sample.eta", float, "noise of DDIM, from 0 to 1"),
     "batch_size": ("sample.batch_size", int, "images per batch, over all devices"),
+    "negative": ("text.negative", str, "negative prompt"),
     "adapter": ("sample.adapters", str, "adapters (LoRA) to merge: PATH[:SCALE],..."),
     "seed": ("seed", int, "image i depends only on (seed, i)"),
 }
@@ -115,6 +117,11 @@ def _parser() -> cli.Parser:
         "--classes",
         default="",
         help="classes to cycle through, such as 207,n02099601,golden_retriever",
+    )
+    parser.add_argument(
+        "--prompts",
+        default="",
+        help="of a network of texts: a file with a prompt in each line, or one prompt",
     )
     parser.add_argument(
         "--control",
@@ -196,6 +203,7 @@ def main(argv: list[str]) -> int:
         num=num,
         batch_size=args.batch_size,
         control=split_paths(args.control, "--control") if args.control else None,
+        prompts=read_prompts(args.prompts) if args.prompts else None,
     )
     if args.upsample:
         record = cascade.write(folder, record, SAMPLES)

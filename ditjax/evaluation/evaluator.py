@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ditjax.data.images import open_images
 from ditjax.data.names import Split
 from ditjax.errors import UserError
 from ditjax.evaluation import scoring
+from ditjax.evaluation.clip_score import open_scorer
 from ditjax.evaluation.features import (
     SHIPPED_EXTRACTORS,
     Extractor,
@@ -34,6 +36,7 @@ from ditjax.evaluation.validation import Validator
 from ditjax.files import lease, npz
 from ditjax.files.npz import load_array
 from ditjax.metrics import neighbours
+from ditjax.parallel.processes import is_primary
 from ditjax.parallel.rules import check_batch
 from ditjax.runs import opening
 from ditjax.runs.results import SAMPLES_FILE
@@ -86,6 +89,7 @@ class Evaluator:
                 f" {self.extractor.name!r} judge no class: set it to 0, or config.sample.cfg_scale."
             )
         self.reference = reference_of(c, self.extractor)
+        self._clip = self._clip_protocol(c)
         self._validate = Validator(mesh, frozen)
         self._validate.protocol(c)  # raises now if the split is missing
         if self.extractor.shipped:
@@ -159,7 +163,22 @@ class Evaluator:
     def protocol(self, c: Config, num: int) -> dict[str, Any]:
         """Return everything that two results must share to be compared."""
         protocol = scores_protocol(self.extractor, self.reference, num, self._sampling(c))
-        return protocol | self._validate.protocol(c)
+        return protocol | self._clip | self._validate.protocol(c)
+
+    def _clip_protocol(self, c: Config) -> dict[str, Any]:
+        """What fixes the meaning of a CLIP score; {} without. Raises UserError."""
+        if not c.evaluate.clip:
+            return {}
+        needs = sampling_of(c, make_task(c)).needs
+        if needs is None or needs.reads != "caption":
+            raise UserError(
+                f"config.evaluate.clip is {c.evaluate.clip!r}, and samples of this recipe have no"
+                " captions: leave it out."
+            )
+        if c.evaluate.clip == c.text.encoder and is_primary():
+            line = "note: the CLIP score is of the CLIP whose text tower the network reads:"
+            print(f"{line} it is circular", file=sys.stderr)
+        return dict(open_scorer(c.evaluate.clip).protocol)
 
     def _sampling(self, c: Config) -> dict[str, Any]:
         # Samples that are given something of records have the labels of these.

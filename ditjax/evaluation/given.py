@@ -3,17 +3,20 @@
 Samples are added in order, from sample 0 on; sample i is given of record i.
 """
 
+import dataclasses
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from ditjax.config import Config
-from ditjax.data import source
+from ditjax.data import source, stream
 from ditjax.data.crop import normalize
+from ditjax.evaluation.clip_score import ClipScorer, clip_scores, open_scorer
 from ditjax.evaluation.features import Extractor
 from ditjax.metrics.restoration import SSIM_SIDE, psnr, ssim
 from ditjax.metrics.scores import mask_f1
+from ditjax.runs import opening
 from ditjax.sampling.given import GivenRows
 from ditjax.sampling.program import sampling_of
 from ditjax.tasks import make_task
@@ -44,20 +47,31 @@ class CaptionScores:
 
     `accuracy_NAME` is the share of the samples whose attribute NAME, as `Extractor.attributes`
     judges it, is the record's class of that name; `accuracy_all` that of those with all of them
-    right. Records without a class, such as scenes of two digits, do not count.
+    right. Records without a class, such as scenes of two digits, do not count. With
+    config.evaluate.clip, `clip_score` is the mean CLIP score of a sample and its caption, and
+    `clip_score_shuffled` that with the caption of the next record.
     """
 
     def __init__(self, c: Config, given: GivenRows, extractor: Extractor) -> None:
+        self._clip = open_scorer(c.evaluate.clip) if c.evaluate.clip else None
+        spec = opening.held_out(c)
+        if self._clip and spec.text:
+            text = spec.text._replace(tokenizer=self._clip.tokenizer, tokens=self._clip.tokens)
+            spec = dataclasses.replace(spec, text=text)
+        self._spec = spec
+        self._count = source.dataset_info(spec.name, spec.split, spec.data_dir).num_examples
         opened = source.open_split(c.data.name, c.evaluate.split, c.data.data_dir or None)
         self._names = list(source.class_names_by_feature(opened.builder.info.features))
         self._rows, self._judge = given.rows, extractor.attributes
-        self._right: dict[str, list[np.ndarray]] = {}
+        self._found: dict[str, list[np.ndarray]] = {}
         self._start = 0
 
     def add(self, images: np.ndarray) -> None:
         """Judge the next samples, u8[B,H,W,C]."""
         indices = np.arange(self._start, self._start + len(images))
         self._start += len(images)
+        if self._clip is not None:
+            self._add_cosines(self._clip, images, indices)
         if self._judge is None:
             return
         classes, every = self._rows(indices)["classes"], []
@@ -65,13 +79,21 @@ class CaptionScores:
             if name in self._names:
                 truth = classes[:, self._names.index(name)]
                 every.append(np.where(truth < 0, np.nan, found == truth))
-                self._right.setdefault(f"accuracy_{name}", []).append(every[-1])
+                self._found.setdefault(f"accuracy_{name}", []).append(every[-1])
         if every:
-            self._right.setdefault("accuracy_all", []).append(np.prod(every, axis=0))
+            self._found.setdefault("accuracy_all", []).append(np.prod(every, axis=0))
+
+    def _add_cosines(self, clip: ClipScorer, images: np.ndarray, indices: np.ndarray) -> None:
+        image = clip.embed_images(images)
+        for name, behind in (("clip_score", 0), ("clip_score_shuffled", 1)):
+            records = (indices + behind) % self._count
+            (rows,) = stream.read_records(self._spec, records, len(records))
+            scores = clip_scores(image, clip.embed_texts(rows["caption"]))
+            self._found.setdefault(name, []).append(scores)
 
     def means(self) -> dict[str, float]:
-        """The share of each attribute that is right, over the records that have it."""
-        found = {name: np.concatenate(parts) for name, parts in self._right.items()}
+        """The mean of each score, over the records that have it."""
+        found = {name: np.concatenate(parts) for name, parts in self._found.items()}
         return {k: float(np.nanmean(v)) for k, v in found.items() if not np.isnan(v).all()}
 
 

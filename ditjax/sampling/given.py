@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ from ditjax.config import Config
 from ditjax.data import source, stream
 from ditjax.data.crop import normalize
 from ditjax.data.images import given_picture
-from ditjax.errors import UserError
+from ditjax.data.tokenizers import check_text
+from ditjax.errors import UserError, reason, shown
+from ditjax.files.store import place
 from ditjax.runs import opening
 from ditjax.sampling.program import sampling_of
 from ditjax.tasks import make_task
@@ -71,6 +74,57 @@ def held_out_given(c: Config) -> GivenRows | None:
 
     record = {needs.name: f"{info.full_name}/{c.evaluate.split}", **needs.protocol()}
     return GivenRows(rows, record)
+
+
+MAX_PROMPTS = 10_000
+
+
+def read_prompts(text: str) -> list[str]:
+    """The prompts of a file, one a line, or the text itself if it names no file.
+
+    Raises UserError for a file that is not UTF-8, and for an empty line.
+    """
+    path = place(text) if len(text.encode()) <= _LONGEST_NAME and "\0" not in text else None
+    if path is None or not path.is_file():
+        return [text]
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 ({reason(error)}).") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise UserError(f"{path}, line {number}: it is empty; expected a prompt in each line.")
+    return lines
+
+
+_LONGEST_NAME = 1024  # bytes of a path
+
+
+def given_prompts(c: Config, prompts: Sequence[str]) -> GivenRows:
+    """Texts, of i % N for sample i, in Unicode's form NFC.
+
+    Raises UserError for none, for too many, for one that is no text, and for a network that takes
+    classes.
+    """
+    needs = sampling_of(c, make_task(c)).needs
+    if needs is None or needs.texts is None:
+        raise UserError("prompts are given, and the network takes classes: give --classes instead.")
+    if not 0 < len(prompts) <= MAX_PROMPTS:
+        raise UserError(f"{len(prompts):,} prompts: expected 1 to {MAX_PROMPTS:,}.")
+    for text in prompts:
+        if not isinstance(text, str) or not text.isprintable():
+            raise UserError(
+                f"prompt {shown(text)}: expected a text without control characters or line breaks."
+            )
+        check_text(text)
+    plain = [unicodedata.normalize("NFC", text) for text in prompts]
+    ids = needs.texts(plain)
+
+    def rows(indices: np.ndarray) -> Mapping[str, Any]:
+        return {"beside": Beside(context=cycled(indices, ids))}
+
+    digest = hashlib.sha256("\n".join(plain).encode()).hexdigest()
+    return GivenRows(rows, {needs.name: f"SHA-256:{digest}", **needs.protocol()})
 
 
 def given_controls(c: Config, images: ControlImage | Sequence[ControlImage]) -> GivenRows:

@@ -39,6 +39,7 @@ from ditjax.sampling.given import (
     GivenRows,
     given_controls,
     given_known,
+    given_prompts,
     held_out_given,
 )
 from ditjax.sampling.program import sampling_of
@@ -277,6 +278,7 @@ class Pipeline:
         batch_size: int | None = None,
         quiet: bool = False,
         control: ControlImage | Sequence[ControlImage] | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> Output:
         """Draw `num` images, by default one per class; image i has class classes[i % len].
 
@@ -284,12 +286,14 @@ class Pipeline:
         on (seed, i), its class and its control image, not on the batch or the devices. `control`
         are control images of a run that has a control, as `given.given_controls` takes them.
         Other arguments default to the recipe's (`self.config.sample`). A network that was trained
-        to enlarge or complete images is given held-out ones here. Raises UserError.
+        to enlarge or complete images is given held-out ones here. A network of texts is given
+        `prompts`, prompt i % len for image i, or held-out captions. Raises UserError.
         """
         return self._draw(
             classes,
             quiet=quiet,
             control=control,
+            prompts=prompts,
             num=num,
             seed=seed,
             cfg_scale=cfg_scale,
@@ -355,10 +359,11 @@ class Pipeline:
         *,
         quiet: bool,
         control: ControlImage | Sequence[ControlImage] | None = None,
+        prompts: Sequence[str] | None = None,
         **keys: Any,
     ) -> Output:
-        c, label_of, edited = self._request(classes, edit, **keys)
-        given, others = self._given(c, edit, control)
+        c, label_of, edited = self._request(classes, edit, prompts=prompts, **keys)
+        given, others = self._given(c, edit, control, prompts)
         began = time.monotonic()
         drawn = self._drawer.whole(
             c,
@@ -370,7 +375,7 @@ class Pipeline:
             title="" if quiet else "sample",
         )
         images = [picture(tile(x[None], 1, gap=0)) for x in drawn.images]
-        record = self._record(c, label_of, edited, time.monotonic() - began, others)
+        record = self._record(c, label_of, edited, time.monotonic() - began, others, prompts)
         return Output(images, drawn.images, drawn.label, record)
 
     @lease.scope()
@@ -383,6 +388,7 @@ class Pipeline:
         num: int | None = None,
         batch_size: int | None = None,
         control: ControlImage | Sequence[ControlImage] | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Draw images into an npz (arr_0, label), batch by batch, and return their record.
 
@@ -390,11 +396,14 @@ class Pipeline:
         the same call draws what is missing. A different set at `path` is replaced. Raises
         UserError, also if another process is writing samples to the same folder.
         """
-        c, label_of, edited = self._request(classes, edit, num=num, batch_size=batch_size)
-        given, others = self._given(c, edit, control)
+        c, label_of, edited = self._request(
+            classes, edit, prompts=prompts, num=num, batch_size=batch_size
+        )
+        given, others = self._given(c, edit, control, prompts)
         opening.acquire_lease(place(path).parent, opening.SAMPLES_LEASE)
-        record = self._record(c, label_of, edited, 0.0, others)
+        record = self._record(c, label_of, edited, 0.0, others, prompts)
         labels = "uniform" if label_of is None else f"classes {record['classes']}"
+        labels = "prompts" if prompts else labels
         if label_of is None and others and control is None:
             labels = "records"
         protocol = sampling_protocol(
@@ -422,6 +431,7 @@ class Pipeline:
         classes: Sequence[int | str] | str | None,
         edit: editing.Request | None = None,
         *,
+        prompts: Sequence[str] | None = None,
         num: int | None = None,
         batch_size: int | None = None,
         seed: int | None = None,
@@ -432,9 +442,10 @@ class Pipeline:
 
         None leaves a key as it is.
         """
-        label_of = self.labels(classes)
-        if num is None and (edit or label_of):
-            num = max(edit.num if edit else 0, len(label_of or ()))
+        label_of = self._labels_of(classes, prompts)
+        asked = len(prompts or label_of or ())
+        if num is None and (edit or asked):
+            num = max(edit.num if edit else 0, asked)
         keys |= {"num": num, "steps": None if steps is None else str(steps)}
         sections: dict[str, dict[str, Any]] = {"edit": {}, "sample": {}}
         for name, value in keys.items():
@@ -447,7 +458,8 @@ class Pipeline:
         check_used(changed(c, {"evaluate": {"guided_scale": 0.0}}), given)
         if edit:
             editing.check_read(edit.record["edit"], given)
-        _report_left_out(c.sample.num, edit.num if edit else 0, len(label_of or ()))
+        what = "prompts" if prompts else "classes"
+        _report_left_out(c.sample.num, {"images": edit.num if edit else 0, what: asked})
         edited = {"edit": self._edited(c, edit)} if edit else {}
         if edit and label_of is None:
             label_of = [self._null_label(c)]
@@ -477,9 +489,13 @@ class Pipeline:
         c: Config,
         edit: editing.Request | None,
         control: ControlImage | Sequence[ControlImage] | None,
+        prompts: Sequence[str] | None = None,
     ) -> tuple[GivenRows | None, GivenRows | None]:
         """What samples are given, and what of it is not an edit's."""
-        others = self._beside_edit(c, edit, control)
+        if prompts is None:
+            others = self._beside_edit(c, edit, control)
+        else:
+            others = given_prompts(c, prompts)
         return (given_known(edit.given, others) if edit else others), others
 
     def _beside_edit(
@@ -504,6 +520,19 @@ class Pipeline:
             )
         return given_controls(c, control)
 
+    def _labels_of(
+        self, classes: Sequence[int | str] | str | None, prompts: Sequence[str] | None
+    ) -> list[int] | None:
+        """The labels of a call. Those of prompts say nothing. Raises UserError."""
+        if not classes:
+            return [0] if prompts is not None else None
+        needs = sampling_of(self.config, make_task(self.config)).needs
+        if needs and needs.texts:
+            raise UserError("classes are given, and the network takes texts: give --prompts.")
+        if prompts is not None:
+            raise UserError("both classes and prompts are given: expected one of them.")
+        return self.labels(classes)
+
     def labels(self, classes: Sequence[int | str] | str | None) -> list[int] | None:
         """Convert class numbers, names and WordNet ids to class numbers. Raises UserError."""
         if classes is None or (isinstance(classes, str) and not classes):
@@ -518,8 +547,16 @@ class Pipeline:
         edited: dict[str, Any],
         seconds: float,
         given: GivenRows | None,
+        prompts: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         null = [c.data.num_classes]
+        said = (
+            {}
+            if prompts is None
+            else {"prompts": list(prompts), "text": dataclasses.asdict(c.text)}
+        )
+        if prompts is not None:
+            label_of = null
         protocol = sampling_of(c, make_task(c)).protocol
         beside = {name: protocol[name] for name in ("control", "given") if name in protocol}
         return {
@@ -533,6 +570,7 @@ class Pipeline:
             **({"diffusion": dataclasses.asdict(c.diffusion)} if hasattr(c, "diffusion") else {}),
             **beside,
             **(given.record if given else {}),
+            **said,
             "autoencoder_scale": c.autoencoder.scale if c.latent else None,
             "autoencoder_statistics": c.autoencoder.statistics if c.latent else None,
             "image_size": c.data.image_size,
@@ -545,9 +583,9 @@ class Pipeline:
         }
 
 
-def _report_left_out(num: int, images: int, classes: int) -> None:
-    """Print what of the given images and classes too few samples leave out."""
-    for what, count in (("images", images), ("classes", classes)):
+def _report_left_out(num: int, counts: Mapping[str, int]) -> None:
+    """Print what of the given images, classes and prompts too few samples leave out."""
+    for what, count in counts.items():
         if num < count and is_primary():
             line = f"note: config.sample.num is {num}: the last {count - num} of {count} {what}"
             print(f"{line} are left out", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ guidance and its rules are those of labels.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -18,11 +19,12 @@ from jax.sharding import Mesh
 
 from ditjax.config import PATH, Config, Text, key, positive
 from ditjax.data.names import is_latents
-from ditjax.data.tokenizers import Tokenizer, open_tokenizer
-from ditjax.errors import UserError
+from ditjax.data.tokenizers import Tokenizer, cut_line, open_tokenizer
+from ditjax.errors import UserError, one_line
 from ditjax.models.network import Conditions, Context, Inputs, Network
 from ditjax.models.text import TextConfig, TextEncoder
 from ditjax.parallel.mesh import make_mesh
+from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.tasks import make_task
 from ditjax.tasks.clip import towers
@@ -199,8 +201,11 @@ def text_shapes(c: Config) -> Frozen:
 
 
 def tokens_of(c: Config, texts: Sequence[str]) -> np.ndarray:
-    """The tokens i32[n,M] of texts."""
-    return tokenizer_of(c.text.tokenizer)(texts, c.text.tokens).ids
+    """The tokens i32[n,M] of texts; a line names those that are cut."""
+    found = tokenizer_of(c.text.tokenizer)(texts, c.text.tokens)
+    if found.cut and is_primary():
+        print(one_line(cut_line(found, c.text.tokens)), file=sys.stderr)
+    return found.ids
 
 
 # ---- in training
@@ -310,7 +315,12 @@ def captions_from_records(c: Config) -> FromRecords:
     def beside(captions: jax.Array, keys: jax.Array) -> Beside:
         return Beside(context=captions)
 
-    return FromRecords(beside, "captions", reads="caption", protocol=lambda: text_protocol(c))
+    def tokens(texts: Sequence[str]) -> np.ndarray:
+        return tokens_of(c, texts)
+
+    return FromRecords(
+        beside, "captions", reads="caption", protocol=lambda: text_protocol(c), texts=tokens
+    )
 
 
 def text_protocol(c: Config) -> dict[str, Any]:

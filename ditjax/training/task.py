@@ -5,7 +5,7 @@ dotted name. The module defines `TASK`, a `Definition`, whose `make` turns a rec
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -103,7 +103,8 @@ class FromRecords(NamedTuple):
 
     `beside(values, keys key[B])` makes it on the device of what it `reads`: 'image', f32[B,H,W,C]
     in [-1, 1], or 'caption', tokens i32[B,M]. `name` is the entry of a protocol that says which
-    records, and `protocol()` are further ones. `edited`: an edit gives it, too.
+    records, and `protocol()` are further ones. `edited`: an edit gives it, too. `texts` turns texts
+    into what it reads, if that is captions.
     """
 
     beside: Callable[[jax.Array, jax.Array], Beside]
@@ -111,6 +112,7 @@ class FromRecords(NamedTuple):
     edited: bool = False
     reads: str = "image"
     protocol: Callable[[], Mapping[str, Any]] = _no_protocol
+    texts: Callable[[Sequence[str]], np.ndarray] | None = None
 
 
 class Sampling(NamedTuple):

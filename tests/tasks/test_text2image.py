@@ -1,6 +1,7 @@
 """Text-to-image: the null text, guidance and negative prompts, features kept, refusals, a run."""
 
 import functools
+import json
 from typing import Any
 
 import jax
@@ -8,16 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ditjax import evaluate, train
+from ditjax import evaluate, sample, train
 from ditjax.config import changed, read
 from ditjax.data.tokenizers import Tokens
 from ditjax.errors import UserError
-from ditjax.files.assets import unflatten
+from ditjax.evaluation.clip_score import ClipScorer, clip_scores
+from ditjax.files.assets import asset_bytes, unflatten
+from ditjax.models.clip import CLIP, ClipConfig, ClipKeys, ImageConfig, tower_layers
 from ditjax.models.network import Conditions
+from ditjax.models.text import TextConfig
 from ditjax.parallel.mesh import make_mesh
+from ditjax.sampling.given import read_prompts
+from ditjax.sampling.pipeline import Pipeline
 from ditjax.tasks import diffusion, make_task, text_conditions
 from ditjax.tasks.text_conditions import NULL, live_tokens
 from ditjax.training.task import Additions
+from ditjax.weights.clip import load_clip, write_clip
 from ditjax.weights.networks import shapes_of
 from tests.seeded import seeded_state
 from tests.text_encoders import tiny_bert
@@ -32,7 +39,7 @@ TINY: dict[str, Any] = {
     "diffusion": {"schedule": "cosine", "loss": "simple", "variance": "fixed_small"},
     "sample": {"sampler": "ddim", "steps": "ddim2", "cfg_scale": 3.0, "cfg_channels": "all"}
     | {"batch_size": 8},
-    "train": {"batch_size": 8, "steps": 2, "sample_every_steps": 2},
+    "train": {"batch_size": 8, "steps": 4, "sample_every_steps": 4, "ema_decay": 0.0},
     "evaluate": {"features": "captions", "num_samples": 8, "val_loss_num": 8, "split": "train"}
     | {"reference": "caption_scenes/40"},
 }
@@ -207,15 +214,38 @@ def test_what_does_not_go_together_is_one_line(folder):
         loaded(recipe(small))
 
 
-@pytest.mark.usefixtures("own_data")
-def test_a_run_is_trained_and_judged(folder, tmp_path):
-    """Every attribute is judged by what the caption's record shows, and the protocol says how."""
+# ---- a run
+
+
+@pytest.fixture(scope="module")
+def clip_folder(folder):
+    """A tiny random CLIP of transformers with the shipped tokenizer."""
+    layers = tower_layers(ClipKeys(), "1x16x2", 32)
+    text = TextConfig("clip", 360, layers, 12, projection=8, end=1)
+    config = ClipConfig(ImageConfig(layers, 8, 3, 4, 8), text)
+    x, ids = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 12), jnp.int32)
+    params = jax.jit(CLIP(config).init)(jax.random.key(3), x, ids)["params"]
+    write_clip(folder.parent / "clip", config, jax.tree.map(np.asarray, params))
+    (folder.parent / "clip" / "tokenizer.json").write_bytes(asset_bytes("scene_bpe", ".json")[0])
+    return folder.parent / "clip"
+
+
+@pytest.fixture(scope="module")
+def run(folder, clip_folder, data_root):
+    """A run of four steps at a large rate, so that texts count, and its directory."""
     pytest.importorskip("tokenizers")
-    c = recipe(folder)
-    workdir = tmp_path / "run"
-    trained = train.train(c, workdir)
-    assert trained.step == 2
-    assert np.isfinite(trained.loss)
+    c = recipe(folder, optim={"learning_rate": 0.03}, evaluate={"clip": str(clip_folder)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITJAX_DATA", str(data_root))
+        trained = train.train(c, folder.parent / "run")
+        assert trained.step == 4
+        assert np.isfinite(trained.loss)
+        yield c, folder.parent / "run"
+
+
+def test_samples_are_judged_by_their_captions(run):
+    """Every attribute by what the record shows, and by a CLIP; the protocol says how."""
+    c, workdir = run
     assert len(list((workdir / "samples").glob("*.png"))) == 1
     record = evaluate.evaluate_run(c, workdir)
     found, protocol = record["metrics"], record["protocol"]
@@ -224,10 +254,83 @@ def test_a_run_is_trained_and_judged(folder, tmp_path):
     assert found["accuracy_all"] <= found["accuracy_digit"]
     assert found["val_loss"] > 0
     assert found["fd_captions"] > 0
+    assert {"clip_score", "clip_score_shuffled"} <= found.keys()
     assert protocol["captions"].endswith("/train")
     assert protocol["text"]["tokens"] == 12
     assert len(protocol["text_encoder"]) == 64
+    assert protocol["clip"]["tokenizer"] == protocol["text"]["tokenizer"]
+
+
+def test_another_encoder_is_noticed(run, folder):
+    c, workdir = run
     other = tiny_bert(folder.parent / "other", width=16, layers=2)
-    moved = changed(c, {"text": {"encoder": str(other)}, "train": {"steps": 3}})
+    moved = changed(c, {"text": {"encoder": str(other)}, "train": {"steps": 5}})
     with pytest.raises(UserError, match=r"text\.encoder"):
         train.train(moved, workdir)
+
+
+def test_an_image_is_of_its_own_prompt(run):
+    pipeline = Pipeline.from_pretrained(run[1])
+    drawn = [
+        pipeline(prompts=prompts, quiet=True, cfg_scale=3.0)
+        for prompts in (["a red three", "the digit two"], ["a red three", "a blue digit"])
+    ]
+    one, other = (each.array for each in drawn)
+    np.testing.assert_array_equal(one[0], other[0])
+    assert (one[1] != other[1]).any()
+    assert drawn[0].record["prompts"] == ["a red three", "the digit two"]
+    assert drawn[0].record["captions"] != drawn[1].record["captions"]
+    again = pipeline(prompts=["e\u0301"], num=1, quiet=True).record["captions"]
+    assert again == pipeline(prompts=["\u00e9"], num=1, quiet=True).record["captions"]
+
+
+def test_prompts_that_are_none_are_one_line(run, tmp_path):
+    pipeline = Pipeline.from_pretrained(run[1])
+    cases: Any = (
+        ([], "0 prompts: expected 1 to 10,000"),
+        (["x"] * 10_001, "10,001 prompts"),
+        (["x" * 10_000], "10,000 characters; expected at most 4,096"),
+        (["a\0b"], "expected a text without control characters"),
+        (["a\nb"], "expected a text without control characters"),
+        ([3], "prompt 3"),
+    )
+    for prompts, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            pipeline(prompts=prompts)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="the network takes texts: give --prompts"):
+        pipeline(classes=[3])
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    with pytest.raises(UserError, match="line 2: it is empty"):
+        read_prompts(str(tmp_path / "p.txt"))
+
+
+def test_the_command_draws_a_file_of_prompts(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red three\na blue two\n")
+    flags = [f"--workdir={run[1]}", f"--out={tmp_path}", "--batch_size=8", "--negative=green"]
+    assert sample.main([*flags, f"--prompts={tmp_path / 'prompts.txt'}", "--num=4"]) == 0
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["prompts"] == ["a red three", "a blue two"]
+    assert record["protocol"]["text"]["negative"] == "green"
+    assert record["protocol"]["labels"] == "prompts"
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file["arr_0"].shape == (4, 16, 16, 3)
+
+
+def test_the_clip_score_is_of_unit_vectors():
+    v = np.array([[1.0, 0], [0, 1.0], [0.6, 0.8]])
+    w = np.array([[1.0, 0], [0, -1.0], [0.8, 0.6]])
+    np.testing.assert_allclose(clip_scores(v, w), [100, 0, 96])
+
+
+def test_images_are_embedded_as_transformers_does(clip_folder, letters):
+    """Of bytes, by the mean and deviation that the folder states; another size is resized."""
+    scorer = ClipScorer(clip_folder)
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    loaded = load_clip(clip_folder)
+    apply = functools.partial(CLIP(loaded.config).apply, {"params": loaded.params})
+    expected: Any = apply(images.astype(np.float32) / 127.5 - 1, method="embed_image")
+    np.testing.assert_allclose(scorer.embed_images(images), expected, atol=1e-5)
+    large = images.repeat(2, 1).repeat(2, 2)
+    assert np.abs(scorer.embed_images(large) - expected).max() < 0.5
+    assert scorer.protocol["clip"]["resize"] == "bicubic to 8"

@@ -102,10 +102,10 @@ def test_hostile_folders_are_one_line(golden, tmp_path):
             load_network(written(golden, tmp_path / name, **changes))
         assert "\n" not in str(error.value) or "missing" in str(error.value)
     network = load_network(written(golden, tmp_path / "good"))
-    for changes, message in (
+    for keys, message in (
         ({"model": {"qk_norm": True}}, "config.model.qk_norm is True, and its code requires False"),
         ({"model": {"told_side": 32}}, "config.model.told_side is 32"),
     ):
-        other = network._replace(config=changed(network.config, changes))
+        other = network._replace(config=changed(network.config, keys))
         with pytest.raises(UserError, match=message):
             write_diffusers(tmp_path / "x", other)
