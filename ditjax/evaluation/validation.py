@@ -73,13 +73,14 @@ def held_out_means(c: Config, mesh: Mesh, params: Any) -> tuple[dict[str, float]
 
     Raises UserError for a task without a score of every example.
     """
-    scores = [each for each in make_task(c, mesh).scores if not each.num]
+    task = make_task(c, mesh)
+    scores = [each for each in task.scores if not each.num]
     if not scores:
         raise UserError(f"config.task is {c.task!r}: it has no score and draws no samples.")
     (score,) = scores
     size, start = c.train.batch_size, 0
     rules.check_batch(size, mesh, "config.train.batch_size")
-    measure = measure_of(c, score, mesh, {}, size)
+    measure = measure_of(c, score, mesh, task.frozen(mesh), size)
     parts: list[dict[str, np.ndarray]] = []
     for rows in stream.in_order(opening.held_out(c), size):
         batch = {name: value for name, value in rows.items() if name != "index"}

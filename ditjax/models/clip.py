@@ -20,6 +20,7 @@ from ditjax.models.embed import ANYWHERE, Linear, Placement, patchify
 from ditjax.models.network import DTYPES, Network, NetworkCost, Rules
 from ditjax.models.text import (
     LAYER_RULES,
+    Encoded,
     Layers,
     TextConfig,
     TextEncoder,
@@ -137,6 +138,10 @@ class CLIP(nn.Module):
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         return unit(self.text(ids).pooled)
+
+    def encode_text(self, ids: jax.Array) -> Encoded:
+        """The features of every token, and the embedding, not normalised."""
+        return self.text(ids)
 
     def __call__(self, x: jax.Array, ids: jax.Array) -> Embeddings:
         bias = self.logit_bias if self.config.biased else jnp.zeros((), jnp.float32)

@@ -149,8 +149,11 @@ LAYER_RULES: Rules = (
 )
 
 
-def until_end(ids: jax.Array, end: int) -> jax.Array:
-    """Where ids i32[B,M] are text: up to the first `end`, which every text has -> bool[B,M]."""
+def until_end(ids: jax.Array, end: int | jax.Array) -> jax.Array:
+    """Where ids i32[B,M] are text: up to the first `end`, which every text has -> bool[B,M].
+
+    `end` is one id, or one of each text, i32[B,1].
+    """
     ends = (ids == end).astype(jnp.int32)
     return jnp.cumsum(ends, axis=1) - ends == 0
 

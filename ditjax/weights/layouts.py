@@ -32,7 +32,15 @@ class LeafRule(NamedTuple):
     ours: str
     theirs: tuple[str, ...]
     kind: Literal[
-        "vector", "table", "linear", "conv", "linear_as_conv", "linear_as_conv1d", "patch", "heads"
+        "vector",
+        "table",
+        "batched_table",
+        "linear",
+        "conv",
+        "linear_as_conv",
+        "linear_as_conv1d",
+        "patch",
+        "heads",
     ]
     copies: bool = False
     first: int = 0
@@ -57,6 +65,8 @@ def _their_shape(kind: str, ours: tuple[int, ...], patch: int) -> tuple[int, ...
             return (int(np.prod(ours)),)
         case "table":
             return ours
+        case "batched_table":
+            return (1, *ours)
         case "linear":
             return (int(np.prod(ours[1:])), ours[0])
         case "linear_as_conv":
@@ -78,6 +88,8 @@ def _their_view(kind: str, leaf: np.ndarray, patch: int) -> np.ndarray:
             return leaf.reshape(-1)
         case "table":
             return leaf
+        case "batched_table":
+            return leaf[None]
         case "linear":
             return leaf.reshape(leaf.shape[0], -1).T
         case "linear_as_conv":

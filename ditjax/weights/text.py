@@ -335,7 +335,7 @@ def read_leaves(
 ) -> Any:
     """Our tree of parameters, as float32, from a folder's tensors. Raises UserError."""
     expected = layouts.expected_shapes(rules, ours, patch=patch)
-    what = f"{folder.kind} of transformers"
+    what = folder.kind if " of " in folder.kind else f"{folder.kind} of transformers"
     weights.check_tensors(folder.file.path, what, folder.file.tensors, expected)
     leaves = layouts.to_ours(rules, folder.file.tensors, ours)
     check_finite(leaves, folder.file.path, what)

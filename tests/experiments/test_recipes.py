@@ -34,6 +34,7 @@ TASKS = {
         ("small/text2image", "small/text2image:minilm", "small/text2image:shuffled"), "text2image"
     ),
     **dict.fromkeys(("small/dalle:dvae", "dalle_12b:dvae"), "dvae"),
+    "small/unclip": "prior",
     **dict.fromkeys(("dalle_12b", "small/dalle", "small/dalle:shuffled"), "tokens"),
 }
 # What an argument such as XL/2 says, whatever the paper's is.

@@ -18,6 +18,7 @@ NAMES = (
     "networks",
     "nowcast",
     "pixart",
+    "prior",
     "samplers",
     "scores",
     "solvers",

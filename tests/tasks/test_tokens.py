@@ -74,8 +74,9 @@ def test_the_loss_weighs_text_and_codes(opened):
 
     @jax.jit
     def computed(params, frozen, rows):
-        batch = task.prepare(frozen, rows, None)
-        held_out = score.measure(params, frozen, None, rows)["bits"]
+        key = jax.random.key(1)
+        batch = task.prepare(frozen, rows, key)
+        held_out = score.measure(params, frozen, key, rows)["bits"]
         return batch, *task.loss(params, {}, batch), held_out
 
     rows = {"image": images, "caption": text}
@@ -91,7 +92,7 @@ def test_the_loss_weighs_text_and_codes(opened):
 
     def found(of_text):
         out = SimpleNamespace(text=of_text, codes=logits["codes"])
-        return nats(lambda *args: out, config_of(c), params, text, batch["codes"])[0]
+        return nats(lambda *args: out, config_of(c), params, jnp.asarray(text), batch["codes"])[0]
 
     np.testing.assert_array_equal(found(seen), found(logits["text"]))
     assert np.all(found(seen.at[:, 1].add(jnp.arange(360.0))) != found(logits["text"]))
@@ -101,6 +102,7 @@ def test_a_sample_follows_from_its_key_and_label_alone(opened):
     """Also if a CLIP keeps the best of its candidates."""
     task = make(recipe(tokens={"candidates": 2, "clip": "b"}))
     params, weights = jax.jit(task.init)(jax.random.key(0)), task.frozen(make_mesh(-1, 1))
+    assert task.sampling
     draw = jax.jit(task.sampling.draw)
 
     def drawn(keys, labels):
