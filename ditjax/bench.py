@@ -2,15 +2,18 @@
 
 The compiled train step is timed in blocks of steps. Blocks of matrix products (the ceiling) and,
 with --against=torch, of the PyTorch peer (`ditjax/machines/peer.py`) alternate with it, so that a
-ratio compares neighbours in time.
+ratio compares neighbours in time. --suite measures several models (`ditjax/machines/suite.py`), and
+--flags a compiler's flags, in processes of their own.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,7 +35,8 @@ from ditjax.data import stream
 from ditjax.data.prefetch import ahead
 from ditjax.errors import UserError
 from ditjax.files import atomic
-from ditjax.machines.chips import peak_flops
+from ditjax.machines.chips import CompilerFlags, compiler_flags, peak_flops
+from ditjax.machines.suite import SUITE_BATCHES, SUITE_SIZES, run_suite, suite_text
 from ditjax.models.dit import parse_size
 from ditjax.models.network import DTYPES, NetworkCost, training_flops
 from ditjax.parallel.mesh import mesh_of
@@ -204,6 +208,39 @@ def ceiling(c: Config, device: jax.Device) -> tuple[Callable[[], float], int]:
     measured = {side: of(side) for side in sides}
     best = max(sides, key=lambda side: measured[side](0.5))
     return lambda: measured[best](BLOCK_SECONDS / 2), best
+
+
+# Prints the FLOP/s of PyTorch's square product of float32, if there is PyTorch.
+_TORCH_PRODUCT = """
+import sys, time, torch
+n, seconds = int(sys.argv[1]), float(sys.argv[2])
+a, b = torch.randn(n, n), torch.randn(n, n)
+torch.mm(a, b)
+began, done = time.perf_counter(), 0
+while not done or time.perf_counter() - began < seconds:
+    torch.mm(a, b)
+    done += 1
+print(2 * n**3 * done / (time.perf_counter() - began))
+"""
+
+
+def host_products(python: str) -> dict[str, float]:
+    """FLOP/s of square products of float32 on all cores: NumPy's, and PyTorch's if it is there.
+
+    XLA's own product is not always the best of a machine, and a ceiling should be.
+    """
+    n, seconds = SIDES["cpu"][-1], BLOCK_SECONDS / 2
+    a, b = (np.random.default_rng(i).standard_normal((n, n), np.float32) for i in range(2))
+    a @ b
+    began, done = time.perf_counter(), 0
+    while not done or time.perf_counter() - began < seconds:
+        a @ b
+        done += 1
+    found = {"NumPy": 2.0 * n**3 * done / (time.perf_counter() - began)}
+    with contextlib.suppress(OSError, ValueError):
+        words = [python, "-c", _TORCH_PRODUCT, str(n), str(seconds)]
+        found["PyTorch"] = float(subprocess.run(words, capture_output=True, check=False).stdout)
+    return found
 
 
 @contextlib.contextmanager
@@ -400,6 +437,7 @@ def bench(
                 sides["loop"] = functools.partial(ours.looped, batches, steps)
         first_of = {peer.name: peer.train(1) for peer in peers}
         sides |= {peer.name: functools.partial(peer.train, steps) for peer in peers}
+        products = host_products(torch_python) if jax.default_backend() == "cpu" else {}
         found = alternate(sides, rounds)
         sampling = _sampling_figures(c, mesh, ours.average, peers, rounds) if sample else None
     return {
@@ -409,6 +447,7 @@ def bench(
         "first_step_seconds": first,
         "peak_bytes": memory,
         "peak_bytes_of": memory_of,
+        "host_products_flops": products,
         "peers": [_peer_figures(peer, found, first_of[peer.name]) for peer in peers],
         "input": batches
         if isinstance(batches, str)
@@ -560,6 +599,9 @@ def _step_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         mfu += f" of {found['peak_flops'] / 1e12:.4g} TFLOP/s"
     ceiling_rate = _quartile_text(found["ceiling_flops"], " GFLOP/s per device", 1e-9)
     seconds = f"{found['compile_seconds']:.2f} s, first step {found['first_step_seconds']:.2f} s"
+    products = ", ".join(
+        f"{name} {rate * 1e-9:.4g} GFLOP/s" for name, rate in found["host_products_flops"].items()
+    )
     return [
         ("step", _quartile_text(found["step_seconds"], " s")),
         ("images/s", _quartile_text(found["images_per_second"])),
@@ -568,6 +610,7 @@ def _step_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
             _quartile_text(found["attained_flops_a_device"], " GFLOP/s per device", 1e-9),
         ),
         ("matmul ceiling", f"{ceiling_rate}, squares of {found['ceiling_side']}"),
+        *([("others' products", f"{products}, float32, on all cores")] if products else []),
         ("of the ceiling", _quartile_text(found["of_ceiling"], " %", 100)),
         ("MFU", mfu),
         ("compilation", seconds),
@@ -597,8 +640,61 @@ PEERS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Run the command. Raises UserError."""
+# ---- a compiler's flags
+
+
+def compare_flags(argv: Sequence[str], flags: CompilerFlags) -> dict[str, Any]:
+    """Run bench four times, without, with, with and without flags, and compare the steps.
+
+    `argv` is the command line without --flags and --out. Raises UserError if a run fails.
+    """
+    found: dict[bool, list[float]] = {False: [], True: []}
+    before = os.environ.get(flags.variable, "")
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "bench.json"
+        for tuned in (False, True, True, False):
+            value = f"{before} {flags.flags}" if tuned else before
+            done = subprocess.run(
+                [sys.executable, "-m", "ditjax.bench", *argv, f"--out={out}"],
+                env={**os.environ, "PYTHONPATH": _import_path(), flags.variable: value},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                lines = done.stderr.strip().splitlines()
+                raise UserError(
+                    f"--flags: the run {'with' if tuned else 'without'} them failed:"
+                    f" {lines[-1] if lines else f'status {done.returncode}'}"
+                )
+            figures = json.loads(out.read_text())
+            found[tuned].append(figures["step_seconds"]["median"])
+    without, with_flags = (np.array(found[tuned]) for tuned in (False, True))
+    return {
+        "schema": 1,
+        **flags._asdict(),
+        "model": figures["model"],
+        "batch_size": figures["batch_size"],
+        "step_seconds_without": found[False],
+        "step_seconds_with": found[True],
+        "ratio": quartiles(without / with_flags),
+    }
+
+
+def flags_text(found: Mapping[str, Any]) -> str:
+    """Return the comparison of flags as a line for the terminal."""
+    times = [
+        " and ".join(f"{value:.4g}" for value in found[f"step_seconds_{name}"])
+        for name in ("without", "with")
+    ]
+    return (
+        f"{found['variable']}={found['flags']} ({found['source']}):\n{found['model']}, batch"
+        f" {found['batch_size']}: {times[0]} s a step without, {times[1]} with:"
+        f" {_quartile_text(found['ratio'])} times as fast"
+    )
+
+
+def _parser() -> cli.Parser:
     parser = cli.parser("bench", "Time a recipe's train step on the local devices.")
     parser.add_argument(
         "--steps", type=int, default=0, help="steps per block (default: as many as fill 2 seconds)"
@@ -623,8 +719,36 @@ def main(argv: list[str]) -> int:
         metavar="PATH",
         help="Python interpreter with PyTorch and diffusers (default: this one)",
     )
+    parser.add_argument(
+        "--suite",
+        action="store_true",
+        help="measure the recipe's network at several --sizes, each at the best of several"
+        " --batches, the features of FID and the numerics of attention",
+    )
+    parser.add_argument(
+        "--sizes", default=",".join(SUITE_SIZES), help="with --suite: values of config.model.size"
+    )
+    parser.add_argument(
+        "--batches",
+        default=",".join(map(str, SUITE_BATCHES)),
+        help="with --suite: values of config.train.batch_size",
+    )
+    parser.add_argument(
+        "--flags",
+        default="",
+        help="compare the step without and with flags of XLA: gpu or tpu, those that are published"
+        " for it (ditjax/machines/chips.py), or the flags themselves",
+    )
     parser.add_argument("--out", help="JSON file for the figures")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command. Raises UserError."""
+    parser = _parser()
     args, config = cli.parse(parser, argv)
+    if not args.suite:
+        cli.check_unused(parser, argv, ["sizes", "batches"], "without --suite")
     if args.against == "none":
         cli.check_unused(parser, argv, ["torch_python"], "without --against=torch")
     if args.steps < 0 or args.rounds < 1:
@@ -634,22 +758,49 @@ def main(argv: list[str]) -> int:
     if args.against != "none":
         # Two programs share the device: neither may preallocate its memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    found = bench(
-        config,
-        steps=args.steps,
-        rounds=args.rounds,
-        against=PEERS[args.against],
-        sample=args.sample,
-        torch_python=args.torch_python,
-    )
+    if args.flags:
+        return _flags(args, argv)
+
+    def measure(c: Config, full: bool = True) -> dict[str, Any]:
+        return bench(
+            c,
+            steps=args.steps,
+            rounds=args.rounds if full else 1,
+            against=PEERS[args.against] if full else (),
+            sample=args.sample and full,
+            torch_python=args.torch_python,
+        )
+
+    found = run_suite(config, measure, *_axes(args)) if args.suite else measure(config)
     found["environment"] = {
         **environment(typed("bench", argv, drop=("--out", "--torch_python"))),
         "commit": commit(),
     }
     found["config"] = args.recipe
-    print(bench_text(found))
+    print(suite_text(found) if args.suite else bench_text(found))
     if args.out:
         atomic.write_json(args.out, found)
+    return 0
+
+
+def _axes(args: argparse.Namespace) -> tuple[list[str], list[int]]:
+    """The sizes and batches of --suite. Raises UserError for what is no number."""
+    try:
+        batches = [int(word) for word in args.batches.split(",")]
+    except ValueError:
+        raise UserError(f"--batches={args.batches}: expected sizes such as 64,256.") from None
+    return args.sizes.split(","), batches
+
+
+def _flags(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Compare flags of the compiler: this process takes no device."""
+    if args.suite:
+        raise UserError("--flags and --suite exclude each other: give one of them.")
+    ours = shlex.split(typed("bench", argv, drop=("--flags", "--out")))[3:]
+    found = compare_flags(ours, compiler_flags(args.flags))
+    print(flags_text(found))
+    if args.out:
+        atomic.write_json(args.out, {**found, "config": args.recipe})
     return 0
 
 

@@ -23,8 +23,7 @@ PLAN_FILE = "plan.json"
 REMATS = ("none", "dots", "full")
 
 
-def main(argv: list[str]) -> int:
-    """Run the command: return 0 if the recipe fits, 1 if it does not."""
+def _parser() -> cli.Parser:
     parser = cli.parser(
         "plan",
         "Compile the real train step for TPUs or GPUs that are not at hand, and print memory,"
@@ -39,6 +38,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--steps", type=int, default=0, help="steps to cost (default: the recipe's)"
     )
+    parser.add_argument(
+        "--price", type=float, default=0.0, help="of a chip-hour, in any currency, for the cost"
+    )
     parser.add_argument("--out", default="", help=f"folder for {PLAN_FILE} and compiled results")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument(
@@ -52,9 +54,19 @@ def main(argv: list[str]) -> int:
         default="",
         help="with --search: batch sizes, such as 512,1024 (default: the recipe's, 2x and 4x)",
     )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command: return 0 if the recipe fits, 1 if it does not."""
+    parser = _parser()
     args, c = cli.parse(parser, [*argv, *_mesh_flags(parser.parse_known_args(argv)[0].mesh)])
     if not args.search:
         cli.check_unused(parser, argv, ["limit", "batches"], "without --search")
+    if not 0 <= args.price < 1e6:
+        raise UserError(f"--price={args.price:g}: expected the price of a chip-hour.")
+    if args.search:
+        cli.check_unused(parser, argv, ["price"], "with --search")
     if args.steps < 0 or args.limit < 1:
         raise UserError(
             f"--steps={args.steps} --limit={args.limit}: expected steps of 0 or more and a limit of"
@@ -68,6 +80,8 @@ def main(argv: list[str]) -> int:
     if args.search:
         return _search(c, topology, steps, args, cache, out, command)
     plan = {"command": command, "commit": commit(), **planning.make_plan(c, topology, steps, cache)}
+    if args.price and "cost" in plan:
+        plan["cost"]["price_a_chip_hour"] = args.price
     if not args.json:
         print(format_plan(plan), flush=True)
     if not plan["memory"]["fits"]:

@@ -4,7 +4,7 @@
 # usage: bash launch/host.sh COMMAND --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
 #        bash launch/host.sh install      makes .venv only
 #   A SIGTERM is passed on to it; when it has saved, this ends with status 143: stopped, not done.
-#   ACCELERATOR=cuda12 (or cuda13, tpu, cpu), RESTARTS=10, DRY_RUN=1 may be set.
+#   ACCELERATOR=cuda12 (or cuda13, tpu, cpu), RESTARTS=10, COMPILER_FLAGS=gpu, DRY_RUN=1 may be set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/machine.sh

@@ -78,6 +78,20 @@ install() {
   fi
   # shellcheck source=launch/venv.sh
   . launch/venv.sh "${requirements[@]}"
+  compiler_flags
+}
+
+# compiler_flags: with COMPILER_FLAGS=gpu or tpu, adds the flags of XLA that are published for it to
+# the environment (ditjax/machines/chips.py has them and their source).
+compiler_flags() {
+  local variable flags
+  [ -n "${COMPILER_FLAGS:-}" ] || return 0
+  case $COMPILER_FLAGS in gpu | tpu) ;; *) fail "COMPILER_FLAGS=$COMPILER_FLAGS: expected gpu or tpu" ;; esac
+  read -r variable flags < <(
+    "$PY" -c "from ditjax.machines.chips import COMPILER_FLAGS as f; print(*f['$COMPILER_FLAGS'][:2])"
+  )
+  export "$variable=${!variable:+${!variable} }$flags"
+  echo "$variable=${!variable}" >&2
 }
 
 # TPU=v5e:16x16, the name that `plan --topology` takes -> $tpu_topology, $tpu_chips, and what the

@@ -6,7 +6,7 @@
 #   sbatch --array=0-3 launch/slurm.sh encode --config=FILE --out=DIR ...      a job a share of files
 #   A job that is preempted, out of time, or died is queued again and goes on from its checkpoint.
 #   Partition, account, time and GPUs are options of sbatch: they win over those below.
-#   ACCELERATOR=cuda12 (or cuda13, cpu), RESTARTS=10, DRY_RUN=1 may be set.
+#   ACCELERATOR=cuda12 (or cuda13, cpu), RESTARTS=10, COMPILER_FLAGS=gpu, DRY_RUN=1 may be set.
 #SBATCH --job-name=ditjax
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -39,7 +39,7 @@ def _handler(hub_: Hub) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: Any) -> None:
             pass
 
-        def answer(self, value: Any, status: int = 200, **headers: str) -> None:
+        def answer(self, value: Any, status: int = 200, **headers: Any) -> None:
             data = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)
             headers.setdefault("Content-Length", str(len(data)))
@@ -91,7 +91,7 @@ def _handler(hub_: Hub) -> type[BaseHTTPRequestHandler]:
             if name == hub_.half and self.command == "GET":
                 self.close_connection = True
                 data = data[: len(data) // 2]
-            return self.answer(data, **headers)
+            return self.answer(data, 200, **headers)
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -48,3 +48,37 @@ def peak_flops(device_kind: str, dtype: str, matmul: str = "default") -> float |
         if device_kind in rates.kinds:
             return rates.device_flops(dtype, matmul)
     return None
+
+
+class CompilerFlags(NamedTuple):
+    """Flags of XLA that others publish for a kind of chip, and the variable that takes them."""
+
+    variable: str
+    flags: str
+    source: str
+
+
+# None was measured here, so that none is a default: `bench --flags=gpu` compares.
+COMPILER_FLAGS = {
+    "gpu": CompilerFlags(
+        "XLA_FLAGS",
+        "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_triton_gemm_any=true",
+        "docs.jax.dev/en/latest/gpu_performance_tips.html",
+    ),
+    "tpu": CompilerFlags(
+        "LIBTPU_INIT_ARGS",
+        "--xla_tpu_enable_async_collective_fusion=true"
+        " --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
+        " --xla_tpu_enable_async_collective_fusion_multiple_steps=true"
+        " --xla_tpu_overlap_compute_collective_tc=true --xla_enable_async_all_gather=true",
+        "maxdiffusion, guides/optimization, for Wan 2.1 on v5p",
+    ),
+}
+
+
+def compiler_flags(text: str) -> CompilerFlags:
+    """The flags of a kind of chip by its name, 'gpu' or 'tpu', or those that are written out."""
+    if text in COMPILER_FLAGS:
+        return COMPILER_FLAGS[text]
+    of_tpu = "--xla_tpu" in text
+    return CompilerFlags("LIBTPU_INIT_ARGS" if of_tpu else "XLA_FLAGS", text, "the command line")

@@ -117,9 +117,18 @@ def _cost(plan: Mapping[str, Any]) -> list[str]:
         f"{plan['steps']:,} steps on {plural(plan['chips'], 'chip')}: {number(hours[best])} h at"
         f" best, {number(hours[worst])} h with nothing hidden: {number(chip_hours[best])} to"
         f" {number(chip_hours[worst])} chip-hours",
+        *_price(plan["cost"]),
         "assumed:",
     ]
     return lines + [f"  - {text}" for text in PLAN_ASSUMPTIONS]
+
+
+def _price(cost: Mapping[str, Any]) -> list[str]:
+    """What the chip-hours cost, if a price was given."""
+    if not (price := cost.get("price_a_chip_hour")):
+        return []
+    low, high = (number(cost["chip_hours"][name] * price) for name in ("overlapped", "sequential"))
+    return [f"{low} to {high} at {price:g} a chip-hour, the price that was given"]
 
 
 def format_search(plans: Sequence[Mapping[str, Any]], skipped: Sequence[str]) -> str:

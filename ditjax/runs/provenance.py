@@ -16,8 +16,14 @@ import ditjax
 
 
 def environment(command: str) -> dict[str, Any]:
-    """The record of where a result was made; never the process's environment variables."""
+    """The record of where a result was made.
+
+    Of the process's environment variables it has the compiler's flags alone.
+    """
     device = jax.devices()[0]
+    flags = {
+        name.lower(): value for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if (value := _set(name))
+    }
     return {
         "ditjax": ditjax.__version__,
         "python": platform.python_version(),
@@ -27,8 +33,13 @@ def environment(command: str) -> dict[str, Any]:
         "devices": jax.device_count(),
         "cpus": len(cores()) or os.cpu_count(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **flags,
         "command": command,
     }
+
+
+def _set(name: str) -> str:
+    return " ".join(os.environ.get(name, "").split())
 
 
 def typed(

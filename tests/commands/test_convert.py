@@ -199,8 +199,13 @@ def test_a_run(finished, tmp_path, capsys):
 
 def test_a_card_has_the_scores_of_its_own_step_alone(finished, tmp_path, capsys, monkeypatch):
     pushed = []
+
+    def push(*found):
+        pushed.append(found)
+        return "there"
+
     monkeypatch.setattr(hub, "check_push", lambda repo: None)
-    monkeypatch.setattr(hub, "push", lambda *found: pushed.append(found) or "there")
+    monkeypatch.setattr(hub, "push", push)
     record = {"metrics": {"fd_digits": 5.0}, "reference": "", "protocol": {}, "protocol_hash": "0"}
     for step, said in ((20, "its scores"), (10, "no scores: none of this step are on record")):
         write_json(finished / "evaluation.json", {"step": step, **record})

@@ -55,8 +55,9 @@ def test_a_plan_says_what_a_step_needs_and_costs(tmp_path, capsys):
     assert len(compiled) == 1
     told = json.loads(compiled[0].read_text())
     compiled[0].write_text(json.dumps(told | {"peak_bytes": 2.0 * GIB}))
-    assert plan.main([*args, "--json", "--steps=7"]) == 0
+    assert plan.main([*args, "--json", "--steps=7", "--price=3.5"]) == 0
     again = json.loads(capsys.readouterr().out)
+    assert again["cost"]["price_a_chip_hour"] == 3.5
     assert again["memory"]["peak_bytes"] == 2 * GIB
     assert again["steps"] == 7
 

@@ -51,7 +51,8 @@ def test_the_same_command_resumes_exactly(finished, tmp_path, capsys, monkeypatc
     # A cosine schedule knows its end: a run is cut by leaving its loop, not by another recipe. A
     # tracker, which the finished run has not, changes nothing.
     cut = [*TINY, f"--workdir={tmp_path}", "--config.train.tracker=tests.toys.tracker.Kept"]
-    monkeypatch.setattr(tracker, "OPENED", opened := [])
+    opened: list[tracker.Kept] = []
+    monkeypatch.setattr(tracker, "OPENED", opened)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "train_batches", cut_after(13))
         with pytest.raises(CutError):

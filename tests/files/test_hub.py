@@ -102,7 +102,7 @@ def test_statistics_and_latents(files, stand_in, tmp_path):  # noqa: F811
     writer = latents.LatentWriter(tmp_path / "l", "train", (2, 2, 4), ("a",), 4, {"images": "x"})
     zeros = np.zeros((2, 2, 2, 4), np.float32)
     for shard in writer.missing():
-        row = {"mean": zeros, "log_variance": zeros, "label": 0}
+        row: latents.LatentRecord = {"mean": zeros, "log_variance": zeros, "label": 0}
         writer.write(shard, (row for _ in shard))
     writer.finish()
     stand_in.repositories["owner/latents"] = {

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from ditjax import cli
+from ditjax.machines.chips import COMPILER_FLAGS
 from tests.launch.conftest import RECORD, ROOT, Machine, executable, flags
 
 INDEX = (ROOT / "docs/README.md").read_text(encoding="utf-8")
@@ -655,3 +656,13 @@ def test_the_manuals_commands_start_what_they_say(machine, monkeypatch):
     assert sorted(names) == ["encode"] * 2 + ["sweep"] + 6 * ["train"]
     for words in started:
         read_by_ditjax(words, monkeypatch)
+
+
+def test_published_flags_of_the_compiler_are_added(machine):
+    call = "set -euo pipefail; . launch/machine.sh; PY=python3; compiler_flags; echo $XLA_FLAGS"
+    done = machine.run(f"bash -c '{call}'", COMPILER_FLAGS="gpu", XLA_FLAGS="--xla_a=1")
+    assert done.stdout.strip() == f"--xla_a=1 {COMPILER_FLAGS['gpu'].flags}", done.stderr
+    assert machine.run(f"bash -c '{call}'", XLA_FLAGS="--xla_a=1").stdout == "--xla_a=1\n"
+    wrong = machine.run(f"bash -c '{call}'", COMPILER_FLAGS="cpu")
+    assert wrong.returncode == 2
+    assert "COMPILER_FLAGS=cpu: expected gpu or tpu" in wrong.stderr

@@ -70,6 +70,13 @@ def plan(**changes):
     return made | changes
 
 
+def test_the_price_that_was_given():
+    cost = {**plan()["cost"], "price_a_chip_hour": 3.5}
+    line = "28.0 to 42.0 at 3.5 a chip-hour, the price that was given"
+    assert line in format_plan(plan(cost=cost)).splitlines()
+    assert "price" not in format_plan(plan())
+
+
 def test_the_whole_plan():
     text = format_plan(plan())
     for words in (

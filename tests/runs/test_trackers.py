@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ditjax.runs.trackers import FedAside, check_tracker, open_tracker
 from tests.toys import tracker as toy
 
 NAME = "tests.toys.tracker.Kept"
+RUN = trackers.TrackedRun(Path("run"), "id", {})
 SECRET = "hf_" + "a" * 30
 
 
@@ -29,7 +31,8 @@ def steps(folder):
 
 
 def test_a_tracker_is_given_the_numbers_in_order_and_one_id_for_all_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "OPENED", opened := [])
+    opened: list[toy.Kept] = []
+    monkeypatch.setattr(toy, "OPENED", opened)
     with tracked(tmp_path) as log:
         log.scalars(1, {"loss": 0.5, "word": "x", "bad": [1]})
         log.image(1, "samples", np.zeros((2, 3, 3), np.uint8))
@@ -63,7 +66,7 @@ class Lost(toy.Kept):
 
 
 def test_a_lost_connection_is_told_once_and_the_run_goes_on(tmp_path, capsys):
-    with MetricsLog(tmp_path, 0, tracker=FedAside("mine", lambda: Lost(None))) as log:
+    with MetricsLog(tmp_path, 0, tracker=FedAside("mine", lambda: Lost(RUN))) as log:
         for step in range(1, 5):
             log.scalars(step, {"loss": 1.0})
     assert steps(tmp_path) == [1, 2, 3, 4]
@@ -96,7 +99,7 @@ def test_one_that_hangs_delays_nothing(tmp_path, capsys, monkeypatch):
             entered.set()
             never.wait()
 
-    with MetricsLog(tmp_path, 0, tracker=FedAside("mine", lambda: Hanging(None))) as log:
+    with MetricsLog(tmp_path, 0, tracker=FedAside("mine", lambda: Hanging(RUN))) as log:
         log.scalars(1, {"loss": 1.0})
         entered.wait()
         for step in range(2, 7):  # two of them wait, three are left out
