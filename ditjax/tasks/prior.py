@@ -38,7 +38,7 @@ from ditjax.models.network import Conditions
 from ditjax.models.prior import PRIOR_RULES, PriorConfig, prior_cost, prior_layers
 from ditjax.models.text import until_end
 from ditjax.parallel import rules
-from ditjax.tasks.clip import check_not_mirrored, open_clip
+from ditjax.tasks.clip import open_clip
 from ditjax.tasks.objective import (
     Diffusion,
     check_sampling,
@@ -304,7 +304,6 @@ def _score(
 
 def check(c: Config) -> None:
     """Raise UserError for settings that this task does not support."""
-    check_not_mirrored(c)
     check_draws_nothing(c)
     d, s = c.diffusion, c.sample
     if d.loss != "simple" or d.variance in ("learned_range", "unused"):
