@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import jax
@@ -21,8 +21,19 @@ _REMATERIALIZATION = re.compile(
     rb"(?:.*?op_name=\"(?P<name>[^\"]*)\")?"
 )
 
+# For a TPU v6e, XLA makes a ring of permutes of a product whose operand is gathered, if that is
+# larger than so many MiB. The rings of FSDP send half as much again as gathers do (compiled, not
+# run: docs/results.md), so that the train step has none.
+_WITHOUT_RINGS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
 # The process's file descriptor 2 is redirected by one thread at a time; others wait.
 _redirecting = threading.RLock()
+
+
+def step_options(kind: str, axes: Mapping[str, int]) -> dict[str, str] | None:
+    """XLA's options for a train step on devices of a kind, in a mesh of these axes, or None."""
+    rings = kind == "TPU v6 lite" and axes["fsdp"] > 1 == axes["tensor"]
+    return _WITHOUT_RINGS if rings else None
 
 
 @contextlib.contextmanager

@@ -134,6 +134,7 @@ def _jit_step(c: Config, task: Task, mesh: Mesh, shardings: TrainState) -> jax.s
         in_shardings=(shardings, None, rules.batch_sharding(mesh)),
         out_shardings=(shardings, rules.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiling.step_options(mesh.devices.flat[0].device_kind, mesh.shape),
     )
 
 

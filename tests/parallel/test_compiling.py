@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from ditjax.errors import UserError
-from ditjax.parallel.compiling import no_rematerialization, watching
+from ditjax.parallel.compiling import no_rematerialization, step_options, watching
 from ditjax.parallel.mesh import make_mesh
 
 
@@ -124,3 +124,17 @@ def test_an_error_of_the_program_comes_through(capfd):
         1 / 0  # noqa: B018
     os.write(2, b"still there\n")
     assert capfd.readouterr().err == "still there\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fsdp", "tensor", "given"),
+    [
+        ("TPU v6 lite", 16, 1, True),
+        ("TPU v6 lite", 1, 1, False),  # nothing is gathered
+        ("TPU v6 lite", 4, 4, False),  # rings of tensor parallel products are left
+        ("TPU v5", 16, 1, False),  # it makes none, and may not know the option
+        ("cpu", 8, 1, False),
+    ],
+)
+def test_only_fsdp_on_v6e_gives_xla_options(kind, fsdp, tensor, given):
+    assert bool(step_options(kind, {"fsdp": fsdp, "tensor": tensor})) == given
