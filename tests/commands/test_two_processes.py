@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ditjax import cli, sample, train
+from ditjax import cli, grid, sample, sweep, train
 from ditjax.errors import UserError
 from ditjax.runs.results import load_samples
 from tests.commands.conftest import TINY
-from tests.commands.pair import DRAWN, TRAINED
+from tests.commands.pair import CELL, DRAWN, GRID, STUDY, TRAINED
 
 ROOT = Path(__file__).parent.parent.parent
 NINE_STEPS = ("--config.train.steps=9", "--config.mesh.data=8", "--config.mesh.fsdp=1")
-SECONDS = 300  # far more than a loaded machine needs
+SECONDS = 600  # far more than a loaded machine needs
 
 
 def scalars(workdir):
@@ -47,6 +47,7 @@ class Pair:
 
     def __init__(self, folder, data_dir):
         self.workdir = folder / "run"
+        self.study, self.grid = folder / "run-study", folder / "run-grid"
         outputs = [folder / f"{i}.txt" for i in range(2)]
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
@@ -103,6 +104,18 @@ def alone(data_dir, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def study(data_dir, tmp_path_factory):
+    """The directory of the same study, of which one process ran the same cell."""
+    workdir = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITJAX_DATA", str(data_dir))
+        patch.chdir(ROOT)
+        words = ("--config.mesh.data=8", "--config.mesh.fsdp=1")
+        assert sweep.main([*STUDY, *words, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
 def test_two_processes_train_as_one(pair, alone):
     np.testing.assert_allclose(losses(pair.workdir), losses(alone)[:6], rtol=1e-5)
     ours, theirs = scalars(pair.workdir)[6], scalars(alone)[6]
@@ -144,6 +157,38 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(pair, alone, tmp_path):
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01
     assert ours.std() > 10
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_a_cell_of_a_study_is_evaluated_as_by_one(pair, study):
+    ours, theirs = (folder / CELL for folder in (pair.study, study))
+    logged, expected = scalars(ours)[3], scalars(theirs)[3]
+    assert {name for name in logged if name.startswith("eval/")} == {
+        name for name in expected if name.startswith("eval/")
+    }
+    for found, wanted in (
+        ({"fd": logged["eval/fd_digits"]}, {"fd": expected["eval/fd_digits"]}),
+        (result(ours)["metrics"], result(theirs)["metrics"]),
+    ):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+    assert result(ours)["protocol_hash"] == result(theirs)["protocol_hash"]
+    assert not (pair.study / "runs" / "Conv-8-seed0").exists()
+
+
+def test_a_grid_is_that_of_one(pair, study, tmp_path):
+    assert grid.main([*GRID, f"--workdir={study / CELL}", f"--out={tmp_path}"]) == 0
+    ours, theirs = (
+        json.loads((folder / "grid.json").read_text())["cells"] for folder in (pair.grid, tmp_path)
+    )
+    assert [cell["settings"] for cell in ours] == [cell["settings"] for cell in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["protocol_hash"] == b["protocol_hash"]
+        assert a["metrics"]["fd_digits"] == pytest.approx(b["metrics"]["fd_digits"], rel=1e-3)
 
 
 def test_a_process_that_is_killed_ends_the_other_with_one_clear_line(pair):
