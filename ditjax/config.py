@@ -319,8 +319,8 @@ class Text(Section):
     def check(self, c: "Config") -> None:
         if c.data.flip:
             raise UserError(
-                "config.data.flip is True: a mirrored image's caption may say left where it was;"
-                " set it to False."
+                "config.data.flip is True: a mirrored image's caption may say 'left' of what is now"
+                " on the right; set it to False."
             )
 
 

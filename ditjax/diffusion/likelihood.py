@@ -41,8 +41,8 @@ def log_density(
     process = objective.process
     if isinstance(process, Discrete):
         raise UserError(
-            "the likelihood of process 'ddpm': it has no flow in continuous time; expected another"
-            " process, or its variational bound."
+            "process 'ddpm' has no flow in continuous time, and so no likelihood: take another"
+            " process, or its variational bound (vlb_bits_per_dim)."
         )
 
     def field(t: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -94,7 +94,7 @@ def edit_protocol(c: Config, given: Known) -> dict[str, Any]:
         method.check(len(times_of(c)) - 1, **settings_of(c))
     if given.mask is None and c.latent:
         raise UserError(
-            "an image to enlarge and a network of latents, which do not have the means of pixels:"
+            "an image is to be enlarged by a network of latents, which lack the means of pixels:"
             " expected a network of pixels (config.autoencoder.kind='none')."
         )
     return {"method": c.edit.method, **settings_of(c)}
