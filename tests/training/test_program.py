@@ -192,7 +192,7 @@ ONE: dict[str, Any] = {"data": 1, "fsdp": 1, "devices": jax.devices()[:1]}
         (MESHES["data"], lambda: recipe(*QUICK)),
         (MESHES["fsdp, context, tensor"], lambda: recipe(*QUICK)),
         (ONE, lambda: recipe(*QUICK, "--config.train.microbatches=2")),
-        (ONE, autoencoder),
+        (ONE, lambda: changed(autoencoder(), {"autoencoder": {"multipliers": (1,)}})),
     ],
     ids=["data", "fsdp, context, tensor", "microbatches", "autoencoder"],
 )
