@@ -245,7 +245,7 @@ def animated(path: Path) -> bytes:
 
 
 def content_name(content: dict[str, str]) -> str:
-    """The configuration's name of a folder's content: split -> digest."""
+    """The name of the configuration that holds some content: split -> digest."""
     text = "".join(f"{split}\0{digest}\n" for split, digest in sorted(content.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 

@@ -49,10 +49,10 @@ def residual_noise(
     high: float,
     steps: int = 14,
 ) -> jax.Array:
-    """σ f32[B] of images y f32[B,H,W,C], at which what is removed is as large: rms(y - x̂0(σ)) = σ.
+    """The noise of images y f32[B,H,W,C] -> σ f32[B]: where rms(y - x̂0(σ)), what is removed, is σ.
 
-    mean(y, σ f32[B]) -> x̂0. It is found by bisection of ln σ, up to the deviation of y. It is less
-    than the noise σ_n by what the mean keeps of it: on Gaussian data of variances λ it solves
+    mean(y, σ f32[B]) -> x̂0. σ is found by bisection of ln σ, up to the deviation of y. It is less
+    than the true noise σ_n by what the mean keeps of it: on Gaussian data of variances λ it solves
     mean σ²(λ + σ_n²)/(λ + σ²)² = 1, which is σ_n where λ is 0.
     """
     axes = tuple(range(1, y.ndim))

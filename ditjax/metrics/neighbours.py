@@ -203,7 +203,7 @@ def _merge(
 def _nearest_on_device(
     points: FeatureArray, centres: FeatureArray, kept: int, block: int
 ) -> tuple[Indices, Distances]:
-    """The `kept` nearest of each point, i64[M,kept], and what no other is nearer than, f64[M]."""
+    """The `kept` nearest of each point, i64[M,kept], and a bound below all other d², f64[M]."""
     centre, same = _centre(centres), points is centres
     columns = _blocks(centres, centre, block)
     rows = columns if same else _blocks(points, centre, block)

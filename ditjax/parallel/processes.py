@@ -205,7 +205,7 @@ def request_stop(why: str) -> None:
 
 
 def stop_reason(step: int) -> str:
-    """The reason if all processes stop after this step, or ''.
+    """Why all processes stop after this step; '' if they go on.
 
     Every process must call it after each step, and before the first.
     """

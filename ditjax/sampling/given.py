@@ -32,8 +32,8 @@ class GivenRows(NamedTuple):
 
     `rows(indices i[n])` are {'beside': `Beside` of n rows}, or images and labels of records,
     {'image': f32[n,H,W,C] in [-1, 1], 'label': i[n]}, and with captions 'caption' i32[n,M] and
-    'classes' i32[n,K], from which the task makes it; of both, what is given goes before what is
-    made. `record` identifies it in a protocol.
+    'classes' i32[n,K], from which the task makes it. Where a row has both, what is given comes
+    first. `record` identifies it in a protocol.
     """
 
     rows: Callable[[np.ndarray], Mapping[str, Any]]

@@ -148,7 +148,7 @@ def _holds(node: Mapping[Any, Any]) -> bool:
 
 
 def _prefixes(node: Mapping[Any, Any], marks: Marks) -> dict[str, int]:
-    """The prefixes of the marks among a mapping's names, without wrappers: the kind of each."""
+    """What is before a mark in the names of a mapping, without wrappers -> the kind of the mark."""
     found: dict[str, int] = {}
     for name, value in node.items():
         if isinstance(name, str) and isinstance(value, np.ndarray):
