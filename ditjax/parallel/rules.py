@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ditjax.errors import UserError, divisors
+from ditjax.models.embed import ANYWHERE, Placement
 from ditjax.models.network import Rules
 
 BATCH_AXES = ("data", "fsdp")
@@ -126,6 +127,14 @@ def activation_placement(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return place
+
+
+def whole_placement(mesh: Mesh | None, what: str) -> Placement:
+    """Where the activations of a network without tokens to split are. Raises as `check_whole`."""
+    if mesh is None:
+        return ANYWHERE
+    check_whole(mesh, what)
+    return Placement(activation_placement(mesh)) if mesh.size > 1 else ANYWHERE
 
 
 def check_tokens(tokens: int, extra: int, heads: int, mesh: Mesh, frames: int = 1) -> None:

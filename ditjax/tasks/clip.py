@@ -242,13 +242,10 @@ def towers(c: Config) -> ClipConfig:
 
 def make(c: Config, mesh: Mesh | None = None) -> Task:
     """Build the task of a recipe; its mesh may split the batch and the parameters, not tokens."""
-    if mesh is not None:
-        rules.check_whole(mesh, "CLIP")
+    place = rules.whole_placement(mesh, "CLIP")
     tokenizer = open_tokenizer(c.text.tokenizer)
     check_tokenizer(c, tokenizer)
     config = towers(c)
-    split = mesh is not None and mesh.size > 1
-    place = Placement(rules.activation_placement(mesh)) if split and mesh else ANYWHERE
     build = network_module(c.model.kind).NETWORK.module
     plain, apply = build(c.model, config), build(c.model, config, place).apply
     side = c.data.image_size
@@ -260,7 +257,9 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
     def loss(params: Any, frozen: Frozen, drawn: Batch) -> tuple[jax.Array, Metrics]:
         v, w, scale, bias = apply(params, drawn["image"], drawn["caption"])
         pairs = Pairs(v, w, drawn["caption"])
-        return contrastive_loss(c.clip, pairs, scale, bias, mesh if split else None, place)
+        return contrastive_loss(
+            c.clip, pairs, scale, bias, None if place is ANYWHERE else mesh, place
+        )
 
     def init(key: jax.Array) -> Any:
         x, ids = (jnp.zeros((1, *each.shape), each.dtype) for each in inputs.values())

@@ -33,7 +33,6 @@ from ditjax.diffusion.guidance import guide
 from ditjax.errors import UserError
 from ditjax.metrics.vectors import prior_scores
 from ditjax.models.clip import CLIP, unit
-from ditjax.models.embed import ANYWHERE, Placement
 from ditjax.models.network import Conditions
 from ditjax.models.prior import PRIOR_RULES, PriorConfig, prior_cost, prior_layers
 from ditjax.models.text import until_end
@@ -141,14 +140,11 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
 
     Raises UserError for a CLIP that cannot be opened: the sizes of the prior follow from it.
     """
-    if mesh is not None:
-        rules.check_whole(mesh, "unCLIP's prior")
+    place = rules.whole_placement(mesh, "unCLIP's prior")
     tokenizer = open_tokenizer(c.text.tokenizer)
     opened = open_clip(c, "prior.clip")
     view = ClipView(opened, tokenizer([""], c.text.tokens).ids[0])
     config = config_of_prior(c, opened)
-    split = mesh is not None and mesh.size > 1
-    place = Placement(rules.activation_placement(mesh)) if split and mesh else ANYWHERE
     build = network_module(c.model.kind).NETWORK.module
     plain, apply = build(c.model, config), build(c.model, config, place).apply
     inputs = _inputs(config)

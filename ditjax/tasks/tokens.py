@@ -33,7 +33,6 @@ from ditjax.data.tokenizers import Tokenizer, open_tokenizer
 from ditjax.errors import UserError
 from ditjax.models.clip import CLIP
 from ditjax.models.dvae import DVAE
-from ditjax.models.embed import ANYWHERE, Placement
 from ditjax.models.network import DTYPES, Conditions
 from ditjax.models.text import until_end
 from ditjax.models.tokens import (
@@ -135,13 +134,10 @@ def class_prompts(c: Config, template: str, tokenizer: Tokenizer) -> np.ndarray:
 
 def make(c: Config, mesh: Mesh | None = None) -> Task:
     """Build the task of a recipe; its mesh may split the batch and the parameters, not tokens."""
-    if mesh is not None:
-        rules.check_whole(mesh, "the transformer over text and codes")
+    place = rules.whole_placement(mesh, "the transformer over text and codes")
     tokenizer = open_tokenizer(c.text.tokenizer)
     check_tokenizer(c, tokenizer)
     config = config_of(c)
-    split = mesh is not None and mesh.size > 1
-    place = Placement(rules.activation_placement(mesh)) if split and mesh else ANYWHERE
     build = network_module(c.model.kind).NETWORK.module
     plain, apply = build(c.model, config), build(c.model, config, place).apply
     # Opened when they are needed: a plan needs neither.
