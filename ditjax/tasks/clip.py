@@ -304,16 +304,11 @@ def check(c: Config) -> None:
         )
     check_draws_nothing(c)
     for feature, template in c.clip.templates:
-        check_template("clip.templates", repr(feature), template)
-
-
-def check_template(key_name: str, what: str, template: str) -> None:
-    """Raise UserError for a template of texts that has no place, or several, for a class."""
-    if template.count("{}") != 1 or "{" in template.replace("{}", ""):
-        raise UserError(
-            f"config.{key_name} has {shown(template)} for {what}: expected one {{}}, in the place"
-            " of the class."
-        )
+        if template.count("{}") != 1 or "{" in template.replace("{}", ""):
+            raise UserError(
+                f"config.clip.templates has {shown(template)} for {feature!r}: expected one {{}},"
+                " in the place of the class."
+            )
 
 
 TASK = Definition(make=make, network="clip", sections={"text": Text, "clip": Clip}, check=check)

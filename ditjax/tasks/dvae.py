@@ -123,7 +123,9 @@ def _score(c: Config, apply: Callable[..., Any], config: DvaeConfig) -> Validati
         return {**means, "codes": codes}
 
     def summary(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
-        return code_use(measured["codes"], config.codes)
+        codes = measured["codes"].astype(np.int64)
+        bits = {"neighbour_bits": neighbour_bits(codes, config.codes)}
+        return code_use(codes, config.codes) | bits
 
     names = ("psnr_db", "psnr_ink_db", "psnr_mean_colour_db")
     return ValidationScore(
@@ -149,6 +151,28 @@ def code_use(codes: np.ndarray, count: int) -> dict[str, float]:
         "codes_used": float(len(seen)),
         "code_perplexity": float(np.exp(-(seen * np.log(seen)).sum())),
     }
+
+
+def neighbour_bits(codes: np.ndarray, count: int, prior: float = 0.02) -> float:
+    """Mean -log2 p of a code given those to its left and above, by counts: codes i[N,h,w].
+
+    Counted on the first half of the images, with `prior` added to each count, and measured on the
+    second: what a transformer over these codes has to beat.
+    """
+    outside = np.pad(codes, ((0, 0), (1, 0), (1, 0)), constant_values=count)
+    pairs = outside[:, 1:, :-1] * (count + 1) + outside[:, :-1, 1:]
+    half = len(codes) // 2
+    triples = (pairs * count + codes).reshape(len(codes), -1)
+    seen = [np.unique(each[:half], return_counts=True) for each in (triples, pairs)]
+
+    def counted(which: int, values: np.ndarray) -> np.ndarray:
+        known, counts = seen[which]
+        at = np.minimum(np.searchsorted(known, values), len(known) - 1)
+        return np.where(known[at] == values, counts[at], 0)
+
+    of_code = counted(0, triples[half:].reshape(-1)) + prior
+    of_pair = counted(1, pairs[half:].reshape(-1)) + prior * count
+    return float(-np.log2(of_code / of_pair).mean())
 
 
 def check(c: Config) -> None:

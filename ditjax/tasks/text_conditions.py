@@ -22,7 +22,7 @@ from ditjax.data.names import is_latents
 from ditjax.data.tokenizers import Tokenizer, cut_line, open_tokenizer
 from ditjax.errors import UserError, one_line
 from ditjax.models.network import Conditions, Context, Inputs, Network
-from ditjax.models.text import TextConfig, TextEncoder
+from ditjax.models.text import TextConfig, TextEncoder, until_end
 from ditjax.parallel.mesh import make_mesh
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
@@ -162,10 +162,7 @@ def _checked_encoder(c: Config) -> OpenedEncoder:
 
 def live_tokens(ids: jax.Array, end: int, pad: int) -> jax.Array:
     """Where ids i32[B,M] are of the text, its end included: bool[B,M]."""
-    if end < 0:
-        return ids != pad
-    ended = jnp.cumsum(ids == end, axis=1)
-    return (ended == 0) | ((ended == 1) & (ids == end))
+    return ids != pad if end < 0 else until_end(ids, end)
 
 
 def encode_texts(c: Config, params: Any, ids: jax.Array) -> dict[str, jax.Array]:

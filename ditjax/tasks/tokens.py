@@ -1,7 +1,7 @@
 """DALL·E's second stage: text and image codes, one after another (Ramesh et al. 2021, Sec. 2.2).
 
-The codes are those of a frozen discrete VAE. Samples are drawn for the prompt of a class, and the
-best of several candidates is kept if a CLIP ranks them.
+The codes are those of a frozen discrete VAE. Samples are drawn for texts, by default the captions
+of held-out records, and the best of several candidates is kept if a CLIP ranks them.
 """
 
 import functools
@@ -28,7 +28,6 @@ from ditjax.config import (
     non_negative,
     positive,
 )
-from ditjax.data import source
 from ditjax.data.tokenizers import Tokenizer, open_tokenizer
 from ditjax.errors import UserError
 from ditjax.models.clip import CLIP
@@ -44,12 +43,21 @@ from ditjax.models.tokens import (
     tokens_cost,
 )
 from ditjax.parallel import rules
-from ditjax.tasks.clip import check_template, check_tokenizer, open_clip
+from ditjax.tasks.clip import check_tokenizer, open_clip
 from ditjax.tasks.diffusion import to_uint8
 from ditjax.tasks.dvae import open_dvae
 from ditjax.tasks.opened import Opened
 from ditjax.training.step import Batch, Metrics
-from ditjax.training.task import Additions, Definition, Frozen, Sampling, Task, ValidationScore
+from ditjax.training.task import (
+    Additions,
+    Beside,
+    Definition,
+    FromRecords,
+    Frozen,
+    Sampling,
+    Task,
+    ValidationScore,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,6 @@ class TokensSection(Section):
 
     dvae: str = key("", PATH)  # a run of task dvae, or the folder of a release
     text_loss_weight: float = key(0.125, between(0, 1))  # of text; the rest is of codes
-    template: str = key("a photo of a {}.", free=True)  # the prompt of a class
     temperature: float = key(1.0, above(0), free=True)
     top_k: int = non_negative(0, free=True)  # 0 = all codes
     top_p: float = key(1.0, above(0), at_most(1), free=True)
@@ -69,7 +76,6 @@ class TokensSection(Section):
         return "tokens.candidates" if name == "clip" and self.candidates == 1 else ""
 
     def check(self, c: Config) -> None:
-        check_template("tokens.template", "a class", self.template)
         if self.candidates > 1 and not self.clip:
             raise UserError(
                 f"config.tokens.candidates is {self.candidates} and config.tokens.clip is '': a"
@@ -115,18 +121,6 @@ def _dvae_of(c: Config) -> Opened:
                 f" {theirs:g} of images of {c.data.image_size} pixels: set it to that."
             )
     return opened
-
-
-def class_prompts(c: Config, template: str, tokenizer: Tokenizer) -> np.ndarray:
-    """The prompt of every class, as ids i32[num_classes,T]. Raises UserError without names."""
-    opened = source.open_split(c.data.name, c.data.split, c.data.data_dir or None)
-    names = source.class_names_by_feature(opened.builder.info.features).get("label")
-    if names is None:
-        raise UserError(
-            f"data set {c.data.name!r} has no classes: the prompts of samples are made of their"
-            " names."
-        )
-    return tokenizer([template.format(name) for name in names], c.text.tokens).ids
 
 
 # ---- the task
@@ -216,14 +210,13 @@ def _sampling(
     clip: Callable[[], Opened],
     tokenizer: Tokenizer,
 ) -> Sampling:
-    """The sampling of a recipe: of the prompt of each label."""
+    """The sampling of a recipe, whose context are the tokens i32[B,T] of texts."""
     config, k = config_of(c), c.tokens
-    prompts = functools.cache(lambda: class_prompts(c, k.template, tokenizer))
 
     def draw(
         params: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, guidance: Any
     ) -> jax.Array:
-        text = jnp.asarray(prompts())[conditions.label]
+        text = jnp.asarray(conditions.context)
         images = functools.partial(decoded_codes, dvae(), frozen["dvae"], grid=config.grid)
 
         def candidate(n: jax.Array) -> jax.Array:
@@ -245,7 +238,14 @@ def _sampling(
         # With the cache, all codes cost what one pass over the sequence does.
         timesteps=np.zeros(k.candidates),
         guided=0,
-        protocol={"template": k.template, "codes": list(k.picking), **ranked},
+        protocol={
+            "codes": list(k.picking),
+            "text": {"tokenizer": tokenizer.sha256, "tokens": c.text.tokens},
+            **ranked,
+        },
+        needs=FromRecords(
+            lambda captions, keys: Beside(context=captions), "captions", reads="caption"
+        ),
     )
 
 

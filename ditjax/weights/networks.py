@@ -134,7 +134,8 @@ def initial_shapes(init: Callable[..., Any], *inputs: Any) -> dict[str, tuple[in
 def labels_text(c: Config) -> str:
     """'classes: 1000, and a null label', 'classes: 10, no null label' or 'texts: 16 tokens, ..'."""
     if text := getattr(c, "text", None):
-        return f"texts: {text.tokens} tokens, {text.width} features each"
+        features = f", {text.width} features each" if hasattr(text, "width") else ""
+        return f"texts: {text.tokens} tokens{features}"
     null = "and a null label" if getattr(c.model, "label_dropout", 0) > 0 else "no null label"
     return f"classes: {c.data.num_classes}, {null}"
 

@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         return config
     config.model = ConfigDict({"size": "4x96x4", "vocabulary": 360, "codes": 256, "grid": 8})
     config.text = ConfigDict({"tokens": 12})
-    config.tokens = ConfigDict({"dvae": "runs/small/dalle_dvae", "template": "the digit {}"})
+    config.tokens = ConfigDict({"dvae": "runs/small/dalle_dvae"})
     config.sample = ConfigDict({"num": 40, "batch_size": 40})
     config.evaluate.update(val_loss_num=1000, num_samples=1000)
     if arg == "shuffled":

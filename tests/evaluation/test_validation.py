@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from ditjax import evaluate
 from ditjax.cli import load_recipe
 from ditjax.config import changed, read
 from ditjax.data import records, source, stream
@@ -186,3 +187,29 @@ def test_a_split_that_is_not_there_is_found_before_anything_is_trained():
     with pytest.raises(UserError, match=r"'valid': there is no such split.*test, train"):
         Evaluator(c, make_mesh(-1, 1), {})
     Evaluator(changed(c, {"evaluate": {"val_loss_num": 0}}), make_mesh(-1, 1), {})
+
+
+def test_without_features_evaluate_reports_the_held_out_scores_alone(monkeypatch, tmp_path):
+    class Fixed:
+        def __init__(self, mesh, frozen):
+            assert frozen == {}
+
+        def __call__(self, c, params):
+            return {"val_loss": params}
+
+        def protocol(self, c):
+            return {"val_loss_num": c.evaluate.val_loss_num}
+
+    monkeypatch.setattr(evaluate, "Validator", Fixed)
+    monkeypatch.setattr(evaluate.opening, "load_weights", lambda *args: (0.5, 3))
+    c = read(
+        {
+            "evaluate": {"val_loss_num": 4},
+            "data": {"name": "digits"},
+            "autoencoder": {"kind": "none"},
+        }
+    )
+    record = evaluate.evaluate_run(c, tmp_path)
+    assert (record["step"], record["metrics"]) == (3, {"val_loss": 0.5})
+    assert record["protocol"] == {"val_loss_num": 4}
+    assert (tmp_path / evaluate.EVALUATION_FILE).exists()

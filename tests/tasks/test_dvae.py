@@ -9,7 +9,7 @@ import pytest
 
 from ditjax.config import read
 from ditjax.errors import UserError
-from ditjax.tasks.dvae import code_use, cosine_between, make
+from ditjax.tasks.dvae import code_use, cosine_between, make, neighbour_bits
 from ditjax.training import program
 from ditjax.training.step import make_step
 
@@ -97,6 +97,18 @@ def test_use_of_codes():
     found = code_use(np.arange(4).repeat(3), 8)
     assert found["codes_used"] == 4
     assert abs(found["code_perplexity"] - 4) < 1e-12
+
+
+def test_bits_of_codes_by_their_neighbours():
+    # Each code is the sum of those to its left and above, of three: nothing is left to say.
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 3, (400, 6, 6))
+    for i in range(1, 6):
+        for j in range(1, 6):
+            codes[:, i, j] = (codes[:, i - 1, j] + codes[:, i, j - 1]) % 3
+    bits = neighbour_bits(codes, 3)
+    np.testing.assert_allclose(bits, 11 / 36 * np.log2(3), atol=0.02)  # the first row and column
+    assert abs(neighbour_bits(rng.integers(0, 3, (400, 6, 6)), 3) - np.log2(3)) < 0.02
 
 
 def test_what_does_not_go_together_is_one_line():

@@ -17,6 +17,7 @@ from ditjax.tasks import clip as clip_task
 from ditjax.tasks import tokens as task_module
 from ditjax.tasks.opened import Opened
 from ditjax.tasks.tokens import best_of, config_of, make, nats
+from ditjax.weights.networks import labels_text
 from tests.tasks.test_clip import TINY as CLIP
 
 TINY: dict[str, Any] = {
@@ -24,7 +25,7 @@ TINY: dict[str, Any] = {
     "model": {"size": "1x8x2", "vocabulary": 360, "codes": 6, "grid": 4, "attention": "sparse"}
     | {"kernel": 3},
     "text": {"tokens": 12},
-    "tokens": {"dvae": "a", "template": "the digit {}"},
+    "tokens": {"dvae": "a"},
     "sample": {"batch_size": 8, "num": 8},
     "data": {"name": "caption_scenes/40", "image_size": 8, "num_classes": 10, "flip": False},
     "train": {"batch_size": 4, "steps": 2},
@@ -53,13 +54,6 @@ def opened(frozen, monkeypatch):
     """Their places are not read: what is opened there are the random ones."""
     monkeypatch.setattr(task_module, "open_dvae", lambda *args: frozen.dvae)
     monkeypatch.setattr(task_module, "open_clip", lambda *args: frozen.clip)
-    monkeypatch.setattr(
-        task_module,
-        "class_prompts",
-        lambda c, template, tokenizer: (
-            tokenizer([template.format(k) for k in range(10)], c.text.tokens).ids
-        ),
-    )
 
 
 def test_the_loss_weighs_text_and_codes(opened):
@@ -98,22 +92,27 @@ def test_the_loss_weighs_text_and_codes(opened):
     assert np.all(found(seen.at[:, 1].add(jnp.arange(360.0))) != found(logits["text"]))
 
 
-def test_a_sample_follows_from_its_key_and_label_alone(opened):
+def test_a_sample_follows_from_its_key_and_text_alone(opened):
     """Also if a CLIP keeps the best of its candidates."""
     task = make(recipe(tokens={"candidates": 2, "clip": "b"}))
     params, weights = jax.jit(task.init)(jax.random.key(0)), task.frozen(make_mesh(-1, 1))
     assert task.sampling
     draw = jax.jit(task.sampling.draw)
 
-    def drawn(keys, labels):
-        return np.asarray(draw(params, weights, keys, Conditions(label=jnp.array(labels)), ()))
+    def drawn(keys, words):
+        text = jnp.ones((2, 12), jnp.int32).at[:, :2].set(jnp.array(words)[:, None])
+        return np.asarray(draw(params, weights, keys, Conditions(context=text), ()))
 
     keys = jax.random.split(jax.random.key(7), 2)
-    images = drawn(keys, [3, 5])
+    images = drawn(keys, [30, 50])
     assert images.shape == (2, 8, 8, 3)
     assert images.dtype == np.uint8
-    np.testing.assert_array_equal(drawn(keys[::-1], [5, 3])[::-1], images)
-    assert np.any(drawn(keys[::-1], [3, 5]) != images)
+    np.testing.assert_array_equal(drawn(keys[::-1], [50, 30])[::-1], images)
+    assert np.any(drawn(keys[::-1], [30, 50]) != images)
+    # By default of the captions of held-out records.
+    needs = task.sampling.needs
+    assert (needs.name, needs.reads) == ("captions", "caption")
+    assert needs.beside(jnp.ones((2, 12), jnp.int32), keys).context.shape == (2, 12)
 
 
 def test_the_best_candidate_of_each_row_is_kept():
@@ -122,6 +121,10 @@ def test_the_best_candidate_of_each_row_is_kept():
         lambda n: jnp.full((3, 2), n), lambda codes: scores[codes[:, 0], jnp.arange(3)], 3
     )
     np.testing.assert_array_equal(kept[:, 0], [1, 0, 1])
+
+
+def test_what_a_run_draws_from_is_said():
+    assert labels_text(recipe()) == "texts: 12 tokens"
 
 
 def test_codes_that_do_not_fit_are_one_line(opened):
@@ -135,7 +138,6 @@ def test_codes_that_do_not_fit_are_one_line(opened):
 def test_what_does_not_go_together_is_one_line():
     for changes, message in (
         ({"tokens": {"candidates": 4}}, "config.tokens.clip is ''"),
-        ({"tokens": {"template": "digit"}}, "expected one {}, in the place of the class"),
         ({"data": {"flip": True}}, "config.data.flip is True"),
         ({"sample": {"cfg_scale": 2.0}}, "draws codes, not by steps of diffusion"),
         ({"tokens": {"top_p": 0.0}}, "top_p is 0.0: expected greater than 0"),
