@@ -1,8 +1,10 @@
 """Random weights that every environment can make again: what golden files were computed with."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -26,6 +28,28 @@ def seeded_state(
             value = rng.standard_normal(shape) * 0.1
         state[name] = value.astype(np.float32)
     return state
+
+
+def seeded_params(init: Callable[..., Any], *inputs: Any, seed: int = 0) -> Any:
+    """Parameters f32 of the shapes of `init(key, *inputs)`, which is not compiled.
+
+    Kernels [in, .., out] are N(0, 1 / fan_in), tables and biases N(0, 0.1²), scales U(0.5, 1.5).
+    """
+    tree, rng = jax.eval_shape(init, jax.random.key(0), *inputs), np.random.default_rng(seed)
+
+    def drawn(path: Any, leaf: Any) -> np.ndarray:
+        name = str(path[-1])
+        if "kernel" in name or "projection" in name:
+            # A stack has a leading axis of its layers.
+            stacked = leaf.ndim > 2 and "'blocks'" in str(path)
+            fan_in = np.prod(leaf.shape[stacked:-1]) if leaf.ndim == 4 and not stacked else 0
+            std = 1 / np.sqrt(fan_in or leaf.shape[int(stacked)])
+            return np.asarray(std * rng.standard_normal(leaf.shape), np.float32)
+        if "scale" in name:
+            return np.asarray(rng.uniform(0.5, 1.5, leaf.shape), np.float32)
+        return np.asarray(0.1 * rng.standard_normal(leaf.shape), np.float32)
+
+    return jax.tree_util.tree_map_with_path(drawn, tree)
 
 
 def seeded_images(shape: tuple[int, ...], seed: int) -> np.ndarray:

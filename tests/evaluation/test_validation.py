@@ -201,7 +201,7 @@ def test_without_features_evaluate_reports_the_held_out_scores_alone(monkeypatch
             return {"val_loss_num": c.evaluate.val_loss_num}
 
     monkeypatch.setattr(evaluate, "Validator", Fixed)
-    monkeypatch.setattr(evaluate.opening, "load_weights", lambda *args: (0.5, 3))
+    monkeypatch.setattr(opening, "load_weights", lambda *args: (0.5, 3))
     c = read(
         {
             "evaluate": {"val_loss_num": 4},
@@ -212,4 +212,4 @@ def test_without_features_evaluate_reports_the_held_out_scores_alone(monkeypatch
     record = evaluate.evaluate_run(c, tmp_path)
     assert (record["step"], record["metrics"]) == (3, {"val_loss": 0.5})
     assert record["protocol"] == {"val_loss_num": 4}
-    assert (tmp_path / evaluate.EVALUATION_FILE).exists()
+    assert (tmp_path / "evaluation.json").exists()

@@ -18,7 +18,8 @@ from ditjax.tasks import prior as task_module
 from ditjax.tasks.opened import Opened
 from ditjax.tasks.prior import make, nearest_candidate
 from ditjax.training import program
-from ditjax.training.step import make_step
+from ditjax.training.step import init_state, make_step
+from tests.seeded import seeded_params
 from tests.tasks.test_clip import TINY as CLIP_RECIPE
 
 TINY: dict[str, Any] = {
@@ -44,7 +45,7 @@ def clip():
     """A random CLIP with the recipe that trained it."""
     pytest.importorskip("tokenizers")
     c = read(CLIP_RECIPE)
-    params = jax.jit(clip_task.make(c).init)(jax.random.key(2))
+    params = seeded_params(clip_task.make(c).init)
     return Opened(clip_task.towers(c), lambda mesh: params, "clip", c)
 
 
@@ -73,8 +74,8 @@ def test_examples_are_standardized_vectors_and_encoded_captions(opened, clip, ro
     }
     np.testing.assert_allclose(jnp.square(batch["x0"]).mean(1), 1, rtol=1e-5)
     np.testing.assert_array_equal(batch["context_mask"].sum(1), 5)
-    embed = jax.jit(lambda x, ids: CLIP(clip.config).apply(frozen["clip"], x, ids))
-    v, w, _, _ = embed(rows["image"], rows["caption"])
+    embed = jax.jit(CLIP(clip.config).apply)
+    v, w, _, _ = embed(frozen["clip"], rows["image"], rows["caption"])
     np.testing.assert_allclose(unit(batch["x0"]), unit(v), atol=1e-6)
     np.testing.assert_allclose(unit(batch["vector"]), unit(w), atol=1e-6)
     # All dropped, every caption is the empty one; the images stay.
@@ -85,13 +86,16 @@ def test_examples_are_standardized_vectors_and_encoded_captions(opened, clip, ro
     assert gone["context_mask"].sum() < batch["context_mask"].sum()
 
 
-def test_a_few_steps_lower_the_loss(opened, rows):
+def test_a_few_steps_lower_the_loss(opened):
     c = recipe()
     task = make(c)
-    batch = jax.jit(task.prepare)(task.frozen(make_mesh(-1, 1)), rows, jax.random.key(0))
+    rng = np.random.default_rng(1)
+    batch = {name: jnp.ones((8, *each.shape), each.dtype) for name, each in task.inputs.items()}
+    batch["x0"] = jnp.asarray(rng.choice([-1.0, 1.0], batch["x0"].shape), jnp.float32)
+    batch["vector"] = batch["x0"][:, ::-1]
     tx = program.optimizer_of(c)
     step = jax.jit(make_step(task.draw, task.loss, tx, 0.5, jax.random.key(1)))
-    state, losses = jax.jit(lambda: program.initial_state(c, task))(), []
+    state, losses = init_state(seeded_params(task.init), tx), []
     for _ in range(12):
         state, metrics = step(state, {}, batch)
         losses.append(float(metrics["loss"]))
@@ -105,7 +109,7 @@ def score_of(scale, opened):
     """The score of a random prior, guided at a scale: (keys, rows) -> what it measures."""
     task = make(recipe(sample={"cfg_channels": "all", "cfg_scale": scale}))
     frozen = task.frozen(make_mesh(-1, 1))
-    params = jax.jit(task.init)(jax.random.key(0))
+    params = seeded_params(task.init)
     measure = jax.jit(lambda keys, rows: task.scores[0].measure(params, frozen, keys, rows))
     keys = jax.random.split(jax.random.key(4), 8)
 

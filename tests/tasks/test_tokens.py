@@ -18,6 +18,7 @@ from ditjax.tasks import tokens as task_module
 from ditjax.tasks.opened import Opened
 from ditjax.tasks.tokens import best_of, config_of, make, nats
 from ditjax.weights.networks import labels_text
+from tests.seeded import seeded_params
 from tests.tasks.test_clip import TINY as CLIP
 
 TINY: dict[str, Any] = {
@@ -42,9 +43,9 @@ def recipe(**changes):
 def frozen():
     """A random discrete VAE, and a random CLIP with the recipe that trained it."""
     pytest.importorskip("tokenizers")
-    dvae = jax.jit(DVAE(DVAE_SIZES).init)(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
+    dvae = seeded_params(DVAE(DVAE_SIZES).init, jnp.zeros((1, 8, 8, 3)))
     c = read(CLIP)
-    clip = jax.jit(clip_task.make(c).init)(jax.random.key(2))
+    clip = seeded_params(clip_task.make(c).init)
     opened = Opened(clip_task.towers(c), lambda mesh: clip, "clip", c)
     return SimpleNamespace(dvae=Opened(DVAE_SIZES, lambda mesh: dvae, "dvae"), clip=opened)
 
@@ -59,7 +60,7 @@ def opened(frozen, monkeypatch):
 def test_the_loss_weighs_text_and_codes(opened):
     c = recipe(tokens={"text_loss_weight": 0.25})
     task, rng = make(c), np.random.default_rng(0)
-    params = jax.jit(task.init)(jax.random.key(0))
+    params = seeded_params(task.init)
     images = jnp.asarray(rng.uniform(-1, 1, (3, 8, 8, 3)), jnp.float32)
     text = np.ones((3, 12), np.int32)
     text[:, :4] = rng.integers(2, 300, (3, 4))  # padded from place 5 on
@@ -95,7 +96,7 @@ def test_the_loss_weighs_text_and_codes(opened):
 def test_a_sample_follows_from_its_key_and_text_alone(opened):
     """Also if a CLIP keeps the best of its candidates."""
     task = make(recipe(tokens={"candidates": 2, "clip": "b"}))
-    params, weights = jax.jit(task.init)(jax.random.key(0)), task.frozen(make_mesh(-1, 1))
+    params, weights = seeded_params(task.init), task.frozen(make_mesh(-1, 1))
     assert task.sampling
     draw = jax.jit(task.sampling.draw)
 
@@ -110,9 +111,10 @@ def test_a_sample_follows_from_its_key_and_text_alone(opened):
     np.testing.assert_array_equal(drawn(keys[::-1], [50, 30])[::-1], images)
     assert np.any(drawn(keys[::-1], [30, 50]) != images)
     # By default of the captions of held-out records.
-    needs = task.sampling.needs
+    needs, ids = task.sampling.needs, jnp.ones((2, 12), jnp.int32)
+    assert needs
     assert (needs.name, needs.reads) == ("captions", "caption")
-    assert needs.beside(jnp.ones((2, 12), jnp.int32), keys).context.shape == (2, 12)
+    assert needs.beside(ids, keys).context is ids
 
 
 def test_the_best_candidate_of_each_row_is_kept():
