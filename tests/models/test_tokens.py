@@ -229,3 +229,8 @@ def test_the_cost_counts_every_parameter(params):
     c = tokens_config(k, T)
     assert c == SIZES["full"]
     assert tokens_cost(k, c).parameters == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_the_default_is_the_network_of_twelve_billion():
+    k = TokensKeys()
+    assert tokens_cost(k, tokens_config(k, 256)).parameters == 12_292_833_024
