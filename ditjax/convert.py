@@ -1,6 +1,7 @@
 """python -m ditjax.convert: convert weights between ditjax and PyTorch's DiT or diffusers."""
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Unpack
 
@@ -19,9 +20,11 @@ from ditjax.runs.checkpoint import Step
 from ditjax.runs.results import EVALUATION_FILE
 from ditjax.tasks import make_task
 from ditjax.tasks.adapters import open_adapter
+from ditjax.tasks.text_conditions import has_texts, write_encoder
 from ditjax.weights import networks, reading, vocabulary, writing
 from ditjax.weights.adapters import Adapter, write_lora_file, write_peft
 from ditjax.weights.networks import LoadedNetwork
+from ditjax.weights.text_pipeline import write_text_pipeline
 
 FOLDERS = ("diffusers", "pipeline", "peft", "peft_release")
 _NULL_LABEL = 1000  # of DiTPipeline, whatever the number of classes
@@ -87,8 +90,18 @@ class Target(NamedTuple):
     read: Callable[..., Any] = _read_whole
 
 
-def _write_pipeline(out: str, network: LoadedNetwork, decoder: LoadedNetwork) -> None:
-    """Write a DiTPipeline, whose classes have their numbers as names if they have no others."""
+def _write_pipeline(out: str, network: LoadedNetwork, decoder: LoadedNetwork | None = None) -> None:
+    """Write a DiTPipeline, whose classes have their numbers as names if they have no others.
+
+    Of a network of texts it is a PixArtAlphaPipeline with its encoder and tokenizer.
+    """
+    if has_texts(network.config):
+        encoder = functools.partial(write_encoder, network.config)
+        note = write_text_pipeline(out, network, decoder, encoder)
+        print(note or f"{out}: a PixArtAlphaPipeline", file=sys.stderr)
+        return
+    if decoder is None:
+        raise UserError("--to=pipeline needs the DiT's --autoencoder.")
     numbers = [(str(i),) for i in range(network.config.data.num_classes)]
     writing.write_pipeline(out, network, decoder, network.class_names or numbers)
 
@@ -117,7 +130,10 @@ TARGETS: Mapping[str, Target] = {
         "autoencoder",
     ),
     "pipeline": Target(
-        "a DiTPipeline folder; needs the --autoencoder of the latent DiT", _write_pipeline, "dit"
+        "a DiTPipeline folder; needs the --autoencoder of the latent DiT. Of a network of texts, a"
+        " PixArtAlphaPipeline with its encoder and tokenizer",
+        _write_pipeline,
+        "dit",
     ),
     "peft": Target(
         "a folder of peft with the factors of a run of LoRA, or of an adapter, for diffusers' DiT",
@@ -168,9 +184,7 @@ def convert(
     if autoencoder and target != "pipeline":
         raise UserError(f"--autoencoder goes with --to=pipeline, not with --to={target}.")
     if target == "pipeline":
-        if not autoencoder:
-            raise UserError("--to=pipeline needs the DiT's --autoencoder.")
-        decoders = [read_decoder(autoencoder, which)]
+        decoders = [read_decoder(autoencoder, which)] if autoencoder else []
     TARGETS[target].write(out, found, *decoders)
     return _pushed(push, source, out, found, _summary(source, out, found, target, *decoders))
 
@@ -256,7 +270,7 @@ def _summary(
             theirs = None  # what is written computes the same
         text += "" if theirs is None else _differences(model, theirs)
     classes = network.config.data.num_classes
-    if target == "pipeline" and classes != _NULL_LABEL:
+    if target == "pipeline" and classes != _NULL_LABEL and not has_texts(network.config):
         text += (
             f"\nnote: DiTPipeline takes class {_NULL_LABEL} for the null label, and this"
             f" DiT's is {classes}: only guidance_scale=1 is correct there."

@@ -16,9 +16,8 @@ from ditjax.errors import UserError, shown
 from ditjax.models.clip import CLIP
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening, rundir
-from ditjax.tasks import make_task
+from ditjax.tasks import make_task, text_conditions
 from ditjax.tasks.clip import towers
-from ditjax.tasks.text_conditions import tokenizer_of
 from ditjax.weights.clip import load_clip
 from ditjax.weights.networks import from_run
 
@@ -65,7 +64,7 @@ class ClipScorer:
         self.protocol: Mapping[str, Any] = {
             "clip": {
                 "sha256": opening.digest(params),
-                "tokenizer": tokenizer_of(self.tokenizer).sha256,
+                "tokenizer": text_conditions.tokenizer_of(self.tokenizer).sha256,
                 "tokens": self.tokens,
                 "resize": f"bicubic to {self._side}",
                 "weight": 100,

@@ -44,6 +44,35 @@ class Grafted(NamedTuple):
     unused: list[str]
 
 
+class Adopted(NamedTuple):
+    """Leaves of another kind of network as those of this one, complete, and what was done.
+
+    `adapted` and `fresh` are the paths that are not copies; `unused` are the old network's.
+    """
+
+    leaves: dict[str, np.ndarray]
+    adapted: dict[str, str]
+    fresh: list[str]
+    unused: list[str]
+
+
+# (leaves, keys of config.model of the old network, shapes and initial values of the new one)
+Adoption = Callable[
+    [Leaves, Any, Mapping[str, tuple[int, ...]], Callable[[str], np.ndarray]], Adopted
+]
+
+
+def of_adopted(grafted: Grafted, adopted: Adopted) -> Grafted:
+    """What was done with the leaves of a graft whose base was adopted from another network."""
+    others = {*adopted.adapted, *adopted.fresh}
+    return grafted._replace(
+        copied=[path for path in grafted.copied if path not in others],
+        adapted={**adopted.adapted, **grafted.adapted},
+        fresh=[*grafted.fresh, *adopted.fresh],
+        unused=[*grafted.unused, *adopted.unused],
+    )
+
+
 # (old leaf, shape of the new one, its initial value, ends) -> (new leaf, what was done; '' for a
 # copy). Raises UserError, without the leaf's path, for ends that the rule does not connect.
 GraftRule = Callable[

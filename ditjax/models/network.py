@@ -204,11 +204,12 @@ class Network(NamedTuple):
     it takes clips f32[B,F,H,W,C], too. `texts`: it takes a context with its mask, and no label.
 
     For fine-tuning, `grafts` are the rules of the leaves that follow the inputs
-    (`models/grafting.py`), `inherited` the keys that weights were trained with and do not show, and
-    `stack` is the name of the blocks, whose leaves have a leading axis of them. `grown(k, factor)`
-    are the keys of a network that is about `factor` times as deep and wide, and how many times as
-    wide it is exactly; None if there is no such family. `control` is None
-    if the network cannot have a control branch, `inspection` if its blocks cannot be read.
+    (`models/grafting.py`), `adopts` maps other kinds of networks to how this one starts from their
+    leaves, `inherited` are the keys that weights were trained with and do not show, and `stack` is
+    the name of the blocks, whose leaves have a leading axis of them. `grown(k, factor)` are the
+    keys of a network that is about `factor` times as deep and wide, and how many times as wide it
+    is exactly; None if there is no such family. `control` is None if the network cannot have a
+    control branch, `inspection` if its blocks cannot be read.
     """
 
     keys: type[Model]
@@ -221,6 +222,7 @@ class Network(NamedTuple):
     rates: Callable[[Any], Callable[[str], float] | None] = lambda k: None
     varied: tuple[str, ...] = ()
     grafts: tuple[tuple[str, Callable[..., Any]], ...] = ()
+    adopts: Mapping[str, Callable[..., Any]] = {}
     inherited: tuple[str, ...] = ()
     stack: str = ""
     grown: Callable[[Any, float], tuple[Any, float]] | None = None

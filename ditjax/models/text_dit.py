@@ -7,17 +7,19 @@ projection of the text; `adaln_single/`, the shared vectors; `blocks/table`, `fi
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from ditjax.config import key, non_negative
 from ditjax.errors import UserError
-from ditjax.models import dit, mup
+from ditjax.models import dit, grafting, mup
 from ditjax.models.attention import CrossAttention
 from ditjax.models.blocks import Block, Conditioning, layer_norm, modulate, over_tokens
 from ditjax.models.dit import DiT, DiTKeys
@@ -101,7 +103,7 @@ def text_macs(k: TextDiTKeys, inputs: Inputs) -> int:
     s, M = dit.shape(k, inputs), inputs.context.tokens
     L, D, _ = s.size
     N = s.tokens
-    block = 4 * N * D * D + 2 * N * N * D + 2 * N * D * s.mlp_width
+    block = 4 * N * D * D + dit.attention_macs(s, N, N) + 2 * N * D * s.mlp_width
     block += 2 * N * D * D + 2 * M * D * D + 2 * N * M * D + (4 if s.qk_norm else 2) * N * D
     ends = s.patch**2 * (s.in_channels + s.out_channels) * N * D + N * D
     shared = TIMESTEP_FREQUENCIES * D + 7 * D * D + inputs.vector * D
@@ -113,24 +115,16 @@ def text_macs(k: TextDiTKeys, inputs: Inputs) -> int:
 def cost(k: TextDiTKeys, inputs: Inputs) -> NetworkCost:
     """The cost of a recipe's network."""
     s, macs = dit.shape(k, inputs), text_macs(k, inputs)
-    L, D, heads = s.size
-    attended = 2 * L * s.tokens * (s.tokens + inputs.context.tokens) * D
+    L, D, _ = s.size
+    N = s.tokens
+    attended = L * (dit.attention_macs(s, N, N) + 2 * N * inputs.context.tokens * D)
     return NetworkCost(
         name=f"TextDiT-{k.size}/{k.patch}",
         parameters=parameters(k, inputs),
         macs=macs,
         training_macs={"none": 0, "dots": attended, "full": macs}[k.remat],
-        tokens=s.tokens,
-        description={
-            "size": k.size,
-            "depth": L,
-            "width": D,
-            "heads": heads,
-            "patch": k.patch,
-            "block": "text",
-            "tokens": s.tokens,
-            "text_tokens": inputs.context.tokens,
-        },
+        tokens=N,
+        description={**dit.description(k, N, text_tokens=inputs.context.tokens), "block": "text"},
     )
 
 
@@ -286,6 +280,57 @@ TEXT_KINDS: mup.Kinds = (
 )
 
 
+# ---- from a class-conditional DiT
+
+
+_MIDDLE = 500.0  # the network's time at which its modulations are taken (PixArt-α, Sec. 2.3)
+_SAME = re.compile(r"(x_embedder|t_embedder|blocks/(attn|mlp)|final_layer/linear)/.*")
+
+
+def adopt_dit(
+    leaves: grafting.Leaves,
+    k: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    fresh: Callable[[str], np.ndarray],
+) -> grafting.Adopted:
+    """The leaves of a DiT with adaLN-Zero as a start: at t = 500 it is the DiT without a class.
+
+    The tables are the DiT's modulations there, of its null label or, without one, of the mean of
+    its classes. What all blocks share is zero, as is the last layer of cross-attention. Raises
+    UserError for a DiT of other blocks.
+    """
+    if (k.block, k.norm, k.mlp) != ("adaln_zero", "layer", "gelu"):
+        raise UserError(
+            f"the base has block {k.block!r}, norm {k.norm!r} and mlp {k.mlp!r}: expected"
+            " 'adaln_zero', 'layer' and 'gelu'"
+        )
+
+    def of(name: str) -> np.ndarray:
+        return np.asarray(leaves[name], np.float64)
+
+    def silu(x: np.ndarray) -> np.ndarray:
+        return x / (1 + np.exp(-x))
+
+    half = TIMESTEP_FREQUENCIES // 2
+    angle = _MIDDLE * np.exp(-np.log(1e4) * np.arange(half) / (half - k.frequency_shift))
+    frequencies = np.concatenate([np.cos(angle), np.sin(angle)])
+    h = silu(frequencies @ of("t_embedder/in/kernel") + of("t_embedder/in/bias"))
+    e = h @ of("t_embedder/out/kernel") + of("t_embedder/out/bias")
+    labels = of("y_embedder/table")
+    c = silu(e + (labels[-1] if k.label_dropout > 0 else labels.mean(0)))
+    kernel, bias = of("blocks/adaln/linear/kernel"), of("blocks/adaln/linear/bias")
+    tables = np.einsum("d,ldsf->lsf", c, kernel) + bias
+    final = np.einsum("d,dsf->sf", c, of("final_layer/adaln/linear/kernel"))
+    final += of("final_layer/adaln/linear/bias") - e
+    said = "the DiT's modulation at t = 500, of its null label"
+    adapted = {"blocks/table": said, "final_layer/table": f"{said}, less the time's"}
+    found = {path: leaf for path, leaf in leaves.items() if _SAME.fullmatch(path)}
+    found |= {"blocks/table": tables, "final_layer/table": final}
+    rest = [path for path in shapes if path not in found]
+    unused = [path for path in leaves if path not in found]
+    return grafting.Adopted({**found, **{p: fresh(p) for p in rest}}, adapted, rest, unused)
+
+
 def module(k: TextDiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> TextDiT:
     """Build the denoiser of a recipe; its parameters do not depend on `place`."""
     plain = dit.module(dataclasses.replace(k, label_dropout=0.0), inputs, place)
@@ -318,6 +363,11 @@ NETWORK = Network(
     rules=TEXT_RULES,
     rates=_rates,
     varied=("size", "patch"),
+    grafts=(
+        (r"x_embedder/kernel", grafting.input_channels),
+        (r"final_layer/linear/(kernel|bias)", grafting.output_channels),
+    ),
+    adopts={"dit": adopt_dit},
     inherited=("frequency_shift", "norm2_eps"),
     stack="blocks",
     texts=True,

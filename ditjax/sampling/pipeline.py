@@ -46,9 +46,11 @@ from ditjax.sampling.program import sampling_of
 from ditjax.tasks import make_task
 from ditjax.tasks.adapters import adapters_record, open_once, with_adapters
 from ditjax.tasks.guide import load_guide
+from ditjax.tasks.text_conditions import load_texts
 from ditjax.training.task import Frozen
 from ditjax.weights import networks, reading, tensors, vocabulary
 from ditjax.weights.networks import LoadedNetwork
+from ditjax.weights.text_pipeline import is_text_pipeline, load_text_pipeline
 
 # Name -> compute dtype and precision of float32 products (config.model.dtype and matmul).
 PRECISIONS = {
@@ -97,14 +99,7 @@ def open_source(
         return open_run_source(path, step, class_names)
     opening.check_no_step(path, step)
     which = options.get("which", "ema")
-    decoder: LoadedNetwork | None = None
-    if present(place(path) / vocabulary.MODEL_INDEX):
-        reading.check_no_options(path, "a whole pipeline", options, ("numerics", "which"))
-        folder = reading.load_pipeline(path, numerics=options.get("numerics", "auto"))
-        dit, decoder, names = folder
-        dit = dit._replace(class_names=names if any(names) else None)
-    else:
-        dit = reading.load_network(path, wanted="dit", **options)
+    dit, decoder = _networks_at(path, which, options)
     if dit.decodes:
         raise UserError(f"{path} holds a {dit.name}: expected a DiT; use --autoencoder for it.")
     dit = networks.with_class_names(dit, class_names)
@@ -128,10 +123,24 @@ def open_source(
     def load(c: Config, mesh: Mesh) -> tuple[Any, Frozen]:
         params = _placed(dit, c, mesh, make_task(c).rules)
         own = {"autoencoder": _placed(decoder, networks.decoder_recipe(c), mesh)} if decoder else {}
-        return params, {**own, **load_guide(c, mesh)}
+        return params, {**own, **load_guide(c, mesh), **load_texts(c, mesh)}
 
     notes = (*dit.notes, *(decoder.notes if decoder else ()))
     return Source(config, dit.class_names, record, load, notes)
+
+
+def _networks_at(
+    path: str | os.PathLike[str], which: str, options: reading.WeightsOptions
+) -> tuple[LoadedNetwork, LoadedNetwork | None]:
+    """The network of a file or folder, and the autoencoder of a whole pipeline's."""
+    if not present(place(path) / vocabulary.MODEL_INDEX):
+        return reading.load_network(path, wanted="dit", **options), None
+    reading.check_no_options(path, "a whole pipeline", options, ("numerics", "which"))
+    if is_text_pipeline(path):
+        return load_text_pipeline(path, which)
+    folder = reading.load_pipeline(path, numerics=options.get("numerics", "auto"))
+    names = folder.class_names if any(folder.class_names) else None
+    return folder.dit._replace(class_names=names), folder.autoencoder
 
 
 def _placed(network: LoadedNetwork, c: Config, mesh: Mesh, rules: Rules = ()) -> Any:

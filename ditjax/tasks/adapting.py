@@ -24,13 +24,14 @@ from ditjax.config import (
     at_most,
     changed,
     key,
+    network_module,
     replaced,
 )
 from ditjax.data import source
 from ditjax.errors import UserError, first_few, one_line, shown
 from ditjax.files.assets import flatten, unflatten
 from ditjax.files.store import place
-from ditjax.models.grafting import End, Grafted, Join, graft
+from ditjax.models.grafting import End, Grafted, Join, graft, of_adopted
 from ditjax.models.network import Inputs, Network
 from ditjax.parallel.mesh import make_mesh
 from ditjax.parallel.processes import is_primary
@@ -175,7 +176,9 @@ def read_base(c: Config) -> LoadedNetwork:
         heads = getattr(c.model, "size", "").rpartition("x")[2]
         given = int(heads) if heads.isdecimal() else 0
         base = reading.load_network(path, which=which, wanted="dit", assumed_heads=given)
-    if (base.config.task, base.config.model.kind) != (c.task, c.model.kind):
+    adopts = network_module(c.model.kind).NETWORK.adopts
+    same = (base.config.task, base.config.model.kind) == (c.task, c.model.kind)
+    if not same and base.config.model.kind not in adopts:
         raise UserError(
             f"config.adapt.base={path} holds a {base.name} of task {base.config.task!r}: expected a"
             f" network of task {c.task!r} and config.model.kind {c.model.kind!r}."
@@ -227,6 +230,8 @@ def with_base(
 def _report_classes(c: Config, base: LoadedNetwork) -> None:
     """Print which classes begin as other classes of the base, where the names of both are known."""
     names, of = base.class_names, c.adapt.classes or range(c.data.num_classes)
+    if base.config.model.kind != c.model.kind:
+        return  # one that takes no classes
     if names is None or (not c.adapt.classes and len(names) != c.data.num_classes):
         return
     d = c.data
@@ -302,15 +307,14 @@ def _on_network(
         return flatten(jax.device_get(jax.jit(init)(keys.stream(c.seed, keys.INIT)))["params"])
 
     ends = (End(base.config.model, inputs_of(base.config)), End(c.model, inputs_of(c)))
+    leaves, fresh, adopted = base.leaves, lambda path: initial()[path], None
     try:
-        return graft(
-            base.leaves,
-            shapes,
-            lambda path: initial()[path],
-            network.grafts,
-            Join(*ends, c.adapt.classes),
-            c.adapt.skip,
-        )
+        if base.config.model.kind != c.model.kind:
+            adopted = network.adopts[base.config.model.kind](leaves, ends[0].keys, shapes, fresh)
+            leaves = adopted.leaves
+        join = Join(*ends, c.adapt.classes)
+        found = graft(leaves, shapes, fresh, network.grafts, join, c.adapt.skip)
+        return found if adopted is None else of_adopted(found, adopted)
     except UserError as error:
         raise UserError(
             f"config.adapt.base={c.adapt.base}, a {base.name}, does not fit this recipe: {error}."
@@ -333,7 +337,7 @@ def _differences(base: Config, c: Config) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for section, names in _COMPARED.items():
         theirs, ours = getattr(base, section), getattr(c, section)
-        for name in names or vars(ours):
+        for name in names or [each for each in vars(ours) if hasattr(theirs, each)]:
             pair = [getattr(theirs, name), getattr(ours, name)]
             if pair[0] != pair[1] and name not in _FREE_TO_DIFFER:
                 found[f"{section}.{name}"] = pair

@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,7 +31,9 @@ from ditjax.tasks import make_task
 from ditjax.tasks.clip import towers
 from ditjax.training.step import Batch
 from ditjax.training.task import Additions, Beside, FromRecords, Frozen
+from ditjax.weights.clip import write_clip_text
 from ditjax.weights.text import load_text_encoder
+from ditjax.weights.text_pipeline import copy_encoder
 
 ENCODER, NULL = "text", "null_text"  # frozen weights, and the features of the null text
 _FIELDS = ("context", "context_mask")  # of `Conditions`
@@ -121,6 +124,15 @@ def open_encoder(path: str) -> OpenedEncoder:
     params = opening.load_weights(trained, make_task(trained), path, make_mesh(-1, 1))[0]
     host = jax.tree.map(np.asarray, params["params"]["text"])
     return OpenedEncoder(towers(trained).text, host, trained.text.tokenizer)
+
+
+def write_encoder(c: Config, folder: Path) -> str:
+    """Write a recipe's encoder as a folder of transformers; returns its class. Raises UserError."""
+    _checked_encoder(c)
+    if not rundir.is_run(c.text.encoder):
+        return copy_encoder(c.text.encoder, folder)
+    encoder = open_encoder(c.text.encoder)
+    return write_clip_text(folder, encoder.config, encoder.params)
 
 
 @functools.lru_cache(maxsize=8)

@@ -13,7 +13,7 @@ from ditjax.errors import UserError
 from ditjax.files.assets import flatten
 from ditjax.files.atomic import write_json
 from ditjax.models.clip import CLIP, ClipConfig, ImageConfig
-from ditjax.models.text import Layers
+from ditjax.models.text import Layers, TextConfig
 from ditjax.weights import layouts
 from ditjax.weights.layouts import Layout, LeafRule
 from ditjax.weights.networks import initial_shapes
@@ -134,6 +134,29 @@ def write_clip(folder: str | os.PathLike[str], config: ClipConfig, params: Any) 
     return write_safetensors(
         Path(folder) / "model.safetensors", {**theirs, "logit_scale": scale}, {"format": "pt"}
     )
+
+
+def write_clip_text(folder: str | os.PathLike[str], config: TextConfig, params: Any) -> str:
+    """Write the text tower alone, as transformers' class, whose name is returned."""
+    theirs = layouts.to_theirs(
+        clip_text_rules("", _TEXT, config.projection > 0), flatten(params), patch=1
+    )
+    class_of = "CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    description = {
+        **_layers_config(config.layers),
+        "architectures": [class_of],
+        "model_type": "clip_text_model",
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.positions,
+        "projection_dim": config.projection,
+        "eos_token_id": 2 if config.end < 0 else config.end,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    write_json(Path(folder) / CONFIG_FILE, description)
+    write_safetensors(Path(folder) / "model.safetensors", theirs, {"format": "pt"})
+    return class_of
 
 
 def _layers_config(c: Layers) -> Mapping[str, Any]:

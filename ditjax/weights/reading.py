@@ -508,7 +508,7 @@ def _load_pixart(file: weights.TensorFile, given: Given) -> LoadedNetwork:
                 "position_grid": _position_grid(file, side, p),
                 "told_side": pixels if told else 0,
             },
-            "text": {"width": width, "tokens": _PIXART_TOKENS},
+            "text": {"width": width, "tokens": _PIXART_TOKENS, **_text_keys(file)},
             "diffusion": {
                 "variance": "learned_range" if learned else "fixed_small",
                 "loss": "hybrid" if learned else "simple",
@@ -530,6 +530,15 @@ def _load_pixart(file: weights.TensorFile, given: Given) -> LoadedNetwork:
     weights.check_tensors(file.path, what, file.tensors, expected)
     params = _params(file, rules, shapes)
     return LoadedNetwork(config, params, "diffusers", file.files, (file.account,))
+
+
+def _text_keys(file: weights.TensorFile) -> dict[str, Any]:
+    """The keys of config.text that a file of ours states; {} of another program's."""
+    try:
+        stated = json.loads(file.metadata.get(vocabulary.TEXT, "{}"))
+        return {name: stated[name] for name in ("tokens", "features") if name in stated}
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{file.path}: {vocabulary.TEXT} in its metadata is not JSON.") from None
 
 
 def _position_grid(file: weights.TensorFile, side: int, patch: int) -> int:
@@ -921,7 +930,7 @@ def load_pipeline(folder: str | os.PathLike[str], *, numerics: Numerics = "auto"
     dit = load_network(folder / "transformer", numerics=numerics, wanted="dit")
     autoencoder = load_network(folder / "vae", wanted="autoencoder")
     check_fit(dit, autoencoder)
-    dit = dit._replace(config=_with_scheduler(dit.config, folder / "scheduler"))
+    dit = dit._replace(config=with_scheduler(dit.config, folder / "scheduler"))
     return PipelineFolder(dit, autoencoder, _class_names(folder, index, dit.config))
 
 
@@ -935,7 +944,7 @@ def _class_names(folder: Path, index: Mapping[str, Any], c: Config) -> tuple[tup
     )
 
 
-def _with_scheduler(c: Config, folder: Path) -> Config:
+def with_scheduler(c: Config, folder: Path) -> Config:
     """The recipe with the diffusion process of a scheduler's config."""
     scheduler = read_json(folder / "scheduler_config.json")
     predictions = {theirs: name for name, theirs in vocabulary.PREDICTIONS.items()}

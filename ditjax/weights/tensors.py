@@ -23,7 +23,7 @@ from ditjax.files.store import local_copy
 from ditjax.weights.layouts import Shapes
 from ditjax.weights.states import Marks, find_network
 from ditjax.weights.torch_file import read_torch
-from ditjax.weights.vocabulary import CLASS_NAMES, METADATA
+from ditjax.weights.vocabulary import CLASS_NAMES, METADATA, TEXT
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -156,10 +156,10 @@ def _read_folder(folder: Path, which: str, marks: Marks) -> TensorFile:
     names = _shards(folder / name) if name.endswith(".json") else [name]
     merged: dict[Any, Any] = {}
     metadata: dict[str, str] | None = {}
-    class_names: dict[str, str] = {}
+    stated: dict[str, str] = {}
     for shard in names:
         saved, metadata = _saved(folder / shard)
-        class_names |= {k: v for k, v in (metadata or {}).items() if k == CLASS_NAMES}
+        stated |= {k: v for k, v in (metadata or {}).items() if k in (CLASS_NAMES, TEXT)}
         if twice := merged.keys() & saved.keys():
             raise UserError(f"{folder / shard} holds {shown(min(twice))}, as another shard does.")
         merged |= saved
@@ -172,7 +172,7 @@ def _read_folder(folder: Path, which: str, marks: Marks) -> TensorFile:
         found.tensors,
         tuple(folder / shard for shard in names),
         config,
-        class_names,
+        stated,
         found.extra,
         found.label,
         found.left,

@@ -32,7 +32,7 @@ _KEPT = ("model", "diffusion", "autoencoder", "sample")
 
 _KEPT_DATA = ("image_size", "channels", "num_classes")
 
-_DIFFUSERS_VERSION = "0.42.1"  # the version that these folders were tested with
+DIFFUSERS_VERSION = "0.42.1"  # the version that these folders were tested with
 
 
 def write_ditjax(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
@@ -64,6 +64,14 @@ def _class_names(network: LoadedNetwork) -> dict[str, str]:
     if network.class_names is None:
         return {}
     return {vocabulary.CLASS_NAMES: json.dumps(recordable(network.class_names))}
+
+
+def _text_keys(network: LoadedNetwork) -> dict[str, str]:
+    """The keys of config.text that tensors do not show, as metadata of a safetensors file."""
+    text = getattr(network.config, "text", None)
+    if text is None:
+        return {}
+    return {vocabulary.TEXT: json.dumps({"tokens": text.tokens, "features": text.features})}
 
 
 def write_release(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
@@ -184,7 +192,7 @@ def write_diffusers(folder: str | os.PathLike[str], network: LoadedNetwork) -> P
     weights.write_safetensors(
         folder / "diffusion_pytorch_model.safetensors",
         tensors,
-        {"format": "pt", **_class_names(network)},
+        {"format": "pt", **_class_names(network), **_text_keys(network)},
     )
     write_json(folder / weights.CONFIG_FILE, description)
     return folder
@@ -295,7 +303,7 @@ def _transformer_config(network: LoadedNetwork) -> dict[str, Any]:
     learned = c.diffusion.variance == "learned_range"
     return {
         "_class_name": "DiTTransformer2DModel",
-        "_diffusers_version": _DIFFUSERS_VERSION,
+        "_diffusers_version": DIFFUSERS_VERSION,
         "activation_fn": "gelu-approximate",
         "attention_bias": True,
         "attention_head_dim": size.width // size.heads,
@@ -378,7 +386,7 @@ def _vae_config(network: LoadedNetwork) -> dict[str, Any]:
     n = len(a.multipliers)
     return {
         "_class_name": "AutoencoderKL",
-        "_diffusers_version": _DIFFUSERS_VERSION,
+        "_diffusers_version": DIFFUSERS_VERSION,
         "act_fn": "silu",
         "block_out_channels": [a.base_width * m for m in a.multipliers],
         "down_block_types": ["DownEncoderBlock2D"] * n,
@@ -424,10 +432,10 @@ def write_pipeline(
     )
     write_diffusers(folder / "transformer", denoiser._replace(class_names=class_names))
     write_diffusers(folder / "vae", autoencoder._replace(config=vae))
-    write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(c))
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(c))
     index = {
         "_class_name": "DiTPipeline",
-        "_diffusers_version": _DIFFUSERS_VERSION,
+        "_diffusers_version": DIFFUSERS_VERSION,
         "id2label": {str(i): ", ".join(names) for i, names in enumerate(class_names)},
         "scheduler": ["diffusers", "DDIMScheduler"],
         "transformer": ["diffusers", "DiTTransformer2DModel"],
@@ -438,10 +446,11 @@ def write_pipeline(
     return folder
 
 
-def _scheduler_config(c: Config) -> dict[str, Any]:
+def scheduler_config(c: Config) -> dict[str, Any]:
+    """The config of the DDIMScheduler of a recipe's process."""
     return {
         "_class_name": "DDIMScheduler",
-        "_diffusers_version": _DIFFUSERS_VERSION,
+        "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": c.diffusion.timesteps,
         # For any T, the linear schedule scales the ends of T = 1000, as in the release.
         "beta_start": 1e-4 * 1000 / c.diffusion.timesteps,

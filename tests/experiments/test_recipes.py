@@ -20,6 +20,7 @@ ARGUMENTS = [
     "paper/decoders:original",
     "small/clip:shuffled",
     "small/unet:rates",
+    "pixart:512",
     "small/text2image:minilm",
     "small/text2image:shuffled",
     "small/dalle:dvae",
@@ -30,9 +31,8 @@ ARGUMENTS = [
 TASKS = {
     "digits_latent:autoencoder": "autoencoder",
     **dict.fromkeys(("clip_b32", "small/clip", "small/clip:shuffled"), "clip"),
-    **dict.fromkeys(
-        ("small/text2image", "small/text2image:minilm", "small/text2image:shuffled"), "text2image"
-    ),
+    **dict.fromkeys(("pixart", "pixart:512", "small/text2image"), "text2image"),
+    **dict.fromkeys(("small/text2image:minilm", "small/text2image:shuffled"), "text2image"),
     **dict.fromkeys(("small/dalle:dvae", "dalle_12b:dvae"), "dvae"),
     "small/unclip": "prior",
     **dict.fromkeys(("dalle_12b", "small/dalle", "small/dalle:shuffled"), "tokens"),

@@ -1,7 +1,9 @@
 """Text-to-image: the null text, guidance and negative prompts, features kept, refusals, a run."""
 
 import functools
+import hashlib
 import json
+import shutil
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 
 from ditjax import evaluate, sample, train
 from ditjax.config import changed, read
+from ditjax.convert import convert
 from ditjax.data.tokenizers import Tokens
 from ditjax.errors import UserError
 from ditjax.evaluation.clip_score import ClipScorer, clip_scores
@@ -21,13 +24,16 @@ from ditjax.models.text import TextConfig
 from ditjax.parallel.mesh import make_mesh
 from ditjax.sampling.given import read_prompts
 from ditjax.sampling.pipeline import Pipeline
+from ditjax.sampling.text2image import Text2Image
 from ditjax.tasks import diffusion, make_task, text_conditions
 from ditjax.tasks.text_conditions import NULL, live_tokens
 from ditjax.training.task import Additions
-from ditjax.weights.clip import load_clip, write_clip
-from ditjax.weights.networks import shapes_of
+from ditjax.weights.clip import load_clip, write_clip, write_clip_text
+from ditjax.weights.networks import from_run, shapes_of
+from ditjax.weights.text import load_text_encoder
+from ditjax.weights.writing import write_ditjax
 from tests.seeded import seeded_state
-from tests.text_encoders import tiny_bert
+from tests.text_encoders import relative, tiny_bert
 
 B = 4
 TINY: dict[str, Any] = {
@@ -81,6 +87,13 @@ def loaded(c):
     return text_conditions.load_texts(c, make_mesh(-1, 1))
 
 
+def started(c):
+    """What a run of a recipe begins with."""
+    start = make_task(c).start
+    assert start is not None
+    return start(make_mesh(-1, 1))
+
+
 def captions(c):
     texts = ["red", "a blue two", "", "the digit nine, cut here"]
     return jnp.asarray(text_conditions.tokens_of(c, texts))
@@ -94,10 +107,9 @@ def test_a_text_ends_with_its_first_end():
 
 
 @pytest.mark.usefixtures("letters")
-@pytest.mark.parametrize("features", ["tokens", "pooled"])
-def test_a_dropped_caption_is_the_null_text(folder, features):
+def test_a_dropped_caption_is_the_null_text(folder):
     """Whatever it was, the loss is that of the null text for all; and otherwise it is not."""
-    c = recipe(folder, text={"features": features})
+    c = recipe(folder)
     task, frozen, params = make_task(c), loaded(c), random_params(c)
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.uniform(-1, 1, (B, 16, 16, 3)), jnp.float32)
@@ -185,6 +197,12 @@ def test_kept_features_are_a_texts_own(folder):
         np.testing.assert_array_equal(again[name], found[name][order])
         np.testing.assert_allclose(found[name], computed[name], atol=2e-3)
     assert found["context"].dtype == np.float16
+    pooled = recipe(folder, text={"features": "pooled"})
+    one = text_conditions.encode_texts(pooled, loaded(c)["text"], captions(c))
+    live = np.asarray(computed["context_mask"])[..., None]
+    mean = (np.asarray(computed["context"]) * live).sum(1) / live.sum(1)
+    np.testing.assert_allclose(one["context"][:, 0], mean, atol=1e-5)
+    assert make_task(pooled).inputs["context"].shape == (1, 16)
     contents = text_conditions.cached_texts(recipe(folder), Additions()).contents
     assert contents.keys() == {"text.tokenizer", "text.encoder"}
 
@@ -212,6 +230,39 @@ def test_what_does_not_go_together_is_one_line(folder):
     small = tiny_bert(folder.parent / "small", vocabulary=50)
     with pytest.raises(UserError, match=r"has 360 tokens, and the encoder .* a table of 50"):
         loaded(recipe(small))
+
+
+@pytest.mark.usefixtures("letters")
+def test_a_class_conditional_dit_is_a_start(folder, tmp_path):
+    """At t = 500 its first prediction is the DiT's without a class, whatever the caption."""
+    sections = {"model": {"size": "1x32x2", "patch": 4}, "data": {**TINY["data"]}}
+    plain = read({**{k: TINY[k] for k in ("autoencoder", "diffusion")}, **sections})
+    base = from_run(plain, random_params(plain))
+    write_ditjax(tmp_path / "dit.safetensors", base)
+    c = recipe(folder, adapt={"base": str(tmp_path / "dit.safetensors")})
+    start = started(c)
+    record = start.record
+    assert set(record["adapted"]) == {"blocks/table", "final_layer/table"}
+    assert {"caption/in/kernel", "adaln_single/linear/kernel"} <= set(record["fresh"])
+    assert "y_embedder/table" in record["unused"]
+    assert "blocks/attn/qkv/kernel" in record["copied"]
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 16, 16, 3)), jnp.float32)
+    texts = Conditions(context=x[:, :6, :, 0], context_mask=jnp.ones((2, 6), bool))
+    null = Conditions(label=jnp.full(2, 10))
+    ours, theirs = (
+        functools.partial(jax.jit(diffusion.denoiser_module(each).apply), params)
+        for each, params in ((c, start.params), (plain, base.params))
+    )
+    for t, same in ((500, True), (100, False)):
+        found, expected = (
+            each(x, jnp.full(2, t), given) for each, given in ((ours, texts), (theirs, null))
+        )
+        assert (relative(found, expected) < 2e-5) == same, t
+    other = changed(plain, {"model": {"block": "adaln"}})
+    write_ditjax(tmp_path / "other.safetensors", from_run(other, random_params(other)))
+    c = recipe(folder, adapt={"base": str(tmp_path / "other.safetensors")})
+    with pytest.raises(UserError, match="the base has block 'adaln'"):
+        started(c)
 
 
 # ---- a run
@@ -315,6 +366,109 @@ def test_the_command_draws_a_file_of_prompts(run, tmp_path):
     assert record["protocol"]["labels"] == "prompts"
     with np.load(tmp_path / "samples.npz") as file:
         assert file["arr_0"].shape == (4, 16, 16, 3)
+
+
+# ---- folders and custom pipelines
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(run):
+    """The run as a whole folder, with its encoder and tokenizer."""
+    out = run[1].parent / "whole"
+    convert(str(run[1]), "pipeline", str(out))
+    return out
+
+
+def drawn_by(pipeline, **keys):
+    options = {"cfg_scale": 3.0, "sampler": "ddim", "steps": "ddim2", "seed": 5, "quiet": True}
+    return pipeline(["a red three", "a blue digit"], **{**options, **keys})
+
+
+def test_a_folder_draws_what_its_run_draws(run, pipeline_folder):
+    of_run = Text2Image.from_pretrained(run[1], precision="float32")
+    of_folder = Text2Image.from_pretrained(pipeline_folder)
+    index = json.loads((pipeline_folder / "model_index.json").read_text())
+    assert index["_class_name"] == "PixArtAlphaPipeline"
+    assert index["text_encoder"] == ["transformers", "BertModel"]
+    assert "vae" not in index
+    one, other = drawn_by(of_run), drawn_by(of_folder)
+    np.testing.assert_array_equal(one.array, other.array)
+    assert (one.array != drawn_by(of_run, negative_prompt="a blue digit").array).any()
+    assert of_run.config.text.negative == ""
+    with pytest.raises(UserError, match="without guidance no prompt is negative"):
+        drawn_by(of_run, negative_prompt="green", cfg_scale=1.0)
+
+
+def test_a_clip_runs_text_tower_is_written_as_it_is_read(clip_folder, tmp_path):
+    loaded = load_clip(clip_folder)
+    assert write_clip_text(tmp_path, loaded.config.text, loaded.params["text"]) == (
+        "CLIPTextModelWithProjection"
+    )
+    again = load_text_encoder(tmp_path)
+    assert again.config == loaded.config.text
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params["text"])
+
+
+CUSTOM = """
+from ditjax.config import changed
+from ditjax.sampling.text2image import Text2Image
+
+
+class Late(Text2Image):
+    \"\"\"Guides the last steps alone.\"\"\"
+
+    def __call__(self, prompt, **keys):
+        self.config = changed(self.config, {"sample": {"cfg_interval": (0.0, 0.4)}})
+        return super().__call__(prompt, **keys)
+"""
+
+
+def test_a_custom_pipeline_is_a_file_that_the_caller_names(pipeline_folder, tmp_path):
+    file = tmp_path / "late.py"
+    file.write_text(CUSTOM)
+    late = Text2Image.from_pretrained(pipeline_folder, custom_pipeline=str(file))
+    drawn = drawn_by(late)
+    assert type(late).__name__ == "Late"
+    assert drawn.record["custom_pipeline"] == hashlib.sha256(CUSTOM.encode()).hexdigest()
+    plain = drawn_by(Text2Image.from_pretrained(pipeline_folder))
+    assert (drawn.array != plain.array).any()
+    assert "custom_pipeline" not in plain.record
+    for text, message in (
+        (f"{CUSTOM}\nclass Other(Late): pass\n", "defines Late, Other: expected one subclass"),
+        ("x = 1\n", "defines none: expected one subclass"),
+        ("1 / 0\n", "cannot be imported .ZeroDivisionError"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            Text2Image.from_pretrained(pipeline_folder, custom_pipeline=str(file))
+    for name in ("diffusers/late", str(tmp_path), str(tmp_path / "missing.py")):
+        with pytest.raises(UserError, match="expected the path of a Python file"):
+            Text2Image.from_pretrained(pipeline_folder, custom_pipeline=name)
+
+
+def test_a_hostile_folder_runs_nothing(pipeline_folder, tmp_path):
+    """What model_index.json names is data, and a Python file beside the weights is left alone."""
+    folder = tmp_path / "hostile"
+    shutil.copytree(pipeline_folder, folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{CUSTOM}")
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    for changes, message in (
+        ({"_class_name": ["evil", "Late"]}, "describes a .*Late"),
+        ({"_class_name": "os.system"}, "describes a os.system"),
+        ({"transformer": ["evil", "Late"]}, "nothing that it names is imported"),
+        ({"tokenizer": ["os", "system"]}, "nothing that it names is imported"),
+        ({"text_encoder": "evil"}, "nothing that it names is imported"),
+        ({"evil": ["evil", "Late"]}, "'evil' is .*expected no such component"),
+        ({"scheduler": [None, None]}, "names no scheduler"),
+    ):
+        path.write_text(json.dumps({**index, **changes}))
+        with pytest.raises(UserError, match=message) as error:
+            Text2Image.from_pretrained(folder)
+        assert "\n" not in str(error.value)
+    path.write_text(json.dumps(index))
+    Text2Image.from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_clip_score_is_of_unit_vectors():
