@@ -242,7 +242,7 @@ def _lens_pictures(tool: Instrument, t: np.ndarray) -> np.ndarray:
             return tool.inside.decode(frozen, tool.x0_of(seen, x_t, t))
 
         found = jax.lax.map(x0_of, taps.tokens[tool.taken])
-        return jnp.moveaxis(found, 0, 1), tool.inside.decode(frozen, x_t)
+        return jnp.moveaxis(found, 0, 1), tool.inside.decode(frozen, tool.own(x_t))
 
     held = tool.held
     rows = [each[:PICTURES] for each in (held.x0, held.eps, held.label)]

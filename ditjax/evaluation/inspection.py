@@ -139,17 +139,33 @@ class Instrument:
     # ---- inside programs
 
     def noised(self, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
-        """x_t of a batch at the time t []."""
-        return self.inside.objective.process.noised(x0, jnp.full(len(x0), t), eps)
+        """x_t of a batch at the time t []; what the network is given stays behind it."""
+        own, given = self._split(x0)
+        x_t = self.inside.objective.process.noised(own, jnp.full(len(x0), t), eps)
+        return x_t if given is None else jnp.concatenate([x_t, given], axis=-1)
+
+    def own(self, x: jax.Array) -> jax.Array:
+        """x0 or x_t without what the network is given."""
+        return self._split(x)[0]
+
+    def _split(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """x0 or x_t, and the channels behind them that the network is given, if there are any."""
+        C = self.inside.shape[-1]
+        return (x, None) if x.shape[-1] == C else (x[..., :C], x[..., C:])
+
+    def _conditions(self, x_t: jax.Array, label: jax.Array) -> Conditions:
+        levels = self.inside.levels(len(x_t))
+        return Conditions(label=label, channels=self._split(x_t)[1], level=levels)
 
     def observe(
         self, params: Any, x_t: jax.Array, label: jax.Array, t: jax.Array, *wanted: str
     ) -> tuple[jax.Array, Taps]:
         """The prediction f32[B,H,W,C] of a batch at the time t [], and what its blocks computed."""
         taps: list[Taps] = []
+        conditions = self._conditions(x_t, label)
 
         def read(x: jax.Array, time: jax.Array) -> jax.Array:
-            out, found = self.inside.read(params, x, time, Conditions(label=label), *wanted)
+            out, found = self.inside.read(params, x, time, conditions, *wanted)
             taps.append(found)
             return out
 
@@ -160,7 +176,7 @@ class Instrument:
         self, params: Any, tokens: jax.Array, x_t: jax.Array, label: jax.Array, t: jax.Array
     ) -> jax.Array:
         """The prediction of the layers behind the blocks, of tokens [B,N,D]."""
-        conditions = Conditions(label=label)
+        conditions = self._conditions(x_t, label)
         return self._evaluated(
             lambda x, time: self.inside.lens(params, tokens, time, conditions), x_t, t
         )
@@ -175,7 +191,7 @@ class Instrument:
         value: jax.Array,
     ) -> jax.Array:
         """The prediction with the value [L,B,N,D] after blocks where the mask [L,B or 1,N] is."""
-        conditions = Conditions(label=label)
+        conditions = self._conditions(x_t, label)
         return self._evaluated(
             lambda x, time: self.inside.patch(params, x, time, conditions, mask, value), x_t, t
         )
@@ -183,16 +199,19 @@ class Instrument:
     def target(self, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
         """What the network is trained to predict, f32[B,H,W,C]."""
         objective = self.inside.objective
-        return objective.process.target(x0, jnp.full(len(x0), t), eps, objective.prediction)
+        return objective.process.target(
+            self.own(x0), jnp.full(len(x0), t), eps, objective.prediction
+        )
 
     def x0_of(self, out: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """x̂0 of a prediction."""
         o = self.inside.objective
         p = precondition(o.process, o.prediction, jnp.full(len(x_t), t), t_eps=o.t_eps)
+        x_t = self.own(x_t)
         return per_sample(p.c_skip, x_t.ndim) * x_t + per_sample(p.c_out, x_t.ndim) * out
 
     def _evaluated(self, denoise: Callable[..., Any], x_t: jax.Array, t: jax.Array) -> jax.Array:
-        out = self.inside.objective.process.evaluate(denoise, x_t, jnp.full(len(x_t), t))
+        out = self.inside.objective.process.evaluate(denoise, self.own(x_t), jnp.full(len(x_t), t))
         return split_channels(out, self.inside.shape[-1])[0]
 
 
@@ -211,11 +230,6 @@ def open_instrument(
     mesh = make_mesh(1, 1, jax.devices()[:1])
     task = make_task(c, mesh)
     inside = task.inside
-    if inside is None and getattr(c, "given", None) and c.given.kind != "none":
-        raise UserError(
-            f"config.given.kind is {c.given.kind!r}, whose network is given channels beside x:"
-            " expected a run of a network that is given a label alone."
-        )
     if inside is None:
         raise UserError(
             f"config.model.kind is {c.model.kind!r}, whose network has no stack of blocks to"
@@ -235,6 +249,7 @@ def open_instrument(
         np.asarray(inside.objective.process.from_unit(jnp.float32(u))) for u in reading.shares
     )
     blocks = tuple(sorted(reading.blocks)) or tuple(range(1, inside.depth + 1))
+    sampled = task.sampling.protocol if task.sampling else {}
     record = {
         "model": task.name,
         "params_sha256": opening.digest(params),
@@ -244,6 +259,7 @@ def open_instrument(
         "blocks": list(blocks),
         "seed": c.evaluate.seed,
         "null_label": inside.null is not None,
+        **({"given": sampled["given"]} if "given" in sampled else {}),
         **({"features": extractor.record} if extractor else {}),
     }
     data = (fit, held, reading.batch_size)

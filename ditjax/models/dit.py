@@ -877,7 +877,8 @@ class Lens(DiT):
     def __call__(
         self, x: jax.Array, t: jax.Array, conditions: Conditions, per_block: Any = None
     ) -> jax.Array:
-        cond = self._conditioning(t, jnp.asarray(conditions.label), conditions.interval)
+        label = jnp.asarray(conditions.label)
+        cond = self._conditioning(t, label, conditions.interval, conditions.level)
         return self._end(x, cond, *self.size)
 
 

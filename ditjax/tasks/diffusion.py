@@ -284,7 +284,6 @@ def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
     """The initial parameters of a recipe's network by a key."""
     # Without the mesh, which could not divide the batch of one that initialises the parameters.
     model, inputs = denoiser_module(c), inputs_of(c)
-    learned = {UNCERTAINTY: {"kernel": jnp.zeros(UNCERTAINTY_FEATURES, jnp.float32)}}
 
     def init(key: jax.Array) -> Any:
         x, label = jnp.zeros((1, *inputs.shape)), jnp.zeros((1,), jnp.int32)
@@ -299,7 +298,8 @@ def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
         found = model.init(key, x, label, conditions)
         if not c.diffusion.uncertainty:
             return found
-        return {**found, "params": {**found["params"], **learned}}
+        learned = {"kernel": jnp.zeros(UNCERTAINTY_FEATURES, jnp.float32)}
+        return {**found, "params": {**found["params"], UNCERTAINTY: learned}}
 
     return init
 
@@ -632,10 +632,10 @@ def to_uint8(x: jax.Array) -> jax.Array:
 
 
 def inside_of(c: Config, mesh: Mesh | None = None) -> Inside | None:
-    """What can be read of a recipe's network; None without a stack of blocks, or with channels."""
+    """What can be read of a recipe's network; None without a stack of blocks."""
     network, inputs = network_of(c), inputs_of(c)
     seam, split = network.inspection, network.attention(c.model, inputs)
-    if seam is None or split is None or network.cost is None or inputs.given:
+    if seam is None or split is None or network.cost is None:
         return None
     place = ANYWHERE if mesh is None else placement(c, mesh)
     side = math.isqrt(split.tokens)
@@ -643,9 +643,16 @@ def inside_of(c: Config, mesh: Mesh | None = None) -> Inside | None:
     def decode(frozen: Frozen, x0: jax.Array) -> jax.Array:
         return autoencoder.decode_latents(c, frozen["autoencoder"], x0) if c.latent else x0
 
+    def example(frozen: Frozen, images: jax.Array, keys: jax.Array) -> jax.Array:
+        x0 = _held_out_example(c, frozen, images, keys)
+        if not inputs.given:
+            return x0
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
+        return jnp.concatenate([x0, given.beside_examples(c, x0, own)], axis=-1)
+
     return Inside(
         objective=objective_of(c),
-        x0=functools.partial(_held_out_example, c),
+        x0=example,
         decode=decode,
         shape=inputs.shape,
         depth=network.cost(c.model, inputs).description["depth"],
@@ -653,6 +660,7 @@ def inside_of(c: Config, mesh: Mesh | None = None) -> Inside | None:
         stack=network.stack,
         branches=seam.branches(c.model),
         null=c.data.num_classes if c.model.label_dropout > 0 else None,
+        levels=functools.partial(given.levels_of, c),
         read=seam.read(c.model, inputs, place),
         patch=seam.patch(c.model, inputs, place),
         lens=seam.lens(c.model, inputs, place),

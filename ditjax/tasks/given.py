@@ -129,6 +129,25 @@ def _random_blur(c: Config, low: jax.Array, keys: jax.Array) -> jax.Array:
     return blurred(low, sigma, radius)
 
 
+def beside_examples(c: Config, x0: jax.Array, keys: jax.Array) -> jax.Array:
+    """The channels that samples would be given of x0 f32[B,H,W,C], with keys key[B].
+
+    They have the noise of samples, and masks are drawn as in training.
+    """
+    parts = jax.vmap(jax.random.split)(keys)
+    level = np.float32(c.given.noise) if has_level(c) else None
+    known = known_of(c, x0, parts[:, 0])
+    return given_conditions(c, known, parts[:, 1], level)["channels"]
+
+
+def levels_of(c: Config, count: int) -> jax.Array | None:
+    """The network's time of the noise that samples add to what they are given [count], or None."""
+    if not has_level(c):
+        return None
+    process = process_of(c.diffusion)
+    return jnp.asarray(process.c_noise(process.from_unit(jnp.full(count, c.given.noise))))
+
+
 def given_from_images(c: Config) -> FromRecords:
     """What samples of a recipe are given, of images of a data set."""
 

@@ -166,21 +166,23 @@ class Inside(NamedTuple):
     """What inspection reads and changes in the network of a task, and what that network predicts.
 
     `x0(frozen, images f32[B,H,W,C] in [-1, 1], keys key[B])` are the examples of a process that is
-    the objective's. `read`, `patch` and `lens` are those of `network.InspectionSeam`. The network
-    has `depth` blocks on rows x columns of tokens, and stacks their parameters below `stack`, where
-    `branches` maps each branch of a block to its last linear layer. `null` is the label that says
-    nothing, or None.
+    the objective's. Of a network that is given channels they have these behind their own;
+    `levels(B)` are those of the noise in them, if there is any. `read`, `patch` and `lens` are
+    those of `network.InspectionSeam`. The network has `depth` blocks on rows x columns of tokens,
+    and stacks their parameters below `stack`, where `branches` maps each branch of a block to its
+    last linear layer. `null` is the label that says nothing, or None.
     """
 
     objective: Objective
     x0: Callable[[Frozen, jax.Array, jax.Array], jax.Array]
     decode: Callable[[Frozen, jax.Array], jax.Array]  # examples -> images f32[B,H,W,C]
-    shape: tuple[int, ...]  # of an example
+    shape: tuple[int, ...]  # of an example, without what the network is given
     depth: int
     grid: tuple[int, int]
     stack: str
     branches: Mapping[str, str]
     null: int | None
+    levels: Callable[[int], jax.Array | None]
     read: Callable[..., tuple[jax.Array, Taps]]
     patch: Callable[..., jax.Array]
     lens: Callable[..., jax.Array]
