@@ -73,11 +73,12 @@ def residual_noise(
 def in_windows(apply: Callable[[jax.Array], jax.Array], image: jax.Array, size: int) -> jax.Array:
     """Apply a function of windows f32[B,size,size,C] to an image f32[B,H,W,C], H and W >= size.
 
-    Windows overlap by half, by more at the lower and right border, and are averaged with Hann
-    weights.
+    Its outputs f32[B,size,size,K] become one of [B,H,W,K]. Windows overlap by half, by more at the
+    lower and right border, and are averaged with Hann weights.
     """
     B, H, W, C = image.shape
     corners = np.array([(i, j) for i in _starts(H, size) for j in _starts(W, size)], np.int32)
+    K = jax.eval_shape(apply, jax.ShapeDtypeStruct((B, size, size, C), image.dtype)).shape[-1]
     hann = np.sin(np.pi * (np.arange(size) + 0.5) / size) ** 2
     weight, total = np.outer(hann, hann)[None, :, :, None], np.zeros((1, H, W, 1))
     for i, j in corners:
@@ -85,12 +86,12 @@ def in_windows(apply: Callable[[jax.Array], jax.Array], image: jax.Array, size: 
 
     def add(result: jax.Array, corner: jax.Array) -> tuple[jax.Array, None]:
         i, j = corner
-        at, shape = (0, i, j, 0), (B, size, size, C)
-        done = apply(jax.lax.dynamic_slice(image, at, shape)) * jnp.asarray(weight, image.dtype)
-        before = jax.lax.dynamic_slice(result, at, shape)
+        at, window = (0, i, j, 0), jax.lax.dynamic_slice(image, (0, i, j, 0), (B, size, size, C))
+        done = apply(window) * jnp.asarray(weight, image.dtype)
+        before = jax.lax.dynamic_slice(result, at, (B, size, size, K))
         return jax.lax.dynamic_update_slice(result, before + done, at), None
 
-    result, _ = jax.lax.scan(add, jnp.zeros_like(image), jnp.asarray(corners))
+    result, _ = jax.lax.scan(add, jnp.zeros((B, H, W, K), image.dtype), jnp.asarray(corners))
     return result / jnp.asarray(total, image.dtype)
 
 

@@ -38,11 +38,16 @@ class Request(NamedTuple):
 def inpaint_request(c: Config, image: Pictures, mask: Pictures) -> Request:
     """Complete images where the mask is white (at least 128, or True), as in diffusers.
 
-    Images u8[N,H,W,C] are of the recipe's size and channels, masks [N,H,W], one or N. Raises
-    UserError for others, and for a mask without white.
+    Images u8[N,H,W,C] are of the recipe's size or larger and of its channels, masks [N,H,W], one or
+    N. Raises UserError for others, and for a mask without white.
     """
     pixels, size = _images(c, image, "image"), c.data.image_size
-    _check_side(pixels.shape[1:3], size, "image")
+    height, width = pixels.shape[1:3]
+    if min(height, width) < size:
+        raise UserError(
+            f"image of {height}x{width}: expected at least {size}x{size}, the size of the network's"
+            " images; resize it first."
+        )
     holes = _masks(mask)
     if holes.shape[1:] != pixels.shape[1:3] or len(holes) not in (1, len(pixels)):
         raise UserError(
@@ -58,7 +63,7 @@ def inpaint_request(c: Config, image: Pictures, mask: Pictures) -> Request:
     return Request(
         Known(normalize(pixels), known),
         {"edit": "inpaint", "image": _digest(pixels), "mask": _digest(holes)},
-        (size, size),
+        (height, width),
     )
 
 
@@ -245,14 +250,6 @@ def _same_size(images: list[np.ndarray], what: str) -> list[np.ndarray]:
         found = " and ".join(sorted(kinds)) or "none"
         raise UserError(f"{what}s of {found}: expected at least one, all of one size and type.")
     return images
-
-
-def _check_side(size: tuple[int, ...], side: int, what: str) -> None:
-    if size != (side, side):
-        raise UserError(
-            f"{what} of {size[0]}x{size[1]}: expected {side}x{side}, the size of the network's"
-            " images; crop or resize it first."
-        )
 
 
 def _sizes(images: np.ndarray) -> str:

@@ -600,6 +600,7 @@ def make_sampler(
         params = transform.join(frozen.get("base"), trained)
         conditions, frozen = text_conditions.encoded_conditions(c, frozen, conditions, g.negative)
         params = text_conditions.with_null(frozen, params)
+        canvas = editing.canvas_of(c, g.given, shape)
         if inputs.given:
             beside = editing.beside_x(c, frozen, g.given, keys, g.level)
             conditions = conditions._replace(**beside)
@@ -607,9 +608,9 @@ def make_sampler(
             params = {**params, "controls": frozen["controls"]}
         other = functools.partial(weak, frozen["guide"]) if weak else None
         denoise = denoiser(c, apply, params, conditions, g, other)
-        x_T = samplers.initial_noise(keys, shape)
+        x_T = samplers.initial_noise(keys, canvas)
         x_T = x_T if start == 1 else start * x_T
-        noise = samplers.per_sample_noise(keys, shape)
+        noise = samplers.per_sample_noise(keys, canvas)
         if g.given is None or inputs.given:
             x0 = solve(denoise, objective, times, x_T, noise, **options)
         else:

@@ -73,6 +73,7 @@ def edit_protocol(c: Config, given: Known) -> dict[str, Any]:
 
     Raises UserError for a method that does not go with the sampler or with what is given.
     """
+    _check_canvas(c, given)
     if c.given.kind != "none":
         return _trained_protocol(c, given)
     if given.sigma is not None:
@@ -117,6 +118,47 @@ def _trained_protocol(c: Config, given: Known) -> dict[str, Any]:
             " expected that size."
         )
     return {"method": "trained"}
+
+
+def canvas_of(c: Config, given: Known | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of x0: the network's, or that of a larger image to complete."""
+    if given is None or given.mask is None or c.latent:
+        return shape
+    return (*np.shape(given.image)[1:3], shape[-1])
+
+
+def on_canvas(denoise: Denoise, size: int, canvas: tuple[int, ...]) -> Denoise:
+    """A denoiser of a larger image: of windows that overlap by half, averaged (`in_windows`).
+
+    As in MultiDiffusion (Bar-Tal et al. 2023), with Hann weights: the average is the least-squares
+    answer to what each window says.
+    """
+    if canvas[:2] == (size, size):
+        return denoise
+    return lambda x, t: in_windows(lambda window: denoise(window, t), x, size)
+
+
+def _check_canvas(c: Config, given: Known) -> None:
+    """Raise UserError for a larger image that this network cannot complete."""
+    H, W = np.shape(given.image)[1:3]
+    if given.mask is None or (c.data.image_size,) * 2 == (H, W):
+        return
+    said = f"an image of {H}x{W} to complete, larger than the network's {c.data.image_size}"
+    if c.given.kind != "none":
+        raise UserError(
+            f"{said}, and config.given.kind is {c.given.kind!r}, whose network is given a whole"
+            " image: expected its size."
+        )
+    if c.latent:
+        raise UserError(
+            f"{said}, and a network of latents, whose windows are not those of pixels: expected a"
+            " network of pixels (config.autoencoder.kind='none'), or an image of its size."
+        )
+    if c.sample.cfg_rule == "apg" and c.sample.apg_momentum and c.sample.cfg_scale != 1:
+        raise UserError(
+            f"{said}, and config.sample.apg_momentum is {c.sample.apg_momentum}: it remembers one"
+            " window, and there are several; set it to 0."
+        )
 
 
 def beside_x(
@@ -184,6 +226,7 @@ def edited(
             sigma = jnp.where(sigma > 0, sigma, found)
         return removed_from(y, sigma)
     sampler, method = sampler_of(c), method_of(c)
+    denoise = denoise if c.latent else on_canvas(denoise, c.data.image_size, x_T.shape[1:])
     measured, settings = _measured(c, frozen, given), settings_of(c)
     options = {"clip_x0": c.sample.clip_x0, **options_of(c)}
     if method.wrap:

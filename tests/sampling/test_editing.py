@@ -79,6 +79,69 @@ def test_what_is_known_is_kept_to_the_byte(repainted):
     assert (found["jump"], found["resample"], found["edit"]) == (2, 2, "inpaint")
 
 
+@pytest.fixture(scope="module")
+def canvas():
+    """8x8 known in the middle of 12x16."""
+    image = np.zeros((12, 16, 1), np.uint8)
+    image[2:10, 4:12] = IMAGE
+    mask = np.full((12, 16), 255, np.uint8)
+    mask[2:10, 4:12] = 0
+    return image, mask
+
+
+def test_a_larger_canvas_is_completed(pixels, canvas):
+    """The known pixels stay, the rest is drawn, and sample i is of (seed, i) alone."""
+    image, mask = canvas
+    found = pixels.inpaint(image, mask, [3], num=3, seed=1, **QUICK).array
+    assert found.shape == (3, 12, 16, 1)
+    np.testing.assert_array_equal(found[:, 2:10, 4:12], np.stack([IMAGE] * 3))
+    assert len({x.tobytes() for x in found}) == 3
+    assert all(x[:2].std() > 1 for x in found)
+    whole = np.stack([image, 255 - image, image])
+    other = pixels.inpaint(whole, mask, [3], seed=1, **QUICK).array
+    np.testing.assert_array_equal(other[[0, 2]], found[[0, 2]])
+
+
+def test_the_denoiser_of_a_canvas_is_the_average_of_its_windows():
+    """Exact where windows agree; a window that disagrees weighs what its Hann weight says."""
+    x = jnp.asarray(RNG.normal(size=(2, 12, 16, 1)), jnp.float32)
+
+    def pixelwise(x, t):
+        return jnp.concatenate([2 * x + t[:, None, None, None], x], axis=-1)
+
+    t = jnp.asarray([1.0, 3.0])
+    whole = task.on_canvas(pixelwise, 8, (12, 16, 1))(x, t)
+    np.testing.assert_allclose(whole, pixelwise(x, t), rtol=1e-5, atol=1e-5)
+    assert task.on_canvas(pixelwise, 8, (8, 8, 1)) is pixelwise
+    means = task.on_canvas(
+        lambda x, t: jnp.broadcast_to(x.mean((1, 2), keepdims=True), x.shape), 8, (8, 12, 1)
+    )(x[:, :8, :12], t)
+    hann = np.sin(np.pi * (np.arange(8) + 0.5) / 8) ** 2
+    left, right = (np.asarray(x[:, :8, a : a + 8]).mean((1, 2)) for a in (0, 4))
+    np.testing.assert_allclose(means[:, 3, 2], left, atol=1e-6)
+    expected = (hann[5] * left + hann[1] * right) / (hann[5] + hann[1])
+    np.testing.assert_allclose(means[:, 3, 5], expected, atol=1e-6)
+
+
+def test_a_larger_canvas_that_a_network_cannot_complete(pixels, canvas):
+    request = inpaint_request(pixels.config, *canvas)
+    for sections, match in (
+        ({"given": {"kind": "mask"}}, "12x16 to complete, .* config.given.kind is 'mask'"),
+        (
+            {"autoencoder": {"kind": "kl"}, "data": {"image_size": 64}},
+            "a network of latents, whose",
+        ),
+        (
+            {"sample": {"cfg_rule": "apg", "apg_momentum": -0.5, "cfg_scale": 2.0}},
+            "apg_momentum is -0.5: it remembers one window",
+        ),
+    ):
+        with pytest.raises(UserError, match=match):
+            task.edit_protocol(changed(pixels.config, sections), request.given)
+    with pytest.raises(UserError, match="image of 7x16: expected at least 8x8"):
+        inpaint_request(pixels.config, canvas[0][:7], canvas[1][:7])
+
+
 @pytest.mark.parametrize(
     ("image", "mask"),
     [
@@ -156,7 +219,11 @@ def test_nothing_is_edited_without_an_image(pixels):
     [
         (IMAGE, MASK[:4], "mask of 4x8 and image of 8x8: expected one mask, or one of each"),
         (IMAGE, np.stack([MASK] * 2), "mask of 2 x 8x8 and image of 8x8"),
-        (IMAGE[:4], MASK[:4], "image of 4x8: expected 8x8, the size of the network's images"),
+        (
+            IMAGE[:4],
+            MASK[:4],
+            "image of 4x8: expected at least 8x8, the size of the network's",
+        ),
         (np.repeat(IMAGE, 3, 2), MASK, r"image is uint8\[8, 8, 3\]: expected u8\[H,W,1\].*'L'"),
         (Image.new("RGBA", (8, 8)), MASK, "image is of mode 'RGBA': expected 'L', 'RGB'"),
         (normalize(IMAGE), MASK, r"image is float32\[8, 8, 1\]: expected u8"),
