@@ -34,6 +34,12 @@ def format_plan(plan: Mapping[str, Any]) -> str:
         "",
         memory_words(plan),
     ]
+    if rollout := plan.get("rollout"):
+        lines.append(
+            f"rollout: {number(rollout['drawn_passes'])} of {number(rollout['passes'])} forward"
+            f" passes an example draw what the reward is given: {rollout['drawn_flops']:.3g}"
+            f" FLOPs a step, {rollout['share']:.0%} of its products"
+        )
     if "roofline" not in plan:
         return "\n".join(lines)
     return "\n".join([*lines, "", *_collectives(plan), "", *_roofline(plan), "", *_cost(plan)])

@@ -27,7 +27,7 @@ from ditjax.config import Config
 from ditjax.files.atomic import write_json
 from ditjax.machines import hlo, roofline
 from ditjax.machines.topology import Topology, devices, wire_seconds
-from ditjax.models.network import training_flops
+from ditjax.models.network import NetworkCost, training_flops
 from ditjax.parallel import compiling
 from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.rules import path_of
@@ -93,6 +93,8 @@ def make_plan(
         "state_only": compiled.get("state_only", False),
     }
     plan["compile_seconds"] = compiled["seconds"]
+    if cost.drawn:
+        plan["rollout"] = _rollout(cost, c.train.batch_size)
     if "collectives" in compiled:
         plan |= _speed(c, topology, plan, compiled)
     plan["config"] = dataclasses.asdict(c)
@@ -261,6 +263,17 @@ def _speed(
             "hours": {name: t * plan["steps"] / 3600 for name, t in bounds.items()},
             "chip_hours": {name: chips * t * plan["steps"] / 3600 for name, t in bounds.items()},
         },
+    }
+
+
+def _rollout(cost: NetworkCost, examples: int) -> dict[str, float]:
+    """What a step on a reward draws, of one example of the batch and of all."""
+    again = cost.training_macs / cost.macs
+    return {
+        "drawn_passes": cost.drawn,
+        "passes": cost.passes + again,
+        "drawn_flops": 2.0 * cost.drawn * cost.macs * examples,
+        "share": cost.drawn / (cost.passes + again),
     }
 
 

@@ -105,7 +105,8 @@ class NetworkCost(NamedTuple):
     `macs` are the multiply-accumulates of one forward pass of one example, `training_macs` those of
     a training step beyond three forward passes: what rematerialisation repeats, and layers that
     only training evaluates. A step of training is `passes` forward passes: 3, and more if the
-    objective differentiates forwards or evaluates the network again.
+    objective differentiates forwards or evaluates the network again. Of these, `drawn` draw the
+    images that a reward is given.
     """
 
     name: str  # as in the paper: 'DiT-XL/2'
@@ -115,6 +116,7 @@ class NetworkCost(NamedTuple):
     tokens: int = 0
     description: Mapping[str, Any] = {}
     passes: float = 3.0
+    drawn: float = 0.0
 
     @property
     def gflops(self) -> float:

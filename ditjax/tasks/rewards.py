@@ -362,10 +362,11 @@ def with_reward_cost(c: Config, cost: NetworkCost, evaluations: int) -> NetworkC
     time by both weights.
     """
     if c.reward.method == "dpo":
-        return cost._replace(passes=2.0 * evaluations + 2 * (3 + 1))
+        return cost._replace(passes=2.0 * evaluations + 2 * (3 + 1), drawn=2.0 * evaluations)
     passes = evaluations * (1 + 3 + bool(c.reward.kl))
     again = evaluations * (cost.macs + cost.training_macs)  # `jax.checkpoint`
-    return cost._replace(passes=float(passes), training_macs=again)
+    drawn = float(evaluations)
+    return cost._replace(passes=float(passes), training_macs=again, drawn=drawn)
 
 
 # ---- refusals

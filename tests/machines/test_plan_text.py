@@ -2,8 +2,10 @@
 
 import pytest
 
+from ditjax.machines import planning
 from ditjax.machines.chips import GIB
 from ditjax.machines.plan_text import format_plan, format_search, memory_words
+from ditjax.models.network import NetworkCost
 
 
 def plan(**changes):
@@ -95,6 +97,15 @@ def test_the_whole_plan():
     (row,) = [line.split() for line in text.splitlines() if line.startswith("all-gather")]
     assert row == ["all-gather", "fsdp", "16", "7", "2500.0", "250.00"]
     assert "data+fsdp" not in text, "a few bytes are no row of the table"
+
+
+def test_what_a_reward_draws():
+    """By its closed form; a plan without a reward has no such line."""
+    cost = NetworkCost("x", 1, macs=10**9, training_macs=100 * 10**9, passes=400.0, drawn=100.0)
+    text = format_plan(plan(rollout=planning._rollout(cost, 64)))
+    words = "rollout: 100 of 500 forward passes an example draw what the reward is given"
+    assert f"{words}: 1.28e+13 FLOPs a step, 20% of its products" in text
+    assert "rollout" not in format_plan(plan())
 
 
 def test_what_is_too_large():

@@ -288,7 +288,9 @@ def test_the_cost_counts_what_is_drawn_and_what_is_differentiated():
     assert hardware_flops(ddpo, 1) == training_flops(ddpo.macs, 1, ddpo.passes + STEPS)
     guided = cost_of(recipe(sample={"steps": f"ddim{STEPS}", "cfg_scale": 2.0}))
     assert guided.passes == 2 * ddpo.passes
-    assert cost_of(recipe({"method": "dpo"})).passes == 2 * STEPS + 8
+    dpo = cost_of(recipe({"method": "dpo"}))
+    assert dpo.passes == 2 * STEPS + 8
+    assert (plain.drawn, ddpo.drawn, guided.drawn, dpo.drawn) == (0, STEPS, 2 * STEPS, 2 * STEPS)
 
 
 def test_circular_scores_are_named(capsys):
