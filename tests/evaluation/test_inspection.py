@@ -35,7 +35,7 @@ def opened(kind):
     """(recipe, instrument, examples with what is given behind them, how many channels that is)."""
     c = read(load_recipe(["--config=digits:2x16x2/4"]))
     c = changed(c, {"given": GIVEN[kind]})
-    inside = make_task(c).inside
+    inside: Any = make_task(c).inside
     params = unflatten(seeded_state(shapes_of(c), 1))
     nothing: Any = None
     images = (nothing, nothing, B, nothing, nothing, nothing)

@@ -5,6 +5,7 @@ It is no package: LIGHTNINGDIT names a checkout of github.com/hustvl/LightningDi
 which only layers import that it does not use, need not be there.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -39,14 +40,15 @@ def lightning(config: dict[str, Any]) -> torch.nn.Module:
     """LightningDiT with every weight seeded but its tables of positions."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     sys.path.insert(0, os.environ["LIGHTNINGDIT"])
-    absent = ("fairscale", "fairscale.nn", "fairscale.nn.model_parallel")
-    absent += tuple(f"fairscale.nn.model_parallel.{name}" for name in ("initialize", "layers"))
-    sys.modules.update({name: mock.MagicMock() for name in absent})
+    parallel = "fairscale.nn.model_parallel"
+    for name in ("fairscale", "fairscale.nn", parallel, f"{parallel}.initialize"):
+        sys.modules[name] = mock.MagicMock()
+    sys.modules[f"{parallel}.layers"] = mock.MagicMock()
     try:
-        from models.lightningdit import LightningDiT
+        module = importlib.import_module("models.lightningdit")
     finally:
         sys.path.pop(0)
-    network = LightningDiT(**config)
+    network = module.LightningDiT(**config)
     tables = {name: network.state_dict()[name].clone() for name in _TABLES}
     network = seeded_network(network)
     network.load_state_dict(tables, strict=False)

@@ -110,13 +110,14 @@ def test_a_blur_is_a_gaussian_of_its_own_for_each_image():
 def test_a_low_image_is_blurred_in_training_and_nothing_else_changes():
     """Up to `blur_most` of its pixels, and then noised and enlarged; noise is as without."""
     c, without = recipe({**NOISY, "blur_most": 1.0}), recipe(NOISY)
-    found, plain_ = (given.trained_conditions(each, IMAGE, keys()) for each in (c, without))
+    image = jnp.asarray(IMAGE)
+    found, plain_ = (given.trained_conditions(each, image, keys()) for each in (c, without))
     np.testing.assert_array_equal(found["level"], plain_["level"])
     difference = np.abs(found["channels"] - plain_["channels"]).max((1, 2, 3))
     assert (difference > 1e-3).sum() >= 4
-    flat = np.full_like(IMAGE, 0.3)
-    same = (given.trained_conditions(each, flat, keys())["channels"] for each in (c, without))
-    np.testing.assert_allclose(*same, atol=1e-5)
+    flat = jnp.full_like(image, 0.3)
+    one, other = (given.trained_conditions(each, flat, keys())["channels"] for each in (c, without))
+    np.testing.assert_allclose(one, other, atol=1e-5)
     # Samples are given what is there, and old protocols keep their hashes.
     assert given.given_protocol(c) == given.given_protocol(without)
     assert "blur_most" not in given.training_protocol(without)["val_loss_given"]

@@ -15,6 +15,7 @@ from ditjax.models.network import Conditions
 from ditjax.tasks.diffusion import denoiser_module
 from ditjax.weights import reading, writing
 from ditjax.weights.networks import LoadedNetwork, shapes_of
+from ditjax.weights.tensors import read_tensors
 from ditjax.weights.torch_file import write_torch
 from tests.seeded import seeded_state
 
@@ -76,7 +77,7 @@ def test_there_and_back(network, golden, tmp_path):
     for name, leaf in network.leaves.items():
         np.testing.assert_array_equal(again.leaves[name], leaf)
     assert again.config.model == network.config.model
-    written = reading.weights.read_tensors(path).tensors
+    written = read_tensors(path).tensors
     assert written.keys() == json.loads(str(golden["shapes"])).keys()
     for name in TABLES:
         np.testing.assert_allclose(written[name], golden[name], atol=1e-6)
