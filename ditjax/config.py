@@ -101,11 +101,11 @@ def key(
 _DOTTED: re.Pattern[str] = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 # Of the classifiers that ship (`evaluation/features.py`).
 SHIPPED_FEATURES = ("digits", "mnist", "scenes", "clips", "captions")
-FEATURES_EXPECTED = f"{', '.join(map(repr, SHIPPED_FEATURES))} or 'inception:FILE'"
+FEATURES_EXPECTED = f"{', '.join(map(repr, SHIPPED_FEATURES))}, 'inception:FILE', 'dinov2:FILE'"
 FEATURE_NAME = Rule(
     lambda v: (
         v in (*SHIPPED_FEATURES, "none")
-        or bool(v.partition("inception:")[2])
+        or bool(v.partition("inception:")[2] or v.partition("dinov2:")[2])
         or bool(_DOTTED.fullmatch(v))
     ),
     f"'none', {FEATURES_EXPECTED}, or the dotted name of your own function",

@@ -157,8 +157,8 @@ def evaluate_run(
 
 # Flags that abbreviate keys of the recipe when a run is evaluated.
 FLAGS = {
-    "features": f"inception:WEIGHTS, {', '.join(SHIPPED_FEATURES)}, or a function's dotted name"
-    " (config.evaluate.features)",
+    "features": f"inception:WEIGHTS, dinov2:WEIGHTS, {', '.join(SHIPPED_FEATURES)}, or a function's"
+    " dotted name (config.evaluate.features)",
     "reference": "statistics (npz with mu, sigma), an npz or folder of images, or DATASET[/SPLIT];"
     " default for a run: its training images (config.evaluate.reference)",
 }

@@ -1,4 +1,4 @@
-"""Feature extractors on a mesh: FID's Inception, or the shipped classifiers."""
+"""Feature extractors on a mesh: FID's Inception, DINOv2, or the shipped classifiers."""
 
 import functools
 import os
@@ -26,8 +26,10 @@ from ditjax.evaluation.scenes import predict_scene_digit, recognise_scenes
 from ditjax.files.assets import load_asset
 from ditjax.models import inception
 from ditjax.models.classifier import CLIP_SIDE
+from ditjax.models.dinov2 import DINO_SIDE, DinoV2, preprocess_dino
 from ditjax.parallel import processes, rules
 from ditjax.weights import tensors
+from ditjax.weights.dinov2 import load_dinov2
 from ditjax.weights.inception import load_inception
 
 BATCH_PER_DEVICE = 16
@@ -75,29 +77,16 @@ def inception_extractor(path: str | os.PathLike[str], mesh: Mesh, batch_size: in
     network = load_inception(path)
     if processes.is_primary():
         print(network.account, file=sys.stderr, flush=True)
-    params = jax.device_put(network.params, rules.replicated(mesh))
-    size = batch_size or BATCH_PER_DEVICE * mesh.size
-    rules.check_batch(size, mesh, "the features' batch size")
-    over_mesh = rules.batch_sharding(mesh)
+    apply: Callable[..., Any] = inception.FIDInception().apply
 
-    # Every process gets all features: they are small, and processing them is fast.
-    @functools.partial(
-        jax.jit, in_shardings=(None, over_mesh), out_shardings=rules.replicated(mesh)
-    )
-    def forward(params: Any, images: jax.Array) -> inception.InceptionFeatures:
-        apply: Callable[..., Any] = inception.FIDInception().apply
-        return apply(params, inception.preprocess(images))
+    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        out = apply(params, inception.preprocess(images))
+        return out.pool, out.spatial, out.logits_unbiased
 
-    def extract(images: np.ndarray) -> ImageFeatures:
-        if images.shape[-1] == 1:
-            images = np.repeat(images, 3, axis=-1)
-        parts = []
-        for start in range(0, len(images), size):
-            batch = images[start : start + size]
-            filled = processes.padded(batch, size)
-            out = jax.device_get(forward(params, processes.from_whole(over_mesh, filled)))
-            parts.append([x[: len(batch)] for x in (out.pool, out.spatial, out.logits_unbiased)])
-        return ImageFeatures(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    extract, size = _over_mesh(forward, network.params, mesh, batch_size)
+
+    def of_images(images: np.ndarray) -> ImageFeatures:
+        return ImageFeatures(*extract(images))
 
     record = {
         "features": "FID's Inception (2015)",
@@ -105,7 +94,64 @@ def inception_extractor(path: str | os.PathLike[str], mesh: Mesh, batch_size: in
         "resize": "bilinear to 299, tf1 corners",
         "features_precision": "float32",
     }
-    return Extractor("inception", extract, size, record)
+    return Extractor("inception", of_images, size, record)
+
+
+def dinov2_extractor(path: str | os.PathLike[str], mesh: Mesh, batch_size: int = 0) -> Extractor:
+    """Load DINOv2 for FD-DINOv2 and KDD (Stein et al. 2023); batches are split over the mesh.
+
+    Raises UserError for a file of another network.
+    """
+    network = load_dinov2(path)
+    if processes.is_primary():
+        print(network.account, file=sys.stderr, flush=True)
+    apply: Callable[..., Any] = DinoV2(network.config).apply
+
+    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        return (apply({"params": params}, preprocess_dino(images)),)
+
+    def of_images(images: np.ndarray) -> ImageFeatures:
+        (pool,) = extract(images)
+        return ImageFeatures(pool, None, np.zeros((len(pool), 1), np.float32))
+
+    extract, size = _over_mesh(forward, network.params, mesh, batch_size)
+    record = {
+        "features": f"DINOv2, class token of width {network.config.layers.width}",
+        "features_sha256": tensors.sha256_of(network.files),
+        "resize": f"bicubic with antialiasing to {DINO_SIDE}, not rounded",
+        "features_precision": "float32",
+    }
+    return Extractor("dinov2", of_images, size, record, family="dinov2")
+
+
+def _over_mesh(
+    forward: Callable[[Any, jax.Array], tuple[jax.Array, ...]],
+    params: Any,
+    mesh: Mesh,
+    batch_size: int,
+) -> tuple[Callable[[np.ndarray], tuple[np.ndarray, ...]], int]:
+    """A network of RGB images as a function of u8[B,H,W,C] with any B, and the size of its batches.
+
+    Every process gets all features: they are small, and processing them is fast.
+    """
+    params = jax.device_put(params, rules.replicated(mesh))
+    size = batch_size or BATCH_PER_DEVICE * mesh.size
+    rules.check_batch(size, mesh, "the features' batch size")
+    over_mesh = rules.batch_sharding(mesh)
+    program = jax.jit(forward, in_shardings=(None, over_mesh), out_shardings=rules.replicated(mesh))
+
+    def extract(images: np.ndarray) -> tuple[np.ndarray, ...]:
+        if images.shape[-1] == 1:
+            images = np.repeat(images, 3, axis=-1)
+        parts = []
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
+            filled = processes.padded(batch, size)
+            out = jax.device_get(program(params, processes.from_whole(over_mesh, filled)))
+            parts.append([x[: len(batch)] for x in out])
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+    return extract, size
 
 
 def _shipped(
@@ -245,7 +291,7 @@ EXTRACTORS: dict[str, Callable[[Mesh, int], Extractor]] = {
 
 
 def open_extractor(text: str, mesh: Mesh, batch_size: int = 0) -> Extractor:
-    """Open 'inception:WEIGHTS', one of `EXTRACTORS`, or a function's by its dotted name.
+    """Open 'inception:WEIGHTS', 'dinov2:WEIGHTS', one of `EXTRACTORS`, or a function's dotted name.
 
     The function is called with (mesh, batch_size) and returns an `Extractor`; a batch size of 0
     leaves the choice to the function. Raises UserError for other names.
@@ -253,10 +299,13 @@ def open_extractor(text: str, mesh: Mesh, batch_size: int = 0) -> Extractor:
     kind, _, path = text.partition(":")
     if kind == "inception" and path:
         return inception_extractor(path, mesh, batch_size)
+    if kind == "dinov2" and path:
+        return dinov2_extractor(path, mesh, batch_size)
     if text not in EXTRACTORS and "." not in text:
         raise UserError(
             f"features {text!r}: expected inception:FILE (pt_inception-2015-12-05-6726825d.pth;"
-            f" docs/evaluation.md), {', '.join(EXTRACTORS)}, or the dotted name of a function."
+            " docs/evaluation.md), dinov2:FILE (dinov2_vitl14_pretrain.pth),"
+            f" {', '.join(EXTRACTORS)}, or the dotted name of a function."
         )
     if batch_size and text in EXTRACTORS:
         raise UserError(

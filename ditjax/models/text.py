@@ -23,7 +23,8 @@ class Layers(NamedTuple):
 
     `post_norm`: BERT's order, x = norm(x + f(x)), instead of x + f(norm(x)). `rms`: RMSNorm in the
     place of LayerNorm. `head_width` is d, D / H if 0. `plain_logits`: q kᵀ, not divided by √d.
-    `openai_init`: the initial values of CLIP's code, instead of Xavier's.
+    `openai_init`: the initial values of CLIP's code, instead of Xavier's. `layer_scale`: what a
+    sublayer adds is multiplied by a learned vector first (Touvron et al. 2021, Eq. 4).
     """
 
     depth: int
@@ -39,6 +40,7 @@ class Layers(NamedTuple):
     head_width: int = 0
     plain_logits: bool = False
     openai_init: bool = False
+    layer_scale: bool = False
 
 
 class AffineRMSNorm(nn.Module):
@@ -94,8 +96,14 @@ class EncoderLayer(nn.Module):
         if c.post_norm:
             x = norm1(x + attention(x, bias))
             return norm2(x + mlp(x))
-        x = x + attention(norm1(x), bias)
-        return x + mlp(norm2(x))
+        x = x + self._scaled("scale1", attention(norm1(x), bias))
+        return x + self._scaled("scale2", mlp(norm2(x)))
+
+    def _scaled(self, name: str, x: jax.Array) -> jax.Array:
+        if not self.config.layer_scale:
+            return x
+        scale = self.param(name, nn.initializers.constant(1e-5), x.shape[-1:], jnp.float32)
+        return x * scale.astype(x.dtype)[None, None]
 
 
 def apply_layers(

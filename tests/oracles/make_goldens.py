@@ -13,6 +13,7 @@ import numpy as np
 
 NAMES = (
     "adapters",
+    "dinov2",
     "dvae",
     "inception",
     "networks",
