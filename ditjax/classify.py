@@ -92,7 +92,20 @@ RECIPES = {
         DigitsMixer(width=40, blocks=2, side=MNIST_SIDE, patch=4),
         Augmentation(rotation_radians=0.25, shift_pixels=1.0, noise=0.2),
         seed=1,
-        epochs=1,
+        epochs=7,
+    ),
+    # Clothes are upright, and are told apart by less than digits are.
+    PAIRS["fashion"].features: Recipe(
+        DigitsConvNet(width=12, side=MNIST_SIDE, stages=3),
+        Augmentation(rotation_radians=0.05, shift_pixels=1.0, noise=0.2),
+        seed=0,
+        epochs=8,
+    ),
+    PAIRS["fashion"].judge: Recipe(
+        DigitsMixer(width=40, blocks=2, side=MNIST_SIDE, patch=4),
+        Augmentation(rotation_radians=0.1, shift_pixels=0.5, noise=0.1),
+        seed=1,
+        epochs=7,
     ),
 }
 # What the data set is, where its full name does not say so.

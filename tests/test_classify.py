@@ -83,7 +83,7 @@ def test_the_manifest_records_the_recipes_of_this_source():
 
 
 def test_shipped_weights_are_small():
-    assert sum(path.stat().st_size for path in SHIPPED.glob("*.npz")) < 900_000
+    assert sum(path.stat().st_size for path in SHIPPED.glob("*.npz")) < 1_300_000
 
 
 def test_fd_digits_is_small_between_real_splits_and_large_to_noise(digits, features):
@@ -197,7 +197,7 @@ def test_every_shipped_pair_has_a_recipe_small_files_and_a_name_that_recipes_acc
             network = shipped(asset)[0]
             assert network == classify.RECIPES[asset].network
             assert network.side == pair.side
-            assert record["test_accuracy"] > 0.95
+            assert record["test_accuracy"] > (0.88 if name == "fashion" else 0.95)
             assert (SHIPPED / f"{asset}.npz").stat().st_size < 400_000
         assert records[0]["network"]["name"] != records[1]["network"]["name"]
     assert {*at_work.PAIRS, "scenes", "clips"} == set(SHIPPED_FEATURES)

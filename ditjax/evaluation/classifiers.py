@@ -27,6 +27,7 @@ class Pair(NamedTuple):
 PAIRS = {
     "digits": Pair("digits", "digits_convnet", "digits_mixer", DIGIT_SIDE),
     "mnist": Pair("mnist", "mnist_convnet", "mnist_mixer", MNIST_SIDE),
+    "fashion": Pair("fashion_mnist", "fashion_convnet", "fashion_mixer", MNIST_SIDE),
 }
 FEATURE_CLASSIFIER = PAIRS["digits"].features
 JUDGE = PAIRS["digits"].judge

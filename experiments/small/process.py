@@ -3,6 +3,7 @@
     ditjax sweep --config=small/process --workdir=runs/small/process --jobs=2
     ditjax grid --workdir=runs/small/process --sampler=ddim,dpmpp_2m,edm --steps=3,5,10,25 \\
       --out=runs/small/process/samplers
+    ditjax sweep --config=small/process:fashion --workdir=runs/small/process_fashion --jobs=2
 
 It asks how few evaluations of the network each process needs. Heun's rule evaluates twice a step:
 compare at equal Gflops, which the grid lists. Seeds are the runs' own, so that their spread shows.
@@ -11,7 +12,7 @@ Hardware, hours and the result: docs/processes.md, "How few evaluations".
 
 from ml_collections import ConfigDict
 
-from .. import digits
+from .. import digits, fashion
 
 _DDPM = (("diffusion.process", "ddpm"), ("diffusion.variance", "fixed_small"))
 _EDM = (
@@ -38,8 +39,8 @@ ARMS = (
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the study's recipe."""
-    config = digits.get_config(arg or "3x64x2/2")
+    """Return the study's recipe: on digits, or with 'fashion' on Fashion-MNIST."""
+    config = fashion.get_config() if arg == "fashion" else digits.get_config(arg or "3x64x2/2")
     config.diffusion.process = "flow"
     config.diffusion.prediction = "velocity"
     config.diffusion.loss = "simple"
@@ -52,5 +53,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sweep.grid = ()
     config.sweep.lists = ARMS
     config.sweep.seeds = (0, 1)
-    config.sweep.title = "Processes on digits"
+    config.sweep.title = f"Processes on {config.evaluate.features}"
     return config

@@ -19,6 +19,7 @@ ARGUMENTS = [
     "digits_latent:autoencoder",
     "paper/decoders:original",
     "small/clip:shuffled",
+    "small/process:fashion",
     "small/unet:rates",
     "pixart:512",
     "small/text2image:minilm",
