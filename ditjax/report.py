@@ -17,6 +17,7 @@ from ditjax.errors import UserError, first_few
 from ditjax.files.atomic import write_atomic, write_json, write_text
 from ditjax.files.paths import split_paths
 from ditjax.files.store import place
+from ditjax.reporting.against import against_words, compare_with, read_measured
 from ditjax.reporting.analysis import Analysis, analyse
 from ditjax.reporting.curves import Logs
 from ditjax.reporting.figures import pictures
@@ -68,11 +69,25 @@ def main(argv: list[str]) -> int:
         metavar="KEY,..",
         help="compare arms at each model's best value of these keys, as optim.learning_rate",
     )
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="NAME",
+        help="say which runs lie where the seeds of a measured study lay: small_scaling, or another"
+        " one that ships, or a report's results.json",
+    )
     arguments = parser.parse_args(argv)
+    measured = read_measured(arguments.against) if arguments.against else None
     folders = split_paths(arguments.runs, "--runs")
     out_dir = place(arguments.out) if arguments.out else folders[0] / "report"
     tuned = tuple(key for key in arguments.tuned.split(",") if key)
-    print(make_report(folders, out_dir, metric=arguments.metric, tuned=tuned).text)
+    summary = make_report(folders, out_dir, metric=arguments.metric, tuned=tuned)
+    print(summary.text)
+    if measured:
+        runs = [each for group in summary.groups for each in group.runs]
+        notes: list[str] = []
+        beside = compare_with(measured, runs, summary.analyses[0].metric, notes)
+        print("\n".join(["", *notes, against_words(measured.name, beside)]))
     return 0
 
 

@@ -142,12 +142,13 @@ def rank_agreements(runs: Sequence[Found]) -> tuple[RankAgreement, ...]:
     for first, second in combinations(names, 2):
         means: dict[Any, list[tuple[float, float]]] = defaultdict(list)
         for each in runs:
-            pair = tuple(each.result["metrics"].get(name, math.nan) for name in (first, second))
-            if all(map(math.isfinite, pair)):
-                means[model_key(each)].append(pair)
+            x, y = (each.result["metrics"].get(name, math.nan) for name in (first, second))
+            if math.isfinite(x) and math.isfinite(y):
+                means[model_key(each)].append((x, y))
         if len(means) < MIN_MODELS:
             continue
-        x, y = np.array([np.mean(values, axis=0) for values in means.values()]).T
-        if np.ptp(x) and np.ptp(y):
-            found.append(RankAgreement(first, second, spearman(x, y), len(means)))
+        mean = np.array([np.mean(values, axis=0) for values in means.values()])
+        if np.ptp(mean, axis=0).all():
+            rank = spearman(mean[:, 0], mean[:, 1])
+            found.append(RankAgreement(first, second, rank, len(means)))
     return tuple(found)

@@ -44,6 +44,7 @@ def test_arms_are_compared_at_the_best_value_of_a_tuned_key(two_arms):
     found, _ = find_results([two_arms])
     (pair,) = compare_arms(found, "fd_digits", ["optim.learning_rate"])
     assert pair.models == (4, 4)
+    assert pair.found is not None
     assert pair.found.settled
     by_label = dict(zip(pair.labels, pair.found.b, strict=True))
     assert by_label == pytest.approx({"process ddpm": 0.3, "process flow": 0.6}, abs=0.05)

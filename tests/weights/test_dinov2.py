@@ -89,6 +89,6 @@ def test_pixels_are_resized_as_pil_does_in_floats():
             ],
             -1,
         ).clip(0, 255)
-        ours = np.asarray(preprocess_dino(image[None]))[0]
+        ours = np.asarray(preprocess_dino(jax.numpy.asarray(image[None])))[0]
         back = (ours * [0.229, 0.224, 0.225] + [0.485, 0.456, 0.406]) * 255
         np.testing.assert_allclose(back, theirs, atol=2e-2)
