@@ -22,6 +22,9 @@ LINE, GRID = Window(1, 64, 1), Window(5, 4, 1)
 INPUTS = Inputs(shape=(8, 8, 1), out_channels=2, num_classes=10)
 
 
+run = jax.jit(diffused_attend, static_argnames=("hops", "alpha", "window"))
+
+
 def operands(tokens, dtype=jnp.float32):
     """q, k and v [2,2,N,8]; logits of about 1."""
     rng = np.random.default_rng(0)
@@ -53,7 +56,7 @@ def recipe(**model):
 def test_a_window_is_attention_with_a_mask(radius):
     window = GRID._replace(radius=radius)
     q, k, v = operands(20)
-    found = mixing(q, k, window)(v)
+    found = jax.jit(lambda q, k, v: mixing(q, k, window)(v))(q, k, v)
     np.testing.assert_allclose(found, dense(q, k, window) @ np.float64(v), atol=1e-6)
 
 
@@ -67,7 +70,7 @@ def test_the_hops_are_the_sum_of_powers(hops, window):
     shares = [ALPHA * (1 - ALPHA) ** i for i in range(hops)] + [(1 - ALPHA) ** hops]
     total = sum(share * power for share, power in zip(shares, powers, strict=True))
     np.testing.assert_allclose(total.sum(-1), 1, atol=1e-12)
-    found = diffused_attend(q, k, v, hops=hops, alpha=ALPHA, window=window)
+    found = run(q, k, v, hops=hops, alpha=ALPHA, window=window)
     np.testing.assert_allclose(found, total @ np.float64(v), atol=1e-6)
 
 
@@ -77,13 +80,12 @@ def limit(q, k, v, window):
     return ALPHA * np.linalg.solve(np.eye(A.shape[-1]) - (1 - ALPHA) * A, np.float64(v))
 
 
-@pytest.mark.parametrize("window", [None, LINE], ids=["full", "line"])
-def test_the_limit_and_its_bound(window):
-    q, k, v = operands(64)
+def test_the_limit_and_its_bound():
+    (q, k, v), window = operands(64), LINE
     last = limit(q, k, v, window)
     most = float(np.abs(v).max())
     error = {
-        hops: np.abs(diffused_attend(q, k, v, hops=hops, alpha=ALPHA, window=window) - last).max()
+        hops: np.abs(run(q, k, v, hops=hops, alpha=ALPHA, window=window) - last).max()
         for hops in (1, 4, 16, 64, 100)
     }
     for hops in (1, 4, 16, 64):
@@ -112,12 +114,12 @@ def test_gradients_are_those_of_the_limit():
         return ALPHA * jnp.linalg.solve(jnp.eye(64)[None, None] - (1 - ALPHA) * A, v)
 
     ours = functools.partial(diffused_attend, hops=100, alpha=ALPHA, window=LINE)
-    found, expected = (jax.vjp(f, q, k, v)[1](dy) for f in (ours, solved))
+    found, expected = (jax.jit(lambda f=f: jax.vjp(f, q, k, v)[1](dy))() for f in (ours, solved))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize(("radius", "hops"), [(1, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize(("radius", "hops"), [(1, 3), (2, 2)])
 def test_a_token_reaches_as_far_as_its_hops(radius, hops):
     """Beyond hops·radius rows and columns the gradient is 0 to the bit, and nowhere within."""
     window = Window(9, 8, radius)
@@ -130,7 +132,7 @@ def test_a_token_reaches_as_far_as_its_hops(radius, hops):
 
     y, x = np.divmod(np.arange(72), 8)
     near = np.maximum(abs(y - 4), abs(x - 3)) <= hops * radius
-    _, _, dv = jax.grad(output, (0, 1, 2))(q, k, v)
+    dv = jax.jit(jax.grad(output, 2))(q, k, v)
     np.testing.assert_array_equal(np.asarray(dv != 0).all((0, 1, 3)), near)
     np.testing.assert_array_equal(np.asarray(dv == 0).all((0, 1, 3)), ~near)
 
@@ -139,9 +141,9 @@ def test_bfloat16_hops_in_float32():
     """Of values in bfloat16, the outputs are those of float32, rounded once."""
     low = operands(20, jnp.bfloat16)
     options: Any = {"hops": 8, "alpha": ALPHA, "window": GRID}
-    found = diffused_attend(*low, **options)
+    found = run(*low, **options)
     assert found.dtype == jnp.bfloat16
-    exact = diffused_attend(*(each.astype(jnp.float32) for each in low), **options)
+    exact = run(*(each.astype(jnp.float32) for each in low), **options)
     np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
 
 

@@ -89,11 +89,19 @@ def canvas():
     return image, mask
 
 
-def test_a_larger_canvas_is_completed(pixels, canvas):
-    """The known pixels stay, the rest is drawn, and sample i is of (seed, i) alone."""
+def test_a_larger_canvas_is_completed(pixels, canvas, monkeypatch):
+    """The known pixels stay, windows draw the rest, and sample i is of (seed, i) alone."""
     image, mask = canvas
+    seen, real = [], task.on_canvas
+
+    def on_canvas(denoise, size, shape):
+        seen.append((size, shape))
+        return real(denoise, size, shape)
+
+    monkeypatch.setattr(task, "on_canvas", on_canvas)
     found = pixels.inpaint(image, mask, [3], num=3, seed=1, **QUICK).array
     assert found.shape == (3, 12, 16, 1)
+    assert seen == [(8, (12, 16, 1))]
     np.testing.assert_array_equal(found[:, 2:10, 4:12], np.stack([IMAGE] * 3))
     assert len({x.tobytes() for x in found}) == 3
     assert all(x[:2].std() > 1 for x in found)
