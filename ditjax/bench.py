@@ -89,6 +89,7 @@ class TimedStep:
         task = make_task(c, mesh)
         self._program = training(c, task, mesh)
         self._frozen = {"base": task.start(mesh).params} if task.start else {}
+        self._frozen |= task.frozen(mesh) if task.shapes() else {}
         self._config, self._first = c, True
         self._batch = self._program.put(noise_batch(c))
         self._state = self._program.init()

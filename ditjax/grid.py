@@ -45,6 +45,7 @@ from ditjax.sampling.program import sampling_of
 from ditjax.studies.published import published_of
 from ditjax.studies.words import number, plural
 from ditjax.tasks import make_task, sampling_gflops
+from ditjax.tasks.language import DRAWN_MODES
 
 CELLS = "cells"
 LONGEST_NAME = 200
@@ -211,7 +212,11 @@ def open_scorers(trained: Sequence[Run]) -> dict[str, Scorer]:
         key = (
             *(c.task, c.data, c.evaluate, c.mesh, c.sample.guide, c.model.dtype, c.model.matmul),
             # What is frozen, and what the samples are given.
-            *(getattr(c, name, None) for name in ("autoencoder", "adapt", "control", "given")),
+            *(
+                getattr(c, name, None)
+                for name in ("autoencoder", "adapt", "control", "given", "lm")
+            ),
+            getattr(c, "lm", None) and c.lm.mode in DRAWN_MODES and c.seed,
         )
         if key not in made:
             mesh = mesh_of(c)

@@ -51,6 +51,7 @@ from ditjax.models.embed import (
     unpatchify,
     xavier_uniform,
 )
+from ditjax.models.frozen import LM, LanguageBlock, LanguageLayers
 from ditjax.models.network import (
     DTYPES,
     AnyArray,
@@ -447,7 +448,7 @@ def cost(k: DiTKeys, inputs: Inputs) -> NetworkCost:
         passes=passes,
         tokens=s.tokens,
         description=description(k, s.tokens),
-    )
+    ).with_language(inputs.language, s.tokens, s.size.width)
 
 
 def description(k: DiTKeys, tokens: int, **own: Any) -> dict[str, Any]:
@@ -513,7 +514,7 @@ class Projector(nn.Module):
         )
 
 
-def _given(conditions: Conditions, channels: int) -> jax.Array:
+def given_channels(conditions: Conditions, channels: int) -> jax.Array:
     """The channels that are given beside x. Raises ValueError for others than the network has."""
     found = conditions.channels
     if found is None or found.shape[-1] != channels:
@@ -533,7 +534,7 @@ class DiT(nn.Module):
     its tokens and its slice of `per_block`, whose arrays have a leading axis of L, to new tokens.
     With `interval`, a second embedding, of h = t - r, is added to that of t f32[B]. `given` counts
     the channels that are concatenated to x; with `level` an embedding of their noise, which is zero
-    at first, is added, too.
+    at first, is added, too. `language`: layers of a language model behind the blocks.
 
     With `align_block`, the tokens [B,N,D] after that block are sown as `tapped`, and what the
     projector makes of them as `aligned`, if the collection "intermediates" is mutable. Elsewhere
@@ -567,6 +568,7 @@ class DiT(nn.Module):
     interval: bool = False
     given: int = 0
     level: bool = False
+    language: LanguageLayers | None = None
 
     @nn.compact
     def __call__(
@@ -580,7 +582,7 @@ class DiT(nn.Module):
         if label is None:
             raise ValueError("a DiT needs a label: use the null label for unconditional outputs")
         if self.given:
-            x = jnp.concatenate([x, _given(conditions, self.given)], axis=-1)
+            x = jnp.concatenate([x, given_channels(conditions, self.given)], axis=-1)
         _, H, W, _ = x.shape
         if H % self.patch or W % self.patch:
             raise UserError(
@@ -597,8 +599,16 @@ class DiT(nn.Module):
         tokens = tokens[:, :N]
         if tapped is not None:
             self._align(tapped[:, :N])
+        tokens = self._after_blocks(tokens)
 
         return self._end(tokens, cond, H, W)
+
+    @nn.nowrap
+    def _after_blocks(self, tokens: jax.Array) -> jax.Array:
+        """The layers of a language model, if there are any, on tokens [B,..,D]."""
+        if self.language is None:
+            return tokens
+        return LanguageBlock(self.language, self.dtype, name=LM)(tokens)
 
     @nn.nowrap
     def _end(self, tokens: jax.Array, cond: Conditioning, H: int, W: int) -> jax.Array:
@@ -618,6 +628,8 @@ class DiT(nn.Module):
     ) -> Conditioning:
         """The embedded times and labels."""
         put = self.place.put
+        if self.language and self.language.timeless:
+            t = jnp.zeros_like(t)
         t_emb = self._embed_times(t, h)
         if self.level:
             if level is None:
@@ -1097,6 +1109,7 @@ def module(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:
         interval=inputs.interval,
         given=inputs.given,
         level=inputs.level,
+        language=inputs.language,
     )
 
 
@@ -1157,4 +1170,5 @@ NETWORK = Network(
     inspection=InspectionSeam(reader_of, patcher_of, lens_of, branches),
     interval=True,
     given=True,
+    language=True,
 )

@@ -6,7 +6,7 @@ dotted name.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ import numpy as np
 from flax import linen as nn
 
 from ditjax.config import FRACTION, Model, key
+
+if TYPE_CHECKING:  # it is made of layers whose file needs this one
+    from ditjax.models.frozen import LanguageLayers
 
 AnyArray = jax.Array | np.ndarray
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # of config.model.dtype
@@ -70,7 +73,9 @@ class Inputs(NamedTuple):
 
     `interval`: the network is given a second time, h = t - r. `given`: so many channels are given
     beside x, and with `level` the level of their noise (`Conditions`). `context`: what
-    cross-attention reads, and `vector` the width of the condition of that name, 0 for none.
+    cross-attention reads, and `vector` the width of the condition of that name, 0 for none. `past`:
+    so many frames are before those of x, which the channels show. `language`: layers behind the
+    last block.
     """
 
     shape: tuple[int, ...]  # (H, W, C), or (F, H, W, C) of a clip
@@ -81,6 +86,8 @@ class Inputs(NamedTuple):
     level: bool = False
     context: Context = Context()
     vector: int = 0
+    past: int = 0
+    language: "LanguageLayers | None" = None
 
 
 class Attention(NamedTuple):
@@ -122,6 +129,19 @@ class NetworkCost(NamedTuple):
     def gflops(self) -> float:
         """The paper's Gflops: multiply-accumulates of one forward pass / 10⁹."""
         return self.macs / 1e9
+
+    def with_language(
+        self, language: "LanguageLayers | None", tokens: int, width: int
+    ) -> "NetworkCost":
+        """The cost with the layers of a language model on so many tokens of a width."""
+        if language is None:
+            return self
+        held = language.held() if language.frozen else 0
+        return self._replace(
+            parameters=self.parameters + language.parameters(width),
+            macs=self.macs + language.macs(tokens, width),
+            description={**self.description, "lm": language.kind, "lm_frozen": held},
+        )
 
 
 def training_flops(macs: int, examples: int, passes: float = 3.0) -> float:
@@ -202,8 +222,9 @@ class Network(NamedTuple):
     t, Conditions). `cost` is None if no closed form is known. `rules` are the sharding rules of the
     parameters. `rates(k)` maps a parameter's path to its learning-rate multiplier, or is None if
     all are 1. `varied` are the keys that `NetworkCost.name` shows, in that order. `interval`: the
-    module takes the interval of `Conditions`, and with `given` channels and their level. `clips`:
-    it takes clips f32[B,F,H,W,C], too. `texts`: it takes a context with its mask, and no label.
+    module takes the interval of `Conditions`, with `given` channels and their level, and with
+    `language` layers of a language model. `clips`: it takes clips f32[B,F,H,W,C], too. `texts`: it
+    takes a context with its mask, and no label.
 
     For fine-tuning, `grafts` are the rules of the leaves that follow the inputs
     (`models/grafting.py`), `adopts` maps other kinds of networks to how this one starts from their
@@ -234,3 +255,4 @@ class Network(NamedTuple):
     given: bool = False
     clips: bool = False
     texts: bool = False
+    language: bool = False

@@ -28,7 +28,7 @@ from ditjax.config import Config, key, positive
 from ditjax.errors import UserError, divisors
 from ditjax.models import dit, grafting
 from ditjax.models.blocks import Block, Conditioning, modulate, over_tokens
-from ditjax.models.dit import DiT, DiTKeys
+from ditjax.models.dit import DiT, DiTKeys, given_channels
 from ditjax.models.embed import ANYWHERE, Placement, sincos_position_embedding
 from ditjax.models.network import Attention, Conditions, Inputs, Network, NetworkCost
 
@@ -67,16 +67,18 @@ class Cut(NamedTuple):
 def cut(k: VideoKeys, inputs: Inputs) -> Cut:
     """The tubelets of a recipe's clips; an image is one frame."""
     *frames, H, W, _ = inputs.shape
-    return Cut(math.prod(frames) // k.tubelet, (H // k.patch) * (W // k.patch))
+    return Cut((inputs.past + math.prod(frames)) // k.tubelet, (H // k.patch) * (W // k.patch))
 
 
 def check(k: VideoKeys, inputs: Inputs) -> None:
     """Raise UserError if the network cannot process its inputs."""
     frames = math.prod(inputs.shape[:-3])
-    if frames % k.tubelet:
+    if frames % k.tubelet or inputs.past % k.tubelet:
+        both = f"{inputs.past} and {frames}" if inputs.past else f"{frames}"
+        shared = divisors(math.gcd(inputs.past, frames))
         raise UserError(
-            f"config.model.tubelet is {k.tubelet}: it does not divide the {frames} frames of"
-            f" config.data.frames; sizes that do: {', '.join(map(str, divisors(frames)))}."
+            f"config.model.tubelet is {k.tubelet}: it does not divide the {both} frames of"
+            f" config.data.frames; sizes that do: {', '.join(map(str, shared))}."
         )
     dit.check(k, inputs._replace(shape=inputs.shape[-3:]))
     depth = dit.parse_size(k.size).depth
@@ -152,7 +154,7 @@ def cost(k: VideoKeys, inputs: Inputs) -> NetworkCost:
         training_macs=repeated,
         tokens=c.tokens,
         description=dit.description(k, c.tokens, tubelet=k.tubelet, video=k.video),
-    )
+    ).with_language(inputs.language, c.tokens, D)
 
 
 # ---- the module
@@ -163,6 +165,17 @@ def temporal_table(frames: int, width: int) -> np.ndarray:
     omega = 1.0 / 10000.0 ** (np.arange(width // 2, dtype=np.float64) / (width / 2))
     angle = np.arange(frames)[:, None] * omega[None]
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+
+def with_channels(x: jax.Array, conditions: Conditions, channels: int) -> jax.Array:
+    """Concatenate the channels that are given to a clip x [B,F,H,W,C].
+
+    They may have frames before those of x, where x has none: zeros stand there.
+    """
+    given = given_channels(conditions, channels)
+    past = given.shape[1] - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (past, 0), (0, 0), (0, 0), (0, 0)))
+    return jnp.concatenate([x, given.astype(x.dtype)], axis=-1)
 
 
 def tubelets(x: jax.Array, frames: int, patch: int) -> jax.Array:
@@ -278,17 +291,22 @@ class VideoDiT(DiT):
     def __call__(
         self, x: jax.Array, t: jax.Array, conditions: Conditions, per_block: Any = None
     ) -> jax.Array:
-        conditions.only("label")
+        conditions.only("label", *(("channels",) if self.given else ()))
         if conditions.label is None or per_block is not None:
             raise ValueError("a DiT of clips needs a label, and takes no per_block")
         cond = self._conditioning(t, conditions.label)
         clip = x if x.ndim == 5 else x[:, None]
+        frames = clip.shape[1]
+        if self.given:
+            clip = with_channels(clip, conditions, self.given)
         H, W = clip.shape[2:4]
         grid = (H // self.patch, W // self.patch)
-        tokens = self._walk(self._embedded(clip, grid), cond, grid)
+        tokens = self._after_blocks(self._walk(self._embedded(clip, grid), cond, grid))
         features = self.tubelet * self.patch**2 * self.out_channels
         out = self._final(features)(tokens, cond.vector)
         out = untubelets(out, self.tubelet, self.patch, H, W)
+        if self.given:
+            out = out[:, -frames:]
         return out.reshape(*x.shape[:-1], self.out_channels).astype(jnp.float32)
 
     @nn.nowrap
@@ -364,5 +382,7 @@ NETWORK = Network(
     grafts=((r"y_embedder/table", grafting.label_rows),),
     inherited=("frequency_shift", "norm2_eps"),
     stack="blocks",
+    given=True,
     clips=True,
+    language=True,
 )

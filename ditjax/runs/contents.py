@@ -15,7 +15,8 @@ from ditjax.errors import UserError
 from ditjax.files.atomic import load_json, write_json
 from ditjax.runs import rundir
 
-DATA, AUTOENCODER = "data.name", "autoencoder.path"  # the keys whose values are places
+DATA, AUTOENCODER = "data.name", "autoencoder.path"  # keys whose values are places
+FROZEN = {"autoencoder": AUTOENCODER, "lm": "lm.path", "first": "given.first"}  # name -> place
 
 
 def data_contents(c: Config) -> dict[str, str]:

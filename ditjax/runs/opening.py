@@ -132,8 +132,9 @@ def open_run(
     check_can_hold(place(workdir))
     acquire_lease(workdir)
     found = {**contents.data_contents(c), **places}
-    if frozen and "autoencoder" in frozen:
-        found[contents.AUTOENCODER] = digest(frozen["autoencoder"])
+    for name, where in contents.FROZEN.items():
+        if frozen and name in frozen:
+            found[where] = digest(frozen[name])
     same = contents.same_content(place(workdir), found, c.data.data_dir)
     if is_primary():
         folder = rundir.open_directory(workdir, as_tree(c), same, classes)

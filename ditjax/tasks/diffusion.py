@@ -34,6 +34,7 @@ from ditjax.tasks import (
     control,
     editing,
     given,
+    language,
     rewards,
     text_conditions,
 )
@@ -82,6 +83,11 @@ def network_of(c: Config) -> Network:
 
 
 def inputs_of(c: Config) -> Inputs:
+    """What the network of a recipe is built for; sizes of layers in it are read from their file."""
+    return inputs_without_files(c)._replace(language=language.language_of(c))
+
+
+def inputs_without_files(c: Config) -> Inputs:
     """The shape of the network's input, and the number of its output channels."""
     learned = c.diffusion.variance in ("learned_range", "unused")
     channels = c.input_channels
@@ -233,7 +239,8 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
     def frozen(mesh: Mesh) -> Frozen:
         found = {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {}
         base = {"base": start(mesh).params} if adapted else {}
-        others = {**control.load_controls(c, mesh), **load_guide(c, mesh)}
+        others = {**control.load_controls(c, mesh), **language.load_language(c, mesh)}
+        others |= load_guide(c, mesh)
         return {**found, **base, **others, **text_conditions.load_texts(c, mesh)}
 
     transform = transform_of(c)
@@ -250,7 +257,7 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
         found |= text_conditions.prepare_texts(c, frozen, batch)
         return {"x0": _example(c, frozen, batch, key), **found}
 
-    cost = cost_with_loss(c)
+    cost, shapes = cost_with_loss(c), language.language_shapes(c)
     return Task(
         name=cost.name if cost else c.model.kind,
         inputs={
@@ -265,9 +272,12 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
         draw=functools.partial(draw, c, time_draw(c.diffusion)),
         loss=make_loss(c, mesh, align),
         frozen=frozen,
-        reads=("autoencoder",) * images + ("base",) * adapted + tuple(texts and _OF_TEXTS),
+        reads=("autoencoder",) * images
+        + ("base",) * adapted
+        + tuple(texts and _OF_TEXTS)
+        + tuple(shapes),
         open_rows=functools.partial(_additions, c),
-        shapes=functools.partial(text_conditions.text_shapes, c),
+        shapes=lambda: shapes | text_conditions.text_shapes(c),
         averages=c.align.teacher == "self",
         transform=transform,
         start=start if c.adapt.base else None,
@@ -301,7 +311,7 @@ def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
         learned = {"kernel": jnp.zeros(UNCERTAINTY_FEATURES, jnp.float32)}
         return {**found, "params": {**found["params"], UNCERTAINTY: learned}}
 
-    return init
+    return language.with_initial(c, init)
 
 
 def _example(c: Config, frozen: Frozen, batch: Batch, key: jax.Array) -> jax.Array:
@@ -380,7 +390,7 @@ def make_loss(
         return {"r": drawn["r"], "unconditional": unconditional, "dropped": dropped}
 
     def loss(trained: Any, frozen: Frozen, drawn: Batch) -> tuple[jax.Array, Metrics]:
-        params = transform.join(frozen.get("base"), trained)
+        params = language.with_layers(frozen, transform.join(frozen.get("base"), trained))
         of_params = functools.partial(apply, text_conditions.with_null(frozen, params))
         tapped = alignment.Tapped(of_params, drawn["y"])
         made: Any = drawn.get(GIVEN, {})
@@ -406,12 +416,13 @@ def make_loss(
 
 def check(c: Config) -> None:
     """Raise UserError for keys that contradict each other."""
+    language.check_language(c, network_of(c))
     if is_latents(c.data.name) and not c.latent:
         raise UserError(
             f"config.data.name is {c.data.name!r}, encoded latents, and the recipe trains on"
             " pixels: name a data set of images, or set config.autoencoder.kind to 'kl'."
         )
-    if inputs_of(c).interval and not network_of(c).interval:
+    if inputs_without_files(c).interval and not network_of(c).interval:
         raise UserError(
             f"config.diffusion.loss is {c.diffusion.loss!r}, which needs a network of two times,"
             f" and config.model.kind is {c.model.kind!r}: choose another network, or another loss."
@@ -429,10 +440,10 @@ def check(c: Config) -> None:
     _check_uncertainty(c)
     given.check_given(c, network_of(c))
     text_conditions.check_texts(c, network_of(c))
-    network_of(c).check(c.model, inputs_of(c))
-    alignment.check_alignment(c, network_of(c), inputs_of(c))
-    control.check_control(c, network_of(c), inputs_of(c))
-    rewards.check_reward(c, inputs_of(c))
+    network_of(c).check(c.model, inputs_without_files(c))
+    alignment.check_alignment(c, network_of(c), inputs_without_files(c))
+    control.check_control(c, network_of(c), inputs_without_files(c))
+    rewards.check_reward(c, inputs_without_files(c))
     check_sampling(c)
     d = c.diffusion
     if null_weight(d.target_omega, d.target_kappa) and c.model.label_dropout == 0:
@@ -547,7 +558,7 @@ def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
     sample = dataclasses.replace(
         c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema", adapters=""
     )
-    architecture = (c.model, c.diffusion, c.data, c.autoencoder, c.adapt)
+    architecture = (c.model, c.diffusion, c.data, c.autoencoder, c.adapt, c.lm)
     controls = dataclasses.replace(c.control, scale=(), start=0.0, end=1.0)
     edit, shown = dataclasses.replace(c.edit, sigma=0.0), dataclasses.replace(c.given, noise=0.0)
     return Sampling(
@@ -597,7 +608,7 @@ def make_sampler(
     def sample(
         trained: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, g: Guidance
     ) -> jax.Array:
-        params = transform.join(frozen.get("base"), trained)
+        params = language.with_layers(frozen, transform.join(frozen.get("base"), trained))
         conditions, frozen = text_conditions.encoded_conditions(c, frozen, conditions, g.negative)
         params = text_conditions.with_null(frozen, params)
         canvas = editing.canvas_of(c, g.given, shape)
@@ -633,10 +644,10 @@ def to_uint8(x: jax.Array) -> jax.Array:
 
 
 def inside_of(c: Config, mesh: Mesh | None = None) -> Inside | None:
-    """What can be read of a recipe's network; None without a stack of blocks."""
+    """What can be read of a recipe's network; None without a stack of blocks alone."""
     network, inputs = network_of(c), inputs_of(c)
     seam, split = network.inspection, network.attention(c.model, inputs)
-    if seam is None or split is None or network.cost is None:
+    if seam is None or split is None or network.cost is None or inputs.language:
         return None
     place = ANYWHERE if mesh is None else placement(c, mesh)
     side = math.isqrt(split.tokens)
@@ -689,7 +700,7 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     def measure(
         trained: Any, frozen: Frozen, keys: jax.Array, batch: Batch
     ) -> dict[str, jax.Array]:
-        params = transform.join(frozen.get("base"), trained)
+        params = language.with_layers(frozen, transform.join(frozen.get("base"), trained))
         x0 = _held_out_example(c, frozen, batch["image"], keys)
         params = text_conditions.with_null(frozen, params)
         conditions = _held_out_conditions(c, frozen, keys, batch, x0)
@@ -747,7 +758,7 @@ def density(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     def measure(
         trained: Any, frozen: Frozen, keys: jax.Array, batch: Batch
     ) -> dict[str, jax.Array]:
-        params = transform.join(frozen.get("base"), trained)
+        params = language.with_layers(frozen, transform.join(frozen.get("base"), trained))
         params = text_conditions.with_null(frozen, params)
         conditions = _held_out_conditions(c, frozen, keys, batch, batch["image"])
         denoise = functools.partial(apply, params, conditions=conditions)
@@ -788,6 +799,7 @@ TASK = Definition(
         "edit": editing.Edit,
         "reward": rewards.Reward,
         "given": given.GivenChannels,
+        "lm": language.LanguageModel,
     },
     check=check,
     resolve=lambda c, workdir: adapting.with_base(c, workdir, network_of(c), inputs_of),

@@ -74,20 +74,27 @@ def clip_text_rules(ours: str = "", theirs: str = "", projected: bool = True) ->
     return rules
 
 
-def _bert_rules() -> Layout:
+def bert_blocks() -> Layout:
+    """The layers of BERT."""
     layer = "encoder.layer.{i}"
     names = ("query", "key", "value")
     return [
-        LeafRule("words", ("embeddings.word_embeddings.weight",), "table"),
-        LeafRule("positions", ("embeddings.position_embeddings.weight",), "table"),
-        LeafRule("types", ("embeddings.token_type_embeddings.weight",), "table"),
-        *norm_rules("norm", "embeddings.LayerNorm"),
         *linear_rules("blocks/attn/qkv", *(f"{layer}.attention.self.{name}" for name in names)),
         *linear_rules("blocks/attn/out", f"{layer}.attention.output.dense"),
         *norm_rules("blocks/norm1", f"{layer}.attention.output.LayerNorm"),
         *linear_rules("blocks/mlp/in", f"{layer}.intermediate.dense"),
         *linear_rules("blocks/mlp/out", f"{layer}.output.dense"),
         *norm_rules("blocks/norm2", f"{layer}.output.LayerNorm"),
+    ]
+
+
+def _bert_rules() -> Layout:
+    return [
+        LeafRule("words", ("embeddings.word_embeddings.weight",), "table"),
+        LeafRule("positions", ("embeddings.position_embeddings.weight",), "table"),
+        LeafRule("types", ("embeddings.token_type_embeddings.weight",), "table"),
+        *norm_rules("norm", "embeddings.LayerNorm"),
+        *bert_blocks(),
     ]
 
 
@@ -123,10 +130,15 @@ class LoadedEncoder(NamedTuple, Generic[_C]):
 
 
 class TransformersFolder:
-    """A folder of transformers: its tensors by plain names, and config.json."""
+    """A folder of transformers: its tensors by plain names, and config.json.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.file = weights.read_tensors(path)
+    `file` holds those of another source, by the same names.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], file: weights.TensorFile | None = None
+    ) -> None:
+        self.file = file or weights.read_tensors(path)
         self.config: Mapping[str, Any] = self.file.config
         self.kind = str(self.config.get("model_type", ""))
         if not self.config:
@@ -241,16 +253,12 @@ def _read_clip(folder: TransformersFolder) -> tuple[TextConfig, Layout]:
     return config, clip_text_rules(projected=bool(config.projection))
 
 
-def _read_bert(folder: TransformersFolder) -> tuple[TextConfig, Layout]:
-    keep = ("embeddings.word", "embeddings.position_embeddings", "embeddings.token_type")
-    folder.plain((*keep, "embeddings.LayerNorm", "encoder."), ("bert.",))
-    kind = folder.stated("", "position_embedding_type", "absolute")
-    if kind != "absolute":
-        raise UserError(f"{folder.file.path}: its positions are {kind!r}; expected 'absolute'.")
-    vocabulary, width = folder.shape("embeddings.word_embeddings.weight", 2)
-    hidden, _ = folder.shape("encoder.layer.0.intermediate.dense.weight", 2)
-    layers = Layers(
-        folder.count("encoder.layer.{i}.output.dense.weight"),
+def bert_layers(folder: TransformersFolder, first: int, last: int) -> Layers:
+    """Layers first to last - 1 of BERT."""
+    name = f"encoder.layer.{first}.intermediate.dense.weight"
+    hidden, width = folder.shape(name, 2)
+    return Layers(
+        last - first,
         width,
         folder.heads("", "num_attention_heads", 12, width),
         hidden,
@@ -258,6 +266,16 @@ def _read_bert(folder: TransformersFolder) -> tuple[TextConfig, Layout]:
         folder.stated("", "layer_norm_eps", 1e-12),
         post_norm=True,
     )
+
+
+def _read_bert(folder: TransformersFolder) -> tuple[TextConfig, Layout]:
+    keep = ("embeddings.word", "embeddings.position_embeddings", "embeddings.token_type")
+    folder.plain((*keep, "embeddings.LayerNorm", "encoder."), ("bert.",))
+    kind = folder.stated("", "position_embedding_type", "absolute")
+    if kind != "absolute":
+        raise UserError(f"{folder.file.path}: its positions are {kind!r}; expected 'absolute'.")
+    vocabulary, _ = folder.shape("embeddings.word_embeddings.weight", 2)
+    layers = bert_layers(folder, 0, folder.count("encoder.layer.{i}.output.dense.weight"))
     positions, _ = folder.shape("embeddings.position_embeddings.weight", 2)
     types, _ = folder.shape("embeddings.token_type_embeddings.weight", 2)
     return TextConfig("bert", vocabulary, layers, positions, types), _bert_rules()

@@ -16,6 +16,7 @@ NAMES = (
     "dinov2",
     "dvae",
     "inception",
+    "language",
     "networks",
     "nowcast",
     "pixart",
