@@ -100,7 +100,7 @@ def key(
 
 _DOTTED: re.Pattern[str] = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 # Of the classifiers that ship (`evaluation/features.py`).
-SHIPPED_FEATURES = ("digits", "mnist", "fashion", "scenes", "clips", "captions")
+SHIPPED_FEATURES = ("digits", "mnist", "fashion", "scenes", "clips", "captions", "rain")
 FEATURES_EXPECTED = f"{', '.join(map(repr, SHIPPED_FEATURES))}, 'inception:FILE', 'dinov2:FILE'"
 FEATURE_NAME = Rule(
     lambda v: (

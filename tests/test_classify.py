@@ -200,7 +200,7 @@ def test_every_shipped_pair_has_a_recipe_small_files_and_a_name_that_recipes_acc
             assert record["test_accuracy"] > (0.88 if name == "fashion" else 0.95)
             assert (SHIPPED / f"{asset}.npz").stat().st_size < 400_000
         assert records[0]["network"]["name"] != records[1]["network"]["name"]
-    assert {*at_work.PAIRS, "scenes", "clips", "captions"} == set(SHIPPED_FEATURES)
+    assert {*at_work.PAIRS, "scenes", "clips", "captions", "rain"} == set(SHIPPED_FEATURES)
 
 
 def test_classifiers_of_28_pixels_read_images_of_any_size_and_tell_them_apart():

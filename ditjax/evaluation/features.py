@@ -22,6 +22,7 @@ from ditjax.evaluation.classifiers import (
     recognise_shipped,
 )
 from ditjax.evaluation.clips import MOVING, clip_features, clip_measures, predict_clip_digit
+from ditjax.evaluation.nowcast import rain_features
 from ditjax.evaluation.scenes import predict_scene_digit, recognise_scenes
 from ditjax.files.assets import load_asset
 from ditjax.models import inception
@@ -267,6 +268,17 @@ def _on_one_device(make: Callable[[], Extractor], mesh: Mesh, batch_size: int) -
     return make()
 
 
+def rain_extractor() -> Extractor:
+    """Return the features of FD-rain, statistics of clips of rain (no network, and not FVD)."""
+
+    def extract(clips: np.ndarray) -> ImageFeatures:
+        pool = rain_features(clips)
+        return ImageFeatures(pool, None, np.zeros((len(pool), 1), np.float32))
+
+    record = {"features": "statistics of rain: shares, bands of power, change"}
+    return Extractor("rain", extract, 256, record, family="rain", clips=True)
+
+
 def check_frames_of(extractor: Extractor, frames: int, what: str) -> None:
     """Raise UserError for features of clips and samples that are images, or the other way round."""
     if extractor.clips != (frames > 1):
@@ -274,7 +286,7 @@ def check_frames_of(extractor: Extractor, frames: int, what: str) -> None:
         taken = "clips" if extractor.clips else "images"
         raise UserError(
             f"{what} are {samples}, and features {extractor.name!r} are of {taken}: choose others,"
-            f" such as {'none or clips' if frames > 1 else 'digits'}."
+            f" such as {'none, clips or rain' if frames > 1 else 'digits'}."
         )
 
 
@@ -284,6 +296,7 @@ SHIPPED_EXTRACTORS: dict[str, Callable[[], Extractor]] = {
     "scenes": scenes_extractor,
     "clips": clips_extractor,
     "captions": captions_extractor,
+    "rain": rain_extractor,
 }
 EXTRACTORS: dict[str, Callable[[Mesh, int], Extractor]] = {
     name: functools.partial(_on_one_device, make) for name, make in SHIPPED_EXTRACTORS.items()

@@ -14,6 +14,7 @@ from ditjax.data import source, stream
 from ditjax.data.crop import normalize
 from ditjax.evaluation.clip_score import ClipScorer, clip_scores, open_scorer
 from ditjax.evaluation.features import Extractor
+from ditjax.evaluation.nowcast import NowcastScores
 from ditjax.metrics.restoration import SSIM_SIDE, psnr, ssim
 from ditjax.metrics.scores import mask_f1
 from ditjax.runs import opening
@@ -105,7 +106,8 @@ class GivenScores:
     `control_f1_shuffled` against those of the next sample, and `control_error` the mean squared
     difference. Of a low-resolution or incomplete image, `psnr_db` and `ssim` are the sample's
     against the record itself, and `consistency_db` is the PSNR of the low-resolution images. PSNRs
-    are means of each sample's; SSIM is left out below 11 pixels a side.
+    are means of each sample's; SSIM is left out below 11 pixels a side. Of the past of a clip, the
+    scores are those of `NowcastScores`.
     """
 
     def __init__(self, c: Config, given: GivenRows, seed: int) -> None:
@@ -118,6 +120,7 @@ class GivenScores:
             return beside_of(images, jax.vmap(jax.random.fold_in, (None, 0))(key, indices))
 
         self._beside, self._rows = jax.jit(beside), given.rows
+        self._forecasts = NowcastScores(given.records)
         self._parts: list[dict[str, np.ndarray]] = []
         self._start = 0
 
@@ -126,6 +129,12 @@ class GivenScores:
         indices = np.arange(self._start, self._start + len(images), dtype=np.uint32)
         self._start += len(images)
         samples, records = normalize(images), self._records(indices)
+        if images.ndim == 5:  # clips, of which the first frames are given
+            mask = self._beside(records, indices).known.mask
+            truth = np.rint(127.5 * (records + 1)).astype(np.uint8)
+            self._forecasts.add(images, truth, int(np.asarray(mask)[0].sum()))
+            self._parts.append({})
+            return
         found, asked = (self._beside(each, indices) for each in (samples, records))
         if asked.known is None:
             others = indices + np.uint32(1)
@@ -148,6 +157,8 @@ class GivenScores:
     def means(self) -> dict[str, float]:
         """The mean of each score over all samples."""
         parts: Any = self._parts
+        if not parts[0]:
+            return self._forecasts.means()
         return {name: float(np.concatenate([p[name] for p in parts]).mean()) for name in parts[0]}
 
 

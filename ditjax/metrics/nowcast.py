@@ -126,8 +126,8 @@ def contingency_scores(
     found["csi_leads"] = mean_defined(critical_success(table))[0]
     for size in (4, 16):
         if min(forecast.shape[-2:]) >= size:
-            blocks = (max_pooled(each, size) for each in (forecast, observed))
-            pooled = over_leads(contingency(*blocks, thresholds))
+            a, b = (max_pooled(each, size) for each in (forecast, observed))
+            pooled = over_leads(contingency(a, b, thresholds))
             found[f"csi_{size}"] = mean_defined(critical_success(pooled))[0]
     found["pod"] = mean_defined(detection(whole))[0]
     found["far"] = mean_defined(false_alarm_ratio(whole))[0]

@@ -33,11 +33,13 @@ class GivenRows(NamedTuple):
     `rows(indices i[n])` are {'beside': `Beside` of n rows}, or images and labels of records,
     {'image': f32[n,H,W,C] in [-1, 1], 'label': i[n]}, and with captions 'caption' i32[n,M] and
     'classes' i32[n,K], from which the task makes it. Where a row has both, what is given comes
-    first. `record` identifies it in a protocol.
+    first. `record` identifies it in a protocol. Sample i is of record i % `records`; 0 if it is of
+    none.
     """
 
     rows: Callable[[np.ndarray], Mapping[str, Any]]
     record: Mapping[str, Any]
+    records: int = 0
 
 
 def cycled(indices: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -73,7 +75,7 @@ def held_out_given(c: Config) -> GivenRows | None:
         return batch
 
     record = {needs.name: f"{info.full_name}/{c.evaluate.split}", **needs.protocol()}
-    return GivenRows(rows, record)
+    return GivenRows(rows, record, info.num_examples)
 
 
 MAX_PROMPTS = 10_000

@@ -25,6 +25,7 @@ from ditjax.models import kernels
 from ditjax.models.attention import attend
 from ditjax.models.autoencoder import Moments, sample_posterior
 from ditjax.models.embed import ANYWHERE, Placement, drop_labels
+from ditjax.models.frozen import LM
 from ditjax.models.network import DTYPES, Conditions, Inputs, Network, NetworkCost
 from ditjax.parallel import rules
 from ditjax.tasks import (
@@ -35,6 +36,7 @@ from ditjax.tasks import (
     editing,
     given,
     language,
+    nowcast,
     rewards,
     text_conditions,
 )
@@ -92,13 +94,14 @@ def inputs_without_files(c: Config) -> Inputs:
     learned = c.diffusion.variance in ("learned_range", "unused")
     channels = c.input_channels
     return Inputs(
-        shape=c.input_shape,
+        shape=nowcast.future_shape(c) if nowcast.is_nowcast(c) else c.input_shape,
         out_channels=channels * (2 if learned else 1),
         num_classes=c.data.num_classes,
         interval=training_loss(c.diffusion).interval,
         given=given.extra_channels(c),
         level=given.has_level(c),
         context=text_conditions.context_of(c),
+        past=c.given.past,
     )
 
 
@@ -237,11 +240,7 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
         return adapting.start_of(c, network, inputs_of, init, mesh)
 
     def frozen(mesh: Mesh) -> Frozen:
-        found = {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {}
-        base = {"base": start(mesh).params} if adapted else {}
-        others = {**control.load_controls(c, mesh), **language.load_language(c, mesh)}
-        others |= load_guide(c, mesh)
-        return {**found, **base, **others, **text_conditions.load_texts(c, mesh)}
+        return _load_frozen(c, mesh) | ({"base": start(mesh).params} if adapted else {})
 
     transform = transform_of(c)
     adapted = transform is not IDENTITY
@@ -249,15 +248,19 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
     build = functools.partial(denoiser_module, mesh=mesh)
     align = alignment.alignment_of(c, network, inputs, objective_of(c), build)
     pixels, texts = _pixels(c), text_conditions.text_inputs(c)
+    example = nowcast.example_maker(c, build) if nowcast.is_nowcast(c) else None
 
     def prepare(frozen: Frozen, batch: Batch, key: jax.Array) -> Batch:
         """Turn images or moments into x0, and add what the loss is aligned to, or control needs."""
         found = {"label": batch["label"], **(align.prepare(batch) if align else {})}
-        found |= {name: batch[name] for name in pixels}
+        found |= {name: batch[name] for name in pixels if name in batch}
         found |= text_conditions.prepare_texts(c, frozen, batch)
+        if example:
+            made = example(frozen, batch["image"])
+            return {"x0": made.x0, "channels": made.channels, **found}
         return {"x0": _example(c, frozen, batch, key), **found}
 
-    cost, shapes = cost_with_loss(c), language.language_shapes(c)
+    cost = cost_with_loss(c)
     return Task(
         name=cost.name if cost else c.model.kind,
         inputs={
@@ -272,12 +275,9 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
         draw=functools.partial(draw, c, time_draw(c.diffusion)),
         loss=make_loss(c, mesh, align),
         frozen=frozen,
-        reads=("autoencoder",) * images
-        + ("base",) * adapted
-        + tuple(texts and _OF_TEXTS)
-        + tuple(shapes),
+        reads=("autoencoder",) * images + ("base",) * adapted + _read_beside(c),
         open_rows=functools.partial(_additions, c),
-        shapes=lambda: shapes | text_conditions.text_shapes(c),
+        shapes=lambda: {**language.language_shapes(c), **text_conditions.text_shapes(c)},
         averages=c.align.teacher == "self",
         transform=transform,
         start=start if c.adapt.base else None,
@@ -288,6 +288,28 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
         scores=(validation(c, mesh), *([density(c, mesh)] if c.evaluate.bpd_num else [])),
         inside=inside_of(c, mesh),
     )
+
+
+def _load_frozen(c: Config, mesh: Mesh) -> Frozen:
+    """The frozen weights of a recipe on the mesh, but for the base of a transform."""
+    found = {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {}
+    loads = (
+        control.load_controls,
+        language.load_language,
+        nowcast.load_first,
+        load_guide,
+        text_conditions.load_texts,
+    )
+    for load in loads:
+        found |= load(c, mesh)
+    return found
+
+
+def _read_beside(c: Config) -> tuple[str, ...]:
+    """The frozen weights that training reads beside an autoencoder and a base."""
+    spec = language.language_of(c)
+    texts = tuple(text_conditions.text_inputs(c) and _OF_TEXTS)
+    return texts + (LM,) * bool(spec and spec.frozen) + (nowcast.FIRST,) * bool(c.given.first)
 
 
 def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
@@ -301,7 +323,8 @@ def _initialiser(c: Config) -> Callable[[jax.Array], Any]:
         if inputs.context.tokens:
             conditions = text_conditions.example_conditions(inputs)
         if inputs.given:
-            channels = jnp.zeros((*x.shape[:-1], inputs.given))
+            frames = (inputs.past + inputs.shape[0],) if inputs.past else inputs.shape[:-3]
+            channels = jnp.zeros((1, *frames, *inputs.shape[-3:-1], inputs.given))
             conditions = conditions._replace(
                 channels=channels, level=label if inputs.level else None
             )
@@ -331,7 +354,13 @@ def _additions(c: Config) -> Additions:
 
 
 def _pixels(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """The images that control maps are made of, where x0 are their latents: one example."""
+    """What an example has beside x0 and its label: arrays of one.
+
+    The images that control maps are made of, where x0 are their latents; channels of the past.
+    """
+    if nowcast.is_nowcast(c):
+        every = (*c.input_shape[:-1], given.extra_channels(c))
+        return {"channels": jax.ShapeDtypeStruct(every, jnp.float32)}
     side = c.data.image_size
     shape = jax.ShapeDtypeStruct((side, side, c.data.channels), jnp.float32)
     return {"image": shape} if c.latent and control.is_controlled(c) else {}
@@ -348,9 +377,11 @@ def draw(
         # Of a fourth key, so that what the other three draw is as without.
         each = jax.random.split(jax.random.fold_in(key, 3), len(x0))
         found = {GIVEN: made(batch.get("image", x0), each)}
+    if nowcast.is_nowcast(c):
+        found = {GIVEN: {"channels": batch["channels"]}}
     dropout = c.control.drop if control.is_controlled(c) else c.model.label_dropout
     return {
-        **{name: value for name, value in batch.items() if name not in ("label", "image")},
+        **{n: value for n, value in batch.items() if n not in ("label", "image", "channels")},
         **times(key_t, len(x0)),
         "eps": jax.random.normal(key_eps, x0.shape, jnp.float32),
         "y": drop_labels(key_drop, label, dropout, c.data.num_classes),
@@ -431,6 +462,11 @@ def check(c: Config) -> None:
         raise UserError(
             f"config.data.frames is {c.data.frames}, and config.model.kind is {c.model.kind!r}, a"
             " network of images: set kind to 'video', or frames to 1."
+        )
+    if nowcast.is_nowcast(c) and c.evaluate.bpd_num:
+        raise UserError(
+            f"config.evaluate.bpd_num is {c.evaluate.bpd_num} and config.given.kind 'past': the"
+            " density of a future is not computed; set it to 0."
         )
     if c.data.frames > 1 and control.is_controlled(c):
         raise UserError(
@@ -604,6 +640,8 @@ def make_sampler(
     options = {"clip_x0": c.sample.clip_x0, **options_of(c)}
     solve, start = sampler_of(c).solve, objective.process.prior_std
     transform = transform_of(c)
+    build = functools.partial(denoiser_module, mesh=mesh)
+    example = nowcast.example_maker(c, build) if nowcast.is_nowcast(c) else None
 
     def sample(
         trained: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, g: Guidance
@@ -611,8 +649,12 @@ def make_sampler(
         params = language.with_layers(frozen, transform.join(frozen.get("base"), trained))
         conditions, frozen = text_conditions.encoded_conditions(c, frozen, conditions, g.negative)
         params = text_conditions.with_null(frozen, params)
-        canvas = editing.canvas_of(c, g.given, shape)
-        if inputs.given:
+        canvas = shape if example else editing.canvas_of(c, g.given, shape)
+        if example:
+            clips = editing.known_of_samples(g.given)
+            seen = example(frozen, jnp.asarray(clips.image))
+            conditions = conditions._replace(channels=seen.channels)
+        elif inputs.given:
             beside = editing.beside_x(c, frozen, g.given, keys, g.level)
             conditions = conditions._replace(**beside)
         if "controls" in frozen:
@@ -626,6 +668,8 @@ def make_sampler(
             x0 = solve(denoise, objective, times, x_T, noise, **options)
         else:
             x0 = editing.edited(c, frozen, denoise, g.given, x_T, noise)
+        if example:
+            return to_uint8(nowcast.finished(c, clips, x0, seen.forecast))
         x = autoencoder.decode_latents(c, frozen["autoencoder"], x0) if c.latent else x0
         return to_uint8(x if g.given is None else editing.pasted(g.given, x))
 
@@ -694,6 +738,8 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     transform, learned = transform_of(c), d.variance == "learned_range"
     loss = losses.hybrid_loss if learned else losses.simple_loss
     loss = losses.regression_loss if training_loss(d).blind else loss
+    build = functools.partial(denoiser_module, mesh=mesh)
+    example = nowcast.example_maker(c, build) if nowcast.is_nowcast(c) else None
     # NumPy guarantees that SeedSequence's output never changes.
     shift = int(np.random.SeedSequence(c.evaluate.seed).generate_state(1)[0])
 
@@ -701,9 +747,13 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
         trained: Any, frozen: Frozen, keys: jax.Array, batch: Batch
     ) -> dict[str, jax.Array]:
         params = language.with_layers(frozen, transform.join(frozen.get("base"), trained))
-        x0 = _held_out_example(c, frozen, batch["image"], keys)
         params = text_conditions.with_null(frozen, params)
-        conditions = _held_out_conditions(c, frozen, keys, batch, x0)
+        if example:
+            made = example(frozen, batch["image"])
+            x0, conditions = made.x0, Conditions(batch["label"], channels=made.channels)
+        else:
+            x0 = _held_out_example(c, frozen, batch["image"], keys)
+            conditions = _held_out_conditions(c, frozen, keys, batch, x0)
         denoise = functools.partial(apply, params, conditions=conditions)
         eps = samplers.initial_noise(keys, shape)
         found = loss(objective, denoise, x0, batch["t"], eps)

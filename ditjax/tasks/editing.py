@@ -161,6 +161,13 @@ def _check_canvas(c: Config, given: Known) -> None:
         )
 
 
+def known_of_samples(given: Known | None) -> Known:
+    """What is known of samples. Raises ValueError if nothing is."""
+    if given is None:
+        raise ValueError("this network draws nothing without an image: sampling gives it none")
+    return given
+
+
 def beside_x(
     c: Config,
     frozen: Frozen,
@@ -169,8 +176,7 @@ def beside_x(
     level: jax.Array | np.float32 | None,
 ) -> dict[str, jax.Array]:
     """What a network that was trained to edit is given: fields of `Conditions`."""
-    if given is None:
-        raise ValueError("this network draws nothing without an image: sampling gives it none")
+    given = known_of_samples(given)
     if c.latent:
         measured = _measured(c, frozen, given)
         mask = measured.project(jnp.ones_like(measured.image))[..., :1]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ditjax.config import Config, Section, at_least, at_most, between, check_used, key
+from ditjax.config import PATH, Config, Section, at_least, at_most, between, check_used, key
 from ditjax.data.masks import random_mask
 from ditjax.diffusion.process import per_sample
 from ditjax.diffusion.resampling import blurred, resized
@@ -25,7 +25,7 @@ from ditjax.tasks.objective import process_of, training_loss
 from ditjax.training.task import Beside, FromRecords, Known
 
 ENLARGED_BY = "bicubic"  # what a network is given of a low-resolution image
-_LOW = ("kind", ("low",))
+_LOW, _PAST = ("kind", ("low",)), ("kind", ("past",))
 BLUR_RADII = 3  # a blur is cut at 1 to 3 pixels
 
 
@@ -33,7 +33,8 @@ BLUR_RADII = 3  # a blur is cut at 1 to 3 pixels
 class GivenChannels(Section):
     """What a network is given of the image that it draws (`tasks/given.py`)."""
 
-    kind: Literal["none", "low", "mask"] = key("none")
+    # past: the first frames of a clip, of which the network draws the others (`tasks/nowcast.py`)
+    kind: Literal["none", "low", "mask", "past"] = key("none")
     side: int = key(0, at_least(0), at_most(16_384), used_if=_LOW)  # of the low-resolution image
     # how training makes that image, resampled by ditjax/diffusion/resampling.py
     kernel: Literal["area", "bicubic"] = key("area", used_if=_LOW)
@@ -42,6 +43,10 @@ class GivenChannels(Section):
     # Gaussian blur of it in training: the largest deviation, in its pixels (DALL-E 2)
     blur_most: float = key(0.0, between(0, 8), used_if=_LOW)
     noise: float = key(0.0, between(0, 1), free=True, protocol=True, used_if=_LOW)
+    past: int = key(0, at_least(0), at_most(4096), used_if=_PAST)  # frames that are known
+    first: str = key("", PATH, used_if=_PAST)  # a run whose forecast is given beside them
+    # of that forecast's error, which is drawn in units of it; 0 = the frames themselves are drawn
+    residual_std: float = key(0.0, at_least(0), used_if=_PAST)
 
     def check(self, c: Config) -> None:
         changed = (
@@ -55,6 +60,16 @@ class GivenChannels(Section):
                 f"config.given.side is {self.side} and config.data.image_size {size}: expected the"
                 f" side of a smaller image that divides it: {smaller}."
             )
+        if self.kind == "past" and not 0 < self.past < c.data.frames:
+            raise UserError(
+                f"config.given.past is {self.past} and config.data.frames {c.data.frames}: expected"
+                " from 1 to one frame fewer than a clip has."
+            )
+        if self.residual_std and not self.first:
+            raise UserError(
+                f"config.given.residual_std is {self.residual_std} and config.given.first '':"
+                " expected the run whose error is drawn."
+            )
         if self.noise > self.noise_most:
             raise UserError(
                 f"config.given.noise is {self.noise} and config.given.noise_most"
@@ -64,7 +79,9 @@ class GivenChannels(Section):
 
 def extra_channels(c: Config) -> int:
     """The channels that a recipe's network is given beside x."""
-    return {"none": 0, "low": c.input_channels, "mask": 1 + c.input_channels}[c.given.kind]
+    C = c.input_channels
+    past = 1 + C + C * bool(c.given.first)
+    return {"none": 0, "low": C, "mask": 1 + C, "past": past}[c.given.kind]
 
 
 def has_level(c: Config) -> bool:
@@ -76,8 +93,17 @@ def known_of(c: Config, images: jax.Array, keys: jax.Array) -> Known:
     """What is known of images f32[B,H,W,C], pixels or latents, with keys key[B]."""
     if c.given.kind == "low":
         return Known(resized(images, c.given.side, c.given.kernel))
+    if c.given.kind == "past":
+        return known_past(images, c.given.past)
     H, W = images.shape[1:3]
     return Known(images, jax.vmap(lambda key: random_mask(key, H, W))(keys))
+
+
+def known_past(clips: jax.Array | np.ndarray, past: int) -> Known:
+    """The first frames of clips [B,F,H,W,C]: a mask f32[B,F,1,1,1]."""
+    known = (np.arange(clips.shape[1]) < past).astype(np.float32)
+    shape = (len(clips), clips.shape[1], 1, 1, 1)
+    return Known(clips, np.broadcast_to(known[None, :, None, None, None], shape))
 
 
 def given_conditions(
@@ -154,12 +180,14 @@ def given_from_images(c: Config) -> FromRecords:
     def beside(images: jax.Array, keys: jax.Array) -> Beside:
         return Beside(known=known_of(c, images, keys))
 
-    return FromRecords(beside, "given_images", edited=True)
+    return FromRecords(beside, "given_images", edited=c.given.kind != "past")
 
 
 def in_training(c: Config) -> Callable[[jax.Array, jax.Array], dict[str, jax.Array]] | None:
     """The fields of `Conditions` that training makes of (images, keys); None for none."""
-    return None if c.given.kind == "none" else functools.partial(trained_conditions, c)
+    # What follows from the past of a clip is prepared with the clip (`tasks/nowcast.py`).
+    found = c.given.kind in ("none", "past")
+    return None if found else functools.partial(trained_conditions, c)
 
 
 def given_protocol(c: Config) -> dict[str, Any]:
@@ -168,7 +196,7 @@ def given_protocol(c: Config) -> dict[str, Any]:
     if g.kind == "none":
         return {}
     low = {"side": g.side, "kernels": [g.kernel, ENLARGED_BY], "noise": g.noise}
-    return {"given": {"kind": g.kind, **(low if g.kind == "low" else {})}}
+    return {"given": {"kind": g.kind, **{"low": low, "past": _past(c)}.get(g.kind, {})}}
 
 
 def training_protocol(c: Config) -> dict[str, Any]:
@@ -178,7 +206,11 @@ def training_protocol(c: Config) -> dict[str, Any]:
         return {}
     low = {"side": g.side, "kernels": [g.kernel, ENLARGED_BY], "noise_most": g.noise_most}
     low |= {"blur_most": g.blur_most} if g.blur_most else {}
-    return {"val_loss_given": {"kind": g.kind, **(low if g.kind == "low" else {})}}
+    return {"val_loss_given": {"kind": g.kind, **{"low": low, "past": _past(c)}.get(g.kind, {})}}
+
+
+def _past(c: Config) -> dict[str, Any]:
+    return {"past": c.given.past, "first": bool(c.given.first), "residual": c.given.residual_std}
 
 
 def check_given(c: Config, network: Network) -> None:
@@ -190,16 +222,22 @@ def check_given(c: Config, network: Network) -> None:
     if not network.given:
         raise UserError(
             f"{said}, and network {c.model.kind!r} takes no channels beside x: set"
-            " config.model.kind to 'dit'."
+            f" config.model.kind to {'video' if g.kind == 'past' else 'dit'!r}."
         )
-    if g.kind == "low" and c.latent:
+    if g.kind in ("low", "past") and c.latent:
+        what = {"low": "a low-resolution image", "past": "frames of pixels"}[g.kind]
         raise UserError(
-            f"{said}, a low-resolution image, and the network is of latents: expected a network of"
-            " pixels (config.autoencoder.kind='none')."
+            f"{said}, {what}, and the network is of latents: expected a network of pixels"
+            " (config.autoencoder.kind='none')."
+        )
+    if (g.kind == "past") != (c.data.frames > 1):
+        raise UserError(
+            f"{said} and config.data.frames {c.data.frames}: the past is that of clips, and nothing"
+            " else is given of them; set kind to 'past', or frames to 1."
         )
     others = {
         "config.adapt.kind": c.adapt.kind == "control",
-        "config.align.teacher": bool(c.model.align_block),
+        "config.align.teacher": bool(getattr(c.model, "align_block", 0)),
         "config.diffusion.loss": training_loss(c.diffusion).interval,
         "config.sample.guide": bool(c.sample.guide),
     }

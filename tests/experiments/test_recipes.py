@@ -20,6 +20,9 @@ ARGUMENTS = [
     "paper/decoders:original",
     "small/clip:shuffled",
     "small/process:fashion",
+    "small/language:cost",
+    "small/nowcast:first",
+    "small/nowcast:advect:cost",
     "small/unet:rates",
     "pixart:512",
     "small/text2image:minilm",
@@ -69,7 +72,9 @@ def test_a_recipe_states_only_what_differs(name):
     stated = dict(leaves(recipes.build(name)))
     task = stated.pop("task", "diffusion")
     assert task == TASKS.get(name, "diffusion")
-    defaults = dict(leaves(completed({"task": task})))
+    kind = {"model": {"kind": stated["model.kind"]}} if "model.kind" in stated else {}
+    of_network = dict(leaves(completed({"task": task, **kind})))
+    defaults = {**of_network, **dict(leaves(completed({"task": task})))}
     word = name.partition(":")[0]
     module = importlib.import_module(f"ditjax.recipes.{word.replace('/', '.')}")
     changed = {key for each in (module, *made_of(module)) for key in differing(each)}

@@ -39,7 +39,12 @@ def cuboid_layer(case: rain.CuboidCase) -> torch.nn.Module:
     options = {"norm_layer": "layer_norm", "use_global_vector": case.globals > 0}
     if case.memory:
         layer = theirs.CuboidCrossAttentionLayer(
-            rain.WIDTH, rain.HEADS, n_temporal=1, cuboid_hw=(1, 1), qkv_bias=True, **options
+            *(rain.WIDTH, rain.HEADS),
+            n_temporal=1,
+            cuboid_hw=(1, 1),
+            qkv_bias=True,
+            use_relative_pos=False,
+            **options,
         )
     else:
         layer = theirs.CuboidSelfAttentionLayer(

@@ -19,7 +19,7 @@ def rain() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("threshold", nowcast.SEVIR_THRESHOLDS)
 def test_contingency_scores(rain, threshold):
-    table = nowcast.contingency(*rain, (threshold,))
+    table = nowcast.contingency(rain[0], rain[1], (threshold,))
     ours = (
         nowcast.critical_success(table),
         nowcast.detection(table),

@@ -1,6 +1,7 @@
 """Layers of a language model in a denoiser: what is trained, and what is read."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from ditjax.files.assets import unflatten
 from ditjax.models.frozen import LanguageBlock
 from ditjax.models.network import Conditions
 from ditjax.parallel.mesh import mesh_of
-from ditjax.tasks import language, make_task
+from ditjax.tasks import cost_of, language, make_task
 from ditjax.tasks.diffusion import denoiser_module
 from ditjax.weights.networks import shapes_of
 from tests import language_files as files
@@ -44,14 +45,14 @@ def sizes(tree):
 
 
 def test_the_closed_form_counts_what_is_trained_and_held(recipe):
-    assert make_task(plain()).cost.description.keys() == make_task(
-        recipe("mapper")
-    ).cost.description.keys() - {"lm", "lm_frozen"}
+    without, mapper = (cost_of(c).description.keys() for c in (plain(), recipe("mapper")))
+    assert without == mapper - {"lm", "lm_frozen"}
     for mode in ("mapper", "frozen", "unfrozen"):
         task = make_task(recipe(mode))
         params = jax.eval_shape(task.init, jax.random.key(0))
-        assert sizes(params) == task.cost.parameters, mode
-        assert sizes(task.shapes()) == task.cost.description["lm_frozen"], mode
+        cost = cost_of(recipe(mode))
+        assert sizes(params) == cost.parameters, mode
+        assert sizes(task.shapes()) == cost.description["lm_frozen"], mode
 
 
 def test_arms_differ_in_what_the_layers_hold(recipe):
@@ -77,7 +78,7 @@ def test_arms_differ_in_what_the_layers_hold(recipe):
 
 def test_unfrozen_layers_begin_as_the_file_has_them(recipe):
     c = recipe("unfrozen")
-    begun = language.with_initial(c, lambda key: {"params": {"lm": {"in": key}}})(0)
+    begun = language.with_initial(c, lambda key: {"params": {"lm": {"in": key}}})(jnp.zeros(1))
     assert begun["params"]["lm"]["in"] == 0
     wanted = language._layers(c).params
     jax.tree.map(np.testing.assert_array_equal, begun["params"]["lm"]["layers"], wanted)
@@ -97,7 +98,7 @@ def test_gradients_pass_frozen_layers_and_do_not_reach_them(recipe):
         "t": np.array([10, 600]),
         "y": np.array([1, 2]),
     }
-    run = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+    run: Any = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
     (loss, _), gradient = run(params, frozen, batch)
     assert gradient["params"]["lm"].keys() == {"in", "out"}
     for each in gradient["params"]["lm"].values():
@@ -114,11 +115,15 @@ def test_the_block_adds_or_replaces(recipe):
     h = jnp.asarray(files.tokens().reshape(2, 5, 1, 24)[..., :8])
     shapes = {"in/kernel": (8, 24), "out/kernel": (24, 8)}
     variables = {"params": unflatten(seeded_state(shapes, 3))}
-    out = [LanguageBlock(each, jnp.float32).apply(variables, h) for each in (kept, replaced)]
+    assert kept
+    assert replaced
+    out: Any = [LanguageBlock(x, jnp.float32).apply(variables, h) for x in (kept, replaced)]
     np.testing.assert_allclose(out[0], h + out[1], atol=1e-6)
     by_hand = h @ variables["params"]["in"]["kernel"] @ variables["params"]["out"]["kernel"]
     np.testing.assert_allclose(out[1], by_hand, rtol=1e-4, atol=1e-5)
-    assert not language.language_of(recipe("released")).residual
+    released = language.language_of(recipe("released"))
+    assert released
+    assert not released.residual
 
 
 def test_the_released_arm_does_not_read_the_time(recipe):
