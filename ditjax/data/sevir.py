@@ -31,11 +31,11 @@ _COLUMNS = ("id", "file_name", "file_index", "img_type", "time_utc", "pct_missin
 
 
 class SevirEvent(NamedTuple):
-    """An event: row `index` of an HDF5 file."""
+    """An event: a row of an HDF5 file."""
 
     id: str
     file: str
-    index: int
+    row: int
 
 
 class SevirListing(NamedTuple):
@@ -165,18 +165,18 @@ def read_event(root: str | os.PathLike[str], event: SevirEvent) -> np.ndarray:
     try:
         with h5py.File(path, "r") as file:
             ids, data = file["id"], file[_IMAGE_TYPE]
-            if not 0 <= event.index < len(ids):
+            if not 0 <= event.row < len(ids):
                 raise ValueError(f"it has {len(ids)} events")
-            found = ids[event.index]
+            found = ids[event.row]
             found = found.decode() if isinstance(found, bytes) else str(found)
             if found != event.id:
-                raise ValueError(f"event {event.index} is {found!r}")
-            frames = np.asarray(data[event.index])
+                raise ValueError(f"event {event.row} is {found!r}")
+            frames = np.asarray(data[event.row])
             if frames.dtype != np.uint8 or frames.ndim != 3 or frames.shape[2] != 49:
                 raise ValueError(f"it holds {frames.dtype}{list(frames.shape)}, not u8[H,W,49]")
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path}: event {event.id!r}, row {event.index} of the catalogue, cannot be read"
+            f"{path}: event {event.id!r}, row {event.row} of the catalogue, cannot be read"
             f" ({reason(error)}): download the file again, or remove the event from CATALOG.csv."
         ) from error
     return np.ascontiguousarray(frames.transpose(2, 0, 1))

@@ -131,8 +131,8 @@ class GivenScores:
         samples, records = normalize(images), self._records(indices)
         if images.ndim == 5:  # clips, of which the first frames are given
             mask = self._beside(records, indices).known.mask
-            truth = np.rint(127.5 * (records + 1)).astype(np.uint8)
-            self._forecasts.add(images, truth, int(np.asarray(mask)[0].sum()))
+            true = np.rint(127.5 * (records + 1)).astype(np.uint8)
+            self._forecasts.add(images, true, int(np.asarray(mask)[0].sum()))
             self._parts.append({})
             return
         found, asked = (self._beside(each, indices) for each in (samples, records))

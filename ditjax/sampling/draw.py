@@ -136,15 +136,13 @@ def sampling_protocol(
     others: Sequence[str] = (),
     text: str = "",
     given: GivenRows | None = None,
-    beside: Mapping[str, str] = {},
 ) -> dict[str, Any]:
     """Everything but the count that two sample sets must share for their scores to be compared.
 
     `labels`: 'uniform', 'balanced' or the requested classes. `decoder`: the SHA-256 of the
     autoencoder's parameters, or 'pixels'. `guide`: that of the weak network's, if one guides.
-    `others`: those of further controls; `text`: that of the text encoder; `beside`: those of what
-    else is frozen, by name; `given`: what samples are given. The model itself is not part of the
-    protocol.
+    `others`: those of further controls; `text`: that of the text encoder; `given`: what samples are
+    given. The model itself is not part of the protocol.
     """
     s = c.sample
     guided = s.cfg_scale != 1
@@ -167,7 +165,6 @@ def sampling_protocol(
         **({"control_others": list(others)} if others else {}),
         **({"text_encoder": text} if text else {}),
         **(given.record if given else {}),
-        **beside,
         **adapters_record(c),
         **sampling_of(c, make_task(c)).protocol,
     }
@@ -215,12 +212,11 @@ def decoder_of(frozen: Frozen) -> str:
 
 
 def digests_of(frozen: Frozen) -> dict[str, Any]:
-    """The arguments `decoder`, `guide`, `others`, `text` and `beside` of `sampling_protocol`."""
+    """The arguments `decoder`, `guide`, `others` and `text` of `sampling_protocol`."""
     found: dict[str, Any] = {"decoder": decoder_of(frozen)}
     for name in ("guide", "text"):
         if name in frozen:
             found[name] = opening.digest(frozen[name])
     if "controls" in frozen:
         found["others"] = [opening.digest(each) for each in frozen["controls"]]
-    found["beside"] = {n: opening.digest(frozen[n]) for n in ("lm", "first") if n in frozen}
     return found

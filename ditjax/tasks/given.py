@@ -196,7 +196,7 @@ def given_protocol(c: Config) -> dict[str, Any]:
     if g.kind == "none":
         return {}
     low = {"side": g.side, "kernels": [g.kernel, ENLARGED_BY], "noise": g.noise}
-    return {"given": {"kind": g.kind, **{"low": low, "past": _past(c)}.get(g.kind, {})}}
+    return {"given": {"kind": g.kind, **{"low": low, "past": {"past": g.past}}.get(g.kind, {})}}
 
 
 def training_protocol(c: Config) -> dict[str, Any]:
@@ -206,11 +206,9 @@ def training_protocol(c: Config) -> dict[str, Any]:
         return {}
     low = {"side": g.side, "kernels": [g.kernel, ENLARGED_BY], "noise_most": g.noise_most}
     low |= {"blur_most": g.blur_most} if g.blur_most else {}
-    return {"val_loss_given": {"kind": g.kind, **{"low": low, "past": _past(c)}.get(g.kind, {})}}
-
-
-def _past(c: Config) -> dict[str, Any]:
-    return {"past": c.given.past, "first": bool(c.given.first), "residual": c.given.residual_std}
+    # A first stage is part of the model; the error of another target is another loss.
+    past = {"past": g.past, **({"residual_std": g.residual_std} if g.residual_std else {})}
+    return {"val_loss_given": {"kind": g.kind, **{"low": low, "past": past}.get(g.kind, {})}}
 
 
 def check_given(c: Config, network: Network) -> None:

@@ -3,9 +3,11 @@
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from ditjax.data import radar, sevir, source
@@ -124,11 +126,11 @@ def events(tmp_path_factory) -> tuple[Path, np.ndarray]:
 def test_windows_never_span_events(events, tmp_path):
     root, data = events
     builder = source.prepare(f"sevir:{root}", tmp_path)
-    records = builder.as_data_source("train", decoders={"image": source.tfds.decode.SkipDecoding()})
+    records = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
     assert [records[i]["file_name"].decode() for i in range(len(records))] == [
         f"{event}/{start}" for event in ("S1", "S2") for start in (0, 12, 24)
     ]
-    image = Image.open(io.BytesIO(records[4]["image"]))
+    image: Any = Image.open(io.BytesIO(records[4]["image"]))
     assert image.n_frames == 25
     for k in (0, 24):
         image.seek(k)

@@ -26,7 +26,7 @@ def test_contingency_scores(rain, threshold):
         nowcast.false_alarm_ratio(table),
         nowcast.frequency_bias(table),
     )
-    theirs = oracle.contingency_scores(*rain, threshold)
+    theirs = oracle.contingency_scores(rain[0], rain[1], threshold)
     np.testing.assert_array_equal(np.concatenate(ours), theirs)
 
 

@@ -216,12 +216,12 @@ def test_members_are_the_samples_of_a_record():
             scores.add(samples[i : i + size], truth[i : i + size], 7)
         found.append(scores.means())
     assert found[0] == found[1]
-    scores = found[0]
-    assert scores["members"] == 2
-    assert scores["mean_mae"] < 5 < scores["mae"]
-    assert scores["crps"] < scores["mae"]
-    assert scores["csi"] < 1
-    assert {"persistence_csi", "advection_mae", "spread_skill", "csi_16", "ssim"} <= scores.keys()
+    whole = found[0]
+    assert whole["members"] == 2
+    assert whole["mean_mae"] < 5 < whole["mae"]
+    assert whole["crps"] < whole["mae"]
+    assert whole["csi"] < 1
+    assert {"persistence_csi", "advection_mae", "spread_skill", "csi_16", "ssim"} <= whole.keys()
     single = NowcastScores(4)
     single.add(clips, clips, 7)
     assert single.means()["csi"] == 1
@@ -252,3 +252,13 @@ def test_features_of_rain_see_blur_and_drizzle():
     bands = slice(7, 13)
     assert rain_features(blurred)[:, bands].mean() < features[:, bands].mean() - 0.1
     assert (rain_features(clips // 2)[:, 0] < features[:, 0]).all()
+
+
+def test_arms_of_a_study_share_a_protocol(with_first):
+    """Layers and a first stage are part of the model; another target is another loss."""
+    c = recipe()
+    first = changed(c, {"given": {"first": "runs/first"}})
+    error = changed(first, {"given": {"residual_std": 0.5}})
+    assert given.given_protocol(c) == given.given_protocol(first) == given.given_protocol(error)
+    assert given.training_protocol(c) == given.training_protocol(first)
+    assert given.training_protocol(c) != given.training_protocol(error)
