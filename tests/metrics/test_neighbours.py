@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -171,3 +172,22 @@ X = np.ones((4, 3))
 def test_mistakes(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_the_nearest_of_many_columns_are_found_through_their_groups():
+    """As by sorting all of them; equal distances, infinite ones and what was found before, too."""
+    rng = np.random.default_rng(9)
+    distances2 = rng.integers(1, 60, (16, 2048)).astype(np.float32)
+    distances2[3, 5:] = np.inf
+    distances2[4] = rng.permutation(2048)
+    best = -np.sort(rng.uniform(0, 30, (16, 8)).astype(np.float32), axis=1)
+    index = np.full((16, 8), -1, np.int32)
+    values, found = map(
+        np.asarray, neighbours._merge(*map(jnp.asarray, (best, index, distances2)), jnp.int32(100))
+    )
+    both = np.concatenate([-best, distances2], axis=1)
+    np.testing.assert_array_equal(-values, np.sort(both, axis=1)[:, :8])
+    new = found >= 0
+    rows = np.nonzero(new)[0]
+    np.testing.assert_array_equal(distances2[rows, found[new] - 100], -values[new])
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in found)
