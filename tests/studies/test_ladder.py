@@ -1,5 +1,6 @@
 """The next rung is larger, predicted by the law, registered before it is trained, and scored."""
 
+import dataclasses
 import json
 import math
 
@@ -14,7 +15,7 @@ from ditjax.runs.results import Found, write_result
 from ditjax.scaling.extrapolate import forecast
 from ditjax.scaling.spread import share_band
 from ditjax.studies.cells import cells
-from ditjax.studies.ladder import Foretold, next_rung, reliability
+from ditjax.studies.ladder import Foretold, next_rung, register, reliability
 from ditjax.tasks import cost_of
 from tests.commands.conftest import TINY
 from tests.runs.test_results import a_result
@@ -136,6 +137,23 @@ def test_the_prediction_is_registered_before_training_and_scored_after(
 def small_report(monkeypatch):
     monkeypatch.setattr(report, "pictures", lambda *_: {})
     monkeypatch.setattr(report, "sample_cells", lambda *_: (None, ""))
+
+
+def test_a_registered_prediction_is_never_written_again(five, tmp_path):
+    """Whatever the study has learned since."""
+    first, second = (
+        next_rung(runs_of(five, tmp_path, noise), "fd_digits", 1e3) for noise in (0.0, 0.1)
+    )
+    assert first.told.predicted != second.told.predicted
+    path = register(tmp_path, first, None)
+    kept = path.read_bytes()
+    assert register(tmp_path, second, None) == path
+    assert path.read_bytes() == kept
+    other = dataclasses.replace(
+        first, cell=first.cell._replace(recipe={**first.cell.recipe, "seed": 9})
+    )
+    with pytest.raises(UserError, match="predicts another run of this name"):
+        register(tmp_path, other, None)
 
 
 def test_mistakes_end_before_anything_is_written(five, tmp_path):
