@@ -27,7 +27,7 @@ def test_exact_laws_differ_exactly():
 )
 def test_the_intervals_hold_the_truth_of_two_planted_arms(models, seeds, noise, other):
     """In at least 90 of 100 trials; the arms have other noise, too."""
-    rng, trials = np.random.default_rng(7), 200
+    rng, trials = np.random.default_rng(7), 100
     held = level = 0
     for _ in range(trials):
         one = study(rng, models=models, seeds=seeds, noise=noise, b=0.6, a=0.05)
@@ -45,13 +45,13 @@ def test_the_intervals_hold_the_truth_of_two_planted_arms(models, seeds, noise, 
 def test_equal_arms_are_seldom_told_apart_and_different_ones_are():
     rng = np.random.default_rng(8)
     alike = apart = 0
-    for _ in range(100):
+    for _ in range(50):
         one, two = (study(rng, models=8, b=0.5) for _ in range(2))
         steep = study(rng, models=8, b=0.8)
         alike += compare_slopes(Arm(*one[:2]), Arm(*two[:2]), rng, resamples=200).settled
         apart += compare_slopes(Arm(*one[:2]), Arm(*steep[:2]), rng, resamples=200).settled
-    assert alike <= 10
-    assert apart >= 80
+    assert alike <= 5
+    assert apart >= 40
 
 
 def test_an_arm_of_two_models_is_refused():

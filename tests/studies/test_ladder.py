@@ -90,7 +90,7 @@ def test_where_images_differ_the_rung_follows_the_frontier(five, tmp_path):
 
 def test_the_prediction_holds_in_90_of_100_planted_studies():
     """Of laws without an offset; `tests/scaling/coverage.py` has both, on held-out models."""
-    rng, held, trials = np.random.default_rng(5), 0, 200
+    rng, held, trials = np.random.default_rng(5), 0, 100
     for _ in range(trials):
         x, y, model = study(rng, seeds=2, models=8)
         told = forecast(x, y, 0.5, rng, groups=model, offset=False, resamples=200)
