@@ -296,7 +296,7 @@ def test_a_latent_is_known_where_all_its_pixels_are(monkeypatch):
     assert drawn[0, 9, 17].tolist() == [-1] * 3
     assert (drawn == 0.5).sum() == 3 * (32 * 32 - 1)
     c = changed(c, {"edit": {"method": "ddnm"}})
-    with pytest.raises(UserError, match="network of latents, which do not have the means"):
+    with pytest.raises(UserError, match="network of latents, which lack the means"):
         task.edit_protocol(c, Known(image))
 
 

@@ -250,13 +250,13 @@ def test_tensors_are_left_out_by_name(tmp_path):
 
 
 def test_the_names_to_leave_out_hold_nothing_that_is_used(tmp_path):
-    norms = {f"blocks.{i}.attn.q_norm.weight": np.ones(8, np.float32) for i in range(2)}
+    norms = {f"blocks.{i}.attn.bias_norm.weight": np.ones(8, np.float32) for i in range(2)}
     state = release_state(**{**SMALL, "depth": 2})
     write_torch(tmp_path / "x.pt", {**state, **norms})
-    with pytest.raises(UserError, match=re.escape("--leave_out=blocks.*.attn.q_norm leaves")):
+    with pytest.raises(UserError, match=re.escape("--leave_out=blocks.*.attn.bias_norm leaves")):
         reading.load_network(tmp_path / "x.pt", heads=2)
-    network = reading.load_network(tmp_path / "x.pt", heads=2, leave_out=["blocks.*.attn.q_norm"])
-    assert "left out: blocks.{0-1}.attn.q_norm.weight" in network.notes[0]
+    network = reading.load_network(tmp_path / "x.pt", heads=2, leave_out=["blocks.*.attn.bias_norm"])
+    assert "left out: blocks.{0-1}.attn.bias_norm.weight" in network.notes[0]
 
 
 # Objects of unknown classes.
