@@ -1,12 +1,12 @@
 """DiT against ADM's U-Net on digits: the same forward Gflops, each at its own best learning rate.
 
     ditjax sweep --config=small/unet:rates --workdir=runs/small/unet_rates --jobs=2
-    ditjax sweep --config=small/unet:5e-3,3e-3 --workdir=runs/small/unet --jobs=2
+    ditjax sweep --config=small/unet:1e-2/1e-2/5e-3,3e-3/3e-3/3e-3 --workdir=runs/small/unet
 
-The first tries three learning rates a network at the middle size, on a seed that the study does not
-have, so that the choice favours neither. The second is the study, at the rates given: DiT's, then
-the U-Net's. Steps, batch and forward Gflops are matched; seconds are not. Two cores: about 5 and 20
-minutes (estimated). docs/unet.md has what was run.
+The first tries three learning rates for each network at each size, on a seed that the study does
+not have, so that the choice favours neither. The second is the study, at the rates given: DiT's of
+the three sizes, then the U-Net's. Steps, batch and forward Gflops are matched; seconds are not. Two
+cores: about 25 minutes each (estimated). docs/unet.md has what was run.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +16,8 @@ from .. import digits
 # Gflops of DiT-2x52x2/2, 3x64x2/2 and 4x96x3/2, .00116, .00258 and .00758, and the widths that
 # `ditjax.models.unet.width_for` finds for them: .00122, .00270 and .00741.
 PAIRS = (("2x52x2", 8), ("3x64x2", 12), ("4x96x3", 20))
-RATES = {"dit": (2e-3, 5e-3, 1e-2), "unet": (1e-3, 3e-3, 1e-2)}
-BEST = "5e-3,3e-3"
+RATES = {"dit": (5e-3, 1e-2, 2e-2), "unet": (1e-3, 3e-3, 1e-2)}
+BEST = "1e-2/1e-2/5e-3,3e-3/3e-3/3e-3"
 UNET = (
     ("model.multipliers", (1.0, 2.0)),
     ("model.res_blocks", 1),
@@ -28,24 +28,23 @@ UNET = (
 
 
 def get_config(arg: str = BEST) -> ConfigDict:
-    """Return the recipe of the rates ('rates'), or of the study at 'DIT,UNET' learning rates."""
+    """Return the recipe of the rates ('rates'), or of the study at 'D/D/D,U/U/U' rates."""
     config = digits.get_config()
     config.train.steps = 2000
     config.train.checkpoint_every_steps = 2000
     config.train.evaluate_every_steps = 1000
     config.evaluate.guided_scale = 0.0
     picks = arg == "rates"
-    rates = (
-        RATES
-        if picks
-        else {kind: (float(rate),) for kind, rate in zip(RATES, arg.split(","), strict=True)}
-    )
+    rates = {kind: [tried] * len(PAIRS) for kind, tried in RATES.items()}
+    if not picks:
+        for kind, text in zip(RATES, arg.split(","), strict=True):
+            rates[kind] = [(float(rate),) for rate in text.split("/")]
     runs = []
-    for size, width in PAIRS[1:2] if picks else PAIRS:
+    for i, (size, width) in enumerate(PAIRS):
         dit = (("model.size", size), ("model.patch", 2))
         unet = (("model.width", width), *UNET)
         for kind, keys in (("dit", dit), ("unet", unet)):
-            for rate in rates[kind]:
+            for rate in rates[kind][i]:
                 runs.append((("model.kind", kind), *keys, ("optim.learning_rate", rate)))
     config.sweep.grid = ()
     config.sweep.lists = tuple(runs)

@@ -123,9 +123,9 @@ def test_mnist_scaling_has_twelve_models_and_hardly_repeats_an_image():
 
 
 def test_dit_and_unet_have_equal_gflops_and_rates_that_were_chosen_on_another_seed():
-    tried, found = of("unet:rates"), of("unet:2e-3,1e-3")
+    tried, found = of("unet:rates"), of("unet:2e-3/2e-3/1e-3,1e-3/1e-3/3e-3")
     assert not {c.config.seed for c in tried} & {c.config.seed for c in found}
-    assert Counter(c.config.model.kind for c in tried) == {"dit": 3, "unet": 3}
+    assert Counter(c.config.model.kind for c in tried) == {"dit": 9, "unet": 9}
     by_kind = {
         kind: sorted({c.gflops for c in found if c.config.model.kind == kind})
         for kind in ("dit", "unet")
@@ -133,7 +133,9 @@ def test_dit_and_unet_have_equal_gflops_and_rates_that_were_chosen_on_another_se
     assert len(found) == 18
     for dit, unet in zip(*by_kind.values(), strict=True):
         assert abs(unet / dit - 1) < 0.06
-    for cell in found:
-        rate = {"dit": 2e-3, "unet": 1e-3}[cell.config.model.kind]
-        assert cell.config.optim.learning_rate == rate
+    for kind, smaller, largest in (("dit", 2e-3, 1e-3), ("unet", 1e-3, 3e-3)):
+        for cell in found:
+            if cell.config.model.kind == kind:
+                rate = largest if cell.gflops == by_kind[kind][-1] else smaller
+                assert cell.config.optim.learning_rate == rate
     assert len({(c.config.train, c.config.data) for c in (*tried, *found)}) == 1

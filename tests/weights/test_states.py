@@ -255,7 +255,9 @@ def test_the_names_to_leave_out_hold_nothing_that_is_used(tmp_path):
     write_torch(tmp_path / "x.pt", {**state, **norms})
     with pytest.raises(UserError, match=re.escape("--leave_out=blocks.*.attn.bias_norm leaves")):
         reading.load_network(tmp_path / "x.pt", heads=2)
-    network = reading.load_network(tmp_path / "x.pt", heads=2, leave_out=["blocks.*.attn.bias_norm"])
+    network = reading.load_network(
+        tmp_path / "x.pt", heads=2, leave_out=["blocks.*.attn.bias_norm"]
+    )
     assert "left out: blocks.{0-1}.attn.bias_norm.weight" in network.notes[0]
 
 
