@@ -35,7 +35,9 @@ def get_config(arg: str = BEST) -> ConfigDict:
     config.train.evaluate_every_steps = 1000
     config.evaluate.guided_scale = 0.0
     picks = arg == "rates"
-    rates = {kind: [tried] * len(PAIRS) for kind, tried in RATES.items()}
+    rates: dict[str, list[tuple[float, ...]]] = {
+        kind: [tried] * len(PAIRS) for kind, tried in RATES.items()
+    }
     if not picks:
         for kind, text in zip(RATES, arg.split(","), strict=True):
             rates[kind] = [(float(rate),) for rate in text.split("/")]
