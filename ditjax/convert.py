@@ -12,7 +12,6 @@ from ditjax.files import faults, hub, lease
 from ditjax.files.atomic import read_json
 from ditjax.files.store import is_object, place, present
 from ditjax.models.dit import DiTKeys, query_factor
-from ditjax.models.text_dit import TextDiTKeys
 from ditjax.parallel.mesh import make_mesh
 from ditjax.reporting.card import model_card
 from ditjax.runs import opening, rundir
@@ -264,11 +263,9 @@ def _summary(
         text += f"\nnote: {len(bad)} arrays hold NaN or infinities: {first_few(bad)}"
     if not network.decodes:
         text += f"\n{networks.labels_text(network.config)}"
-        model = network.config.model
         theirs = {"release": 0, "sit": 0, "lightning": 0, "diffusers": 1, "pipeline": 1}.get(target)
-        if isinstance(model, TextDiTKeys):
-            theirs = None  # what is written computes the same
-        text += "" if theirs is None else _differences(model, theirs)
+        if theirs is not None and not has_texts(network.config):
+            text += _differences(network.config.model, theirs)
     classes = network.config.data.num_classes
     if target == "pipeline" and classes != _NULL_LABEL and not has_texts(network.config):
         text += (

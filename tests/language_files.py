@@ -86,7 +86,7 @@ def write_folder(folder: Path, kind: str, prefix: str = "") -> Path:
     return folder
 
 
-_TO_GGUF = {
+TO_GGUF = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -142,7 +142,7 @@ def write_gguf(path: Path, architecture: str = "llama", kind: int = 0) -> Path:
         text("llama.attention.layer_norm_rms_epsilon") + struct.pack("<If", 6, 1e-5),
     ]
     table, data = b"", b""
-    state = {renamed(k, _TO_GGUF, "blk"): v for k, v in state_of("llama").items()}
+    state = {renamed(k, TO_GGUF, "blk"): v for k, v in state_of("llama").items()}
     for name, value in state.items():
         sizes = struct.pack(f"<{value.ndim}Q", *value.shape[::-1])
         table += text(name) + struct.pack("<I", value.ndim) + sizes

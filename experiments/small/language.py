@@ -12,19 +12,9 @@ plain network trains longer. Weights of MiniLM and SmolLM2 are expected in weigh
 from ml_collections import ConfigDict
 
 from .. import digits
+from .nowcast import LANGUAGE_ARMS, REPLACING
 
-MINILM = (("lm.path", "weights/minilm"), ("lm.layers", (2, 4)))
-SMOLLM2 = (("lm.path", "weights/smollm2.gguf"), ("lm.layers", (14, 16)))
-ARMS = (
-    (("lm.mode", "none"),),
-    (("lm.mode", "mapper"), *MINILM),
-    (("lm.mode", "frozen"), *MINILM),
-    (("lm.mode", "frozen"), *SMOLLM2),
-    (("lm.mode", "random"), *MINILM),
-    (("lm.mode", "permuted"), *MINILM),
-    (("lm.mode", "unfrozen"), *MINILM),
-    (("lm.mode", "frozen"), *MINILM, ("lm.residual", False)),
-)
+ARMS = (*LANGUAGE_ARMS, REPLACING)
 BUDGET = 9_000.0  # Gflops of training: 1,500 steps of 32 with frozen layers of MiniLM
 
 

@@ -19,7 +19,7 @@ from .. import digits
 
 MINILM = (("lm.path", "weights/minilm"), ("lm.layers", (2, 4)))
 SMOLLM2 = (("lm.path", "weights/smollm2.gguf"), ("lm.layers", (14, 16)))
-ARMS = (
+LANGUAGE_ARMS = (
     (("lm.mode", "none"),),
     (("lm.mode", "mapper"), *MINILM),
     (("lm.mode", "frozen"), *MINILM),
@@ -27,14 +27,16 @@ ARMS = (
     (("lm.mode", "random"), *MINILM),
     (("lm.mode", "permuted"), *MINILM),
     (("lm.mode", "unfrozen"), *MINILM),
+)
+REPLACING = (("lm.mode", "frozen"), *MINILM, ("lm.residual", False))
+ARMS = (
+    *LANGUAGE_ARMS,
     (("lm.mode", "released"), *MINILM),
-    (("lm.mode", "frozen"), *MINILM, ("lm.residual", False)),
+    REPLACING,
     (("lm.mode", "none"), ("given.first", "")),
     (("lm.mode", "frozen"), *MINILM, ("given.first", "")),
 )
-# At equal cost: the plain network trains for what 1,000 steps of the frozen arm cost.
-COST_ARMS = ARMS[:7]
-BUDGET = 61_000.0  # Gflops of training
+BUDGET = 61_000.0  # Gflops of training: what 1,000 steps of the frozen arm cost
 FIRST = "runs/small/nowcast/first"
 
 
@@ -98,7 +100,7 @@ def get_config(which: str = "arms") -> ConfigDict:
     config.sample.steps = "10"
     config.sample.eta = 0.0
     config.evaluate.num_samples = 1_024  # 16 members of each record
-    config.sweep.lists = COST_ARMS if stage == "cost" else ARMS
+    config.sweep.lists = LANGUAGE_ARMS if stage == "cost" else ARMS
     if stage == "cost":
         config.sweep.budget = ("gflops", BUDGET)
     config.sweep.seeds = (0, 1)

@@ -93,27 +93,26 @@ def pair(data_dir, alone, tmp_path_factory):  # after it: the data set is prepar
     return Pair(tmp_path_factory.mktemp("pair"), data_dir)
 
 
-@pytest.fixture(scope="module")
-def alone(data_dir, tmp_path_factory):
-    """The work directory of the same run in one process, its state on every device, 9 steps."""
-    workdir = tmp_path_factory.mktemp("alone")
+def run_alone(command, words, workdir, data_dir):
+    """Run a command in this process; return its work directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITJAX_DATA", str(data_dir))
         patch.chdir(ROOT)
-        assert train.main([*TRAINED, *NINE_STEPS, f"--workdir={workdir}"]) == 0
+        assert command.main([*words, f"--workdir={workdir}"]) == 0
     return workdir
+
+
+@pytest.fixture(scope="module")
+def alone(data_dir, tmp_path_factory):
+    """The work directory of the same run in one process, its state on every device, 9 steps."""
+    return run_alone(train, [*TRAINED, *NINE_STEPS], tmp_path_factory.mktemp("alone"), data_dir)
 
 
 @pytest.fixture(scope="module")
 def study(data_dir, tmp_path_factory):
     """The directory of the same study, of which one process ran the same cell."""
-    workdir = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DITJAX_DATA", str(data_dir))
-        patch.chdir(ROOT)
-        words = ("--config.mesh.data=8", "--config.mesh.fsdp=1")
-        assert sweep.main([*STUDY, *words, f"--workdir={workdir}"]) == 0
-    return workdir
+    words = [*STUDY, "--config.mesh.data=8", "--config.mesh.fsdp=1"]
+    return run_alone(sweep, words, tmp_path_factory.mktemp("study"), data_dir)
 
 
 def test_two_processes_train_as_one(pair, alone):

@@ -11,6 +11,7 @@ from transformers import BertModel, LlamaConfig, LlamaModel
 from ditjax.models.frozen import LayerStack
 from ditjax.weights.gguf import read_gguf
 from ditjax.weights.language import load_layers
+from tests.language_files import TO_GGUF
 from tests.oracles import language
 from tests.text_encoders import relative
 
@@ -71,19 +72,8 @@ def test_smollm2(smollm):
         attn_implementation="eager",
     )
     model = LlamaModel(config).eval()
-    names = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
     for i in (14, 15):
-        for theirs, inside in names.items():
+        for theirs, inside in TO_GGUF.items():
             weight = model.layers[i].get_submodule(theirs).weight
             weight.copy_(torch.from_numpy(file.read(f"blk.{i}.{inside}.weight")))
     model.norm.weight.copy_(torch.from_numpy(file.read("output_norm.weight")))
