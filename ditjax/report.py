@@ -154,9 +154,11 @@ def _text(study: Study) -> str:
     parts = [report_text(study.analyses, study.problems, study.plan)]
     parts += [claim_words(study.sampling)] if study.sampling else []
     parts += [scored_text(study.scored)] if study.scored else []
-    if study.told:
-        parts.append("\n".join(["Registered predictions", *(each.words for each in study.told)]))
-        parts += [words] if (words := reliability(study.told)) else []
+    if study.predictions:
+        parts.append(
+            "\n".join(["Registered predictions", *(each.words for each in study.predictions)])
+        )
+        parts += [words] if (words := reliability(study.predictions)) else []
     return "\n\n".join(parts)
 
 
@@ -166,7 +168,7 @@ def _record(study: Study) -> dict[str, Any]:
         **report_record(study.analyses, study.problems, study.plan),
         "sampling_claim": asdict(study.sampling) if study.sampling else None,
         "scored": [asdict(row) for row in study.scored],
-        "predictions": [{**asdict(each), "inside": each.inside} for each in study.told],
+        "predictions": [{**asdict(each), "inside": each.inside} for each in study.predictions],
     }
 
 

@@ -1124,13 +1124,13 @@ def query_factor(k: DiTKeys) -> float:
     return 1.0 if relative is None else mup.query_scale(relative, size.width // size.heads)
 
 
-def rates(k: DiTKeys) -> Callable[[str], float] | None:
+def rates(k: DiTKeys, kinds: mup.Kinds = KINDS) -> Callable[[str], float] | None:
     """The learning-rate multiplier of each parameter by its path, or None if all are 1."""
     relative = base(k)
     if relative is None:
         return None
     ratio = parse_size(k.size).width / relative.width
-    return lambda path: mup.rate_multiplier(path, ratio, KINDS)
+    return lambda path: mup.rate_multiplier(path, ratio, kinds)
 
 
 def attention(k: DiTKeys, inputs: Inputs) -> Attention:

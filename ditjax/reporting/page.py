@@ -21,7 +21,7 @@ from ditjax.reporting.style import MARKERS, variable
 from ditjax.reporting.table import Column, table_columns, verdict
 from ditjax.runs.results import Found
 from ditjax.scaling.claims import Claim
-from ditjax.studies.ladder import Foretold, reliability
+from ditjax.studies.ladder import ScoredPrediction, reliability
 from ditjax.studies.words import encodable, interval_words, metric_name, number, plural, short
 
 MAX_GROUPS = 4  # protocols with plots; the table has all
@@ -38,7 +38,7 @@ class Study:
     sampling: Claim | None
     scored: tuple[Scored, ...]
     cells: tuple[tuple[Cells | None, str], ...]
-    told: tuple[Foretold, ...]
+    predictions: tuple[ScoredPrediction, ...]
     problems: tuple[str, ...]
 
     @property
@@ -78,8 +78,8 @@ def render_page(study: Study) -> str:
         absent=[_absent_row(columns, cell) for cell in study.absent],
         models=_models(study),
         scored=study.scored,
-        told=study.told,
-        reliability=reliability(study.told),
+        predictions=study.predictions,
+        reliability=reliability(study.predictions),
         differences=shared(study.scored),
         count=len(runs),
         samples=[

@@ -42,19 +42,19 @@ class Rung:
     metric: str
     protocol_hash: str
     budget: float
-    told: Forecast
+    prediction: Forecast
     runs: tuple[str, ...]
     rate: str
 
     @property
     def words(self) -> str:
         """The rung and its prediction in one sentence."""
-        told, c = self.told, self.cell.config
+        law, c = self.prediction, self.cell.config
         return (
             f"{self.cell.model}, {c.train.steps:,} steps at rate {c.optim.learning_rate:.3g}"
-            f" ({self.rate}), {told.x:.4g} training Gflops: {self.metric} {told.predicted:.4g}"
-            f" (95 %: {told.interval.low:.4g} to {told.interval.high:.4g}), by the law of"
-            f" {told.models} models."
+            f" ({self.rate}), {law.x:.4g} training Gflops: {self.metric} {law.predicted:.4g}"
+            f" (95 %: {law.interval.low:.4g} to {law.interval.high:.4g}), by the law of"
+            f" {law.models} models."
         )
 
 
@@ -79,7 +79,7 @@ def next_rung(runs: Sequence[Found], metric: str, budget: float) -> Rung:
     largest = max(path, key=lambda each: (each.result["gflops"], -each.result["train"]["seed"]))
     c, rate = _config(largest, budget, seen)
     cost = cost_of(c)
-    told = forecast(
+    prediction = forecast(
         compute,
         [each.result["metrics"][metric] for each in path],
         training_gflops(cost.gflops, c.train.steps * c.train.batch_size, cost.passes),
@@ -89,7 +89,7 @@ def next_rung(runs: Sequence[Found], metric: str, budget: float) -> Rung:
     name = f"{make_task(c).name.replace('/', '-p')}-seed{c.seed}-rung_{budget:g}"
     cell = Cell(0, rundir.legal_name(name.replace("+", "")), as_tree(c), c)
     names = tuple(each.result["run"] for each in path)
-    return Rung(cell, metric, largest.result["protocol_hash"], budget, told, names, rate)
+    return Rung(cell, metric, largest.result["protocol_hash"], budget, prediction, names, rate)
 
 
 def _compute(each: Found) -> float:
@@ -153,7 +153,7 @@ def register(workdir: Path, rung: Rung, machine: dict[str, Any] | None) -> Path:
         if found.get("recipe") != recordable(rung.cell.recipe):
             raise UserError(f"{path} predicts another run of this name: move it away.")
         return path
-    told = rung.told
+    law = rung.prediction
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "schema": PREDICTION_SCHEMA,
@@ -163,10 +163,10 @@ def register(workdir: Path, rung: Rung, machine: dict[str, Any] | None) -> Path:
         "metric": rung.metric,
         "protocol_hash": rung.protocol_hash,
         "budget": rung.budget,
-        "training_gflops": told.x,
-        "predicted": told.predicted,
-        "interval": dataclasses.asdict(told.interval),
-        "law": {"a": told.a, "b": told.b, "c": told.c, "models": told.models},
+        "training_gflops": law.x,
+        "predicted": law.predicted,
+        "interval": dataclasses.asdict(law.interval),
+        "law": {"a": law.a, "b": law.b, "c": law.c, "models": law.models},
         "runs": list(rung.runs),
         "rate": rung.rate,
         "machine": machine,
@@ -176,7 +176,7 @@ def register(workdir: Path, rung: Rung, machine: dict[str, Any] | None) -> Path:
 
 
 @dataclass(frozen=True)
-class Foretold:
+class ScoredPrediction:
     """A registered prediction, and what was measured: NaN if the run has no such result yet."""
 
     run: str
@@ -191,13 +191,13 @@ class Foretold:
     @property
     def words(self) -> str:
         """The prediction and its outcome on one line."""
-        told = f"{number(self.predicted)} ({number(self.low)} to {number(self.high)})"
+        interval = f"{number(self.predicted)} ({number(self.low)} to {number(self.high)})"
         outcome = f"not scored: {self.why}"
         if self.inside is not None:
             where = "inside" if self.inside else "outside"
             outcome = f"measured {number(self.measured)}, {where}"
         return (
-            f"{short(self.run, 80)}: {metric_name(self.metric)} {told}, registered"
+            f"{short(self.run, 80)}: {metric_name(self.metric)} {interval}, registered"
             f" {self.registered}; {outcome}"
         )
 
@@ -209,7 +209,7 @@ class Foretold:
 
 def read_predictions(
     folders: Sequence[str | Path], runs: Sequence[Found], problems: list[str]
-) -> tuple[Foretold, ...]:
+) -> tuple[ScoredPrediction, ...]:
     """Read the predictions registered below `folders` and score them by the results `runs`.
 
     An outcome counts only under the protocol that was predicted. What cannot be read is added to
@@ -219,19 +219,19 @@ def read_predictions(
     found = []
     for path in [path for folder in folders for path in _registered(folder)]:
         try:
-            told, protocol = _read(path)
+            prediction, protocol = _read(path)
         except (FaultError, OSError, ValueError, KeyError, TypeError) as error:
             problems.append(f"{path} is no registered prediction ({error}): it is ignored.")
             continue
-        result = by_name.get(told.run)
+        result = by_name.get(prediction.run)
         if result is None:
-            told = dataclasses.replace(told, why="not run")
+            prediction = dataclasses.replace(prediction, why="not run")
         elif result["protocol_hash"] != protocol:
-            told = dataclasses.replace(told, why="measured by another protocol")
+            prediction = dataclasses.replace(prediction, why="measured by another protocol")
         else:
-            measured = result["metrics"].get(told.metric, math.nan)
-            told = dataclasses.replace(told, measured=measured)
-        found.append(told)
+            measured = result["metrics"].get(prediction.metric, math.nan)
+            prediction = dataclasses.replace(prediction, measured=measured)
+        found.append(prediction)
     return tuple(found)
 
 
@@ -239,11 +239,11 @@ def _registered(folder: str | Path) -> list[Path]:
     return sorted(place(folder).glob(f"{REGISTERED}/*.json"))
 
 
-def _read(path: Path) -> tuple[Foretold, str]:
+def _read(path: Path) -> tuple[ScoredPrediction, str]:
     """The prediction in a file, without its outcome, and its protocol's hash."""
     record = load_json(path)
     low, high = record["interval"]["low"], record["interval"]["high"]
-    told = Foretold(
+    prediction = ScoredPrediction(
         str(record["run"]),
         str(record["metric"]),
         str(record["registered"]),
@@ -251,12 +251,12 @@ def _read(path: Path) -> tuple[Foretold, str]:
         -math.inf if low is None else float(low),
         math.inf if high is None else float(high),
     )
-    return told, str(record["protocol_hash"])
+    return prediction, str(record["protocol_hash"])
 
 
-def reliability(told: Sequence[Foretold]) -> str:
+def reliability(predictions: Sequence[ScoredPrediction]) -> str:
     """How many of the predictions with an outcome hold, in one sentence; '' without any."""
-    scored = [each for each in told if each.inside is not None]
+    scored = [each for each in predictions if each.inside is not None]
     if not scored:
         return ""
     held = sum(bool(each.inside) for each in scored)

@@ -15,7 +15,7 @@ from ditjax.runs.results import Found, write_result
 from ditjax.scaling.extrapolate import forecast
 from ditjax.scaling.spread import share_band
 from ditjax.studies.cells import cells
-from ditjax.studies.ladder import Foretold, next_rung, register, reliability
+from ditjax.studies.ladder import ScoredPrediction, next_rung, register, reliability
 from ditjax.tasks import cost_of
 from tests.commands.conftest import TINY
 from tests.runs.test_results import a_result
@@ -52,9 +52,9 @@ def test_a_rung_of_as_many_images_grows_the_largest_model(five, tmp_path):
     c = rung.cell.config
     assert c.train.steps == five[0].config.train.steps
     assert rung.cell.training_gflops == pytest.approx(3 * largest, rel=0.1)
-    assert rung.told.x == pytest.approx(rung.cell.training_gflops)
-    assert rung.told.predicted == pytest.approx(0.2 * rung.told.x**-0.5, rel=0.1)
-    assert rung.told.interval.low < rung.told.predicted < rung.told.interval.high
+    assert rung.prediction.x == pytest.approx(rung.cell.training_gflops)
+    assert rung.prediction.predicted == pytest.approx(0.2 * rung.prediction.x**-0.5, rel=0.1)
+    assert rung.prediction.interval.low < rung.prediction.predicted < rung.prediction.interval.high
     depth, width, _ = map(int, c.model.size.split("x"))
     assert depth > 4
     assert width > 64
@@ -85,7 +85,7 @@ def test_where_images_differ_the_rung_follows_the_frontier(five, tmp_path):
     seen = rung.cell.config.train.steps * rung.cell.config.train.batch_size
     assert seen == pytest.approx(2e3 * gflops[-1] / gflops[0], rel=0.02)
     assert cost_of(rung.cell.config).gflops == pytest.approx(2 * gflops[-1], rel=0.1)
-    assert rung.told.predicted == pytest.approx(rung.told.x**-0.25, rel=1e-3)
+    assert rung.prediction.predicted == pytest.approx(rung.prediction.x**-0.25, rel=1e-3)
 
 
 def test_the_prediction_holds_in_90_of_100_planted_studies():
@@ -93,10 +93,10 @@ def test_the_prediction_holds_in_90_of_100_planted_studies():
     rng, held, trials = np.random.default_rng(5), 0, 100
     for _ in range(trials):
         x, y, model = study(rng, seeds=2, models=8)
-        told = forecast(x, y, 0.5, rng, groups=model, offset=False, resamples=200)
+        prediction = forecast(x, y, 0.5, rng, groups=model, offset=False, resamples=200)
         of_model, of_seeds = rng.normal(size=2) * 0.1
         truth = 0.05 * 0.5**-0.5 * math.exp(of_model + 0.5 * of_seeds / 2**0.5)
-        held += told.interval.low <= truth <= told.interval.high
+        held += prediction.interval.low <= truth <= prediction.interval.high
     assert held >= 0.9 * trials
 
 
@@ -144,7 +144,7 @@ def test_a_registered_prediction_is_never_written_again(five, tmp_path):
     first, second = (
         next_rung(runs_of(five, tmp_path, noise), "fd_digits", 1e3) for noise in (0.0, 0.1)
     )
-    assert first.told.predicted != second.told.predicted
+    assert first.prediction.predicted != second.prediction.predicted
     path = register(tmp_path, first, None)
     kept = path.read_bytes()
     assert register(tmp_path, second, None) == path
@@ -172,11 +172,11 @@ def test_mistakes_end_before_anything_is_written(five, tmp_path):
 
 
 def test_reliability_is_a_share_with_its_interval():
-    told = [Foretold("a", "fid", "", 10.0, 8.0, 12.0, x) for x in (9.0, 11.0, 20.0)]
-    told.append(Foretold("b", "fid", "", 10.0, 8.0, 12.0, why="not run"))
-    assert reliability(told).startswith("2 of 3 registered predictions held")
-    assert "not run" in told[-1].words
-    assert reliability(told[3:]) == ""
+    predictions = [ScoredPrediction("a", "fid", "", 10.0, 8.0, 12.0, x) for x in (9.0, 11.0, 20.0)]
+    predictions.append(ScoredPrediction("b", "fid", "", 10.0, 8.0, 12.0, why="not run"))
+    assert reliability(predictions).startswith("2 of 3 registered predictions held")
+    assert "not run" in predictions[-1].words
+    assert reliability(predictions[3:]) == ""
     low, high = share_band(2, 3)
     assert (low, high) == pytest.approx((0.0943, 0.9916), abs=1e-4)
     assert share_band(0, 4)[0] == 0
