@@ -94,7 +94,7 @@ RECIPES = {
         seed=1,
         epochs=7,
     ),
-    # Clothes are upright, and are told apart by less than digits are.
+    # Clothes stand upright, and their classes differ in finer details than digits.
     PAIRS["fashion"].features: Recipe(
         DigitsConvNet(width=12, side=MNIST_SIDE, stages=3),
         Augmentation(rotation_radians=0.05, shift_pixels=1.0, noise=0.2),

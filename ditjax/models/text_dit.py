@@ -49,8 +49,8 @@ class TextDiTKeys(DiTKeys):
     """The keys of `config.model` for a DiT of texts: those of a DiT, and one."""
 
     kind: str = key("text_dit")
-    # Pixels a side that the network is told, as PixArt-α's of 1024 pixels are; 0 = it is not told.
-    told_side: int = non_negative(0, most=16_384)
+    # Side in pixels that the network is conditioned on, as PixArt-α's of 1024 pixels; 0 = none.
+    size_condition: int = non_negative(0, most=16_384)
 
 
 def check(k: TextDiTKeys, inputs: Inputs) -> None:
@@ -68,10 +68,10 @@ def check(k: TextDiTKeys, inputs: Inputs) -> None:
                 f"text_dit) does not have: leave it at {wanted!r}."
             )
     width = dit.parse_size(k.size).width
-    if k.told_side and width % 3:
+    if k.size_condition and width % 3:
         raise UserError(
-            f"config.model.told_side is {k.told_side} and the width {width}: expected a multiple of"
-            " 3, a third each for height, width and their ratio."
+            f"config.model.size_condition is {k.size_condition} and the width {width}:"
+            " expected a multiple of 3, a third each for height, width and their ratio."
         )
 
 
@@ -91,7 +91,7 @@ def parameters(k: TextDiTKeys, inputs: Inputs) -> int:
     caption = (inputs.context.width * D + D) + (D * D + D)
     shared = 6 * (D * D + D) + inputs.vector * D
     ends = (patch_in * D + D) + (D * patch_out + patch_out) + 2 * D
-    return L * block + times + 2 * sizes * bool(k.told_side) + caption + shared + ends
+    return L * block + times + 2 * sizes * bool(k.size_condition) + caption + shared + ends
 
 
 def text_macs(k: TextDiTKeys, inputs: Inputs) -> int:
@@ -107,7 +107,7 @@ def text_macs(k: TextDiTKeys, inputs: Inputs) -> int:
     block += 2 * N * D * D + 2 * M * D * D + 2 * N * M * D + (4 if s.qk_norm else 2) * N * D
     ends = s.patch**2 * (s.in_channels + s.out_channels) * N * D + N * D
     shared = TIMESTEP_FREQUENCIES * D + 7 * D * D + inputs.vector * D
-    if k.told_side:
+    if k.size_condition:
         shared += 3 * (TIMESTEP_FREQUENCIES * (D // 3) + (D // 3) ** 2)
     return L * block + ends + shared + M * (inputs.context.width * D + D * D)
 
@@ -212,7 +212,7 @@ class TextDiT(DiT):
     """
 
     vector: int = 0
-    told_side: int = 0
+    size_condition: int = 0
 
     @nn.compact
     def __call__(
@@ -242,13 +242,13 @@ class TextDiT(DiT):
 
     @nn.nowrap
     def _embed(self, t: jax.Array, vector: AnyArray | None) -> jax.Array:
-        """The embedded time, plus the sizes that the network is told and the projected vector."""
+        """The embedded time, plus the embedded size and the projected vector, if there are any."""
         e = self._embed_times(t, None)
-        if self.told_side:
+        if self.size_condition:
             embed = functools.partial(
                 TimestepEmbedder, self.width // 3, self.frequency_shift, self.dtype
             )
-            side = jnp.full(t.shape, float(self.told_side))
+            side = jnp.full(t.shape, float(self.size_condition))
             of_side = embed(name="side_embedder")(side)
             ratio = embed(name="ratio_embedder")(jnp.ones_like(side))
             e = e + jnp.concatenate([of_side, of_side, ratio], axis=-1)
@@ -334,7 +334,7 @@ def adopt_dit(
 def module(k: TextDiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> TextDiT:
     """Build the denoiser of a recipe; its parameters do not depend on `place`."""
     plain = dit.module(dataclasses.replace(k, label_dropout=0.0), inputs, place)
-    own = {"vector": inputs.vector, "told_side": k.told_side}
+    own = {"vector": inputs.vector, "size_condition": k.size_condition}
     made: TextDiT = dit.with_fields_of(plain, TextDiT, **own)
     return made
 
@@ -345,14 +345,6 @@ def _attention(k: TextDiTKeys, inputs: Inputs) -> Attention:
     return Attention(dit.shape(k, inputs).tokens, 0, size.heads, size.width // size.heads)
 
 
-def _rates(k: TextDiTKeys) -> Callable[[str], float] | None:
-    relative = dit.base(k)
-    if relative is None:
-        return None
-    ratio = dit.parse_size(k.size).width / relative.width
-    return lambda path: mup.rate_multiplier(path, ratio, TEXT_KINDS)
-
-
 NETWORK = Network(
     keys=TextDiTKeys,
     module=module,
@@ -361,7 +353,7 @@ NETWORK = Network(
     attention=_attention,
     kernel=lambda k: k.attention,
     rules=TEXT_RULES,
-    rates=_rates,
+    rates=functools.partial(dit.rates, kinds=TEXT_KINDS),
     varied=("size", "patch"),
     grafts=(
         (r"x_embedder/kernel", grafting.input_channels),

@@ -295,8 +295,8 @@ PIXART: Layout = [
     *_linear("final_layer/linear", "proj_out"),
 ]
 
-# The same of a network that is told the size of its images.
-PIXART_TOLD: Layout = [
+# The same of a network that is conditioned on the size of its images.
+PIXART_SIZED: Layout = [
     *PIXART,
     *_linear("side_embedder/in", f"{_SINGLE}.resolution_embedder.linear_1"),
     *_linear("side_embedder/out", f"{_SINGLE}.resolution_embedder.linear_2"),

@@ -494,7 +494,7 @@ def _load_pixart(file: weights.TensorFile, given: Given) -> LoadedNetwork:
     heads = _heads(file, depth, D, given.heads, Arguments(file.path, file.config, file.extra))
     latent = C not in (1, 3)
     pixels = side * (8 if latent else 1)
-    told = "adaln_single.emb.resolution_embedder.linear_1.weight" in file.tensors
+    sized = "adaln_single.emb.resolution_embedder.linear_1.weight" in file.tensors
     learned = out == 2 * p * p * C
     config = _recipe(
         file,
@@ -506,7 +506,7 @@ def _load_pixart(file: weights.TensorFile, given: Given) -> LoadedNetwork:
                 "patch": p,
                 "mlp_ratio": _mlp_ratio(hidden, D),
                 "position_grid": _position_grid(file, side, p),
-                "told_side": pixels if told else 0,
+                "size_condition": pixels if sized else 0,
             },
             "text": {"width": width, "tokens": _PIXART_TOKENS, **_text_keys(file)},
             "diffusion": {
@@ -524,7 +524,7 @@ def _load_pixart(file: weights.TensorFile, given: Given) -> LoadedNetwork:
         },
     )
     shapes = shapes_of(config)
-    rules = layouts.PIXART_TOLD if told else layouts.PIXART
+    rules = layouts.PIXART_SIZED if sized else layouts.PIXART
     what = f"DiT of texts of {depth} layers, width {D}, patch {p} in the layout of diffusers"
     expected = layouts.expected_shapes(rules, shapes, patch=p)
     weights.check_tensors(file.path, what, file.tensors, expected)

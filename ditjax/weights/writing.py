@@ -344,12 +344,13 @@ def _pixart_tensors(network: LoadedNetwork) -> dict[str, np.ndarray]:
                 f"{program} has no such network: config.model.{key} is {value!r}, and its code"
                 f" requires {wanted!r}. Convert to ditjax's own format."
             )
-    if c.model.told_side not in (0, c.data.image_size):
+    if c.model.size_condition not in (0, c.data.image_size):
         raise UserError(
-            f"{program} is told the size of the images that are drawn, {c.data.image_size}, and"
-            f" config.model.told_side is {c.model.told_side}: convert to ditjax's own format."
+            f"{program} conditions on the size of the images that are drawn, {c.data.image_size},"
+            f" and config.model.size_condition is {c.model.size_condition}: convert to ditjax's own"
+            " format."
         )
-    rules = layouts.PIXART_TOLD if c.model.told_side else layouts.PIXART
+    rules = layouts.PIXART_SIZED if c.model.size_condition else layouts.PIXART
     return layouts.to_theirs(rules, network.leaves, patch=c.model.patch)
 
 
@@ -367,7 +368,7 @@ def _pixart_config(network: LoadedNetwork) -> dict[str, Any]:
         "interpolation_scale": int(scale) if scale == int(scale) else scale,
         "norm_type": "ada_norm_single",
         "num_embeds_ada_norm": 1000,
-        "use_additional_conditions": bool(c.model.told_side),
+        "use_additional_conditions": bool(c.model.size_condition),
     }
 
 

@@ -22,7 +22,7 @@ from tests.seeded import seeded_state
 
 B, M, C = 4, 6, 10
 INPUTS = Inputs((8, 8, 3), out_channels=3, num_classes=1, context=Context(M, C))
-WITH_ALL = ({"told_side": 64, "qk_norm": True, "size": "2x24x2"}, INPUTS._replace(vector=5))
+WITH_ALL = ({"size_condition": 64, "qk_norm": True, "size": "2x24x2"}, INPUTS._replace(vector=5))
 
 
 def keys(**changes: Any) -> text_dit.TextDiTKeys:
@@ -124,7 +124,7 @@ def test_what_the_network_lacks_is_one_line():
     for changes, message in (
         ({"block": "in_context"}, "block is 'in_context', which a DiT of texts"),
         ({"mlp": "swiglu"}, "leave it at 'gelu'"),
-        ({"told_side": 64}, "expected a multiple of 3"),
+        ({"size_condition": 64}, "expected a multiple of 3"),
         ({"patch": 3}, "does not divide the 8x8 input"),
     ):
         with pytest.raises(UserError, match=message):

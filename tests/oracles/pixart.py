@@ -21,7 +21,7 @@ CONFIG: dict[str, Any] = {
     "sample_size": 8,
     "patch_size": 2,
 }
-# The second is told the size of its images, and its positions are interpolated.
+# The second is conditioned on the size of its images, and its positions are interpolated.
 TYPES: dict[str, dict[str, Any]] = {
     "512": CONFIG,
     "1024": {**CONFIG, "interpolation_scale": 2, "use_additional_conditions": True},

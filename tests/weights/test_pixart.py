@@ -51,7 +51,7 @@ def test_diffusers_computes_the_same(golden, kind, tmp_path):
         10,
         120,
     )
-    assert c.model.told_side == (64 if kind == "1024" else 0)
+    assert c.model.size_condition == (64 if kind == "1024" else 0)
     given = Conditions(context=jnp.asarray(golden["context"]))
     given = given._replace(context_mask=jnp.asarray(golden["mask"]) == 1)
     x = jnp.asarray(golden["x"].transpose(0, 2, 3, 1))
@@ -104,7 +104,7 @@ def test_hostile_folders_are_one_line(golden, tmp_path):
     network = load_network(written(golden, tmp_path / "good"))
     for keys, message in (
         ({"model": {"qk_norm": True}}, "config.model.qk_norm is True, and its code requires False"),
-        ({"model": {"told_side": 32}}, "config.model.told_side is 32"),
+        ({"model": {"size_condition": 32}}, "config.model.size_condition is 32"),
     ):
         other = network._replace(config=changed(network.config, keys))
         with pytest.raises(UserError, match=message):
