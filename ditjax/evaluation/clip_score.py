@@ -15,11 +15,9 @@ from PIL import Image
 from ditjax.errors import UserError, shown
 from ditjax.models.clip import CLIP
 from ditjax.parallel.mesh import make_mesh
-from ditjax.runs import opening, rundir
-from ditjax.tasks import make_task, text_conditions
-from ditjax.tasks.clip import towers
-from ditjax.weights.clip import load_clip
-from ditjax.weights.networks import from_run
+from ditjax.runs import opening
+from ditjax.tasks import text_conditions
+from ditjax.tasks.clip import opened_clip
 
 _PREPROCESSOR = "preprocessor_config.json"
 
@@ -41,22 +39,14 @@ class ClipScorer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        mean, std = (0.5,) * 3, (0.5,) * 3
-        if rundir.is_run(path):
-            trained = opening.recipe_of(path)
-            if not hasattr(trained, "clip"):
-                raise UserError(
-                    f"config.evaluate.clip={path} is a run of task {trained.task!r}: expected CLIP."
-                )
-            mesh = make_mesh(-1, 1)
-            found = opening.load_weights(trained, make_task(trained), path, mesh)[0]
-            config, params = towers(trained), from_run(trained, found).params["params"]
-            self.tokenizer, self.tokens = trained.text.tokenizer, trained.text.tokens
+        opened = opened_clip(os.fspath(path), "evaluate.clip")
+        config, params = opened.config, opened.load(make_mesh(-1, 1))["params"]
+        if opened.recipe:
+            text, mean, std = opened.recipe.text, (0.5,) * 3, (0.5,) * 3
+            self.tokenizer, self.tokens = text.tokenizer, text.tokens
         else:
-            loaded = load_clip(path)
-            config, params = loaded.config, loaded.params
-            self.tokenizer, self.tokens = os.fspath(path), config.text.positions
             mean, std = _normalisation(Path(path))
+            self.tokenizer, self.tokens = os.fspath(path), config.text.positions
         self._side = config.image.side
         self._mean, self._std = (np.asarray(each, np.float32) for each in (mean, std))
         self._apply: Any = jax.jit(CLIP(config).apply, static_argnames="method")

@@ -317,6 +317,18 @@ TASK = Definition(make=make, network="clip", sections={"text": Text, "clip": Cli
 # ---- the frozen CLIP of other tasks
 
 
+def opened_clip(path: str, key_name: str) -> Opened:
+    """The CLIP of a run, or of a folder of transformers, at the path that `key_name` names.
+
+    Raises UserError for another network.
+    """
+    if (store.place(path) / CONFIG_FILE).is_file() and not rundir.is_run(path):
+        loaded = load_clip(path)
+        return Opened(loaded.config, lambda mesh: {"params": loaded.params}, loaded.account)
+    opened = opened_run(path, key_name, "clip")
+    return opened._replace(config=towers(opened.recipe))
+
+
 def open_clip(c: Config, key_name: str) -> Opened:
     """The CLIP of a run, or of a folder of transformers, that config.`key_name` names.
 
@@ -324,18 +336,14 @@ def open_clip(c: Config, key_name: str) -> Opened:
     """
     section, _, leaf = key_name.partition(".")
     path: str = getattr(getattr(c, section), leaf)
-    if (store.place(path) / CONFIG_FILE).is_file() and not rundir.is_run(path):
-        loaded = load_clip(path)
-        opened = Opened(loaded.config, lambda mesh: {"params": loaded.params}, loaded.account)
-    else:
-        opened = opened_run(path, key_name, "clip")
+    opened = opened_clip(path, key_name)
+    if opened.recipe:
         theirs: Text = opened.recipe.text
         if theirs.tokenizer != c.text.tokenizer:
             raise UserError(
                 f"config.text.tokenizer is {c.text.tokenizer!r}, and the CLIP at {path} was trained"
                 f" with {theirs.tokenizer!r}: set it to that."
             )
-        opened = opened._replace(config=towers(opened.recipe))
     image, text = opened.config.image, opened.config.text
     check_channels(path, image.channels, c.data.channels)
     for name, ours, least in (

@@ -173,7 +173,7 @@ def test_a_clip_that_does_not_fit_is_one_line(clip, monkeypatch, tmp_path):
         make(recipe(prior={"clip": str(tmp_path)}))
     with pytest.raises(UserError, match=r"config.prior.clip is ''"):
         make(recipe(prior={"clip": ""}))
-    monkeypatch.setattr(clip_task, "opened_run", lambda *args: clip)
+    monkeypatch.setattr(clip_task, "opened_clip", lambda *args: clip)
     for changes, message in (
         ({"data": {"image_size": 16}}, "image_size is 16, and the CLIP at a reads 8"),
         ({"text": {"tokens": 14}}, "text.tokens is 14, and the CLIP at a reads 12"),
@@ -182,6 +182,6 @@ def test_a_clip_that_does_not_fit_is_one_line(clip, monkeypatch, tmp_path):
         with pytest.raises(UserError, match=message):
             make(recipe(**changes))
     other = SimpleNamespace(text=SimpleNamespace(tokenizer="b"))
-    monkeypatch.setattr(clip_task, "opened_run", lambda *args: clip._replace(recipe=other))
+    monkeypatch.setattr(clip_task, "opened_clip", lambda *args: clip._replace(recipe=other))
     with pytest.raises(UserError, match="the CLIP at a was trained with 'b'"):
         make(recipe())
