@@ -164,7 +164,8 @@ def has_result(cell: Cell, folder: Path) -> bool:
     return True
 
 
-_COMMAND = "DITJAX_SWEEP_COMMAND"  # the command as typed, for the processes of its cells
+# For the processes of cells: the command as typed, and the cell's name.
+_COMMAND, _CELL = "DITJAX_SWEEP_COMMAND", "DITJAX_SWEEP_CELL"
 
 
 def _typed_command(argv: Sequence[str]) -> str:
@@ -258,7 +259,7 @@ def _start(
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}.") from None
     command = [sys.executable, "-m", "ditjax.sweep", *argv, f"--index={cell.number}"]
-    env = {**os.environ, _COMMAND: typed_command}
+    env = {**os.environ, _COMMAND: typed_command, _CELL: cell.name}
     ours = cores()
     try:
         # A child inherits the cores; setting them after a fork is unsafe with JAX's threads.
@@ -476,6 +477,7 @@ def main(argv: list[str]) -> int:
     if args.index is not None:
         if started := _COMMAND in os.environ:
             _exit_with_parent()
+        _check_cell(study[args.index])
         run_cell(study[args.index], workdir, waits=started, begin=None if started else begin)
         return 0
     selected = select_cells(study, args.models, args.cells, args.shard)
@@ -507,6 +509,16 @@ def main(argv: list[str]) -> int:
         summary = _write_report(workdir, failed)
     _print_end(workdir, summary, failed)
     return 1 if failed else 0
+
+
+def _check_cell(cell: Cell) -> None:
+    """Raise UserError if the recipe now has another cell in the place of the one to be run."""
+    expected = os.environ.get(_CELL, cell.name)
+    if expected != cell.name:
+        raise UserError(
+            f"the recipe was changed while its sweep ran: cell {cell.number} was {expected} and is"
+            f" now {cell.name}. Start the sweep again; cells that are done are kept."
+        )
 
 
 def _climb(workdir: Path, budget: float, topology: str, dry_run: bool) -> int:

@@ -274,6 +274,14 @@ def test_a_study_is_one_sweeps_and_a_cell_one_process(tmp_path):
     assert list(tmp_path.rglob("*")) == []
 
 
+def test_a_recipe_changed_while_its_sweep_runs_is_found_by_its_cells(tmp_path, monkeypatch):
+    monkeypatch.setenv(sweep._CELL, "DiT-1x32x2-p4-seed1")
+    words = [*TINY, GRID.replace("(0,1)", "(5,0,1)"), f"--workdir={tmp_path}", "--index=1"]
+    with pytest.raises(UserError, match=r"cell 1 was DiT-1x32x2-p4-seed1 and is now .*seed0\. St"):
+        sweep.main(words)
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_the_result_of_another_recipe_is_no_result(tmp_path):
     (cell,) = cells(load_recipe([*TINY, ONE]))
     folder = tmp_path / "runs" / cell.name
