@@ -11,12 +11,14 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the tests' time is compilation: what is dear in it and changes no number by more than 1e-6
-# is left out (LLVM's dear passes, the emitters by way of MLIR), and nothing is compiled twice, in
-# this process, the other workers or the commands that tests start.
+# is left out (LLVM's dear passes, the emitters by way of MLIR, the split of a program's functions
+# among threads, which copies modules: the workers keep all cores busy), and nothing is compiled
+# twice, in this process, the other workers or the commands that tests start.
 # Not --xla_backend_optimization_level=1: gradients of float32 are off by 1e-4.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_parallel_codegen_split_count=1"
     # Eight simulated devices meet on a busy machine, too: XLA aborts after 40 s.
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
