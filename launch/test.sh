@@ -32,11 +32,22 @@ fi
 
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
+"$VENV/bin/shellcheck" --external-sources launch/*.sh .ci/run
+# The type checker needs one core for a minute: it runs beside the tests.
+types=
 if "$PY" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then
-  "$PY" -m mypy
+  "$PY" -m mypy &
+  types=$!
+  trap 'kill "$types" 2>/dev/null || true' INT TERM
 else
   echo "types: not checked on $("$PY" --version), only on 3.11: the newer NumPy's stubs differ"
 fi
-"$VENV/bin/shellcheck" --external-sources launch/*.sh .ci/run
+status=0
 # In the order of tests/conftest.py, not by the number of a file's tests.
-exec "$PY" -m pytest --numprocesses="${JOBS:-$(nproc)}" --dist=loadfile --no-loadscope-reorder "$@"
+"$PY" -m pytest --numprocesses="${JOBS:-$(nproc)}" --dist=loadfile --no-loadscope-reorder "$@" ||
+  status=$?
+if [ -n "$types" ] && ! wait "$types"; then
+  echo "error: mypy found errors, or was stopped: its messages are above" >&2
+  status=1
+fi
+exit "$status"
