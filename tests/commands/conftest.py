@@ -30,6 +30,11 @@ TOY = (
     "--config=tests/toys/digits.py",
     *(word for word in TINY if not word.startswith(("--config=", "--config.model."))),
 )
+# On latents of an autoencoder that a test names.
+LATENTS = (
+    "--config=tests/toys/latents.py",
+    *(word for word in TOY if not word.startswith("--config=") and "batch" not in word),
+)
 
 
 class CutError(Exception):

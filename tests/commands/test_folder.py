@@ -10,7 +10,7 @@ from PIL import Image
 from ditjax import evaluate, grid, sweep, train
 from ditjax.data.records import load_arrays
 from ditjax.errors import UserError
-from tests.commands.conftest import TINY
+from tests.commands.conftest import TOY
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def folder(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(folder: Path) -> list[str]:
     return [
-        *TINY,
+        *TOY,
         f"--config.data.name=folder:{folder}",
         "--config.data.num_classes=2",
         "--config.evaluate.split=val",

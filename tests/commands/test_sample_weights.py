@@ -19,7 +19,7 @@ from ditjax.sampling.pipeline import open_run_source
 from ditjax.tasks import make_task
 from ditjax.weights import networks, reading, writing
 from ditjax.weights.torch_file import write_torch
-from tests.commands.conftest import TINY
+from tests.commands.conftest import LATENTS
 from tests.seeded import seeded_state
 from tests.weight_files import FOLDER_WEIGHTS, release_state
 
@@ -230,7 +230,7 @@ def test_sources(files, tmp_path):
 
 def latent_words(path):
     return [
-        "--config=experiments/digits_latent.py",
+        *LATENTS,
         "--config.autoencoder.base_width=4",
         "--config.autoencoder.multipliers=(1,2)",
         "--config.autoencoder.groups=2",
@@ -238,9 +238,6 @@ def latent_words(path):
         "--config.data.channels=3",
         "--config.data.image_size=16",
         "--config.train.batch_size=8",
-        *[word for word in TINY if "batch" not in word and not word.startswith("--config=")],
-        "--config.model.size=1x16x2",
-        "--config.model.patch=4",
         "--config.sample.batch_size=8",
         "--config.train.steps=3",
         f"--config.autoencoder.path={path}",

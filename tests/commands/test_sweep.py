@@ -20,7 +20,7 @@ from ditjax.parallel import stopping
 from ditjax.runs.results import find_results, read_result, write_result
 from ditjax.studies import status
 from ditjax.studies.cells import by_work, cells
-from tests.commands.conftest import TINY
+from tests.commands.conftest import TINY, TOY
 from tests.files.test_masking import SECRETS
 from tests.runs.test_results import a_result
 from tests.test_docs import check_command
@@ -199,8 +199,8 @@ def contents(folder):
 
 
 def test_a_study_from_end_to_end(tmp_path, capfd, monkeypatch):
-    grid = "--config.sweep.grid=(('model.patch',(4,8)),)"
-    words = [*TINY, grid, "--config.evaluate.guided_scale=0.0"]
+    grid = "--config.sweep.grid=(('model.width',(4,8)),)"
+    words = [*TOY, grid, "--config.evaluate.guided_scale=0.0"]
     # Of an autoencoder that pixels do not need: any text.
     words += [f"--config.autoencoder.path=s3://me:{SECRETS[0]}@host/{SECRETS[1]}"]
     monkeypatch.setenv("CANARY_TOKEN", SECRETS[2])
@@ -213,7 +213,7 @@ def test_a_study_from_end_to_end(tmp_path, capfd, monkeypatch):
     words += ["--workdir", str(tmp_path), "--jobs=2"]
     assert sweep.main(words) == 1
     said = capfd.readouterr().err
-    assert "DiT-1x32x2-p4-seed0 FAILED (status 2): error: " in said
+    assert "Conv-4-seed0 FAILED (status 2): error: " in said
     assert "this command has 's3://***@host/***'" in said
     results, problems = find_results([tmp_path / "runs"])
     assert [found.folder for found in results] == [finished]
@@ -228,7 +228,7 @@ def test_a_study_from_end_to_end(tmp_path, capfd, monkeypatch):
     assert sweep.main([*words, "--failed"]) == 0
     assert (tmp_path / "sweep.json").read_bytes() == recorded
     out = capfd.readouterr().out
-    assert out.count("DiT-1x32x2-p") >= 2
+    assert out.count("Conv-") >= 2
     results, problems = find_results([tmp_path / "runs"])
     assert (len(results), problems) == (2, [])
     assert contents(finished) == before, "a finished cell was touched"
@@ -240,11 +240,11 @@ def test_a_study_from_end_to_end(tmp_path, capfd, monkeypatch):
     assert not list(tmp_path.rglob("*lease*"))
     assert not list(tmp_path.rglob("ended.json"))
     result = read_result(broken)
-    assert result["model"]["tokens"] == 4
+    assert result["model"] == {"name": "Conv-4", "width": 4}
     assert result["train"]["steps"] == 20
     assert result["sample"]["steps"] == 3
     command = result["environment"]["command"]
-    assert shlex.split(command)[:4] == ["python", "-m", "ditjax.sweep", TINY[0]]
+    assert shlex.split(command)[:4] == ["python", "-m", "ditjax.sweep", TOY[0]]
     assert shlex.split(command)[-3:] == ["--workdir=DIR", "--jobs=2", "--failed"]
     for name in ("index.html", "table.csv", "gflops_vs_fid.png", "samples_by_model.png"):
         assert (tmp_path / "report" / name).stat().st_size > 100

@@ -140,7 +140,7 @@ def test_told_to_stop_before_the_first_step_nothing_is_saved(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opening, "open_run", telling)
         with pytest.raises(StoppedError, match="stopped at step 0 by SIGTERM"):
-            train.main([*TINY, f"--workdir={tmp_path}"])
+            train.main([*TOY, f"--workdir={tmp_path}"])
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
@@ -281,7 +281,7 @@ def test_a_folder_of_images_trains(tmp_path):
         "--config.train.steps=4",
     ]
     run, drawn = tmp_path / "run", tmp_path / "drawn"
-    assert train.main([*TINY, f"--workdir={run}", *words]) == 0
+    assert train.main([*TOY, f"--workdir={run}", *words]) == 0
     assert lines(run)[-1]["step"] == 4
     # The names of the classes are recorded with the run, and travel with its weights.
     assert json.loads((run / "classes.json").read_text()) == {"classes": ["cat", "dog"]}
@@ -296,7 +296,7 @@ def test_a_folder_of_images_trains(tmp_path):
     # A class number keeps its meaning, or the run is refused.
     (tmp_path / "images" / "cat").rename(tmp_path / "images" / "wolf")
     with pytest.raises(UserError, match=r"whose class 0 is 'cat', but class 0 of .* is 'dog'"):
-        train.main([*TINY, f"--workdir={run}", *words, f"--config.data.data_dir={tmp_path}"])
+        train.main([*TOY, f"--workdir={run}", *words, f"--config.data.data_dir={tmp_path}"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -23,13 +23,13 @@ from ditjax.sampling.pipeline import open_source
 from ditjax.studies.cells import cells
 from ditjax.tasks import make_task
 from ditjax.weights import networks, reading
-from tests.commands.conftest import TINY
+from tests.commands.conftest import TOY
 from tests.sampling.test_pipeline import traces
 
 DISTANCES = (30.0, 10.0, math.nan, 20.0)  # at steps 5, 10, 15 and 20, in the place of the real
 SLOW_SECONDS = 2.0  # added to the second evaluation: what a loaded machine does not add by itself
 SMALL = (
-    *TINY,
+    *TOY,
     "--config.evaluate.guided_scale=0.0",
     "--config.train.keep_checkpoints=1",
     "--config.train.evaluate_num=24",
@@ -74,7 +74,7 @@ def watched(data_dir, tmp_path_factory) -> Watched:
         patch.setattr(Evaluator, "in_memory", in_memory)
         traced = traces(patch)
         words = [*SMALL, "--config.train.evaluate_every_steps=5"]
-        words += ["--config.sweep.grid=(('model.patch',(4,)),)"]
+        words += ["--config.sweep.grid=(('model.width',(8,)),)"]
         (cell,) = cells(load_recipe(words))
         workdir = tmp_path_factory.mktemp("study")
         jax.monitoring.register_event_duration_secs_listener(listen)
