@@ -150,11 +150,13 @@ def in_strings() -> Iterator[Line]:
 
 def strings(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """(line, text) of each string; what an f-string fills in is 1, which a path may be, too."""
-    if isinstance(tree, ast.expr) and (text := _text(tree)):
-        yield tree.lineno, text
-        return
-    for child in ast.iter_child_nodes(tree):
-        yield from strings(child)
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.expr) and (text := _text(node)):
+            yield node.lineno, text
+        else:
+            nodes.extend(ast.iter_child_nodes(node))
 
 
 def _text(node: ast.AST) -> str:
