@@ -22,7 +22,7 @@ from ditjax.runs import opening
 from ditjax.tasks import make_task
 from ditjax.training.program import precise, training
 from ditjax.weights import networks, writing
-from tests.commands.conftest import TINY
+from tests.commands.conftest import LATENTS
 from tests.seeded import seeded_state
 
 # Latents of 16x16x4, 16 KiB a record: 64 of the 359 test digits are a shard of a MiB.
@@ -46,8 +46,7 @@ def vae(tmp_path_factory):
 
 def words(vae, *more):
     return [
-        "--config=experiments/digits_latent.py",
-        *[word for word in TINY if "batch" not in word and not word.startswith("--config=")],
+        *LATENTS,
         "--config.autoencoder.base_width=4",
         "--config.autoencoder.multipliers=(1,2)",
         "--config.autoencoder.groups=2",
@@ -55,8 +54,6 @@ def words(vae, *more):
         "--config.data.channels=3",
         "--config.data.image_size=32",
         "--config.data.split=test",
-        "--config.model.size=1x32x2",
-        "--config.model.patch=4",
         "--config.train.batch_size=24",
         f"--config.autoencoder.path={vae}",
         *more,
