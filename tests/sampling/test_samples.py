@@ -214,16 +214,23 @@ def test_mistakes(tmp_path):
 
 
 RUN = """
-import sys, time
+import os, sys, time
 sys.path.insert(0, sys.argv[2])
 from tests.sampling.test_samples import sample, writer
-to = writer(sys.argv[1], 400)
-for start, stop in to.missing(7):
-    to.write(start, *sample(start, stop))
-    print(stop, flush=True)
-    time.sleep(0.003)
-to.finish()
-print("done", flush=True)
+for _ in sys.stdin:  # a run for each line, without its imports
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        print("ended", flush=True)
+        continue
+    print(os.getpid(), flush=True)
+    to = writer(sys.argv[1], 400)
+    for start, stop in to.missing(7):
+        to.write(start, *sample(start, stop))
+        print(stop, flush=True)
+        time.sleep(0.003)
+    to.finish()
+    print("done", flush=True)
+    os._exit(0)
 """
 
 
@@ -233,20 +240,36 @@ def test_killed_again_and_again(tmp_path):
 
     root = Path(__file__).parent.parent.parent
     command = [sys.executable, "-c", RUN, str(tmp_path / "a.npz"), str(root)]
-    seen: list[str] = []
-    for kill in range(4):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
-            assert process.stdout is not None
-            lines = [process.stdout.readline().strip() for _ in range(8)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root) as process:
+        commands, answers = process.stdin, process.stdout
+        assert commands is not None
+        assert answers is not None
+
+        def start() -> int:
+            commands.write("\n")
+            commands.flush()
+            return int(line())
+
+        def line() -> str:
+            text = answers.readline()
+            assert text, "it died"
+            return text.strip()
+
+        seen: list[str] = []
+        for kill in range(4):
+            pid = start()
+            lines = [line() for _ in range(8)]
             time.sleep(0.002 * kill)
-            process.send_signal(signal.SIGKILL)
-        assert "done" not in lines
-        assert not set(lines) & set(seen)
-        assert not (tmp_path / "a.npz").exists()
-        seen += lines
-    last = subprocess.run(
-        command, capture_output=True, text=True, check=True, cwd=root, timeout=60
-    ).stdout.split()
+            os.kill(pid, signal.SIGKILL)
+            rest = list(iter(line, "ended"))
+            assert "done" not in lines + rest
+            assert not set(lines) & set(seen)
+            assert not (tmp_path / "a.npz").exists()
+            seen += lines
+        start()
+        last = list(iter(line, "ended"))
+        commands.close()
     assert last[-1] == "done"
     assert not set(last) & set(seen)
     check(tmp_path / "a.npz", 400)
