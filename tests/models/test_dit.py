@@ -385,11 +385,11 @@ def test_a_hook_has_what_is_after_its_block(block, unroll):
     seen, p = captured["intermediates"], params["params"]
     t_emb, y_emb = (seen[name]["__call__"][0] for name in ("t_embedder", "y_embedder"))
     cond = Conditioning(t_emb + y_emb, jnp.stack([t_emb, y_emb], axis=1))
-    one = BLOCKS[block](BlockConfig(SMALL.heads, 4.0))
+    one = jax.jit(BLOCKS[block](BlockConfig(SMALL.heads, 4.0)).apply)
     (after,) = seen["blocks"]["__call__"]
     for k in range(1, SMALL.depth):
         weights = jax.tree.map(lambda leaf, k=k: leaf[k], p["blocks"])
-        expected = jax.jit(one.apply)({"params": weights}, given[k - 1], cond)
+        expected = one({"params": weights}, given[k - 1], cond)
         np.testing.assert_allclose(after[k], expected, rtol=1e-4, atol=1e-4)
     final = FinalLayer(2**2 * 8, block)
     expected = jax.jit(final.apply)({"params": p["final_layer"]}, given[-1][:, :16], cond.vector)

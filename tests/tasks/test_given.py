@@ -151,7 +151,7 @@ def conditions(channels, level=None):
 
 def test_the_level_is_ignored_at_first_and_read_afterwards():
     c, params, apply = network("noisy")
-    fresh = flatten(make_task(c).init(jax.random.key(0))["params"])
+    fresh = flatten(jax.jit(make_task(c).init)(jax.random.key(0))["params"])
     out = params["s_embedder"]["out"]
     trained: Any = {"params": params}
     first: Any = {"params": {**params, "s_embedder": {**params["s_embedder"], "out": {}}}}
