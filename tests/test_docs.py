@@ -183,6 +183,19 @@ def code_cells() -> Iterator[tuple[int, str]]:
 LINES = [*in_pages(), *in_recipes(), *in_strings(), *in_notebook()]
 
 
+def recipes_of_runs() -> dict[str, str]:
+    """'--workdir=RUN' -> '--config=RECIPE' of the lines that train it."""
+    found = {}
+    for _, words in LINES:
+        flags = {word.partition("=")[0]: word for word in words if "=" in word}
+        if words[0] == "train" and {"--workdir", "--config"} <= flags.keys():
+            found[flags["--workdir"]] = flags["--config"]
+    return found
+
+
+RUNS = recipes_of_runs()
+
+
 class ParsedError(Exception):
     """A command line parsed: the command would begin its work now."""
 
@@ -198,7 +211,9 @@ def check_command(words: list[str]) -> None:
                 raise UserError(f"{word!r} is no flag of {command}")
         named = any(word.startswith("--config=") for word in rest)
         if named or (rest and command != "grid"):
-            config.read(cli.load_recipe(rest, None if named else {}))
+            # A command on a run takes the keys of the recipe that the manual trains it by.
+            of_run = [RUNS[word] for word in flags if word in RUNS and not named]
+            config.read(cli.load_recipe([*of_run, *rest], None if named or of_run else {}))
         raise ParsedError
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ParsedError):
@@ -214,7 +229,8 @@ def test_every_command_line_parses(line, monkeypatch):
 
 def test_a_wrong_command_line_is_noticed(monkeypatch):
     monkeypatch.chdir(ROOT)
-    for words in (["train", "--wrokdir=x"], ["sweep", "--config=no_such", "--workdir=x"]):
+    of_run = ["evaluate", "--workdir=runs/small/unclip_decoder", "--config.unclip.sauce=text"]
+    for words in (of_run, ["train", "--wrokdir=x"], ["sweep", "--config=no_such", "--workdir=x"]):
         with pytest.raises(UserError):
             check_command(words)
 

@@ -44,6 +44,7 @@ from ditjax.sampling.draw import Drawer, digests_of, draw_to, sampling_protocol
 from ditjax.sampling.given import held_out_given
 from ditjax.sampling.program import sampling_of
 from ditjax.tasks import make_task
+from ditjax.tasks.text_conditions import clips_of
 from ditjax.training.task import Frozen
 
 GUIDED_FILE = "guided.npz"
@@ -175,8 +176,8 @@ class Evaluator:
                 f"config.evaluate.clip is {c.evaluate.clip!r}, and samples of this recipe have no"
                 " captions: leave it out."
             )
-        if c.evaluate.clip == c.text.encoder and is_primary():
-            line = "note: the CLIP score is of the CLIP whose text tower the network reads:"
+        if c.evaluate.clip in clips_of(c) and is_primary():
+            line = "note: the CLIP score is of the CLIP that the samples follow from:"
             print(f"{line} it is circular", file=sys.stderr)
         return dict(open_scorer(c.evaluate.clip).protocol)
 

@@ -46,11 +46,13 @@ from ditjax.models.network import (
 
 @dataclass(frozen=True)
 class TextDiTKeys(DiTKeys):
-    """The keys of `config.model` for a DiT of texts: those of a DiT, and one."""
+    """The keys of `config.model` for a DiT of texts: those of a DiT, and two."""
 
     kind: str = key("text_dit")
     # Side in pixels that the network is conditioned on, as PixArt-α's of 1024 pixels; 0 = none.
     size_condition: int = non_negative(0, most=16_384)
+    # Tokens that a vector adds to the text, beside its part in the time (DALL-E 2, Sec. 2.1).
+    vector_tokens: int = non_negative(0, most=64)
 
 
 def check(k: TextDiTKeys, inputs: Inputs) -> None:
@@ -73,6 +75,11 @@ def check(k: TextDiTKeys, inputs: Inputs) -> None:
             f"config.model.size_condition is {k.size_condition} and the width {width}:"
             " expected a multiple of 3, a third each for height, width and their ratio."
         )
+    if k.vector_tokens and not inputs.vector:
+        raise UserError(
+            f"config.model.vector_tokens is {k.vector_tokens}, and this network is given no vector:"
+            " leave it at 0, or set config.task to 'unclip'."
+        )
 
 
 # ---- cost
@@ -89,7 +96,7 @@ def parameters(k: TextDiTKeys, inputs: Inputs) -> int:
     third = D // 3
     sizes = (TIMESTEP_FREQUENCIES * third + third) + (third * third + third)
     caption = (inputs.context.width * D + D) + (D * D + D)
-    shared = 6 * (D * D + D) + inputs.vector * D
+    shared = 6 * (D * D + D) + inputs.vector * D + k.vector_tokens * (inputs.vector + 1) * D
     ends = (patch_in * D + D) + (D * patch_out + patch_out) + 2 * D
     return L * block + times + 2 * sizes * bool(k.size_condition) + caption + shared + ends
 
@@ -98,18 +105,20 @@ def text_macs(k: TextDiTKeys, inputs: Inputs) -> int:
     """Multiply-accumulates of one forward pass of one sample, counted as `dit.forward_macs`.
 
     L(14ND² + 2N²D + 2MD² + 2NMD + 2ND) + p²C·ND + p²K·ND + ND + FD + 7D² + M(C_t D + D²) for M
-    tokens of a text and r = 4; its projection is computed once for all blocks.
+    tokens of a text and r = 4; its projection is computed once for all blocks. A vector of width E
+    adds (V + 1)ED, and its V tokens count as those of the text do in the blocks.
     """
-    s, M = dit.shape(k, inputs), inputs.context.tokens
+    s, texts = dit.shape(k, inputs), inputs.context.tokens
+    M = texts + k.vector_tokens
     L, D, _ = s.size
     N = s.tokens
     block = 4 * N * D * D + dit.attention_macs(s, N, N) + 2 * N * D * s.mlp_width
     block += 2 * N * D * D + 2 * M * D * D + 2 * N * M * D + (4 if s.qk_norm else 2) * N * D
     ends = s.patch**2 * (s.in_channels + s.out_channels) * N * D + N * D
-    shared = TIMESTEP_FREQUENCIES * D + 7 * D * D + inputs.vector * D
+    shared = TIMESTEP_FREQUENCIES * D + 7 * D * D + (k.vector_tokens + 1) * inputs.vector * D
     if k.size_condition:
         shared += 3 * (TIMESTEP_FREQUENCIES * (D // 3) + (D // 3) ** 2)
-    return L * block + ends + shared + M * (inputs.context.width * D + D * D)
+    return L * block + ends + shared + texts * (inputs.context.width * D + D * D)
 
 
 def cost(k: TextDiTKeys, inputs: Inputs) -> NetworkCost:
@@ -117,7 +126,8 @@ def cost(k: TextDiTKeys, inputs: Inputs) -> NetworkCost:
     s, macs = dit.shape(k, inputs), text_macs(k, inputs)
     L, D, _ = s.size
     N = s.tokens
-    attended = L * (dit.attention_macs(s, N, N) + 2 * N * inputs.context.tokens * D)
+    seen = inputs.context.tokens + k.vector_tokens
+    attended = L * (dit.attention_macs(s, N, N) + 2 * N * seen * D)
     return NetworkCost(
         name=f"TextDiT-{k.size}/{k.patch}",
         parameters=parameters(k, inputs),
@@ -208,10 +218,12 @@ class TextDiT(DiT):
     """x f32[B,H,W,C], t [B], context f32[B,M,C_t], context_mask bool[B,M] -> f32[B,H,W,out].
 
     The fields are DiT's. Without a mask every token of the text is seen. `vector` is the width of
-    the condition of that name, whose projection is added to the embedded time; 0 is none.
+    the condition of that name, whose projection is added to the embedded time, and which makes
+    `vector_tokens` before those of the text; 0 is none.
     """
 
     vector: int = 0
+    vector_tokens: int = 0
     size_condition: int = 0
 
     @nn.compact
@@ -228,6 +240,8 @@ class TextDiT(DiT):
         caption = _Caption(self.width, self.dtype, self.place, name="caption")
         context = self.place.put("context", caption(jnp.asarray(conditions.context)))
         mask = None if conditions.context_mask is None else jnp.asarray(conditions.context_mask)
+        if self.vector_tokens:
+            context, mask = self._before_text(conditions.vector, context, mask)
         cond: Any = TextConditioning(shared, context, mask)
         tokens, _ = self._stack(self._embedder()(x), cond, per_block, grid)
         features = self.patch**2 * self.out_channels
@@ -239,6 +253,19 @@ class TextDiT(DiT):
         self, grid: tuple[int, int], kind: type[Block] | None = None
     ) -> Callable[..., nn.Module]:
         return super()._block(grid, kind or TextBlock)
+
+    @nn.nowrap
+    def _before_text(
+        self, vector: AnyArray | None, context: jax.Array, mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The context [B,V+M,D] and its mask, with the V tokens of a vector before the text's."""
+        features = (self.vector_tokens, self.width)
+        linear = Linear(features, dtype=self.dtype, place=self.place, name="vector_tokens")
+        context = jnp.concatenate([linear(jnp.asarray(vector)), context], axis=1)
+        if mask is not None:
+            seen = ((0, 0), (self.vector_tokens, 0))
+            mask = jnp.pad(mask.astype(bool), seen, constant_values=True)
+        return self.place.put("context", context), mask
 
     @nn.nowrap
     def _embed(self, t: jax.Array, vector: AnyArray | None) -> jax.Array:
@@ -269,11 +296,12 @@ TEXT_RULES: Rules = (
     (r"adaln_single/linear/bias", (None, "tensor")),
     (r"(side|ratio)_embedder/(in|out)/kernel", (None, None)),
     (r"vector/kernel", (None, "fsdp")),
+    (r"vector_tokens/kernel", (None, None, "fsdp")),
     *dit.RULES,
 )
 
 TEXT_KINDS: mup.Kinds = (
-    (r"((side|ratio)_embedder/in|caption/in|vector)/kernel", "input"),
+    (r"((side|ratio)_embedder/in|caption/in|vector|vector_tokens)/kernel", "input"),
     (r"((side|ratio)_embedder/out|caption/out|adaln_single/linear)/kernel", "hidden"),
     (r"(blocks|final_layer)/table", "vector"),
     *dit.KINDS,
@@ -335,6 +363,7 @@ def module(k: TextDiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> TextD
     """Build the denoiser of a recipe; its parameters do not depend on `place`."""
     plain = dit.module(dataclasses.replace(k, label_dropout=0.0), inputs, place)
     own = {"vector": inputs.vector, "size_condition": k.size_condition}
+    own |= {"vector_tokens": k.vector_tokens}
     made: TextDiT = dit.with_fields_of(plain, TextDiT, **own)
     return made
 

@@ -16,7 +16,9 @@ from ditjax.files.atomic import load_json, write_json
 from ditjax.runs import rundir
 
 DATA, AUTOENCODER = "data.name", "autoencoder.path"  # keys whose values are places
-FROZEN = {"autoencoder": AUTOENCODER, "lm": "lm.path", "first": "given.first"}  # name -> place
+# name -> place
+FROZEN = {"autoencoder": AUTOENCODER, "lm": "lm.path", "first": "given.first"}
+FROZEN |= {"image_clip": "unclip.clip"}
 
 
 def data_contents(c: Config) -> dict[str, str]:

@@ -21,6 +21,7 @@ from ditjax.sampling.program import NOTHING, BatchSampler, batch_sampler, sampli
 from ditjax.sampling.samples import SampleWriter
 from ditjax.tasks import make_task
 from ditjax.tasks.adapters import adapters_record, with_adapters
+from ditjax.tasks.image_vectors import IMAGE_CLIP, PRIOR
 from ditjax.training.program import precise
 from ditjax.training.task import Frozen
 
@@ -135,14 +136,16 @@ def sampling_protocol(
     guide: str = "",
     others: Sequence[str] = (),
     text: str = "",
+    vectors: Mapping[str, str] = {},
     given: GivenRows | None = None,
 ) -> dict[str, Any]:
     """Everything but the count that two sample sets must share for their scores to be compared.
 
     `labels`: 'uniform', 'balanced' or the requested classes. `decoder`: the SHA-256 of the
     autoencoder's parameters, or 'pixels'. `guide`: that of the weak network's, if one guides.
-    `others`: those of further controls; `text`: that of the text encoder; `given`: what samples are
-    given. The model itself is not part of the protocol.
+    `others`: those of further controls; `text`: that of the text encoder; `vectors`: those of what
+    makes vectors of images; `given`: what samples are given. The model itself is not part of the
+    protocol.
     """
     s = c.sample
     guided = s.cfg_scale != 1
@@ -164,6 +167,7 @@ def sampling_protocol(
         **({"guide": guide} if guide and guided else {}),
         **({"control_others": list(others)} if others else {}),
         **({"text_encoder": text} if text else {}),
+        **({"vectors": dict(vectors)} if vectors else {}),
         **(given.record if given else {}),
         **adapters_record(c),
         **sampling_of(c, make_task(c)).protocol,
@@ -212,11 +216,13 @@ def decoder_of(frozen: Frozen) -> str:
 
 
 def digests_of(frozen: Frozen) -> dict[str, Any]:
-    """The arguments `decoder`, `guide`, `others` and `text` of `sampling_protocol`."""
+    """The arguments of `sampling_protocol` that are digests of frozen weights."""
     found: dict[str, Any] = {"decoder": decoder_of(frozen)}
     for name in ("guide", "text"):
         if name in frozen:
             found[name] = opening.digest(frozen[name])
+    vectors = (name for name in (IMAGE_CLIP, PRIOR) if name in frozen)
+    found["vectors"] = {name: opening.digest(frozen[name]) for name in vectors}
     if "controls" in frozen:
         found["others"] = [opening.digest(each) for each in frozen["controls"]]
     return found

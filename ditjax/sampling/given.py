@@ -70,9 +70,16 @@ def held_out_given(c: Config) -> GivenRows | None:
     spec = opening.held_out(c)
     info = source.dataset_info(spec.name, spec.split, spec.data_dir)
 
-    def rows(indices: np.ndarray) -> Mapping[str, Any]:
+    def read(indices: np.ndarray) -> Mapping[str, Any]:
         (batch,) = stream.read_records(spec, indices % info.num_examples, len(indices))
         return batch
+
+    def rows(indices: np.ndarray) -> Mapping[str, Any]:
+        batch = read(indices)
+        if needs.image is None:
+            return batch
+        shown = read(indices + needs.image) if needs.image else batch
+        return {**batch, "beside": Beside(vector=shown["image"])}
 
     record = {needs.name: f"{info.full_name}/{c.evaluate.split}", **needs.protocol()}
     return GivenRows(rows, record, info.num_examples)
@@ -119,6 +126,11 @@ def given_prompts(c: Config, prompts: Sequence[str]) -> GivenRows:
                 f"prompt {shown(text)}: expected a text without control characters or line breaks."
             )
         check_text(text)
+    if needs.image is not None:
+        raise UserError(
+            "prompts are given, and samples of config.unclip.source="
+            f"{c.unclip.source!r} are of images of records: set it to 'prior', 'text' or 'none'."
+        )
     plain = [unicodedata.normalize("NFC", text) for text in prompts]
     ids = needs.texts(plain)
 

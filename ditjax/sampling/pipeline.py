@@ -518,7 +518,7 @@ class Pipeline:
         if control is None:
             default = None if edit and needs and needs.edited else held_out_given(c)
             if default and is_primary():
-                ((name, images),) = default.record.items()
+                name, images = next(iter(default.record.items()))
                 line = f"{name.replace('_', ' ')}: those of {images}, in order"
                 print(line, file=sys.stderr, flush=True)
             return default

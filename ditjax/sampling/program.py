@@ -92,8 +92,8 @@ def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
         on_mesh = [spread(x) for x in (indices, labels)]
         each = keys_of(keys.stream(seed, keys.SAMPLE), on_mesh[0])
         beside = beside_of(seed, on_mesh[0], rows)
-        conditions = Conditions(label=on_mesh[1], channels=beside.channels, context=beside.context)
-        return each, conditions, labels, beside.known
+        fields = {name: getattr(beside, name) for name in ("channels", "context", "vector")}
+        return each, Conditions(label=on_mesh[1], **fields), labels, beside.known
 
     program = jax.jit(
         sampling.draw,

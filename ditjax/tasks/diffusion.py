@@ -35,6 +35,7 @@ from ditjax.tasks import (
     control,
     editing,
     given,
+    image_vectors,
     language,
     nowcast,
     rewards,
@@ -74,6 +75,7 @@ from ditjax.training.task import (
 
 GIVEN = "conditions"  # of a drawn batch: fields of `Conditions` beside the label
 _OF_TEXTS = (text_conditions.ENCODER, text_conditions.NULL)
+_OF_VECTORS = (image_vectors.IMAGE_CLIP,)
 
 # ---- the network of a recipe
 
@@ -101,6 +103,7 @@ def inputs_without_files(c: Config) -> Inputs:
         given=given.extra_channels(c),
         level=given.has_level(c),
         context=text_conditions.context_of(c),
+        vector=image_vectors.vector_width(c),
         past=c.given.past,
     )
 
@@ -309,6 +312,7 @@ def _read_beside(c: Config) -> tuple[str, ...]:
     """The frozen weights that training reads beside an autoencoder and a base."""
     spec = language.language_of(c)
     texts = tuple(text_conditions.text_inputs(c) and _OF_TEXTS)
+    texts += _OF_VECTORS * image_vectors.has_vectors(c)
     return texts + (LM,) * bool(spec and spec.frozen) + (nowcast.FIRST,) * bool(c.given.first)
 
 
@@ -385,6 +389,7 @@ def draw(
         **times(key_t, len(x0)),
         "eps": jax.random.normal(key_eps, x0.shape, jnp.float32),
         "y": drop_labels(key_drop, label, dropout, c.data.num_classes),
+        **image_vectors.drop_vectors(c, batch, key),
         **found,
     }
 
@@ -579,10 +584,13 @@ def denoiser(
 
 
 def _doubled(conditions: Conditions, null: jax.Array) -> Conditions:
-    """The conditions of a doubled batch, whose second half has the labels `null`."""
+    """The conditions of a doubled batch, whose second half has the labels `null` and no vector."""
     label = jnp.concatenate([jnp.asarray(conditions.label), null])
     rest = conditions._replace(label=None)
     both = jax.tree.map(lambda each: jnp.concatenate([each, each]), rest)
+    if rest.vector is not None:
+        vector = jnp.asarray(rest.vector)
+        both = both._replace(vector=jnp.concatenate([vector, jnp.zeros_like(vector)]))
     return both._replace(label=label)
 
 
@@ -595,12 +603,13 @@ def sampling(c: Config, mesh: Mesh | None = None) -> Sampling:
         c.sample, cfg_scale=0.0, cfg_interval=(), num=1, weights="ema", adapters=""
     )
     architecture = (c.model, c.diffusion, c.data, c.autoencoder, c.adapt, c.lm)
+    vectors = getattr(c, "unclip", None)  # whose source is another program
     controls = dataclasses.replace(c.control, scale=(), start=0.0, end=1.0)
     edit, shown = dataclasses.replace(c.edit, sigma=0.0), dataclasses.replace(c.given, noise=0.0)
     return Sampling(
         draw=make_sampler(c, mesh),
         guidance=g,
-        compiled=(*architecture, edit, sample, guided(c), controls, shown),
+        compiled=(*architecture, edit, sample, guided(c), controls, shown, vectors),
         timesteps=t,
         guided=0 if t is None else _count_guided(guided(c), g, t),
         protocol={**protocol_of(c), **control.control_protocol(c), **given.given_protocol(c)},
@@ -647,7 +656,9 @@ def make_sampler(
         trained: Any, frozen: Frozen, keys: jax.Array, conditions: Conditions, g: Guidance
     ) -> jax.Array:
         params = language.with_layers(frozen, transform.join(frozen.get("base"), trained))
-        conditions, frozen = text_conditions.encoded_conditions(c, frozen, conditions, g.negative)
+        conditions, frozen = text_conditions.encoded_conditions(
+            c, frozen, conditions, g.negative, keys
+        )
         params = text_conditions.with_null(frozen, params)
         canvas = shape if example else editing.canvas_of(c, g.given, shape)
         if example:

@@ -110,6 +110,11 @@ class ClipView:
         return jnp.broadcast_to(jnp.asarray(self._null)[None], (count, len(self._null)))
 
 
+def view_of(c: Config, opened: Opened) -> ClipView:
+    """What the CLIP of a recipe makes of its images and captions."""
+    return ClipView(opened, open_tokenizer(c.text.tokenizer)([""], c.text.tokens).ids[0])
+
+
 def standardized(z: jax.Array) -> jax.Array:
     """√E z of unit vectors z f32[B,E]: their numbers have mean square 1, as the noise has."""
     return z * np.sqrt(z.shape[-1]).astype(np.float32)
@@ -143,7 +148,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
     place = rules.whole_placement(mesh, "unCLIP's prior")
     tokenizer = open_tokenizer(c.text.tokenizer)
     opened = open_clip(c, "prior.clip")
-    view = ClipView(opened, tokenizer([""], c.text.tokens).ids[0])
+    view = view_of(c, opened)
     config = config_of_prior(c, opened)
     build = network_module(c.model.kind).NETWORK.module
     plain, apply = build(c.model, config), build(c.model, config, place).apply
@@ -252,6 +257,33 @@ def nearest_candidate(
     return jnp.take_along_axis(every, best[None, :, None], axis=0)[0]
 
 
+def drawing(
+    c: Config,
+    apply: Callable[..., Any],
+    view: ClipView,
+    params: Any,
+    clip: Any,
+    ids: jax.Array,
+) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """draw(keys) -> vectors of captions i32[B,M], as `draw_vectors`; and the captions' own."""
+    rows, null = (view.conditions(clip, each) for each in (ids, view.null(len(ids))))
+    return functools.partial(draw_vectors, c, apply, params, rows, null), unit(rows["vector"])
+
+
+def vectors_of_captions(
+    c: Config, opened: Opened, params: Any, clip: Any, ids: jax.Array, keys: jax.Array
+) -> jax.Array:
+    """The unit vectors f32[B,E] that the prior of a recipe draws for captions i32[B,M].
+
+    `opened` is its CLIP, with the parameters `clip`. Of config.prior.candidates the nearest to the
+    caption is taken. Vector b follows from keys[b] and caption b alone.
+    """
+    view = view_of(c, opened)
+    apply = network_module(c.model.kind).NETWORK.module(c.model, config_of_prior(c, opened)).apply
+    draw, text = drawing(c, apply, view, params, clip, ids)
+    return nearest_candidate(draw, text, keys, c.prior.candidates)
+
+
 # ---- the score
 
 
@@ -261,16 +293,12 @@ def _score(
     """`metrics.vectors.prior_scores` of held-out images and their first captions."""
 
     def measure(params: Any, frozen: Frozen, keys: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        ids = batch["caption"]
-        rows = view.conditions(frozen["clip"], ids)
-        null = view.conditions(frozen["clip"], view.null(len(ids)))
-        draw = functools.partial(draw_vectors, c, apply, params, rows, null)
+        draw, text = drawing(c, apply, view, params, frozen["clip"], batch["caption"])
 
         def sample(n: jax.Array) -> jax.Array:
             return draw(jax.vmap(jax.random.fold_in, (0, None))(keys, n))
 
         samples = jax.lax.map(sample, jnp.arange(c.prior.samples)).swapaxes(0, 1)
-        text = unit(rows["vector"])
         best = nearest_candidate(draw, text, keys, c.prior.candidates)
         found = {"image": view.image(frozen["clip"], batch["image"]), "text": text}
         found |= {"samples": samples, "best": best}

@@ -29,6 +29,15 @@ from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.tasks import make_task
 from ditjax.tasks.clip import towers
+from ditjax.tasks.image_vectors import (
+    VECTOR,
+    image_behind,
+    load_vectors,
+    prepare_vectors,
+    vector_inputs,
+    vector_protocol,
+    with_image_vectors,
+)
 from ditjax.training.step import Batch
 from ditjax.training.task import Additions, Beside, FromRecords, Frozen
 from ditjax.weights.clip import write_clip_text
@@ -81,7 +90,7 @@ def text_inputs(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
         return {}
     M, C = context_of(c)
     shapes = jax.ShapeDtypeStruct((M, C), jnp.float32), jax.ShapeDtypeStruct((M,), jnp.bool_)
-    return dict(zip(_FIELDS, shapes, strict=True))
+    return {**dict(zip(_FIELDS, shapes, strict=True)), **vector_inputs(c)}
 
 
 def example_conditions(inputs: Inputs) -> Conditions:
@@ -188,13 +197,16 @@ def encode_texts(c: Config, params: Any, ids: jax.Array) -> dict[str, jax.Array]
 
 
 def load_texts(c: Config, mesh: Mesh) -> Frozen:
-    """The frozen encoder on the mesh, and the features of the null text. Raises UserError."""
+    """The frozen encoder on the mesh, the features of the null text, and what vectors need.
+
+    Raises UserError.
+    """
     if not has_texts(c):
         return {}
     params = opening.put_on_mesh(_checked_encoder(c).params, mesh)
     ids = jnp.asarray(tokens_of(c, [""]))
     null = jax.jit(functools.partial(encode_texts, c))(params, ids)
-    return {ENCODER: params, NULL: opening.put_on_mesh(null, mesh)}
+    return {ENCODER: params, NULL: opening.put_on_mesh(null, mesh), **load_vectors(c, mesh)}
 
 
 def text_shapes(c: Config) -> Frozen:
@@ -205,6 +217,7 @@ def text_shapes(c: Config) -> Frozen:
         NULL: {
             name: jax.ShapeDtypeStruct((1, *one.shape), one.dtype)
             for name, one in text_inputs(c).items()
+            if name in _FIELDS
         }
     }
 
@@ -221,17 +234,22 @@ def tokens_of(c: Config, texts: Sequence[str]) -> np.ndarray:
 
 
 def prepare_texts(c: Config, frozen: Frozen, batch: Batch) -> dict[str, jax.Array]:
-    """The features of a batch's captions, which may be there already (`cached_texts`)."""
+    """The features of a batch's captions, which may be there already (`cached_texts`).
+
+    And the vectors of its images, if the network is given those.
+    """
     if not has_texts(c):
         return {}
+    found = prepare_vectors(c, frozen, batch)
     if "context" in batch:
-        return {"context": batch["context"].astype(jnp.float32), "context_mask": batch[_FIELDS[1]]}
-    return encode_texts(c, frozen[ENCODER], batch["caption"])
+        context, mask = (batch[name] for name in _FIELDS)
+        return {"context": context.astype(jnp.float32), "context_mask": mask, **found}
+    return {**encode_texts(c, frozen[ENCODER], batch["caption"]), **found}
 
 
 def drawn_texts(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `Conditions` in a drawn batch."""
-    return {name: batch[name] for name in _FIELDS if name in batch}
+    return {name: batch[name] for name in (*_FIELDS, VECTOR) if name in batch}
 
 
 def cached_texts(c: Config, others: Additions) -> Additions:
@@ -304,14 +322,15 @@ def negative_ids(c: Config) -> np.ndarray | None:
 
 
 def encoded_conditions(
-    c: Config, frozen: Frozen, conditions: Conditions, negative: Any
+    c: Config, frozen: Frozen, conditions: Conditions, negative: Any, keys: jax.Array
 ) -> tuple[Conditions, Frozen]:
     """Conditions whose context are tokens i32[B,M], encoded; and frozen weights with their null.
 
-    negative: tokens i32[1,M] in the place of the null text, or None.
+    negative: tokens i32[1,M] in the place of the null text, or None. keys: the samples' key[B].
     """
     if not has_texts(c):
         return conditions, frozen
+    conditions = with_image_vectors(c, frozen, conditions, keys)
     encode = functools.partial(encode_texts, c, frozen[ENCODER])
     if negative is not None:
         frozen = {**frozen, NULL: encode(negative)}
@@ -328,7 +347,12 @@ def captions_from_records(c: Config) -> FromRecords:
         return tokens_of(c, texts)
 
     return FromRecords(
-        beside, "captions", reads="caption", protocol=lambda: text_protocol(c), texts=tokens
+        beside,
+        "captions",
+        reads="caption",
+        protocol=lambda: text_protocol(c),
+        texts=tokens,
+        image=image_behind(c),
     )
 
 
@@ -341,8 +365,15 @@ def text_protocol(c: Config) -> dict[str, Any]:
             "tokens": t.tokens,
             "features": t.features,
             **({"negative": t.negative} if t.negative and c.sample.cfg_scale != 1 else {}),
-        }
+        },
+        **vector_protocol(c),
     }
+
+
+def clips_of(c: Config) -> set[str]:
+    """The CLIPs that a recipe's samples follow from, by which a score of them is circular."""
+    keys = (("text", "encoder"), ("unclip", "clip"), ("tokens", "clip"))
+    return {getattr(getattr(c, section, None), name, "") for section, name in keys} - {""}
 
 
 # ---- refusals
@@ -354,7 +385,7 @@ def check_texts(c: Config, network: Network) -> None:
     if network.texts != has_texts(c):
         raise UserError(
             f"{kind} and config.task {c.task!r}: a network of texts (kind 'text_dit') goes with"
-            " task 'text2image', and no other network does."
+            " task 'text2image' or 'unclip', and no other network does."
         )
     if not has_texts(c):
         return

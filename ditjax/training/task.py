@@ -69,12 +69,14 @@ class Known(NamedTuple):
 class Beside(NamedTuple):
     """What each sample is given beside its label: channels of `Conditions`, and what is known.
 
-    context i32[B,M] are the tokens of a text, which the task encodes.
+    context i32[B,M] are the tokens of a text, which the task encodes. vector is that of
+    `Conditions`, or images f32[B,H,W,C], whose vectors the task computes.
     """
 
     channels: jax.Array | np.ndarray | None = None
     known: Known | None = None
     context: jax.Array | np.ndarray | None = None
+    vector: jax.Array | np.ndarray | None = None
 
 
 class Guidance(NamedTuple):
@@ -104,7 +106,8 @@ class FromRecords(NamedTuple):
     `beside(values, keys key[B])` makes it on the device of what it `reads`: 'image', f32[B,H,W,C]
     in [-1, 1], or 'caption', tokens i32[B,M]. `name` is the entry of a protocol that says which
     records, and `protocol()` are further ones. `edited`: an edit gives it, too. `texts` turns texts
-    into what it reads, if that is captions.
+    into what it reads, if that is captions. `image`: a sample is also given, as `Beside.vector`,
+    the image of the record so many places behind its own.
     """
 
     beside: Callable[[jax.Array, jax.Array], Beside]
@@ -113,6 +116,7 @@ class FromRecords(NamedTuple):
     reads: str = "image"
     protocol: Callable[[], Mapping[str, Any]] = _no_protocol
     texts: Callable[[Sequence[str]], np.ndarray] | None = None
+    image: int | None = None
 
 
 class Sampling(NamedTuple):

@@ -49,6 +49,8 @@ def write_ditjax(path: str | os.PathLike[str], network: LoadedNetwork) -> Path:
     if "text" in tree:
         kept["text"] = {**tree["text"], "encoder": "", "negative": ""}
         kept["data"]["flip"] = False  # which captions need, and is not the default
+    if "unclip" in tree:
+        kept["unclip"] = {**tree["unclip"], "clip": "", "prior": ""}
     if tree["data"]["frames"] > 1:
         kept["data"]["frames"] = tree["data"]["frames"]
     metadata = {"task": network.config.task, "config": kept, "version": __version__}
@@ -330,6 +332,11 @@ def _pixart_tensors(network: LoadedNetwork) -> dict[str, np.ndarray]:
         raise UserError(
             f"{program} is sampled as DDPM, and config.diffusion.process is"
             f" {c.diffusion.process!r}. Convert to ditjax's own format."
+        )
+    if "vector/kernel" in network.shapes:
+        raise UserError(
+            f"{program} is given texts alone, and this network the vector of an image, too. Convert"
+            " to ditjax's own format."
         )
     for key, wanted in (
         ("qk_norm", False),

@@ -1,21 +1,51 @@
-"""unCLIP's prior, small: vectors of the CLIP of 16x16 caption scenes, drawn from captions.
+"""unCLIP, small: vectors of the CLIP of 16x16 caption scenes drawn from captions, and decoded.
 
     ditjax train --config=small/clip --workdir=runs/small/clip
     ditjax train --config=small/unclip --workdir=runs/small/unclip
     ditjax evaluate --workdir=runs/small/unclip
+    ditjax train --config=small/unclip:decoder --workdir=runs/small/unclip_decoder
+    ditjax evaluate --workdir=runs/small/unclip_decoder
+    ditjax evaluate --workdir=runs/small/unclip_decoder --config.unclip.source=text
+    ditjax evaluate --workdir=runs/small/unclip_decoder --config.unclip.source=none
+    ditjax evaluate --workdir=runs/small/unclip_decoder --config.unclip.source=image
+    ditjax evaluate --workdir=runs/small/unclip_decoder --config.unclip.source=other
 
 It asks whether drawn vectors have the mean, the spread and the distribution of real ones. The
 baselines are a ridge regression of the image's vector by the caption's, and the caption's vector
 itself: the prior should have a mean as near as the regression's, a calibration gap below .03, and a
 smaller energy distance than both.
+
+Of the decoder it asks whether images of captions, through the prior, show what these say more often
+than by the caption's own vector or by no vector (the paper's Fig. 8), on test and test_heldout. The
+image's own vector is the most that a prior can give; the vector of another image, whose record the
+caption does not tell of, is the baseline that shows how much the caption alone decides.
 Hardware, time and the result: docs/unclip.md, "A small study".
 """
 
 from ml_collections import ConfigDict
 
+from . import text2image
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe."""
+    """Return the recipe of the prior; 'decoder' is the network that draws images of its vectors."""
+    return decoder() if arg == "decoder" else prior()
+
+
+def decoder() -> ConfigDict:
+    """The recipe of small/text2image, with vectors that samples are given by the prior."""
+    config = text2image.get_config()
+    del config.sweep
+    config.task = "unclip"
+    config.model.update(vector_tokens=4, label_dropout=0.5)
+    config.unclip = ConfigDict({"clip": "runs/small/clip", "width": 64})
+    config.unclip.update(source="prior", prior="runs/small/unclip")
+    config.train.update(steps=4000, sample_every_steps=2000)
+    return config
+
+
+def prior() -> ConfigDict:
+    """The recipe of the prior."""
     config = ConfigDict({"task": "prior"})
     config.model = ConfigDict({"size": "3x128x4"})
     config.text = ConfigDict({"tokens": 12})

@@ -30,6 +30,7 @@ ARGUMENTS = [
     "small/dalle:dvae",
     "small/dalle:shuffled",
     "dalle_12b:dvae",
+    "small/unclip:decoder",
 ]
 # The recipes of other tasks than diffusion.
 TASKS = {
@@ -39,6 +40,7 @@ TASKS = {
     **dict.fromkeys(("small/text2image:minilm", "small/text2image:shuffled"), "text2image"),
     **dict.fromkeys(("small/dalle:dvae", "dalle_12b:dvae"), "dvae"),
     "small/unclip": "prior",
+    "small/unclip:decoder": "unclip",
     **dict.fromkeys(("dalle_12b", "small/dalle", "small/dalle:shuffled"), "tokens"),
 }
 # What an argument such as XL/2 says, whatever the paper's is.

@@ -22,7 +22,10 @@ from tests.seeded import seeded_state
 
 B, M, C = 4, 6, 10
 INPUTS = Inputs((8, 8, 3), out_channels=3, num_classes=1, context=Context(M, C))
-WITH_ALL = ({"size_condition": 64, "qk_norm": True, "size": "2x24x2"}, INPUTS._replace(vector=5))
+WITH_ALL = (
+    {"size_condition": 64, "qk_norm": True, "size": "2x24x2", "vector_tokens": 3},
+    INPUTS._replace(vector=5),
+)
 
 
 def keys(**changes: Any) -> text_dit.TextDiTKeys:
@@ -62,7 +65,8 @@ def test_the_cost_counts_every_parameter(changes, inputs):
 
 
 def test_the_cost_counts_every_product():
-    k, wide = keys(size="2x192x2"), INPUTS._replace(context=Context(M, 40))
+    k, wide = keys(size="2x192x2", vector_tokens=9), INPUTS._replace(context=Context(M, 40))
+    wide = wide._replace(vector=60)
     args = example(wide)
     module = text_dit.module(k, wide)
     params = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))
@@ -98,6 +102,28 @@ def test_what_is_masked_changes_nothing():
     assert rows[[0, 2, 3]].max() == 0
 
 
+def test_a_vector_is_seen_in_the_time_and_in_tokens():
+    """By each way alone; without both it is not. The tokens of no vector are the bias."""
+    k, inputs = keys(vector_tokens=2), INPUTS._replace(vector=5)
+    x, t, given = example(inputs)
+    apply = jax.jit(text_dit.module(k, inputs).apply)
+    leaves = unflatten(seeded_state(shapes(k, inputs), 1))
+
+    def seen(*off: str) -> float:
+        params = {name: dict(leaves[name]) for name in ("vector", "vector_tokens")}
+        for name in off:
+            params[name]["kernel"] = np.zeros_like(params[name]["kernel"])
+        found = [
+            apply({"params": {**leaves, **params}}, x, t, given._replace(vector=each))
+            for each in (given.vector, 2 * given.vector)
+        ]
+        return float(np.abs(found[1] - found[0]).max())
+
+    assert seen("vector") > 1e-3
+    assert seen("vector_tokens") > 1e-3
+    assert seen("vector", "vector_tokens") == 0
+
+
 def test_eight_devices_are_one():
     apply, params = network()
     mesh = make_mesh(2, 2, tensor=2)
@@ -126,6 +152,7 @@ def test_what_the_network_lacks_is_one_line():
         ({"mlp": "swiglu"}, "leave it at 'gelu'"),
         ({"size_condition": 64}, "expected a multiple of 3"),
         ({"patch": 3}, "does not divide the 8x8 input"),
+        ({"vector_tokens": 4}, "vector_tokens is 4, and this network is given no vector"),
     ):
         with pytest.raises(UserError, match=message):
             text_dit.check(keys(**changes), INPUTS)
