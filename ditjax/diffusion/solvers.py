@@ -268,6 +268,40 @@ def general_ddim_steps(
     return _linear(estimate, tables, x_T, memory)
 
 
+def ddim_invert(
+    denoise: Denoise,
+    objective: Objective,
+    times: np.ndarray,
+    x0: jax.Array,
+    *,
+    clip_x0: bool = False,
+    iterations: int = 2,
+) -> jax.Array:
+    """The x_T that `general_ddim` with η = 0 draws x0 from (Song et al. 2020, Sec. 4.3).
+
+    The x_t whose step to the cleaner s ends at x_s is found from g x_s on, `iterations` times, by
+    x_t ← x_t + g (x_s - α_s x̂0 - σ_s ε̂), with x̂0 and ε̂ of x_t. For data N(0, 1), the gain
+    g = (α² + σ²)/(α α_s + σ σ_s) is that of Newton's method.
+    """
+    p, points = _pairs(objective.process, times), _points(objective, times[:-1])
+    estimate, memory = _estimator(denoise, x0, clip_x0)
+
+    def step(carry: tuple[jax.Array, Any], row: Any) -> tuple[tuple[jax.Array, Any], None]:
+        (x, memory), (point, gain, alpha, sigma, alpha_s, sigma_s) = carry, row
+        found, after = gain * x, memory
+        for _ in range(iterations):
+            mean, after = estimate(found, point, memory)
+            eps = (found - alpha * mean) / sigma
+            found = found + gain * (x - alpha_s * mean - sigma_s * eps)
+        return (found, after), None
+
+    gain = (p.alpha**2 + p.sigma**2) / (p.alpha * p.alpha_next + p.sigma * p.sigma_next)
+    tables = (points, gain, p.alpha, p.sigma, p.alpha_next, p.sigma_next)
+    rows = _on_device(jax.tree.map(lambda table: table[::-1], tables), x0.dtype)
+    (x_T, _), _ = jax.lax.scan(step, (x0, memory), rows)
+    return x_T
+
+
 def _respaced(objective: Objective, times: np.ndarray) -> Schedule:
     return retained(objective.schedule, times[-2::-1].astype(np.int64))
 

@@ -41,7 +41,7 @@ def inpaint_request(c: Config, image: Pictures, mask: Pictures) -> Request:
     Images u8[N,H,W,C] are of the recipe's size or larger and of its channels, masks [N,H,W], one or
     N. Raises UserError for others, and for a mask without white.
     """
-    pixels, size = _images(c, image, "image"), c.data.image_size
+    pixels, size = read_images(c, image, "image"), c.data.image_size
     height, width = pixels.shape[1:3]
     if min(height, width) < size:
         raise UserError(
@@ -62,7 +62,7 @@ def inpaint_request(c: Config, image: Pictures, mask: Pictures) -> Request:
     known = np.broadcast_to(~holes[..., None], (*pixels.shape[:3], 1)).astype(np.float32)
     return Request(
         Known(normalize(pixels), known),
-        {"edit": "inpaint", "image": _digest(pixels), "mask": _digest(holes)},
+        {"edit": "inpaint", "image": pixels_digest(pixels), "mask": pixels_digest(holes)},
         (height, width),
     )
 
@@ -72,7 +72,7 @@ def upscale_request(c: Config, image: Pictures) -> Request:
 
     Raises UserError for images whose side does not divide the recipe's.
     """
-    pixels, size = _images(c, image, "image"), c.data.image_size
+    pixels, size = read_images(c, image, "image"), c.data.image_size
     height, width = pixels.shape[1:3]
     if height != width or size % height or height == size:
         raise UserError(
@@ -81,7 +81,7 @@ def upscale_request(c: Config, image: Pictures) -> Request:
         )
     return Request(
         Known(normalize(pixels)),
-        {"edit": "upscale", "image": _digest(pixels), "factor": size // height},
+        {"edit": "upscale", "image": pixels_digest(pixels), "factor": size // height},
         (size, size),
     )
 
@@ -92,7 +92,7 @@ def denoise_request(c: Config, image: Pictures) -> Request:
     Images are of the recipe's size or larger, u8[N,H,W,C], or floats in the same units that noise
     may have moved beyond 0 and 255. Raises UserError for others.
     """
-    pixels, size = _images(c, image, "image", floats=True), c.data.image_size
+    pixels, size = read_images(c, image, "image", floats=True), c.data.image_size
     height, width = pixels.shape[1:3]
     if min(height, width) < size:
         raise UserError(
@@ -103,7 +103,7 @@ def denoise_request(c: Config, image: Pictures) -> Request:
         given = Known(
             pixels.astype(np.float32) / 127.5 - 1, sigma=np.zeros(len(pixels), np.float32)
         )
-        record = {"edit": "denoise", "image": _digest(pixels), "estimated": "residual"}
+        record = {"edit": "denoise", "image": pixels_digest(pixels), "estimated": "residual"}
         return Request(given, record, (height, width))
     sigma = np.array([c.edit.sigma or estimate_noise(each) for each in pixels])
     if not sigma.all():
@@ -113,7 +113,9 @@ def denoise_request(c: Config, image: Pictures) -> Request:
         )
     given = Known(pixels.astype(np.float32) / 127.5 - 1, sigma=sigma.astype(np.float32) / 127.5)
     found = {"sigma": sigma.tolist(), "estimated": c.edit.sigma == 0}
-    return Request(given, {"edit": "denoise", "image": _digest(pixels), **found}, (height, width))
+    return Request(
+        given, {"edit": "denoise", "image": pixels_digest(pixels), **found}, (height, width)
+    )
 
 
 class EditKind(NamedTuple):
@@ -181,7 +183,7 @@ def request_of(
 # ---- from what people have to arrays
 
 
-def _images(c: Config, source: Pictures, what: str, *, floats: bool = False) -> np.ndarray:
+def read_images(c: Config, source: Pictures, what: str, *, floats: bool = False) -> np.ndarray:
     """u8[N,H,W,C] with the recipe's channels, or finite floats if these are allowed."""
     if c.data.frames > 1:
         raise UserError(
@@ -258,6 +260,7 @@ def _sizes(images: np.ndarray) -> str:
     return size if len(images) == 1 else f"{len(images)} x {size}"
 
 
-def _digest(array: np.ndarray) -> str:
+def pixels_digest(array: np.ndarray) -> str:
+    """The SHA-256 of an array, its type and its shape."""
     text = f"{array.dtype}{array.shape}".encode()
     return hashlib.sha256(text + np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -109,15 +109,8 @@ def read_prompts(text: str) -> list[str]:
 _LONGEST_NAME = 1024  # bytes of a path
 
 
-def given_prompts(c: Config, prompts: Sequence[str]) -> GivenRows:
-    """Texts, of i % N for sample i, in Unicode's form NFC.
-
-    Raises UserError for none, for too many, for one that is no text, and for a network that takes
-    classes.
-    """
-    needs = sampling_of(c, make_task(c)).needs
-    if needs is None or needs.texts is None:
-        raise UserError("prompts are given, and the network takes classes: give --classes instead.")
+def checked_prompts(prompts: Sequence[str]) -> list[str]:
+    """Prompts in Unicode's form NFC. Raises UserError for none, too many, and one that is none."""
     if not 0 < len(prompts) <= MAX_PROMPTS:
         raise UserError(f"{len(prompts):,} prompts: expected 1 to {MAX_PROMPTS:,}.")
     for text in prompts:
@@ -126,12 +119,23 @@ def given_prompts(c: Config, prompts: Sequence[str]) -> GivenRows:
                 f"prompt {shown(text)}: expected a text without control characters or line breaks."
             )
         check_text(text)
+    return [unicodedata.normalize("NFC", text) for text in prompts]
+
+
+def given_prompts(c: Config, prompts: Sequence[str]) -> GivenRows:
+    """Texts, of i % N for sample i, as `checked_prompts`.
+
+    Raises UserError, also for a network that takes classes, or images of records.
+    """
+    needs = sampling_of(c, make_task(c)).needs
+    if needs is None or needs.texts is None:
+        raise UserError("prompts are given, and the network takes classes: give --classes instead.")
+    plain = checked_prompts(prompts)
     if needs.image is not None:
         raise UserError(
             "prompts are given, and samples of config.unclip.source="
             f"{c.unclip.source!r} are of images of records: set it to 'prior', 'text' or 'none'."
         )
-    plain = [unicodedata.normalize("NFC", text) for text in prompts]
     ids = needs.texts(plain)
 
     def rows(indices: np.ndarray) -> Mapping[str, Any]:

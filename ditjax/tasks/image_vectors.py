@@ -121,6 +121,12 @@ def embedded_images(c: Config, frozen: Frozen, images: jax.Array) -> jax.Array:
     return standardized(apply(frozen[IMAGE_CLIP], images, method="embed_image"))
 
 
+def embedded_texts(c: Config, frozen: Frozen, ids: jax.Array) -> jax.Array:
+    """√E times the unit vectors of captions i32[B,M]: f32[B,E]."""
+    apply: Any = CLIP(_clip_of(c).config).apply
+    return standardized(apply(frozen[IMAGE_CLIP], ids, method="embed_text"))
+
+
 def prepare_vectors(c: Config, frozen: Frozen, batch: Batch) -> dict[str, jax.Array]:
     """The vectors of a batch's images."""
     return {VECTOR: embedded_images(c, frozen, batch["image"])} if has_vectors(c) else {}
@@ -163,18 +169,17 @@ def with_image_vectors(
 
 def _of_captions(c: Config, frozen: Frozen, ids: jax.Array, keys: jax.Array) -> jax.Array:
     """Vectors that follow from captions i32[B,M]: f32[B,E]."""
-    source, opened = c.unclip.source, _clip_of(c)
+    source = c.unclip.source
     if source == "none":
         return jnp.zeros((len(ids), c.unclip.width), jnp.float32)
     if source == "text":
-        apply: Any = CLIP(opened.config).apply
-        return standardized(apply(frozen[IMAGE_CLIP], ids, method="embed_text"))
+        return embedded_texts(c, frozen, ids)
     if source != "prior":
         raise ValueError(f"samples of config.unclip.source={source} are given their images")
     # Of keys of its own, as the image begins with the noise of the sample's.
     own = jax.vmap(jax.random.fold_in, (0, None))(keys, _PRIOR_STREAM)
-    weights = frozen[PRIOR], frozen[IMAGE_CLIP]
-    return standardized(vectors_of_captions(_prior_of(c).recipe, opened, *weights, ids, own))
+    recipe, weights = _prior_of(c).recipe, (frozen[PRIOR], frozen[IMAGE_CLIP])
+    return standardized(vectors_of_captions(recipe, _clip_of(c), *weights, ids, own))
 
 
 def vector_protocol(c: Config) -> dict[str, Any]:

@@ -97,6 +97,37 @@ def even_times(made, n):
     return np.linspace(0.98, 0.05, n + 1)
 
 
+@pytest.mark.parametrize("name", ["flow", "ddpm"])
+def test_ddim_draws_again_what_it_was_inverted_from(name):
+    """In 250 steps, and nearer the more often a step is corrected."""
+    made, prediction = PROCESSES[name]
+    network = perfect(made, prediction)
+    x = start(made, 16).astype(jnp.float32 if name == "ddpm" else jnp.float64)
+    objective = Objective(made, prediction, "fixed_small")
+
+    times = grids.grid_times(made, "250", prediction=prediction)
+
+    @jax.jit
+    def away():
+        """x0, and how far from it are those drawn of the noise that was found."""
+
+        def draw(x):
+            given = network, objective, times, x, lambda i: jnp.zeros_like(x)
+            return SAMPLERS["ddim"].solve(*given, clip_x0=False)
+
+        x0 = draw(x)
+        found = (
+            solvers.ddim_invert(network, objective, times, x0, iterations=n) for n in (1, 2, 3)
+        )
+        return x0, [jnp.abs(draw(each) - x0).max() for each in found]
+
+    x0, (one, two, three) = away()
+    assert np.abs(x0).max() > 1
+    assert one < 0.03
+    assert two < 0.2 * one
+    assert three < 0.2 * two
+
+
 ORDERS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("ddim", 1, {}),
     ("euler", 1, {}),

@@ -19,6 +19,8 @@ from ditjax.models.network import Conditions
 from ditjax.models.text import TextConfig
 from ditjax.parallel.mesh import make_mesh
 from ditjax.sampling.given import given_prompts, held_out_given
+from ditjax.sampling.pipeline import Source
+from ditjax.sampling.unclip import Bipartite, Unclip, text_direction, towards
 from ditjax.tasks import diffusion, image_vectors, make_task, prior, text_conditions
 from ditjax.tasks.clip import open_clip
 from ditjax.tasks.image_vectors import IMAGE_CLIP, PRIOR, with_image_vectors
@@ -80,10 +82,12 @@ def recipe(folder, **changes):
     return read({**tree, **{k: {**tree.get(k, {}), **v} for k, v in changes.items()}})
 
 
+@functools.cache
 def random_params(c):
     return {"params": unflatten(seeded_state(shapes_of(c), 1))}
 
 
+@functools.cache
 def loaded(c):
     return text_conditions.load_texts(c, make_mesh(-1, 1))
 
@@ -98,21 +102,17 @@ def setting(folder, letters):
     """A recipe, its frozen weights, and images."""
     c = recipe(folder)
     images = np.random.default_rng(0).uniform(-1, 1, (B, 8, 8, 3)).astype(np.float32)
-    return c, loaded(c), jnp.asarray(images)
+    return c, dict(loaded(c)), images
 
 
-def embedded(c, frozen, images):
+@functools.cache
+def embedded(c, images):
     """√E times the unit vectors that CLIP makes of images, and of `captions`."""
-    clip = CLIP(open_clip(c, "unclip.clip").config)
-
-    @jax.jit
-    def both(images, ids):
-        found: Any = clip.apply(frozen[IMAGE_CLIP], images, ids)
-        return found.image, found.text
-
-    return [
-        np.sqrt(E) * x / np.linalg.norm(x, axis=1, keepdims=True) for x in both(images, captions(c))
-    ]
+    clip, params = CLIP(open_clip(c, "unclip.clip").config), loaded(c)[IMAGE_CLIP]
+    images = np.frombuffer(images, np.float32).reshape(B, 8, 8, 3)
+    found: Any = jax.jit(clip.apply)(params, images, captions(c))
+    both = (found.image, found.text)
+    return [np.sqrt(E) * x / np.linalg.norm(x, axis=1, keepdims=True) for x in both]
 
 
 def test_an_example_has_the_vector_of_its_image_which_is_dropped_apart_from_its_caption(setting):
@@ -123,7 +123,7 @@ def test_an_example_has_the_vector_of_its_image_which_is_dropped_apart_from_its_
     assert {n: x.shape[1:] for n, x in prepared.items()} == {
         name: one.shape for name, one in task.inputs.items()
     }
-    np.testing.assert_allclose(prepared["vector"], embedded(c, frozen, images)[0], atol=1e-5)
+    np.testing.assert_allclose(prepared["vector"], embedded(c, images.tobytes())[0], atol=1e-5)
     np.testing.assert_allclose(jnp.square(prepared["vector"]).mean(1), 1, rtol=1e-5)
     many = {name: jnp.repeat(x, 500, 0) for name, x in prepared.items()}
     drawn = jax.jit(task.draw)(many, jax.random.key(2))
@@ -156,7 +156,7 @@ def test_guidance_is_from_neither_caption_nor_image(setting):
         given = Conditions(**fields, vector=vector)
         return diffusion.denoiser_module(c).apply(params, x, t, given)
 
-    conditional = plain(captions(c), embedded(c, frozen, images)[0])
+    conditional = plain(captions(c), embedded(c, images.tobytes())[0])
     null = jnp.asarray(text_conditions.tokens_of(c, [""] * B))
     away = plain(null, jnp.zeros((B, E)))
     np.testing.assert_allclose(guided(), away + 3 * (conditional - away), atol=2e-5)
@@ -173,7 +173,7 @@ def test_a_samples_vector_is_of_its_source(folder, setting, monkeypatch):
         given = Conditions(context=ids, vector=vector)
         return with_image_vectors(at, frozen, given, keys).vector
 
-    image, text = embedded(c, frozen, images)
+    image, text = embedded(c, images.tobytes())
     others = jax.jit(lambda: [found("text"), found("other", vector=images), found("none")])()
     for ours, wanted in zip(others, (text, image, np.zeros((B, E))), strict=True):
         np.testing.assert_allclose(ours, wanted, atol=1e-5)
@@ -229,6 +229,83 @@ def test_what_does_not_go_together_is_one_line(folder, setting, monkeypatch, tmp
         read({**{k: v for k, v in TINY.items() if k != "unclip"}, "task": "text2image"})
     with pytest.raises(UserError, match="is given texts alone"):
         writing.write_diffusers(tmp_path / "x", from_run(c, random_params(c)))
+
+
+# ---- images that are given
+
+
+@pytest.fixture
+def pipeline(setting):
+    """A decoder that is nearly that of data N(0, 1), whose inversion is exact."""
+    c, frozen, _ = setting
+    sample = {"steps": "ddim4", "cfg_scale": 1.0}
+    c = changed(c, {"sample": sample, "diffusion": {"prediction": "v"}})
+    params = random_params(c)
+    last = params["params"]["final_layer"]["linear"]
+    last |= {name: 0.005 * each for name, each in last.items()}
+    return Unclip(Source(c, None, {}, lambda c, mesh: (params, frozen)))
+
+
+def test_a_given_image_is_drawn_again_varied_interpolated_and_changed(pipeline):
+    rng = np.random.default_rng(5)
+    first, second = rng.integers(64, 192, (2, 8, 8, 3), dtype=np.uint8)
+    same = pipeline.variations(first, num=2, eta=0.0)
+    np.testing.assert_array_equal(same.array[0], same.array[1])
+    assert np.abs(same.array[0].astype(int) - first).max() <= 2
+    varied = pipeline.variations(first, num=2, seed=1)
+    assert (varied.array[0] != varied.array[1]).any()
+    other = pipeline.variations(first, num=2, seed=2)
+    assert (varied.array != other.array).any(axis=(1, 2, 3)).all()
+    # To the bit: no change of the text, and the first end of the way, are the image again.
+    changed_by = pipeline.text_difference(first, "a red two", "a blue two", num=2)
+    np.testing.assert_array_equal(changed_by.array[0], same.array[0])
+    way = pipeline.interpolate(first, second, num=2)
+    np.testing.assert_array_equal(way.array[0], same.array[0])
+    assert np.abs(way.array[1].astype(int) - second).max() <= 2
+    assert way.record["unclip"]["use"] == "interpolation"
+    assert changed_by.record["unclip"]["texts"] == ["a red two", "a blue two"]
+    assert len(varied.images) == 2
+
+
+def test_the_vector_turns_by_theta_and_the_noise_stays():
+    rng = np.random.default_rng(6)
+    image = Bipartite(
+        np.sqrt(E) * np.eye(1, E, dtype=np.float32), rng.standard_normal((1, 2, 2, 1))
+    )
+    before, after = rng.standard_normal((2, E)).astype(np.float32)
+    direction = text_direction(before, after)
+    np.testing.assert_allclose(
+        direction, np.sqrt(E) * (after - before) / np.linalg.norm(after - before), rtol=1e-5
+    )
+    found = towards(image, direction, np.array([0, 0.25, 0.5]))
+    np.testing.assert_array_equal(found.noise, np.repeat(image.noise, 3, 0).astype(np.float32))
+    np.testing.assert_array_equal(found.vector[:1], image.vector.astype(np.float32))
+    np.testing.assert_allclose(jnp.square(found.vector).mean(1), 1, rtol=1e-5)
+    middle = image.vector[0] + np.asarray(direction)
+    middle *= np.sqrt(E) / np.linalg.norm(middle)
+    np.testing.assert_allclose(found.vector[2], middle, rtol=1e-4, atol=1e-5)
+
+
+def test_uses_that_are_none_are_one_line(pipeline):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    cases: Any = (
+        (lambda: pipeline.variations(np.zeros((4, 4, 3), np.uint8)), "expected one of 8x8"),
+        (lambda: pipeline.variations([pixels] * 2), r"2 image\(s\) of 8x8: expected one"),
+        (lambda: pipeline.text_difference(pixels, "a", "a"), "both captions are the same"),
+        (lambda: pipeline.text_difference(pixels, "a", "b", theta=2.0), "theta is 2.0"),
+        (lambda: pipeline.text_difference(pixels, "a", "b\n"), "without control characters"),
+        (lambda: pipeline.variations(pixels, eta=2.0), "eta is 2.0"),
+    )
+    for use, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            use()
+        assert "\n" not in str(error.value)
+    text = read(
+        {k: v for k, v in TINY.items() if k != "unclip"}
+        | {"task": "text2image", "model": TEXT_RECIPE["model"]}
+    )
+    with pytest.raises(UserError, match="expected a run of task 'unclip'"):
+        Unclip(Source(text, None, {}, lambda c, mesh: ({}, {})))
 
 
 # ---- a run
