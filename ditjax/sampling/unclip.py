@@ -21,7 +21,7 @@ from ditjax.data.crop import normalize
 from ditjax.diffusion.gaussian import Denoise
 from ditjax.diffusion.interpolation import slerp
 from ditjax.diffusion.samplers import per_sample_noise
-from ditjax.diffusion.solvers import ddim_invert, general_ddim
+from ditjax.diffusion.solvers import ddim_invert
 from ditjax.errors import UserError
 from ditjax.models.clip import unit
 from ditjax.models.network import Conditions
@@ -32,9 +32,9 @@ from ditjax.sampling.pipeline import Output, Source
 from ditjax.sampling.text2image import Text2Image
 from ditjax.tasks import autoencoder, diffusion
 from ditjax.tasks.image_vectors import embedded_images, embedded_texts, has_vectors
-from ditjax.tasks.objective import objective_of, times_of
+from ditjax.tasks.objective import objective_of, options_of, sampler_of, times_of
 from ditjax.tasks.prior import standardized
-from ditjax.tasks.text_conditions import NULL, tokens_of, with_null
+from ditjax.tasks.text_conditions import encoded_conditions, tokens_of, with_null
 from ditjax.training import keys
 from ditjax.training.program import precise
 from ditjax.training.task import Frozen, Guidance
@@ -82,11 +82,11 @@ _embedded_texts = jax.jit(embedded_texts, static_argnums=0)
 
 
 def _denoiser(c: Config, trained: Any, frozen: Frozen, vector: jax.Array, g: Guidance) -> Denoise:
-    """The decoder given vectors f32[N,E] and the null text, guided as the recipe says."""
+    """The decoder given vectors f32[N,E] and the empty caption, guided as the recipe says."""
     params = diffusion.transform_of(c).join(frozen.get("base"), trained)
-    text = {k: jnp.repeat(each, len(vector), axis=0) for k, each in frozen[NULL].items()}
-    label = jnp.full(len(vector), c.data.num_classes)
-    conditions = Conditions(label=label, vector=vector, **text)
+    label, ids = jnp.zeros(len(vector), jnp.int32), tokens_of(c, [""] * len(vector))
+    conditions = Conditions(label=label, vector=vector, context=ids)
+    conditions, frozen = encoded_conditions(c, frozen, conditions, g.negative)
     return diffusion.denoiser(c, diffusion.apply_of(c), with_null(frozen, params), conditions, g)
 
 
@@ -102,20 +102,15 @@ def _inverted(c: Config, trained: Any, frozen: Frozen, images: jax.Array, g: Gui
     return Bipartite(vector, ddim_invert(denoise, objective_of(c), times_of(c), x0, **clip))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _decoded(
-    c: Config,
-    eta: float,
-    trained: Any,
-    frozen: Frozen,
-    image: Bipartite,
-    each: jax.Array,
-    g: Guidance,
+    c: Config, trained: Any, frozen: Frozen, image: Bipartite, each: jax.Array, g: Guidance
 ) -> jax.Array:
     denoise = _denoiser(c, trained, frozen, image.vector, g)
     noise = per_sample_noise(each, image.noise.shape[1:])
-    options: dict[str, Any] = {"clip_x0": c.sample.clip_x0, "eta": eta}
-    x0 = general_ddim(denoise, objective_of(c), times_of(c), image.noise, noise, **options)
+    options = {"clip_x0": c.sample.clip_x0, **options_of(c)}
+    given = denoise, objective_of(c), times_of(c), image.noise, noise
+    x0 = sampler_of(c).solve(*given, **options)
     x = autoencoder.decode_latents(c, frozen["autoencoder"], x0) if c.latent else x0
     return diffusion.to_uint8(x)
 
@@ -141,7 +136,7 @@ class Unclip(Text2Image):
 
     def invert(self, image: Pictures, *, cfg_scale: float | None = None) -> Bipartite:
         """The vector and the noise of an image, [1] each. Raises UserError."""
-        c = self._with_scale(cfg_scale)
+        c = self._of_ddim(0.0, cfg_scale)
         with precise(c):
             g = diffusion.guidance_of(c)
             found: Bipartite = _inverted(c, self._params, self._frozen, _pixels(c, image), g)
@@ -160,19 +155,18 @@ class Unclip(Text2Image):
 
         Raises UserError.
         """
-        c = changed(self._with_scale(cfg_scale), {} if seed is None else {"seed": seed})
+        c, seed = self._of_ddim(eta, cfg_scale), self.config.seed if seed is None else seed
         began, count = time.monotonic(), len(image.vector)
-        each = jax.vmap(jax.random.fold_in, (None, 0))(
-            keys.stream(c.seed, keys.SAMPLE), jnp.arange(count)
-        )
+        stream = keys.stream(seed, keys.SAMPLE)
+        each = jax.vmap(jax.random.fold_in, (None, 0))(stream, jnp.arange(count))
         with precise(c):
             g = diffusion.guidance_of(c)
-            drawn = _decoded(c, eta, self._params, self._frozen, image, each, g)
+            drawn = _decoded(c, self._params, self._frozen, image, each, g)
         array, null = np.asarray(drawn), c.data.num_classes
         pictures = [picture(tile(x[None], 1, gap=0)) for x in array]
-        said = {"unclip": {"sampler": "ddim", "eta": eta, **record}}
-        found = self._record(c, [null], said, time.monotonic() - began, None)
-        return Output(pictures, array, np.full(count, null, np.int32), found)
+        seconds = time.monotonic() - began
+        found = self._record(c, [null], {"unclip": dict(record)}, seconds, None)
+        return Output(pictures, array, np.full(count, null, np.int32), {**found, "seed": seed})
 
     def variations(self, image: Pictures, *, num: int = 4, eta: float = 1.0, **keys: Any) -> Output:
         """Sec. 3.1: images with the vector and the noise of one; η = 0 draws the image itself.
@@ -223,9 +217,10 @@ class Unclip(Text2Image):
         said = {**self._said("text difference", image), "texts": texts, "theta": theta}
         return self.decode(moved, record=said, **keys)
 
-    def _with_scale(self, cfg_scale: float | None) -> Config:
-        sample = {} if cfg_scale is None else {"cfg_scale": cfg_scale}
-        return changed(self.config, {"sample": sample}) if sample else self.config
+    def _of_ddim(self, eta: float, cfg_scale: float | None) -> Config:
+        """The recipe with DDIM as its sampler; not of the seed, for which nothing compiles anew."""
+        scale = {} if cfg_scale is None else {"cfg_scale": cfg_scale}
+        return changed(self.config, {"sample": {"sampler": "ddim", "eta": eta, **scale}})
 
     def _said(self, use: str, *images: Pictures) -> dict[str, Any]:
         digests = [pixels_digest(read_images(self.config, each, "image")) for each in images]

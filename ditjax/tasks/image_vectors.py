@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ditjax.config import FRACTION, PATH, Config, Section, key, positive
+from ditjax.config import FRACTION, PATH, Config, Section, between, changed, key, positive
 from ditjax.errors import UserError
 from ditjax.models.clip import CLIP
 from ditjax.models.network import Conditions
@@ -27,6 +27,7 @@ IMAGE_CLIP, PRIOR = "image_clip", "prior"  # frozen weights
 VECTOR = "vector"  # of `Conditions`, and of a batch
 _DROP = 4  # of a step's key, behind what `diffusion.draw` folds in
 _PRIOR_STREAM = 3  # of a sample's key, behind those of `diffusion/samplers.py`
+_OF_PRIOR = ("source", ("prior",))
 _BEHIND = {"image": 0, "other": 1}  # sources that are images of records: so many records behind
 
 
@@ -43,7 +44,9 @@ class ImageVectors(Section):
         "image", free=True, protocol=True
     )
     # a run of task prior, of the same CLIP
-    prior: str = key("", PATH, free=True, protocol=True, used_if=("source", ("prior",)))
+    prior: str = key("", PATH, free=True, protocol=True, used_if=_OF_PRIOR)
+    # vectors of which the nearest to the caption is kept; 0 = as many as the prior's recipe says
+    candidates: int = key(0, between(0, 1024), free=True, protocol=True, used_if=_OF_PRIOR)
 
 
 def has_vectors(c: Config) -> bool:
@@ -83,7 +86,7 @@ def _clip_of(c: Config) -> Opened:
 
 
 def _prior_of(c: Config) -> Opened:
-    """The prior of a recipe. Raises UserError for one of other texts."""
+    """The prior of a recipe, with its number of candidates. Raises UserError for other texts."""
     opened = opened_run(c.unclip.prior, "unclip.prior", "prior")
     for name in ("tokenizer", "tokens"):
         theirs, ours = (getattr(each.text, name) for each in (opened.recipe, c))
@@ -92,7 +95,8 @@ def _prior_of(c: Config) -> Opened:
                 f"config.text.{name} is {ours!r}, and the prior at {c.unclip.prior} was trained"
                 f" with {theirs!r}: expected the same."
             )
-    return opened
+    own = {"candidates": c.unclip.candidates or opened.recipe.prior.candidates}
+    return opened._replace(recipe=changed(opened.recipe, {"prior": own}))
 
 
 def load_vectors(c: Config, mesh: Mesh) -> Frozen:
@@ -103,7 +107,10 @@ def load_vectors(c: Config, mesh: Mesh) -> Frozen:
     if c.unclip.source != "prior":
         return found
     prior = _prior_of(c)
-    theirs = open_clip(prior.recipe, "prior.clip").load(mesh)
+    try:
+        theirs = open_clip(prior.recipe, "prior.clip").load(mesh)
+    except UserError as error:
+        raise UserError(f"config.unclip.prior is {c.unclip.prior}: {error}") from None
     if opening.digest(theirs) != opening.digest(found[IMAGE_CLIP]):
         raise UserError(
             f"config.unclip.clip is {c.unclip.clip}, and the prior at {c.unclip.prior} draws"
@@ -148,7 +155,7 @@ def drop_vectors(c: Config, batch: Batch, key: jax.Array) -> dict[str, jax.Array
 
 
 def with_image_vectors(
-    c: Config, frozen: Frozen, conditions: Conditions, keys: jax.Array
+    c: Config, frozen: Frozen, conditions: Conditions, keys: jax.Array | None
 ) -> Conditions:
     """The conditions of samples, key[B], with their vectors f32[B,E].
 
@@ -167,15 +174,15 @@ def with_image_vectors(
     return conditions._replace(vector=vector)
 
 
-def _of_captions(c: Config, frozen: Frozen, ids: jax.Array, keys: jax.Array) -> jax.Array:
+def _of_captions(c: Config, frozen: Frozen, ids: jax.Array, keys: jax.Array | None) -> jax.Array:
     """Vectors that follow from captions i32[B,M]: f32[B,E]."""
     source = c.unclip.source
     if source == "none":
         return jnp.zeros((len(ids), c.unclip.width), jnp.float32)
     if source == "text":
         return embedded_texts(c, frozen, ids)
-    if source != "prior":
-        raise ValueError(f"samples of config.unclip.source={source} are given their images")
+    if source != "prior" or keys is None:
+        raise ValueError(f"samples of config.unclip.source={source} are given their images or keys")
     # Of keys of its own, as the image begins with the noise of the sample's.
     own = jax.vmap(jax.random.fold_in, (0, None))(keys, _PRIOR_STREAM)
     recipe, weights = _prior_of(c).recipe, (frozen[PRIOR], frozen[IMAGE_CLIP])

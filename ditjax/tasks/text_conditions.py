@@ -322,11 +322,12 @@ def negative_ids(c: Config) -> np.ndarray | None:
 
 
 def encoded_conditions(
-    c: Config, frozen: Frozen, conditions: Conditions, negative: Any, keys: jax.Array
+    c: Config, frozen: Frozen, conditions: Conditions, negative: Any, keys: jax.Array | None = None
 ) -> tuple[Conditions, Frozen]:
     """Conditions whose context are tokens i32[B,M], encoded; and frozen weights with their null.
 
-    negative: tokens i32[1,M] in the place of the null text, or None. keys: the samples' key[B].
+    negative: tokens i32[1,M] in the place of the null text, or None. keys: the samples' key[B],
+    of which vectors of images may be drawn.
     """
     if not has_texts(c):
         return conditions, frozen

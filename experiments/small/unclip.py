@@ -5,6 +5,7 @@
     ditjax evaluate --workdir=runs/small/unclip
     ditjax train --config=small/unclip:decoder --workdir=runs/small/unclip_decoder
     ditjax evaluate --workdir=runs/small/unclip_decoder
+    ditjax evaluate --workdir=runs/small/unclip_decoder --config.unclip.candidates=1
     ditjax evaluate --workdir=runs/small/unclip_decoder --config.unclip.source=text
     ditjax evaluate --workdir=runs/small/unclip_decoder --config.unclip.source=none
     ditjax evaluate --workdir=runs/small/unclip_decoder --config.unclip.source=image

@@ -144,9 +144,7 @@ def denoisers(folder, letters):
     @functools.partial(jax.jit, static_argnums=(0,))
     def predict(scale, negative=None):
         at = changed(c, {"sample": {"cfg_scale": scale}})
-        given, of = text_conditions.encoded_conditions(
-            at, frozen, conditions, negative, jax.random.split(jax.random.key(0), B)
-        )
+        given, of = text_conditions.encoded_conditions(at, frozen, conditions, negative)
         variables = text_conditions.with_null(of, params)
         apply, g = diffusion.apply_of(at), diffusion.guidance_of(at)
         return diffusion.denoiser(at, apply, variables, given, g)(x, t)

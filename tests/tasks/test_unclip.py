@@ -18,7 +18,7 @@ from ditjax.models.clip import CLIP, ClipConfig, ClipKeys, ImageConfig, tower_la
 from ditjax.models.network import Conditions
 from ditjax.models.text import TextConfig
 from ditjax.parallel.mesh import make_mesh
-from ditjax.sampling.given import given_prompts, held_out_given
+from ditjax.sampling.given import GivenRows, given_prompts, held_out_given
 from ditjax.sampling.pipeline import Source
 from ditjax.sampling.unclip import Bipartite, Unclip, text_direction, towards
 from ditjax.tasks import diffusion, image_vectors, make_task, prior, text_conditions
@@ -194,6 +194,8 @@ def test_a_samples_vector_is_of_its_source(folder, setting, monkeypatch):
     found("prior")
     of_image = [keys, *(samplers._stream(keys, n) for n in range(3))]
     assert all((seen[0] != each).all() for each in of_image)
+    few = changed(c, {"unclip": {"source": "prior", "candidates": 1}})
+    assert image_vectors.vector_protocol(few)["unclip"]["prior"]["candidates"] == 1
     for source, behind in (("image", 0), ("other", 1), ("text", None)):
         sampling = make_task(changed(c, {"unclip": {"source": source}})).sampling
         assert sampling
@@ -214,6 +216,12 @@ def test_what_does_not_go_together_is_one_line(folder, setting, monkeypatch, tmp
         with pytest.raises(UserError, match=message) as error:
             image_vectors.load_vectors(recipe(folder, unclip=unclip), make_mesh(-1, 1))
         assert "\n" not in str(error.value)
+    lost = changed(other, {"prior": {"clip": "nowhere"}})
+    monkeypatch.setattr(image_vectors, "opened_run", lambda *names: theirs._replace(recipe=lost))
+    with pytest.raises(
+        UserError, match=r"unclip\.prior is p: config\.prior\.clip=nowhere is no run"
+    ):
+        image_vectors.load_vectors(recipe(folder, unclip=drawn), make_mesh(-1, 1))
     longer = changed(other, {"text": {"tokens": 11}})
     monkeypatch.setattr(image_vectors, "opened_run", lambda *names: theirs._replace(recipe=longer))
     with pytest.raises(
@@ -284,6 +292,13 @@ def test_the_vector_turns_by_theta_and_the_noise_stays():
     middle = image.vector[0] + np.asarray(direction)
     middle *= np.sqrt(E) / np.linalg.norm(middle)
     np.testing.assert_allclose(found.vector[2], middle, rtol=1e-4, atol=1e-5)
+
+
+def test_without_prompts_captions_of_records_are_drawn(pipeline, monkeypatch, capsys):
+    rows = GivenRows(lambda indices: {}, {"captions": "scenes/test", "text": {}, "unclip": {}}, 40)
+    monkeypatch.setattr("ditjax.sampling.pipeline.held_out_given", lambda c: rows)
+    assert pipeline._beside_edit(pipeline.config, None, None) is rows
+    assert "captions: those of scenes/test, in order" in capsys.readouterr().err
 
 
 def test_uses_that_are_none_are_one_line(pipeline):
