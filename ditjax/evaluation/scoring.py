@@ -143,17 +143,12 @@ def score(
     `brief` leaves out slow metrics.
     """
     fid = distance_name(family)
-    value = frechet.gaussian_frechet_distance(
-        extracted.moments.mean, frechet.covariance(extracted.moments), reference.mu, reference.sigma
-    )
+    theirs = frechet.gaussian_root(reference.mu, reference.sigma)
+    ours = frechet.gaussian_root(extracted.moments.mean, frechet.covariance(extracted.moments))
+    value = frechet.root_distance(ours, theirs)
     found = {fid: value, **extracted.measured}
     if not brief:
-        _, influence = uncertainty.frechet_influence(extracted.pool, reference.mu, reference.sigma)
-        interval = uncertainty.bootstrap_interval(value, influence, seed)
-        found |= {f"{fid}_low": max(0.0, interval.low), f"{fid}_high": interval.high}
-    if not brief and extracted.count // max(LEVELS) > len(reference.mu):
-        limit = uncertainty.frechet_infinite(extracted.pool, reference.mu, reference.sigma, seed)
-        found |= {f"{fid}_inf": limit.value, f"{fid}_inf_se": limit.standard_error}
+        found |= _frechet_uncertainty(extracted.pool, theirs, fid, value, seed)
     if (
         extracted.spatial is not None
         and reference.mu_s is not None
@@ -170,6 +165,19 @@ def score(
         found |= {"inception_score": mean, "inception_score_split_deviation": deviation}
     if reference_pool is not None and not brief:
         found |= _feature_set_metrics(extracted.pool, reference_pool, family, seed)
+    return found
+
+
+def _frechet_uncertainty(
+    pool: np.ndarray, reference: frechet.GaussianRoot, name: str, value: float, seed: int
+) -> dict[str, float]:
+    """The interval of a distance, and of many samples the distance of infinitely many."""
+    whole = uncertainty.frechet_influence(pool, reference)
+    interval = uncertainty.bootstrap_interval(value, whole.influence, seed)
+    found = {f"{name}_low": max(0.0, interval.low), f"{name}_high": interval.high}
+    if len(pool) // max(LEVELS) > len(reference.mean):
+        limit = uncertainty.frechet_infinite(pool, reference, seed, LEVELS, whole)
+        found |= {f"{name}_inf": limit.value, f"{name}_inf_se": limit.standard_error}
     return found
 
 
@@ -196,14 +204,12 @@ def _feature_set_metrics(
 
     suffix = f"_{family}" if family else ""
     smaller = min(len(pool), len(reference))
-    if smaller > PR_NEIGHBOURS:
-        pr = neighbours.precision_recall(reference, pool, PR_NEIGHBOURS)
+    if smaller > DC_NEIGHBOURS:
+        balls = neighbours.compare_neighbourhoods(reference, pool, PR_NEIGHBOURS, DC_NEIGHBOURS)
+        pr, dc, authentic = balls
         add(f"precision{suffix}", pr.precision, pr.in_reference)
         add(f"recall{suffix}", pr.recall, pr.in_samples)
-        authentic = neighbours.authenticity(reference, pool)
         add(f"authenticity{suffix}", float(authentic.mean()), authentic)
-    if smaller > DC_NEIGHBOURS:
-        dc = neighbours.density_coverage(reference, pool, DC_NEIGHBOURS)
         add(f"density{suffix}", dc.density, dc.balls)
         add(f"coverage{suffix}", dc.coverage, dc.covered)
     size = min(KID_SUBSET_SIZE, smaller)

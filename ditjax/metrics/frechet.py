@@ -8,6 +8,7 @@ below the float32 rounding error of the largest, and float64 in JAX is float32 u
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +23,14 @@ class FeatureMoments:
     count: int
     mean: NDArray[np.float64]
     m2: NDArray[np.float64]
+
+
+class GaussianRoot(NamedTuple):
+    """A Gaussian as its mean f64[d], R f64[d,rank] with R R^T its covariance, and Tr R R^T."""
+
+    mean: NDArray[np.float64]
+    root: NDArray[np.float64]
+    trace: float
 
 
 def no_moments(dimensions: int) -> FeatureMoments:
@@ -93,16 +102,19 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
 def gaussian_frechet_distance(
     mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike
 ) -> float:
-    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2): means f[d], covariances f[d,d].
+    """`root_distance` of Gaussians with means f[d] and covariances f[d,d], and what it raises."""
+    return root_distance(gaussian_root(mu1, sigma1), gaussian_root(mu2, sigma2))
+
+
+def root_distance(a: GaussianRoot, b: GaussianRoot) -> float:
+    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2).
 
     With S1 = U diag(l) U^T and S2 = V diag(m) V^T, the trace of the square root is the sum of the
     singular values of diag(l)^1/2 U^T V diag(m)^1/2. No squared rounding error is under a root, so
     this is accurate for singular covariances, where the usual sqrtm(S1 S2) is not.
-    Raises UserError for wrong shapes, values that are not finite, and matrices that are not
-    covariances.
+    Raises UserError for different dimensions.
     """
-    mean1, root1, trace1 = gaussian_root(mu1, sigma1)
-    mean2, root2, trace2 = gaussian_root(mu2, sigma2)
+    (mean1, root1, trace1), (mean2, root2, trace2) = a, b
     _check_dimensions(mean1, mean2)
     cross = (
         np.linalg.svd(root1.T @ root2, compute_uv=False).sum() if root1.size and root2.size else 0.0
@@ -112,10 +124,8 @@ def gaussian_frechet_distance(
     return max(0.0, float(distance))
 
 
-def gaussian_root(
-    mu: ArrayLike, sigma: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Factor a Gaussian: mu f[d], sigma f[d,d] -> mean f64[d], R f64[d,rank], Tr sigma.
+def gaussian_root(mu: ArrayLike, sigma: ArrayLike) -> GaussianRoot:
+    """Factor a Gaussian with mu f[d], sigma f[d,d].
 
     R R^T = sigma; eigenvalues below rounding are dropped. Raises UserError for wrong shapes, values
     that are not finite, and matrices that are not covariances.
@@ -141,7 +151,7 @@ def gaussian_root(
         )
     kept = values > noise
     root = vectors[:, kept] * np.sqrt(values[kept])[None, :]
-    return mean, root, float(values[kept].sum())
+    return GaussianRoot(mean, root, float(values[kept].sum()))
 
 
 def _check_dimensions(mean1: NDArray[np.float64], mean2: NDArray[np.float64]) -> None:

@@ -1,13 +1,14 @@
 """Precision, recall, density, coverage and authenticity: which points lie in balls around others.
 
 Squared distances are Gram matrices in float32 on the device, a block at a time, with a bound of
-their rounding error. What the bound leaves open, and all of small sets, is decided in float64 on
-the host: the results are those of exact distances, at the speed of float32. Copies of an image are
-at distance 0 from each other, and a point at the edge of a ball is inside.
+their rounding error. A block is computed once and answers every question on it. What the bound
+leaves open, and all of small sets, is decided in float64 on the host: the results are those of
+exact distances, at the speed of float32. Copies of an image are at distance 0 from each other, and
+a point at the edge of a ball is inside.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ ON_HOST = 2**22  # pairs of points that are compared on the host at once, and wi
 FILL = 64  # of which the size of a block is a multiple, so that few shapes are compiled
 GROUP = 32  # columns of which first only the nearest is looked at
 SPARE = 4  # candidates beyond the neighbours that are asked for
+AT_ONCE = 2**18  # differences of features that are squared at once: the caches hold them
 
 Distances = NDArray[np.float64]
 
@@ -44,6 +46,40 @@ class DensityCoverage(NamedTuple):
     covered: NDArray[np.bool_]
 
 
+class Neighbourhoods(NamedTuple):
+    """What the balls around the points of two sets say of both; `authentic` b[M] is of samples."""
+
+    precision_recall: PrecisionRecall
+    density_coverage: DensityCoverage
+    authentic: NDArray[np.bool_]
+
+
+def compare_neighbourhoods(
+    reference: FeatureArray,
+    samples: FeatureArray,
+    k: int = 3,
+    dc_k: int = 5,
+    block: int = BLOCK_ROWS,
+) -> Neighbourhoods:
+    """`precision_recall` with k, `density_coverage` with dc_k and `authenticity`, in one pass.
+
+    The distances of N points of the reference to M samples are computed once, not four times.
+    Raises UserError as `precision_recall`.
+    """
+    reference, samples = _checked_sets(reference, samples, max(k, dc_k), block, "neighbourhoods")
+    others = nearest_centres(reference, reference, max(k, dc_k) + 1, block)[0]
+    nearest = _Nearest(samples, reference, 1)
+    inside = _Balls(samples, reference, others[:, k])
+    dense = _Balls(samples, reference, others[:, dc_k])
+    back = _Balls(reference, samples, manifold_radii2(samples, k, block))
+    _ask(samples, reference, (nearest, inside, dense, _Turned(back)), block)
+    return Neighbourhoods(
+        _precision_recall(inside.answer()[0], back.answer()[0]),
+        _density_coverage(*dense.answer(), dc_k),
+        _authentic(*nearest.answer(), others[:, 1]),
+    )
+
+
 def precision_recall(
     reference: FeatureArray, samples: FeatureArray, k: int = 3, block: int = BLOCK_ROWS
 ) -> PrecisionRecall:
@@ -60,6 +96,10 @@ def precision_recall(
     reference, samples = _checked_sets(reference, samples, k, block, "precision and recall")
     in_reference, _ = count_balls(samples, reference, manifold_radii2(reference, k, block), block)
     in_samples, _ = count_balls(reference, samples, manifold_radii2(samples, k, block), block)
+    return _precision_recall(in_reference, in_samples)
+
+
+def _precision_recall(in_reference: Indices, in_samples: Indices) -> PrecisionRecall:
     inside, back = in_reference > 0, in_samples > 0
     return PrecisionRecall(float(inside.mean()), float(back.mean()), inside, back)
 
@@ -75,7 +115,11 @@ def density_coverage(
     density is 1, and coverage 1 - 2^-k for many points. Raises UserError as `precision_recall`.
     """
     reference, samples = _checked_sets(reference, samples, k, block, "density and coverage")
-    counts, covered = count_balls(samples, reference, manifold_radii2(reference, k, block), block)
+    radii2 = manifold_radii2(reference, k, block)
+    return _density_coverage(*count_balls(samples, reference, radii2, block), k)
+
+
+def _density_coverage(counts: Indices, covered: NDArray[np.bool_], k: int) -> DensityCoverage:
     balls = counts / k
     return DensityCoverage(float(balls.mean()), float(covered.mean()), balls, covered)
 
@@ -91,9 +135,12 @@ def authenticity(
     Raises UserError as `precision_recall`.
     """
     reference, samples = _checked_sets(reference, samples, 1, block, "authenticity")
-    distances2, index = nearest_centres(samples, reference, 1, block)
-    apart = manifold_radii2(reference, 1, block)
-    return distances2[:, 0] > apart[index[:, 0]]
+    nearest = nearest_centres(samples, reference, 1, block)
+    return _authentic(*nearest, manifold_radii2(reference, 1, block))
+
+
+def _authentic(distances2: Distances, index: Indices, apart2: Distances) -> NDArray[np.bool_]:
+    return distances2[:, 0] > apart2[index[:, 0]]
 
 
 def manifold_radii2(features: FeatureArray, k: int, block: int = BLOCK_ROWS) -> Distances:
@@ -110,18 +157,9 @@ def nearest_centres(
     Returns squared distances f64[M,count] and indices i64[M,count], nearest first. If both arrays
     are the same, half of the work is saved.
     """
-    kept = min(count + SPARE, len(centres))
-    if len(points) * len(centres) <= ON_HOST:
-        found = _nearest_on_host(points, centres, kept)
-    else:
-        found, farther2 = _nearest_on_device(points, centres, kept, block)
-    distances2, found = _sorted_exactly(points, centres, found)
-    if len(points) * len(centres) > ON_HOST and kept < len(centres):
-        # Nothing that was left out can be nearer than the last that is asked for.
-        unsure = np.flatnonzero(~(distances2[:, count - 1] <= farther2))
-        again = _nearest_on_host(points[unsure], centres, kept)
-        distances2[unsure], found[unsure] = _sorted_exactly(points[unsure], centres, again)
-    return distances2[:, :count], found[:, :count]
+    nearest = _Nearest(points, centres, count)
+    _ask(points, centres, (nearest,), block)
+    return nearest.answer()
 
 
 def count_balls(
@@ -131,18 +169,9 @@ def count_balls(
 
     Ball i is around centres f[N,d] row i, with the squared radius radii2 f64[N].
     """
-    counts, holds = np.zeros(len(points), np.int64), np.zeros(len(centres), np.bool_)
-    open_points, open_balls = np.ones(len(points), np.bool_), np.ones(len(centres), np.bool_)
-    if len(points) * len(centres) > ON_HOST:
-        counts, holds, open_points, open_balls = _counts_on_device(points, centres, radii2, block)
-    rows, balls = np.flatnonzero(open_points), np.flatnonzero(open_balls & ~holds)
-    for at, inside in _inside_on_host(points[rows], centres, radii2):
-        counts[rows[at]] = inside.sum(axis=1)
-        holds |= inside.any(axis=0)
-    balls = balls[~holds[balls]]
-    for _, inside in _inside_on_host(points, centres[balls], radii2[balls]):
-        holds[balls] |= inside.any(axis=0)
-    return counts, holds
+    balls = _Balls(points, centres, radii2)
+    _ask(points, centres, (balls,), block)
+    return balls.answer()
 
 
 # ---- on the device, in float32
@@ -213,75 +242,164 @@ def _merge(
     return values, jnp.take_along_axis(jnp.concatenate([index, columns], 1), at, 1)
 
 
-def _nearest_on_device(
-    points: FeatureArray, centres: FeatureArray, kept: int, block: int
-) -> tuple[Indices, Distances]:
-    """The `kept` nearest of each point, i64[M,kept], and a bound below all other d², f64[M]."""
-    centre, same = _centre(centres), points is centres
-    columns = _blocks(centres, centre, block)
-    rows = columns if same else _blocks(points, centre, block)
-    best = [jnp.full((len(r.x), kept), -jnp.inf) for r in rows]
-    index = [jnp.zeros((len(r.x), kept), jnp.int32) for r in rows]
-    for a, r in enumerate(rows):
-        for b, c in enumerate(columns):
-            if same and b < a:
-                continue
-            d2 = _distances2(r.x, r.norm2, c.x, c.norm2)
-            best[a], index[a] = _merge(best[a], index[a], d2, jnp.int32(c.first))
-            if same and b > a:
-                best[b], index[b] = _merge(best[b], index[b], d2.T, jnp.int32(r.first))
-    found = np.concatenate([np.asarray(each) for each in index])[: len(points)].astype(np.int64)
-    last = -np.concatenate([np.asarray(each)[:, -1] for each in best])[: len(points)]
-    norm2 = np.concatenate([np.asarray(r.norm2) for r in rows])[: len(points)].astype(np.float64)
-    largest = max(float(jnp.where(jnp.isfinite(c.norm2), c.norm2, 0).max()) for c in columns)
-    return found, last.astype(np.float64) - _slack(points.shape[1]) * (norm2 + largest)
-
-
 @jax.jit
 def _count_block(
-    x: jax.Array,
+    distances2: jax.Array,
     x_norm2: jax.Array,
-    y: jax.Array,
     y_norm2: jax.Array,
     radii2: jax.Array,
     slack: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Of rows and balls: how many are surely inside i32[B], b[C], and whether one is undecided."""
     scale = x_norm2[:, None] + y_norm2[None, :]
-    gap = radii2[None, :] - _gram_distances2(x, x_norm2, y, y_norm2)
+    gap = radii2[None, :] - distances2
     inside = gap > slack * scale
     unsure = (jnp.abs(gap) <= slack * scale) & jnp.isfinite(scale)
     return inside.sum(1, dtype=jnp.int32), inside.any(0), unsure.any(1), unsure.any(0)
 
 
-def _counts_on_device(
-    points: FeatureArray, centres: FeatureArray, radii2: Distances, block: int
-) -> tuple[Indices, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
-    """`count_balls` of what float32 decides; then the points and the balls that it does not."""
-    centre = _centre(centres)
-    rows, columns = _blocks(points, centre, block), _blocks(centres, centre, block)
-    counts = np.zeros((len(rows), len(rows[0].x)), np.int64)
-    holds = np.zeros((len(columns), len(columns[0].x)), np.bool_)
-    open_points, open_balls = np.zeros(counts.shape, np.bool_), np.zeros(holds.shape, np.bool_)
-    radii = np.zeros(holds.size, np.float32)
-    radii[: len(radii2)] = radii2
-    slack = _slack(points.shape[1])
-    for b, c in enumerate(columns):
-        of_block = jnp.asarray(radii[c.first : c.first + len(c.x)])
-        for a, r in enumerate(rows):
-            found = _count_block(r.x, r.norm2, c.x, c.norm2, of_block, slack)
-            inside, held, unsure_points, unsure_balls = (np.asarray(each) for each in found)
-            counts[a] += inside
-            holds[b] |= held
-            open_points[a] |= unsure_points
-            open_balls[b] |= unsure_balls
-    M, N = len(points), len(centres)
-    return (
-        counts.reshape(-1)[:M],
-        holds.reshape(-1)[:N],
-        open_points.reshape(-1)[:M],
-        open_balls.reshape(-1)[:N],
-    )
+# ---- questions
+
+
+class _Question(Protocol):
+    """What is asked of all distances; `begin` and `add` are called for sets that are not small."""
+
+    def begin(self, rows: Sequence[_Block], columns: Sequence[_Block]) -> None: ...
+    def add(self, a: int, b: int, distances2: jax.Array) -> None: ...
+
+
+def _ask(
+    points: FeatureArray, centres: FeatureArray, questions: Sequence[_Question], block: int
+) -> None:
+    """Show each question the distances of every block of points to every block of centres.
+
+    Of one array, each pair of blocks is computed once and shown from both sides. Small sets are
+    shown to none.
+    """
+    if len(points) * len(centres) <= ON_HOST:
+        return
+    centre, same = _centre(centres), points is centres
+    columns = _blocks(centres, centre, block)
+    rows = columns if same else _blocks(points, centre, block)
+    for question in questions:
+        question.begin(rows, columns)
+    for a, r in enumerate(rows):
+        for b in range(a if same else 0, len(columns)):
+            c = columns[b]
+            d2 = _distances2(r.x, r.norm2, c.x, c.norm2)
+            for question in questions:
+                question.add(a, b, d2)
+                if same and b > a:
+                    question.add(b, a, d2.T)
+
+
+class _Turned:
+    """A question on the distances of centres to points."""
+
+    def __init__(self, question: _Question) -> None:
+        self._question = question
+
+    def begin(self, rows: Sequence[_Block], columns: Sequence[_Block]) -> None:
+        self._question.begin(columns, rows)
+
+    def add(self, a: int, b: int, distances2: jax.Array) -> None:
+        self._question.add(b, a, distances2.T)
+
+
+class _Nearest:
+    """Which `count` of centres are the nearest to each of points, as `nearest_centres`."""
+
+    def __init__(self, points: FeatureArray, centres: FeatureArray, count: int) -> None:
+        self._points, self._centres, self._count = points, centres, count
+        self._kept = min(count + SPARE, len(centres))
+        self._rows: Sequence[_Block] = ()
+
+    def begin(self, rows: Sequence[_Block], columns: Sequence[_Block]) -> None:
+        self._rows, self._columns = rows, columns
+        self._best = [jnp.full((len(r.x), self._kept), -jnp.inf) for r in rows]
+        self._index = [jnp.zeros((len(r.x), self._kept), jnp.int32) for r in rows]
+
+    def add(self, a: int, b: int, distances2: jax.Array) -> None:
+        first = jnp.int32(self._columns[b].first)
+        self._best[a], self._index[a] = _merge(self._best[a], self._index[a], distances2, first)
+
+    def answer(self) -> tuple[Distances, Indices]:
+        points, centres, kept, count = self._points, self._centres, self._kept, self._count
+        if not self._rows:
+            found = _nearest_on_host(points, centres, kept)
+        else:
+            index = [np.asarray(each) for each in self._index]
+            found = np.concatenate(index)[: len(points)].astype(np.int64)
+        distances2, found = _sorted_exactly(points, centres, found)
+        if self._rows and kept < len(centres):
+            # Nothing that was left out can be nearer than the last that is asked for.
+            unsure = np.flatnonzero(~(distances2[:, count - 1] <= self._farther2()))
+            again = _nearest_on_host(points[unsure], centres, kept)
+            distances2[unsure], found[unsure] = _sorted_exactly(points[unsure], centres, again)
+        return distances2[:, :count], found[:, :count]
+
+    def _farther2(self) -> Distances:
+        """A bound below the squared distances of what was left out, f64[M]."""
+        M, d = self._points.shape
+        last = -np.concatenate([np.asarray(each)[:, -1] for each in self._best])[:M]
+        norm2 = _norms2(self._rows)[:M]
+        largest = float(_norms2(self._columns)[: len(self._centres)].max())
+        return last.astype(np.float64) - _slack(d) * (norm2 + largest)
+
+
+class _Balls:
+    """How many balls hold each of points, and whether each holds one, as `count_balls`."""
+
+    def __init__(self, points: FeatureArray, centres: FeatureArray, radii2: Distances) -> None:
+        self._points, self._centres, self._radii2 = points, centres, radii2
+        self._found: dict[str, list[Any]] = {}
+
+    def begin(self, rows: Sequence[_Block], columns: Sequence[_Block]) -> None:
+        self._rows, self._columns = rows, columns
+        radii = np.zeros(sum(len(c.x) for c in columns), np.float32)
+        radii[: len(self._radii2)] = self._radii2
+        self._radii = [jnp.asarray(radii[c.first : c.first + len(c.x)]) for c in columns]
+        self._found = {
+            "counts": [0] * len(rows),
+            "holds": [False] * len(columns),
+            "open_points": [False] * len(rows),
+            "open_balls": [False] * len(columns),
+        }
+
+    def add(self, a: int, b: int, distances2: jax.Array) -> None:
+        norms = self._rows[a].norm2, self._columns[b].norm2
+        slack = _slack(self._points.shape[1])
+        inside, held, rows, balls = _count_block(distances2, *norms, self._radii[b], slack)
+        found = self._found
+        found["counts"][a] += inside
+        found["holds"][b] |= held
+        found["open_points"][a] |= rows
+        found["open_balls"][b] |= balls
+
+    def sure(self) -> tuple[Indices, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+        """What is decided: counts i64[M], holds b[N]; then the points and balls that are open."""
+        M, N = len(self._points), len(self._centres)
+        if not self._found:
+            return np.zeros(M, np.int64), np.zeros(N, bool), np.ones(M, bool), np.ones(N, bool)
+        each = {name: np.concatenate(list(map(np.asarray, x))) for name, x in self._found.items()}
+        counts, holds = each["counts"][:M].astype(np.int64), each["holds"][:N]
+        return counts, holds, each["open_points"][:M], each["open_balls"][:N]
+
+    def answer(self) -> tuple[Indices, NDArray[np.bool_]]:
+        points, centres, radii2 = self._points, self._centres, self._radii2
+        counts, holds, open_points, open_balls = self.sure()
+        rows, balls = np.flatnonzero(open_points), np.flatnonzero(open_balls & ~holds)
+        for at, inside in _inside_on_host(points[rows], centres, radii2):
+            counts[rows[at]] = inside.sum(axis=1)
+            holds |= inside.any(axis=0)
+        balls = balls[~holds[balls]]
+        for _, inside in _inside_on_host(points, centres[balls], radii2[balls]):
+            holds[balls] |= inside.any(axis=0)
+        return counts, holds
+
+
+def _norms2(blocks: Sequence[_Block]) -> Distances:
+    return np.concatenate([np.asarray(each.norm2) for each in blocks]).astype(np.float64)
 
 
 # ---- on the host, in float64
@@ -299,7 +417,7 @@ def _sorted_exactly(
 ) -> tuple[Distances, Indices]:
     """Squared distances of points to the centres index i64[M,c], from differences, and sorted."""
     distances2 = np.empty(index.shape)
-    rows = max(1, 2 * ON_HOST // max(1, index.shape[1] * points.shape[1]))
+    rows = max(1, AT_ONCE // max(1, index.shape[1] * points.shape[1]))
     for first in range(0, len(points), rows):
         at = slice(first, first + rows)
         distances2[at] = _exact_distances2(points[at, None, :], centres[index[at]])
@@ -314,7 +432,7 @@ def _inside_on_host(
     for at, distances2, noise in _float64_distances2(points, centres):
         inside = distances2 <= radii2[None, :]
         row, column = np.nonzero(np.abs(distances2 - radii2[None, :]) <= noise)
-        step = max(1, 2 * ON_HOST // points.shape[1])
+        step = max(1, AT_ONCE // points.shape[1])
         for first in range(0, len(row), step):
             r, c = row[first : first + step], column[first : first + step]
             exact = _exact_distances2(points[at][r], centres[c])
@@ -341,7 +459,9 @@ def _float64_distances2(
 
 def _exact_distances2(x: FeatureArray, y: FeatureArray) -> Distances:
     """Squared distances of rows, from their differences in float64: exactly 0 of copies."""
-    return np.asarray(((x.astype(np.float64) - y.astype(np.float64)) ** 2).sum(axis=-1))
+    apart = (x.astype(np.float64) - y.astype(np.float64)).reshape(-1, x.shape[-1])
+    # One order of summing, whatever the shape: two distances of one pair are the same number.
+    return np.einsum("nd,nd->n", apart, apart).reshape(np.broadcast_shapes(x.shape, y.shape)[:-1])
 
 
 def _checked_sets(

@@ -67,16 +67,12 @@ def sliced_wasserstein2(
     together = max(1, _AT_ONCE // (n + m))
     for start in range(0, len(directions), together):
         some = directions[start : start + together]
-        projected = some @ x64.T
-        order = np.argsort(projected, axis=1)
-        a = np.take_along_axis(projected, order, 1)
-        b = np.sort(some @ y64.T, axis=1)
-        value += float(((a[:, of_x] - b[:, of_y]) ** 2 @ weights).sum())
-        rises = np.diff(a, axis=1) * (a[:, 1:] + a[:, :-1] - b[:, below] - b[:, above])
-        potential = np.zeros(a.shape)
-        np.cumsum(rises, axis=1, out=potential[:, 1:])
-        potential -= potential.mean(axis=1, keepdims=True)
-        back = np.empty(a.shape)
-        np.put_along_axis(back, order, potential, 1)
-        influence += back.sum(axis=0)
+        # One direction at a time, whose numbers the caches hold.
+        for projected, b in zip(some @ x64.T, np.sort(some @ y64.T, axis=1), strict=True):
+            order = np.argsort(projected)
+            a = projected[order]
+            value += float((a[of_x] - b[of_y]) ** 2 @ weights)
+            rises = np.diff(a) * (a[1:] + a[:-1] - b[below] - b[above])
+            potential = np.concatenate([[0.0], np.cumsum(rises)])
+            influence[order] += potential - potential.mean()
     return SlicedDistance(value / len(directions), influence / len(directions))

@@ -8,6 +8,8 @@ its distance has about twice the O(1/n) bias, and the interval would lie above t
 """
 
 from collections.abc import Sequence
+from functools import reduce
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from ditjax.errors import UserError
 from ditjax.metrics.frechet import (
     FeatureMoments,
+    GaussianRoot,
     batch_moments,
     covariance,
-    gaussian_root,
     merge,
     no_moments,
     update,
@@ -90,23 +92,29 @@ def systematic_error(values: ArrayLike, place: ArrayLike) -> float:
     return float(np.sqrt(np.square(steps).sum() / (2 * n * (n - 1))))
 
 
-def frechet_influence(
-    features: ArrayLike, mu: ArrayLike, sigma: ArrayLike
-) -> tuple[float, NDArray[np.float64]]:
-    """Fréchet distance of features f[n,d] to N(mu f[d], sigma f[d,d]), and its influence f64[n].
+class FrechetInfluence(NamedTuple):
+    """A Fréchet distance, and the influence of each sample on it, f64[n] of mean 0."""
 
-    With R R^T = sigma, c = x - mean and K = R^T S R, Tr (S^1/2 sigma S^1/2)^1/2 = Tr K^1/2, whose
+    value: float
+    influence: NDArray[np.float64]
+
+
+def frechet_influence(features: ArrayLike, reference: GaussianRoot) -> FrechetInfluence:
+    """Fréchet distance of features f[n,d] to a Gaussian N(mu, R R^T), and its influence.
+
+    With c = x - mean and K = R^T S R, Tr (S^1/2 sigma S^1/2)^1/2 = Tr K^1/2, whose
     gradient by S is R K^-1/2 R^T / 2. So psi = 2 (mean - mu).c + n / (n - 1) (|c|^2 -
     |K^-1/4 R^T c|^2), minus its mean. With fewer than d samples K^-1/2 is taken on the range of K.
-    The reference counts as exact: no interval includes the error of its own finite count. Cost: two
-    eigendecompositions and 2 n d rank multiply-adds. Raises UserError as `frechet_distance` does.
+    The reference counts as exact: no interval includes the error of its own finite count. Cost: one
+    eigendecomposition and 2 n d rank multiply-adds. Raises UserError as `frechet_distance` does.
     """
     x = np.asarray(features)
-    reference = _Reference(mu, sigma)
     moments = no_moments(reference.mean.size)
     for start in range(0, len(x), BLOCK):
         moments = update(moments, x[start : start + BLOCK])
-    values, vectors = reference.spectrum(moments)
+    values, vectors = np.linalg.eigh(_whitened(moments, reference))
+    kept = _above_rounding(values)
+    values, vectors = values[kept], vectors[:, kept]
     whiten = reference.root @ (vectors * values[None, :] ** -0.25)
     shift = moments.mean - reference.mean
     unbiased = len(x) / (len(x) - 1)
@@ -116,7 +124,7 @@ def frechet_influence(
         psi[start : start + BLOCK] = 2 * (c @ shift) + unbiased * (
             (c**2).sum(axis=1) - ((c @ whiten) ** 2).sum(axis=1)
         )
-    return reference.distance(moments, values), psi - psi.mean()
+    return FrechetInfluence(_distance(moments, reference, values), psi - psi.mean())
 
 
 class FrechetLimit(NamedTuple):
@@ -135,10 +143,10 @@ class FrechetLimit(NamedTuple):
 
 def frechet_infinite(
     features: ArrayLike,
-    mu: ArrayLike,
-    sigma: ArrayLike,
+    reference: GaussianRoot,
     seed: int,
     levels: Sequence[int] = (1, 2, 3, 4),
+    whole: FrechetInfluence | None = None,
 ) -> FrechetLimit:
     """Chong & Forsyth 2020: the intercept of a line through distances at several N, over 1/N.
 
@@ -147,12 +155,12 @@ def frechet_infinite(
     the error that levels share cancels from the slope. The standard error combines the sampling
     error of n samples and the difference between the intercepts of a parabola and of the line. The
     latter dominates where blocks are not many times d, because the bias is not linear in 1/N there.
-    The limit is the distance to N(mu, sigma) as given, which the reference's finite count biases.
-    Cost: sum(levels) eigendecompositions. Raises UserError for fewer than three levels, or a block
-    of d samples or fewer.
+    The limit is the distance to the reference as given, which its finite count biases. Cost: a pass
+    over the features, and sum(levels) times the eigenvalues. `whole` is what `frechet_influence`
+    gave, if it is known. Raises UserError for fewer than three levels, or a block of d samples or
+    fewer.
     """
     x = np.asarray(features)
-    reference = _Reference(mu, sigma)
     if len(set(levels)) < 3 or min(levels) < 1:
         raise UserError(f"levels {list(levels)}: expected three or more different block counts.")
     smallest, dimensions = len(x) // max(levels), reference.mean.size
@@ -163,46 +171,67 @@ def frechet_infinite(
             " samples."
         )
     order = np.random.default_rng(seed).permutation(len(x))
-    distances = []
-    for level in levels:
-        blocks = np.array_split(order, level)
-        distances.append(np.mean([reference.distance_of(x, block) for block in blocks]))
+    whole = whole or frechet_influence(x, reference)
+    distances = _mean_distances(x[order], reference, levels, whole.value)
     sizes, y = len(x) / np.array(levels, np.float64), np.array(distances)
     # Fit powers of n / N, which are near 1.
     powers = np.array(levels, np.float64)[:, None] ** np.arange(3)[None, :]
     line, *_ = np.linalg.lstsq(powers[:, :2], y, rcond=None)
     parabola, *_ = np.linalg.lstsq(powers, y, rcond=None)
-    variance = frechet_influence(x, mu, sigma)[1].var() / len(x) + (parabola[0] - line[0]) ** 2
+    variance = whole.influence.var() / len(x) + (parabola[0] - line[0]) ** 2
     return FrechetLimit(float(line[0]), float(np.sqrt(variance)), float(line[1]) * len(x), sizes, y)
 
 
-class _Reference:
-    """A Gaussian to measure many distances to, with one eigendecomposition each.
+def _mean_distances(
+    x: NDArray[np.floating], reference: GaussianRoot, levels: Sequence[int], whole: float
+) -> list[float]:
+    """The mean distance of each level's blocks, of which level 1 has `whole`.
 
-    The eigenvalues of K are the squares of what `gaussian_frechet_distance` sums, so small ones are
-    accurate to 1e-8 of the largest instead of 1e-16. The sampling error is far larger.
+    The blocks of all levels are made of the same pieces, whose moments are computed once.
     """
+    ends = {level: [0, *np.cumsum([len(b) for b in np.array_split(x, level)])] for level in levels}
+    cuts = sorted(set().union(*ends.values()))
+    pieces: dict[int, FeatureMoments] = {}
+    for first, last in pairwise(cuts):
+        pieces[first] = no_moments(reference.mean.size)
+        for start in range(first, last, BLOCK):
+            part = batch_moments(x[start : min(start + BLOCK, last)])
+            pieces[first] = merge(pieces[first], part)
 
-    def __init__(self, mu: ArrayLike, sigma: ArrayLike) -> None:
-        self.mean, self.root, self.trace = gaussian_root(mu, sigma)
+    def distance(first: int, last: int) -> float:
+        moments = reduce(merge, [pieces[at] for at in cuts if first <= at < last])
+        values = np.linalg.eigvalsh(_whitened(moments, reference))
+        return _distance(moments, reference, values[_above_rounding(values)])
 
-    def spectrum(self, moments: FeatureMoments) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Eigenvalues of K = R^T S R above rounding, and their eigenvectors."""
-        if moments.mean.shape != self.mean.shape:
-            raise UserError(
-                f"features of {moments.mean.size} and {self.mean.size} dimensions: both sets must"
-                " come from the same layer of the same network."
-            )
-        values, vectors = np.linalg.eigh(self.root.T @ covariance(moments) @ self.root)
-        kept = values > values.size * np.finfo(np.float64).eps * np.abs(values).max(initial=0.0)
-        return values[kept], vectors[:, kept]
+    return [
+        float(np.mean([distance(*block) for block in pairwise(ends[level])]))
+        if level > 1
+        else whole
+        for level in levels
+    ]
 
-    def distance(self, moments: FeatureMoments, values: NDArray[np.float64]) -> float:
-        spread = np.trace(covariance(moments)) + self.trace - 2 * np.sqrt(values).sum()
-        return max(0.0, float(((moments.mean - self.mean) ** 2).sum() + spread))
 
-    def distance_of(self, x: NDArray[np.floating], rows: NDArray[np.int64]) -> float:
-        moments = no_moments(self.mean.size)
-        for start in range(0, len(rows), BLOCK):
-            moments = merge(moments, batch_moments(x[rows[start : start + BLOCK]]))
-        return self.distance(moments, self.spectrum(moments)[0])
+def _whitened(moments: FeatureMoments, reference: GaussianRoot) -> NDArray[np.float64]:
+    """K = R^T S R, whose eigenvalues are the squares of what `root_distance` sums.
+
+    Small ones are accurate to 1e-8 of the largest instead of 1e-16. The sampling error is far
+    larger.
+    """
+    if moments.mean.shape != reference.mean.shape:
+        raise UserError(
+            f"features of {moments.mean.size} and {reference.mean.size} dimensions: both sets must"
+            " come from the same layer of the same network."
+        )
+    return np.asarray(reference.root.T @ covariance(moments) @ reference.root)
+
+
+def _above_rounding(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return values > values.size * np.finfo(np.float64).eps * np.abs(values).max(initial=0.0)
+
+
+def _distance(
+    moments: FeatureMoments, reference: GaussianRoot, values: NDArray[np.float64]
+) -> float:
+    """The distance, from the eigenvalues of K above rounding."""
+    spread = np.trace(covariance(moments)) + reference.trace - 2 * np.sqrt(values).sum()
+    return max(0.0, float(((moments.mean - reference.mean) ** 2).sum() + spread))

@@ -10,6 +10,7 @@ from ditjax.errors import UserError
 from ditjax.metrics import neighbours
 from ditjax.metrics.neighbours import (
     authenticity,
+    compare_neighbourhoods,
     count_balls,
     density_coverage,
     manifold_radii2,
@@ -121,6 +122,25 @@ def test_density_coverage_and_authenticity_are_their_definitions(on_device, far)
     assert 0.2 < expected[10:].mean() < 1
 
 
+def test_all_in_one_pass_is_what_each_is_by_itself(on_device, monkeypatch):
+    """And a block of distances is computed once: of 3 x 3 and 2 x 2 blocks, and 3 x 2 between."""
+    rng = np.random.default_rng(4)
+    reference, samples = rng.normal(size=(50, 6)), 0.3 + 1.1 * rng.normal(size=(70, 6))
+    each = precision_recall(reference, samples, 3), density_coverage(reference, samples, 5)
+    authentic = authenticity(reference, samples)
+    blocks, distances2 = [], neighbours._distances2
+    monkeypatch.setattr(
+        neighbours, "_distances2", lambda *args: (blocks.append(1), distances2(*args))[1]
+    )
+    found = compare_neighbourhoods(reference, samples, 3, 5, block=32)
+    for one, other in zip(each, found[:2], strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(found.authentic, authentic)
+    assert 0 < found.precision_recall.recall < 1
+    assert len(blocks) in (0, 6 + 3 + 3 * 2)  # of small sets none, on the host
+
+
 def test_what_float32_cannot_decide_is_decided_exactly(monkeypatch):
     """Radii a billionth off the distance of a point, on either side of it."""
     monkeypatch.setattr(neighbours, "ON_HOST", 50)
@@ -133,9 +153,11 @@ def test_what_float32_cannot_decide_is_decided_exactly(monkeypatch):
         assert holds.all() == held
         np.testing.assert_array_equal(counts, (distances2 <= radii2[None, :]).sum(1))
         assert (counts.sum() == 60) == held
-    surely = neighbours._counts_on_device(points, centres, distances2.min(0), 64)
-    assert surely[0].sum() == 0
-    assert surely[3].all(), "every ball is undecided"
+    balls = neighbours._Balls(points, centres, distances2.min(0))
+    neighbours._ask(points, centres, (balls,), 64)
+    counts, _, _, open_balls = balls.sure()
+    assert counts.sum() == 0
+    assert open_balls.all(), "every ball is undecided"
 
 
 def test_nearest_are_sorted_and_exact_where_candidates_are_within_rounding(on_device):

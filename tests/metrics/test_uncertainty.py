@@ -10,6 +10,7 @@ from ditjax.metrics.frechet import (
     covariance,
     frechet_distance,
     gaussian_frechet_distance,
+    gaussian_root,
 )
 from ditjax.metrics.uncertainty import (
     bootstrap_interval,
@@ -56,7 +57,7 @@ def test_influence_is_how_the_distance_changes_with_a_sample(n, d):
         # n - 1, which resampled counts keep: their sum is n.
         return gaussian_frechet_distance(m.mean, covariance(m), mu2, sigma2)
 
-    value, influence = frechet_influence(x, mu2, sigma2)
+    value, influence = frechet_influence(x, gaussian_root(mu2, sigma2))
     assert value == pytest.approx(distance(np.ones(n)), rel=1e-9)
     assert influence.mean() == pytest.approx(0, abs=1e-12)
     expected = [slope(distance, n, i) for i in range(n)]
@@ -69,7 +70,7 @@ def test_standard_error_is_the_spread_of_distances_of_fresh_samples(n, d):
     mu2, sigma2, _ = gaussian(4, d)
     distances, errors = [], []
     for seed in range(150):
-        value, influence = frechet_influence(draw(seed, n, mu1, root), mu2, sigma2)
+        value, influence = frechet_influence(draw(seed, n, mu1, root), gaussian_root(mu2, sigma2))
         distances.append(value)
         errors.append(bootstrap_interval(value, influence, 0, resamples=2).standard_error)
     # A deviation of 150 numbers is known to 6 %.
@@ -95,7 +96,9 @@ def test_intervals_hold_the_expected_distance_as_often_as_they_say():
     mu2, sigma2, _ = gaussian(6, 4)
     intervals = [
         bootstrap_interval(
-            *frechet_influence(draw(s, 100, mu1, root), mu2, sigma2), s, resamples=400
+            *frechet_influence(draw(s, 100, mu1, root), gaussian_root(mu2, sigma2)),
+            s,
+            resamples=400,
         )
         for s in range(300)
     ]
@@ -117,7 +120,7 @@ def test_the_distance_of_infinitely_many_samples_is_that_of_the_distributions():
         raw.append(
             frechet_distance(batch_moments(x), FeatureMoments(10**9, mu2, sigma2 * (10**9 - 1)))
         )
-        found.append(frechet_infinite(x, mu2, sigma2, seed))
+        found.append(frechet_infinite(x, gaussian_root(mu2, sigma2), seed))
     values, errors = np.array([f.value for f in found]), np.array([f.standard_error for f in found])
     error = np.std(values) / 60**0.5
     assert np.mean(raw) - truth > 8 * error
@@ -132,13 +135,25 @@ def test_the_distance_of_infinitely_many_samples_is_that_of_the_distributions():
     np.testing.assert_allclose(line, found[0].distances, rtol=0.02)
 
 
+def test_each_level_is_the_mean_distance_of_its_blocks():
+    """201 samples make blocks of unequal sizes, which share their pieces."""
+    rng = np.random.default_rng(0)
+    x, (mu2, sigma2, _) = rng.normal(size=(201, 5)), gaussian(2, 5)
+    found = frechet_infinite(x, gaussian_root(mu2, sigma2), 3)
+    order = np.random.default_rng(3).permutation(201)
+    for level, distance in zip((1, 2, 3, 4), found.distances, strict=True):
+        moments = [batch_moments(x[block]) for block in np.array_split(order, level)]
+        each = [gaussian_frechet_distance(m.mean, covariance(m), mu2, sigma2) for m in moments]
+        assert distance == pytest.approx(np.mean(each), rel=1e-9)
+
+
 def test_a_bias_that_is_no_line_in_1_over_n_is_in_the_error():
     """Blocks of hardly more than d samples: a line misses by far more than sampling explains."""
     d = 200
     zero, sigma = np.zeros(d), np.eye(d)
     x = np.random.default_rng(0).normal(size=(820, d))
-    found = frechet_infinite(x, zero, sigma, 0)
-    sampling = frechet_influence(x, zero, sigma)[1].std() / 820**0.5
+    found = frechet_infinite(x, gaussian_root(zero, sigma), 0)
+    sampling = frechet_influence(x, gaussian_root(zero, sigma))[1].std() / 820**0.5
     assert abs(found.value) > 4 * sampling
     assert abs(found.value) < 2 * found.standard_error
 
@@ -148,10 +163,10 @@ def test_blocks_are_shuffled():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 3)) + np.repeat(10 * np.eye(3)[[0, 1, 2, 0]], 100, axis=0)
     m = batch_moments(x)
-    found = frechet_infinite(x, m.mean, covariance(m), 0)
+    found = frechet_infinite(x, gaussian_root(m.mean, covariance(m)), 0)
     assert found.distances.max() < 2.0
-    assert found.value == frechet_infinite(x, m.mean, covariance(m), 0).value
-    assert found.value != frechet_infinite(x, m.mean, covariance(m), 1).value
+    assert found.value == frechet_infinite(x, gaussian_root(m.mean, covariance(m)), 0).value
+    assert found.value != frechet_infinite(x, gaussian_root(m.mean, covariance(m)), 1).value
 
 
 X = np.random.default_rng(0).normal(size=(40, 4))
@@ -164,12 +179,27 @@ X = np.random.default_rng(0).normal(size=(40, 4))
         (lambda: bootstrap_interval(1.0, [1.0, np.nan], 0), "one finite number"),
         (lambda: bootstrap_interval(1.0, [1.0, 2.0], 0, level=1.0), "level between"),
         (lambda: bootstrap_interval(1.0, [1.0, 2.0], 0, resamples=0), "at least 1 resample"),
-        (lambda: frechet_influence(X, np.zeros(3), np.eye(3)), "3 and 4 dimensions|4 and 3"),
-        (lambda: frechet_influence(X[:1], np.zeros(4), np.eye(4)), "1 samples have no"),
-        (lambda: frechet_influence(X, np.zeros(4), -np.eye(4)), "eigenvalue"),
-        (lambda: frechet_infinite(X[:16], np.zeros(4), np.eye(4), 0), "more than 16 samples"),
-        (lambda: frechet_infinite(X, np.zeros(4), np.eye(4), 0, (1, 2)), "three or more"),
-        (lambda: frechet_infinite(X, np.zeros(4), np.eye(4), 0, (0, 1, 2)), "block counts"),
+        (
+            lambda: frechet_influence(X, gaussian_root(np.zeros(3), np.eye(3))),
+            "3 and 4 dimensions|4 and 3",
+        ),
+        (
+            lambda: frechet_influence(X[:1], gaussian_root(np.zeros(4), np.eye(4))),
+            "1 samples have no",
+        ),
+        (lambda: frechet_influence(X, gaussian_root(np.zeros(4), -np.eye(4))), "eigenvalue"),
+        (
+            lambda: frechet_infinite(X[:16], gaussian_root(np.zeros(4), np.eye(4)), 0),
+            "more than 16 samples",
+        ),
+        (
+            lambda: frechet_infinite(X, gaussian_root(np.zeros(4), np.eye(4)), 0, (1, 2)),
+            "three or more",
+        ),
+        (
+            lambda: frechet_infinite(X, gaussian_root(np.zeros(4), np.eye(4)), 0, (0, 1, 2)),
+            "block counts",
+        ),
     ],
 )
 def test_mistakes(call, message):
