@@ -17,7 +17,6 @@ from ditjax.errors import UserError, first_few
 from ditjax.files.atomic import write_atomic, write_json, write_text
 from ditjax.files.paths import split_paths
 from ditjax.files.store import place
-from ditjax.reporting.against import against_words, compare_with, read_measured
 from ditjax.reporting.analysis import Analysis, analyse
 from ditjax.reporting.curves import Logs
 from ditjax.reporting.figures import pictures
@@ -37,6 +36,7 @@ from ditjax.reporting.study import (
 from ditjax.reporting.table import claim_words, report_record, report_text, runs_csv
 from ditjax.runs.results import find_results
 from ditjax.studies.ladder import read_predictions, reliability
+from ditjax.studies.measured import against_words, compare_with, read_measured
 from ditjax.studies.words import plural
 
 
@@ -166,6 +166,7 @@ def _record(study: Study) -> dict[str, Any]:
     """The content of results.json."""
     return {
         **report_record(study.analyses, study.problems, study.plan),
+        "evaluations": study.logs.rows(),
         "sampling_claim": asdict(study.sampling) if study.sampling else None,
         "scored": [asdict(row) for row in study.scored],
         "predictions": [{**asdict(each), "inside": each.inside} for each in study.predictions],

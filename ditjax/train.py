@@ -36,6 +36,7 @@ from ditjax.runs.results import save_grid, tile
 from ditjax.runs.trackers import check_tracker, open_tracker
 from ditjax.sampling.draw import Drawer
 from ditjax.sampling.given import held_out_given
+from ditjax.studies.measured import Beside, shipped_beside
 from ditjax.tasks import make_task, resolved
 from ditjax.training.meter import Meter
 from ditjax.training.program import Training, learning_rate_of, precise, training
@@ -108,6 +109,7 @@ class Session:
     progress: Progress
     profile: "_Profile"
     evaluator: Evaluator | None
+    beside: Beside | None  # a measured study of this recipe
     grids: "_Grids | None"
     began: float  # monotonic time of the start, shifted by earlier calls and evaluations
     evaluation_seconds: float
@@ -155,6 +157,11 @@ class Session:
             self.began += took
             self.evaluation_seconds += took
             row |= {**found, EVALUATION_SECONDS: round(self.evaluation_seconds, 3)}
+            if self.beside:
+                names = (score.name, "val_loss")
+                values = {n: found[f"eval/{n}"] for n in names if f"eval/{n}" in found}
+                for line in self.beside.lines(step, values, score.protocol):
+                    self.progress.print_line(line)
         self.log.scalars(step, row)
         scored = {score.name: score.value} if score else {}
         self.progress.report(step, loss=self.loss, **scored)
@@ -233,6 +240,7 @@ def open_training(
                 progress=progress,
                 profile=profiled,
                 evaluator=evaluator,
+                beside=shipped_beside(c) if evaluator else None,
                 grids=_Grids(c, drawer) if draws else None,
                 began=time.monotonic() - log.last.get("seconds", 0.0),
                 evaluation_seconds=log.last.get(EVALUATION_SECONDS, 0.0),

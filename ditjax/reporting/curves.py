@@ -63,6 +63,20 @@ class Logs:
             for curve in self._curves(LOSS_KEY, 2)
         ]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Every evaluation along training: its run, step, protocol hash and metrics."""
+        return [
+            {"run": self._runs[index].result["run"], "step": line["step"]}
+            | {
+                key.removeprefix(EVALUATION): line[key]
+                for key in line
+                if key.startswith(EVALUATION)
+            }
+            for index, lines in self._lines.items()
+            for line in lines
+            if PROTOCOL in line
+        ]
+
     def evaluations(
         self, metric: str, runs: Sequence[Found], problems: list[str]
     ) -> list[TrainingCurve]:

@@ -43,13 +43,21 @@ class Watched(NamedTuple):
     traced: list[Any]  # one for each tracing of the sampler
     seen: list[str]  # the digests of the parameters that were evaluated
     clock: list[tuple[float, float]]  # when each evaluation began and ended, in seconds
+    said: list[str]  # lines above the progress
+
+
+class Neighbour:
+    """In the place of a measured study: says at what step which scores were shown to it."""
+
+    def lines(self, step, metrics, protocol):
+        return [f"{step} {sorted(metrics)} of {protocol['num_samples']}"]
 
 
 @pytest.fixture(scope="module")
 def watched(data_dir, tmp_path_factory) -> Watched:
     """A cell of a sweep, evaluated four times while it trains and then by its recipe."""
     compiles: list[str] = []
-    compiled, seen, clock, told = [], [], [], iter(DISTANCES)
+    compiled, seen, clock, said, told = [], [], [], [], iter(DISTANCES)
     real = Evaluator.in_memory
 
     def in_memory(self, c, params, num):
@@ -72,6 +80,8 @@ def watched(data_dir, tmp_path_factory) -> Watched:
         patch.setenv("DITJAX_DATA", str(data_dir))
         patch.chdir(Path(__file__).parent.parent.parent)
         patch.setattr(Evaluator, "in_memory", in_memory)
+        patch.setattr(train, "shipped_beside", lambda c: Neighbour())
+        patch.setattr(train.Progress, "print_line", lambda self, line: said.append(line))
         traced = traces(patch)
         words = [*SMALL, "--config.train.evaluate_every_steps=5"]
         words += ["--config.sweep.grid=(('model.width',(8,)),)"]
@@ -82,7 +92,7 @@ def watched(data_dir, tmp_path_factory) -> Watched:
             sweep.run_cell(cell, workdir)
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
-    return Watched(workdir / "runs" / cell.name, compiled, traced, seen, clock)
+    return Watched(workdir / "runs" / cell.name, compiled, traced, seen, clock, said)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -125,6 +135,11 @@ def test_the_log(watched):
     (events,) = watched.folder.glob("events.out.tfevents.*")
     for name in (b"eval/fd_digits", b"eval/accuracy", b"eval/seconds", b"loss"):
         assert name in events.read_bytes()
+
+
+def test_each_evaluation_is_put_beside_a_measured_study(watched):
+    scores = "['fd_digits', 'val_loss'] of 24"
+    assert watched.said == [f"{step} {scores}" for step in (5, 10, 15, 20)]
 
 
 def test_the_best_checkpoint_is_kept_beside_the_latest(watched):

@@ -1,48 +1,29 @@
-"""Runs are put beside the seeds of a measured study: one that ships, or a report's own."""
+"""A report is the reference of the next: its runs, and their evaluations along training."""
 
-import json
-
-import numpy as np
 import pytest
 
 from ditjax import report
-from ditjax.errors import UserError
-from ditjax.reporting.against import compare_with, read_measured, shipped_results
-from ditjax.runs.results import Found, find_results
-from tests.runs.test_results import a_result
+from ditjax.files.atomic import protocol_hash
+from ditjax.runs.results import find_results
+from ditjax.studies.measured import Beside, read_measured
 
 
-def test_a_shipped_study_holds_its_own_runs_and_not_one_that_is_twice_as_bad(tmp_path):
-    measured = read_measured("small_scaling")
-    record = json.loads(shipped_results()["small_scaling"].read_text())
-    runs = []
-    for row in record["runs"]:
-        result = a_result(run=row["run"], protocol_hash=measured.protocol_hash)
-        result["train"] |= {"steps": row["steps"]}
-        result["metrics"] = {"fd_digits": row["fd_digits"]}
-        runs.append(Found(tmp_path, result))
-    problems: list[str] = []
-    beside = compare_with(measured, runs, "fd_digits", problems)
-    assert len(beside) == len(runs)
-    assert not problems
-    assert np.mean([each.inside for each in beside]) >= 0.9
-    for each in runs:
-        each.result["metrics"]["fd_digits"] *= 2
-    beside = compare_with(measured, runs, "fd_digits", problems)
-    assert not any(each.inside for each in beside)
-    assert "OUTSIDE" in beside[0].words
-
-
-def test_another_protocol_or_length_is_named_and_not_compared(tmp_path):
-    measured = read_measured("small_scaling")
-    name = "DiT-2x32x2-p4-seed7"
-    other = a_result(run=name)
-    short = a_result(run=name, protocol_hash=measured.protocol_hash)
-    problems: list[str] = []
-    runs = [Found(tmp_path, other), Found(tmp_path, short)]
-    assert compare_with(measured, runs, "fd_digits", problems) == ()
-    assert "its protocol is" in problems[0]
-    assert "2000 steps, not 4000" in problems[1]
+@pytest.mark.usefixtures("no_pictures")
+def test_evaluations_along_training_are_compared_at_their_own_step(study, tmp_path):
+    folders = [study.write_run(tmp_path, *study.sizes[0], 4, seed) for seed in (0, 1)]
+    protocol = {"num_samples": 8}
+    study.write_curves(folders, protocol_hash(protocol))
+    report.main([f"--runs={tmp_path}"])
+    measured = read_measured(str(tmp_path / "report" / "results.json"))
+    model = "DiT-2x48x2-p4"
+    assert len(measured.along[100][model]["fd_digits"]) == 2
+    value = measured.along[100][model]["fd_digits"][0]
+    beside = Beside(measured, model)
+    (line,) = beside.lines(100, {"fd_digits": value}, protocol)
+    assert "is within" in line
+    (line,) = beside.lines(200, {"fd_digits": value}, protocol)
+    assert "is above" in line
+    assert not beside.lines(100, {"fd_digits": value}, {"num_samples": 9})
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -58,11 +39,3 @@ def test_a_report_serves_as_the_reference_of_the_next(study, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "1 of 2 runs are within the noise" in text
     assert "500, OUTSIDE" in text
-
-
-def test_what_is_no_reference_is_refused(tmp_path):
-    with pytest.raises(UserError, match="expected one of small_blocks"):
-        read_measured("small_scalin")
-    (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match="0 runs of 0 protocols"):
-        read_measured(str(tmp_path / "x.json"))
