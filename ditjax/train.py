@@ -36,7 +36,7 @@ from ditjax.runs.results import save_grid, tile
 from ditjax.runs.trackers import check_tracker, open_tracker
 from ditjax.sampling.draw import Drawer
 from ditjax.sampling.given import held_out_given
-from ditjax.studies.measured import Beside, shipped_beside
+from ditjax.studies.measured import BesideSeeds, shipped_beside
 from ditjax.tasks import make_task, resolved
 from ditjax.training.meter import Meter
 from ditjax.training.program import Training, learning_rate_of, precise, training
@@ -109,7 +109,7 @@ class Session:
     progress: Progress
     profile: "_Profile"
     evaluator: Evaluator | None
-    beside: Beside | None  # a measured study of this recipe
+    beside: BesideSeeds | None  # a measured study of this recipe
     grids: "_Grids | None"
     began: float  # monotonic time of the start, shifted by earlier calls and evaluations
     evaluation_seconds: float

@@ -10,6 +10,7 @@ import numpy as np
 from ditjax.errors import UserError
 from ditjax.reporting.arms import RankAgreement, SlopePair, compare_arms, rank_agreements
 from ditjax.reporting.curves import Logs, TrainingCurve, thinned
+from ditjax.reporting.optima import Tuned, tuned_keys
 from ditjax.reporting.study import (
     Group,
     bits_per_dim,
@@ -105,7 +106,8 @@ class Analysis:
     against Gflops: first for all of `runs`, then for each seed, then for other settings. `others`
     are fits for `runs` of the metric against other costs, and of the loss. `agreement` is
     Spearman's correlation of validation loss and metric over the means of `agreed` models, or NaN.
-    `slopes` compare the arms of the group, `ranks` all metrics.
+    `slopes` compare the arms of the group, `ranks` all metrics; `tuned` has the best learning rates
+    and batch sizes.
     """
 
     group: Group
@@ -123,6 +125,7 @@ class Analysis:
     agreed: int
     slopes: tuple[SlopePair, ...]
     ranks: tuple[RankAgreement, ...]
+    tuned: tuple[Tuned, ...]
 
 
 MAX_SETTINGS = 12  # fits for settings other than those of most runs
@@ -174,6 +177,7 @@ def analyse(
         agreed,
         compare_arms(group.runs, metric, tuned),
         rank_agreements(runs),
+        tuned_keys(group.runs, metric),
     )
 
 

@@ -71,7 +71,7 @@ def compare_arms(
     arms: dict[str, list[Found]] = defaultdict(list)
     for each in every:
         arms[json.dumps(settings(each, keys), sort_keys=True)].append(each)
-    best = [_at_best(members, metric, tuned) for members in arms.values()]
+    best = [at_best(members, metric, tuned) for members in arms.values()]
     best = [arm for arm in best if len({model_key(each) for each in arm}) >= MIN_MODELS]
     best = sorted(best, key=lambda arm: -len(arm))[:MAX_ARMS]
     apart = [key for key in keys if len({str(settings(arm[0], [key])) for arm in best}) > 1]
@@ -80,7 +80,7 @@ def compare_arms(
     return tuple(_compared(one, two, apart, metric, x) for one, two in combinations(best, 2))
 
 
-def _at_best(arm: Sequence[Found], metric: str, tuned: Sequence[str]) -> list[Found]:
+def at_best(arm: Sequence[Found], metric: str, tuned: Sequence[str]) -> list[Found]:
     """The runs of each model at the values of the tuned keys that are best for it."""
     tried: dict[Any, dict[str, list[Found]]] = defaultdict(lambda: defaultdict(list))
     for each in arm:

@@ -129,6 +129,7 @@ def report_text(
             )
             lines.append(f"  {fit.label}: {law}")
         lines += [f"  arms: {pair.words}" for pair in analysis.slopes]
+        lines += [f"  {tuned.words}" for tuned in analysis.tuned]
         lines += [claim_words(claim) for claim in analysis.claims]
         lines.append("")
     if problems:
@@ -219,6 +220,7 @@ def report_record(
         ],
         "slopes": [of(analysis, pair) for analysis in analyses for pair in analysis.slopes],
         "ranks": [of(analysis, pair) for analysis in analyses for pair in analysis.ranks],
+        "tuned": [of(analysis, each) for analysis in analyses for each in analysis.tuned],
         "claims": [of(analysis, claim) for analysis in analyses for claim in analysis.claims],
         "problems": list(problems),
     }

@@ -209,7 +209,7 @@ def against_words(name: str, beside: Sequence[WithinBand]) -> str:
 # ---- while training
 
 
-class Beside(NamedTuple):
+class BesideSeeds(NamedTuple):
     """The shipped study that has a run's recipe, and the run's model in it."""
 
     measured: SeedBands
@@ -250,7 +250,7 @@ def _same_measure(metric: str, ours: Mapping[str, Any], theirs: Mapping[str, Any
     return parts[0] == parts[1]
 
 
-def shipped_beside(c: Config) -> Beside | None:
+def shipped_beside(c: Config) -> BesideSeeds | None:
     """The shipped study one of whose cells has this recipe, whatever its seed; None without."""
     head = rundir.legal_name(f"{make_task(c).name.replace('/', '-p')}-seed")
     for name in shipped_results():
@@ -261,7 +261,7 @@ def shipped_beside(c: Config) -> Beside | None:
                 for cell in cells(recipes.build(recipe)):
                     model = _model(cell.name)
                     if model in measured.steps and _same_recipe(cell.recipe, c):
-                        return Beside(measured, model)
+                        return BesideSeeds(measured, model)
     return None
 
 

@@ -5,7 +5,7 @@ import pytest
 from ditjax import report
 from ditjax.files.atomic import protocol_hash
 from ditjax.runs.results import find_results
-from ditjax.studies.measured import Beside, read_measured
+from ditjax.studies.measured import BesideSeeds, read_measured
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -18,7 +18,7 @@ def test_evaluations_along_training_are_compared_at_their_own_step(study, tmp_pa
     model = "DiT-2x48x2-p4"
     assert len(measured.along[100][model]["fd_digits"]) == 2
     value = measured.along[100][model]["fd_digits"][0]
-    beside = Beside(measured, model)
+    beside = BesideSeeds(measured, model)
     (line,) = beside.lines(100, {"fd_digits": value}, protocol)
     assert "is within" in line
     (line,) = beside.lines(200, {"fd_digits": value}, protocol)

@@ -11,7 +11,7 @@ from ditjax.errors import UserError
 from ditjax.runs.results import Found
 from ditjax.studies import measured as measured_studies
 from ditjax.studies.measured import (
-    Beside,
+    BesideSeeds,
     compare_with,
     read_measured,
     shipped_beside,
@@ -67,7 +67,7 @@ def test_a_recipe_is_beside_the_shipped_study_that_trained_it():
 
 def test_an_evaluation_lies_within_above_or_below_the_band():
     measured = read_measured("small_scaling")
-    beside, protocol = Beside(measured, "DiT-2x32x2-p4"), dict(measured.protocol)
+    beside, protocol = BesideSeeds(measured, "DiT-2x32x2-p4"), dict(measured.protocol)
     fewer = protocol | {"num_samples": 250}  # as in training: another distance, the same loss
     seeds = measured.values["DiT-2x32x2-p4"]["val_loss"]
     for factor, where in ((1, "within"), (2, "above"), (0.5, "below")):
