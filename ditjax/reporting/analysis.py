@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 
 from ditjax.errors import UserError
-from ditjax.reporting.arms import RankAgreement, SlopePair, compare_arms, rank_agreements
+from ditjax.reporting.arms import (
+    MIN_MODELS,
+    RankAgreement,
+    SlopePair,
+    compare_arms,
+    rank_agreements,
+)
 from ditjax.reporting.curves import Logs, TrainingCurve, thinned
 from ditjax.reporting.optima import Tuned, tuned_keys
 from ditjax.reporting.study import (
@@ -34,9 +40,12 @@ from ditjax.scaling.fit import (
     pearson,
     pearson_interval,
     spearman,
+    spearman_interval,
 )
+from ditjax.scaling.frontier import frontier
 from ditjax.scaling.isoflop import ComputeCurve, ComputeOptimal, Profile, compute_optimal, isoflop
 from ditjax.scaling.joint import JointLaw, fit_joint
+from ditjax.scaling.published import COMPUTE_EXPONENTS
 from ditjax.studies.words import (
     interval_words,
     law_words,
@@ -48,6 +57,7 @@ from ditjax.studies.words import (
 )
 
 GFLOPS, PARAMS, TRAINING = "Gflops", "parameters", "training Gflops"
+FRONTIER = "best for its compute, along training"
 VAL_LOSS, TRAIN_LOSS = "val_loss", "training loss"
 
 
@@ -104,7 +114,8 @@ class Analysis:
 
     `runs` have a usable metric and the settings that most of these have. `fits` are of the metric
     against Gflops: first for all of `runs`, then for each seed, then for other settings. `others`
-    are fits for `runs` of the metric against other costs, and of the loss. `agreement` is
+    are fits for `runs` of the metric against other costs, and of the loss; the last is that of the
+    lowest loss for the compute of training. `agreement` is
     Spearman's correlation of validation loss and metric over the means of `agreed` models, or NaN.
     `slopes` compare the arms of the group, `ranks` all metrics; `tuned` has the best learning rates
     and batch sizes.
@@ -167,7 +178,7 @@ def analyse(
         tuple(runs),
         words,
         tuple(fits),
-        _others(runs, metric),
+        (*_others(runs, metric), *frontier_fits(runs, logs)),
         extrapolation,
         why,
         iso,
@@ -191,15 +202,8 @@ def isoflop_of(
 
     None if fewer than 3 models have a curve. The size of a model is its forward Gflops.
     """
-    for key in (metric, VAL_LOSS, TRAIN_LOSS):
-        if key == TRAIN_LOSS:
-            wanted = {id(each) for each in runs}
-            curves = [curve for curve in logs.losses() if id(curve.run) in wanted]
-        else:
-            curves = logs.evaluations(key, runs, problems)
-        if len({model_key(curve.run) for curve in curves}) >= 3:
-            break
-    else:
+    key, curves = _curves_of((metric, VAL_LOSS, TRAIN_LOSS), runs, logs, problems)
+    if not curves:
         return None
     budgets = _budgets(curves)
     if not budgets:
@@ -209,6 +213,42 @@ def isoflop_of(
         return IsoFlop(key, tuple(curves), profiles, compute_optimal(profiles), "")
     except UserError as error:
         return IsoFlop(key, tuple(curves), profiles, None, str(error))
+
+
+def _curves_of(
+    keys: Sequence[str], runs: Sequence[Found], logs: Logs, problems: list[str]
+) -> tuple[str, list[TrainingCurve]]:
+    """The first of `keys` of which 3 models have curves along training, with these; or nothing."""
+    for key in keys:
+        if key == TRAIN_LOSS:
+            wanted = {id(each) for each in runs}
+            curves = [curve for curve in logs.losses() if id(curve.run) in wanted]
+        else:
+            curves = logs.evaluations(key, runs, problems)
+        if len({model_key(curve.run) for curve in curves}) >= MIN_MODELS:
+            return key, curves
+    return "", []
+
+
+def frontier_fits(runs: Sequence[Found], logs: Logs) -> tuple[Fit, ...]:
+    """The laws of the lowest loss of any run for its training compute (Kaplan et al. 2020, Sec. 6).
+
+    The frontier begins where 3 models have points. Its points group by model, so it needs 3 models
+    on it. Nothing if fewer than 3 models have a curve.
+    """
+    key, curves = _curves_of((VAL_LOSS, TRAIN_LOSS), runs, logs, [])
+    if not curves:
+        return ()
+    starts: dict[Any, float] = {}
+    for curve in curves:
+        model = model_key(curve.run)
+        starts[model] = min(starts.get(model, math.inf), float(curve.gflops[0]))
+    x = np.concatenate([curve.gflops for curve in curves])
+    y = np.concatenate([curve.values for curve in curves])
+    models = [model_key(curve.run) for curve in curves for _ in curve.steps]
+    kept = np.flatnonzero(x >= sorted(starts.values())[MIN_MODELS - 1])
+    best = kept[frontier(x[kept], y[kept])]
+    return (_fit_points(FRONTIER, x[best], y[best], [models[i] for i in best], TRAINING, key),)
 
 
 CURVE_POINTS = 8  # of a curve along training in a joint law
@@ -360,11 +400,17 @@ def _others(runs: Sequence[Found], metric: str) -> tuple[Fit, ...]:
 
 
 def _fit(label: str, runs: Sequence[Found], x_key: str, y_key: str) -> Fit:
-    """Fit both power laws, and compute Pearson of log10 x and y, and Spearman."""
+    """Fit both power laws to runs; the seeds of one model are a group."""
     x, y = _values(runs, x_key), _values(runs, y_key)
-    # Seeds of one model share its distance from the law, so the bootstrap moves them together.
-    models = [model_key(each) for each in runs]
-    n, n_models = len(runs), len(set(models))
+    return _fit_points(label, x, y, [model_key(each) for each in runs], x_key, y_key)
+
+
+def _fit_points(
+    label: str, x: np.ndarray, y: np.ndarray, models: Sequence[Any], x_key: str, y_key: str
+) -> Fit:
+    """Fit both power laws, and compute Pearson of log10 x and y, and Spearman."""
+    # Points of one model share its distance from the law, so the bootstrap moves them together.
+    n, n_models = len(x), len(set(models))
     if n_models < 3:
         why = f"a law needs 3 models, there are {n_models}"
         return Fit(label, n, n_models, why=why, x=x_key, y=y_key)
@@ -457,6 +503,25 @@ def _joint_words(joint: Joint) -> str:
     )
 
 
+def _frontier_words(fit: Fit) -> str:
+    """The law of the loss in training compute, beside those of others."""
+    name = metric_name(fit.y)
+    if fit.law is None:
+        return f"No law of the {name} in training compute: {fit.why.rstrip('.')}."
+    offset = ""
+    if fit.offset is not None and fit.offset.c > 0:
+        offset = (
+            f" With an offset the exponent is {number(fit.offset.b)} above {number(fit.offset.c)}."
+        )
+    others = "; ".join(f"{number(b)} ({source})" for source, b in COMPUTE_EXPONENTS.items())
+    return (
+        f"The lowest {name} of any run goes as training compute^(-b), b = {number(fit.law.b)}"
+        f" (95 %: {interval_words(fit.law.b_interval)}; {fit.n} points of {fit.models} models along"
+        f" training, which a falling learning rate biases).{offset} Recalled exponents of others,"
+        f" of other losses and data: {others}."
+    )
+
+
 def _likelihood_words(runs: Sequence[Found]) -> str:
     """The lowest bound of the runs, as a sentence; '' if none has one."""
     known = [(bits, each) for each in runs if (bits := bits_per_dim(each)) is not None]
@@ -488,10 +553,12 @@ def findings(analysis: Analysis) -> list[str]:
         words.append(f"No held-out prediction: {analysis.why_no_extrapolation}")
     if analysis.fits[0].law is not None:
         words.append(_joint_words(analysis.joint))
+    words += [_frontier_words(fit) for fit in analysis.others if fit.label == FRONTIER]
     if math.isfinite(analysis.agreement):
+        interval = spearman_interval(analysis.agreement, analysis.agreed)
         words.append(
             f"Ranks of the {analysis.agreed} models by validation loss at fixed (t, ε) and by"
-            f" {name}: Spearman {number(analysis.agreement)}."
+            f" {name}: Spearman {number(analysis.agreement)} (95 %: {interval_words(interval)})."
         )
     if likelihood := _likelihood_words(analysis.runs):
         words.append(likelihood)

@@ -17,7 +17,7 @@ import numpy as np
 from ditjax.errors import UserError
 from ditjax.reporting.study import model_key, settings, settings_words, usable, varied_keys
 from ditjax.runs.results import Found, trained_gflops
-from ditjax.scaling.fit import spearman
+from ditjax.scaling.fit import Interval, spearman, spearman_interval
 from ditjax.scaling.slopes import Arm, SlopeDifference, compare_slopes
 from ditjax.studies.words import OF_A_METRIC, interval_words, metric_name, number, plural
 
@@ -116,12 +116,13 @@ def _compared(
 
 @dataclass(frozen=True)
 class RankAgreement:
-    """Spearman's correlation of two metrics over the means of `models` models."""
+    """Spearman's correlation of two metrics over the means of `models` models, and its interval."""
 
     first: str
     second: str
     spearman: float
     models: int
+    interval: Interval
 
     @property
     def names(self) -> tuple[str, str]:
@@ -150,5 +151,6 @@ def rank_agreements(runs: Sequence[Found]) -> tuple[RankAgreement, ...]:
         mean = np.array([np.mean(values, axis=0) for values in means.values()])
         if np.ptp(mean, axis=0).all():
             rank = spearman(mean[:, 0], mean[:, 1])
-            found.append(RankAgreement(first, second, rank, len(means)))
+            interval = spearman_interval(rank, len(means))
+            found.append(RankAgreement(first, second, rank, len(means), interval))
     return tuple(found)

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from ditjax.reporting import style
 from ditjax.reporting.analysis import (
+    FRONTIER,
     GFLOPS,
     PARAMS,
     TRAINING,
@@ -202,8 +203,13 @@ class GroupPlots:
             best, words = frontier(x, y), "best for its compute"
             if len(best) > 1:
                 ax.plot(x[best], y[best], color=INK, lw=5, alpha=0.2, zorder=1.5, label=words)
+            _draw_laws(ax, law)
 
-        caption = "One line a run. Training costs 3 forward passes an image."
+        others = self.analysis.others
+        law = next((fit for fit in others if (fit.label, fit.y) == (FRONTIER, metric)), None)
+        caption = (
+            f"One line a run. Training costs 3 forward passes an image. {_fit_words(law, name)}"
+        )
         title = f"{name[:1].upper()}{name[1:]} along training, against {_TITLES[TRAINING]}"
         return Plot(title, caption, draw)
 

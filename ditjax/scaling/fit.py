@@ -111,6 +111,23 @@ def pearson_interval(r: float, n: int, level: float = 0.95) -> Interval:
     return Interval(float(low), float(high), level)
 
 
+def spearman_interval(r: float, n: int, level: float = 0.95) -> Interval:
+    """Bonett & Wright 2000: atanh r is about normal with standard error √((1 + r²/2)/(n-3)).
+
+    Ranks that agree wholly would leave no width: |r| counts as the next that n ranks can have, when
+    two neighbours change places, and the interval reaches to 1. With n = 3 it is [-1, 1].
+    """
+    check_level(level)
+    if not -1.0 <= r <= 1.0 or n < 3:
+        raise UserError(f"a correlation of {r} over {n} points: expected -1 <= r <= 1 and n >= 3.")
+    if n == 3:
+        return Interval(-1.0, 1.0, level)
+    near = float(np.clip(r, -1 + 12 / (n * (n**2 - 1)), 1 - 12 / (n * (n**2 - 1))))
+    half = NormalDist().inv_cdf(0.5 + level / 2) * np.sqrt((1 + near**2 / 2) / (n - 3))
+    low, high = np.tanh(np.arctanh(near) + np.array([-half, half]))
+    return Interval(min(float(low), r), max(float(high), r), level)
+
+
 def fit_power_law(
     x: ArrayLike,
     y: ArrayLike,

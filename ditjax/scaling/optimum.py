@@ -92,17 +92,7 @@ def fit_minimum(
     """
     x, y = positive_points(x, y, at_least=1)
     check_level(level)
-    tried = np.unique(x)
-    if len(tried) < VALUES:
-        raise UserError(f"{len(tried)} values were tried: a minimum needs {VALUES}.")
-    means = [np.log(y[x == each]).mean() for each in tried]
-    lowest_at = int(np.argmin(means))
-    if lowest_at in (0, len(tried) - 1):
-        end, side = ("smallest", "below") if lowest_at == 0 else ("largest", "above")
-        raise UserError(
-            f"lowest at the {end} value tried ({tried[lowest_at]:.3g}): the best may lie {side} it."
-        )
-    near = tried[max(0, lowest_at - AROUND) : lowest_at + AROUND + 1]
+    near = _near_lowest(x, y)
     kept = np.isin(x, near)
     middle = float(np.log(near).mean())
     found, theta = _parabola(np.log(x[kept]) - middle, np.log(y[kept]))
@@ -133,6 +123,21 @@ def fit_minimum(
         int(kept.sum()),
         len(near),
     )
+
+
+def _near_lowest(x: Vector, y: Vector) -> Vector:
+    """The values of x around the lowest geometric mean of y. Raises UserError as `fit_minimum`."""
+    tried = np.unique(x)
+    if len(tried) < VALUES:
+        raise UserError(f"{len(tried)} values were tried: a minimum needs {VALUES}.")
+    means = [np.log(y[x == each]).mean() for each in tried]
+    lowest_at = int(np.argmin(means))
+    if lowest_at in (0, len(tried) - 1):
+        end, side = ("smallest", "below") if lowest_at == 0 else ("largest", "above")
+        raise UserError(
+            f"lowest at the {end} value tried ({tried[lowest_at]:.3g}): the best may lie {side} it."
+        )
+    return tried[max(0, lowest_at - AROUND) : lowest_at + AROUND + 1]
 
 
 def _parabola(u: Vector, v: Vector) -> tuple[Linearised, Vector]:

@@ -1,8 +1,8 @@
-"""Published figures of the DiT paper that commands print beside ours, always marked as published.
+"""Published figures that commands print beside ours, always marked as published.
 
-They were compared with two independent transcriptions of the paper's text and with the README of
-the public release on 2026-11-23: every digit agrees. The paper's other figures belong to its
-recipes, in experiments/paper/published.py.
+Those of the DiT paper were compared with two independent transcriptions of the paper's text and
+with the README of the public release on 2026-11-23: every digit agrees. The paper's other figures
+belong to its recipes, in experiments/paper/published.py.
 """
 
 # Peebles & Xie 2023 (arXiv 2212.09748), Table 4: Gflops at 256x256.
@@ -26,4 +26,10 @@ TABLE4_GFLOPS = {
 REPEATS = {
     "DiT-XL/2": (19.47, 18.1),
     "DiT-B/4": (68.38, 68.9, 68.3),
+}
+
+# b of a loss that falls as compute^(-b), and its source. Recalled, not read again.
+COMPUTE_EXPONENTS = {
+    "language models, Kaplan et al. 2020": 0.050,
+    "text-to-image DiTs, Liang et al. 2024": 0.0273,
 }

@@ -9,6 +9,8 @@ import pytest
 
 from ditjax import report
 from ditjax.reporting import sampling
+from ditjax.reporting.analysis import FRONTIER, frontier_fits
+from ditjax.reporting.curves import Logs
 from ditjax.reporting.looks import Encoding
 from ditjax.reporting.study import names_by_size
 from ditjax.runs.results import find_results
@@ -52,7 +54,31 @@ def test_profiles_are_of_evaluations_along_training(study, tmp_path):
             assert y == pytest.approx(30 * step**-0.3 * gflops**-0.1, rel=1e-3)
     # Of the planted curves y ∝ G^0.2·C^(-0.3): the smallest is the best at every budget.
     assert all(profile.best_size is None for profile in iso.profiles)
-    assert "No law of the best size" in summary.page.read_text()
+    page = summary.page.read_text()
+    assert "No law of the best size" in page
+    assert "training loss in training compute: a law needs 3 models, there are 2" in page
+
+
+def test_the_lowest_loss_for_its_compute_has_the_planted_exponent(study, tmp_path):
+    """Of L = N^-0.4 + (D/100)^-0.4, the frontier of many sizes falls as compute^-0.2."""
+    rows = [int(10 * 1.25**k) for k in range(24)]
+    for width in (12, 24, 48, 96, 192, 384):
+        folder = study.write_run(tmp_path, 2, width, 2, 4)
+        gflops = json.loads((folder / "result.json").read_text())["gflops"]
+        loss = [gflops**-0.4 + (8 * step / 100) ** -0.4 for step in rows]
+        lines = [
+            {"step": step, "eval/val_loss": y, "eval/protocol_hash": "aaaa"}
+            for step, y in zip(rows, loss, strict=True)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, problems = find_results([tmp_path])
+    (fit,) = frontier_fits(found, Logs(found, problems))
+    assert not problems
+    assert (fit.label, fit.x, fit.y) == (FRONTIER, "training Gflops", "val_loss")
+    assert fit.models >= 3
+    assert fit.law is not None
+    assert fit.law.b == pytest.approx(0.2, abs=0.04)
+    assert fit.law.b_interval.low < fit.law.b < fit.law.b_interval.high
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -91,7 +117,8 @@ def test_validation_loss_agrees_by_rank(study, tmp_path):
     assert analysis.agreed == 9
     assert analysis.agreement == pytest.approx(spearman(losses, distances))
     assert "FD-digits against validation loss" in summary.page.read_text()
-    assert {fit.y for fit in analysis.others} == {"fd_digits", "val_loss"}
+    laws = [fit for fit in analysis.others if fit.label != FRONTIER]
+    assert {fit.y for fit in laws} == {"fd_digits", "val_loss"}
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -66,7 +66,10 @@ def test_without_a_tuned_key_every_setting_is_an_arm(two_arms):
 
 def test_metrics_that_rank_alike_agree(two_arms):
     found, _ = find_results([two_arms / "flow-0.01"])
-    ranks = {(each.first, each.second): each.spearman for each in rank_agreements(found)}
+    agreed = {(each.first, each.second): each for each in rank_agreements(found)}
+    ranks = {pair: each.spearman for pair, each in agreed.items()}
+    interval = agreed["fd_digits", "kd_digits"].interval
+    assert interval.low < 0 < interval.high == 1, "four models that agree do not settle it"
     assert ranks["fd_digits", "kd_digits"] == 1
     assert ranks["fd_digits", "recall_digits"] == -1
     assert not any("floor" in name for pair in ranks for name in pair)

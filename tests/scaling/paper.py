@@ -11,7 +11,6 @@ images does not come of these figures: the images differ for one model only, and
 """
 
 from collections.abc import Callable
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +18,12 @@ from scipy import optimize
 
 from ditjax.scaling.extrapolate import Extrapolation, predict_held_out
 from ditjax.scaling.fit import (
-    Interval,
     fit_power_law,
     fit_power_law_offset,
     pearson,
     pearson_interval,
     spearman,
+    spearman_interval,
 )
 from ditjax.scaling.frontier import crossing, frontier
 from ditjax.scaling.joint import JointLaw, fit_joint
@@ -111,14 +110,6 @@ def joint_law() -> JointLaw:
     steps = np.array([*([400_000] * len(NAMES)), *list(LONGER_XL2)[1:]])
     size = np.array([*GFLOPS, *[TABLE4_GFLOPS["DiT-XL/2"]] * 2])
     return fit_joint(size, steps * BATCH, [*FID, *list(LONGER_XL2.values())[1:]])
-
-
-def spearman_interval(r: float, n: int, level: float = 0.95) -> Interval:
-    """Bonett & Wright 2000: atanh r_s is near normal with standard error √((1 + r_s²/2)/(n-3))."""
-    with np.errstate(divide="ignore"):
-        half = NormalDist().inv_cdf(0.5 + level / 2) * np.sqrt((1 + r * r / 2) / np.float64(n - 3))
-    low, high = np.tanh(np.arctanh(r) + np.array([-half, half]))
-    return Interval(float(low), float(high), level)
 
 
 def predicted(hold: int, *, offset: bool) -> Extrapolation:

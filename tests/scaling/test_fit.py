@@ -6,14 +6,16 @@ from scipy import stats
 
 from ditjax.errors import UserError
 from ditjax.scaling.fit import (
+    Interval,
     fit_power_law,
     fit_power_law_offset,
     pearson,
     pearson_interval,
     spearman,
+    spearman_interval,
 )
 from tests.scaling.coverage import of_law
-from tests.scaling.paper import FID, GFLOPS, spearman_interval
+from tests.scaling.paper import FID, GFLOPS
 
 
 def planted(n, rng, *, a=0.05, b=0.5, c=0.0, sigma=0.1, noise="even"):
@@ -245,3 +247,12 @@ def test_more_refusals():
         pearson(GOOD, [2.0] * 6)
     with pytest.raises(UserError, match="2 points"):
         spearman([1, 2], [1, 2])
+
+
+def test_ranks_that_agree_wholly_are_not_certain():
+    assert spearman_interval(1.0, 3) == Interval(-1.0, 1.0, 0.95)
+    assert spearman_interval(1.0, 5).high == 1
+    assert spearman_interval(1.0, 5).low < 0.5 < spearman_interval(1.0, 30).low
+    assert spearman_interval(-1.0, 9).low == -1
+    with pytest.raises(UserError, match="n >= 3"):
+        spearman_interval(0.5, 2)
