@@ -22,6 +22,7 @@ from ditjax.reporting.curves import Logs
 from ditjax.reporting.figures import pictures
 from ditjax.reporting.latex import latex_text
 from ditjax.reporting.page import MAX_GROUPS, Study, render_page
+from ditjax.reporting.paired import paired_csv_rows
 from ditjax.reporting.samples import sample_cells
 from ditjax.reporting.sampling import read_sampled, sampling_claim
 from ditjax.reporting.scored import scored_csv, scored_rows, scored_text
@@ -33,7 +34,7 @@ from ditjax.reporting.study import (
     without_duplicates,
     without_implausible,
 )
-from ditjax.reporting.table import claim_words, report_record, report_text, runs_csv
+from ditjax.reporting.table import claim_words, csv_of, report_record, report_text, runs_csv
 from ditjax.runs.results import find_results
 from ditjax.studies.ladder import read_predictions, reliability
 from ditjax.studies.measured import against_words, compare_with, read_measured
@@ -104,7 +105,7 @@ def make_report(
     are compared at each model's best values of the keys `tuned`. The
     files are index.html, table.csv, table.tex, table.txt, results.json, gflops_vs_fid.png,
     loss_curves.png, samples_by_model.png (samples_by_model_HASH.png for further protocols), and
-    scored.csv if cells have published figures.
+    scored.csv if cells have published figures, and paired.csv and paired.png if there are arms.
     Raises UserError if there is no result or `out_dir` cannot be written.
     """
     out_dir = place(out_dir)
@@ -119,12 +120,14 @@ def make_report(
     groups = group_by_protocol(found, metric, problems)
     runs = [each for group in groups for each in group.runs]
     logs = Logs(runs, problems)
-    analyses = tuple(analyse(group, metric, logs, problems, tuned) for group in groups)
+    order = [cell["name"] for cell in plan.cells] if plan else []
+    analyses = tuple(analyse(group, metric, logs, problems, tuned, order) for group in groups)
     sampled = tuple(read_sampled(run_dirs, runs, metric, problems))
     cells = tuple(sample_cells(group, metric, problems) for group in groups[:MAX_GROUPS])
     claim = sampling_claim(sampled) if sampled else None
     listed = {"cells": plan.cells} if plan else None
     scored = tuple(scored_rows([each.result for each in runs], listed))
+    paired = paired_csv_rows([row for each in analyses for row in each.paired])
     told = read_predictions(run_dirs, runs, problems)
     study = Study(analyses, plan, logs, sampled, claim, scored, cells, told, tuple(problems))
     text = _text(study)
@@ -132,6 +135,7 @@ def make_report(
     files = [
         write_text(out_dir / "table.csv", runs_csv(groups, study.absent)),
         *([write_text(out_dir / "scored.csv", scored_csv(scored))] if scored else []),
+        *([write_text(out_dir / "paired.csv", csv_of(paired))] if paired else []),
         write_text(out_dir / "table.tex", latex_text(groups, metric, study.absent)),
         write_text(out_dir / "table.txt", text + "\n"),
         write_json(out_dir / "results.json", _record(study)),

@@ -17,6 +17,7 @@ from ditjax.reporting.arms import (
 )
 from ditjax.reporting.curves import Logs, TrainingCurve, thinned
 from ditjax.reporting.optima import Tuned, tuned_keys
+from ditjax.reporting.paired import PairedRow, paired_rows
 from ditjax.reporting.study import (
     Group,
     bits_per_dim,
@@ -117,8 +118,8 @@ class Analysis:
     are fits for `runs` of the metric against other costs, and of the loss; the last is that of the
     lowest loss for the compute of training. `agreement` is
     Spearman's correlation of validation loss and metric over the means of `agreed` models, or NaN.
-    `slopes` compare the arms of the group, `ranks` all metrics; `tuned` has the best learning rates
-    and batch sizes.
+    `slopes` compare the arms of the group, `paired` each with its baseline, `ranks` all metrics;
+    `tuned` has the best learning rates and batch sizes.
     """
 
     group: Group
@@ -135,6 +136,7 @@ class Analysis:
     agreement: float
     agreed: int
     slopes: tuple[SlopePair, ...]
+    paired: tuple[PairedRow, ...]
     ranks: tuple[RankAgreement, ...]
     tuned: tuple[Tuned, ...]
 
@@ -143,11 +145,17 @@ MAX_SETTINGS = 12  # fits for settings other than those of most runs
 
 
 def analyse(
-    group: Group, metric: str, logs: Logs, problems: list[str], tuned: Sequence[str] = ()
+    group: Group,
+    metric: str,
+    logs: Logs,
+    problems: list[str],
+    tuned: Sequence[str] = (),
+    order: Sequence[str] = (),
 ) -> Analysis:
     """Analyse one group; what is wrong with its logs is added to `problems`.
 
-    `tuned`: keys at whose best values arms are compared (`arms.compare_arms`).
+    `tuned`: keys at whose best values arms are compared (`arms.compare_arms`). `order`: the names
+    of the runs as the study lists them.
     """
     every = [each for each in group.runs if usable(each, metric)]
     sets = by_settings(every) or [({}, [])]
@@ -187,6 +195,7 @@ def analyse(
         agreement,
         agreed,
         compare_arms(group.runs, metric, tuned),
+        paired_rows(group.runs, metric, order),
         rank_agreements(runs),
         tuned_keys(group.runs, metric),
     )

@@ -43,6 +43,11 @@ def pictures(study: Study) -> dict[str, bytes]:
             drawn["loss_curves.png"] = style.plot_figure(
                 [plot.draw], *WIDE, title=plot.title, notes=[plot.caption], keys=keys
             )
+        if paired := groups[0].paired():
+            notes = [*dict.fromkeys(plot.caption for plot in paired)]
+            drawn["paired.png"] = style.plot_figure(
+                [plot.draw for plot in paired], *WIDE, title="Arms beside the baseline", notes=notes
+            )
         return {name: style.png(figure) for name, figure in drawn.items()}
 
 

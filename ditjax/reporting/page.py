@@ -12,6 +12,7 @@ from ditjax.errors import printable
 from ditjax.reporting.analysis import GFLOPS, Analysis, conclusion, findings
 from ditjax.reporting.curves import Logs
 from ditjax.reporting.looks import Encoding
+from ditjax.reporting.paired import PAIRED_NOTE, paired_words
 from ditjax.reporting.plots import GroupPlots, Plot
 from ditjax.reporting.samples import PAGE_BYTES, Cells, data_uri
 from ditjax.reporting.sampling import Sampled
@@ -89,6 +90,8 @@ def render_page(study: Study) -> str:
         problems=study.problems,
         commands=_distinct(str(each.result["environment"].get("command", "")) for each in runs),
         environments=_environments(runs),
+        paired_words=paired_words,
+        paired_note=PAIRED_NOTE,
         number=number,
         interval=interval_words,
         plural=plural,

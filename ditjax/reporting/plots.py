@@ -1,5 +1,6 @@
 """The plots of a group: its metric against cost and along training, IsoFLOP profiles, the proxy."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from ditjax.reporting.analysis import (
 )
 from ditjax.reporting.curves import Logs, TrainingCurve, thinned
 from ditjax.reporting.looks import Encoding
+from ditjax.reporting.paired import PairedRow
 from ditjax.reporting.sampling import Sampled
 from ditjax.reporting.study import (
     Absent,
@@ -40,11 +42,12 @@ from ditjax.reporting.style import ACCENT, BACKGROUND, FAINT, INK
 from ditjax.runs.results import Found
 from ditjax.scaling.frontier import frontier
 from ditjax.scaling.isoflop import Profile
-from ditjax.studies.words import interval_words, metric_name, number, short
+from ditjax.studies.words import interval_words, metric_name, number, short, shortened
 
 MAX_NAMED = 24  # models with their names beside their markers
 MAX_CURVE = 120  # points of a curve in a plot
 MAX_AXES = 3  # settings that have a plot of their own
+MAX_PAIRED = 6  # metrics whose paired differences have a plot
 NARROW, WIDE = (340.0, 260.0), (720.0, 330.0)  # points
 _TITLES = {
     GFLOPS: "Gflops of one forward pass",
@@ -105,7 +108,7 @@ class GroupPlots:
             made.append(self.proxy())
         if sampled:
             made.append(self.sampling(sampled))
-        return [*made, *self.settings()]
+        return [*made, *self.paired(), *self.settings()]
 
     # ---- the metric against a cost
 
@@ -287,6 +290,25 @@ class GroupPlots:
             "sampling compute, Gflops an image", caption, points, [*lines.values()]
         )
 
+    def paired(self) -> list[Plot]:
+        """Each arm's difference from its baseline, a plot a metric."""
+        by_metric: dict[str, list[PairedRow]] = defaultdict(list)
+        for row in self.analysis.paired:
+            if row.found:
+                by_metric[row.metric].append(row)
+        models = {row.model for row in self.analysis.paired}
+        caption = "Bars: 95 % over the pairs of seeds; a point without one has a single pair."
+        made = []
+        for metric, rows in list(by_metric.items())[:MAX_PAIRED]:
+            labels = [f"{row.model}: {row.arm}" if len(models) > 1 else row.arm for row in rows]
+            names = shortened(labels, 60)
+            draw = functools.partial(
+                _draw_paired, rows=rows, labels=[names[label] for label in labels]
+            )
+            title = f"{metric_name(metric)}: arm - baseline, paired by seed"
+            made.append(Plot(title, caption, draw))
+        return made
+
     def settings(self) -> list[Plot]:
         """The metric against each setting that is a number and takes 3 values or more."""
         made: list[Plot] = []
@@ -409,6 +431,30 @@ def _draw_level(ax: Axes, y: float, words: str) -> None:
 def _draw_cross(ax: Axes, x: float, y: float, colour: str, label: str | None = None) -> None:
     """A place without a run, such as a prediction."""
     ax.plot([x], [y], "x", color=colour, ms=7, mew=1.6, zorder=5, label=label)
+
+
+def _draw_paired(ax: Axes, rows: Sequence[PairedRow], labels: Sequence[str]) -> None:
+    """Differences and their intervals around a line at 0, the first row on top."""
+    ax.axvline(0, color=FAINT, lw=1)
+    for place, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        assert row.found
+        colour, ends = (ACCENT if row.found.settled else INK), row.found.interval
+        if ends:
+            ax.plot([ends.low, ends.high], [-place, -place], color=colour, lw=1.4)
+        ax.plot([row.found.mean], [-place], "o", color=colour, ms=5)
+        ax.annotate(
+            label,
+            (0.01, -place),
+            (0, 4),
+            ("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=8,
+            color=FAINT,
+        )
+    ax.set_ylim(0.4 - len(rows), 0.9)
+    ax.set_yticks([])
+    ax.margins(x=0.05)
+    ax.set_xlabel(f"{metric_name(rows[0].metric)}, arm - baseline", loc="right")
 
 
 def _draw_profile(ax: Axes, profile: Profile, colour: str) -> None:

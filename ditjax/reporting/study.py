@@ -273,13 +273,17 @@ def model_key(each: Found) -> tuple[str, str, float]:
     return (model["name"], str(model.get("block")), each.result["gflops"])
 
 
+def model_of(each: Found) -> tuple[str, str]:
+    """The size, or the name, and the patch of a run's network, within which settings differ."""
+    model = each.result["model"]
+    return str(model.get("size", model["name"])), str(model.get("patch"))
+
+
 def varied_keys(runs: Sequence[Found]) -> list[str]:
     """Keys of the recipe, except the seed, in which runs of one size and patch differ."""
     by_model: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for each in runs:
-        model = each.result["model"]
-        size, patch = model.get("size", model["name"]), model.get("patch")
-        by_model[str(size), str(patch)].append(_recipe(each.result))
+        by_model[model_of(each)].append(_recipe(each.result))
     varied: dict[str, None] = {}
     for recipes in by_model.values():
         for key in dict.fromkeys(key for recipe in recipes for key in recipe):

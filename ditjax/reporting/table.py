@@ -9,6 +9,7 @@ from typing import Any
 from ditjax.errors import printable
 from ditjax.files.durations import duration
 from ditjax.reporting.analysis import Analysis, conclusion, findings
+from ditjax.reporting.paired import paired_text
 from ditjax.reporting.study import Absent, Group, StudyPlan, bits_per_dim, published_figures
 from ditjax.runs.results import Found
 from ditjax.scaling.claims import Claim
@@ -130,6 +131,7 @@ def report_text(
             lines.append(f"  {fit.label}: {law}")
         lines += [f"  arms: {pair.words}" for pair in analysis.slopes]
         lines += [f"  {tuned.words}" for tuned in analysis.tuned]
+        lines += ["", *paired_text(analysis.paired).splitlines()] if analysis.paired else []
         lines += [claim_words(claim) for claim in analysis.claims]
         lines.append("")
     if problems:
@@ -219,6 +221,7 @@ def report_record(
             for profile in analysis.isoflop.profiles
         ],
         "slopes": [of(analysis, pair) for analysis in analyses for pair in analysis.slopes],
+        "paired": [of(analysis, row) for analysis in analyses for row in analysis.paired],
         "ranks": [of(analysis, pair) for analysis in analyses for pair in analysis.ranks],
         "tuned": [of(analysis, each) for analysis in analyses for each in analysis.tuned],
         "claims": [of(analysis, claim) for analysis in analyses for claim in analysis.claims],

@@ -1,0 +1,88 @@
+"""Arms are compared with the first that the study lists, over the seeds that both have."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from ditjax import report
+from ditjax.reporting.paired import paired_rows
+from ditjax.runs.results import find_results
+
+ARMS = {"none": (0.0, 3), "frozen": (-2.0, 3), "mapper": (0.5, 1)}  # shift, seeds
+
+
+def write_arms(study, root):
+    """Three arms at one size: seeds differ far more than arms do."""
+    names = []
+    for mode, (shift, seeds) in ARMS.items():
+        for seed in range(seeds):
+            rng = np.random.default_rng([seed, len(mode)])
+            fd = 50 + 10 * seed + shift + 0.1 * rng.standard_normal()
+            config = {"lm": {"mode": mode}, "optim": {"learning_rate": 1e-3}}
+            folder = study.write_run(root / mode, *study.sizes[0], 2, seed, fd=fd, config=config)
+            path = folder / "result.json"
+            result = json.loads(path.read_text())
+            result["run"] += f"-{mode}"
+            result["metrics"] |= {"csi": 0.3 + 0.01 * seed - shift / 100, "persistence_csi": 0.2}
+            result["model"] |= {"lm_frozen": len(mode)}  # it follows from lm.mode
+            if mode == "frozen":
+                result["gflops"] *= 2
+                result["train"] |= {"steps": 100, "images": 800}
+            path.write_text(json.dumps(result))
+            names.append(result["run"])
+    study.write_plan(root, [(name, {}) for name in names])
+    return names
+
+
+@pytest.fixture(scope="module")
+def arms(study, tmp_path_factory):
+    root = tmp_path_factory.mktemp("paired")
+    return root, write_arms(study, root)
+
+
+def test_rows_pair_seeds_and_state_costs(arms):
+    root, order = arms
+    found, _ = find_results([root])
+    rows = {(row.metric, row.arm): row for row in paired_rows(found, "fd_digits", order)}
+    frozen = rows["fd_digits", "steps 100, mode frozen"]
+    assert frozen.baseline == "steps 200, mode none"
+    assert frozen.found is not None
+    assert frozen.found.pairs == 3
+    assert frozen.found.settled  # and not by the spread of the seeds
+    assert frozen.found.interval is not None
+    assert frozen.found.interval.low < -2 < frozen.found.interval.high
+    assert (frozen.step_cost, frozen.training_cost) == pytest.approx((2, 1))
+    mapper = rows["fd_digits", "mode mapper"]
+    assert mapper.found is not None
+    assert (mapper.found.pairs, mapper.found.interval) == (1, None)
+    assert mapper.shown["95 %"] == "none: 1 pair"
+    # Neither the floor nor what is the same in all arms has a row.
+    assert {metric for metric, _ in rows} == {"fd_digits", "csi"}
+
+
+def test_without_a_plan_the_first_by_name_is_the_baseline(arms):
+    found, _ = find_results([arms[0]])
+    assert {row.baseline for row in paired_rows(found, "csi")} == {"steps 100, mode frozen"}
+
+
+def test_models_without_arms_have_no_rows(study, tmp_path):
+    study.write(tmp_path, seeds=(0, 1))
+    found, _ = find_results([tmp_path])
+    assert paired_rows(found, "fd_digits") == ()
+
+
+def test_a_report_has_the_table_the_plot_and_the_file(arms, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "sample_cells", lambda *_: (None, ""))
+    summary = report.make_report([arms[0]], tmp_path)
+    assert "beside the first that the study lists (steps 200, mode none)" in summary.text
+    page = summary.page.read_text()
+    assert "Arms beside the baseline" in page
+    assert "FD-digits: arm - baseline, paired by seed" in page
+    assert "mode frozen" in page
+    assert (tmp_path / "paired.png").stat().st_size > 5000
+    rows = list(csv.DictReader((tmp_path / "paired.csv").open()))
+    assert {row["pairs"] for row in rows if row["arm"] == "mode mapper"} == {"1"}
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["paired"][0]["found"]["interval"]["level"] == 0.95
