@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,22 @@ from typing import Any
 from ditjax import cli
 from ditjax.config import Config, changed
 from ditjax.errors import UserError, divisors
+from ditjax.evaluation.features import planned_features
 from ditjax.files.atomic import write_json
 from ditjax.machines import planning, roofline
 from ditjax.machines import topology as machines
-from ditjax.machines.plan_text import format_plan, format_search, memory_words, mesh_words
+from ditjax.machines.plan_text import (
+    format_plan,
+    format_search,
+    format_stages,
+    memory_words,
+    mesh_words,
+)
+from ditjax.machines.stages import planned_cost, stage_hours, stages_of
 from ditjax.machines.topology import Topology
 from ditjax.parallel.mesh import mesh_of
 from ditjax.runs.provenance import commit, typed
-from ditjax.tasks import cost_of, make_task
+from ditjax.tasks import make_task
 from ditjax.training.program import training
 
 PLAN_FILE = "plan.json"
@@ -26,8 +35,9 @@ REMATS = ("none", "dots", "full")
 def _parser() -> cli.Parser:
     parser = cli.parser(
         "plan",
-        "Compile the real train step for TPUs or GPUs that are not at hand, and print memory,"
-        " collectives, time and cost. The exit status is 0 if it fits, 1 if it does not.",
+        "Compile the real train step, or the sampler, for TPUs or GPUs that are not at hand, and"
+        " print memory, collectives, time and cost; and what training, sampling, evaluation and"
+        " encoding cost in closed form. The exit status is 0 if it fits, 1 if it does not.",
     )
     parser.add_argument(
         "--topology", required=True, help="CHIP:SHAPE of one slice, such as v5e:16x16 or h100:8"
@@ -40,6 +50,18 @@ def _parser() -> cli.Parser:
     )
     parser.add_argument(
         "--price", type=float, default=0.0, help="of a chip-hour, in any currency, for the cost"
+    )
+    parser.add_argument(
+        "--compile",
+        choices=("train", "sample", "none"),
+        default="train",
+        help="the program to compile; none: closed form alone, without the machine's compiler",
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.4, help="of the products' peak, for the closed form"
+    )
+    parser.add_argument(
+        "--images", type=int, default=0, help="of the data set, for the cost of encode"
     )
     parser.add_argument("--out", default="", help=f"folder for {PLAN_FILE} and compiled results")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -66,7 +88,13 @@ def main(argv: list[str]) -> int:
     if not 0 <= args.price < 1e6:
         raise UserError(f"--price={args.price:g}: expected the price of a chip-hour.")
     if args.search:
-        cli.check_unused(parser, argv, ["price"], "with --search")
+        unused = ["price", "compile", "share", "images"]
+        cli.check_unused(parser, argv, unused, "with --search")
+    if not 0 < args.share <= 1 or args.images < 0:
+        raise UserError(
+            f"--share={args.share:g} --images={args.images}: expected a share above 0 and at most"
+            " 1, and a number of images."
+        )
     if args.steps < 0 or args.limit < 1:
         raise UserError(
             f"--steps={args.steps} --limit={args.limit}: expected steps of 0 or more and a limit of"
@@ -79,12 +107,16 @@ def main(argv: list[str]) -> int:
     command = typed("plan", argv, drop=("--out",))
     if args.search:
         return _search(c, topology, steps, args, cache, out, command)
-    plan = {"command": command, "commit": commit(), **planning.make_plan(c, topology, steps, cache)}
+    plan = {"command": command, "commit": commit(), **_compiled_plan(c, topology, steps, args)}
     if args.price and "cost" in plan:
         plan["cost"]["price_a_chip_hour"] = args.price
+    if not args.json and "memory" in plan:
+        print(format_plan(plan) + "\n", flush=True)
+    plan |= _stages(c, topology, steps, args)
     if not args.json:
-        print(format_plan(plan), flush=True)
-    if not plan["memory"]["fits"]:
+        print(format_stages(plan), flush=True)
+    fits = "memory" not in plan or plan["memory"]["fits"]
+    if not fits and args.compile == "train":
         plan["smallest"] = smallest_that_fits(c, topology, steps, cache)
         if not args.json:
             print(_smallest_text(plan["smallest"], topology))
@@ -92,7 +124,24 @@ def main(argv: list[str]) -> int:
         print(json.dumps(plan, indent=1))
     if out:
         write_json(out / PLAN_FILE, plan)
-    return 0 if plan["memory"]["fits"] else 1
+    return 0 if fits else 1
+
+
+def _compiled_plan(c: Config, topology: Topology, steps: int, args: Any) -> dict[str, Any]:
+    """The plan of the program that --compile names; of none the machine alone."""
+    cache = Path(args.out) / "compiled" if args.out else None
+    if args.compile == "train":
+        return planning.make_plan(c, topology, steps, cache)
+    if args.compile == "sample":
+        return planning.make_sampler_plan(c, topology, cache)
+    return {"topology": topology.name, "chips": topology.chips * c.mesh.slices}
+
+
+def _stages(c: Config, topology: Topology, steps: int, args: Any) -> dict[str, Any]:
+    """The stages of a recipe at a share of the peak."""
+    found = stages_of(c, steps, args.images or None, planned_features(c.evaluate.features))
+    stages = stage_hours(c, found, topology, args.share)
+    return {"stages": stages, "share": args.share, "price_a_chip_hour": args.price}
 
 
 def _mesh_flags(text: str) -> list[str]:
@@ -165,11 +214,13 @@ def candidates(c: Config, topology: Topology, batches: Sequence[int]) -> Iterato
     repeats, and the bytes of ideal FSDP and of the gradients' all-reduce over data.
     """
     count = topology.chips * topology.chip.cores
-    costs = {remat: cost_of(changed(c, {"model": {"remat": remat}})) for remat in REMATS}
+    remats = REMATS if hasattr(c.model, "remat") else REMATS[:1]
+    tried = {remat: {"remat": remat} if hasattr(c.model, "remat") else {} for remat in remats}
+    costs = {remat: planned_cost(changed(c, {"model": tried[remat]})) for remat in remats}
     cost = costs[REMATS[0]]
     # Activations of width D cross `tensor` twice a block in either direction.
-    width, depth = cost.description["width"], cost.description["depth"]
-    crossing_an_image = 8 * 2 * cost.tokens * width * depth / count
+    blocks = [cost.description.get(name, 0) for name in ("width", "depth")]
+    crossing_an_image = 8 * 2 * cost.tokens * math.prod(blocks) / count
     chip = topology.chip
     found = []
     for tensor, fsdp in itertools.product((1, 2, 4), divisors(count)):
@@ -179,14 +230,14 @@ def candidates(c: Config, topology: Topology, batches: Sequence[int]) -> Iterato
         parameters = cost.parameters / tensor
         wire = roofline.fsdp_bytes(parameters, fsdp)
         wire += 4 * parameters / fsdp * (data - 1) / data
-        for remat, batch in itertools.product(REMATS, batches):
+        for remat, batch in itertools.product(remats, batches):
             crossing = crossing_an_image * batch
             seconds = roofline.hardware_flops(costs[remat], batch) / (
                 count * chip.rates.device_flops(c.model.dtype, c.model.matmul)
             ) + (wire + crossing * tensor * (tensor - 1) / tensor) / (2e9 * chip.link_gb_s)
             changes = {
                 "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor},
-                "model": {"remat": remat},
+                "model": tried[remat],
                 "train": {"batch_size": batch},
             }
             found.append((seconds / batch, changes))
@@ -251,17 +302,18 @@ def _hopeless(c: Config, plans: Sequence[Mapping[str, Any]]) -> str:
     weaker remat or a larger batch. They are what a plan needs beyond the state, and beyond the
     gradient and the gathered parameters, which are 8 bytes per parameter.
     """
+    remat = getattr(c.model, "remat", REMATS[0])
     for plan in plans:
         memory, tensor = plan["memory"], plan["mesh"]["tensor"]
         rest = memory["peak_bytes"] - memory["state_bytes"] - 8 * plan["parameters"] / tensor
         if (
             c.mesh.tensor == tensor
-            and REMATS.index(c.model.remat) <= REMATS.index(plan["remat"])
+            and REMATS.index(remat) <= REMATS.index(plan["remat"])
             and c.train.batch_size >= plan["batch_size"]
             and rest > memory["hbm_bytes"]
         ):
             return (
-                f"remat {c.model.remat} with batch {c.train.batch_size}: the activations alone do"
+                f"remat {remat} with batch {c.train.batch_size}: the activations alone do"
                 f" not fit, as with remat {plan['remat']} and batch {plan['batch_size']}"
             )
     return ""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -78,13 +79,7 @@ def inception_extractor(path: str | os.PathLike[str], mesh: Mesh, batch_size: in
     network = load_inception(path)
     if processes.is_primary():
         print(network.account, file=sys.stderr, flush=True)
-    apply: Callable[..., Any] = inception.FIDInception().apply
-
-    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        out = apply(params, inception.preprocess(images))
-        return out.pool, out.spatial, out.logits_unbiased
-
-    extract, size = _over_mesh(forward, network.params, mesh, batch_size)
+    extract, size = _over_mesh(_of_inception, network.params, mesh, batch_size)
 
     def of_images(images: np.ndarray) -> ImageFeatures:
         return ImageFeatures(*extract(images))
@@ -98,6 +93,34 @@ def inception_extractor(path: str | os.PathLike[str], mesh: Mesh, batch_size: in
     return Extractor("inception", of_images, size, record)
 
 
+def _of_inception(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+    out: Any = inception.FIDInception().apply(params, inception.preprocess(images))
+    return out.pool, out.spatial, out.logits_unbiased
+
+
+def planned_features(text: str) -> Callable[[jax.Array], Any] | None:
+    """What 'inception:WEIGHTS' and 'dinov2:WEIGHTS' compute of images u8[B,H,W,3], to be traced.
+
+    The weights are zeros, and of Inception no file is read. None for features that are small.
+    """
+    kind, _, path = text.partition(":")
+    forward: Callable[[Any, jax.Array], Any]
+    if kind == "inception":
+        init, x = inception.FIDInception().init, jnp.zeros((1, 299, 299, 3))
+        shapes, forward = jax.eval_shape(init, jax.random.key(0), x), _of_inception
+    elif kind == "dinov2" and path:
+        network = load_dinov2(path)
+        shapes, forward = network.params, _of_dinov2(network.config)
+    else:
+        return None
+    return lambda images: forward(jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), images)
+
+
+def _of_dinov2(config: Any) -> Callable[[Any, jax.Array], tuple[jax.Array, ...]]:
+    apply: Callable[..., Any] = DinoV2(config).apply
+    return lambda params, images: (apply({"params": params}, preprocess_dino(images)),)
+
+
 def dinov2_extractor(path: str | os.PathLike[str], mesh: Mesh, batch_size: int = 0) -> Extractor:
     """Load DINOv2 for FD-DINOv2 and KDD (Stein et al. 2023); batches are split over the mesh.
 
@@ -106,15 +129,12 @@ def dinov2_extractor(path: str | os.PathLike[str], mesh: Mesh, batch_size: int =
     network = load_dinov2(path)
     if processes.is_primary():
         print(network.account, file=sys.stderr, flush=True)
-    apply: Callable[..., Any] = DinoV2(network.config).apply
-
-    def forward(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        return (apply({"params": params}, preprocess_dino(images)),)
 
     def of_images(images: np.ndarray) -> ImageFeatures:
         (pool,) = extract(images)
         return ImageFeatures(pool, None, np.zeros((len(pool), 1), np.float32))
 
+    forward = _of_dinov2(network.config)
     extract, size = _over_mesh(forward, network.params, mesh, batch_size)
     record = {
         "features": f"DINOv2, class token of width {network.config.layers.width}",

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ditjax.machines.chips import GIB
-from ditjax.studies.words import aligned, count, number, plural
+from ditjax.studies.words import aligned, count, number, plural, short
 
 PLAN_ASSUMPTIONS = (
     "no step is faster than 'at best', where products, memory and links run at their peaks and at"
@@ -13,7 +13,14 @@ PLAN_ASSUMPTIONS = (
     " repeats on top (step time)",
     "memory: state and temporaries are read and written once, the least possible",
     "links: ring collectives over every link that a group spans, one after another, no latency",
-    "not counted: input, host, checkpoints, sampling, restarts",
+    "not counted: input, host, checkpoints, restarts",
+)
+STAGE_ASSUMPTIONS = (
+    "closed form: products alone, at the share of their peak that was given, on all chips; train is"
+    " 3 forward passes, or as many as its loss takes",
+    "counted in the traced program: all products of the real program, on no machine; a branch"
+    " counts as its costliest side",
+    "not counted: memory traffic, links, features of small classifiers, files",
 )
 
 
@@ -40,9 +47,42 @@ def format_plan(plan: Mapping[str, Any]) -> str:
             f" passes an example draw what the reward is given: {rollout['drawn_flops']:.3g}"
             f" FLOPs a step, {rollout['share']:.0%} of its products"
         )
-    if "roofline" not in plan:
-        return "\n".join(lines)
-    return "\n".join([*lines, "", *_collectives(plan), "", *_roofline(plan), "", *_cost(plan)])
+    if "roofline" in plan:
+        lines += ["", *_collectives(plan), "", *_roofline(plan), "", *_cost(plan)]
+    return "\n".join(lines)
+
+
+def format_stages(plan: Mapping[str, Any]) -> str:
+    """The stages of a plan as a table, and what they assume."""
+    price = plan["price_a_chip_hour"]
+    head = ["stage", "one", "Gflops", "times", "hours", "chip-hours", "price", "from"]
+    rows = [head]
+    for each in plan["stages"]:
+        hours = each["hours"]
+        chip_hours = None if hours is None else hours * plan["chips"]
+        rows.append(
+            [
+                each["name"],
+                each["item"],
+                number(each["gflops"]),
+                "-" if each["number"] is None else f"{each['number']:,}",
+                number(hours),
+                number(chip_hours),
+                number(chip_hours * price) if price and chip_hours is not None else "-",
+                short(each["source"], 120),
+            ]
+        )
+    if not price:
+        rows = [[*row[:6], row[7]] for row in rows]
+    numeric = [False, False, *[True] * (len(rows[0]) - 3), False]
+    return "\n".join(
+        [
+            f"on {plan['topology']}, {plural(plan['chips'], 'chip')}, at {plan['share']:.0%} of the"
+            " products' peak (not run):",
+            *aligned(rows, numeric),
+            *(f"  - {text}" for text in STAGE_ASSUMPTIONS),
+        ]
+    )
 
 
 def mesh_words(mesh: Mapping[str, int]) -> str:
@@ -54,6 +94,7 @@ def memory_words(plan: Mapping[str, Any]) -> str:
     """Whether a plan fits the memory, and by how much."""
     memory = plan["memory"]
     peak, hbm, state = (memory[f"{key}_bytes"] / GIB for key in ("peak", "hbm", "state"))
+    holds = {"weights": "the weights are"}.get(memory.get("holds", ""), "the state is")
     if memory["state_only"]:
         return (
             f"does not fit: the state alone, parameters, average and moments, is {peak:.2f} GiB of"
@@ -62,10 +103,10 @@ def memory_words(plan: Mapping[str, Any]) -> str:
     if not memory["fits"]:
         return (
             f"does not fit: {peak:.2f} of {hbm:.2f} GiB a device, over by {peak - hbm:.2f} GiB"
-            f" (the state is {state:.2f})"
+            f" ({holds} {state:.2f})"
         )
     return (
-        f"fits: {peak:.2f} of {hbm:.2f} GiB a device ({peak / hbm:.0%}), of which the state is"
+        f"fits: {peak:.2f} of {hbm:.2f} GiB a device ({peak / hbm:.0%}), of which {holds}"
         f" {state:.2f}"
     )
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ import ditjax
 from ditjax.config import Config
 from ditjax.files.atomic import write_json
 from ditjax.machines import hlo, roofline
+from ditjax.machines.stages import planned_cost
 from ditjax.machines.topology import Topology, devices, wire_seconds
 from ditjax.models.network import NetworkCost, training_flops
 from ditjax.parallel import compiling
 from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.rules import path_of
-from ditjax.tasks import cost_of, make_task
-from ditjax.training.program import Training, training
+from ditjax.sampling.program import abstract_arguments, abstract_weights, batch_sampler
+from ditjax.tasks import make_task
+from ditjax.training.program import precise, training
 
 LABEL = "compiled, not run"
 PLAN_SCHEMA = 1
@@ -54,12 +56,56 @@ def make_plan(
     exceeds the memory is not compiled. Raises UserError for a mesh that does not suit the topology,
     the network or the batch.
     """
-    cost = cost_of(c)
+    cost = planned_cost(c)
     mesh = mesh_of(c, devices(topology, c.mesh.slices))
     programs = training(c, make_task(c, mesh), mesh)
     state = programs.abstract_state
     needed = _shard_bytes(state)
-    plan: dict[str, Any] = {
+    plan = _head(c, topology, mesh, cost, c.train.batch_size) | {"steps": steps}
+    plan["microbatches"] = c.train.microbatches
+    if needed > topology.chip.device_hbm_bytes and not hopeless:
+        compiled: dict[str, Any] = {"seconds": 0.0, "peak_bytes": needed, "state_only": True}
+    else:
+        compiled = _compiled(c, topology, mesh, programs.lower, state, cache)
+    plan |= _memory(topology, compiled, needed, "state")
+    if cost.drawn:
+        plan["rollout"] = _rollout(cost, c.train.batch_size)
+    if "collectives" in compiled:
+        plan |= _speed(c, cost, topology, plan, compiled)
+    plan["config"] = dataclasses.asdict(c)
+    return plan
+
+
+def make_sampler_plan(c: Config, topology: Topology, cache: Path | None = None) -> dict[str, Any]:
+    """The plan of a recipe's sampler on a topology: its memory.
+
+    Raises UserError for a task that draws no samples, for frozen weights whose sizes follow from a
+    file that is missing, and for a mesh as `make_plan` does.
+    """
+    mesh = mesh_of(c, devices(topology, c.mesh.slices))
+    task, size = make_task(c, mesh), c.sample.batch_size
+    sampler = batch_sampler(c, task, mesh)
+    weights, arguments = abstract_weights(c, task, mesh), abstract_arguments(c, task, size)
+
+    def lower() -> jax.stages.Lowered:
+        with precise(c):
+            lowered: jax.stages.Lowered = sampler.program.lower(*weights, *arguments)  # type: ignore[attr-defined]
+        return lowered
+
+    needed = _shard_bytes(weights)
+    compiled = _compiled(c, topology, mesh, lower, None, cache)
+    plan = _head(c, topology, mesh, planned_cost(c), size)
+    plan |= {"microbatches": 1, "remat": "none"}
+    plan |= _memory(topology, compiled, needed, "weights")
+    plan["config"] = dataclasses.asdict(c)
+    return plan
+
+
+def _head(
+    c: Config, topology: Topology, mesh: Mesh, cost: NetworkCost, batch: int
+) -> dict[str, Any]:
+    """What every plan says of its recipe and its machine."""
+    return {
         "schema": PLAN_SCHEMA,
         "label": LABEL,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -72,33 +118,29 @@ def make_plan(
         "model": cost.name,
         "parameters": cost.parameters,
         "tokens": cost.tokens,
-        "batch_size": c.train.batch_size,
-        "microbatches": c.train.microbatches,
+        "batch_size": batch,
         "dtype": c.model.dtype,
         "remat": getattr(c.model, "remat", "none"),
-        "steps": steps,
     }
-    hbm = topology.chip.device_hbm_bytes
-    if needed > hbm and not hopeless:
-        compiled: dict[str, Any] = {"seconds": 0.0, "peak_bytes": needed, "state_only": True}
-    else:
-        compiled = _compiled(c, topology, mesh, programs, cache)
-    peak = compiled["peak_bytes"]
-    plan["memory"] = {
-        "fits": peak <= hbm,
-        "peak_bytes": peak,
-        "hbm_bytes": hbm,
-        "over_bytes": max(0.0, peak - hbm),
-        "state_bytes": needed,
-        "state_only": compiled.get("state_only", False),
+
+
+def _memory(
+    topology: Topology, compiled: dict[str, Any], needed: float, holds: str
+) -> dict[str, Any]:
+    """The memory of a compiled program, of which what it `holds` needs so many bytes."""
+    hbm, peak = topology.chip.device_hbm_bytes, compiled["peak_bytes"]
+    return {
+        "memory": {
+            "fits": peak <= hbm,
+            "peak_bytes": peak,
+            "hbm_bytes": hbm,
+            "over_bytes": max(0.0, peak - hbm),
+            "holds": holds,
+            "state_bytes": needed,
+            "state_only": compiled.get("state_only", False),
+        },
+        "compile_seconds": compiled["seconds"],
     }
-    plan["compile_seconds"] = compiled["seconds"]
-    if cost.drawn:
-        plan["rollout"] = _rollout(cost, c.train.batch_size)
-    if "collectives" in compiled:
-        plan |= _speed(c, topology, plan, compiled)
-    plan["config"] = dataclasses.asdict(c)
-    return plan
 
 
 def versions(topology: Topology) -> dict[str, str]:
@@ -119,10 +161,18 @@ def describe(c: Config, mesh: Mesh, topology: Topology) -> str:
 
 
 def _compiled(
-    c: Config, topology: Topology, mesh: Mesh, programs: Training, cache: Path | None
+    c: Config,
+    topology: Topology,
+    mesh: Mesh,
+    lower: Callable[[], jax.stages.Lowered],
+    state: Any,
+    cache: Path | None,
 ) -> dict[str, Any]:
-    """The compiler's report on the step, from the cache if the same program is in it."""
-    lowered = programs.lower()
+    """The compiler's report on a program, from the cache if the same is in it.
+
+    state: that of a training step, whose gradients are looked for, or None.
+    """
+    lowered = lower()
     identity = json.dumps([PLAN_SCHEMA, topology.name, c.mesh.slices, versions(topology)])
     key = hashlib.sha256(f"{identity}\n{lowered.as_text()}".encode()).hexdigest()[:16]
     file = cache / f"{key}.json" if cache else None
@@ -141,7 +191,7 @@ def _compiled(
             if report["peak_bytes"] is None:
                 raise
         else:
-            report = _read(executable, mesh, topology, programs.abstract_state)
+            report = _read(executable, mesh, topology, state)
     report["seconds"] = round(time.monotonic() - start, 1)
     if file:
         write_json(file, report)
@@ -166,7 +216,7 @@ def _read(executable: Any, mesh: Mesh, topology: Topology, state: Any) -> dict[s
         lambda: {"calls": 0, "wire_bytes": 0.0, "seconds": 0.0}
     )
     scattered = reduced = 0.0
-    gradients = gradient_sizes(state, mesh)
+    gradients = gradient_sizes(state, mesh) if state else set()
     for each in hlo.collectives(executable.as_text(), mesh.size):
         axes = axes_of(each.group, mesh)
         row = rows[each.kind, axes, len(each.group)]
@@ -226,10 +276,14 @@ def _shard_bytes(state: Any) -> float:
 
 
 def _speed(
-    c: Config, topology: Topology, plan: dict[str, Any], compiled: dict[str, Any]
+    c: Config,
+    cost: NetworkCost,
+    topology: Topology,
+    plan: dict[str, Any],
+    compiled: dict[str, Any],
 ) -> dict[str, Any]:
     """Collectives, roofline and cost of a compiled step."""
-    cost, count, images = cost_of(c), plan["devices"], c.train.batch_size
+    count, images = plan["devices"], c.train.batch_size
     peak = topology.chip.rates.device_flops(c.model.dtype, c.model.matmul)
     flops = training_flops(cost.macs, images, cost.passes)
     wire = sum(row["wire_bytes"] for row in compiled["collectives"])

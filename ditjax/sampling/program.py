@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,8 +14,11 @@ from ditjax.config import Config
 from ditjax.errors import UserError
 from ditjax.models.network import Conditions
 from ditjax.parallel import compiling, processes, rules
+from ditjax.parallel.mesh import make_mesh
+from ditjax.runs import opening
 from ditjax.training import keys
-from ditjax.training.task import Beside, FromRecords, Frozen, Known, Sampling, Task
+from ditjax.training.program import abstract_base, abstract_state, initial_state
+from ditjax.training.task import IDENTITY, Beside, FromRecords, Frozen, Known, Sampling, Task
 
 
 def sampling_of(c: Config, task: Task) -> Sampling:
@@ -32,6 +36,46 @@ def _nothing(values: jax.Array, keys: jax.Array) -> Beside:
 
 
 _NO_NEEDS = FromRecords(_nothing, "")
+
+
+def abstract_weights(c: Config, task: Task, mesh: Mesh | None = None) -> tuple[Any, Frozen]:
+    """The trained and the frozen weights of a recipe as shapes, on a mesh with their shardings.
+
+    Raises UserError for frozen weights whose shapes follow from a file that is missing.
+    """
+    load = task.planned or (lambda: task.frozen(make_mesh(-1, 1)))
+    frozen = jax.eval_shape(lambda x: x, load())
+    if mesh is None:
+        trained = jax.eval_shape(lambda: initial_state(c, task)).params
+        if task.transform is not IDENTITY:
+            frozen["base"] = jax.eval_shape(lambda: task.init(keys.stream(c.seed, keys.INIT)))
+        return trained, frozen
+    whole = rules.replicated(mesh)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), frozen)
+    return abstract_state(c, task, mesh).params, frozen | abstract_base(c, task, mesh)
+
+
+def abstract_arguments(c: Config, task: Task, batch: int) -> tuple[Any, Conditions, Any]:
+    """The arguments of `Sampling.draw` behind the weights, as shapes: (keys, conditions, guidance).
+
+    What samples are given follows from records of the recipe's data set.
+    """
+    sampling = sampling_of(c, task)
+    each = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    beside, needs = Beside(), sampling.needs
+    if needs is not None:
+        spec = opening.data_spec(c)
+        values = jax.ShapeDtypeStruct((batch, *spec.shape), jnp.float32)
+        if needs.reads == "caption":
+            assert spec.text
+            values = jax.ShapeDtypeStruct((batch, spec.text.tokens), jnp.int32)
+        beside = jax.eval_shape(needs.beside, values, each)
+    label: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    conditions = Conditions(label=label, channels=beside.channels, context=beside.context)
+    guidance = sampling.guidance
+    if beside.known is not None:
+        guidance = guidance._replace(given=beside.known)
+    return each, conditions, guidance
 
 
 class BatchSampler(NamedTuple):

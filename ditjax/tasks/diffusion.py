@@ -28,6 +28,7 @@ from ditjax.models.embed import ANYWHERE, Placement, drop_labels
 from ditjax.models.frozen import LM
 from ditjax.models.network import DTYPES, Conditions, Inputs, Network, NetworkCost
 from ditjax.parallel import rules
+from ditjax.parallel.mesh import make_mesh
 from ditjax.tasks import (
     adapting,
     alignment,
@@ -278,6 +279,7 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
         draw=functools.partial(draw, c, time_draw(c.diffusion)),
         loss=make_loss(c, mesh, align),
         frozen=frozen,
+        planned=functools.partial(_planned, c),
         reads=("autoencoder",) * images + ("base",) * adapted + _read_beside(c),
         open_rows=functools.partial(_additions, c),
         shapes=lambda: {**language.language_shapes(c), **text_conditions.text_shapes(c)},
@@ -296,15 +298,25 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
 def _load_frozen(c: Config, mesh: Mesh) -> Frozen:
     """The frozen weights of a recipe on the mesh, but for the base of a transform."""
     found = {"autoencoder": autoencoder.load_frozen(c, mesh)} if c.latent else {}
-    loads = (
-        control.load_controls,
-        language.load_language,
-        nowcast.load_first,
-        load_guide,
-        text_conditions.load_texts,
-    )
-    for load in loads:
+    for load in _LOADS:
         found |= load(c, mesh)
+    return found
+
+
+_LOADS: Sequence[Callable[[Config, Mesh], Frozen]] = (
+    control.load_controls,
+    language.load_language,
+    nowcast.load_first,
+    load_guide,
+    text_conditions.load_texts,
+)
+
+
+def _planned(c: Config) -> Frozen:
+    """The frozen weights as shapes. Those of an autoencoder need no file; the others are read."""
+    found = {"autoencoder": autoencoder.frozen_shapes(c)} if c.latent else {}
+    for load in _LOADS:
+        found |= jax.eval_shape(lambda x: x, load(c, make_mesh(-1, 1)))
     return found
 
 

@@ -105,7 +105,7 @@ def _abstract(tree: Any, task: Task, mesh: Mesh) -> Any:
     )
 
 
-def _abstract_base(c: Config, task: Task, mesh: Mesh) -> Frozen:
+def abstract_base(c: Config, task: Task, mesh: Mesh) -> Frozen:
     """The frozen weights that the step reads, as shapes: the base of a transform."""
     if task.transform is IDENTITY:
         return {}
@@ -145,7 +145,7 @@ def training(c: Config, task: Task, mesh: Mesh) -> Training:
     """
     _check_microbatches(c, mesh)
     abstract = abstract_state(c, task, mesh)
-    base = _abstract_base(c, task, mesh)
+    base = abstract_base(c, task, mesh)
     # Beside a frozen base, what is trained may be small enough to be whole on every device.
     rules.check_split((abstract.params, base) if base else abstract.params, mesh, task.rules)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

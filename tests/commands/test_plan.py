@@ -28,6 +28,13 @@ def simulated(monkeypatch):
         monkeypatch.setattr(module, "devices", devices)
 
 
+@pytest.fixture
+def no_stages(monkeypatch):
+    """Plans without the table of stages, for tests of the rest."""
+    monkeypatch.setattr(plan, "stages_of", lambda *_: [])
+
+
+@pytest.mark.usefixtures("no_stages")
 def test_a_plan_says_what_a_step_needs_and_costs(tmp_path, capsys):
     args = [*TINY, "--topology=h100:8", "--mesh=data=2,fsdp=4", f"--out={tmp_path}"]
     assert plan.main(args) == 0
@@ -62,6 +69,34 @@ def test_a_plan_says_what_a_step_needs_and_costs(tmp_path, capsys):
     assert again["steps"] == 7
 
 
+def test_the_sampler_is_compiled_and_every_stage_has_its_cost(tmp_path, capsys):
+    changes = ("--config.sample.batch_size=16", "--config.sample.cfg_scale=2")
+    args = [*TINY, *changes, "--topology=h100:1"]
+    args += ["--compile=sample", "--price=2", "--share=0.5", "--steps=10"]
+    assert plan.main([*args, f"--out={tmp_path}"]) == 0
+    text = capsys.readouterr().out
+    made = json.loads((tmp_path / "plan.json").read_text())
+    # The average in float32 on each device, and what a sampler needs beside it.
+    assert made["memory"]["state_bytes"] == pytest.approx(4 * made["parameters"], rel=0.2)
+    assert made["memory"]["peak_bytes"] > made["memory"]["state_bytes"]
+    assert "of which the weights are" in text
+    stages = {each["name"]: each for each in made["stages"]}
+    assert list(stages) == ["train", "sample", "evaluate"]
+    forward = stages["train"]["gflops"] / 3
+    assert stages["train"]["number"] == 160
+    assert stages["train"]["source"] == "closed form"
+    assert stages["sample"]["item"].startswith("sample: 25 x ")
+    assert "25 of them twice" in stages["sample"]["item"]
+    assert stages["sample"]["gflops"] == pytest.approx(50 * forward, rel=0.02)
+    assert stages["evaluate"]["gflops"] == pytest.approx(forward, rel=0.02)
+    # An H100 at half of what it can do, for as long.
+    flops = 2e9 * stages["sample"]["gflops"] * stages["sample"]["number"]
+    peak = CHIPS["h100"].rates.device_flops("float32", "default")
+    assert stages["sample"]["hours"] == pytest.approx(flops / (0.5 * peak) / 3600)
+    for words in ("on h100:1, 1 chip, at 50% of the products' peak (not run):", "price"):
+        assert words in text
+
+
 def told(peak_bytes, seconds):
     """What a compiler says, for tests of what is made of it."""
     row = {"type": "all-gather", "axes": ["fsdp"], "group": 2, "calls": 1, "wire_bytes": 1e9}
@@ -74,13 +109,14 @@ def told(peak_bytes, seconds):
     }
 
 
+@pytest.mark.usefixtures("no_stages")
 def test_too_large_says_by_how_much_and_what_is_large_enough(tmp_path, capsys, monkeypatch):
     """A step needs half as much again as its state: two devices cannot, four cannot, eight can."""
     seen = []
 
-    def compiled(c, topology, mesh, training, cache):
+    def compiled(c, topology, mesh, lower, state, cache):
         seen.append(mesh.shape["fsdp"])
-        return told(1.5 * planning._shard_bytes(training.abstract_state), 1.0)
+        return told(1.5 * planning._shard_bytes(state), 1.0)
 
     monkeypatch.setattr(planning, "_compiled", compiled)
     hbm = 0.3 * 16 * 50_000  # the tiny network's parameters, average and moments: about 16 bytes
@@ -105,7 +141,7 @@ def test_too_large_says_by_how_much_and_what_is_large_enough(tmp_path, capsys, m
 def test_a_search_ranks_what_fits(tmp_path, capsys, monkeypatch):
     """Faster without fsdp, but the larger batch does not fit."""
 
-    def compiled(c, topology, mesh, training, cache):
+    def compiled(c, topology, mesh, lower, state, cache):
         fits = c.train.batch_size == 16
         return told(1e6 if fits else 1e12, mesh.shape["fsdp"] if fits else 0.1)
 
@@ -137,6 +173,8 @@ def test_a_search_ranks_what_fits(tmp_path, capsys, monkeypatch):
         (["--topology=h100:8", "--mesh=fsdb=8"], "Did you mean 'mesh.fsdp'"),
         (["--topology=h100:8", "--mesh=data=1,fsdp=3"], "does not fill 8"),
         (["--topology=h100:8", "--search", "--limit=0"], "at least 1"),
+        (["--topology=h100:8", "--share=0"], "a share above 0"),
+        (["--topology=h100:8", "--search", "--images=9"], "no effect with --search"),
         (["--topology=h100:8", "--limit=3"], "--limit: no effect without --search: remove it"),
         (["--topology=h100:8", "--search", "--batches=a"], "512,1024"),
     ],
