@@ -23,6 +23,7 @@ ARGUMENTS = [
     "small/language:cost",
     "small/nowcast:first",
     "small/nowcast:advect:cost",
+    "sevir_nowcast:first",
     "small/unet:rates",
     "pixart:512",
     "small/text2image:minilm",
