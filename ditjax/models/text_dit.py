@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,17 +108,30 @@ def text_macs(k: TextDiTKeys, inputs: Inputs) -> int:
     tokens of a text and r = 4; its projection is computed once for all blocks. A vector of width E
     adds (V + 1)ED, and its V tokens count as those of the text do in the blocks.
     """
-    s, texts = dit.shape(k, inputs), inputs.context.tokens
-    M = texts + k.vector_tokens
-    L, D, _ = s.size
+    s = dit.shape(k, inputs)
+    M = inputs.context.tokens + k.vector_tokens
     N = s.tokens
-    block = 4 * N * D * D + dit.attention_macs(s, N, N) + 2 * N * D * s.mlp_width
-    block += 2 * N * D * D + 2 * M * D * D + 2 * N * M * D + (4 if s.qk_norm else 2) * N * D
+    return s.size.depth * text_block_macs(s, N, N, M) + text_ends_macs(k, inputs, N)
+
+
+def text_block_macs(s: dit.Shape, N: int, keys: int, M: int | None) -> int:
+    """Those of a block of N tokens, each of which sees `keys`; without a text M is None."""
+    D = s.size.width
+    block = 4 * N * D * D + dit.attention_macs(s, N, keys) + 2 * N * D * s.mlp_width
+    if M is not None:
+        block += 2 * N * D * D + 2 * M * D * D + 2 * N * M * D
+    return block + (4 if s.qk_norm else 2) * N * D
+
+
+def text_ends_macs(k: TextDiTKeys, inputs: Inputs, N: int) -> int:
+    """Those of all but the blocks, for N tokens of an image or a clip."""
+    s, M = dit.shape(k, inputs), inputs.context.tokens
+    D = s.size.width
     ends = s.patch**2 * (s.in_channels + s.out_channels) * N * D + N * D
     shared = TIMESTEP_FREQUENCIES * D + 7 * D * D + (k.vector_tokens + 1) * inputs.vector * D
     if k.size_condition:
         shared += 3 * (TIMESTEP_FREQUENCIES * (D // 3) + (D // 3) ** 2)
-    return L * block + ends + shared + texts * (inputs.context.width * D + D * D)
+    return ends + shared + M * (inputs.context.width * D + D * D)
 
 
 def cost(k: TextDiTKeys, inputs: Inputs) -> NetworkCost:
@@ -154,8 +167,10 @@ class TextBlock(Block):
 
     Sec. 2.3. (b₁, s₁, g₁, b₂, s₂, g₂) are the block's table plus the shared vectors; there is no
     norm before cross-attention. Zero at first are the table, the shared vectors and the last layer
-    of cross-attention: the block begins as the identity.
+    of cross-attention: the block begins as the identity. One that does not cross has no text.
     """
+
+    crosses: ClassVar[bool] = True
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Conditioning | TextConditioning) -> jax.Array:
@@ -166,10 +181,18 @@ class TextBlock(Block):
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (rows[:, i] for i in range(6))
         h = modulate(layer_norm(x), shift, scale)
         x = x + over_tokens(gate, x) * self.attend(h)
-        cross = CrossAttention(c.heads, c.dtype, c.place, c.query_scale, zeros, name="cross")
-        x = x + cross(x, cond.context, cond.mask)
+        if self.crosses:
+            x = x + self.crossed(x, cond)
         h = modulate(layer_norm(x, c.norm2_eps), shift_mlp, scale_mlp)
         return x + over_tokens(gate_mlp, x) * self.mlp(h)
+
+    @nn.nowrap
+    def crossed(self, x: jax.Array, cond: TextConditioning) -> jax.Array:
+        """What tokens [B,N,D] get of the text."""
+        c, zeros = self.config, nn.initializers.zeros
+        cross = CrossAttention(c.heads, c.dtype, c.place, c.query_scale, zeros, name="cross")
+        out: jax.Array = cross(x, cond.context, cond.mask)
+        return out
 
 
 class TextFinalLayer(nn.Module):
@@ -230,11 +253,18 @@ class TextDiT(DiT):
     def __call__(
         self, x: jax.Array, t: jax.Array, conditions: Conditions, per_block: Any = None
     ) -> jax.Array:
+        _, H, W, _ = x.shape
+        grid = (H // self.patch, W // self.patch)
+        e, cond = self._texts(t, conditions)
+        tokens, _ = self._stack(self._embedder()(x), cond, per_block, grid)
+        return unpatchify(self._ended(tokens, e), self.patch, H, W).astype(jnp.float32)
+
+    @nn.nowrap
+    def _texts(self, t: jax.Array, conditions: Conditions) -> tuple[jax.Array, Any]:
+        """The embedded time [B,D], and what every block is given."""
         conditions.only("context", "context_mask", *(("vector",) if self.vector else ()))
         if conditions.context is None:
             raise ValueError("a DiT of texts needs a context: use the null text's for no text")
-        _, H, W, _ = x.shape
-        grid = (H // self.patch, W // self.patch)
         e = self.place.put("conditioning", self._embed(t, conditions.vector))
         shared = _SharedModulation(self.dtype, self.place, name="adaln_single")(e)
         caption = _Caption(self.width, self.dtype, self.place, name="caption")
@@ -242,11 +272,15 @@ class TextDiT(DiT):
         mask = None if conditions.context_mask is None else jnp.asarray(conditions.context_mask)
         if self.vector_tokens:
             context, mask = self._before_text(conditions.vector, context, mask)
-        cond: Any = TextConditioning(shared, context, mask)
-        tokens, _ = self._stack(self._embedder()(x), cond, per_block, grid)
+        return e, TextConditioning(shared, context, mask)
+
+    @nn.nowrap
+    def _ended(self, tokens: jax.Array, e: jax.Array) -> jax.Array:
+        """The values of each patch."""
         features = self.patch**2 * self.out_channels
         final = TextFinalLayer(features, self.dtype, self.place, name="final_layer")
-        return unpatchify(final(tokens, e), self.patch, H, W).astype(jnp.float32)
+        out: jax.Array = final(tokens, e)
+        return out
 
     @nn.nowrap
     def _block(

@@ -227,18 +227,23 @@ class DividedBlock(Block):
         return x + over_tokens(gate_mlp, x) * self.mlp(h)
 
 
-class _Pair(nn.Module):
-    """A spatial and a temporal block: tokens [B,F',S,D], `added` f[F',D] between them or None."""
+class BlockPair(nn.Module):
+    """A spatial and a temporal block: tokens [B,F',S,D], `added` f[F',D] between them or None.
+
+    Both are of one kind, unless `temporal_block` is another.
+    """
 
     block: Callable[..., nn.Module]
     place: Placement
     temporal: bool
+    temporal_block: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(
         self, tokens: jax.Array, cond: Conditioning, added: jax.Array | None
     ) -> tuple[jax.Array, None]:
-        spatial, temporal = (self.block(name=name) for name in ("spatial", "temporal"))
+        spatial = self.block(name="spatial")
+        temporal = (self.temporal_block or self.block)(name="temporal")
         tokens = self.place.put("tokens", spatial(tokens, cond))
         if added is not None:
             tokens = tokens + added[None, :, None]
@@ -345,9 +350,14 @@ class VideoDiT(DiT):
         added = None
         if times is not None:
             added = jnp.zeros((half, *times.shape), self.dtype).at[0].set(times)
-        pair = _Pair(self._block(grid), self.place, run, name="blocks")
         scan = self._scan(half, over=(nn.broadcast, 0))
+        pair = self._pair(grid, run)
         return scan(lambda module, *args: module(*args))(pair, tokens, cond, added)[0]
+
+    @nn.nowrap
+    def _pair(self, grid: tuple[int, int], run: bool) -> nn.Module:
+        """A spatial and a temporal block in turn."""
+        return BlockPair(self._block(grid), self.place, run, name="blocks")
 
 
 def module(k: VideoKeys, inputs: Inputs, place: Placement = ANYWHERE) -> DiT:

@@ -385,8 +385,8 @@ def check_texts(c: Config, network: Network) -> None:
     kind = f"config.model.kind is {c.model.kind!r}"
     if network.texts != has_texts(c):
         raise UserError(
-            f"{kind} and config.task {c.task!r}: a network of texts (kind 'text_dit') goes with"
-            " task 'text2image' or 'unclip', and no other network does."
+            f"{kind} and config.task {c.task!r}: a network of texts (kind 'text_dit', of clips"
+            " 'text_video') goes with task 'text2image' or 'unclip', and no other network does."
         )
     if not has_texts(c):
         return
@@ -404,7 +404,6 @@ def check_texts(c: Config, network: Network) -> None:
         "config.sample.guide": bool(c.sample.guide),
         "config.reward.method": c.reward.method != "none",
         "config.given.kind": c.given.kind != "none",
-        "config.data.frames": c.data.frames > 1,
     }
     for name, wrong in others.items():
         if wrong:

@@ -295,7 +295,18 @@ PIXART: Layout = [
     *_linear("final_layer/linear", "proj_out"),
 ]
 
-# The same of a network that is conditioned on the size of its images.
+# diffusers' LatteTransformer3DModel: blocks in pairs, of which the temporal one sees no text.
+LATTE_TEXT: Layout = [rule for rule in PIXART if not rule.stacked] + [
+    rule._replace(
+        ours=rule.ours.replace("blocks", f"blocks/{kind}"),
+        theirs=tuple(f"{prefix}{name}" for name in rule.theirs),
+    )
+    for kind, prefix in (("spatial", ""), ("temporal", "temporal_"))
+    for rule in PIXART
+    if rule.stacked and not (prefix and "/cross/" in rule.ours)
+]
+
+# PixArt-α of a network that is conditioned on the size of its images.
 PIXART_SIZED: Layout = [
     *PIXART,
     *_linear("side_embedder/in", f"{_SINGLE}.resolution_embedder.linear_1"),

@@ -476,19 +476,25 @@ _PIXART_CONFIG: Mapping[str, tuple[Any, ...]] = {
     "norm_eps": (1e-6,),
     "attention_bias": (True,),
 }
+_LATTE_CLASS = "LatteTransformer3DModel"
+_LATTE_BLOCKS = "temporal_transformer_blocks."
 _PIXART_TOKENS = 120  # to which its pipeline pads and cuts texts
 _UNUSED_NULL = "caption_projection.y_embedding"  # a learned null text, which its pipeline ignores
 
 
 def _load_pixart(file: weights.TensorFile, given: Given) -> LoadedNetwork:
-    """PixArt-α in a folder of diffusers, whose config.json says heads, size and positions."""
+    """PixArt-α, or Latte of texts, in a folder of diffusers.
+
+    Its config.json says heads, size and positions, and of clips their frames.
+    """
     file = file.without(lambda name: name == _UNUSED_NULL)
-    _check_config(file, _PIXART_CONFIG)
+    clips = any(name.startswith(_LATTE_BLOCKS) for name in file.tensors)
+    _check_config(file, {**_PIXART_CONFIG, **({"_class_name": (_LATTE_CLASS,)} if clips else {})})
     D, C, p, _ = _shape(file, "pos_embed.proj.weight", 4)
     out, _ = _shape(file, "proj_out.weight", 2)
     hidden, _ = _shape(file, f"{_FIRST}.ff.net.0.proj.weight", 2)
     _, width = _shape(file, _CAPTION, 2)
-    depth = _count(file.tensors, r"transformer_blocks\.([0-9]{1,9})\.")
+    depth = _count(file.tensors, r"transformer_blocks\.([0-9]{1,9})\.") * (1 + clips)
     _check_outputs(file.path, out, p, C)
     side = _input_size(file, "diffusers", p)
     heads = _heads(file, depth, D, given.heads, Arguments(file.path, file.config, file.extra))
@@ -501,7 +507,7 @@ def _load_pixart(file: weights.TensorFile, given: Given) -> LoadedNetwork:
         {
             "task": "text2image",
             "model": {
-                "kind": "text_dit",
+                "kind": "text_video" if clips else "text_dit",
                 "size": _size_name(Size(depth, D, heads)),
                 "patch": p,
                 "mlp_ratio": _mlp_ratio(hidden, D),
@@ -518,6 +524,7 @@ def _load_pixart(file: weights.TensorFile, given: Given) -> LoadedNetwork:
                 "channels": 3 if latent else C,
                 "num_classes": 1,
                 "flip": False,
+                **({"frames": _video_length(file)} if clips else {}),
             },
             "autoencoder": {"kind": "kl" if latent else "none", "latent_channels": C},
             "sample": {"cfg_channels": "all", "clip_x0": not latent},
@@ -525,11 +532,23 @@ def _load_pixart(file: weights.TensorFile, given: Given) -> LoadedNetwork:
     )
     shapes = shapes_of(config)
     rules = layouts.PIXART_SIZED if sized else layouts.PIXART
+    rules = layouts.LATTE_TEXT if clips else rules
     what = f"DiT of texts of {depth} layers, width {D}, patch {p} in the layout of diffusers"
     expected = layouts.expected_shapes(rules, shapes, patch=p)
     weights.check_tensors(file.path, what, file.tensors, expected)
     params = _params(file, rules, shapes)
     return LoadedNetwork(config, params, "diffusers", file.files, (file.account,))
+
+
+def _video_length(file: weights.TensorFile) -> int:
+    """The frames of Latte's clips."""
+    frames = file.config.get("video_length", 16)
+    if type(frames) is not int or not 2 <= frames <= 1024:
+        raise UserError(
+            f"{file.path}: video_length in {weights.CONFIG_FILE} is {shown(frames)}: expected a"
+            " whole number from 2 to 1024."
+        )
+    return frames
 
 
 def _text_keys(file: weights.TensorFile) -> dict[str, Any]:

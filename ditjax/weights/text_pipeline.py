@@ -128,6 +128,11 @@ def write_text_pipeline(
     Raises UserError for networks that do not fit together, or that the layout cannot express.
     """
     folder, c = Path(path), network.config
+    if c.data.frames > 1:
+        raise UserError(
+            f"{TEXT_PIPELINE} draws images, and the network clips of {c.data.frames} frames: write"
+            " it with --to=diffusers or --to=ditjax."
+        )
     if autoencoder is None and c.latent:
         raise UserError("the network is of latents: --to=pipeline needs its --autoencoder, too.")
     if autoencoder is not None:

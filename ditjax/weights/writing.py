@@ -18,6 +18,7 @@ from ditjax.files.atomic import recordable, write_json
 from ditjax.models import dit
 from ditjax.models.embed import sincos_position_embedding
 from ditjax.models.text_dit import TextDiTKeys
+from ditjax.models.text_video import TextVideoKeys
 from ditjax.models.unet import UNetKeys
 from ditjax.models.video import VideoKeys, temporal_table
 from ditjax.weights import layouts, lightning, vocabulary
@@ -326,8 +327,12 @@ def _transformer_config(network: LoadedNetwork) -> dict[str, Any]:
 
 
 def _pixart_tensors(network: LoadedNetwork) -> dict[str, np.ndarray]:
-    """The tensors of PixArtTransformer2DModel. Raises UserError for what it cannot express."""
-    c, program = network.config, "diffusers' PixArtTransformer2DModel"
+    """The tensors of PixArtTransformer2DModel, or of LatteTransformer3DModel of clips.
+
+    Raises UserError for what they cannot express.
+    """
+    c, clips = network.config, isinstance(network.config.model, TextVideoKeys)
+    program = f"diffusers' {'LatteTransformer3DModel' if clips else 'PixArtTransformer2DModel'}"
     if c.diffusion.process != "ddpm":
         raise UserError(
             f"{program} is sampled as DDPM, and config.diffusion.process is"
@@ -358,23 +363,47 @@ def _pixart_tensors(network: LoadedNetwork) -> dict[str, np.ndarray]:
             " format."
         )
     rules = layouts.PIXART_SIZED if c.model.size_condition else layouts.PIXART
+    if clips:
+        _check_of_latte(c)
+        rules = layouts.LATTE_TEXT
     return layouts.to_theirs(rules, network.leaves, patch=c.model.patch)
+
+
+def _check_of_latte(c: Config) -> None:
+    """Raise UserError for clips and positions that LatteTransformer3DModel does not have."""
+    tokens = c.input_size // c.model.patch
+    scale = max(c.input_size // 64, 1)
+    if c.data.frames == 1 or tokens / (c.model.position_grid or tokens) != scale:
+        raise UserError(
+            f"diffusers' LatteTransformer3DModel has no network of {c.data.frames} frames with"
+            f" config.model.position_grid {c.model.position_grid}: its code requires clips, and"
+            f" positions that are divided by {scale}. Convert to ditjax's own format."
+        )
 
 
 def _pixart_config(network: LoadedNetwork) -> dict[str, Any]:
     c = network.config
     size, tokens = dit.parse_size(c.model.size), c.input_size // c.model.patch
     scale = tokens / (c.model.position_grid or tokens)
-    shared = _transformer_config(network)
-    return {
-        **{name: value for name, value in shared.items() if name != "num_embeds_ada_norm"},
-        "_class_name": "PixArtTransformer2DModel",
-        "attention_type": "default",
+    shared = _transformer_config(network) | {
         "caption_channels": c.text.width,
         "cross_attention_dim": size.width,
-        "interpolation_scale": int(scale) if scale == int(scale) else scale,
         "norm_type": "ada_norm_single",
         "num_embeds_ada_norm": 1000,
+    }
+    if isinstance(c.model, TextVideoKeys):
+        absent = ("norm_num_groups", "upcast_attention")
+        return {
+            **{name: value for name, value in shared.items() if name not in absent},
+            "_class_name": "LatteTransformer3DModel",
+            "num_layers": size.depth // 2,
+            "video_length": c.data.frames,
+        }
+    return {
+        **shared,
+        "_class_name": "PixArtTransformer2DModel",
+        "attention_type": "default",
+        "interpolation_scale": int(scale) if scale == int(scale) else scale,
         "use_additional_conditions": bool(c.model.size_condition),
     }
 

@@ -17,6 +17,7 @@ NAMES = (
     "dvae",
     "inception",
     "language",
+    "latte_text",
     "networks",
     "nowcast",
     "pixart",
