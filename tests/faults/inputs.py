@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ditjax.weights.torch_file import write_torch
 from tests.faults.harness import (
+    DIT,
     INTERVAL,
-    TRAIN,
     Battery,
     Child,
     LostError,
@@ -24,6 +25,7 @@ from tests.faults.harness import (
     judge,
 )
 from tests.faults.training import damage
+from tests.weight_files import release_state
 
 
 def _refused(child: Child, *words: str) -> None:
@@ -141,7 +143,7 @@ def _flags_refused(trial: Trial, cases: Any, count: int, devices: int) -> Outcom
     for flags, words in trial.rng.sample(cases, count):
         workdir = folder / "run"
         child = trial.battery.command(
-            folder, "train", *TRAIN, *flags, f"--workdir={workdir}", devices=devices
+            folder, "train", *DIT, *flags, f"--workdir={workdir}", devices=devices
         )
         try:
             _refused(child, *words)
@@ -168,15 +170,14 @@ def illegal_recipe(trial: Trial) -> Outcome:
 
 
 def _weights(battery: Battery) -> Path:
-    """The unbroken run's averaged weights, as a safetensors file."""
+    """A small DiT's weights, as a safetensors file of ours."""
 
     def make() -> Path:
         folder = battery.folder("weights")
-        out = folder / "ours.safetensors"
-        workdir = battery.unbroken().workdir
-        child = battery.command(
-            folder, "convert", f"--weights={workdir}", "--to=ditjax", f"--out={out}"
-        )
+        release, out = folder / "release.pt", folder / "ours.safetensors"
+        write_torch(release, release_state(depth=1, width=32, patch=4, side=8, channels=1))
+        words = (f"--weights={release}", "--heads=2", "--to=ditjax", f"--out={out}")
+        child = battery.command(folder, "convert", *words)
         check(child.wait() == 0, child.said()[-300:])
         return out
 

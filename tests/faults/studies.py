@@ -8,11 +8,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from tests.faults.harness import TRAIN, Battery, Child, Outcome, Trial, check, files
+from tests.faults.harness import DIT, Battery, Child, Outcome, Trial, check, files
 
 CELLS = ("DiT-1x32x2-p4-seed0", "DiT-1x32x2-p8-seed0")
 SWEEP = (
-    *TRAIN,
+    *DIT,
     "--config.sweep.grid=(('model.size',('1x32x2',)),('model.patch',(4,8)))",
     "--config.evaluate.guided_scale=0.0",
 )

@@ -67,11 +67,12 @@ REWARD = (
 def killed_finetuning(trial: Trial) -> Outcome:
     """Row 18: LoRA beside the weights of a finished run; in every other trial, on a reward."""
     how = "reward" if trial.number % 2 else "data"
-    base = trial.battery.unbroken().workdir
+    mesh = "1, DiT"
+    base = trial.battery.unbroken(mesh).workdir
     lora = (f"--config.adapt.base={base}", "--config.adapt.kind=lora", "--config.adapt.rank=2")
     words = lora + REWARD if how == "reward" else lora
-    reference = trial.battery.unbroken("1", f"lora, {how}", *words)
-    run = trial.battery.run("finetuned")
+    reference = trial.battery.unbroken(mesh, f"lora, {how}", *words)
+    run = trial.battery.run("finetuned", mesh)
     (child,) = run.start(*words)
     _somewhere(trial, [child])
     child.kill(signal.SIGKILL)
@@ -349,7 +350,7 @@ def peer_lost(trial: Trial) -> Outcome:
 
 def other_mesh(trial: Trial) -> Outcome:
     """Row 16: 8 devices -> 1, or 1 -> 2x2x2."""
-    before, after = (("8", "1"), ("1", "2x2x2"))[trial.number % 2]
+    before, after = (("8", "1"), ("1, DiT", "2x2x2"))[trial.number % 2]
     reference = trial.battery.unbroken(before)
     run = trial.battery.copy(trial.battery.cut(before), "moved")
     (child,) = run.finish(mesh=after)

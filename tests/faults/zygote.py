@@ -93,6 +93,7 @@ def _serve() -> list[str]:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(200_000, 100, 1000)  # as tests/conftest.py, for the children, too
     # What the commands import; nothing here may ask JAX for its devices, which starts threads.
     from ditjax import convert, evaluate, sample, sweep, train  # noqa: F401
     from tests.faults import child
