@@ -34,12 +34,13 @@ from ditjax.evaluation.scoring import (
 )
 from ditjax.evaluation.validation import Validator
 from ditjax.files import lease, npz
+from ditjax.files.atomic import protocol_hash
 from ditjax.files.npz import load_array
 from ditjax.metrics import neighbours
 from ditjax.parallel.processes import is_primary
 from ditjax.parallel.rules import check_batch
 from ditjax.runs import opening
-from ditjax.runs.results import SAMPLES_FILE
+from ditjax.runs.results import SAMPLES_FILE, write_record_scores
 from ditjax.sampling.draw import Drawer, digests_of, draw_to, sampling_protocol
 from ditjax.sampling.given import held_out_given
 from ditjax.sampling.program import sampling_of
@@ -145,11 +146,17 @@ class Evaluator:
         batches = images.batches(self.extractor.batch_size)
         extracted = extract_features(self.extractor, batches, num, title="features")
         metrics = self._metrics(c, extracted, load_array(path, "label"))
-        metrics |= self._given_metrics(c, path)
+        scores = self._given_scores_of(c, path)
+        metrics |= scores.means() if scores else {}
         if self.extractor.shipped:
             metrics |= self._shipped_metrics(c, params, folder, model)
-        metrics |= self._validate(c, params)
-        return Evaluated(metrics, self.protocol_of_run(c), self.reference.name, seconds)
+        validated, pairs = self._validate.scored(c, params)
+        metrics |= validated
+        protocol = self.protocol_of_run(c)
+        if is_primary():
+            every = {**(scores.records() if scores else {}), **pairs}
+            write_record_scores(folder, every, protocol_hash(protocol))
+        return Evaluated(metrics, protocol, self.reference.name, seconds)
 
     def protocol_of_run(self, c: Config) -> dict[str, Any]:
         """Return the protocol of the metrics of `of_run`, before anything is drawn."""
@@ -191,15 +198,15 @@ class Evaluator:
     def _given_scores(self, c: Config) -> Scores | None:
         return scores_of(c, self._given, c.evaluate.seed, self.extractor) if self._given else None
 
-    def _given_metrics(self, c: Config, samples: Path) -> dict[str, float]:
-        """How well samples follow what they are given; {} for nothing."""
+    def _given_scores_of(self, c: Config, samples: Path) -> Scores | None:
+        """How well samples follow what they are given; None for nothing."""
         scores = self._given_scores(c)
         if scores is None:
-            return {}
+            return None
         with npz.reading(samples) as archive:
             for images in npz.rows(archive, "arr_0", c.sample.batch_size):
                 scores.add(images)
-        return scores.means()
+        return scores
 
     def _draw(
         self, c: Config, params: Any, path: Path, num: int, scale: float, model: dict[str, Any]

@@ -34,6 +34,10 @@ class Scores(Protocol):
 
     def means(self) -> dict[str, float]: ...
 
+    def records(self) -> dict[str, np.ndarray]:
+        """The scores f64[N] of each record, NaN where it has none."""
+        ...
+
 
 def scores_of(c: Config, given: GivenRows, seed: int, extractor: Extractor) -> Scores:
     """The scores of a recipe's samples, by what they are given."""
@@ -92,6 +96,10 @@ class CaptionScores:
             scores = clip_scores(image, clip.embed_texts(rows["caption"]))
             self._found.setdefault(name, []).append(scores)
 
+    def records(self) -> dict[str, np.ndarray]:
+        """The scores of each record, the mean of its samples."""
+        return {k: _by_record(np.concatenate(v), self._count) for k, v in self._found.items()}
+
     def means(self) -> dict[str, float]:
         """The mean of each score, over the records that have it."""
         found = {name: np.concatenate(parts) for name, parts in self._found.items()}
@@ -119,7 +127,7 @@ class GivenScores:
             key = keys.stream(seed, keys.CONTROL)
             return beside_of(images, jax.vmap(jax.random.fold_in, (None, 0))(key, indices))
 
-        self._beside, self._rows = jax.jit(beside), given.rows
+        self._beside, self._rows, self._count = jax.jit(beside), given.rows, given.records
         self._forecasts = NowcastScores(given.records)
         self._parts: list[dict[str, np.ndarray]] = []
         self._start = 0
@@ -154,12 +162,32 @@ class GivenScores:
     def _records(self, indices: np.ndarray) -> np.ndarray:
         return np.asarray(self._rows(indices.astype(np.int64))["image"])
 
+    def records(self) -> dict[str, np.ndarray]:
+        """The scores of each record, the mean of its samples."""
+        parts: Any = self._parts
+        if not parts[0]:
+            return self._forecasts.records()
+        scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {name: _by_record(values, self._count) for name, values in scores.items()}
+
     def means(self) -> dict[str, float]:
         """The mean of each score over all samples."""
         parts: Any = self._parts
         if not parts[0]:
             return self._forecasts.means()
         return {name: float(np.concatenate([p[name] for p in parts]).mean()) for name in parts[0]}
+
+
+def _by_record(values: np.ndarray, count: int) -> np.ndarray:
+    """Scores f[N] of samples -> the mean of each record's: sample i is of record i % count.
+
+    With a count of 0, each is of its own.
+    """
+    values = np.asarray(values, np.float64)
+    record, known = np.arange(len(values)) % (count or len(values)), ~np.isnan(values)
+    sums = np.bincount(record, np.where(known, values, 0))
+    counts = np.bincount(record, known.astype(np.float64))
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _map_scores(found: np.ndarray, asked: np.ndarray, other: np.ndarray) -> dict[str, np.ndarray]:

@@ -37,6 +37,16 @@ class NowcastScores:
         self._true.append(np.rint(grey[1][:new, past:]).astype(np.uint8))
         self._past.append(np.rint(grey[1][:new, :past]).astype(np.uint8))
 
+    def records(self) -> dict[str, np.ndarray]:
+        """The scores f64[N] of each record that are means over them."""
+        drawn, true = (np.concatenate(x) for x in (self._drawn, self._true))
+        members = len(drawn) // len(true)
+        ensemble = drawn[: members * len(true)].reshape(members, *true.shape)
+        error = np.abs(ensemble.astype(np.float64) - true).mean((0, 2, 3, 4))
+        if members == 1:
+            return {"mae": error}
+        return {"mae": error, "crps": crps(ensemble, true).mean((1, 2, 3))}
+
     def means(self) -> dict[str, float]:
         """Every score; one that is undefined is left out."""
         drawn, true, past = (np.concatenate(x) for x in (self._drawn, self._true, self._past))

@@ -108,7 +108,12 @@ class Validator:
         _stderr is the standard error over other draws with the same images. Raises UserError for a
         missing split or a damaged record.
         """
+        return self.scored(c, params)[0]
+
+    def scored(self, c: Config, params: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """The means, as a call returns them, and the values f64[num] of each pair by metric."""
         found: dict[str, float] = {}
+        each: dict[str, np.ndarray] = {}
         for score, measure in self._program(c):
             starts = range(0, score.num, c.sample.batch_size)
             parts = [
@@ -119,10 +124,10 @@ class Validator:
             for name, metric in score.names.items():
                 values = np.concatenate([part[name] for part in parts])[: score.num]
                 values = values.astype(np.float64)
-                found[metric] = float(values.mean())
+                found[metric], each[metric] = float(values.mean()), values
                 if "t" in drawn:
                     found[f"{metric}_stderr"] = systematic_error(values, drawn["t"])
-        return found
+        return found, each
 
     def protocol(self, c: Config) -> dict[str, Any]:
         """Return what two validation losses must share to be compared; {} if there is no loss.

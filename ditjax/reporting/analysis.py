@@ -195,7 +195,7 @@ def analyse(
         agreement,
         agreed,
         compare_arms(group.runs, metric, tuned),
-        paired_rows(group.runs, metric, order),
+        paired_rows(group.runs, metric, problems, order),
         rank_agreements(runs),
         tuned_keys(group.runs, metric),
     )

@@ -2,7 +2,9 @@
 
 An arm is the runs of one recipe with several seeds. The arms of one model, by size and patch, have
 a baseline: the first that the study lists. The seeds of two arms share the data's order and the
-noise, so that much of what a seed does cancels in their difference.
+noise, so that much of what a seed does cancels in their difference. Where the scores of single
+records are on record (`runs/results.py`), the arms are paired by record, too: that interval is of
+other records for the same trainings, and the seeds' is of other trainings.
 """
 
 import json
@@ -10,11 +12,15 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ditjax.errors import FaultError, UserError
 from ditjax.reporting.study import model_of, settings, settings_words, varied_keys
 from ditjax.runs import rundir
-from ditjax.runs.results import Found, trained_gflops
+from ditjax.runs.results import Found, read_record_scores, trained_gflops
 from ditjax.scaling.paired import PairedDifference, paired_difference
 from ditjax.studies.words import (
     OF_A_METRIC,
@@ -35,8 +41,9 @@ class PairedRow:
     """A metric of one arm beside the baseline, over the seeds that both have.
 
     `values` are the means of the two over those seeds, (arm, baseline); `found` is None without a
-    common seed. `step_cost` and `training_cost` are Gflops of the arm, of a training step and of
-    the whole training, over those of the baseline.
+    common seed. `records` is paired by held-out record, of the means over those seeds, or None
+    without such scores. `step_cost` and `training_cost` are Gflops of the arm, of a training step
+    and of the whole training, over those of the baseline.
     """
 
     model: str
@@ -45,16 +52,19 @@ class PairedRow:
     metric: str
     values: tuple[float, float]
     found: PairedDifference | None
+    records: PairedDifference | None
     step_cost: float
     training_cost: float
 
     @property
     def shown(self) -> dict[str, str]:
         """The row in words, by the titles of its columns."""
-        found = self.found
+        found, by_record = self.found, "-"
         interval = f"none: {plural(found.pairs if found else 0, 'pair')}"
         if found and found.interval:
-            interval = interval_words(found.interval) + (" *" if found.settled else "")
+            interval = _interval(found)
+        if self.records:
+            by_record = f"{_interval(self.records)} of {self.records.pairs}"
         return {
             "metric": metric_name(self.metric),
             "arm": short(self.arm, 160),
@@ -63,18 +73,24 @@ class PairedRow:
             "difference": number(found.mean) if found else "-",
             "95 %": interval,
             "pairs": str(found.pairs if found else 0),
+            "95 %, by record": by_record,
             "Gflops a step": f"x {number(self.step_cost)}",
             "training FLOPs": f"x {number(self.training_cost)}",
         }
 
 
+def _interval(found: PairedDifference) -> str:
+    return interval_words(found.interval) + (" *" if found.settled else "")
+
+
 def paired_rows(
-    runs: Sequence[Found], metric: str, order: Sequence[str] = ()
+    runs: Sequence[Found], metric: str, problems: list[str], order: Sequence[str] = ()
 ) -> tuple[PairedRow, ...]:
     """Compare the arms among runs of one protocol with their baselines: `metric`, then the others.
 
     order: the runs of the study as it lists them, by default by name. A metric that is the same in
-    all arms, such as a score of the data, has no rows.
+    all arms, such as a score of the data, has no rows. What is wrong with the scores of records is
+    added to `problems`.
     """
     place = {name: i for i, name in enumerate(order)}
     runs = sorted(
@@ -90,9 +106,10 @@ def paired_rows(
         for arms in (list(each.values()) for each in models.values())
         for arm, labels in zip(arms[1:], _labels(arms, keys), strict=True)
     ]
+    scores = _scores_of_records([side for pair in pairs for side in pair[:2]], problems)
     rows = []
     for name in _metrics(runs, metric):
-        of_metric = [_row(arm, baseline, name, labels) for arm, baseline, labels in pairs]
+        of_metric = [_row(arm, baseline, name, labels, scores) for arm, baseline, labels in pairs]
         if any(row.found is None or row.found.mean != 0 for row in of_metric):
             rows += of_metric
     return tuple(rows)
@@ -106,7 +123,11 @@ def _metrics(runs: Sequence[Found], first: str) -> list[str]:
 
 
 def _row(
-    arm: Mapping[int, Found], baseline: Mapping[int, Found], metric: str, labels: tuple[str, str]
+    arm: Mapping[int, Found],
+    baseline: Mapping[int, Found],
+    metric: str,
+    labels: tuple[str, str],
+    scores: Mapping[Path, Mapping[str, Any]],
 ) -> PairedRow:
     def values(side: Mapping[int, Found]) -> dict[int, float]:
         found = {seed: each.result["metrics"].get(metric, math.nan) for seed, each in side.items()}
@@ -116,6 +137,9 @@ def _row(
     seeds = sorted(one.keys() & two.keys())
     pairs = [one[seed] for seed in seeds], [two[seed] for seed in seeds]
     means = [sum(side) / len(side) if side else math.nan for side in pairs]
+    of_records = [
+        [scores[side[seed].folder].get(metric) for seed in seeds] for side in (arm, baseline)
+    ]
     run, base = next(iter(arm.values())), next(iter(baseline.values()))
     trained = [trained_gflops(each.result, each.result["train"]["images"]) for each in (run, base)]
     steps = [each.result["train"]["steps"] for each in (run, base)]
@@ -125,9 +149,35 @@ def _row(
         metric,
         (means[0], means[1]),
         paired_difference(*pairs) if seeds else None,
+        _by_record(*of_records) if seeds else None,
         trained[0] / steps[0] / (trained[1] / steps[1]),
         trained[0] / trained[1],
     )
+
+
+def _scores_of_records(
+    arms: Sequence[Mapping[int, Found]], problems: list[str]
+) -> dict[Path, Mapping[str, Any]]:
+    """The scores of single records of every run of the arms, by its folder."""
+    found: dict[Path, Mapping[str, Any]] = {}
+    runs = {each.folder: each.result for arm in arms for each in arm.values()}
+    for folder, result in runs.items():
+        found[folder] = {}
+        try:
+            found[folder] = read_record_scores(folder, result["protocol_hash"])
+        except (UserError, FaultError) as error:
+            problems.append(f"the scores of single records are not compared: {error}")
+    return found
+
+
+def _by_record(one: Sequence[Any], two: Sequence[Any]) -> PairedDifference | None:
+    """The difference of the means over seeds, paired by record; None if a run has no scores."""
+    every = [*one, *two]
+    if any(each is None for each in every) or len({len(each) for each in every}) > 1:
+        return None
+    means = [np.mean(np.asarray(side, np.float64), axis=0) for side in (one, two)]
+    both = np.isfinite(means[0]) & np.isfinite(means[1])
+    return paired_difference(means[0][both], means[1][both]) if both.sum() > 1 else None
 
 
 def _labels(arms: Sequence[Mapping[int, Found]], keys: Sequence[str]) -> list[tuple[str, str]]:
@@ -165,7 +215,10 @@ def paired_text(rows: Sequence[PairedRow]) -> str:
     names = shortened((row.arm for row in rows), 60)
     table = [list(shown[0].shown)]
     table += [list((row.shown | {"arm": names[row.arm]}).values()) for row in shown]
-    lines = [*paired_words(rows), *aligned(table, [False, False, *[True] * 7])]
+    # A column that says nothing of any row is left out.
+    kept = [i for i in range(len(table[0])) if {row[i] for row in table[1:]} != {"-"}]
+    table = [[row[i] for i in kept] for row in table]
+    lines = [*paired_words(rows), *aligned(table, [False, False, *[True] * (len(kept) - 2)])]
     if len(shown) < len(rows):
         metrics = len({row.metric for row in rows}) - 1
         lines.append(f"{plural(metrics, 'further metric')}: index.html, paired.csv, results.json")
@@ -173,8 +226,9 @@ def paired_text(rows: Sequence[PairedRow]) -> str:
 
 
 PAIRED_NOTE = (
-    "95 %: Student's t over the pairs; * leaves out 0, as one interval in twenty would by chance."
-    " Costs are over the baseline's."
+    "95 %: Student's t over the pairs of seeds, for other trainings; by record, a bootstrap over"
+    " held-out records, for the same trainings. * leaves out 0, as one interval in twenty would by"
+    " chance. Costs are over the baseline's."
 )
 
 
@@ -184,6 +238,7 @@ def paired_csv_rows(rows: Sequence[PairedRow]) -> list[dict[str, Any]]:
     for row in rows:
         found = row.found
         interval = found.interval if found else None
+        by_record = row.records.interval if row.records else None
         made.append(
             {
                 "model": row.model,
@@ -196,6 +251,9 @@ def paired_csv_rows(rows: Sequence[PairedRow]) -> list[dict[str, Any]]:
                 "low": interval.low if interval else None,
                 "high": interval.high if interval else None,
                 "pairs": found.pairs if found else 0,
+                "records": row.records.pairs if row.records else 0,
+                "records_low": by_record.low if by_record else None,
+                "records_high": by_record.high if by_record else None,
                 "step_cost": row.step_cost,
                 "training_cost": row.training_cost,
             }

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
@@ -30,6 +30,7 @@ METRICS_FILE = "metrics.jsonl"
 LOG_PARTS = "metrics"  # on a store, what a run has added to its metrics.jsonl, in parts
 SAMPLES_FILE = "samples.npz"
 EVALUATION_FILE = "evaluation.json"
+RECORDS_FILE = "records.npz"  # scores of single held-out records or pairs, by metric
 
 _Images = NDArray[np.uint8]
 
@@ -141,6 +142,46 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     result = _validated(value, str(path))
     check_recorded(result["config"], str(path))
     return result
+
+
+def write_record_scores(folder: Path, scores: Mapping[str, NDArray[Any]], protocol: str) -> None:
+    """Write the scores f[N] of single records to `folder`/records.npz; none remove the file.
+
+    protocol: the hash of that of the metrics which are their means.
+    """
+    if not scores:
+        (folder / RECORDS_FILE).unlink(missing_ok=True)
+        return
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in scores.items()}
+    arrays["provenance"] = npz.provenance_text({"protocol_hash": protocol})
+    np.savez(buffer, **arrays)
+    write_atomic(folder / RECORDS_FILE, buffer.getvalue())
+
+
+def read_record_scores(folder: Path, protocol: str) -> dict[str, NDArray[np.float32]]:
+    """The scores f32[N] of single records, NaN where one has none; {} if they are not on record.
+
+    Raises UserError for a damaged file, or one of another protocol than this hash.
+    """
+    if not faults.exists(folder / RECORDS_FILE):
+        return {}
+    with npz.reading(folder / RECORDS_FILE) as archive:
+        theirs = npz.read_provenance(archive).get("protocol_hash")
+        names = [name for name in npz.names(archive) if name != "provenance"]
+        found = {name: npz.read_array(archive, name) for name in names}
+    if theirs != protocol:
+        raise UserError(
+            f"{folder / RECORDS_FILE} is of protocol {shown(theirs)}, and the run's result of"
+            f" {protocol}: the run was evaluated again."
+        )
+    for name, values in found.items():
+        if values.dtype != np.float32 or values.ndim != 1:
+            raise UserError(
+                f"{folder / RECORDS_FILE}: {name} is {values.dtype}{list(values.shape)}, expected"
+                " f32[N]."
+            )
+    return found
 
 
 def find_results(

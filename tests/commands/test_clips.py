@@ -4,10 +4,12 @@ import json
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from ditjax import evaluate, sample, train
 from ditjax.reporting.samples import data_uri
+from ditjax.runs.results import read_record_scores
 
 TINY = (
     "--config=small/video",
@@ -41,6 +43,8 @@ def test_clips_are_trained_drawn_and_scored(own_data, tmp_path):
 
     assert evaluate.main([f"--workdir={run}", f"--out={tmp_path / 'scores.json'}"]) == 0
     record = json.loads((tmp_path / "scores.json").read_text())
+    pairs = read_record_scores(tmp_path / "run", record["protocol_hash"])
+    assert pairs["val_loss"].mean() == pytest.approx(record["metrics"]["val_loss"], rel=1e-5)
     assert {"fd_clips", "motion_error", "identity", "accuracy", "val_loss"} <= set(
         record["metrics"]
     )

@@ -100,8 +100,9 @@ def by_hand(c, params, n, x0_of=lambda x, key: x):
 def test_it_is_the_mean_over_the_pairs_one_by_one():
     c = recipe()
     mse, vlb = by_hand(c, params(c), NUM)
-    found = on(1)(c, params(c))
+    found, each = on(1).scored(c, params(c))
     assert found.keys() == {"val_loss", "val_loss_stderr", "val_vlb", "val_vlb_stderr"}
+    np.testing.assert_allclose(each["val_loss"], mse, rtol=1e-4)
     np.testing.assert_allclose(found["val_loss"], mse.mean(), rtol=1e-5)
     np.testing.assert_allclose(found["val_vlb"], vlb.mean(), rtol=1e-4)
     steps = np.diff(mse[np.argsort([pair(c, i)[1] for i in range(NUM)])])

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from ditjax import report
 from ditjax.reporting.paired import paired_rows
-from ditjax.runs.results import find_results
+from ditjax.runs.results import find_results, write_record_scores
 
 ARMS = {"none": (0.0, 3), "frozen": (-2.0, 3), "mapper": (0.5, 1)}  # shift, seeds
 
@@ -31,6 +32,11 @@ def write_arms(study, root):
                 result["gflops"] *= 2
                 result["train"] |= {"steps": 100, "images": 800}
             path.write_text(json.dumps(result))
+            hard = 10 * np.random.default_rng(9).standard_normal(50)  # of each record, for all arms
+            csi = hard - shift + rng.standard_normal(50)
+            csi[0] = np.nan
+            scores = {"csi": csi} if mode != "mapper" else {}
+            write_record_scores(folder, scores, result["protocol_hash"])
             names.append(result["run"])
     study.write_plan(root, [(name, {}) for name in names])
     return names
@@ -45,7 +51,7 @@ def arms(study, tmp_path_factory):
 def test_rows_pair_seeds_and_state_costs(arms):
     root, order = arms
     found, _ = find_results([root])
-    rows = {(row.metric, row.arm): row for row in paired_rows(found, "fd_digits", order)}
+    rows = {(row.metric, row.arm): row for row in paired_rows(found, "fd_digits", [], order)}
     frozen = rows["fd_digits", "steps 100, mode frozen"]
     assert frozen.baseline == "steps 200, mode none"
     assert frozen.found is not None
@@ -58,19 +64,44 @@ def test_rows_pair_seeds_and_state_costs(arms):
     assert mapper.found is not None
     assert (mapper.found.pairs, mapper.found.interval) == (1, None)
     assert mapper.shown["95 %"] == "none: 1 pair"
+    # Records differ far more than arms do, too; without scores of them there is no interval.
+    by_record = rows["csi", "steps 100, mode frozen"].records
+    assert by_record is not None
+    assert by_record.pairs == 49
+    assert by_record.interval is not None
+    assert by_record.interval.low < 2 < by_record.interval.high
+    assert by_record.interval.high - by_record.interval.low < 1
+    assert mapper.records is None
+    assert rows["csi", "mode mapper"].records is None
     # Neither the floor nor what is the same in all arms has a row.
     assert {metric for metric, _ in rows} == {"fd_digits", "csi"}
 
 
+def test_damaged_scores_of_records_and_others_are_problems_and_no_interval(arms, tmp_path):
+    root = tmp_path / "study"
+    shutil.copytree(arms[0], root)
+    found, _ = find_results([root])
+    by_name = {each.result["run"]: each.folder for each in found}
+    folder = by_name[arms[1][0]]
+    write_record_scores(folder, {"csi": np.zeros(50)}, "abc")
+    (by_name[arms[1][-2]] / "records.npz").write_bytes(b"PK damaged")
+    problems: list[str] = []
+    rows = paired_rows(found, "csi", problems, arms[1])
+    assert all(row.records is None for row in rows)
+    assert len(problems) == 2
+    assert sum("is of protocol 'abc'" in each for each in problems) == 1
+    assert all("records.npz" in each for each in problems)
+
+
 def test_without_a_plan_the_first_by_name_is_the_baseline(arms):
     found, _ = find_results([arms[0]])
-    assert {row.baseline for row in paired_rows(found, "csi")} == {"steps 100, mode frozen"}
+    assert {row.baseline for row in paired_rows(found, "csi", [])} == {"steps 100, mode frozen"}
 
 
 def test_models_without_arms_have_no_rows(study, tmp_path):
     study.write(tmp_path, seeds=(0, 1))
     found, _ = find_results([tmp_path])
-    assert paired_rows(found, "fd_digits") == ()
+    assert paired_rows(found, "fd_digits", []) == ()
 
 
 def test_a_report_has_the_table_the_plot_and_the_file(arms, tmp_path, monkeypatch):
@@ -79,6 +110,7 @@ def test_a_report_has_the_table_the_plot_and_the_file(arms, tmp_path, monkeypatc
     assert "beside the first that the study lists (steps 200, mode none)" in summary.text
     page = summary.page.read_text()
     assert "Arms beside the baseline" in page
+    assert "95 %, by record" in summary.text
     assert "FD-digits: arm - baseline, paired by seed" in page
     assert "mode frozen" in page
     assert (tmp_path / "paired.png").stat().st_size > 5000

@@ -223,6 +223,7 @@ def test_scores_are_of_the_records_that_samples_are_given():
     error = ((moved.astype(float) - records) ** 2).mean((1, 2, 3))
     assert found["psnr_db"] == pytest.approx(np.mean(10 * np.log10(255**2 / error)), rel=1e-4)
     assert found["ssim"] == pytest.approx(ssim(moved, records, 255).mean(), rel=1e-4)
+    np.testing.assert_allclose(scores.records()["ssim"], ssim(moved, records, 255), rtol=1e-4)
     low = [x.reshape(4, 4, 3, 4, 3).mean((2, 4)) for x in (moved / 1.0, records / 1.0)]
     error = ((low[0] - low[1]) ** 2).mean((1, 2))
     assert found["consistency_db"] == pytest.approx(

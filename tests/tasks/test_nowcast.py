@@ -222,6 +222,10 @@ def test_members_are_the_samples_of_a_record():
     assert whole["crps"] < whole["mae"]
     assert whole["csi"] < 1
     assert {"persistence_csi", "advection_mae", "spread_skill", "csi_16", "ssim"} <= whole.keys()
+    records = scores.records()
+    assert {name: x.shape for name, x in records.items()} == {"mae": (4,), "crps": (4,)}
+    for name, values in records.items():
+        assert values.mean() == pytest.approx(whole[name])
     single = NowcastScores(4)
     single.add(clips, clips, 7)
     assert single.means()["csi"] == 1
