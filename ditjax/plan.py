@@ -1,5 +1,6 @@
 """python -m ditjax.plan: memory, speed and cost of a recipe on a machine that is not at hand."""
 
+import functools
 import itertools
 import json
 import math
@@ -107,12 +108,13 @@ def main(argv: list[str]) -> int:
     command = typed("plan", argv, drop=("--out",))
     if args.search:
         return _search(c, topology, steps, args, cache, out, command)
+    stages = _stages(c, topology, steps, args)  # first: it takes seconds, and may raise
     plan = {"command": command, "commit": commit(), **_compiled_plan(c, topology, steps, args)}
     if args.price and "cost" in plan:
         plan["cost"]["price_a_chip_hour"] = args.price
     if not args.json and "memory" in plan:
         print(format_plan(plan) + "\n", flush=True)
-    plan |= _stages(c, topology, steps, args)
+    plan |= stages
     if not args.json:
         print(format_stages(plan), flush=True)
     fits = "memory" not in plan or plan["memory"]["fits"]
@@ -139,7 +141,8 @@ def _compiled_plan(c: Config, topology: Topology, steps: int, args: Any) -> dict
 
 def _stages(c: Config, topology: Topology, steps: int, args: Any) -> dict[str, Any]:
     """The stages of a recipe at a share of the peak."""
-    found = stages_of(c, steps, args.images or None, planned_features(c.evaluate.features))
+    features = functools.partial(planned_features, c.evaluate.features)
+    found = stages_of(c, steps, args.images or None, features)
     stages = stage_hours(c, found, topology, args.share)
     return {"stages": stages, "share": args.share, "price_a_chip_hour": args.price}
 

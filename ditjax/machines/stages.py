@@ -63,12 +63,12 @@ def stages_of(
     c: Config,
     steps: int,
     images: int | None = None,
-    features: Callable[[Any], Any] | None = None,
+    features: Callable[[], Callable[[Any], Any] | None] = lambda: None,
 ) -> list[Stage]:
     """The stages of a recipe, with so many steps of training.
 
-    images: of the data set, which `encode` reads. `features(images u8[B,H,W,3])`: what evaluation
-    extracts from samples, if its products are to be counted.
+    images: of the data set, which `encode` reads. `features()(images u8[B,H,W,3])`: what
+    evaluation extracts from samples, if its products are to be counted.
     """
     task, cost, examples = make_task(c), planned_cost(c), steps * c.train.batch_size
     weights = functools.cache(lambda: abstract_weights(c, task))
@@ -134,13 +134,17 @@ def _sampled(c: Config, task: Task, weights: Weights) -> Stage:
     return _counted(stage, trace)
 
 
-def _featured(c: Config, features: Callable[[Any], Any] | None) -> list[Stage]:
-    """The features of each sample."""
-    if features is None:
-        return []
-    stage = Stage("evaluate", "features of a sample", None, c.evaluate.num_samples, "")
+def _featured(c: Config, features: Callable[[], Callable[[Any], Any] | None]) -> list[Stage]:
+    """The features of each sample; none that are not to be counted."""
     image = jax.ShapeDtypeStruct((1, *c.data.shape[-3:-1], 3), jnp.uint8)
-    return [_counted(stage, lambda: traced_macs(features, image))]
+
+    def trace() -> int:
+        extract = features()
+        return traced_macs(extract, image) if extract else 0
+
+    stage = Stage("evaluate", "features of a sample", None, c.evaluate.num_samples, "")
+    found = _counted(stage, trace)
+    return [] if found.macs == 0 else [found]
 
 
 def _validated(c: Config, task: Task, i: int, weights: Weights) -> Stage:

@@ -165,6 +165,7 @@ def test_a_search_ranks_what_fits(tmp_path, capsys, monkeypatch):
     assert text.count("does not fit") == sum(not each["memory"]["fits"] for each in found["search"])
 
 
+@pytest.mark.usefixtures("no_stages")
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
