@@ -309,7 +309,7 @@ def _from_dataset(
     # All processes extract features together: none may load the cache while another extracts.
     if processes.everywhere(cached.exists()):
         return _from_statistics(cached, extractor)._replace(name=name)
-    batches = (_as_uint8(rows["image"]) for rows in stream.in_order(spec, extractor.batch_size))
+    batches = (as_uint8(rows["image"]) for rows in stream.in_order(spec, extractor.batch_size))
     found = _from_images(batches, info.num_examples, extractor, name)
     if is_primary():
         save_statistics(cached, found.statistics, found.pool)
@@ -345,7 +345,7 @@ def _hash_batches(batches: Iterable[np.ndarray], digest: Any) -> Iterator[np.nda
         yield images
 
 
-def _as_uint8(images: np.ndarray) -> np.ndarray:
+def as_uint8(images: np.ndarray) -> np.ndarray:
     """Convert images in [-1, 1], as the readers yield them, back to their bytes."""
     return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
 

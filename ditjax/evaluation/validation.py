@@ -15,8 +15,11 @@ from jax.sharding import Mesh
 
 from ditjax.config import Config, Optim, Section, Train
 from ditjax.data import source, stream
+from ditjax.data.names import Split
 from ditjax.data.records import HostBatch
 from ditjax.errors import UserError
+from ditjax.evaluation import scoring
+from ditjax.evaluation.features import open_extractor
 from ditjax.metrics.uncertainty import systematic_error
 from ditjax.parallel import host, processes, rules
 from ditjax.runs import opening
@@ -71,24 +74,74 @@ def measure_of(
 def held_out_means(c: Config, mesh: Mesh, params: Any) -> tuple[dict[str, float], dict[str, Any]]:
     """Return (means of the task's score over config.evaluate.split, their protocol).
 
-    Raises UserError for a task without a score of every example.
+    With config.evaluate.features, reconstructions are compared with the split's images, too: their
+    Fréchet distance is `rfid`, or `rfd_NAME` on features NAME. Raises UserError for a task without
+    a score of every example.
     """
     task = make_task(c, mesh)
     scores = [each for each in task.scores if not each.num]
     if not scores:
         raise UserError(f"config.task is {c.task!r}: it has no score and draws no samples.")
     (score,) = scores
-    size, start = c.train.batch_size, 0
+    if score.images and c.evaluate.features == "none":
+        score = _without_images(score)
+    size, spec = c.train.batch_size, opening.held_out(c)
     rules.check_batch(size, mesh, "config.train.batch_size")
     measure = measure_of(c, score, mesh, task.frozen(mesh), size)
     parts: list[dict[str, np.ndarray]] = []
-    for rows in stream.in_order(opening.held_out(c), size):
-        batch = {name: value for name, value in rows.items() if name != "index"}
-        parts.append(measure(params, start, batch))
-        start += len(rows["label"])
+
+    def reconstructions() -> Iterator[np.ndarray]:
+        """Measure every batch, and yield its images as bytes; of other scores, nothing."""
+        start = 0
+        for rows in stream.in_order(spec, size):
+            batch = {name: value for name, value in rows.items() if name != "index"}
+            part = measure(params, start, batch)
+            start += len(rows["label"])
+            if score.images:
+                yield scoring.as_uint8(part.pop(score.images))
+            parts.append(part)
+
+    distances, protocol = {}, dict(score.protocol)
+    if score.images:
+        distances, record = _compared(c, mesh, spec, reconstructions())
+        protocol |= record
+    else:
+        list(reconstructions())
     measured = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     means = {metric: float(measured[name].mean()) for name, metric in score.names.items()}
-    return {**means, **score.summary(measured)}, dict(score.protocol)
+    return {**means, **score.summary(measured), **distances}, protocol
+
+
+def _without_images(score: ValidationScore) -> ValidationScore:
+    """A score that measures no images: they stay on the devices."""
+
+    def measure(*args: Any) -> dict[str, jax.Array]:
+        return {name: x for name, x in score.measure(*args).items() if name != score.images}
+
+    return score._replace(measure=measure, images="")
+
+
+def _compared(
+    c: Config, mesh: Mesh, spec: source.DataSpec, images: Iterator[np.ndarray]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The distance of reconstructions to the images of their split, and its protocol.
+
+    Both have the recipe's size before the features resize them.
+    """
+    extractor = open_extractor(c.evaluate.features, mesh)._replace(side=None)
+    originals = scoring.open_reference(
+        Split(spec.name, spec.split), extractor, c.data.image_size, c.data.data_dir
+    )
+    count = source.dataset_info(spec.name, spec.split, spec.data_dir).num_examples
+    found = scoring.extract_features(extractor, images, count, title="reconstructions")
+    family = extractor.family
+    distances = scoring.score(
+        found, originals.statistics, None, family=family, seed=c.evaluate.seed
+    )
+    name = scoring.distance_name(family)
+    record = {"reconstructions": f"r{name}", **extractor.record, **originals.record}
+    kept = (name, f"{name}_low", f"{name}_high")
+    return {f"r{each}": distances[each] for each in kept}, record
 
 
 class Validator:

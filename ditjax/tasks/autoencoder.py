@@ -57,7 +57,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         x = batch["image"]
         decoded = apply(params, apply(params, x, method="encode").mean, method="decode")
         mse = jnp.square(jnp.clip(decoded, -1, 1) - x).mean(axis=(1, 2, 3))
-        return {"psnr_db": psnr_db(mse)}
+        return {"psnr_db": psnr_db(mse), "images": decoded}
 
     return Task(
         name=f"KL autoencoder (f={module.config.downsample})",
@@ -75,6 +75,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
                     "split": c.evaluate.split,
                     "image_size": c.data.image_size,
                 },
+                images="images",
             ),
         ),
     )

@@ -113,14 +113,15 @@ def _score(c: Config, apply: Callable[..., Any], config: DvaeConfig) -> Validati
         """
         x = batch["image"]
         codes = apply(params, x, method="codes")
-        error = jnp.square(apply(params, codes, method="images") - x)
+        decoded = apply(params, codes, method="images")
+        error = jnp.square(decoded - x)
         median = jnp.median(x, axis=(1, 2), keepdims=True)
         ink = jnp.abs(x - median).max(-1, keepdims=True) + np.float32(1e-6)
         ink = ink / ink.mean((1, 2), keepdims=True)
         flat = jnp.square(x - x.mean((1, 2), keepdims=True))
         found = {"psnr_db": error, "psnr_ink_db": ink * error, "psnr_mean_colour_db": flat}
         means = {name: psnr_db(each.mean((1, 2, 3))) for name, each in found.items()}
-        return {**means, "codes": codes}
+        return {**means, "codes": codes, "images": decoded}
 
     def summary(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
         codes = measured["codes"].astype(np.int64)
@@ -137,6 +138,7 @@ def _score(c: Config, apply: Callable[..., Any], config: DvaeConfig) -> Validati
             "image_size": c.data.image_size,
         },
         summary=summary,
+        images="images",
     )
 
 

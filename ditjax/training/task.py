@@ -154,8 +154,10 @@ class ValidationScore(NamedTuple):
     examples are drawn, and `drawn(indices i[n])` adds arrays that depend only on an example's
     index; if 0, every example of the split is used once, and only by `evaluate`. `names` maps each
     score to the name of its mean. `summary` makes scores of all examples together, such as
-    retrieval, of what was measured [N, ...]; only if `num` is 0. Two values can be compared if
-    their `protocol` is equal.
+    retrieval, of what was measured [N, ...]; only if `num` is 0. `images` names reconstructions of
+    the batch's images that are measured, f32[B,H,W,C] in [-1, 1]: with config.evaluate.features
+    their distance to these is computed; only if `num` is 0. Two values can be compared if their
+    `protocol` is equal.
     """
 
     measure: Callable[[Any, Frozen, jax.Array, Batch], dict[str, jax.Array]]
@@ -164,6 +166,7 @@ class ValidationScore(NamedTuple):
     num: int = 0
     drawn: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda indices: {}
     summary: Callable[[Mapping[str, np.ndarray]], dict[str, float]] = lambda measured: {}
+    images: str = ""
 
 
 class Inside(NamedTuple):

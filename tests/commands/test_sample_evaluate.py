@@ -19,6 +19,7 @@ from ditjax.evaluation import evaluator
 from ditjax.evaluation.classifiers import JUDGE, predict_class
 from ditjax.evaluation.features import digits_extractor
 from ditjax.evaluation.scoring import extract_features, open_reference, score
+from ditjax.metrics import frechet
 from ditjax.models import autoencoder as network
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
@@ -194,7 +195,18 @@ def test_psnr_of_an_autoencoder(autoencoder):
     errors = [((np.clip(a, -1, 1) - b) ** 2).mean() for a, b in zip(again, x, strict=True)]
     expected = np.mean([20 * np.log10(2 / error**0.5) for error in errors])
     record = json.loads((autoencoder / "evaluation.json").read_text())
-    assert record["metrics"]["psnr_db"] == pytest.approx(expected, rel=1e-4)
+    found, protocol = record["metrics"], record["protocol"]
+    assert found["psnr_db"] == pytest.approx(expected, rel=1e-4)
+    # Its recipe names features: the reconstructions' distance to the very images, at their size.
+    pools = [
+        digits_extractor().extract(np.rint((np.clip(y, -1, 1) + 1) * 127.5).astype(np.uint8)).pool
+        for y in (again, x)
+    ]
+    distance = frechet.frechet_distance(*map(frechet.batch_moments, pools))
+    assert found["rfd_digits"] == pytest.approx(distance, rel=1e-3)
+    assert found["rfd_digits_low"] < found["rfd_digits"] < found["rfd_digits_high"]
+    assert (protocol["metric"], protocol["reconstructions"]) == ("PSNR", "rfd_digits")
+    assert protocol["reference_count"] == len(x)
 
 
 def test_latents_are_the_encoders_moments(autoencoder, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,8 +15,9 @@ from ditjax.data import records, source, stream
 from ditjax.data.names import Split
 from ditjax.diffusion import samplers
 from ditjax.errors import UserError
+from ditjax.evaluation import validation
 from ditjax.evaluation.evaluator import Evaluator
-from ditjax.evaluation.validation import Validator
+from ditjax.evaluation.validation import Validator, held_out_means
 from ditjax.models.autoencoder import sample_posterior
 from ditjax.models.network import Conditions
 from ditjax.parallel.mesh import make_mesh
@@ -23,6 +25,7 @@ from ditjax.runs import opening
 from ditjax.tasks import autoencoder, make_task
 from ditjax.tasks.diffusion import denoiser_module
 from ditjax.training import keys
+from ditjax.training.task import ValidationScore
 from ditjax.weights.networks import decoder_recipe
 
 pytestmark = pytest.mark.usefixtures("own_data")
@@ -214,3 +217,23 @@ def test_without_features_evaluate_reports_the_held_out_scores_alone(monkeypatch
     assert (record["step"], record["metrics"]) == (3, {"val_loss": 0.5})
     assert record["protocol"] == {"val_loss_num": 4}
     assert (tmp_path / "evaluation.json").exists()
+
+
+def test_reconstructions_are_compared_with_their_images_where_features_are_named(monkeypatch):
+    """Of perfect ones, larger than the features read them, the distance is 0."""
+
+    def measure(params, frozen, keys, batch):
+        x = batch["image"]
+        return {"level": x.mean((1, 2, 3)), "images": params * x}
+
+    score = ValidationScore(measure, {"level": "level"}, {"metric": "PSNR"}, images="images")
+    task = SimpleNamespace(scores=(score,), frozen=lambda mesh: {})
+    monkeypatch.setattr(validation, "make_task", lambda c, mesh: task)
+    c, mesh = changed(recipe(), {"data": {"image_size": 16}}), make_mesh(1, 1, jax.devices()[:1])
+    means, protocol = held_out_means(c, mesh, np.float32(1))
+    assert means["rfd_digits"] == pytest.approx(0, abs=1e-6)
+    assert means.keys() == {"level", "rfd_digits", "rfd_digits_low", "rfd_digits_high"}
+    assert (protocol["metric"], protocol["reconstructions"]) == ("PSNR", "rfd_digits")
+    assert protocol["reference_count"] == HELD_OUT
+    bare = changed(c, {"evaluate": {"features": "none"}, "train": {"evaluate_every_steps": 0}})
+    assert held_out_means(bare, mesh, np.float32(1)) == ({"level": means["level"]}, score.protocol)
