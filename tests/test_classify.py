@@ -159,9 +159,13 @@ def test_the_command_learns_and_writes_weights_that_load(digits, tmp_path, monke
     short = {
         name: dataclasses.replace(recipe, epochs=2) for name, recipe in classify.RECIPES.items()
     }
-    # Of one block: it compiles quickly.
-    judge = classifier.DigitsMixer(blocks=1)
-    short[at_work.JUDGE] = dataclasses.replace(short[at_work.JUDGE], network=judge)
+    # Small ones: they compile quickly.
+    small: dict[str, classifier.DigitsConvNet | classifier.DigitsMixer] = {
+        at_work.FEATURE_CLASSIFIER: classifier.DigitsConvNet(width=8, stages=1),
+        at_work.JUDGE: classifier.DigitsMixer(blocks=1),
+    }
+    for name, network in small.items():
+        short[name] = dataclasses.replace(short[name], network=network)
     monkeypatch.setattr(classify, "RECIPES", short)
     monkeypatch.setattr(
         classify, "load_arrays", lambda name, split, data_dir: digits[split == "test"]

@@ -27,7 +27,7 @@ from ditjax.runs.results import load_samples
 from ditjax.tasks import autoencoder as autoencoder_task
 from ditjax.tasks import make_task
 from ditjax.tasks.autoencoder import load_frozen
-from tests.commands.conftest import TINY
+from tests.commands.conftest import LATENTS, TINY
 
 
 def test_sample(finished, tmp_path, capsys):
@@ -151,12 +151,10 @@ def autoencoder(data_dir, tmp_path_factory):
 
 def latent_words(autoencoder):
     return [
-        "--config=experiments/digits_latent.py",
+        *LATENTS,
         *SMALL_AUTOENCODER,
-        *[word for word in TINY if "batch" not in word and not word.startswith("--config=")],
-        "--config.model.size=1x32x2",
-        "--config.model.patch=4",
         "--config.sample.batch_size=40",
+        "--config.data.split=test",  # a quarter as many to encode
         f"--config.autoencoder.path={autoencoder}",
     ]
 
@@ -215,9 +213,9 @@ def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
     c = read(load_recipe(words))
     encode.main([*words, f"--out={tmp_path}"])
     frozen = load_frozen(c, make_mesh(-1, 1))
-    images = records.load_arrays("digits", "train", None, 16)
+    images = records.load_arrays("digits", "test", None, 16)
     name = f"latents:{tmp_path}"
-    spec = source.DataSpec(name, "train", 16, 1, flip=True)
+    spec = source.DataSpec(name, "test", 16, 1, flip=True)
     with stream.train_batches(spec, 0, 24) as batches:
         batch = next(batches)
     mirrored = stream.flips(0, 0, 24)
@@ -229,15 +227,15 @@ def test_latents_are_the_encoders_moments(autoencoder, tmp_path):
     np.testing.assert_allclose(batch["mean"], moments.mean, atol=1e-4)
     np.testing.assert_allclose(batch["log_variance"], moments.log_variance, atol=1e-4)
     np.testing.assert_array_equal(batch["label"], images["label"][batch["index"]])
-    assert source.dataset_info(name, "train").num_examples == 1438
+    assert source.dataset_info(name, "test").num_examples == 359
     # The same again is left as it is; another encoding does not go over it.
     (info,) = tmp_path.rglob("dataset_info.json")
     written = info.stat().st_mtime_ns
     assert encode.main([*words, f"--out={tmp_path}"]) == 0
     assert info.stat().st_mtime_ns == written
-    with pytest.raises(UserError, match="split='train', and this command has 'test'"):
-        encode.main([*words, f"--out={tmp_path}", "--config.data.split=test"])
-    uncached = source.DataSpec(name, "train", 16, 1, flip=True, cache_mb=0)
+    with pytest.raises(UserError, match="split='test', and this command has 'train'"):
+        encode.main([*words, f"--out={tmp_path}", "--config.data.split=train"])
+    uncached = source.DataSpec(name, "test", 16, 1, flip=True, cache_mb=0)
     with stream.train_batches(uncached, 0, 24) as batches:
         np.testing.assert_array_equal(next(batches)["mean"], batch["mean"])
 
