@@ -82,14 +82,25 @@ def _environment(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent.parent)
 
 
-@pytest.fixture(scope="session")
-def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work directory of a finished tiny run."""
-    workdir = tmp_path_factory.mktemp("finished")
+def run_of(words: tuple[str, ...], data_dir: Path, workdir: Path) -> Path:
+    """Train a run with a grid of samples at its end; return its work directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITJAX_DATA", str(data_dir))
         patch.chdir(Path(__file__).parent.parent.parent)
         assert (
-            train.main([*TINY, f"--workdir={workdir}", "--config.train.sample_every_steps=20"]) == 0
+            train.main([*words, f"--workdir={workdir}", "--config.train.sample_every_steps=20"])
+            == 0
         )
     return workdir
+
+
+@pytest.fixture(scope="session")
+def finished(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work directory of a finished tiny run."""
+    return run_of(TINY, data_dir, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="session")
+def toy(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the toy network."""
+    return run_of(TOY, data_dir, tmp_path_factory.mktemp("toy"))

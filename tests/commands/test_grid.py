@@ -46,7 +46,7 @@ def programs():
 
 
 @pytest.fixture(scope="module")
-def made(finished, programs, tmp_path_factory):
+def made(toy, programs, tmp_path_factory):
     """(folder, traces of the sampler) of a grid of 2 weights x 3 scales."""
     traced = []
     denoiser = diffusion.denoiser
@@ -59,7 +59,7 @@ def made(finished, programs, tmp_path_factory):
     programs.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diffusion, "denoiser", counted)
-        assert grid.main([f"--workdir={finished}", *AXES, "--keep_samples", f"--out={out}"]) == 0
+        assert grid.main([f"--workdir={toy}", *AXES, "--keep_samples", f"--out={out}"]) == 0
     return out, len(traced)
 
 
@@ -77,7 +77,7 @@ def samples(out, **settings):
     return load_samples(out / "cells" / cell["name"] / "samples.npz")
 
 
-def test_a_grid(made, finished):
+def test_a_grid(made, toy):
     out, _ = made
     found = json.loads((out / "grid.json").read_text())
     asked = [(c["settings"]["weights"], c["settings"]["cfg_scale"]) for c in found["cells"]]
@@ -86,9 +86,8 @@ def test_a_grid(made, finished):
     assert found["distance"] == "fd_digits"
     values = {c["name"]: c["metrics"]["fd_digits"] for c in found["cells"]}
     assert found["best"] == min(values, key=values.__getitem__)
-    # After 20 steps the average is still its start, which hears neither label nor guidance.
-    assert len(set(values.values())) == 4
-    forward = cost_of(opening.recipe_of(finished)).gflops
+    assert len(set(values.values())) == 6
+    forward = cost_of(opening.recipe_of(toy)).gflops
     for cell in found["cells"]:
         # ddim3: three evaluations, twice where guided
         twice = 1 if cell["settings"]["cfg_scale"] == 1 else 2
@@ -108,7 +107,7 @@ def test_a_grid(made, finished):
         "grid.txt",
         "pareto.png",
     }
-    assert not (finished / "grid").exists()
+    assert not (toy / "grid").exists()
 
 
 PUBLISHED = """
@@ -131,12 +130,12 @@ def get_config():
 """
 
 
-def test_published_figures_stand_beside_their_cells(made, finished, tmp_path, capsys):
+def test_published_figures_stand_beside_their_cells(made, toy, tmp_path, capsys):
     out = tmp_path / "grid"
     shutil.copytree(made[0], out)
     recipe = tmp_path / "book.py"
     recipe.write_text(PUBLISHED)
-    words = [f"--workdir={finished}", *AXES, "--keep_samples", f"--out={out}"]
+    words = [f"--workdir={toy}", *AXES, "--keep_samples", f"--out={out}"]
     assert grid.main([*words, f"--published={recipe}"]) == 0
     free, guided = json.loads((out / "grid.json").read_text())["scored"]
     assert (guided["metric"], guided["published"]) == ("fd_digits", 30.0)
@@ -163,9 +162,9 @@ def test_a_scale_or_other_weights_compile_nothing_anew(made):
     assert made[1] == 2, "one sampler without guidance, one with"
 
 
-def test_what_comes_to_the_same_or_is_illegal_is_told_in_a_line(made, finished, capsys):
+def test_what_comes_to_the_same_or_is_illegal_is_told_in_a_line(made, toy, capsys):
     """Without guidance 'three' is 'all'; with it, digits have no three channels."""
-    assert grid.main([f"--workdir={finished}", *AXES, f"--out={made[0]}", "--dry_run"]) == 0
+    assert grid.main([f"--workdir={toy}", *AXES, f"--out={made[0]}", "--dry_run"]) == 0
     told = capsys.readouterr()
     same, illegal = told.err.strip().splitlines()
     assert "2 cells left out as repeated: " in same
@@ -174,33 +173,33 @@ def test_what_comes_to_the_same_or_is_illegal_is_told_in_a_line(made, finished, 
     assert [line.split()[-1] for line in told.out.splitlines()[1:]] == ["yes"] * 6
 
 
-def test_a_run_that_guides_itself_scores_as_without_guidance(made, finished, tmp_path):
+def test_a_run_that_guides_itself_scores_as_without_guidance(made, toy, tmp_path):
     """RUN@STEP is the weak network: here the run's own last checkpoint."""
-    words = (f"--workdir={finished}", "--cfg_scale=3", f"--out={tmp_path}")
-    assert grid.main([*words, f"--config.sample.guide={finished}@20"]) == 0
+    words = (f"--workdir={toy}", "--cfg_scale=3", f"--out={tmp_path}")
+    assert grid.main([*words, f"--config.sample.guide={toy}@20"]) == 0
     (cell,) = cells(tmp_path)
     free = next(each for each in cells(made[0]) if each["settings"]["cfg_scale"] == 1.0)
     assert cell["metrics"]["fd_digits"] == free["metrics"]["fd_digits"]
     assert cell["protocol"]["guide"] == cell["params_sha256"]
     assert cell["sampling_gflops"] == pytest.approx(2 * free["sampling_gflops"])
     with pytest.raises(UserError, match="no checkpoint of step 7: it has 20"):
-        grid.main([*words, f"--config.sample.guide={finished}@7"])
+        grid.main([*words, f"--config.sample.guide={toy}@7"])
 
 
-def test_a_finished_cell_is_not_drawn_again(made, finished, monkeypatch):
+def test_a_finished_cell_is_not_drawn_again(made, toy, monkeypatch):
     monkeypatch.setattr(
         Drawer, "__call__", lambda *a, **k: pytest.fail("a finished cell was drawn")
     )
     out, before = made[0], numbers(made[0])
-    assert grid.main([f"--workdir={finished}", *AXES, f"--out={out}", "--keep_samples"]) == 0
+    assert grid.main([f"--workdir={toy}", *AXES, f"--out={out}", "--keep_samples"]) == 0
     assert numbers(out) == before
 
 
-def test_cells_share_their_noise_and_labels(finished, monkeypatch):
+def test_cells_share_their_noise_and_labels(toy, monkeypatch):
     """Whatever sampler, steps and guidance: sample i starts from the same x_T."""
-    c = opening.recipe_of(finished)
+    c = opening.recipe_of(toy)
     mesh = make_mesh(-1, 1)
-    params, _ = opening.load_weights(c, make_task(c), finished, mesh)
+    params, _ = opening.load_weights(c, make_task(c), toy, mesh)
     for name in ("ddpm", "ddim"):
         given = solvers.SAMPLERS[name]._replace(solve=lambda denoise, o, times, x_T, *a, **k: x_T)
         monkeypatch.setitem(solvers.SAMPLERS, name, given)
@@ -225,9 +224,9 @@ def test_cells_share_their_noise_and_labels(finished, monkeypatch):
     assert len({image.tobytes() for image in one.images}) == 40
 
 
-def test_guidance_on_the_whole_interval_is_guidance(made, finished, tmp_path):
+def test_guidance_on_the_whole_interval_is_guidance(made, toy, tmp_path):
     """The same cell, bit for bit; and an interval that holds every step, to a rounding."""
-    words = [f"--workdir={finished}", "--cfg_scale=3", "--weights=model", f"--out={tmp_path}"]
+    words = [f"--workdir={toy}", "--cfg_scale=3", "--weights=model", f"--out={tmp_path}"]
     assert grid.main([*words, "--keep_samples", "--cfg_interval=0:1,0:0.9999,0.2:0.6"]) == 0
     whole = {"weights": "model", "cfg_scale": 3.0, "cfg_interval": [0.0, 1.0]}
     plain, label = samples(made[0], **whole)
@@ -250,7 +249,7 @@ def test_guidance_on_the_whole_interval_is_guidance(made, finished, tmp_path):
     ]
 
 
-def test_a_stale_or_damaged_cell_is_done_again_and_others_are_not(made, finished, tmp_path, capsys):
+def test_a_stale_or_damaged_cell_is_done_again_and_others_are_not(made, toy, tmp_path, capsys):
     out = tmp_path / "grid"
     shutil.copytree(made[0], out)
     before = numbers(out)
@@ -266,7 +265,7 @@ def test_a_stale_or_damaged_cell_is_done_again_and_others_are_not(made, finished
         record = {**json.loads(path.read_text()), "metrics": {"fd_digits": 0.0}}
         path.write_text(json.dumps(record | change) if change else path.read_text()[:100])
     stamp = {cell["name"]: _stamp(out, cell) for cell in before}
-    assert grid.main([f"--workdir={finished}", *AXES, f"--out={out}"]) == 0
+    assert grid.main([f"--workdir={toy}", *AXES, f"--out={out}"]) == 0
     err = capsys.readouterr().err
     assert f"{before[0]['name']} is stale (step 10, now 20, params_sha256 000000000000, now" in err
     assert f"{before[2]['name']} is stale (reference_sha256 111111111111, now" in err
@@ -321,11 +320,11 @@ def test_killed_in_a_cell_it_goes_on_to_the_same_table(finished, tmp_path):
     assert (out / "pareto.png").read_bytes() == (whole / "pareto.png").read_bytes()
 
 
-def test_runs_of_one_protocol_share_a_grid(made, finished, tmp_path, capsys):
+def test_runs_of_one_protocol_share_a_grid(made, toy, tmp_path, capsys):
     """Two runs of one name; of another image count or seed they are refused before any drawing."""
-    other = tmp_path / "other" / finished.name
-    shutil.copytree(finished, other)
-    words = [f"--workdir={finished},{other}", f"--out={tmp_path / 'out'}"]
+    other = tmp_path / "other" / toy.name
+    shutil.copytree(toy, other)
+    words = [f"--workdir={toy},{other}", f"--out={tmp_path / 'out'}"]
     with pytest.raises(UserError, match="a grid of 2 runs needs --out"):
         grid.main(words[:1])
     recipe = json.loads((other / "config.json").read_text())
@@ -338,7 +337,7 @@ def test_runs_of_one_protocol_share_a_grid(made, finished, tmp_path, capsys):
     first, second = cells(tmp_path / "out")
     assert first["metrics"] == second["metrics"]
     assert first["run"] != second["run"]
-    assert first["run"].endswith(finished.name)
+    assert first["run"].endswith(toy.name)
     assert "2 runs: FD-digits of 40 samples" in capsys.readouterr().out
 
 
@@ -369,9 +368,9 @@ def test_runs_of_one_protocol_share_a_grid(made, finished, tmp_path, capsys):
         (["--out=README.md"], "--out=README.md is a file"),
     ],
 )
-def test_a_users_mistake_is_one_line(finished, tmp_path, words, match):
+def test_a_users_mistake_is_one_line(toy, tmp_path, words, match):
     with pytest.raises(UserError, match=match) as raised:
-        grid.main([f"--workdir={finished}", f"--out={tmp_path}", *words])
+        grid.main([f"--workdir={toy}", f"--out={tmp_path}", *words])
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())
 
@@ -383,16 +382,16 @@ def test_runs_of_one_name_get_their_parents():
         grid._names([Path("/a b"), Path("/a:b")])
 
 
-def test_a_run_named_twice(finished, tmp_path):
+def test_a_run_named_twice(toy, tmp_path):
     with pytest.raises(UserError, match="names a run twice"):
-        grid.main([f"--workdir={finished},{finished}/", f"--out={tmp_path}"])
+        grid.main([f"--workdir={toy},{toy}/", f"--out={tmp_path}"])
 
 
-def test_a_sweeps_directory_is_its_runs(finished, tmp_path, capsys):
+def test_a_sweeps_directory_is_its_runs(toy, tmp_path, capsys):
     for name in ("a", "b"):
         folder = tmp_path / "runs" / name
         (folder / "checkpoints").mkdir(parents=True)
-        shutil.copy(finished / "config.json", folder)
+        shutil.copy(toy / "config.json", folder)
     words = [f"--workdir={tmp_path}", f"--out={tmp_path / 'g'}", "--dry_run", "--steps=ddim3,5"]
     assert grid.main(words) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
@@ -431,8 +430,8 @@ def test_the_files_are_of_the_cells_on_disk(tmp_path):
     assert " ddim10 " in row
 
 
-def test_names_tell_cells_apart_and_are_legal(finished):
-    run = grid.Run("a b:c", Path("x"), opening.recipe_of(finished))
+def test_names_tell_cells_apart_and_are_legal(toy):
+    run = grid.Run("a b:c", Path("x"), opening.recipe_of(toy))
     plan = grid.plan(
         [run],
         {
