@@ -169,7 +169,7 @@ def _parser() -> cli.Parser:
         "evaluate",
         "Score a run's samples, drawn by its recipe, or any --samples, and print the protocol: FID,"
         " sFID, IS, KID, MIND, precision, recall, density, coverage; FD-digits or FD-mnist"
-        " on the features of a shipped classifier; PSNR for an autoencoder's run.",
+        " on the features of a shipped classifier; PSNR and rFID for an autoencoder's run.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", default="", help="a run's directory")

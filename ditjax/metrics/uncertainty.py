@@ -200,7 +200,7 @@ def _mean_distances(
 
     def distance(first: int, last: int) -> float:
         moments = reduce(merge, [pieces[at] for at in cuts if first <= at < last])
-        values = np.linalg.eigvalsh(_whitened(moments, reference))
+        values = np.asarray(np.linalg.eigvalsh(_whitened(moments, reference)), np.float64)
         return _distance(moments, reference, values[_above_rounding(values)])
 
     return [

@@ -147,7 +147,7 @@ def _parabola(u: Vector, v: Vector) -> tuple[Linearised, Vector]:
         return np.stack([np.ones_like(at), at, at**2], axis=1)
 
     jacobian = gradient(u)
-    theta = np.linalg.lstsq(jacobian, v)[0]
+    theta = np.asarray(np.linalg.lstsq(jacobian, v)[0], np.float64)
     fitted = Linearised((0.0, 0.0, 0.0), gradient, jacobian, v - jacobian @ theta, np.ones_like(u))
     return fitted, theta
 

@@ -101,8 +101,8 @@ def read_measured(text: str) -> SeedBands:
             f" {plural(len(hashes), 'protocol')}: expected runs of one protocol."
         )
     steps = {_model(str(run["run"])): int(run["steps"]) for run in runs}
-    (first, *_) = [*record.get("results", []), {}]
-    protocol = record.get("protocol") or first.get("protocol", {})
+    results: list[dict[str, Any]] = record.get("results") or [{}]
+    protocol = record.get("protocol") or results[0].get("protocol", {})
     evaluations = record.get("evaluations", [])
     along_hashes = {each["protocol_hash"] for each in evaluations}
     along: dict[int, Values] = {}

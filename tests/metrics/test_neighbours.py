@@ -129,9 +129,12 @@ def test_all_in_one_pass_is_what_each_is_by_itself(on_device, monkeypatch):
     each = precision_recall(reference, samples, 3), density_coverage(reference, samples, 5)
     authentic = authenticity(reference, samples)
     blocks, distances2 = [], neighbours._distances2
-    monkeypatch.setattr(
-        neighbours, "_distances2", lambda *args: (blocks.append(1), distances2(*args))[1]
-    )
+
+    def counted(*block):
+        blocks.append(1)
+        return distances2(*block)
+
+    monkeypatch.setattr(neighbours, "_distances2", counted)
     found = compare_neighbourhoods(reference, samples, 3, 5, block=32)
     for one, other in zip(each, found[:2], strict=True):
         for a, b in zip(one, other, strict=True):
