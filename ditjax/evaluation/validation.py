@@ -101,7 +101,8 @@ def held_out_means(c: Config, mesh: Mesh, params: Any) -> tuple[dict[str, float]
                 yield scoring.as_uint8(part.pop(score.images))
             parts.append(part)
 
-    distances, protocol = {}, dict(score.protocol)
+    distances: dict[str, float] = {}
+    protocol = dict(score.protocol)
     if score.images:
         distances, record = _compared(c, mesh, spec, reconstructions())
         protocol |= record

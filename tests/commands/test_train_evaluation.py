@@ -19,6 +19,7 @@ from ditjax.evaluation.evaluator import Evaluator
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
 from ditjax.runs.checkpoint import Step
+from ditjax.runs.log import Progress
 from ditjax.sampling.pipeline import open_source
 from ditjax.studies.cells import cells
 from ditjax.tasks import make_task
@@ -81,7 +82,7 @@ def watched(data_dir, tmp_path_factory) -> Watched:
         patch.chdir(Path(__file__).parent.parent.parent)
         patch.setattr(Evaluator, "in_memory", in_memory)
         patch.setattr(train, "shipped_beside", lambda c: Neighbour())
-        patch.setattr(train.Progress, "print_line", lambda self, line: said.append(line))
+        patch.setattr(Progress, "print_line", lambda self, line: said.append(line))
         traced = traces(patch)
         words = [*SMALL, "--config.train.evaluate_every_steps=5"]
         words += ["--config.sweep.grid=(('model.width',(8,)),)"]

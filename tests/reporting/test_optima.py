@@ -73,7 +73,10 @@ def test_a_batch_size_is_best_at_each_models_best_rate(runs, found):
     assert tuned.law.exponent == pytest.approx(0, abs=0.05)
     at_one_rate = [each for each in runs if each.result["train"]["learning_rate"] == RATES[3]]
     (other,) = tuned_keys(at_one_rate, "fd_digits")
-    assert abs(other.bests[0].minimum.x - 16) > abs(tuned.bests[0].minimum.x - 16)
+    without, best = other.bests[0].minimum, tuned.bests[0].minimum
+    assert without is not None
+    assert best is not None
+    assert abs(without.x - 16) > abs(best.x - 16)
 
 
 def test_what_shows_no_minimum_is_said_and_counts_for_no_law(runs):
