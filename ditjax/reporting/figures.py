@@ -59,8 +59,11 @@ def _draw_samples(cells: Cells) -> Figure:
     figure = style.new_figure(240.0 * columns, 140.0 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(0.05 / columns, 0.18 / rows, 1, 1 - 0.18 / rows, 0.06, 0.5)
-    for ax, key in zip(grid.flat, itertools.product(cells.rows, cells.columns), strict=True):
+    for ax in grid.flat:
         ax.set_axis_off()
+    keys = [[(row, patch) for patch in cells.patches_of(row)] for row in cells.rows]
+    pairs = [zip(axes, row, strict=False) for axes, row in zip(grid, keys, strict=True)]
+    for ax, key in itertools.chain(*pairs):
         title = key[0] if key[1] == "-" else f"{key[0]}, patch {key[1]}"
         ax.set_title(title, loc="left", fontweight="bold")
         if key in cells.images:

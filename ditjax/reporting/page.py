@@ -224,7 +224,7 @@ def _sample_section(
     made = []
     for name in cells.rows:
         line = []
-        for patch in cells.columns:
+        for patch in cells.patches_of(name):
             images = cells.images.get((name, patch))
             uri = "" if images is None else budget.spend(data_uri(images))
             line.append(

@@ -22,9 +22,10 @@ PAGE_BYTES = 4 << 20  # of all images in a page
 
 @dataclass(frozen=True)
 class Cells:
-    """For each (row, column): the run, its first images u8[n,H,W,C], and a line of text.
+    """For each (row, patch): the run, its first images u8[n,H,W,C], and a line of text.
 
-    A row is a size. A column is a patch size, or "-" for networks without one.
+    A row is a size. A column is a patch size. A network without one has the patch "-" and one cell,
+    in the first column.
     """
 
     rows: list[str]
@@ -32,6 +33,10 @@ class Cells:
     runs: dict[tuple[str, str], Found]
     images: dict[tuple[str, str], NDArray[np.uint8]]
     words: dict[tuple[str, str], str]
+
+    def patches_of(self, row: str) -> list[str]:
+        """The patches of a row's cells, from the first column on."""
+        return ["-"] if (row, "-") in self.runs else self.columns
 
 
 def sample_cells(group: Group, metric: str, problems: list[str]) -> tuple[Cells | None, str]:
@@ -51,11 +56,12 @@ def sample_cells(group: Group, metric: str, problems: list[str]) -> tuple[Cells 
     if not runs:
         return None, ""
     all_rows = names_by_size(list(runs.values()), keys)
-    all_columns = sorted({patch for _, patch in runs}, key=by_patch)
+    patches = {patch for _, patch in runs}
+    all_columns = sorted(patches - {"-"} or patches, key=by_patch)
     rows, columns = _spread(all_rows, MAX_ROWS), _spread(all_columns, MAX_COLUMNS)
     images, words = {}, {}
     for (row, patch), each in runs.items():
-        if row not in rows or patch not in columns:
+        if row not in rows or patch not in (*columns, "-"):
             continue
         try:
             images[row, patch], _ = load_samples(each.folder / SAMPLES_FILE, limit=MAX_IMAGES)

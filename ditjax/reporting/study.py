@@ -227,8 +227,8 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
         if varied and set(varied) != {"train.steps"}:
             apart = varied_words([settings(each, varied) for each in runs])
             problems.append(
-                f"protocol {key}: runs of one model differ in {apart}; they are not averaged, and"
-                " each setting has its own fit."
+                f"protocol {key}: runs differ in {apart}; they are not averaged, and each setting"
+                " has its own fit."
             )
         _note_unusable(runs, metric, problems)
         groups.append(Group(key, runs[0].result["protocol"], tuple(runs)))
@@ -280,11 +280,15 @@ def model_of(each: Found) -> tuple[str, str]:
 
 
 def varied_keys(runs: Sequence[Found]) -> list[str]:
-    """Keys of the recipe, except the seed, in which runs of one size and patch differ."""
+    """Keys of the recipe, except the seed, in which runs of one size and patch differ.
+
+    And `model.kind`, if there are several networks: each has laws of its own.
+    """
     by_model: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for each in runs:
         by_model[model_of(each)].append(_recipe(each.result))
-    varied: dict[str, None] = {}
+    kinds = {recipe.get("model.kind") for recipes in by_model.values() for recipe in recipes}
+    varied: dict[str, None] = {"model.kind": None} if len(kinds) > 1 else {}
     for recipes in by_model.values():
         for key in dict.fromkeys(key for recipe in recipes for key in recipe):
             if len({json.dumps(recipe.get(key)) for recipe in recipes}) > 1:

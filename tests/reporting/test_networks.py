@@ -6,6 +6,9 @@ import pytest
 
 from ditjax import report
 from ditjax.reporting.looks import Encoding
+from ditjax.reporting.samples import sample_cells
+from ditjax.reporting.study import group_by_protocol
+from ditjax.runs.results import find_results
 
 UNETS = {
     f"U-Net-{width}": {"name": f"U-Net-{width}", "channels": [width, 2 * width], "depth": [2, 2]}
@@ -13,11 +16,11 @@ UNETS = {
 }
 
 
-def write_unets(study, root):
+def write_unets(study, root, **changes):
     """Four U-Nets of the planted law, by the sizes of DiTs of growing cost."""
     sizes = ((2, 48, 2), (3, 72, 3), (4, 96, 3), (6, 96, 3))
     for size, (name, model) in zip(sizes, UNETS.items(), strict=True):
-        study.write_run(root, *size, 2, run=name, model=model)
+        study.write_run(root, *size, 2, run=name, model=model, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +74,28 @@ def test_unets_are_reported_beside_dits(study, tmp_path, read_page):
     cells = read_page(summary.page.read_text()).cells
     at = cells.index("U-Net-32", cells.index("U-Net-32") + 1)  # in the table over seeds
     assert cells[at + 1].strip() == "-"
+
+
+def test_networks_have_laws_of_their_own(study, tmp_path):
+    write_unets(study, tmp_path, config={"model": {"kind": "unet"}})
+    study.write(tmp_path / "dits")
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    (analysis,) = summary.analyses
+    every = {fit.label: fit.models for fit in analysis.fits}
+    assert every == {"kind dit": 9, "kind unet": 4}
+    (pair,) = analysis.slopes
+    assert pair.labels == ("kind dit", "kind unet")
+    (problem,) = summary.problems
+    assert "runs differ in model.kind" in problem
+
+
+def test_samples_of_networks_without_a_patch_are_in_the_first_column(study, tmp_path):
+    write_unets(study, tmp_path)
+    study.write(tmp_path / "dits")
+    found, _ = find_results([tmp_path])
+    (group,) = group_by_protocol(found, "fd_digits", [])
+    cells, _ = sample_cells(group, "fd_digits", [])
+    assert cells
+    assert cells.columns == ["4", "2", "1"]
+    assert cells.patches_of("U-Net-32") == ["-"]
+    assert cells.patches_of("2x48x2") == cells.columns
