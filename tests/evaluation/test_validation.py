@@ -27,6 +27,7 @@ from ditjax.tasks.diffusion import denoiser_module
 from ditjax.training import keys
 from ditjax.training.task import ValidationScore
 from ditjax.weights.networks import decoder_recipe
+from tests.seeded import seeded_params
 
 pytestmark = pytest.mark.usefixtures("own_data")
 NUM, HELD_OUT = 37, 20  # no multiple of a batch, and more pairs than images
@@ -48,9 +49,7 @@ def recipe(file="digits.py:1x32x2/4"):
 @functools.cache
 def params(c):
     """Far from the start, so that timesteps, labels and variance channels matter."""
-    rng = np.random.default_rng(0)
-    tree = make_task(c).init(jax.random.key(0))
-    return jax.tree.map(lambda x: np.float32(x + 0.2 * rng.normal(size=x.shape)), tree)
+    return seeded_params(make_task(c).init)
 
 
 def on(devices):
@@ -138,11 +137,7 @@ def test_of_latents_the_posterior_is_drawn_by_the_pair_too():
             "evaluate": {"val_loss_num": 5},
         },
     )
-    rng = np.random.default_rng(1)
-    trainee = make_task(decoder_recipe(c))
-    weights = jax.tree.map(
-        lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), trainee.init(jax.random.key(0))
-    )
+    weights = seeded_params(make_task(decoder_recipe(c)).init, seed=1)
     encode = jax.jit(lambda x: autoencoder.encode_images(c, weights, x))
 
     def x0_of(x, key):
