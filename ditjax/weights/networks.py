@@ -1,6 +1,7 @@
 """A network loaded from a file: its weights, and the recipe that describes it."""
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -120,8 +121,13 @@ def shapes_of(c: Config) -> dict[str, tuple[int, ...]]:
     if section := getattr(c, "sample", None):
         # The network that guides it is of the whole size.
         small = replaced(small, sample=dataclasses.replace(section, guide=""))
-    # Everything is traced: even the example input is only a shape.
-    return initial_shapes(lambda key: task_of(small).init(key))
+    return dict(_shapes_of(small))
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes_of(c: Config) -> dict[str, tuple[int, ...]]:
+    # Everything is traced, for up to half a second: even the example input is only a shape.
+    return initial_shapes(lambda key: task_of(c).init(key))
 
 
 def initial_shapes(init: Callable[..., Any], *inputs: Any) -> dict[str, tuple[int, ...]]:

@@ -62,7 +62,12 @@ def test_shapes_do_not_depend_on_the_image(recipe, channels, large, monkeypatch)
 
     monkeypatch.setattr("ditjax.models.dit.sincos_position_embedding", position)
     c = read(recipe)
+    networks._shapes_of.cache_clear()  # of what was traced before
     shapes = networks.shapes_of(c)
+    own = networks.shapes_of(c)
+    own.clear()
+    assert networks.shapes_of(c) == shapes, "what is kept is the caller's"
+    networks._shapes_of.cache_clear()
     assert networks.shapes_of(changed(c, {"data": {"image_size": large}})) == shapes
     assert set(tokens) == ({1} if channels else set())
     if channels:
