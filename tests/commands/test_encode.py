@@ -216,7 +216,7 @@ def test_latents_are_the_same_x0_as_images_encoded_on_the_way(vae, whole):
 
 
 def test_training_on_latents_is_training_on_images(vae, whole):
-    """The same losses step by step; without mirroring they would differ by 2 %."""
+    """The same losses step by step; without mirroring they would differ by 1 %."""
     command = words(
         vae,
         "--config.data.flip=True",
