@@ -1,12 +1,12 @@
 """DiT against ADM's U-Net on digits: the same forward Gflops, each at its own best learning rate.
 
     ditjax sweep --config=small/unet:rates --workdir=runs/small/unet_rates --jobs=2
-    ditjax sweep --config=small/unet:1e-2/1e-2/5e-3,3e-3/3e-3/3e-3 --workdir=runs/small/unet
+    ditjax sweep --config=small/unet:1e-2/1e-2/5e-3,1e-2/3e-3/3e-3 --workdir=runs/small/unet
 
-The first tries three learning rates for each network at each size, on a seed that the study does
-not have, so that the choice favours neither. The second is the study, at the rates given: DiT's of
-the three sizes, then the U-Net's. Steps, batch and forward Gflops are matched; seconds are not. Two
-cores: about 25 minutes each (estimated). docs/unet.md has what was run.
+The first tries learning rates for each network at each size, on a seed that the study does not
+have, so that the choice favours neither. The second is the study, at the rates given, by default
+those that the first found: DiT's of the three sizes, then the U-Net's. Steps, batch and forward
+Gflops are matched; seconds are not. Two cores: about 20 minutes each. docs/unet.md has the result.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +16,8 @@ from .. import digits
 # Gflops of DiT-2x52x2/2, 3x64x2/2 and 4x96x3/2, .00116, .00258 and .00758, and the widths that
 # `ditjax.models.unet.width_for` finds for them: .00122, .00270 and .00741.
 PAIRS = (("2x52x2", 8), ("3x64x2", 12), ("4x96x3", 20))
-RATES = {"dit": (5e-3, 1e-2, 2e-2), "unet": (1e-3, 3e-3, 1e-2)}
-BEST = "1e-2/1e-2/5e-3,3e-3/3e-3/3e-3"
+RATES = {"dit": (2e-3, 5e-3, 1e-2, 2e-2), "unet": (1e-3, 3e-3, 1e-2)}
+BEST = "1e-2/1e-2/5e-3,1e-2/3e-3/3e-3"
 UNET = (
     ("model.multipliers", (1.0, 2.0)),
     ("model.res_blocks", 1),

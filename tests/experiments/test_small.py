@@ -125,7 +125,7 @@ def test_mnist_scaling_has_twelve_models_and_hardly_repeats_an_image():
 def test_dit_and_unet_have_equal_gflops_and_rates_that_were_chosen_on_another_seed():
     tried, found = of("unet:rates"), of("unet:2e-3/2e-3/1e-3,1e-3/1e-3/3e-3")
     assert not {c.config.seed for c in tried} & {c.config.seed for c in found}
-    assert Counter(c.config.model.kind for c in tried) == {"dit": 9, "unet": 9}
+    assert Counter(c.config.model.kind for c in tried) == {"dit": 12, "unet": 9}
     by_kind = {
         kind: sorted({c.gflops for c in found if c.config.model.kind == kind})
         for kind in ("dit", "unet")
