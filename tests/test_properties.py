@@ -231,10 +231,12 @@ def test_the_home_of_nobody(tmp_path, kind):
 
 
 @settings(QUICK, max_examples=60)
+@example(text="train[3:1]+test")
 @given(text=WORDS | st.from_regex(r"(train|test)(\[[0-9]{0,4}%?:[0-9]{0,4}%?\])?(\+test)?"))
 def test_splits(data_dir, text):
     info = or_line(dataset_info, "digits", text, data_dir)
     assert info is None or 0 < info.num_examples <= 2 * 1797
+    assert info is None or text != "train[3:1]+test"
 
 
 @QUICK

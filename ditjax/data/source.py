@@ -134,7 +134,12 @@ def open_split(name: str, split: str, data_dir: DataDir = None, max_damaged: int
     try:
         # This also settles the file format of a data set that is stored in several.
         builder.as_data_source(split)
-        num_examples = builder.info.splits[split].num_examples
+        # Counted by part: tfds gives a slice that ends before it begins a negative number.
+        slices = re.split(r"\s*\+\s*", split)
+        parts = [builder.info.splits[each].num_examples for each in slices]
+        if min(parts) < 1:
+            raise ValueError("an empty slice")
+        num_examples = sum(parts)
     except (ValueError, KeyError) as error:
         raise UserError(
             f"{title}: there is no such split, or it is empty; there are"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ditjax import evaluate, sample, train
+from ditjax import sample, train
 from ditjax.config import changed, read
 from ditjax.diffusion import samplers
 from ditjax.errors import UserError
@@ -328,12 +328,12 @@ def test_uses_that_are_none_are_one_line(pipeline):
 
 @pytest.fixture(scope="module")
 def run(folder, data_root, tmp_path_factory):
-    """A run of two steps that draws its samples by a prior of one step."""
+    """A run of two steps, whose samples follow from a prior of one step."""
     pytest.importorskip("tokenizers")
     out = tmp_path_factory.mktemp("runs")
     own = {"train": {**PRIOR_RECIPE["train"], "steps": 1}, "text": {"tokens": 12}}
     of = read({**PRIOR_RECIPE, **own, "prior": {"clip": folder}})
-    steps = {"steps": 2, "sample_every_steps": 2}
+    steps = {"steps": 2, "sample_every_steps": 0}
     c = recipe(folder, unclip={"source": "prior", "prior": str(out / "prior")}, train=steps)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DITJAX_DATA", str(data_root))
@@ -342,9 +342,8 @@ def run(folder, data_root, tmp_path_factory):
         yield c, out / "run"
 
 
-def test_a_run_draws_prompts_and_is_judged_by_any_source(run, tmp_path):
+def test_a_run_draws_prompts_by_its_prior(run, tmp_path):
     c, workdir = run
-    assert len(list((workdir / "samples").glob("*.png"))) == 1
     flags = [f"--workdir={workdir}", f"--out={tmp_path}", "--batch_size=8", "--num=2"]
     assert sample.main([*flags, "--prompts=a red three"]) == 0
     protocol = json.loads((tmp_path / "samples.json").read_text())["protocol"]
@@ -352,10 +351,6 @@ def test_a_run_draws_prompts_and_is_judged_by_any_source(run, tmp_path):
     assert protocol["unclip"]["prior"]["candidates"] == 2
     assert {len(each) for each in protocol["vectors"].values()} == {64}
     assert set(protocol["vectors"]) == {IMAGE_CLIP, PRIOR}
-    record = evaluate.evaluate_run(changed(c, {"unclip": {"source": "other"}}), workdir)
-    assert 0 <= record["metrics"]["accuracy_all"] <= 1
-    assert record["metrics"]["val_loss"] > 0
-    assert record["protocol"]["unclip"] == {"source": "other"}
     given = held_out_given(c), held_out_given(changed(c, {"unclip": {"source": "other"}}))
     one, next_one = (each.rows(np.arange(3)) for each in given if each)
     assert "beside" not in one
