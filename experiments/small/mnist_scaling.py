@@ -5,7 +5,7 @@
 The twelve models span a factor of 80 in Gflops. One run sees 96,000 images, 1.6 epochs, so that
 nothing can be learned by heart; validation loss on the test split beside the training loss, and
 authenticity beside that of held-out digits, would show it. docs/data.md says how MNIST is prepared.
-Two cores: about 40 minutes (estimated); the same command again resumes.
+Two cores: about 75 minutes (estimated from its largest run); the same command again resumes.
 """
 
 from ml_collections import ConfigDict
