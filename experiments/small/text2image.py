@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.text = ConfigDict({"encoder": "runs/small/clip", "width": 96, "tokens": 12})
     config.diffusion = ConfigDict({"schedule": "cosine", "loss": "simple"})
     config.diffusion.update(variance="fixed_small")
-    config.optim = ConfigDict({"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100})
+    config.optim = ConfigDict({"learning_rate": 4e-3, "schedule": "cosine", "warmup_steps": 100})
     config.train = ConfigDict({"steps": 6000, "batch_size": 32, "ema_decay": 0.999})
     config.train.update(log_every_steps=200, checkpoint_every_steps=1000, keep_checkpoints=1)
     config.train.update(sample_every_steps=3000)
