@@ -65,17 +65,25 @@ def abstract_arguments(c: Config, task: Task, batch: int) -> tuple[Any, Conditio
     beside, needs = Beside(), sampling.needs
     if needs is not None:
         spec = opening.data_spec(c)
-        values = jax.ShapeDtypeStruct((batch, *spec.shape), jnp.float32)
+        images: Any = jax.ShapeDtypeStruct((batch, *spec.shape), jnp.float32)
+        values = images
         if needs.reads == "caption":
             assert spec.text
             values = jax.ShapeDtypeStruct((batch, spec.text.tokens), jnp.int32)
         beside = jax.eval_shape(needs.beside, values, each)
-    label: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    conditions = Conditions(label=label, channels=beside.channels, context=beside.context)
+        if needs.image is not None:
+            beside = beside._replace(vector=images)
+    conditions = _conditions(jax.ShapeDtypeStruct((batch,), jnp.int32), beside)
     guidance = sampling.guidance
     if beside.known is not None:
         guidance = guidance._replace(given=beside.known)
     return each, conditions, guidance
+
+
+def _conditions(label: Any, beside: Beside) -> Conditions:
+    """What the network is given of samples: their labels, and what stands beside them."""
+    given = {name: getattr(beside, name) for name in ("channels", "context", "vector")}
+    return Conditions(label=label, **given)
 
 
 class BatchSampler(NamedTuple):
@@ -136,8 +144,7 @@ def batch_sampler(c: Config, task: Task, mesh: Mesh) -> BatchSampler:
         on_mesh = [spread(x) for x in (indices, labels)]
         each = keys_of(keys.stream(seed, keys.SAMPLE), on_mesh[0])
         beside = beside_of(seed, on_mesh[0], rows)
-        fields = {name: getattr(beside, name) for name in ("channels", "context", "vector")}
-        return each, Conditions(label=on_mesh[1], **fields), labels, beside.known
+        return each, _conditions(on_mesh[1], beside), labels, beside.known
 
     program = jax.jit(
         sampling.draw,

@@ -20,6 +20,7 @@ from ditjax.models.text import TextConfig
 from ditjax.parallel.mesh import make_mesh
 from ditjax.sampling.given import GivenRows, given_prompts, held_out_given
 from ditjax.sampling.pipeline import Source
+from ditjax.sampling.program import abstract_arguments, sampling_of
 from ditjax.sampling.unclip import Bipartite, Unclip, text_direction, towards
 from ditjax.tasks import diffusion, image_vectors, make_task, prior, text_conditions
 from ditjax.tasks.clip import open_clip
@@ -240,6 +241,18 @@ def test_what_does_not_go_together_is_one_line(folder, setting, monkeypatch, tmp
 
 
 # ---- images that are given
+
+
+def test_a_plan_knows_the_images_that_samples_are_given(setting):
+    """Their shapes, as the sampler is given them; of captions alone there is no vector."""
+    c, frozen, _ = setting
+    for source, shape in (("other", (2, *c.data.shape)), ("text", None)):
+        at = changed(c, {"unclip": {"source": source}})
+        each, conditions, guidance = abstract_arguments(at, make_task(at), 2)
+        assert getattr(conditions.vector, "shape", None) == shape
+        draw = sampling_of(at, make_task(at)).draw
+        drawn = jax.eval_shape(draw, random_params(at), frozen, each, conditions, guidance)
+        assert drawn.shape == (2, *c.data.shape)
 
 
 @pytest.fixture
