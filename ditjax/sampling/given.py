@@ -110,7 +110,10 @@ _LONGEST_NAME = 1024  # bytes of a path
 
 
 def checked_prompts(prompts: Sequence[str]) -> list[str]:
-    """Prompts in Unicode's form NFC. Raises UserError for none, too many, and one that is none."""
+    """Normalize prompts to Unicode's NFC.
+
+    Raises UserError for an empty list, for too many prompts, and for one that is not a plain text.
+    """
     if not 0 < len(prompts) <= MAX_PROMPTS:
         raise UserError(f"{len(prompts):,} prompts: expected 1 to {MAX_PROMPTS:,}.")
     for text in prompts:

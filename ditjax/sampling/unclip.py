@@ -139,7 +139,8 @@ class Unclip(Text2Image):
         c = self._of_ddim(0.0, cfg_scale)
         with precise(c):
             g = diffusion.guidance_of(c)
-            found: Bipartite = _inverted(c, self._params, self._frozen, _pixels(c, image), g)
+            pixels = normalize(_one_image(c, image))
+            found: Bipartite = _inverted(c, self._params, self._frozen, pixels, g)
         return found
 
     def decode(
@@ -173,9 +174,10 @@ class Unclip(Text2Image):
 
         `keys` are `seed` and `cfg_scale`. Raises UserError.
         """
+        image = _one_image(self.config, image)
         one = self.invert(image, cfg_scale=keys.get("cfg_scale"))
         many = Bipartite(*(jnp.repeat(each, num, axis=0) for each in one))
-        return self.decode(many, eta=eta, record=self._said("variations", image), **keys)
+        return self.decode(many, eta=eta, record=_said("variations", image), **keys)
 
     def interpolate(
         self, first: Pictures, second: Pictures, *, num: int = 8, **keys: Any
@@ -184,10 +186,9 @@ class Unclip(Text2Image):
 
         `keys` are `eta`, `seed` and `cfg_scale`. Raises UserError.
         """
-        one, other = (
-            self.invert(each, cfg_scale=keys.get("cfg_scale")) for each in (first, second)
-        )
-        said = self._said("interpolation", first, second)
+        ends = [_one_image(self.config, each) for each in (first, second)]
+        one, other = (self.invert(each, cfg_scale=keys.get("cfg_scale")) for each in ends)
+        said = _said("interpolation", *ends)
         between = interpolated(one, other, np.linspace(0, 1, num))
         return self.decode(between, record=said, **keys)
 
@@ -211,10 +212,11 @@ class Unclip(Text2Image):
         c, texts = self.config, checked_prompts([before, after])
         if texts[0] == texts[1]:
             raise UserError("both captions are the same: expected two that differ.")
+        image = _one_image(c, image)
         own, other = _embedded_texts(c, self._frozen, tokens_of(c, texts))
         one = self.invert(image, cfg_scale=keys.get("cfg_scale"))
         moved = towards(one, text_direction(own, other), np.linspace(0, theta, num))
-        said = {**self._said("text difference", image), "texts": texts, "theta": theta}
+        said = {**_said("text difference", image), "texts": texts, "theta": theta}
         return self.decode(moved, record=said, **keys)
 
     def _of_ddim(self, eta: float, cfg_scale: float | None) -> Config:
@@ -222,17 +224,17 @@ class Unclip(Text2Image):
         scale = {} if cfg_scale is None else {"cfg_scale": cfg_scale}
         return changed(self.config, {"sample": {"sampler": "ddim", "eta": eta, **scale}})
 
-    def _said(self, use: str, *images: Pictures) -> dict[str, Any]:
-        digests = [pixels_digest(read_images(self.config, each, "image")) for each in images]
-        return {"use": use, "images": digests}
+
+def _said(use: str, *images: np.ndarray) -> dict[str, Any]:
+    return {"use": use, "images": [pixels_digest(each) for each in images]}
 
 
-def _pixels(c: Config, image: Pictures) -> np.ndarray:
-    """An image as f32[1,S,S,C] in [-1, 1]. Raises UserError for several, or another size."""
+def _one_image(c: Config, image: Pictures) -> np.ndarray:
+    """An image as u8[1,S,S,C]. Raises UserError for several, or another size."""
     pixels, side = read_images(c, image, "image"), c.data.image_size
     if pixels.shape[:3] != (1, side, side):
         N, H, W = pixels.shape[:3]
         raise UserError(
             f"{N} image(s) of {H}x{W}: expected one of {side}x{side}, the size of the network's."
         )
-    return normalize(pixels)
+    return pixels
