@@ -22,6 +22,15 @@ SECTIONS = (
     "sweep",
 )
 
+# Flow matching with times drawn as in Stable Diffusion 3, for `config.diffusion`.
+FLOW = {
+    "process": "flow",
+    "prediction": "velocity",
+    "loss": "simple",
+    "variance": "none",
+    "time": "logit_normal",
+}
+
 
 def get_config(arg: str = "XL/2") -> ConfigDict:
     """Return the recipe of DiT-SIZE/PATCH, as the paper trains it. Raises ValueError."""

@@ -53,13 +53,7 @@ def get_config(stage: str = "second") -> ConfigDict:
         config.sample.sampler = "regression"
         config.evaluate.num_samples = 1_000
         return config
-    config.diffusion = {
-        "process": "flow",
-        "prediction": "velocity",
-        "loss": "simple",
-        "variance": "none",
-        "time": "logit_normal",
-    }
+    config.diffusion = dict(base.FLOW)
     config.sample.sampler = "heun"
     config.sample.steps = "10"
     config.evaluate.num_samples = 8_000  # 8 members of each record

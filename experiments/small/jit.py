@@ -11,6 +11,7 @@ Two cores: 30 minutes, estimated; not yet run in full.
 
 from ml_collections import ConfigDict
 
+from ..base import FLOW
 from . import scenes
 
 SPACES = ("x0", "eps", "velocity")
@@ -28,11 +29,7 @@ ARMS = tuple(
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the study's recipe."""
     config = scenes.get_config(arg or "3x64x2/8")
-    config.diffusion.process = "flow"
-    config.diffusion.prediction = "velocity"
-    config.diffusion.loss = "simple"
-    config.diffusion.variance = "none"
-    config.diffusion.time = "logit_normal"
+    config.diffusion.update(FLOW)
     config.diffusion.time_mean = 0.8
     config.diffusion.time_std = 0.8
     config.train.steps = 4000

@@ -12,6 +12,7 @@ Hardware, hours and the result: docs/processes.md, "In one step".
 from ml_collections import ConfigDict
 
 from .. import digits
+from ..base import FLOW
 
 _DDPM = (
     ("diffusion.process", "ddpm"),
@@ -42,11 +43,7 @@ ARMS = (
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the study's recipe."""
     config = digits.get_config(arg or "3x64x2/2")
-    config.diffusion.process = "flow"
-    config.diffusion.prediction = "velocity"
-    config.diffusion.loss = "simple"
-    config.diffusion.variance = "none"
-    config.diffusion.time = "logit_normal"
+    config.diffusion.update(FLOW)
     config.diffusion.time_mean = -0.4
     config.train.evaluate_every_steps = 0
     config.sample.sampler = "euler"

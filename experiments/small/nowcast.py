@@ -16,6 +16,7 @@ estimated. **Not run yet**.
 from ml_collections import ConfigDict
 
 from .. import digits
+from ..base import FLOW
 
 MINILM = (("lm.path", "weights/minilm"), ("lm.layers", (2, 4)))
 SMOLLM2 = (("lm.path", "weights/smollm2.gguf"), ("lm.layers", (14, 16)))
@@ -88,13 +89,7 @@ def get_config(which: str = "arms") -> ConfigDict:
         config.sample.sampler = "regression"
         config.evaluate.num_samples = 64
         return config
-    config.diffusion = {
-        "process": "flow",
-        "prediction": "velocity",
-        "loss": "simple",
-        "variance": "none",
-        "time": "logit_normal",
-    }
+    config.diffusion = dict(FLOW)
     config.given.first = FIRST + ("_advect" if set_ == "advect" else "")
     config.sample.sampler = "heun"
     config.sample.steps = "10"

@@ -11,6 +11,7 @@ Two cores: about two hours, estimated. **Not run yet**; docs/video.md.
 from ml_collections import ConfigDict
 
 from .. import digits
+from ..base import FLOW
 
 SIZE, TWICE = "4x64x2", "8x64x2"
 BUDGET = 4_000.0  # of training: about 3,300 steps of `spatial`
@@ -31,13 +32,7 @@ def get_config() -> ConfigDict:
     config.data.name = "moving_digits"
     config.data.image_size = 16
     config.data.frames = 8
-    config.diffusion = {
-        "process": "flow",
-        "prediction": "velocity",
-        "loss": "simple",
-        "variance": "none",
-        "time": "logit_normal",
-    }
+    config.diffusion = dict(FLOW)
     config.optim.learning_rate = 2e-3
     config.train.checkpoint_every_steps = 500
     config.train.evaluate_every_steps = 0
