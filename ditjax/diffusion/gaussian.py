@@ -1,7 +1,7 @@
 """The Gaussians of diffusion: q(x_t | x_0), its posterior, and the network's p(x_{t-1} | x_t).
 
 Glossary: x0 data, x_t noised data, eps the noise in it, v the velocity; B H W C; S retained steps.
-`t i32[B]` always indexes the schedule's tables; only `predict_along` turns it into a network's
+`t i32[B]` always indexes the schedule's tables; only `timesteps_of` turns it into a network's
 timestep.
 """
 
@@ -168,23 +168,24 @@ def _normal_cdf(z: jax.Array) -> jax.Array:
 
 
 def predict(denoise: Denoise, schedule: Schedule, x_t: jax.Array, t: jax.Array) -> jax.Array:
-    """The network's raw output at x_t f32[B,...], t i32[B] -> f32[B,...,C or 2C].
-
-    A network without a memory: see `predict_along`.
-    """
-    return predict_along(stateful(denoise), schedule, x_t, t, ())[0]
+    """The network's raw output at x_t f32[B,...], t i32[B] -> f32[B,...,C or 2C]."""
+    return denoise(x_t, timesteps_of(schedule, t)).astype(jnp.float32)
 
 
 def predict_along(
     network: Stateful, schedule: Schedule, x_t: jax.Array, t: jax.Array, memory: Any
 ) -> tuple[jax.Array, Any]:
-    """As `predict`, with the memory of the network -> (f32[B,...,C or 2C], memory).
-
-    This is the only place where a table index becomes the original timestep.
-    """
-    timesteps = jnp.asarray(schedule.timesteps, jnp.int32)[t]
-    out, memory = network.step(x_t, timesteps, memory)
+    """As `predict`, with the memory of the network -> (f32[B,...,C or 2C], memory)."""
+    out, memory = network.step(x_t, timesteps_of(schedule, t), memory)
     return out.astype(jnp.float32), memory
+
+
+def timesteps_of(schedule: Schedule, t: jax.Array) -> jax.Array:
+    """The original timesteps of indices into the tables, t i32[B] -> i32[B].
+
+    This is the only place where a table index becomes a network's timestep.
+    """
+    return jnp.asarray(schedule.timesteps, jnp.int32)[t]
 
 
 def split_channels(out: jax.Array, channels: int) -> tuple[jax.Array, jax.Array | None]:
