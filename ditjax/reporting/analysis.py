@@ -1,6 +1,7 @@
 """The analysis of a group of runs: laws, held-out prediction, IsoFLOP profiles, claims."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,10 +85,13 @@ class Fit:
 class IsoFlop:
     """Profiles of `metric` at several budgets of training Gflops, and the law of their minima.
 
-    `why` there is no law, where `optimal` is None.
+    They are of `finished` runs, each of which ends at its budget, or of the `curves` along
+    training, which are of `curve_metric`. `why` there is no law, where `optimal` is None.
     """
 
     metric: str
+    finished: bool
+    curve_metric: str
     curves: tuple[TrainingCurve, ...]
     profiles: tuple[Profile, ...]
     optimal: ComputeOptimal | None
@@ -178,7 +182,8 @@ def analyse(
         )
     except UserError as error:
         why = str(error)
-    iso = isoflop_of(runs, metric, logs, problems)
+    any_length = of_any_length(every, runs)
+    iso = isoflop_of(runs, any_length, metric, logs, problems)
     agreement, agreed = _agreement(runs, metric)
     return Analysis(
         group,
@@ -190,7 +195,7 @@ def analyse(
         extrapolation,
         why,
         iso,
-        joint_of(of_any_length(every, runs), metric, iso),
+        joint_of(any_length, metric, iso),
         tuple(_claims(every, runs, metric, iso)),
         agreement,
         agreed,
@@ -205,23 +210,65 @@ MAX_BUDGETS = 5
 
 
 def isoflop_of(
-    runs: Sequence[Found], metric: str, logs: Logs, problems: list[str]
+    runs: Sequence[Found],
+    any_length: Sequence[Found],
+    metric: str,
+    logs: Logs,
+    problems: list[str],
 ) -> IsoFlop | None:
-    """Profiles of the metric along training, or of a loss if it was not measured there.
+    """Profiles of the results of `any_length` that end at one budget, or of what `runs` logged.
 
-    None if fewer than 3 models have a curve. The size of a model is its forward Gflops.
+    That is the metric along training, or a loss if it was not measured there. A run that has ended
+    has also ended its schedule, so that results go before curves. None if there is neither for 3
+    models. The size of a model is its forward Gflops.
     """
     key, curves = _curves_of((metric, VAL_LOSS, TRAIN_LOSS), runs, logs, problems)
-    if not curves:
-        return None
-    budgets = _budgets(curves)
+    ended, budgets = _ended(any_length, metric)
+    finished = bool(budgets)
+    if not finished:
+        if not curves:
+            return None
+        ended, budgets = _compute_curves(curves), _budgets(curves)
+    of = (metric if finished else key, finished, key, tuple(curves))
     if not budgets:
-        return IsoFlop(key, tuple(curves), (), None, "no budget is reached by 3 models")
-    profiles = isoflop(_compute_curves(curves), budgets)
+        return IsoFlop(*of, (), None, "no budget is reached by 3 models")
+    profiles = isoflop(ended, budgets)
     try:
-        return IsoFlop(key, tuple(curves), profiles, compute_optimal(profiles), "")
+        return IsoFlop(*of, profiles, compute_optimal(profiles), "")
     except UserError as error:
-        return IsoFlop(key, tuple(curves), profiles, None, str(error))
+        return IsoFlop(*of, profiles, None, str(error))
+
+
+SAME_BUDGET = 1.02  # runs end at one budget if their training Gflops are within this factor
+
+
+def _ended(runs: Sequence[Found], metric: str) -> tuple[list[ComputeCurve], list[float]]:
+    """The ends of runs that end at one budget, if 3 models do, as curves; and the budgets."""
+    groups: list[list[Found]] = []
+    for each in sorted(runs, key=_training_compute):
+        if groups and _training_compute(each) <= SAME_BUDGET * _training_compute(groups[-1][0]):
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+    curves, budgets = [], []
+    for group in groups:
+        if len({each.result["gflops"] for each in group}) < MIN_MODELS:
+            continue
+        budgets.append(statistics.geometric_mean(_training_compute(each) for each in group))
+        curves += [
+            ComputeCurve(
+                each.result["gflops"],
+                [budgets[-1]],
+                [each.result["metrics"][metric]],
+                trained_gflops(each.result, 1),
+            )
+            for each in group
+        ]
+    return curves, budgets
+
+
+def _training_compute(each: Found) -> float:
+    return float(trained_gflops(each.result, each.result["train"]["images"]))
 
 
 def _curves_of(
@@ -270,9 +317,9 @@ def joint_of(runs: Sequence[Found], metric: str, iso: IsoFlop | None) -> Joint:
     """
     seen = [float(each.result["train"]["images"]) for each in runs]
     points = np.array([_values(runs, GFLOPS), seen, _values(runs, metric)])
-    along_training = bool(iso and len(set(seen)) < 3)
+    along_training = bool(iso and iso.curves and len(set(seen)) < 3)
     if iso and along_training:
-        metric = iso.metric
+        metric = iso.curve_metric
         curves = [thinned(curve, CURVE_POINTS) for curve in iso.curves]
         parts = [
             (

@@ -256,6 +256,8 @@ class GroupPlots:
                 _draw_cross(ax, math.nan, math.nan, INK, "a parabola's minimum: the best size")
 
         caption = "All seeds of a model are one point."
+        if iso.finished:
+            caption += " Each run ends at its budget."
         if iso.optimal:
             best = iso.optimal.size
             caption += (

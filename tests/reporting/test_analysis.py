@@ -59,6 +59,34 @@ def test_profiles_are_of_evaluations_along_training(study, tmp_path):
     assert "training loss in training compute: a law needs 3 models, there are 2" in page
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_profiles_are_of_runs_that_end_at_one_budget(study, tmp_path):
+    """Of L = (N/n)^-0.4 + (D/d)^-0.4 the best size is where both terms are equal: N* ∝ C^0.5."""
+    n, d, budgets = 1e-5, 1e3, (10.0, 60.0, 360.0)
+    for budget in budgets:
+        for width in (12, 24, 48, 96, 192, 384):
+            folder = study.write_run(tmp_path / f"{budget}", 2, width, 2, 4, fd=1.0)
+            (folder / "metrics.jsonl").unlink()
+            result = json.loads((folder / "result.json").read_text())
+            steps = round(budget / (3 * 8 * result["gflops"]))
+            result["train"] |= {"steps": steps, "images": 8 * steps}
+            loss = (result["gflops"] / n) ** -0.4 + (8 * steps / d) ** -0.4
+            result["metrics"]["fd_digits"] = loss
+            result["config"] = {"train": {"steps": steps}}
+            result["run"] += f"-gflops_{budget:g}"
+            (folder / "result.json").write_text(json.dumps(result))
+    iso = report.make_report([tmp_path], tmp_path / "report").analyses[0].isoflop
+    assert iso is not None
+    assert iso.finished
+    assert not iso.curves
+    assert [profile.budget for profile in iso.profiles] == pytest.approx(budgets, rel=0.01)
+    for profile in iso.profiles:
+        assert profile.interval is not None
+        assert profile.interval.low < (profile.budget * n / (3 * d)) ** 0.5 < profile.interval.high
+    assert iso.optimal is not None
+    assert iso.optimal.size.exponent == pytest.approx(0.5, abs=0.05)
+
+
 def test_the_lowest_loss_for_its_compute_has_the_planted_exponent(study, tmp_path):
     """Of L = N^-0.4 + (D/100)^-0.4, the frontier of many sizes falls as compute^-0.2."""
     rows = [int(10 * 1.25**k) for k in range(24)]
