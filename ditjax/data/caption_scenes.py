@@ -217,3 +217,46 @@ class ShuffledCaptionScenes(
     def _captions(self, digits: Handwriting, split: str, i: int, count: int) -> tuple[str, ...]:
         other = (i + 1) % count if split == "train" else i
         return super()._captions(digits, split, other, count)
+
+
+_ALT_STREAM = 24  # of Philox, behind those of the scenes
+_MISSING, _WRONG = 0.6, 0.15  # shares of the attributes that an alt text leaves out, or gets wrong
+_NOISE = ("image", "photo", "untitled", "copy", "new", "final", "scan", "my", "item", "upload")
+
+
+def alt_caption(things: Sequence[Thing], seed: int, index: int) -> str:
+    """What a page might say of a scene: most attributes missing, some wrong, and words of no use.
+
+    It is of the first thing, and a function of (seed, index).
+    """
+    u = scene_uniforms(seed, _ALT_STREAM, index, 16)
+    words = [_NOISE[int(next(u) * len(_NOISE))]]
+    tables = (tuple(SCENE_SIZES), INK_COLOURS, DIGIT_NAMES, PLACES)
+    thing = things[0]
+    for value, table in zip(
+        (thing.size, thing.colour, thing.digit, thing.place), tables, strict=True
+    ):
+        kind, other = next(u), int(next(u) * len(table))
+        if kind >= _MISSING:
+            words.append(table[other if kind < _MISSING + _WRONG else value])
+    return " ".join([*words, f"{int(next(u) * 1000):03d}"])
+
+
+class AltCaptionScenes(
+    CaptionScenes,
+    skip_registration=True,  # type: ignore[call-arg]
+):
+    """The default caption scenes, of which the training split has alt texts for captions.
+
+    The test splits are as they were.
+    """
+
+    def __init__(self, data_dir: Any, file_format: str = "array_record") -> None:
+        del file_format  # the one that is written
+        super().__init__(data_dir, SceneSet(DEFAULT_EXAMPLES, 0))
+
+    def _captions(self, digits: Handwriting, split: str, i: int, count: int) -> tuple[str, ...]:
+        if split != "train":
+            return super()._captions(digits, split, i, count)
+        scene = caption_scene(digits, self._size.seed, split, i)
+        return (alt_caption(scene.things, self._size.seed, i),)

@@ -68,14 +68,17 @@ def tower_layers(k: ClipKeys, size: str, hidden: int) -> Layers:
 
 
 class ImageTower(nn.Module):
-    """x f32[B,S,S,C] in [-1, 1] -> embeddings f32[B,E], not normalised: a pre-norm ViT."""
+    """x f32[B,S,S,C] in [-1, 1] -> embeddings f32[B,E], not normalised: a pre-norm ViT.
+
+    With `states`, the states of all tokens in its place, f32[B,1+N,D], the class token's first.
+    """
 
     config: ImageConfig
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, states: bool = False) -> jax.Array:
         c, D = self.config, self.config.layers.width
         normal = nn.initializers.normal(D**-0.5)
         patches = patchify(x, c.patch)
@@ -88,6 +91,8 @@ class ImageTower(nn.Module):
         tokens = jnp.concatenate([first, tokens], axis=1) + positions[None]
         tokens = AffineLayerNorm(c.layers.eps, name="norm_pre")(tokens)
         tokens = apply_layers(c.layers, tokens, None, self.dtype, self.place)
+        if states:
+            return tokens.astype(jnp.float32)
         pooled = AffineLayerNorm(c.layers.eps, name="norm_post")(tokens[:, :1])[:, 0]
         projection = self.param("projection", normal, (D, c.projection), jnp.float32)
         return pooled.astype(jnp.float32) @ projection
@@ -138,6 +143,10 @@ class CLIP(nn.Module):
 
     def embed_text(self, ids: jax.Array) -> jax.Array:
         return unit(self.text(ids).pooled)
+
+    def encode_image(self, x: jax.Array) -> jax.Array:
+        """The states of an image's tokens f32[B,1+N,D], the class token's first."""
+        return self.image(x, states=True)
 
     def encode_text(self, ids: jax.Array) -> Encoded:
         """The features of every token, and the embedding, not normalised."""

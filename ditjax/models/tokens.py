@@ -7,7 +7,7 @@ last text token predicts the first code. Parameters: `words`, `padding`, `positi
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +178,17 @@ class CodeTransformer(nn.Module):
         return x
 
 
-def empty_cache(c: TokensConfig, batch: int, dtype: Any = jnp.float32) -> dict[str, Any]:
+class SequenceConfig(Protocol):
+    """The sizes of a stack that reads sequences of a length."""
+
+    @property
+    def layers(self) -> Layers: ...
+
+    @property
+    def length(self) -> int: ...
+
+
+def empty_cache(c: SequenceConfig, batch: int, dtype: Any = jnp.float32) -> dict[str, Any]:
     """The collection 'cache' of a sequence that is yet to begin."""
     L, H = c.layers.depth, c.layers.heads
     shape = (L, batch, H, c.length, c.layers.width // H)
@@ -237,6 +247,23 @@ def draw_codes(
         out, state = apply({**params, "cache": cache}, text, codes, mutable=["cache"])
         return out.codes[:, -1], state["cache"]
 
+    return draw_sequence(extended, empty_cache(c, len(text), dtype), text, c.grid**2, keys, how)
+
+
+def draw_sequence(
+    extended: Callable[..., tuple[jax.Array, Any]],
+    cache: Any,
+    prefix: jax.Array,
+    count: int,
+    keys: jax.Array,
+    how: Picking,
+) -> jax.Array:
+    """Draw `count` tokens behind a prefix [B,...], one after another: i32[B,count]; keys key[B].
+
+    extended(cache, prefix or None, tokens i32[B,n]) -> the next token's logits f32[B,K], and the
+    cache.
+    """
+
     def picked(logits: jax.Array, i: jax.Array) -> jax.Array:
         each = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
         drawn = jax.vmap(jax.random.categorical)(each, filtered_logits(logits, how))
@@ -244,13 +271,13 @@ def draw_codes(
 
     def step(carry: Any, i: jax.Array) -> tuple[Any, jax.Array]:
         logits, cache = carry
-        code = picked(logits, i)
-        return extended(cache, None, code[:, None]), code
+        token = picked(logits, i)
+        return extended(cache, None, token[:, None]), token
 
-    B, N = len(text), c.grid**2
-    started = extended(empty_cache(c, B, dtype), text, jnp.zeros((B, 0), jnp.int32))
-    (logits, _), codes = jax.lax.scan(step, started, jnp.arange(N - 1))
-    return jnp.concatenate([codes.T, picked(logits, jnp.int32(N - 1))[:, None]], axis=1)
+    started = extended(cache, prefix, jnp.zeros((len(prefix), 0), jnp.int32))
+    (logits, _), tokens = jax.lax.scan(step, started, jnp.arange(count - 1))
+    last = picked(logits, jnp.int32(count - 1))[:, None]
+    return jnp.concatenate([tokens.T, last], axis=1)
 
 
 # ---- the definition

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ditjax.config import PATH, Config, Text, key, positive
+from ditjax.config import PATH, Config, Text, between, key, positive
 from ditjax.data.names import is_latents
 from ditjax.data.tokenizers import Tokenizer, cut_line, open_tokenizer
 from ditjax.errors import UserError, one_line
@@ -38,6 +38,7 @@ from ditjax.tasks.image_vectors import (
     vector_protocol,
     with_image_vectors,
 )
+from ditjax.tasks.recaptioning import recaptions
 from ditjax.training.step import Batch
 from ditjax.training.task import Additions, Beside, FromRecords, Frozen
 from ditjax.weights.clip import write_clip_text
@@ -60,8 +61,15 @@ class TextConditions(Text):
     features: Literal["tokens", "pooled"] = key("tokens")
     # each text is encoded once, alone, and kept in memory as float16 while a run trains
     cache: bool = key(False)
+    # a run of task captioner, whose captions a share of the records are given in training
+    captioner: str = key("", PATH)
+    synthetic_share: float = key(0.95, between(0, 1))
     # what the unconditional half is given instead of the null text, while samples are drawn
     negative: str = key("", free=True, protocol=True)
+
+    def unused(self, name: str, c: Config) -> str:
+        without = name == "synthetic_share" and not self.captioner
+        return "text.captioner" if without else super().unused(name, c)
 
     def check(self, c: Config) -> None:
         super().check(c)
@@ -257,13 +265,19 @@ def cached_texts(c: Config, others: Additions) -> Additions:
     if not has_texts(c):
         return others
     encoder, tokenizer = _checked_encoder(c), tokenizer_of(c.text.tokenizer)
+    written = recaptions(c)
+
+    def recaptioned(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return written.add(others.add(rows))
+
     contents = {
         **others.contents,
+        **written.contents,
         "text.tokenizer": tokenizer.sha256,
         "text.encoder": opening.digest(encoder.params),
     }
     if not c.text.cache:
-        return others._replace(contents=contents)
+        return Additions(recaptioned, contents)
     kept: dict[bytes, dict[str, np.ndarray]] = {}
     program = jax.jit(functools.partial(encode_texts, c))
     params = jax.device_put(encoder.params)
@@ -277,8 +291,9 @@ def cached_texts(c: Config, others: Additions) -> Additions:
         return kept[name]
 
     def add(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = recaptioned(rows)
         each = [features(ids) for ids in rows["caption"]]
-        return {**others.add(rows), **{n: np.stack([x[n] for x in each]) for n in _FIELDS}}
+        return {**rows, **{n: np.stack([x[n] for x in each]) for n in _FIELDS}}
 
     return Additions(add, contents)
 

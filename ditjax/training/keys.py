@@ -3,7 +3,7 @@
 import jax
 
 # Every run depends on these numbers: never reorder them, and add new ones at the end.
-INIT, TRAIN, LATENTS, SAMPLE, LABELS, VALIDATE, CONTROL, INSPECT = range(8)
+INIT, TRAIN, LATENTS, SAMPLE, LABELS, VALIDATE, CONTROL, INSPECT, CAPTION = range(9)
 
 
 def stream(seed: int, which: int) -> jax.Array:

@@ -15,6 +15,10 @@ from ditjax.data.caption_scenes import (
     HUES,
     INK_COLOURS,
     PLACES,
+    SCENE_SIZES,
+    AltCaptionScenes,
+    Thing,
+    alt_caption,
     caption_scene,
     is_held_out,
 )
@@ -82,6 +86,25 @@ def test_held_out_pairs_are_in_their_split_alone(scenes):
     assert len(shown) > 65
     held = [caption_scene(digits, 0, "test_heldout", i) for i in range(60)]
     assert all(is_held_out(t.digit, t.colour) for each in held for t in each.things)
+
+
+def test_alt_texts_leave_most_out_and_get_some_wrong(tmp_path):
+    """Of 2,000: each attribute is right in a quarter, and wrong in .15 of a table's other rows."""
+    thing, n = Thing(digit=3, colour=2, size=1, place=4), 2000
+    texts = [alt_caption([thing], 0, i) for i in range(n)]
+    assert texts[7] == alt_caption([thing, thing], 0, 7) != alt_caption([thing], 1, 7)
+    for word, table in (("three", DIGIT_NAMES), ("yellow", INK_COLOURS), ("large", SCENE_SIZES)):
+        named = [set(text.split()) & set(table) for text in texts]
+        right = 0.25 + 0.15 / len(table)
+        assert np.mean([bool(each) for each in named]) == pytest.approx(0.4, abs=0.045)
+        assert np.mean([word in each for each in named]) == pytest.approx(right, abs=0.045)
+    assert all(text.split()[-1].isdecimal() for text in texts)
+    digits, builder = load_handwriting("train"), AltCaptionScenes(tmp_path)
+    scene = caption_scene(digits, 0, "train", 5)
+    assert builder._captions(digits, "train", 5, 9) == (alt_caption(scene.things, 0, 5),)
+    held = load_handwriting("test")
+    full = caption_scene(held, 0, "test", 5).captions
+    assert builder._captions(held, "test", 5, 9) == full
 
 
 def test_captions_are_true_and_the_first_is_full(scenes):
