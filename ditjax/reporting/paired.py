@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ditjax.config import check_used, read
 from ditjax.errors import FaultError, UserError
 from ditjax.reporting.study import model_of, settings, settings_words, varied_keys
 from ditjax.runs import rundir
@@ -188,13 +189,23 @@ def _labels(arms: Sequence[Mapping[int, Found]], keys: Sequence[str]) -> list[tu
     # What only describes a network follows from keys of the recipe, if any differ.
     recipe = {*dict(rundir.leaves(runs[0].result["config"])), "train.steps", "train.batch_size"}
     apart = [key for key in apart if key in recipe] or apart
-    baseline, labels = settings_words({key: values[0][key] for key in apart}), []
+    stated = {key: values[0][key] for key in apart if _has_effect(runs[0], key)}
+    baseline, labels = settings_words(stated), []
     for each in values[1:]:
         mine = {key: each[key] for key in apart if each[key] != values[0][key]}
         # What all arms but the baseline have in common tells none of them apart.
         own = {k: v for k, v in mine.items() if any(other[k] != v for other in values[1:])}
         labels.append((baseline, settings_words(own or mine)))
     return labels
+
+
+def _has_effect(run: Found, key: str) -> bool:
+    """Whether a key of a run's recipe does anything beside the others; True if it is not known."""
+    try:
+        check_used(read({**run.result["config"], "sweep": {}}), [key])
+    except UserError as error:
+        return "has no effect" not in str(error)
+    return True
 
 
 def paired_words(rows: Sequence[PairedRow]) -> list[str]:
@@ -212,7 +223,7 @@ def paired_text(rows: Sequence[PairedRow]) -> str:
         return ""
     first = [row for row in rows if row.metric == rows[0].metric]
     shown = rows if len(rows) <= TERMINAL_ROWS else first
-    names = shortened((row.arm for row in rows), 60)
+    names = shortened((row.arm for row in rows), 80)
     table = [list(shown[0].shown)]
     table += [list((row.shown | {"arm": names[row.arm]}).values()) for row in shown]
     # A column that says nothing of any row is left out.

@@ -303,7 +303,7 @@ class GroupPlots:
         made = []
         for metric, rows in list(by_metric.items())[:MAX_PAIRED]:
             labels = [f"{row.model}: {row.arm}" if len(models) > 1 else row.arm for row in rows]
-            names = shortened(labels, 60)
+            names = shortened(labels, 80)
             draw = functools.partial(
                 _draw_paired, rows=rows, labels=[names[label] for label in labels]
             )

@@ -21,7 +21,9 @@ def write_arms(study, root):
         for seed in range(seeds):
             rng = np.random.default_rng([seed, len(mode)])
             fd = 50 + 10 * seed + shift + 0.1 * rng.standard_normal()
-            config = {"lm": {"mode": mode}, "optim": {"learning_rate": 1e-3}}
+            # Without layers the path has no effect, and the baseline is not named by it.
+            lm = {"mode": mode, "path": "" if mode == "none" else "layers"}
+            config = {"lm": lm, "optim": {"learning_rate": 1e-3}}
             folder = study.write_run(root / mode, *study.sizes[0], 2, seed, fd=fd, config=config)
             path = folder / "result.json"
             result = json.loads(path.read_text())
@@ -95,7 +97,8 @@ def test_damaged_scores_of_records_and_others_are_problems_and_no_interval(arms,
 
 def test_without_a_plan_the_first_by_name_is_the_baseline(arms):
     found, _ = find_results([arms[0]])
-    assert {row.baseline for row in paired_rows(found, "csi", [])} == {"steps 100, mode frozen"}
+    baselines = {row.baseline for row in paired_rows(found, "csi", [])}
+    assert baselines == {"steps 100, mode frozen, path layers"}
 
 
 def test_models_without_arms_have_no_rows(study, tmp_path):
