@@ -358,10 +358,12 @@ def _holds_statistics(path: Path) -> bool:
 def _from_statistics(path: Path, extractor: Extractor) -> Reference:
     found = load_statistics(path)
     provenance = found.provenance
-    if provenance.get("features_sha256") not in (None, extractor.record["features_sha256"]):
+    # Features without weights, such as statistics of rain, have no digest.
+    ours, theirs = (each.get("features_sha256") for each in (extractor.record, provenance))
+    if theirs not in (None, ours):
         raise UserError(
-            f"{path} has features {provenance['features_sha256'][:12]}, the samples have"
-            f" {extractor.record['features_sha256'][:12]}: make the reference again with those."
+            f"{path} has features {theirs[:12]}, the samples have {(ours or 'others')[:12]}: make"
+            " the reference again with those."
         )
     if "reference_sha256" in provenance:  # written by ditjax, which recorded the set of images
         record = {key: provenance[key] for key in provenance if key.startswith("reference_")}

@@ -199,3 +199,10 @@ def test_what_is_not_there_is_named_as_it_was_given(root, text, words):
 
 def test_images_of_what_is_no_latents_are_itself():
     assert images_of(Split("folder:/x/y", "val")) == ("folder:/x/y", "val")
+
+
+def test_cached_statistics_of_features_without_weights_are_read(root):
+    """They have no digest: the second time was a KeyError."""
+    bare = EXTRACTOR._replace(record={"features": "of no weights"})
+    first, again = (open_reference(Split("tiny"), bare, SIDE, str(root)) for _ in range(2))
+    np.testing.assert_array_equal(again.statistics.mu, first.statistics.mu)

@@ -174,3 +174,6 @@ def test_statistics_by_other_features_are_refused(tmp_path, reference):
     save_statistics(path, statistics._replace(provenance={"features_sha256": "b" * 64}), pool)
     with pytest.raises(UserError, match="bbbbbbbbbbbb, the samples have aaaaaaaaaaaa"):
         open_reference(str(path), EXTRACTOR, 4)
+    # Features that are computed without weights have no digest.
+    with pytest.raises(UserError, match="bbbbbbbbbbbb, the samples have others"):
+        open_reference(str(path), EXTRACTOR._replace(record={}), 4)
