@@ -79,10 +79,17 @@ def next_rung(runs: Sequence[Found], metric: str, budget: float) -> Rung:
     largest = max(path, key=lambda each: (each.result["gflops"], -each.result["train"]["seed"]))
     c, rate = _config(largest, budget, seen)
     cost = cost_of(c)
+    planned = training_gflops(cost.gflops, c.train.steps * c.train.batch_size, cost.passes)
+    if planned <= max(compute) * (1 + 1e-9):
+        raise UserError(
+            f"--ladder={budget:g}: the nearest of the network's sizes is {cost.name}, of"
+            f" {planned:.4g} training Gflops; the study has a run of {max(compute):.4g} already: give"
+            " more."
+        )
     prediction = forecast(
         compute,
         [each.result["metrics"][metric] for each in path],
-        training_gflops(cost.gflops, c.train.steps * c.train.batch_size, cost.passes),
+        planned,
         0,
         groups=[(each.result["model"]["name"], each.result["train"]["images"]) for each in path],
     )

@@ -160,6 +160,9 @@ def test_mistakes_end_before_anything_is_written(five, tmp_path):
     runs = runs_of(five, tmp_path)
     with pytest.raises(UserError, match="the next rung costs more"):
         next_rung(runs, "fd_digits", 1e-6)
+    largest = max(cell.training_gflops for cell in five)
+    with pytest.raises(UserError, match=r"the nearest of the network's sizes is DiT-4x64x4/4, of"):
+        next_rung(runs, "fd_digits", 1.001 * largest)  # its outcome is known: nothing to predict
     with pytest.raises(UserError, match="2 models: a law that predicts needs 3"):
         next_rung(runs[:2], "fd_digits", 1e9)
     words = [*TINY, SIZES, f"--workdir={tmp_path / 'none'}"]
