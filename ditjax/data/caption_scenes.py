@@ -201,18 +201,25 @@ class CaptionScenes(
         return caption_scene(digits, self._size.seed, split, i).captions
 
 
-class ShuffledCaptionScenes(
+class _OtherCaptions(
     CaptionScenes,
+    skip_registration=True,  # type: ignore[call-arg]
+):
+    """The default caption scenes, of which the training split has other captions."""
+
+    def __init__(self, data_dir: Any, file_format: str = "array_record") -> None:
+        del file_format  # the one that is written
+        super().__init__(data_dir, SceneSet(DEFAULT_EXAMPLES, 0))
+
+
+class ShuffledCaptionScenes(
+    _OtherCaptions,
     skip_registration=True,  # type: ignore[call-arg]
 ):
     """The default caption scenes with the captions of the next training scene: a baseline.
 
     The test splits are as they were.
     """
-
-    def __init__(self, data_dir: Any, file_format: str = "array_record") -> None:
-        del file_format  # the one that is written
-        super().__init__(data_dir, SceneSet(DEFAULT_EXAMPLES, 0))
 
     def _captions(self, digits: Handwriting, split: str, i: int, count: int) -> tuple[str, ...]:
         other = (i + 1) % count if split == "train" else i
@@ -243,17 +250,13 @@ def alt_caption(things: Sequence[Thing], seed: int, index: int) -> str:
 
 
 class AltCaptionScenes(
-    CaptionScenes,
+    _OtherCaptions,
     skip_registration=True,  # type: ignore[call-arg]
 ):
     """The default caption scenes, of which the training split has alt texts for captions.
 
     The test splits are as they were.
     """
-
-    def __init__(self, data_dir: Any, file_format: str = "array_record") -> None:
-        del file_format  # the one that is written
-        super().__init__(data_dir, SceneSet(DEFAULT_EXAMPLES, 0))
 
     def _captions(self, digits: Handwriting, split: str, i: int, count: int) -> tuple[str, ...]:
         if split != "train":
