@@ -83,8 +83,7 @@ def next_rung(runs: Sequence[Found], metric: str, budget: float) -> Rung:
     if planned <= max(compute) * (1 + 1e-9):
         raise UserError(
             f"--ladder={budget:g}: the nearest of the network's sizes is {cost.name}, of"
-            f" {planned:.4g} training Gflops; the study has a run of {max(compute):.4g} already: give"
-            " more."
+            f" {planned:.4g} training Gflops; the study has a run of {max(compute):.4g}: give more."
         )
     prediction = forecast(
         compute,
