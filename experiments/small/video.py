@@ -5,7 +5,7 @@
 
 Clips of 8 frames of 16x16 pixels, patch 4: 8 x 16 tokens. The last arm has as many spatial blocks
 as the others have blocks. Every arm trains for BUDGET Gflops; a dearer one takes fewer steps.
-Two cores: about two hours, estimated. **Not run yet**; docs/video.md.
+One core: twenty minutes, estimated. **Not run yet**; docs/video.md.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from .. import digits
 from ..base import FLOW
 
 SIZE, TWICE = "4x64x2", "8x64x2"
-BUDGET = 4_000.0  # of training: about 3,300 steps of `spatial`
+BUDGET = 800.0  # of training: about 660 steps of `spatial`
 ARMS = (
     (("model.video", "spatial"), ("model.size", SIZE)),
     (("model.video", "alternate"), ("model.size", SIZE)),
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     config.sample.num = 20
     config.sample.batch_size = 64
     config.evaluate.features = "clips"
-    config.evaluate.num_samples = 512
+    config.evaluate.num_samples = 256
     config.evaluate.guided_scale = 0.0
     config.evaluate.val_loss_num = 256
     config.sweep.grid = ()
