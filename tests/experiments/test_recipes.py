@@ -32,6 +32,7 @@ ARGUMENTS = [
     "small/dalle:shuffled",
     "dalle_12b:dvae",
     "small/unclip:decoder",
+    "small/recaption:captioner",
 ]
 # The recipes of other tasks than diffusion.
 TASKS = {
@@ -42,6 +43,8 @@ TASKS = {
     **dict.fromkeys(("small/dalle:dvae", "dalle_12b:dvae"), "dvae"),
     "small/unclip": "prior",
     "small/unclip:decoder": "unclip",
+    "small/recaption": "text2image",
+    "small/recaption:captioner": "captioner",
     **dict.fromkeys(("dalle_12b", "small/dalle", "small/dalle:shuffled"), "tokens"),
 }
 # What an argument such as XL/2 says, whatever the paper's is.
