@@ -19,6 +19,7 @@ from ditjax.tasks import recaptioning
 from ditjax.tasks.captioner import caption_nats, config_of_captioner, image_states, make
 from ditjax.tasks.opened import Opened
 from ditjax.tasks.recaptioning import recaptions
+from ditjax.weights.clip import write_clip
 from tests.seeded import seeded_params
 from tests.tasks.test_clip import TINY as CLIP_RECIPE
 from tests.tasks.test_text2image import TINY as TEXT_RECIPE
@@ -176,10 +177,11 @@ def test_a_captioner_that_is_not_there_is_one_line():
 # ---- a run
 
 
-def test_a_captioner_is_trained_and_its_captions_used(data_root, tmp_path, monkeypatch):
-    """From a CLIP's run to text to image; a run knows the captioner that it began with."""
+def test_a_captioner_is_trained_and_its_captions_used(clip, data_root, tmp_path, monkeypatch):
+    """From a CLIP's folder to text to image; a run knows the captioner that it began with."""
     monkeypatch.setenv("DITJAX_DATA", str(data_root))
-    train.train(read(CLIP_RECIPE), tmp_path / "clip")
+    weights = jax.tree.map(np.asarray, clip.load(make_mesh(-1, 1))["params"])
+    write_clip(tmp_path / "clip", clip.config, weights)
     c = recipe(captioner={"clip": str(tmp_path / "clip")})
     train.train(c, tmp_path / "captioner")
     found = evaluate.evaluate_run(c, tmp_path / "captioner")["metrics"]
