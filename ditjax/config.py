@@ -1135,12 +1135,17 @@ def check_used(c: Config, given: Iterable[str]) -> None:
     axes = [*c.sweep.grid, *(axis for together in c.sweep.zips for axis in together)]
     varied = {name for name, _ in (*axes, *(pair for run in c.sweep.lists for pair in run))}
     for dotted in given:
-        section, _, leaf = dotted.partition(".")
-        group = getattr(c, section, None)
-        by = group.unused(leaf, c) if isinstance(group, Section) else ""
-        by = f"{section}.{by}" if by and "." not in by else by
+        by = voiding(c, dotted)
         if by and by not in varied:
             raise UserError(f"config.{dotted} has no effect: {void_by(c, by)}.")
+
+
+def voiding(c: Config, dotted: str) -> str:
+    """The key, such as 'sample.sampler', whose value leaves a key without effect, or ''."""
+    section, _, leaf = dotted.partition(".")
+    group = getattr(c, section, None)
+    by = group.unused(leaf, c) if isinstance(group, Section) else ""
+    return f"{section}.{by}" if by and "." not in by else by
 
 
 def void_by(c: Config, key: str) -> str:

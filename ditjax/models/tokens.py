@@ -200,6 +200,12 @@ def empty_cache(c: SequenceConfig, batch: int, dtype: Any = jnp.float32) -> dict
     return {"blocks": {"attn": attention}}
 
 
+def token_nats(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """-ln p of tokens i32[B,n] by their logits f32[B,n,V]: f32[B,n]."""
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=-1)
+    return -chosen[..., 0]
+
+
 # ---- drawing
 
 

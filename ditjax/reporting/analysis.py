@@ -30,7 +30,7 @@ from ditjax.reporting.study import (
     usable,
     varied_keys,
 )
-from ditjax.runs.results import Found, trained_gflops
+from ditjax.runs.results import Found, trained_gflops, training_compute
 from ditjax.scaling import claims
 from ditjax.scaling.claims import Claim
 from ditjax.scaling.extrapolate import Extrapolation, predict_held_out
@@ -245,8 +245,8 @@ SAME_BUDGET = 1.02  # runs end at one budget if their training Gflops are within
 def _ended(runs: Sequence[Found], metric: str) -> tuple[list[ComputeCurve], list[float]]:
     """The ends of runs that end at one budget, if 3 models do, as curves; and the budgets."""
     groups: list[list[Found]] = []
-    for each in sorted(runs, key=_training_compute):
-        if groups and _training_compute(each) <= SAME_BUDGET * _training_compute(groups[-1][0]):
+    for each in sorted(runs, key=training_compute):
+        if groups and training_compute(each) <= SAME_BUDGET * training_compute(groups[-1][0]):
             groups[-1].append(each)
         else:
             groups.append([each])
@@ -254,7 +254,7 @@ def _ended(runs: Sequence[Found], metric: str) -> tuple[list[ComputeCurve], list
     for group in groups:
         if len({each.result["gflops"] for each in group}) < MIN_MODELS:
             continue
-        budgets.append(statistics.geometric_mean(_training_compute(each) for each in group))
+        budgets.append(statistics.geometric_mean(training_compute(each) for each in group))
         curves += [
             ComputeCurve(
                 each.result["gflops"],
@@ -265,10 +265,6 @@ def _ended(runs: Sequence[Found], metric: str) -> tuple[list[ComputeCurve], list
             for each in group
         ]
     return curves, budgets
-
-
-def _training_compute(each: Found) -> float:
-    return float(trained_gflops(each.result, each.result["train"]["images"]))
 
 
 def _curves_of(

@@ -16,7 +16,7 @@ import numpy as np
 
 from ditjax.errors import UserError
 from ditjax.reporting.study import model_key, settings, settings_words, usable, varied_keys
-from ditjax.runs.results import Found, trained_gflops
+from ditjax.runs.results import Found, training_compute
 from ditjax.scaling.fit import Interval, spearman, spearman_interval
 from ditjax.scaling.slopes import Arm, SlopeDifference, compare_slopes
 from ditjax.studies.words import OF_A_METRIC, interval_words, metric_name, number, plural
@@ -96,12 +96,7 @@ def _compared(
     one: Sequence[Found], two: Sequence[Found], apart: Sequence[str], metric: str, x: str
 ) -> SlopePair:
     def arm(runs: Sequence[Found]) -> Arm:
-        cost = [
-            trained_gflops(each.result, each.result["train"]["images"])
-            if x != "Gflops"
-            else each.result["gflops"]
-            for each in runs
-        ]
+        cost = [each.result["gflops"] if x == "Gflops" else training_compute(each) for each in runs]
         y = [each.result["metrics"][metric] for each in runs]
         return Arm(cost, y, [model_key(each) for each in runs])
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ditjax.config import check_used, read
+from ditjax.config import read, voiding
 from ditjax.errors import FaultError, UserError
 from ditjax.reporting.study import model_of, settings, settings_words, varied_keys
 from ditjax.runs import rundir
-from ditjax.runs.results import Found, read_record_scores, trained_gflops
+from ditjax.runs.results import Found, read_record_scores, training_compute
 from ditjax.scaling.paired import PairedDifference, paired_difference
 from ditjax.studies.words import (
     OF_A_METRIC,
@@ -142,7 +142,7 @@ def _row(
         [scores[side[seed].folder].get(metric) for seed in seeds] for side in (arm, baseline)
     ]
     run, base = next(iter(arm.values())), next(iter(baseline.values()))
-    trained = [trained_gflops(each.result, each.result["train"]["images"]) for each in (run, base)]
+    trained = [training_compute(each) for each in (run, base)]
     steps = [each.result["train"]["steps"] for each in (run, base)]
     return PairedRow(
         base.result["model"]["name"],
@@ -202,10 +202,9 @@ def _labels(arms: Sequence[Mapping[int, Found]], keys: Sequence[str]) -> list[tu
 def _has_effect(run: Found, key: str) -> bool:
     """Whether a key of a run's recipe does anything beside the others; True if it is not known."""
     try:
-        check_used(read({**run.result["config"], "sweep": {}}), [key])
-    except UserError as error:
-        return "has no effect" not in str(error)
-    return True
+        return not voiding(read({**run.result["config"], "sweep": {}}), key)
+    except UserError:
+        return True
 
 
 def paired_words(rows: Sequence[PairedRow]) -> list[str]:

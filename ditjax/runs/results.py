@@ -113,6 +113,11 @@ def trained_gflops(result: Result, images: Any) -> Any:
     return training_gflops(result["gflops"], images, result["train"].get("passes", 3.0))
 
 
+def training_compute(each: Found) -> float:
+    """The training Gflops of a finished run."""
+    return float(trained_gflops(each.result, each.result["train"]["images"]))
+
+
 def write_result(folder: str | os.PathLike[str], result: Result) -> Path:
     """Write `folder`/result.json, a NaN as null. Raises UserError for what is no result."""
     _validated(finite_or_null(result), "result")

@@ -21,7 +21,7 @@ from ditjax.files.atomic import load_json, read_json, recordable, write_json
 from ditjax.files.store import place
 from ditjax.models.network import training_gflops
 from ditjax.runs import rundir
-from ditjax.runs.results import Found, trained_gflops
+from ditjax.runs.results import Found, training_compute
 from ditjax.scaling.extrapolate import Forecast, forecast, power_at
 from ditjax.scaling.frontier import frontier
 from ditjax.scaling.spread import share_band
@@ -69,7 +69,7 @@ def next_rung(runs: Sequence[Found], metric: str, budget: float) -> Rung:
     network that has no larger ones.
     """
     path = _path(runs, metric)
-    compute = [_compute(each) for each in path]
+    compute = [training_compute(each) for each in path]
     if budget <= max(compute):
         raise UserError(
             f"--ladder={budget:g}: the study has a run of {max(compute):.4g} training Gflops"
@@ -98,10 +98,6 @@ def next_rung(runs: Sequence[Found], metric: str, budget: float) -> Rung:
     return Rung(cell, metric, largest.result["protocol_hash"], budget, prediction, names, rate)
 
 
-def _compute(each: Found) -> float:
-    return float(trained_gflops(each.result, each.result["train"]["images"]))
-
-
 def _path(runs: Sequence[Found], metric: str) -> list[Found]:
     """The runs that the law is of: all, or of those that saw other numbers of images the frontier.
 
@@ -115,7 +111,7 @@ def _path(runs: Sequence[Found], metric: str) -> list[Found]:
     for each, key in zip(runs, keys, strict=True):
         values[key].append(each.result["metrics"][metric])
     y = [statistics.geometric_mean(values[cell]) for cell in cells]
-    compute = [_compute(runs[keys.index(cell)]) for cell in cells]
+    compute = [training_compute(runs[keys.index(cell)]) for cell in cells]
     kept = {cells[i] for i in frontier(compute, y)}
     return [each for each, key in zip(runs, keys, strict=True) if key in kept]
 

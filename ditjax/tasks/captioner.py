@@ -35,7 +35,7 @@ from ditjax.models.captioner import (
 from ditjax.models.clip import CLIP
 from ditjax.models.network import DTYPES
 from ditjax.models.text import until_end
-from ditjax.models.tokens import Picking
+from ditjax.models.tokens import Picking, token_nats
 from ditjax.parallel import rules
 from ditjax.tasks.clip import check_tokenizer, open_clip
 from ditjax.tasks.opened import Opened
@@ -145,10 +145,9 @@ def caption_nats(
 
     states f32[B,N,F] are of their images.
     """
-    logits = apply(params, states, ids[:, :-1])
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=-1)[..., 0]
+    nats = token_nats(apply(params, states, ids[:, :-1]), ids)
     live = until_end(ids, c.end).astype(jnp.float32)
-    return -(chosen * live).sum(1) / live.sum(1)
+    return (nats * live).sum(1) / live.sum(1)
 
 
 def _score(

@@ -18,7 +18,7 @@ from ditjax.models.clip import CLIP
 from ditjax.models.network import Conditions
 from ditjax.runs import opening
 from ditjax.tasks.clip import open_clip
-from ditjax.tasks.opened import Opened, opened_run
+from ditjax.tasks.opened import Opened, check_trained_alike, opened_run
 from ditjax.tasks.prior import standardized, vectors_of_captions
 from ditjax.training.step import Batch
 from ditjax.training.task import Frozen
@@ -88,13 +88,8 @@ def _clip_of(c: Config) -> Opened:
 def _prior_of(c: Config) -> Opened:
     """The prior of a recipe, with its number of candidates. Raises UserError for other texts."""
     opened = opened_run(c.unclip.prior, "unclip.prior", "prior")
-    for name in ("tokenizer", "tokens"):
-        theirs, ours = (getattr(each.text, name) for each in (opened.recipe, c))
-        if theirs != ours:
-            raise UserError(
-                f"config.text.{name} is {ours!r}, and the prior at {c.unclip.prior} was trained"
-                f" with {theirs!r}: expected the same."
-            )
+    names = ("text.tokenizer", "text.tokens")
+    check_trained_alike(c, opened.recipe, names, f"the prior at {c.unclip.prior}")
     own = {"candidates": c.unclip.candidates or opened.recipe.prior.candidates}
     return opened._replace(recipe=changed(opened.recipe, {"prior": own}))
 

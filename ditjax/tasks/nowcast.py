@@ -25,6 +25,7 @@ from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
 from ditjax.tasks import language, make_task
 from ditjax.tasks.objective import objective_of, training_loss
+from ditjax.tasks.opened import check_trained_alike
 from ditjax.training.task import Frozen, Known
 
 FIRST = "first"  # the frozen network of the first stage
@@ -75,14 +76,8 @@ def first_recipe(c: Config) -> Config:
             f"config.given.first={path} needs a class, and its forecast is given of the past"
             " alone: train it on one class, or with config.model.label_dropout above 0."
         )
-    for name in ("given.past", "data.frames", "data.frame_stride", "data.image_size"):
-        section, _, leaf = name.partition(".")
-        theirs, ours = (getattr(getattr(each, section), leaf) for each in (first, c))
-        if theirs != ours:
-            raise UserError(
-                f"config.{name} is {ours!r}, and the run at config.given.first={path} was trained"
-                f" with {theirs!r}: expected the same."
-            )
+    names = ("given.past", "data.frames", "data.frame_stride", "data.image_size")
+    check_trained_alike(c, first, names, f"the run at config.given.first={path}")
     return first
 
 

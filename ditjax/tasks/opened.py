@@ -1,7 +1,7 @@
 """Networks of other runs or files that a task reads and never trains."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -42,6 +42,18 @@ def opened_run(path: str | os.PathLike[str], key_name: str, task: str) -> Opened
         return opening.load_weights(recipe, make_task(recipe), path, mesh)[0]
 
     return Opened(None, load, str(path), recipe)
+
+
+def check_trained_alike(c: Config, theirs: Config, names: Sequence[str], who: str) -> None:
+    """Raise UserError unless a recipe's keys are those that a network `who` was trained with."""
+    for name in names:
+        section, _, leaf = name.partition(".")
+        ours, other = (getattr(getattr(each, section), leaf) for each in (c, theirs))
+        if ours != other:
+            raise UserError(
+                f"config.{name} is {ours!r}, and {who} was trained with {other!r}: expected the"
+                " same."
+            )
 
 
 def check_channels(path: str | os.PathLike[str], theirs: int, ours: int) -> None:

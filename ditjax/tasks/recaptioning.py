@@ -14,30 +14,21 @@ import numpy as np
 
 from ditjax.config import Config
 from ditjax.data.tokenizers import open_tokenizer
-from ditjax.errors import UserError
 from ditjax.parallel.mesh import make_mesh
 from ditjax.parallel.processes import is_primary, padded
 from ditjax.runs import opening
 from ditjax.tasks.captioner import image_states, written_captions
 from ditjax.tasks.clip import open_clip
-from ditjax.tasks.opened import Opened, opened_run
+from ditjax.tasks.opened import Opened, check_trained_alike, opened_run
 from ditjax.training import keys
 from ditjax.training.task import Additions
 
 
 def _captioner_of(c: Config) -> Opened:
     """The captioner of a recipe. Raises UserError for other texts or images than its."""
-    path = c.text.captioner
-    opened = opened_run(path, "text.captioner", "captioner")
-    theirs: Config = opened.recipe
-    for name in ("text.tokenizer", "text.tokens", "data.image_size", "data.channels"):
-        section, _, leaf = name.partition(".")
-        other, ours = (getattr(getattr(each, section), leaf) for each in (theirs, c))
-        if other != ours:
-            raise UserError(
-                f"config.{name} is {ours!r}, and the captioner at {path} was trained with"
-                f" {other!r}: expected the same."
-            )
+    opened = opened_run(c.text.captioner, "text.captioner", "captioner")
+    names = ("text.tokenizer", "text.tokens", "data.image_size", "data.channels")
+    check_trained_alike(c, opened.recipe, names, f"the captioner at {c.text.captioner}")
     return opened
 
 
@@ -50,7 +41,7 @@ def recaptions(c: Config) -> Additions:
     clip = open_clip(recipe, "captioner.clip")
     mesh = make_mesh(1, 1, jax.local_devices()[:1])
     weights, seen = opened.load(mesh), clip.load(mesh)
-    pad, size = open_tokenizer(c.text.tokenizer).pad, c.train.batch_size
+    pad = open_tokenizer(c.text.tokenizer).pad
     stream = keys.stream(c.seed, keys.CAPTION)
 
     @jax.jit
@@ -68,10 +59,10 @@ def recaptions(c: Config) -> Additions:
 
     def add(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         index = np.asarray(rows["index"])
-        picked = np.asarray(chosen(jnp.asarray(padded(index, size))))[: len(index)]
+        picked = np.asarray(chosen(jnp.asarray(index)))
         new = np.array([i for i, at in enumerate(index) if picked[i] and int(at) not in kept], int)
         if len(new):
-            given = (padded(each[new], size) for each in (rows["image"], index))
+            given = (padded(each[new], len(index)) for each in (rows["image"], index))
             found = np.asarray(written(weights, seen, *map(jnp.asarray, given)))
             kept.update(zip(map(int, index[new]), found[: len(new)], strict=True))
         own = zip(rows["caption"], index, picked, strict=True)

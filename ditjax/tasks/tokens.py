@@ -39,6 +39,7 @@ from ditjax.models.tokens import (
     Picking,
     TokensConfig,
     draw_codes,
+    token_nats,
     tokens_config,
     tokens_cost,
 )
@@ -190,14 +191,9 @@ def nats(
     text i32[B,T], of which padding does not count; codes i32[B,N].
     """
     out = apply(params, text, codes[:, :-1])
-
-    def each(logits: jax.Array, target: jax.Array) -> jax.Array:
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)
-        return -chosen[..., 0]
-
     live = until_end(text, c.end)[:, 1:].astype(jnp.float32)
-    of_text = (each(out.text, text[:, 1:]) * live).sum(1) / jnp.maximum(live.sum(1), 1)
-    return of_text, each(out.codes, codes).mean(1)
+    of_text = (token_nats(out.text, text[:, 1:]) * live).sum(1) / jnp.maximum(live.sum(1), 1)
+    return of_text, token_nats(out.codes, codes).mean(1)
 
 
 # ---- drawing
