@@ -22,14 +22,14 @@ SECTIONS = (
     "sweep",
 )
 
-# Flow matching with times drawn as in Stable Diffusion 3, for `config.diffusion`.
-FLOW = {
+# For `config.diffusion`: flow matching with uniform times, and with those of Stable Diffusion 3.
+UNIFORM_FLOW = {
     "process": "flow",
     "prediction": "velocity",
     "loss": "simple",
     "variance": "none",
-    "time": "logit_normal",
 }
+FLOW = {**UNIFORM_FLOW, "time": "logit_normal"}
 
 
 def get_config(arg: str = "XL/2") -> ConfigDict:

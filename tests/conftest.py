@@ -28,6 +28,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ditjax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers have it from this process
+    # Not the user's folder: it may hold statistics of references by another version of JAX, which
+    # differ in the last bits from what a test computes.
+    os.environ["DITJAX_DATA"] = tempfile.mkdtemp(prefix="ditjax-tests-data-")
+    atexit.register(shutil.rmtree, os.environ["DITJAX_DATA"], ignore_errors=True)
 
 import jax
 import pytest

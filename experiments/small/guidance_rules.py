@@ -15,6 +15,7 @@ Hardware, hours and the result: docs/processes.md, "Rules of guidance on digits"
 from ml_collections import ConfigDict
 
 from .. import digits
+from ..base import UNIFORM_FLOW
 
 WEAK_STEP = 400  # a tenth of the steps
 
@@ -22,10 +23,7 @@ WEAK_STEP = 400  # a tenth of the steps
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the study's recipe."""
     config = digits.get_config(arg or "4x96x3/2")
-    config.diffusion.process = "flow"
-    config.diffusion.prediction = "velocity"
-    config.diffusion.loss = "simple"
-    config.diffusion.variance = "none"
+    config.diffusion.update(UNIFORM_FLOW)
     config.train.checkpoint_every_steps = WEAK_STEP
     config.train.keep_every_steps = WEAK_STEP
     config.train.evaluate_every_steps = 0

@@ -13,6 +13,7 @@ docs/results.md, "Scaling on MNIST".
 from ml_collections import ConfigDict
 
 from .. import mnist
+from ..base import UNIFORM_FLOW
 
 SIZES = ("1x32x2", "2x32x2", "2x48x2", "3x64x2", "4x64x2", "4x96x3")
 PATCHES = (7, 4)
@@ -22,10 +23,7 @@ SEEDS = (0, 1)
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the study's recipe; 'SIZE/PATCH' selects the model that `train` trains."""
     config = mnist.get_config(arg)
-    config.diffusion.process = "flow"
-    config.diffusion.prediction = "x0"
-    config.diffusion.loss = "simple"
-    config.diffusion.variance = "none"
+    config.diffusion.update({**UNIFORM_FLOW, "prediction": "x0"})
     config.train.batch_size = 16
     config.train.steps = 2500
     config.train.checkpoint_every_steps = 2500

@@ -15,6 +15,7 @@ docs/attention.md.
 from ml_collections import ConfigDict
 
 from .. import digits
+from ..base import UNIFORM_FLOW
 from . import scenes
 
 SIZE, DEEPER = "3x64x2", "4x64x2"
@@ -38,10 +39,7 @@ def get_config(arg: str = "digits") -> ConfigDict:
     config = digits.get_config(f"{SIZE}/1")
     if arg == "scenes":
         config = scenes.get_config(f"{SIZE}/2")
-    config.diffusion.process = "flow"
-    config.diffusion.prediction = "velocity"
-    config.diffusion.loss = "simple"
-    config.diffusion.variance = "none"
+    config.diffusion.update(UNIFORM_FLOW)
     config.train.evaluate_every_steps = 0
     config.sample.sampler = "heun"
     config.sample.steps = "20"

@@ -13,6 +13,7 @@ Hardware, hours and the result: docs/processes.md, "How few evaluations".
 from ml_collections import ConfigDict
 
 from .. import digits, fashion
+from ..base import UNIFORM_FLOW
 
 _DDPM = (("diffusion.process", "ddpm"), ("diffusion.variance", "fixed_small"))
 _EDM = (
@@ -41,10 +42,7 @@ ARMS = (
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the study's recipe: on digits, or with 'fashion' on Fashion-MNIST."""
     config = fashion.get_config() if arg == "fashion" else digits.get_config(arg or "3x64x2/2")
-    config.diffusion.process = "flow"
-    config.diffusion.prediction = "velocity"
-    config.diffusion.loss = "simple"
-    config.diffusion.variance = "none"
+    config.diffusion.update(UNIFORM_FLOW)
     config.train.evaluate_every_steps = 0
     config.sample.sampler = "ddim"
     config.sample.steps = "25"
