@@ -1142,6 +1142,20 @@ def attention(k: DiTKeys, inputs: Inputs) -> Attention:
     return Attention(tokens, extra, size.heads, size.width // size.heads, whole=whole)
 
 
+# Of a base: the keys that its weights were trained with and do not show.
+INHERITED = (
+    "frequency_shift",
+    "norm2_eps",
+    "norm",
+    "rope",
+    "attention_window",
+    "attention_hops",
+    "attention_alpha",
+    "parametrization",
+    "base_width",
+    "base_head_width",
+)
+
 NETWORK = Network(
     keys=DiTKeys,
     module=module,
@@ -1157,13 +1171,7 @@ NETWORK = Network(
         (r"x_embedder/kernel", grafting.input_channels),
         (r"final_layer/linear/(kernel|bias)", grafting.output_channels),
     ),
-    inherited=(
-        "frequency_shift",
-        "norm2_eps",
-        "attention_window",
-        "attention_hops",
-        "attention_alpha",
-    ),
+    inherited=INHERITED,
     stack="blocks",
     grown=_grown,
     control=ControlSeam(control_branch, control_variables, check_branch, branch_cost),

@@ -361,11 +361,14 @@ def adopt_dit(
     its classes. What all blocks share is zero, as is the last layer of cross-attention. Raises
     UserError for a DiT of other blocks.
     """
-    if (k.block, k.norm, k.mlp) != ("adaln_zero", "layer", "gelu"):
-        raise UserError(
-            f"the base has block {k.block!r}, norm {k.norm!r} and mlp {k.mlp!r}: expected"
-            " 'adaln_zero', 'layer' and 'gelu'"
-        )
+    for name, expected in (
+        ("block", "adaln_zero"),
+        ("norm", "layer"),
+        ("mlp", "gelu"),
+        ("parametrization", "standard"),
+    ):
+        if (value := getattr(k, name)) != expected:
+            raise UserError(f"the base has {name} {value!r}: expected {expected!r}")
 
     def of(name: str) -> np.ndarray:
         return np.asarray(leaves[name], np.float64)
@@ -423,7 +426,7 @@ NETWORK = Network(
         (r"final_layer/linear/(kernel|bias)", grafting.output_channels),
     ),
     adopts={"dit": adopt_dit},
-    inherited=("frequency_shift", "norm2_eps"),
+    inherited=dit.INHERITED,
     stack="blocks",
     texts=True,
 )

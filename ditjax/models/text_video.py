@@ -165,7 +165,7 @@ NETWORK = Network(
     rules=TEXT_RULES,
     rates=functools.partial(dit.rates, kinds=_KINDS),
     varied=("size", "patch"),
-    inherited=("frequency_shift", "norm2_eps"),
+    inherited=dit.INHERITED,
     stack="blocks",
     clips=True,
     texts=True,

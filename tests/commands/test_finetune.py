@@ -16,7 +16,7 @@ from ditjax.errors import UserError
 from ditjax.files.assets import flatten
 from ditjax.parallel.mesh import make_mesh
 from ditjax.runs import opening
-from ditjax.tasks import adapting, make_task
+from ditjax.tasks import adapting, make_task, resolved
 from ditjax.tasks.adapters import open_adapter
 from ditjax.weights import networks, reading, writing
 from tests.commands.conftest import TINY, CutError, cut_after
@@ -69,6 +69,19 @@ def test_a_file_of_diffusers_is_a_base_with_its_numerics(finished, tmp_path, cap
     # A run that trains everything resumes without its base.
     (tmp_path / "theirs").rename(tmp_path / "elsewhere")
     assert train.main(run) == 0
+
+
+def test_what_weights_do_not_show_is_as_the_base_was_trained(tmp_path, capsys):
+    own = {"norm": "rms", "rope": True, "attention_hops": 2}
+    own |= {"parametrization": "mup", "base_width": 16, "base_head_width": 8}
+    base = read(load_recipe([*TINY, *(f"--config.model.{k}={v}" for k, v in own.items())]))
+    params = jax.device_get(jax.jit(make_task(base).init)(jax.random.key(0)))
+    writing.write_ditjax(tmp_path / "base.safetensors", networks.from_run(base, params))
+    c = read(load_recipe([*TINY, f"--config.adapt.base={tmp_path / 'base.safetensors'}"]))
+    found = resolved(c, tmp_path / "run").model
+    assert {name: getattr(found, name) for name in own} == own
+    told = capsys.readouterr().err
+    assert "config.model.rope is True, as the base was trained, not False" in told
 
 
 def test_lora_resumes_to_the_bit_and_saves_factors_alone(finished, lora, tmp_path):

@@ -258,11 +258,15 @@ def test_a_class_conditional_dit_is_a_start(folder, tmp_path):
             each(x, jnp.full(2, t), given) for each, given in ((ours, texts), (theirs, null))
         )
         assert (relative(found, expected) < 2e-5) == same, t
-    other = changed(plain, {"model": {"block": "adaln"}})
-    write_ditjax(tmp_path / "other.safetensors", from_run(other, random_params(other)))
-    c = recipe(folder, adapt={"base": str(tmp_path / "other.safetensors")})
-    with pytest.raises(UserError, match="the base has block 'adaln'"):
-        started(c)
+    for model, words in (
+        ({"block": "adaln"}, "the base has block 'adaln': expected 'adaln_zero'"),
+        ({"norm": "rms"}, "the base has norm 'rms': expected 'layer'"),
+    ):
+        other = changed(plain, {"model": model})
+        write_ditjax(tmp_path / "other.safetensors", from_run(other, random_params(other)))
+        c = recipe(folder, adapt={"base": str(tmp_path / "other.safetensors")})
+        with pytest.raises(UserError, match=words):
+            started(c)
 
 
 # ---- a run
