@@ -224,7 +224,7 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
             shown = ", ".join(map(str, steps[:6])) + (", ..." if len(steps) > 6 else "")
             problems.append(f"protocol {key}: the fit mixes runs of {shown} training steps.")
         varied = varied_keys(runs)
-        if varied and set(varied) != {"train.steps"}:
+        if varied and set(varied) != {"train.steps"} and not _of_one_study(runs):
             apart = varied_words([settings(each, varied) for each in runs])
             problems.append(
                 f"protocol {key}: runs differ in {apart}; they are not averaged, and each setting"
@@ -233,6 +233,13 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
         _note_unusable(runs, metric, problems)
         groups.append(Group(key, runs[0].result["protocol"], tuple(runs)))
     return tuple(groups)
+
+
+def _of_one_study(runs: Sequence[Found]) -> bool:
+    """Whether all are cells of one sweep, whose recipe says in what they differ."""
+    folders = {each.folder.parent for each in runs}
+    (first, *others) = folders
+    return not others and first.name == RUNS and (first.parent / STUDY_FILE).is_file()
 
 
 def _note_unusable(runs: Sequence[Found], metric: str, problems: list[str]) -> None:

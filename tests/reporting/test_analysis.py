@@ -129,6 +129,20 @@ def test_runs_of_one_model_that_differ_in_more_than_seeds_are_not_averaged(study
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_what_a_sweep_varies_is_no_problem(study, tmp_path):
+    """The same results are one beside other folders, and none as cells of one sweep."""
+    own = {"optim": {"learning_rate": 0.5}}
+    runs = tmp_path / "study" / "runs"
+    study.write(runs)
+    study.write_run(runs, *study.sizes[0], 4, seed=1, config=own)
+    said = report.make_report([runs], tmp_path / "report").problems
+    assert any("differ in optim.learning_rate" in each for each in said)
+    study.write_plan(tmp_path / "study", [(path.name, {}) for path in sorted(runs.iterdir())])
+    said = report.make_report([tmp_path / "study"], tmp_path / "planned").problems
+    assert not any("differ in" in each for each in said)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_validation_loss_agrees_by_rank(study, tmp_path):
     losses, distances = [], []
     for size in study.sizes:
