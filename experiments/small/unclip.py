@@ -3,6 +3,8 @@
     ditjax train --config=small/clip --workdir=runs/small/clip
     ditjax train --config=small/unclip --workdir=runs/small/unclip
     ditjax evaluate --workdir=runs/small/unclip
+    ditjax train --config=small/unclip:flow --workdir=runs/small/unclip_flow
+    ditjax evaluate --workdir=runs/small/unclip_flow
     ditjax train --config=small/unclip:decoder --workdir=runs/small/unclip_decoder
     ditjax evaluate --workdir=runs/small/unclip_decoder
     ditjax evaluate --workdir=runs/small/unclip_decoder --config.unclip.candidates=1
@@ -14,7 +16,8 @@
 It asks whether drawn vectors have the mean, the spread and the distribution of real ones. The
 baselines are a ridge regression of the image's vector by the caption's, and the caption's vector
 itself: the prior should have a mean as near as the regression's, a calibration gap below .03, and a
-smaller energy distance than both.
+smaller energy distance than both. 'flow' is the same network as a velocity: where there is little
+noise, a vector is then the noisy one plus a little, and not the network's output alone.
 
 Of the decoder it asks whether images of captions, through the prior, show what these say more often
 than by the caption's own vector or by no vector (the paper's Fig. 8), on test and test_heldout. The
@@ -25,12 +28,19 @@ Hardware, time and the result: docs/unclip.md, "A small study".
 
 from ml_collections import ConfigDict
 
+from ..base import UNIFORM_FLOW
 from . import text2image
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe of the prior; 'decoder' is the network that draws images of its vectors."""
-    return decoder() if arg == "decoder" else prior()
+    """Return the recipe of the prior, of the prior as a 'flow', or of the 'decoder'."""
+    if arg == "decoder":
+        return decoder()
+    config = prior()
+    if arg == "flow":
+        config.diffusion = ConfigDict(UNIFORM_FLOW)
+        config.sample = ConfigDict({"sampler": "heun", "steps": "32"})
+    return config
 
 
 def decoder() -> ConfigDict:
