@@ -33,7 +33,8 @@ def _nothing(cell: Absent) -> Any:
 class Column:
     """A column: its heading, the value of a run, by which the page sorts, and how it reads.
 
-    `absent` is what is known about a cell without a result.
+    `absent` is what is known about a cell without a result. A metric beside the fitted one is said
+    once below a terminal's table if all runs agree, such as the score of persistence.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Column:
     show: Callable[[Any], str]
     numeric: bool = True
     absent: Callable[[Absent], Any] = _nothing
+    beside: bool = False
 
     def shown_absent(self, cell: Absent) -> str:
         """How a cell without a result reads: '-' where nothing is known, words as they are."""
@@ -91,6 +93,7 @@ def _measured(name: str, metric: str) -> Column:
         lambda each: each.result["metrics"].get(name),
         number,
         absent=(lambda cell: cell.state) if name == metric else _nothing,
+        beside=name != metric,
     )
 
 
@@ -103,6 +106,10 @@ def _published(name: str) -> Column:
     )
 
 
+def _agreed(column: Column, runs: Sequence[Found]) -> bool:
+    return len(runs) > 1 and len({column.value(each) for each in runs}) == 1
+
+
 def report_text(
     analyses: Sequence[Analysis], problems: Sequence[str], plan: StudyPlan | None = None
 ) -> str:
@@ -110,7 +117,10 @@ def report_text(
     lines: list[str] = []
     absent = plan.absent if plan else ()
     groups = [analysis.group for analysis in analyses]
-    columns = table_columns(groups, analyses[0].metric, absent)
+    every = table_columns(groups, analyses[0].metric, absent)
+    runs = [each for group in groups for each in group.runs]
+    same = [each for each in every if each.beside and _agreed(each, runs)]
+    columns = [each for each in every if each not in same]
     for analysis in analyses:
         group = analysis.group
         if len(groups) > 1:
@@ -120,6 +130,9 @@ def report_text(
         if analysis is analyses[0]:
             rows += [[short(column.shown_absent(cell)) for column in columns] for cell in absent]
         lines += aligned(rows, [column.numeric for column in columns])
+        if same and analysis is analyses[0]:
+            words = (f"{each.title} {each.show(each.value(runs[0]))}" for each in same)
+            lines.append(f"The same in all runs: {', '.join(words)}.")
         lines += ["", conclusion(analysis), *findings(analysis)]
         for fit in analysis.fits[1:]:
             law = fit.why or (

@@ -43,6 +43,22 @@ def test_the_uncertainty_of_a_metric_is_in_the_csv_only(study, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_what_all_runs_agree_in_is_said_once_in_a_terminal(study, tmp_path):
+    """Such as the score of persistence. The fitted metric and all columns of the CSV stay."""
+    for seed, csi in ((0, 0.25), (1, 0.5)):
+        metrics = {"fd_digits": 9.0, "csi": csi, "persistence_csi": 0.375}
+        study.write_run(tmp_path, 2, 48, 2, 4, seed=seed, metrics=metrics)
+    summary = report.make_report([tmp_path], tmp_path / "report")
+    header, *lines = summary.text.splitlines()
+    assert "FD-digits" in header
+    assert " csi" in header
+    assert "persistence" not in header
+    assert "The same in all runs: persistence csi 0.375." in lines
+    rows = csv.DictReader((summary.out_dir / "table.csv").open())
+    assert {row["metrics.persistence_csi"] for row in rows} == {"0.375"}
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_spreadsheet_takes_no_name_for_a_formula(study, tmp_path):
     metrics = {"fd_digits": 9.0, "kid": -0.25}
     model = {"name": "-", "size": "@SUM(A1)", "depth": 1, "width": 2, "heads": 1, "patch": 1}
