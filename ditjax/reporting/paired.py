@@ -1,10 +1,11 @@
 """The arms of a study beside its baseline, paired by seed, and what they cost beside it.
 
 An arm is the runs of one recipe with several seeds. The arms of one model, by size and patch, have
-a baseline: the first that the study lists. The seeds of two arms share the data's order and the
-noise, so that much of what a seed does cancels in their difference. Where the scores of single
-records are on record (`runs/results.py`), the arms are paired by record, too: that interval is of
-other records for the same trainings, and the seeds' is of other trainings.
+a baseline: the first that the study lists. A model with a single arm is an arm of the first model,
+if that one has several. The seeds of two arms share the data's order and the noise, so that much of
+what a seed does cancels in their difference. Where the scores of single records are on record
+(`runs/results.py`), the arms are paired by record, too: that interval is of other records for the
+same trainings, and the seeds' is of other trainings.
 """
 
 import json
@@ -33,6 +34,9 @@ from ditjax.studies.words import (
     short,
     shortened,
 )
+
+Arm = Mapping[int, Found]  # by seed
+Pair = tuple[Arm, Arm, tuple[str, str]]  # an arm, its baseline, and words for (baseline, arm)
 
 TERMINAL_ROWS = 40  # of a terminal; the page and results.json have all
 
@@ -102,11 +106,7 @@ def paired_rows(
     for each in runs:
         arm = models[model_of(each)].setdefault(json.dumps(settings(each, keys)), {})
         arm.setdefault(each.result["train"]["seed"], each)
-    pairs = [
-        (arm, arms[0], labels)
-        for arms in (list(each.values()) for each in models.values())
-        for arm, labels in zip(arms[1:], _labels(arms, keys), strict=True)
-    ]
+    pairs = _pairs([list(each.values()) for each in models.values()], keys)
     scores = _scores_of_records([side for pair in pairs for side in pair[:2]], problems)
     rows = []
     for name in _metrics(runs, metric):
@@ -114,6 +114,23 @@ def paired_rows(
         if any(row.found is None or row.found.mean != 0 for row in of_metric):
             rows += of_metric
     return tuple(rows)
+
+
+def _pairs(models: Sequence[Sequence[Arm]], keys: Sequence[str]) -> list[Pair]:
+    """Each arm of the models, the first model first, with its baseline and words for the two."""
+    found = [
+        (arm, arms[0], labels)
+        for arms in models
+        for arm, labels in zip(arms[1:], _labels(arms, keys), strict=True)
+    ]
+    first = models[0] if models else []
+    lone = [arms[0] for arms in models[1:] if len(arms) == 1 < len(first)]
+    if lone:
+        of_first = found[0][2][0]
+        for arm, (_, words) in zip(lone, _labels([first[0], *lone], keys), strict=True):
+            name = next(iter(arm.values())).result["model"]["name"]
+            found.append((arm, first[0], (of_first, ", ".join(filter(None, (name, words))))))
+    return found
 
 
 def _metrics(runs: Sequence[Found], first: str) -> list[str]:

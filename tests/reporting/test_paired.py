@@ -50,6 +50,24 @@ def arms(study, tmp_path_factory):
     return root, write_arms(study, root)
 
 
+def test_a_model_with_one_arm_is_an_arm_of_the_first_model(arms, study, tmp_path):
+    """As in a study at equal cost whose last arm is deeper; a model with arms keeps its own."""
+    root, order = arms
+    config = {"lm": {"mode": "none", "path": ""}, "optim": {"learning_rate": 1e-3}}
+    for seed in range(2):
+        study.write_run(tmp_path, *study.sizes[1], 2, seed, fd=40 + 10 * seed, config=config)
+    found, _ = find_results([root, tmp_path])
+    rows = [row for row in paired_rows(found, "fd_digits", [], order) if row.metric == "fd_digits"]
+    assert [row.arm for row in rows][-1].startswith(f"DiT-{'x'.join(map(str, study.sizes[1]))}/2")
+    assert len(rows) == 3
+    assert len({(row.model, row.baseline) for row in rows}) == 1
+    assert rows[-1].found is not None
+    assert rows[-1].found.pairs == 2
+    assert rows[-1].found.mean == pytest.approx(-10, abs=0.5)
+    alone, _ = find_results([tmp_path])
+    assert not paired_rows(alone, "fd_digits", [])
+
+
 def test_rows_pair_seeds_and_state_costs(arms):
     root, order = arms
     found, _ = find_results([root])
