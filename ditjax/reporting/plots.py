@@ -454,8 +454,9 @@ def _draw_paired(ax: Axes, rows: Sequence[PairedRow], labels: Sequence[str]) -> 
             color=FAINT,
         )
     ax.set_ylim(0.4 - len(rows), 0.9)
-    ax.set_yticks([])
     ax.margins(x=0.05)
+    style.plain_ticks(ax)
+    ax.set_yticks([])
     ax.set_xlabel(f"{metric_name(rows[0].metric)}, arm - baseline", loc="right")
 
 

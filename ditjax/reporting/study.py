@@ -19,7 +19,14 @@ from ditjax.errors import FaultError
 from ditjax.files.atomic import load_json
 from ditjax.files.store import place
 from ditjax.runs import rundir
-from ditjax.runs.results import METRICS_FILE, RESULT_FILE, Found, Result, is_plausible
+from ditjax.runs.results import (
+    METRICS_FILE,
+    RESULT_FILE,
+    Found,
+    Result,
+    is_plausible,
+    training_compute,
+)
 from ditjax.runs.rundir import RUNS, STUDY_FILE
 from ditjax.studies.words import metric_name, number, plural, short
 
@@ -220,7 +227,7 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
         if len(fields) > 1:
             problems.append(f"protocol {key}: {len(fields)} different protocols carry this hash.")
         steps = sorted({each.result["train"]["steps"] for each in runs})
-        if len(steps) > 1:
+        if len(steps) > 1 and not _of_one_cost(runs):
             shown = ", ".join(map(str, steps[:6])) + (", ..." if len(steps) > 6 else "")
             problems.append(f"protocol {key}: the fit mixes runs of {shown} training steps.")
         varied = varied_keys(runs)
@@ -240,6 +247,13 @@ def _of_one_study(runs: Sequence[Found]) -> bool:
     folders = {each.folder.parent for each in runs}
     (first, *others) = folders
     return not others and first.name == RUNS and (first.parent / STUDY_FILE).is_file()
+
+
+def _of_one_cost(runs: Sequence[Found]) -> bool:
+    """Whether all were trained for the same Gflops, to a step, so that steps must differ."""
+    costs = [training_compute(each) for each in runs]
+    step = max(cost / each.result["train"]["steps"] for cost, each in zip(costs, runs, strict=True))
+    return max(costs) - min(costs) <= step
 
 
 def _note_unusable(runs: Sequence[Found], metric: str, problems: list[str]) -> None:

@@ -143,6 +143,20 @@ def test_what_a_sweep_varies_is_no_problem(study, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("steps", "mixed"), [(200, False), (100, True)])
+def test_other_steps_at_one_cost_are_no_problem(study, tmp_path, steps, mixed):
+    """A network of twice the Gflops for half the steps; for a quarter, the fit mixes them."""
+    for size, gflops, taken in ((study.sizes[0], 1.0, 400), (study.sizes[1], 2.0, steps)):
+        folder = study.write_run(tmp_path, *size, 4, gflops=gflops)
+        path = folder / "result.json"
+        result = json.loads(path.read_text())
+        result["train"] |= {"steps": taken, "images": 8 * taken}
+        path.write_text(json.dumps(result))
+    problems = report.make_report([tmp_path], tmp_path / "report").problems
+    assert any("the fit mixes runs" in each for each in problems) == mixed
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_validation_loss_agrees_by_rank(study, tmp_path):
     losses, distances = [], []
     for size in study.sizes:
