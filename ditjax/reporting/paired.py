@@ -35,8 +35,8 @@ from ditjax.studies.words import (
     shortened,
 )
 
-Arm = Mapping[int, Found]  # by seed
-Pair = tuple[Arm, Arm, tuple[str, str]]  # an arm, its baseline, and words for (baseline, arm)
+_Arm = Mapping[int, Found]  # by seed
+_Pair = tuple[_Arm, _Arm, tuple[str, str]]  # an arm, its baseline, and words for (baseline, arm)
 
 TERMINAL_ROWS = 40  # of a terminal; the page and results.json have all
 
@@ -116,7 +116,7 @@ def paired_rows(
     return tuple(rows)
 
 
-def _pairs(models: Sequence[Sequence[Arm]], keys: Sequence[str]) -> list[Pair]:
+def _pairs(models: Sequence[Sequence[_Arm]], keys: Sequence[str]) -> list[_Pair]:
     """Each arm of the models, the first model first, with its baseline and words for the two."""
     found = [
         (arm, arms[0], labels)

@@ -157,11 +157,15 @@ class MetricsLog:
                     writer.image(step, name, grid)
 
     def sync(self) -> None:
-        """Copy to a store what has been written. Raises as `scalars`."""
-        if self._mirror:
-            with self._faults():
+        """Have lines outlive a power cut, on a disk or on a store. Raises as `scalars`."""
+        if not self._writes:
+            return
+        with self._faults():
+            if self._mirror:
                 self._events.file.flush()
                 self._mirror.ship()
+            else:
+                os.fsync(self._lines.file.fileno())
 
     def _close(self) -> None:
         if self._writes:

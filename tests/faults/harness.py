@@ -395,13 +395,19 @@ class Battery:
         return make() if key and self.breaks else self.once(f"unbroken {mesh} {key}", make)
 
     def cut(self, mesh: str = "1") -> Run:
-        """A run that was killed once its checkpoint of step 12 was there: for copies of it."""
+        """A run that was killed once its checkpoint of step 12 was there: for copies of it.
+
+        A later step was logged, which the copies take again.
+        """
 
         def make() -> Run:
             run = self.run("cut", mesh)
             (child,) = run.start(pace=0.05)
             step = run.checkpoints / str(3 * INTERVAL)
             check(child.until(step.exists), "it ended before it was cut")
+            log = run.workdir / "metrics.jsonl"
+            later = f'"step": {3 * INTERVAL + 1},'
+            check(child.until(lambda: later in log.read_text()), "it ended before it was cut")
             child.kill(signal.SIGKILL)
             child.wait()
             return run

@@ -32,6 +32,21 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 0.1), (20, 0.05), (30, 0.5)]
 
 
+def test_what_a_checkpoint_waits_for_is_on_the_disk(tmp_path, monkeypatch):
+    """A power cut after it takes no line up to it."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    with MetricsLog(tmp_path, 0) as log:
+        log.scalars(10, {"loss": 0.1})
+        assert synced == []
+        log.sync()
+        assert synced == [(tmp_path / "metrics.jsonl").stat().st_ino]
+    synced.clear()
+    with MetricsLog(tmp_path / "another", 0, write=False) as log:
+        log.sync()
+    assert synced == []
+
+
 def test_a_resume_goes_on_from_the_newest_value_of_each_name(tmp_path):
     with MetricsLog(tmp_path, 0) as first:
         first.scalars(10, {"loss": 0.3, "eval/seconds": 4.0})
