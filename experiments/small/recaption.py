@@ -37,6 +37,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.train.batch_size = 64
         return config
     config = text2image.get_config()
+    config.data.image_size = 16  # as the CLIP's
+    config.model.patch = 2
     config.data.name = "ditjax.data.caption_scenes.AltCaptionScenes"
     config.text.captioner = "runs/small/captioner"
     config.sweep = ConfigDict({"title": "A share of written captions"})

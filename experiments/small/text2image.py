@@ -1,4 +1,4 @@
-"""Text-to-image, small: 16x16 caption scenes, and what a text's tokens are worth beside one vector.
+"""Text-to-image, small: 32x32 caption scenes, and what a text's tokens are worth beside one vector.
 
     ditjax train --config=small/clip --workdir=runs/small/clip
     ditjax sweep --config=small/text2image --workdir=runs/small/text2image
@@ -19,23 +19,24 @@ Hardware, time and the result: docs/text2image.md, "A small study".
 
 from ml_collections import ConfigDict
 
+from ..base import FLOW
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the recipe; 'shuffled' trains on captions of other images, 'minilm' on its tokens."""
     config = ConfigDict({"task": "text2image"})
-    config.model = ConfigDict({"size": "4x96x4", "patch": 2})
-    config.data = ConfigDict({"name": "caption_scenes", "image_size": 16, "num_classes": 10})
+    config.model = ConfigDict({"size": "4x96x4", "patch": 4})
+    config.data = ConfigDict({"name": "caption_scenes", "image_size": 32, "num_classes": 10})
     config.data.update(flip=False, threads=1)
     config.autoencoder = ConfigDict({"kind": "none"})
     config.text = ConfigDict({"encoder": "runs/small/clip", "width": 96, "tokens": 12})
-    config.diffusion = ConfigDict({"schedule": "cosine", "loss": "simple"})
-    config.diffusion.update(variance="fixed_small")
-    config.optim = ConfigDict({"learning_rate": 4e-3, "schedule": "cosine", "warmup_steps": 100})
+    config.diffusion = ConfigDict({**FLOW, "prediction": "x0"})
+    config.optim = ConfigDict({"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 100})
     config.train = ConfigDict({"steps": 6000, "batch_size": 32, "ema_decay": 0.999})
     config.train.update(log_every_steps=200, checkpoint_every_steps=1000, keep_checkpoints=1)
     config.train.update(sample_every_steps=3000)
-    config.sample = ConfigDict({"sampler": "ddim", "steps": "ddim25", "cfg_scale": 3.0})
-    config.sample.update(cfg_channels="all", clip_x0=True, batch_size=128, num=16)
+    config.sample = ConfigDict({"sampler": "heun", "steps": "20", "cfg_scale": 3.0})
+    config.sample.update(cfg_channels="all", batch_size=128, num=16)
     config.evaluate = ConfigDict({"features": "captions", "split": "test", "num_samples": 800})
     config.evaluate.update(reference="caption_scenes/train[:5000]", val_loss_num=2000)
     if arg == "shuffled":

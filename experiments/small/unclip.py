@@ -48,7 +48,8 @@ def decoder() -> ConfigDict:
     config = text2image.get_config()
     del config.sweep
     config.task = "unclip"
-    config.model.update(vector_tokens=4, label_dropout=0.5)
+    config.data.image_size = 16  # as the CLIP's
+    config.model.update(patch=2, vector_tokens=4, label_dropout=0.5)
     config.unclip = ConfigDict({"clip": "runs/small/clip", "width": 64})
     config.unclip.update(source="prior", prior="runs/small/unclip")
     config.train.update(steps=4000, sample_every_steps=2000)
