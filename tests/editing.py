@@ -29,12 +29,14 @@ from ditjax.diffusion.inverse import METHODS, known_pixels
 from ditjax.diffusion.samplers import initial_noise, per_sample_noise, walk
 from ditjax.diffusion.solvers import SAMPLERS
 from ditjax.evaluation.classifiers import JUDGE, predict_class
+from ditjax.metrics.restoration import psnr
 from ditjax.runs import opening
 from ditjax.runs.results import save_grid
 from ditjax.sampling.editing import inpaint_request
 from ditjax.sampling.given import given_known
 from ditjax.sampling.pipeline import Pipeline
 from ditjax.tasks.objective import objective_of, times_of
+from tests.denoisers import linear_mean
 
 COMPLETIONS = 4
 ARMS: dict[str, dict[str, Any]] = {
@@ -138,17 +140,17 @@ def print_denoised(run: str, images: np.ndarray, bank: np.ndarray) -> None:
     noise = np.random.default_rng(1).standard_normal(images.shape)
     arguments: dict[str, Any] = {"batch_size": len(images), "cfg_scale": 1.0, "quiet": True}
 
-    def psnr(x: np.ndarray) -> float:
-        error = (np.clip(x.reshape(images.shape), 0, 255) - images) ** 2
-        return float(np.mean(10 * np.log10(255**2 / error.mean((1, 2, 3)))))
+    def mean_psnr(x: np.ndarray) -> float:
+        return float(psnr(np.clip(x.reshape(images.shape), 0, 255), images, 255).mean())
 
     print("| σ | noisy | Gaussian | network | network, σ estimated |")
     for sigma in (15.0, 25.0, 50.0):
         y = images + sigma * noise
-        gain = cov @ np.linalg.inv(cov + sigma**2 * np.eye(len(cov)))
-        wiener = mean + (y.reshape(len(y), -1) - mean) @ gain.T
+        wiener, _ = linear_mean(y.reshape(len(y), -1), mean, cov, sigma)
         known, blind = (pipeline.denoise(y, s, **arguments).array for s in (sigma, 0.0))
-        row = " | ".join(f"{psnr(np.asarray(x, float)):.2f}" for x in (y, wiener, known, blind))
+        row = " | ".join(
+            f"{mean_psnr(np.asarray(x, float)):.2f}" for x in (y, wiener, known, blind)
+        )
         print(f"| {sigma:g} | {row} |", flush=True)
 
 

@@ -108,8 +108,8 @@ class Watch:
 
     def _may(self, path: str | bytes) -> bool:
         text = os.fsdecode(path)
-        # NumPy tokenizes an old header. From 3.12 on Python looks for the file of a wrong token's
-        # line, to show it, by the name that such text has.
+        # NumPy tokenizes an old header, and Python 3.13 looks for the source of a wrong token by
+        # the name that such text has.
         return text.startswith(self.path) or "encodings" in text or text == "<string>"
 
 

@@ -12,15 +12,14 @@ variation with the best of seven weights for each image, which only the truth ca
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
-from PIL import Image
 
-from ditjax import train
+from ditjax.metrics.restoration import psnr
 from ditjax.runs.results import save_grid
 from ditjax.sampling.pipeline import Pipeline
+from tests.denoisers import GreyImages, trained
 
 TRAINING = (
     "camera",
@@ -51,39 +50,24 @@ def grey(name: str) -> np.ndarray:
 
 
 class Crops(
-    tfds.core.GeneratorBasedBuilder,
+    GreyImages,
     skip_registration=True,  # type: ignore[call-arg]
 ):
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First release."}
+    SIDE, LABEL, COUNTS = WINDOW, "photograph", CROPS
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        image = tfds.features.Image(shape=(WINDOW, WINDOW, 1), encoding_format="png")
-        label = tfds.features.ClassLabel(names=["photograph"])
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict({"image": image, "label": label}),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {split: self._generate_examples(split) for split in CROPS}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    def images(self, rng: np.random.Generator, count: int) -> Iterator[np.ndarray]:
         photographs = [grey(name) for name in TRAINING]
-        rng = np.random.default_rng(list(CROPS).index(split))
-        for i in range(CROPS[split]):
+        for _ in range(count):
             whole = photographs[rng.integers(len(photographs))]
             top, left = (rng.integers(n - WINDOW + 1) for n in whole.shape)
             crop = np.rot90(whole[top : top + WINDOW, left : left + WINDOW], int(rng.integers(4)))
             crop = crop[:, ::-1] if rng.integers(2) else crop
-            yield i, {"image": Image.fromarray(np.rint(crop).astype(np.uint8)), "label": 0}
+            yield np.rint(crop).astype(np.uint8)
 
 
-def psnr(x: np.ndarray, truth: np.ndarray) -> float:
+def clipped_psnr(x: np.ndarray, truth: np.ndarray) -> float:
     """Of clipped pixels, in dB."""
-    return float(10 * np.log10(255**2 / np.mean((np.clip(x, 0, 255) - truth) ** 2)))
+    return float(psnr(np.clip(x, 0, 255)[None], truth[None], 255)[0])
 
 
 def denoised(pipeline: Pipeline, truth: np.ndarray, y: np.ndarray, s: float) -> dict[str, Any]:
@@ -103,7 +87,7 @@ def denoised(pipeline: Pipeline, truth: np.ndarray, y: np.ndarray, s: float) -> 
         "noisy": y,
         "wavelets": 255 * wavelets,
         "non-local means": 255 * means,
-        "total variation, best": max(varied, key=lambda x: psnr(x, truth)),
+        "total variation, best": max(varied, key=lambda x: clipped_psnr(x, truth)),
         "network": network(s),
         "network, σ estimated": network(0.0),
     }
@@ -116,31 +100,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--figure", default="")
     args = parser.parse_args()
-    words = {
+    own = {
         "data.name": "tests.photographs.Crops",
         "data.image_size": WINDOW,
-        "data.num_classes": 1,
-        "diffusion.process": "flow",
-        "diffusion.prediction": "velocity",
-        "diffusion.loss": "simple",
-        "diffusion.variance": "none",
         "diffusion.time_most": 0.3,  # noise of up to .43, or 54 in pixels
         "optim.learning_rate": 2e-3,
         "train.batch_size": 32,
         "train.steps": args.steps,
-        "train.ema_decay": 0.999,
-        "train.sample_every_steps": 0,
-        "train.evaluate_every_steps": 0,
-        "evaluate.features": "none",
-        "sample.sampler": "heun",
-        "sample.steps": 10,
-        "sample.eta": 0.0,
     }
-    flags = [f"--config.{key}={value}" for key, value in words.items()]
-    status = train.main(["--config=digits:4x96x3/2", f"--workdir={args.workdir}", *flags])
-    if status:
-        raise SystemExit(status)
-    pipeline, shown, rows = Pipeline.from_pretrained(str(args.workdir)), [], []
+    pipeline = trained("4x96x3/2", args.workdir, own)
+    shown: list[np.ndarray] = []
+    rows: list[tuple[float, dict[str, Any]]] = []
     rng = np.random.default_rng(1)
     crops = {n: grey(n)[i : i + SIDE, j : j + SIDE] for n, (i, j) in SCORED.items()}
     for sigma in SIGMAS:
@@ -149,7 +119,7 @@ def main() -> None:
             y = truth + sigma * rng.standard_normal(truth.shape)
             found = denoised(pipeline, truth, y, sigma)
             for method, image in found.items():
-                scores.setdefault(method, []).append(psnr(image, truth))
+                scores.setdefault(method, []).append(clipped_psnr(image, truth))
             if sigma == SIGMAS[1]:
                 shown += [truth, *found.values()]
         rows.append((sigma, {method: np.mean(each) for method, each in scores.items()}))

@@ -242,11 +242,15 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
     return tuple(groups)
 
 
+def _study_of(each: Found) -> Path | None:
+    """The folder of the sweep whose cell a run is, by where it lies."""
+    return each.folder.parent.parent if each.folder.parent.name == RUNS else None
+
+
 def _of_one_study(runs: Sequence[Found]) -> bool:
     """Whether all are cells of one sweep, whose recipe says in what they differ."""
-    folders = {each.folder.parent for each in runs}
-    (first, *others) = folders
-    return not others and first.name == RUNS and (first.parent / STUDY_FILE).is_file()
+    root, *others = {_study_of(each) for each in runs}
+    return root is not None and not others and (root / STUDY_FILE).is_file()
 
 
 def _of_one_cost(runs: Sequence[Found]) -> bool:
@@ -382,7 +386,7 @@ def read_plan(
     plan of a study is added to `problems`.
     """
     roots = [place(folder) for folder in folders]
-    roots += [each.folder.parent.parent for each in found if each.folder.parent.name == RUNS]
+    roots += [root for each in found if (root := _study_of(each))]
     studies = {}
     for root in roots:
         path = (root / STUDY_FILE).resolve()
