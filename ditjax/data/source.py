@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -444,11 +445,15 @@ def _prepare_builder(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilde
             " tfds.core.GeneratorBasedBuilder, with an image and a label in its features."
         )
     builder: Any = cls
-    folder = root / builder.name / str(builder.VERSION)
-    if not is_complete(folder):
-        with _exclusive(parsed.text, root):
-            write_below(root, lambda root: builder(data_dir=root, file_format="array_record"))
-    return _open(parsed.text, folder)
+    # NAME[/CONFIG]/VERSION, of the builder's default configuration if it has several.
+    made = builder(data_dir=tempfile.gettempdir(), file_format="array_record")
+    folder = root / Path(made.data_dir).relative_to(tempfile.gettempdir())
+    return _own(
+        parsed.text,
+        root,
+        folder,
+        lambda root: builder(data_dir=root, file_format="array_record"),
+    )
 
 
 # ---- images of a user: folders, and those with captions

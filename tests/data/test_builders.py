@@ -545,3 +545,13 @@ def test_a_folder_on_a_store_is_a_data_set(memory, photographs, tmp_path, monkey
         prepare("folder:gs://bucket/none", data)
     with pytest.raises(UserError, match="TensorFlow prepares on disks"):
         prepare("cifar10", "gs://bucket/data")
+
+
+def test_a_builder_with_configurations_is_prepared_once(tmp_path, monkeypatch):
+    """It lies under its default configuration, where the second call finds it."""
+    name = "tests.toys.data.SizedSides"
+    builder = source.prepare(name, tmp_path)
+    assert Path(builder.data_dir) == tmp_path / "sized_sides" / "small" / "1.0.0"
+    assert builder.info.splits["train"].num_examples == 64
+    monkeypatch.setattr(source, "write_below", None)
+    assert source.prepare(name, tmp_path).data_dir == builder.data_dir

@@ -35,3 +35,12 @@ class Sides(tfds.core.GeneratorBasedBuilder):
             image[:, 4 * (i % 2) : 4 * (i % 2) + 4] += np.uint8(160)
             # Of an array tensorflow-datasets would need TensorFlow to make a PNG.
             yield i, {"image": Image.fromarray(image[..., 0]), "label": i % 2}
+
+
+class SizedSides(Sides):
+    """The same, of a builder that has configurations: the first is the default."""
+
+    BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
+        tfds.core.BuilderConfig(name="small", description="8x8"),
+        tfds.core.BuilderConfig(name="smaller", description="8x8, too"),
+    ]
