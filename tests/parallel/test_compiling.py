@@ -132,7 +132,7 @@ def test_an_error_of_the_program_comes_through(capfd):
         ("TPU v6 lite", 16, 1, True),
         ("TPU v6 lite", 1, 1, False),  # nothing is gathered
         ("TPU v6 lite", 4, 4, False),  # rings of tensor parallel products are left
-        ("TPU v5", 16, 1, False),  # it makes none, and may not know the option
+        ("TPU v5", 16, 1, False),  # it makes no rings, and scatters hardly more gradients
         ("cpu", 8, 1, False),
     ],
 )
