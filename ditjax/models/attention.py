@@ -251,8 +251,9 @@ class SelfAttention(nn.Module):
             Linear, dtype=self.dtype, place=self.place, use_bias=self.use_bias
         )
         features = (3, self.heads, self.head_width or D // self.heads)
-        qkv = linear(features, kernel_init=self.inits[0], name="qkv")(x)
-        q, k, v = (_heads_first(qkv[..., i, :, :]) for i in range(3))
+        first = self.place.heads_first
+        qkv = linear(features, kernel_init=self.inits[0], heads_first=first, name="qkv")(x)
+        q, k, v = qkv if first else (_heads_first(qkv[..., i, :, :]) for i in range(3))
         if self.qk_norm:
             q, k = HeadNorm(name="q_norm")(q), HeadNorm(name="k_norm")(k)
         if self.rope:

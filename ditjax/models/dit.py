@@ -913,7 +913,8 @@ def reader_of(
     k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE
 ) -> Callable[..., tuple[jax.Array, Taps]]:
     """Build `InspectionSeam.read`, by Linen's `capture_intermediates`."""
-    dit = module(k, inputs, place).clone(align_block=0)
+    # What the product of qkv yields is read with its tokens first.
+    dit = module(k, inputs, dataclasses.replace(place, heads_first=False)).clone(align_block=0)
     N = shape(k, inputs).tokens
 
     def read(

@@ -42,12 +42,14 @@ class Placement:
     `put(name, x)` constrains the sharding of the activations of that name. `merge_rows`: whether
     tokens may be merged with the batch; `merge_columns`: whether heads may be merged with the 3 of
     qkv. Merging an axis that is split would gather it first. `attend` is the devices' kernel for
-    self-attention; None is the plain form.
+    self-attention; None is the plain form. `heads_first`: whether the product of queries, keys and
+    values has its heads before its tokens (`Linear`).
     """
 
     put: Callable[[str, jax.Array], jax.Array] = _unplaced
     merge_rows: bool = True
     merge_columns: bool = True
+    heads_first: bool = False
     attend: Attend | None = None
 
 
@@ -64,6 +66,10 @@ class Linear(nn.Module):
     and before the cast: otherwise a TPU sums the whole gradient over `fsdp` and splits it
     afterwards, which moves twice the bytes.
 
+    With `heads_first`, features (S, H, d) are not merged, and y [.., N, D_in] -> [S, .., H, N, d]
+    has the layout that a TPU's kernel of attention reads. Heads of 72 in a merged product are not
+    at the 128 lanes of a register, so that each of S, H and N would be moved in a pass of its own.
+
     If the collection 'lora' has factors a [S, D_in, r] and b [S, r, *rest] of this layer, x a b is
     added, with S products beside each other along the first of the features (Hu et al. 2021).
     """
@@ -73,6 +79,7 @@ class Linear(nn.Module):
     dtype: Any = jnp.float32
     place: Placement = ANYWHERE
     use_bias: bool = True
+    heads_first: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -84,14 +91,27 @@ class Linear(nn.Module):
         lead, D = x.shape[:-1], x.shape[-1]
         rows = (-1,) if self.place.merge_rows else lead
         columns = (-1,) if self.place.merge_columns else features
-        x = x.astype(self.dtype).reshape(*rows, D)
-        kernel = kernel.reshape(D, *columns).astype(self.dtype)
+        x, kernel = x.astype(self.dtype), kernel.reshape(D, *columns).astype(self.dtype)
+        if self.heads_first:
+            return self._by_heads(x, kernel.reshape(D, *features), bias)
+        x = x.reshape(*rows, D)
         y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         if bias is not None:
             y = y + bias.reshape(columns).astype(self.dtype)[(None,) * len(rows)]
         if self.has_variable("lora", "a"):
             y = y + self._low_rank(x).reshape(y.shape)
         return y.reshape(*lead, *features)
+
+    def _by_heads(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """y [S, .., H, N, d] of x [.., N, D_in] and a kernel [D_in, S, H, d]."""
+        y = jnp.einsum("...nd,dshk->s...hnk", x, kernel)
+        if bias is not None:
+            S, H, d = bias.shape
+            y = y + bias.astype(self.dtype).reshape(S, *(1,) * (x.ndim - 2), H, 1, d)
+        if self.has_variable("lora", "a"):
+            added = self._low_rank(x).reshape(*x.shape[:-1], *kernel.shape[1:])
+            y = y + jnp.moveaxis(added, (-3, -2), (0, -3))
+        return y
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
         """x a b of the collection 'lora' -> [.., S, features / S]."""

@@ -127,8 +127,10 @@ def placement(c: Config, mesh: Mesh) -> Placement:
         dtype=DTYPES[c.model.dtype],
     )
     chosen = None if kernel is attend else rules.by_heads(kernel, mesh)
+    # With 'dots' the product is kept for the gradient, and heads of 72 take the memory of 128.
+    first = kernel is kernels.flash and getattr(c.model, "remat", "none") != "dots"
     if mesh.size == 1:
-        return Placement(attend=chosen)
+        return Placement(attend=chosen, heads_first=first)
     if split.whole:
         rules.check_whole_tokens(mesh)
     rules.check_tokens(split.tokens, split.extra, split.heads, mesh, split.frames)
@@ -136,6 +138,7 @@ def placement(c: Config, mesh: Mesh) -> Placement:
         rules.activation_placement(mesh),
         merge_rows=mesh.shape["context"] == 1,
         merge_columns=mesh.shape["tensor"] == 1,
+        heads_first=first,
         attend=chosen,
     )
 

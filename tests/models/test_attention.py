@@ -1,11 +1,14 @@
 """Our softmax divides late and has a gradient of its own: the numbers are the textbook's."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ditjax.models.attention import attend
+from ditjax.models.attention import SelfAttention, attend
+from ditjax.models.embed import ANYWHERE, Placement
 
 
 def textbook(q, k, v):
@@ -55,3 +58,37 @@ def test_bfloat16_stays_and_has_a_float32_softmax():
         assert ours.dtype == jnp.bfloat16
         error = np.asarray(ours, np.float32) - true
         assert float(np.linalg.norm(error) / np.linalg.norm(true)) < 6e-3
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        Placement(heads_first=True),
+        Placement(heads_first=True, merge_rows=False, merge_columns=False),
+    ],
+    ids=["merged", "split"],
+)
+@pytest.mark.parametrize("shape", [(2, 6, 8), (2, 3, 6, 8)], ids=["tokens", "groups"])
+def test_a_product_with_the_heads_first_is_the_same_attention(place, shape):
+    """The same parameters, output and gradients, with an adapter on the product of qkv."""
+    layers = [SelfAttention(heads=2, place=each) for each in (ANYWHERE, place)]
+    rng = np.random.default_rng(0)
+    draw = lambda *size: jnp.asarray(rng.normal(size=size), jnp.float32)  # noqa: E731
+    x, dy = draw(*shape), draw(*shape)
+    shapes = [jax.eval_shape(each.init, jax.random.key(0), x)["params"] for each in layers]
+    assert shapes[0] == shapes[1]
+    values = {
+        "params": jax.tree.map(lambda leaf: draw(*leaf.shape), shapes[0]),
+        "lora": {"qkv": {"a": draw(3, 8, 2), "b": draw(3, 2, 2, 4)}},
+    }
+    expected, found = (
+        jax.jit(lambda v, x, each=each: jax.vjp(each.apply, v, x)[1](dy))(values, x)
+        for each in layers
+    )
+    outputs: list[Any] = [each.apply(values, x) for each in layers]
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * float(np.abs(b).max())),
+        found,
+        expected,
+    )

@@ -11,6 +11,7 @@ import pytest
 from ditjax.models import unet
 from ditjax.models.attention import attention_weights
 from ditjax.models.dit import NETWORK, DiTKeys
+from ditjax.models.embed import Placement
 from ditjax.models.network import Conditions, Inputs
 
 INPUTS = Inputs(shape=(8, 8, 2), out_channels=4, num_classes=5)
@@ -52,6 +53,12 @@ def test_reading_changes_nothing():
     k, *args = network("adaln_zero")
     plain = NETWORK.module(k, INPUTS).apply(*args)
     np.testing.assert_array_equal(read("adaln_zero")[0], plain)
+
+
+def test_a_product_with_the_heads_first_is_read_alike():
+    k, *args = network("adaln_zero")
+    _, taps = SEAM.read(k, INPUTS, Placement(heads_first=True))(*args, "attention")
+    np.testing.assert_array_equal(taps.attention, read("adaln_zero")[1].attention)
 
 
 @pytest.mark.parametrize("kind", KINDS)

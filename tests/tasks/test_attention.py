@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ditjax.cli import load_recipe
-from ditjax.config import read
+from ditjax.config import changed, read
 from ditjax.errors import UserError
 from ditjax.models import kernels
 from ditjax.models.attention import attend
@@ -85,8 +85,12 @@ def test_a_kernel_on_eight_devices_is_the_plain_form_on_one():
     assert_close(found, output_and_gradients(attend)(*values))
 
 
-def test_the_network_trains_through_the_kernel(monkeypatch):
-    """The loss and its gradients on fsdp = 2, the blocks scanned, as of the plain form on one."""
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_the_network_trains_through_the_kernel(heads_first, monkeypatch):
+    """The loss and its gradients on fsdp = 2, the blocks scanned, as of the plain form on one.
+
+    A TPU's kernel is given queries, keys and values whose product has the heads first.
+    """
     c = recipe("--config.model.unroll=1")
     rng = np.random.default_rng(0)
     batch = {
@@ -118,7 +122,12 @@ def test_the_network_trains_through_the_kernel(monkeypatch):
         return flash(q, k, v)
 
     monkeypatch.setattr(kernels, "choose", lambda *args, **kwargs: counted)
-    found = gradients(make_mesh(1, 2, jax.devices()[:2]))
+    if heads_first:
+        monkeypatch.setattr(kernels, "flash", counted)
+    mesh = make_mesh(1, 2, jax.devices()[:2])
+    assert placement(c, mesh).heads_first == heads_first
+    assert not placement(changed(c, {"model": {"remat": "dots"}}), mesh).heads_first
+    found = gradients(mesh)
     assert set(calls) == {(4, 2, 16, 16)}
     assert_close(found, expected)
 
@@ -157,4 +166,5 @@ def test_a_kernel_that_is_not_there_is_refused_before_a_compile(program, name):
 def test_on_cpus_nothing_is_sharded_by_hand():
     """The plain form is left to XLA's partitioner."""
     assert placement(recipe(), make_mesh(8, 1)).attend is None
+    assert not placement(recipe(), make_mesh(8, 1)).heads_first
     assert denoiser_module(recipe(), make_mesh(8, 1)).place.attend is None
