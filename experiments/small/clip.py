@@ -1,4 +1,4 @@
-"""CLIP, small: 16x16 caption scenes, and the baselines of its scores.
+"""CLIP, small: 32x32 caption scenes, and the baselines of its scores.
 
     ditjax train --config=small/clip --workdir=runs/small/clip
     ditjax evaluate --workdir=runs/small/clip
@@ -18,9 +18,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """Return the recipe; 'shuffled' trains on captions of other images."""
     config = ConfigDict({"task": "clip"})
     config.model = ConfigDict({"size": "4x96x4", "text_size": "2x96x4"})
-    config.model.update(patch=4, embedding=64, vocabulary=360, end=1)
+    config.model.update(patch=8, embedding=64, vocabulary=360, end=1)
     config.text = ConfigDict({"tokens": 12})
-    config.data = ConfigDict({"name": "caption_scenes", "image_size": 16, "num_classes": 10})
+    config.data = ConfigDict({"name": "caption_scenes", "image_size": 32, "num_classes": 10})
     config.data.update(flip=False, threads=1)
     if arg == "shuffled":
         config.data.name = "ditjax.data.caption_scenes.ShuffledCaptionScenes"

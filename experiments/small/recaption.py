@@ -37,10 +37,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.train.batch_size = 64
         return config
     config = text2image.get_config()
-    config.data.image_size = 16  # as the CLIP's
-    config.model.patch = 2
     config.data.name = "ditjax.data.caption_scenes.AltCaptionScenes"
     config.text.captioner = "runs/small/captioner"
+    config.train.steps = 6000  # enough for colours and places
     config.sweep = ConfigDict({"title": "A share of written captions"})
     config.sweep.grid = (("text.synthetic_share", SHARES),)
     config.sweep.seeds = (0, 1, 2)

@@ -1,10 +1,10 @@
-"""unCLIP, small: vectors of the CLIP of 16x16 caption scenes drawn from captions, and decoded.
+"""unCLIP, small: vectors of the CLIP of 32x32 caption scenes drawn from captions, and decoded.
 
     ditjax train --config=small/clip --workdir=runs/small/clip
     ditjax train --config=small/unclip --workdir=runs/small/unclip
     ditjax evaluate --workdir=runs/small/unclip
-    ditjax train --config=small/unclip:flow --workdir=runs/small/unclip_flow
-    ditjax evaluate --workdir=runs/small/unclip_flow
+    ditjax train --config=small/unclip:x0 --workdir=runs/small/unclip_x0
+    ditjax evaluate --workdir=runs/small/unclip_x0
     ditjax train --config=small/unclip:decoder --workdir=runs/small/unclip_decoder
     ditjax evaluate --workdir=runs/small/unclip_decoder
     ditjax evaluate --workdir=runs/small/unclip_decoder --config.unclip.candidates=1
@@ -16,8 +16,9 @@
 It asks whether drawn vectors have the mean, the spread and the distribution of real ones. The
 baselines are a ridge regression of the image's vector by the caption's, and the caption's vector
 itself: the prior should have a mean as near as the regression's, a calibration gap below .03, and a
-smaller energy distance than both. 'flow' is the same network as a velocity: where there is little
-noise, a vector is then the noisy one plus a little, and not the network's output alone.
+smaller energy distance than both. The prior is the velocity of a flow: where there is little noise,
+a vector is the noisy one plus a little. 'x0' is the paper's prior, the same network whose output is
+the vector itself.
 
 Of the decoder it asks whether images of captions, through the prior, show what these say more often
 than by the caption's own vector or by no vector (the paper's Fig. 8), on test and test_heldout. The
@@ -33,13 +34,14 @@ from . import text2image
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe of the prior, of the prior as a 'flow', or of the 'decoder'."""
+    """Return the recipe of the prior, of the paper's prior, 'x0', or of the 'decoder'."""
     if arg == "decoder":
         return decoder()
     config = prior()
-    if arg == "flow":
-        config.diffusion = ConfigDict(UNIFORM_FLOW)
-        config.sample = ConfigDict({"sampler": "heun", "steps": "32"})
+    if arg == "x0":
+        config.diffusion = ConfigDict({"prediction": "x0", "schedule": "cosine", "loss": "simple"})
+        config.diffusion.update(variance="fixed_small")
+        config.sample = ConfigDict({"steps": "64"})
     return config
 
 
@@ -48,11 +50,10 @@ def decoder() -> ConfigDict:
     config = text2image.get_config()
     del config.sweep
     config.task = "unclip"
-    config.data.image_size = 16  # as the CLIP's
-    config.model.update(patch=2, vector_tokens=4, label_dropout=0.5)
+    config.model.update(vector_tokens=4, label_dropout=0.5)
     config.unclip = ConfigDict({"clip": "runs/small/clip", "width": 64})
     config.unclip.update(source="prior", prior="runs/small/unclip")
-    config.train.update(steps=4000, sample_every_steps=2000)
+    config.train.update(steps=8000, sample_every_steps=2000)
     return config
 
 
@@ -62,15 +63,14 @@ def prior() -> ConfigDict:
     config.model = ConfigDict({"size": "3x128x4"})
     config.text = ConfigDict({"tokens": 12})
     config.prior = ConfigDict({"clip": "runs/small/clip"})
-    config.data = ConfigDict({"name": "caption_scenes", "image_size": 16, "num_classes": 10})
+    config.data = ConfigDict({"name": "caption_scenes", "image_size": 32, "num_classes": 10})
     config.data.update(flip=False, threads=1)
-    config.diffusion = ConfigDict({"prediction": "x0", "schedule": "cosine", "loss": "simple"})
-    config.diffusion.update(variance="fixed_small")
+    config.diffusion = ConfigDict(UNIFORM_FLOW)
     config.optim = ConfigDict({"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 100})
     config.train = ConfigDict({"steps": 3000, "batch_size": 128, "ema_decay": 0.999})
     config.train.update(log_every_steps=200, checkpoint_every_steps=1000, keep_checkpoints=1)
     config.train.update(sample_every_steps=0)
-    config.sample = ConfigDict({"steps": "64"})
+    config.sample = ConfigDict({"sampler": "heun", "steps": "32"})
     # All 2,000 scenes, 16 vectors each, take four times as long.
     config.prior.samples = 8
     config.evaluate = ConfigDict({"split": "test[:1000]"})

@@ -32,7 +32,7 @@ ARGUMENTS = [
     "small/dalle:shuffled",
     "dalle_12b:dvae",
     "small/unclip:decoder",
-    "small/unclip:flow",
+    "small/unclip:x0",
     "small/recaption:captioner",
 ]
 # The recipes of other tasks than diffusion.
@@ -42,7 +42,7 @@ TASKS = {
     **dict.fromkeys(("pixart", "pixart:512", "small/text2image"), "text2image"),
     **dict.fromkeys(("small/text2image:minilm", "small/text2image:shuffled"), "text2image"),
     **dict.fromkeys(("small/dalle:dvae", "dalle_12b:dvae"), "dvae"),
-    **dict.fromkeys(("small/unclip", "small/unclip:flow"), "prior"),
+    **dict.fromkeys(("small/unclip", "small/unclip:x0"), "prior"),
     "small/unclip:decoder": "unclip",
     "small/recaption": "text2image",
     "small/recaption:captioner": "captioner",
