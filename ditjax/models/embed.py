@@ -91,10 +91,12 @@ class Linear(nn.Module):
         lead, D = x.shape[:-1], x.shape[-1]
         rows = (-1,) if self.place.merge_rows else lead
         columns = (-1,) if self.place.merge_columns else features
-        x, kernel = x.astype(self.dtype), kernel.reshape(D, *columns).astype(self.dtype)
+        x = x.astype(self.dtype)
         if self.heads_first:
-            return self._by_heads(x, kernel.reshape(D, *features), bias)
+            merged = kernel.reshape(D, *columns).astype(self.dtype)
+            return self._by_heads(x, merged.reshape(D, *features), bias)
         x = x.reshape(*rows, D)
+        kernel = kernel.reshape(D, *columns).astype(self.dtype)
         y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         if bias is not None:
             y = y + bias.reshape(columns).astype(self.dtype)[(None,) * len(rows)]
