@@ -10,7 +10,8 @@
 It asks whether the transformer reads its text: bits per code below those of the same run with the
 captions of other scenes, 'shuffled', and below counts of the left and upper code. The discrete VAE
 has to pass first: PSNR of hard codes above that of the mean colour, and more than a few codes used.
-With config.tokens.candidates=16 and config.tokens.clip=runs/small/clip, CLIP keeps the best of 16.
+With config.tokens.candidates=16 and config.tokens.clip=RUN, CLIP keeps the best of 16. RUN is a run
+of small/clip with config.data.image_size=16 and config.model.patch=4.
 Hardware, time and the result: docs/dalle.md, "A small study".
 """
 
