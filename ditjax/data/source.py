@@ -445,15 +445,14 @@ def _prepare_builder(parsed: DatasetName, root: Path) -> tfds.core.DatasetBuilde
             " tfds.core.GeneratorBasedBuilder, with an image and a label in its features."
         )
     builder: Any = cls
+
+    def make(root: Path) -> tfds.core.DatasetBuilder:
+        return builder(data_dir=root, file_format="array_record")
+
     # NAME[/CONFIG]/VERSION, of the builder's default configuration if it has several.
-    made = builder(data_dir=tempfile.gettempdir(), file_format="array_record")
-    folder = root / Path(made.data_dir).relative_to(tempfile.gettempdir())
-    return _own(
-        parsed.text,
-        root,
-        folder,
-        lambda root: builder(data_dir=root, file_format="array_record"),
-    )
+    anywhere = Path(tempfile.gettempdir())
+    folder = root / Path(make(anywhere).data_dir).relative_to(anywhere)
+    return _own(parsed.text, root, folder, make)
 
 
 # ---- images of a user: folders, and those with captions

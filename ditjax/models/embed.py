@@ -89,14 +89,12 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
         lead, D = x.shape[:-1], x.shape[-1]
-        rows = (-1,) if self.place.merge_rows else lead
+        rows = (-1,) if self.place.merge_rows and not self.heads_first else lead
         columns = (-1,) if self.place.merge_columns else features
-        x = x.astype(self.dtype)
-        if self.heads_first:
-            merged = kernel.reshape(D, *columns).astype(self.dtype)
-            return self._by_heads(x, merged.reshape(D, *features), bias)
-        x = x.reshape(*rows, D)
+        x = x.astype(self.dtype).reshape(*rows, D)
         kernel = kernel.reshape(D, *columns).astype(self.dtype)
+        if self.heads_first:
+            return self._by_heads(x, kernel.reshape(D, *features), bias)
         y = lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         if bias is not None:
             y = y + bias.reshape(columns).astype(self.dtype)[(None,) * len(rows)]
