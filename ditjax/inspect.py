@@ -11,7 +11,7 @@ import jax
 
 from ditjax import __version__, cli
 from ditjax.errors import UserError, nearest
-from ditjax.evaluation.analyses import ANALYSES
+from ditjax.evaluation.analyses import ANALYSES, analyses_of
 from ditjax.evaluation.inspection import NOISE_SHARES, Reading, open_instrument
 from ditjax.files.atomic import protocol_hash, write_atomic, write_json, write_text
 from ditjax.files.durations import duration
@@ -43,9 +43,9 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--what",
         type=_list_of(str, "analyses separated by commas"),
-        default=tuple(ANALYSES),
+        default=(),
         metavar="NAMES",
-        help=f"some of {','.join(ANALYSES)} (default: all)",
+        help=f"some of {','.join(ANALYSES)} (default: all; words of networks of texts alone)",
     )
     parser.add_argument(
         "--blocks",
@@ -79,12 +79,14 @@ def main(argv: list[str]) -> int:
             f"--what={','.join(args.what)}: {wrong[0]!r} is no analysis; expected some of"
             f" {', '.join(ANALYSES)}.{nearest(wrong[0], ANALYSES)}"
         )
-    what = tuple(name for name in ANALYSES if name in args.what)
     folder = place(args.out or place(args.workdir or ".") / "inspection")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out={folder} is a file: give a folder.")
     reading = Reading(args.times, args.blocks, args.num, args.batch_size)
-    tool = open_instrument(config, source.load, reading, features="cknna" in what)
+    features = not args.what or "cknna" in args.what
+    tool = open_instrument(config, source.load, reading, features=features)
+    asked = args.what or analyses_of(tool)
+    what = tuple(name for name in ANALYSES if name in asked)
     for note in source.notes:
         print(note, flush=True)
     sections: list[Part] = []

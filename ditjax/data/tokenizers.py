@@ -20,6 +20,7 @@ SHIPPED_TOKENIZER = "scenes"  # assets/scene_bpe.json
 MAX_TEXT = 4096  # characters
 _CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _PADDING = ("[PAD]", "<pad>")
+_WORD_MARKS = ("\u0120", "</w>", "\u2581")  # of byte-level BPE, CLIP and SentencePiece
 
 
 class Tokens(NamedTuple):
@@ -67,6 +68,21 @@ class Tokenizer:
                 found = found[:length] if self.end < 0 else [*found[: length - 1], self.end]
             ids[row, : len(found)], mask[row, : len(found)] = found, True
         return Tokens(ids, mask, tuple(cut))
+
+    def pieces(self, ids: np.ndarray) -> list[list[str]]:
+        """The text of each of ids i32[n,M]: '' of padding and of what marks a text's ends.
+
+        A file without a decoder leaves the marks of a word's ends, which are taken out.
+        """
+
+        def piece(token: int) -> str:
+            found: str = self._tokenizer.decode([token])
+            for mark in _WORD_MARKS:
+                found = found.replace(mark, " ")
+            return found.strip()
+
+        known = {int(each): piece(int(each)) for each in np.unique(ids)}
+        return [[known[int(each)] for each in row] for row in ids]
 
 
 def check_text(text: str) -> None:

@@ -4,15 +4,15 @@
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ditjax.errors import UserError
-from ditjax.evaluation.inspection import Finding, Instrument, TableRow
+from ditjax.evaluation.inspection import Examples, Finding, Instrument, TableRow, Told
 from ditjax.metrics.probing import fit_probe
 from ditjax.metrics.similarity import cknna
 from ditjax.metrics.tokens import (
@@ -21,6 +21,7 @@ from ditjax.metrics.tokens import (
     best_matches,
     correct_keypoints,
     distances,
+    overlaps,
     places,
     recovered,
 )
@@ -34,6 +35,7 @@ NEIGHBOURS = 10  # of CKNNA
 PROBED_NUMBERS = 4096  # numbers of an image that a probe reads; of more, the means of patches
 ORDERS = 2  # random orders that branches are closed in
 ROTATION, ZOOM, SHIFT = 0.45, 0.15, 0.15  # largest: radians, log of a factor, share of the side
+THRESHOLDS = tuple(k / 20 for k in range(1, 20))  # of a word's map, whose largest weight is 1
 INK = 0.25  # a token is compared if its pixels are that far from the image's median, of -1 to 1
 
 
@@ -41,12 +43,12 @@ INK = 0.25  # a token is compared if its pixels are that far from the image's me
 
 
 def _pooled(tool: Instrument) -> Callable[..., Any]:
-    """(x0, eps, label, t, params) -> mean tokens of each block [B,L,D], and x_t [B,..]."""
+    """(x0, eps, told, t, params) -> mean tokens of each block [B,L,D], and x_t [B,..]."""
 
     @jax.jit
-    def program(x0: Any, eps: Any, label: Any, t: Any, params: Any) -> Any:
+    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any) -> Any:
         x_t = tool.noised(x0, eps, t)
-        _, taps = tool.observe(params, x_t, label, t, "tokens")
+        _, taps = tool.observe(params, x_t, told, t, "tokens")
         assert taps.tokens is not None
         tokens = taps.tokens[tool.taken].astype(jnp.float32)
         return jnp.moveaxis(tokens.mean(2), 0, 1), x_t
@@ -57,7 +59,7 @@ def _pooled(tool: Instrument) -> Callable[..., Any]:
 def probe(tool: Instrument) -> Finding:
     """Linear probes of the mean token after each block, of pixels, and of an untrained network.
 
-    The network is given the label that says nothing, or the probe would read it.
+    The network is told nothing of the image, or the probe would read it.
     """
     program, classes = _pooled(tool), tool.c.data.num_classes
     rows: list[TableRow] = []
@@ -71,7 +73,7 @@ def probe(tool: Instrument) -> Finding:
     for i, t in enumerate(tool.times):
         read = [
             [
-                tool.over(program, (e.x0, e.eps, tool.null_label(len(e))), t, params)
+                tool.over(program, (e.x0, e.eps, tool.untold(e)), t, params)
                 for e in (tool.fit, tool.held)
             ]
             for params in (tool.params, tool.untrained)
@@ -101,13 +103,13 @@ def _numbers(x_t: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def self_attention(tool: Instrument) -> Finding:
-    """Entropy and mean distance of each head's self-attention, with the labels of the images."""
+    """Entropy and mean distance of each head's self-attention, told of the images."""
     rows_, columns = tool.inside.grid
     N, centre = rows_ * columns, rows_ // 2 * columns + columns // 2
 
     @jax.jit
-    def program(x0: Any, eps: Any, label: Any, t: Any, params: Any) -> Any:
-        _, taps = tool.observe(params, tool.noised(x0, eps, t), label, t, "attention")
+    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any) -> Any:
+        _, taps = tool.observe(params, tool.noised(x0, eps, t), told, t, "attention")
         assert taps.attention is not None
         weights = taps.attention[tool.taken][..., :N, :]  # the queries of the image
         among = weights[..., :N]
@@ -123,7 +125,7 @@ def self_attention(tool: Instrument) -> Finding:
     pictures = np.empty(0)
     held = tool.held
     for i, t in enumerate(tool.times):
-        found = tool.over(program, (held.x0, held.eps, held.label), t, tool.params)
+        found = tool.over(program, (held.x0, held.eps, held.told), t, tool.params)
         entropy, distance, maps, keys = (x.mean(0) for x in found)
         if i == tool.middle:
             pictures = maps.reshape(*maps.shape[:2], rows_, columns)
@@ -157,7 +159,7 @@ def lens(tool: Instrument) -> Finding:
     held = tool.held
     for i, t in enumerate(tool.times):
         maps = translators(t)
-        found = tool.over(program, (held.x0, held.eps, held.label), t, tool.params, maps)
+        found = tool.over(program, (held.x0, held.eps, held.told), t, tool.params, maps)
         for kind, errors in found.items():
             for k, block in enumerate(tool.blocks):
                 values = dict(zip(("mse_target", "mse_last"), errors[:, k].mean(0), strict=True))
@@ -178,8 +180,8 @@ def _translators(tool: Instrument) -> Callable[[np.ndarray], np.ndarray]:
     """t -> least squares of the last block's tokens from each block's and 1, f32[L,D+1,D]."""
 
     @jax.jit
-    def sums(valid: Any, x0: Any, eps: Any, label: Any, t: Any, params: Any) -> Any:
-        _, taps = tool.observe(params, tool.noised(x0, eps, t), label, t, "tokens")
+    def sums(valid: Any, x0: Any, eps: Any, told: Any, t: Any, params: Any) -> Any:
+        _, taps = tool.observe(params, tool.noised(x0, eps, t), told, t, "tokens")
         assert taps.tokens is not None
         tokens = taps.tokens.astype(jnp.float32)
         x = _with_ones(tokens[tool.taken])
@@ -191,7 +193,7 @@ def _translators(tool: Instrument) -> Callable[[np.ndarray], np.ndarray]:
 
     def translators(t: np.ndarray) -> np.ndarray:
         fit = tool.fit
-        squares, products = tool.total(sums, (fit.x0, fit.eps, fit.label), t, tool.params)
+        squares, products = tool.total(sums, (fit.x0, fit.eps, fit.told), t, tool.params)
         ridge = 1e-6 * np.trace(squares, axis1=1, axis2=2)[:, None, None] / squares.shape[1]
         eye = np.eye(squares.shape[1])[None]
         return np.linalg.solve(squares + ridge * eye, products).astype(np.float32)
@@ -207,14 +209,14 @@ def _lens_errors(tool: Instrument) -> Callable[..., Any]:
     """-> {raw, tuned: [B,L,2]}, mean squares to the target and to the network's prediction."""
 
     @jax.jit
-    def program(x0: Any, eps: Any, label: Any, t: Any, params: Any, maps: Any) -> Any:
+    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any, maps: Any) -> Any:
         x_t = tool.noised(x0, eps, t)
-        out, taps = tool.observe(params, x_t, label, t, "tokens")
+        out, taps = tool.observe(params, x_t, told, t, "tokens")
         assert taps.tokens is not None
         tokens, target = taps.tokens[tool.taken], tool.target(x0, eps, t)
 
         def errors(tokens: jax.Array) -> jax.Array:
-            seen = tool.through_lens(params, tokens, x_t, label, t)
+            seen = tool.through_lens(params, tokens, x_t, told, t)
             return jnp.stack([jnp.square(seen - y).mean((1, 2, 3)) for y in (target, out)], axis=1)
 
         def each(given: Any) -> Any:
@@ -232,20 +234,20 @@ def _lens_pictures(tool: Instrument, t: np.ndarray) -> np.ndarray:
     """Images, x_t, and x̂0 by the raw lens after each block -> f32[n,L+2,H,W,C] in [-1, 1]."""
 
     @jax.jit
-    def program(x0: Any, eps: Any, label: Any, t: Any, params: Any, frozen: Any) -> Any:
+    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any, frozen: Any) -> Any:
         x_t = tool.noised(x0, eps, t)
-        _, taps = tool.observe(params, x_t, label, t, "tokens")
+        _, taps = tool.observe(params, x_t, told, t, "tokens")
         assert taps.tokens is not None
 
         def x0_of(tokens: jax.Array) -> jax.Array:
-            seen = tool.through_lens(params, tokens, x_t, label, t)
+            seen = tool.through_lens(params, tokens, x_t, told, t)
             return tool.inside.decode(frozen, tool.x0_of(seen, x_t, t))
 
         found = jax.lax.map(x0_of, taps.tokens[tool.taken])
         return jnp.moveaxis(found, 0, 1), tool.inside.decode(frozen, tool.own(x_t))
 
     held = tool.held
-    rows = [each[:PICTURES] for each in (held.x0, held.eps, held.label)]
+    rows = jax.tree.map(lambda x: x[:PICTURES], (held.x0, held.eps, held.told))
     seen, noisy = tool.over(program, rows, t, tool.params, tool.frozen)
     first = [held.image[:PICTURES, None], noisy[:, None]]
     return np.clip(np.concatenate([*first, seen], axis=1), -1, 1)
@@ -257,17 +259,13 @@ def _lens_pictures(tool: Instrument, t: np.ndarray) -> np.ndarray:
 def patch(tool: Instrument) -> Finding:
     """How much of a label's effect passes through the tokens after each block, and which tokens.
 
-    Causal tracing (Meng et al. 2022, arXiv:2202.05262): the corrupted run has another label and the
-    same noisy image; the clean run's tokens are put in the place of its own. adaLN gives the label
-    to every block, so that all tokens after block l recover what the label did up to there.
+    Causal tracing (Meng et al. 2022, arXiv:2202.05262): the corrupted run has another label, or the
+    text of another image, and the same noisy image; the clean run's tokens are put in the place of
+    its own. adaLN gives the label to every block, as cross-attention does a text, so that all
+    tokens after block l recover what it did up to there.
     """
-    classes = tool.c.data.num_classes
-    if classes < 2:
-        raise UserError("patch compares two labels, and config.data.num_classes is 1.")
     held, program = tool.held, _patch_effects(tool)
-    rng = np.random.default_rng([tool.c.evaluate.seed, len(held)])
-    other = (held.label + rng.integers(1, classes, len(held))) % classes
-    batch = (held.x0, held.eps, held.label, other.astype(np.int32))
+    batch = (held.x0, held.eps, held.told, _told_otherwise(tool))
     (h, w), L = tool.inside.grid, tool.inside.depth
     at = np.eye(L, dtype=bool)[tool.taken]  # [K,L]
     rows: list[TableRow] = []
@@ -292,13 +290,25 @@ def patch(tool: Instrument) -> Finding:
     return Finding({"patch": rows}, {"patch": effects}, line)
 
 
+def _told_otherwise(tool: Instrument) -> Told:
+    """What is told of the image before each, or another label than its own."""
+    held, classes = tool.held, tool.c.data.num_classes
+    if held.beside:
+        return {name: np.roll(x, 1, axis=0) for name, x in held.told.items()}
+    if classes < 2:
+        raise UserError("patch compares two labels, and config.data.num_classes is 1.")
+    rng = np.random.default_rng([tool.c.evaluate.seed, len(held)])
+    other = (held.label + rng.integers(1, classes, len(held))) % classes
+    return {"label": other.astype(np.int32)}
+
+
 def _patch_effects(tool: Instrument) -> Callable[..., Any]:
     """(.., masks [K,L,N]) -> the two parts of each effect, [B,K] and [B] (`tokens.recovered`)."""
 
     @jax.jit
-    def program(x0: Any, eps: Any, label: Any, other: Any, t: Any, params: Any, masks: Any) -> Any:
+    def program(x0: Any, eps: Any, told: Any, other: Any, t: Any, params: Any, masks: Any) -> Any:
         x_t = tool.noised(x0, eps, t)
-        clean, taps = tool.observe(params, x_t, label, t, "tokens")
+        clean, taps = tool.observe(params, x_t, told, t, "tokens")
         corrupt, _ = tool.observe(params, x_t, other, t)
 
         def effect(mask: jax.Array) -> jax.Array:
@@ -374,9 +384,9 @@ def _held_loss(tool: Instrument) -> Callable[..., np.ndarray]:
     transform = without_branches(tool.inside.branches, tool.inside.stack)
 
     @jax.jit
-    def program(x0: Any, eps: Any, label: Any, t: Any, params: Any, base: Any) -> jax.Array:
+    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any, base: Any) -> jax.Array:
         joined = transform.join(base, params)
-        out, _ = tool.observe(joined, tool.noised(x0, eps, t), label, t)
+        out, _ = tool.observe(joined, tool.noised(x0, eps, t), told, t)
         return jnp.square(out - tool.target(x0, eps, t)).mean((1, 2, 3))
 
     def loss(
@@ -389,7 +399,7 @@ def _held_loss(tool: Instrument) -> Callable[..., np.ndarray]:
             for name, value in values.items()
         }
         held = tool.held
-        found = tool.over(program, (held.x0, held.eps, held.label), t, tool.params, base)
+        found = tool.over(program, (held.x0, held.eps, held.told), t, tool.params, base)
         return np.asarray(found, np.float64)
 
     return loss
@@ -399,8 +409,8 @@ def _branch_means(tool: Instrument) -> Callable[[np.ndarray], dict[str, np.ndarr
     """t -> the mean of what each branch yields, over images and tokens, f32[L,D]."""
 
     @jax.jit
-    def program(x0: Any, eps: Any, label: Any, t: Any, params: Any) -> Any:
-        _, taps = tool.observe(params, tool.noised(x0, eps, t), label, t, "branches")
+    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any) -> Any:
+        _, taps = tool.observe(params, tool.noised(x0, eps, t), told, t, "branches")
         return {
             name: jnp.moveaxis(x.astype(jnp.float32).mean(2), 0, 1)
             for name, x in taps.branches.items()
@@ -408,7 +418,7 @@ def _branch_means(tool: Instrument) -> Callable[[np.ndarray], dict[str, np.ndarr
 
     def means(t: np.ndarray) -> dict[str, np.ndarray]:
         fit = tool.fit
-        found = tool.over(program, (fit.x0, fit.eps, fit.label), t, tool.params)
+        found = tool.over(program, (fit.x0, fit.eps, fit.told), t, tool.params)
         return {name: np.asarray(x.mean(0), np.float32) for name, x in found.items()}
 
     return means
@@ -452,7 +462,7 @@ def similarity(tool: Instrument) -> Finding:
     for i, t in enumerate(tool.times):
         if features is None and i != tool.middle:
             continue
-        batch = (held.x0, held.eps, tool.null_label(len(held)))
+        batch = (held.x0, held.eps, tool.untold(held))
         tokens, x_t = tool.over(program, batch, t, tool.params)
         each = [tokens[:, k] for k in range(len(tool.blocks))]
         if features is not None:
@@ -496,7 +506,7 @@ def correspondence(tool: Instrument) -> Finding:
     if not valid.any():
         raise UserError("no token of the images differs from the rest: there is nothing to find.")
     program, rows = _matches(tool), []
-    batch = (held.x0, held.eps, x0, eps, tool.null_label(len(held)))
+    batch = (held.x0, held.eps, x0, eps, tool.untold(held))
 
     def score(matches: np.ndarray) -> float:
         return float(correct_keypoints(matches, source, h, w)[valid].mean())
@@ -565,16 +575,157 @@ def _matches(tool: Instrument) -> Callable[..., Any]:
 
     @jax.jit
     def program(
-        x0: Any, eps: Any, warped: Any, warped_eps: Any, label: Any, t: Any, params: Any
+        x0: Any, eps: Any, warped: Any, warped_eps: Any, told: Any, t: Any, params: Any
     ) -> Any:
         x_t = [tool.noised(x0, eps, t), tool.noised(warped, warped_eps, t)]
-        taps = [tool.observe(params, x, label, t, "tokens")[1].tokens for x in x_t]
+        taps = [tool.observe(params, x, told, t, "tokens")[1].tokens for x in x_t]
         tokens = [x[tool.taken] for x in taps if x is not None]
         found = best_matches(tokens[1], tokens[0])
         pixels = best_matches(patchify(x_t[1], cell), patchify(x_t[0], cell))
         return jnp.moveaxis(found, 0, 1), pixels
 
     return program
+
+
+# ---- words
+
+
+class _Words(NamedTuple):
+    """The maps of the words of images f32[n,N,M], each of which has 1 for its largest weight."""
+
+    maps: np.ndarray
+    live: np.ndarray  # bool[n,M]: where a token says something, and the image shows something
+    region: np.ndarray  # bool[n,N]: the tokens that show something
+    inside: np.ndarray  # f32[n,L,M]: the share of a block's weights that lies in the region
+    pieces: np.ndarray  # str[n,M]
+
+
+def words(tool: Instrument) -> Finding:
+    """Where the image looks for each word of its text, beside where it shows something.
+
+    Cross-attention as attribution (DAAM, Tang et al. 2022, arXiv:2210.04885). A word's map is the
+    mean of its weights over blocks and heads. Above a threshold that is best for the word in
+    training images, it overlaps with the tokens that show something. Baselines are the word's mean
+    map over training images, the same for all, and the centre, each at its own best threshold.
+    """
+    if tool.inside.pieces is None:
+        raise UserError(
+            "--what=words: this network is given no tokens of a text: leave 'words' out."
+        )
+    program, rows, (h, w) = _word_maps(tool), [], tool.inside.grid
+    pictures = {}
+    for i, t in enumerate(tool.times):
+        fit, held = (_read_words(tool, program, each, t) for each in (tool.fit, tool.held))
+        if not (fit.live.any() and held.live.any()):
+            raise UserError("no token of the images differs from the rest: no map can be compared.")
+        rows += [tool.at(i, **values) for values in _word_rows(tool, fit, held)]
+        if i == tool.middle:
+            maps = np.moveaxis(held.maps[:PICTURES], 1, 2)
+            pictures = {
+                "words": maps.reshape(*maps.shape[:2], h, w),
+                "words_images": tool.held.image[:PICTURES],
+            }
+    pictured: list[TableRow] = [
+        {"image": k + 1, "token": j + 1, "word": piece}
+        for k, each in enumerate(tool.held.pieces[:PICTURES])
+        for j, piece in enumerate(each)
+        if piece
+    ]
+    share = tool.shares[tool.middle]
+    here = [row for row in rows if row["share"] == share]
+    overlap = {row["kind"]: row.get("iou") for row in here}
+    best = sorted((r for r in here if r["kind"] == "word"), key=lambda r: -r["iou"])[:3]
+    line = (
+        f"maps of words overlap with what is shown by {overlap['map']:.3f} at share {share:g} of"
+        f" the noise, best of {', '.join(repr(row['word']) for row in best)}; one map for all"
+        f" images {overlap['same map']:.3f}, the centre {overlap['centre']:.3f}"
+    )
+    return Finding({"words": rows, "words_pictured": pictured}, pictures, line)
+
+
+def _word_rows(tool: Instrument, fit: _Words, held: _Words) -> Iterator[TableRow]:
+    """The rows of a time: of all words, of baselines, of blocks, and of each word."""
+    h, w = tool.inside.grid
+    away = np.square(places(h, w) - (np.array([h, w]) - 1) / 2).sum(-1)
+    centre = np.exp(-away / (2 * (min(h, w) / 4) ** 2))[None, :, None]
+    overlap = _overlap(fit, held, fit.maps, held.maps)
+    yield {"kind": "map", "iou": float(overlap[held.live].mean())}
+    for kind, maps in (
+        ("same map", _same_maps(fit, held)),
+        ("centre", [np.broadcast_to(centre, each.maps.shape) for each in (fit, held)]),
+    ):
+        yield {"kind": kind, "iou": float(_overlap(fit, held, *maps)[held.live].mean())}
+    for k, block in enumerate(tool.blocks):
+        inside = float(held.inside[:, k][held.live].mean())
+        yield {"kind": "block", "block": block, "inside": inside}
+    shown = np.broadcast_to(held.region.mean(-1)[:, None], held.live.shape)
+    yield {"kind": "uniform", "inside": float(shown[held.live].mean())}
+    for word in np.unique(held.pieces[held.live]):
+        at = held.live & (held.pieces == word)
+        values = {"iou": overlap[at].mean(), "inside": held.inside.mean(1)[at].mean()}
+        numbers = {name: float(value) for name, value in values.items()}
+        yield {"kind": "word", "word": str(word), "images": int(at.sum()), **numbers}
+
+
+def _word_maps(tool: Instrument) -> Callable[..., Any]:
+    """-> weights of the tokens of a text, of blocks and heads f32[B,N,M], and inside f32[B,L,M]."""
+
+    @jax.jit
+    def program(x0: Any, eps: Any, told: Any, region: Any, t: Any, params: Any) -> Any:
+        _, taps = tool.observe(params, tool.noised(x0, eps, t), told, t, "crossed")
+        assert taps.crossed is not None
+        M = told["context"].shape[1]
+        weights = taps.crossed[tool.taken].mean(2)[..., -M:]  # [L,B,N,M]
+        shown = jnp.einsum("lbnm,bn->blm", weights, region.astype(jnp.float32))
+        total = jnp.maximum(jnp.moveaxis(weights.sum(2), 0, 1), jnp.finfo(jnp.float32).tiny)
+        return weights.mean(0), shown / total
+
+    return program
+
+
+def _read_words(
+    tool: Instrument, program: Callable[..., Any], examples: Examples, t: np.ndarray
+) -> _Words:
+    """The maps of the words of examples at a time."""
+    region = _inked(examples.image, tool.inside.grid)
+    batch = (examples.x0, examples.eps, examples.told, region)
+    maps, inside = tool.over(program, batch, t, tool.params)
+    pieces = np.array([list(each) for each in examples.pieces])
+    live = (pieces != "") & examples.told["context_mask"].astype(bool)
+    live &= region.any(-1, keepdims=True)
+    most = np.maximum(maps.max(1, keepdims=True), np.finfo(np.float32).tiny)
+    return _Words(maps / most, live, region, inside, pieces)
+
+
+def _same_maps(fit: _Words, held: _Words) -> tuple[np.ndarray, np.ndarray]:
+    """For each word its mean map over training images, or of a word that is not there, of all."""
+    every = np.moveaxis(fit.maps, 1, 2)
+    whole = every[fit.live].mean(0)
+    means = {
+        word: every[fit.live & (fit.pieces == word)].mean(0)
+        for word in np.unique(fit.pieces[fit.live])
+    }
+
+    def of(words: _Words) -> np.ndarray:
+        found = np.stack([[means.get(word, whole) for word in row] for row in words.pieces])
+        return np.moveaxis(found / found.max(-1, keepdims=True), 2, 1)
+
+    return of(fit), of(held)
+
+
+def _overlap(fit: _Words, held: _Words, of_fit: np.ndarray, of_held: np.ndarray) -> np.ndarray:
+    """The overlaps f64[n,M] of maps with regions, above the threshold that is best for `fit`.
+
+    Each word has its own; one that `fit` does not have takes the best of all.
+    """
+    of_training = np.stack([overlaps(of_fit >= each, fit.region) for each in THRESHOLDS])
+    every = int(np.argmax(of_training[:, fit.live].mean(-1)))
+    chosen = np.full(held.pieces.shape, every)
+    for word in np.unique(fit.pieces[fit.live]):
+        score = of_training[:, fit.live & (fit.pieces == word)].mean(-1)
+        chosen[held.pieces == word] = int(np.argmax(score))
+    found = np.stack([overlaps(of_held >= each, held.region) for each in THRESHOLDS])
+    return np.asarray(np.take_along_axis(found, chosen[None], axis=0)[0])
 
 
 # --what of the command
@@ -586,4 +737,11 @@ ANALYSES: Mapping[str, Callable[[Instrument], Finding]] = {
     "gates": gates,
     "cknna": similarity,
     "correspondence": correspondence,
+    "words": words,
 }
+
+
+def analyses_of(tool: Instrument) -> tuple[str, ...]:
+    """The names of the analyses that a network can be given."""
+    texts = tool.inside.pieces is not None
+    return tuple(name for name in ANALYSES if texts or name != "words")

@@ -5,7 +5,7 @@ read at the same images and the same noise.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ditjax.config import Config
 from ditjax.data import source, stream
 from ditjax.data.names import Split
+from ditjax.data.records import HostBatch
 from ditjax.diffusion.gaussian import split_channels
 from ditjax.diffusion.process import per_sample, precondition
 from ditjax.diffusion.samplers import initial_noise
@@ -44,16 +45,30 @@ class Finding(NamedTuple):
     line: str
 
 
+Told = dict[str, Any]  # rows of the fields of `Conditions` that a network is told
+
+
 class Examples(NamedTuple):
-    """Images f32[n,H,W,C] in [-1, 1], labels i32[n], examples x0 of the process, their noise."""
+    """Images f32[n,H,W,C] in [-1, 1], labels i32[n], examples x0 of the process, their noise.
+
+    Of a network of texts also what is beside the label, by field of `Conditions`, and what each
+    token of a text says.
+    """
 
     image: np.ndarray
     label: np.ndarray
     x0: np.ndarray
     eps: np.ndarray
+    beside: Mapping[str, np.ndarray] = {}
+    pieces: Sequence[Sequence[str]] = ()
 
     def __len__(self) -> int:
         return len(self.label)
+
+    @property
+    def told(self) -> Told:
+        """What the network is told of the images."""
+        return {"label": self.label, **self.beside}
 
 
 # (images f32[n,H,W,C] in [-1, 1], number of a set) -> x0 and eps
@@ -101,37 +116,45 @@ class Instrument:
         """The index of the time at which pictures are made."""
         return (len(self.shares) - 1) // 2
 
-    def null_label(self, count: int) -> np.ndarray:
-        """Labels that say nothing of an image: null ones, or the same class for all."""
+    def untold(self, examples: Examples) -> Told:
+        """What says nothing of images: null labels and vectors of 0, or the same class for all."""
         label = 0 if self.inside.null is None else self.inside.null
-        return np.full(count, label, np.int32)
+        found = {**examples.told, "label": np.full(len(examples), label, np.int32)}
+        vector = {name: np.zeros_like(x) for name, x in found.items() if name == "vector"}
+        return {**found, **vector}
 
     def at(self, index: int, **values: Any) -> TableRow:
         """A row of a table at a time."""
         return {"share": self.shares[index], "time": self.times[index].item(), **values}
 
-    def over(self, program: Callable[..., Any], rows: Sequence[np.ndarray], *args: Any) -> Any:
+    def over(self, program: Callable[..., Any], rows: Sequence[Any], *args: Any) -> Any:
         """Apply program(*batch of rows, *args) to all rows -> its outputs, whose axis 0 is theirs.
 
-        The last batch is filled up with zeros, so that a program compiles once.
+        rows: arrays, or what is told. The last batch is filled up with zeros, so that a program
+        compiles once.
         """
-        parts, size = [], min(self.batch_size, len(rows[0]))
-        for start in range(0, len(rows[0]), size):
-            batch = [each[start : start + size] for each in rows]
-            count = len(batch[0])
+        parts = []
+        for count, batch in self._batches(rows):
             with precise(self.c):
-                found = program(*(processes.padded(each, size) for each in batch), *args)
+                found = program(*batch, *args)
             parts.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], found))
         return jax.tree.map(lambda *each: np.concatenate(each), *parts)
 
-    def total(self, program: Callable[..., Any], rows: Sequence[np.ndarray], *args: Any) -> Any:
+    def _batches(self, rows: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """How many rows a batch has before it is filled up, and the batch."""
+        n = len(rows[0])
+        size = min(self.batch_size, n)
+        for start in range(0, n, size):
+            parts = jax.tree.map(lambda x, at=start: x[at : at + size], tuple(rows))
+            yield len(parts[0]), jax.tree.map(lambda x: processes.padded(x, size), parts)
+
+    def total(self, program: Callable[..., Any], rows: Sequence[Any], *args: Any) -> Any:
         """Sum program(valid f32[B], *batch of rows, *args) over batches, in float64."""
-        size, total = min(self.batch_size, len(rows[0])), None
-        for start in range(0, len(rows[0]), size):
-            batch = [each[start : start + size] for each in rows]
-            valid = processes.padded(np.ones(len(batch[0]), np.float32), size)
+        total = None
+        for count, batch in self._batches(rows):
+            valid = processes.padded(np.ones(count, np.float32), len(batch[0]))
             with precise(self.c):
-                found = program(valid, *(processes.padded(each, size) for each in batch), *args)
+                found = program(valid, *batch, *args)
             found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
             total = found if total is None else jax.tree.map(np.add, total, found)
         return total
@@ -153,16 +176,16 @@ class Instrument:
         C = self.inside.shape[-1]
         return (x, None) if x.shape[-1] == C else (x[..., :C], x[..., C:])
 
-    def _conditions(self, x_t: jax.Array, label: jax.Array) -> Conditions:
+    def _conditions(self, x_t: jax.Array, told: Told) -> Conditions:
         levels = self.inside.levels(len(x_t))
-        return Conditions(label=label, channels=self._split(x_t)[1], level=levels)
+        return Conditions(**told, channels=self._split(x_t)[1], level=levels)
 
     def observe(
-        self, params: Any, x_t: jax.Array, label: jax.Array, t: jax.Array, *wanted: str
+        self, params: Any, x_t: jax.Array, told: Told, t: jax.Array, *wanted: str
     ) -> tuple[jax.Array, Taps]:
         """The prediction f32[B,H,W,C] of a batch at the time t [], and what its blocks computed."""
         taps: list[Taps] = []
-        conditions = self._conditions(x_t, label)
+        conditions = self._conditions(x_t, told)
 
         def read(x: jax.Array, time: jax.Array) -> jax.Array:
             out, found = self.inside.read(params, x, time, conditions, *wanted)
@@ -173,10 +196,10 @@ class Instrument:
         return out, taps[-1]
 
     def through_lens(
-        self, params: Any, tokens: jax.Array, x_t: jax.Array, label: jax.Array, t: jax.Array
+        self, params: Any, tokens: jax.Array, x_t: jax.Array, told: Told, t: jax.Array
     ) -> jax.Array:
         """The prediction of the layers behind the blocks, of tokens [B,N,D]."""
-        conditions = self._conditions(x_t, label)
+        conditions = self._conditions(x_t, told)
         return self._evaluated(
             lambda x, time: self.inside.lens(params, tokens, time, conditions), x_t, t
         )
@@ -185,13 +208,13 @@ class Instrument:
         self,
         params: Any,
         x_t: jax.Array,
-        label: jax.Array,
+        told: Told,
         t: jax.Array,
         mask: jax.Array,
         value: jax.Array,
     ) -> jax.Array:
         """The prediction with the value [L,B,N,D] after blocks where the mask [L,B or 1,N] is."""
-        conditions = self._conditions(x_t, label)
+        conditions = self._conditions(x_t, told)
         return self._evaluated(
             lambda x, time: self.inside.patch(params, x, time, conditions, mask, value), x_t, t
         )
@@ -243,13 +266,15 @@ def open_instrument(
     if task.transform is not IDENTITY:
         params = jax.jit(task.transform.merge)(frozen["base"], params)
     make = _example_maker(c, inside, frozen, reading.batch_size)
-    fit, held, images = _examples(c, reading, make)
+    beside = _beside_maker(c, inside, frozen, reading.batch_size)
+    fit, held, images = _examples(c, inside, reading, make, beside)
     untrained = jax.jit(task.init)(keys.stream(c.seed, keys.INIT))
     times = tuple(
         np.asarray(inside.objective.process.from_unit(jnp.float32(u))) for u in reading.shares
     )
     blocks = tuple(sorted(reading.blocks)) or tuple(range(1, inside.depth + 1))
     sampled = task.sampling.protocol if task.sampling else {}
+    needs = task.sampling.needs if task.sampling else None
     record = {
         "model": task.name,
         "params_sha256": opening.digest(params),
@@ -260,8 +285,10 @@ def open_instrument(
         "seed": c.evaluate.seed,
         "null_label": inside.null is not None,
         **({"given": sampled["given"]} if "given" in sampled else {}),
+        **({"captions": "first", **needs.protocol()} if needs and needs.reads == "caption" else {}),
         **({"features": extractor.record} if extractor else {}),
     }
+    params, untrained = (inside.variables(frozen, each) for each in (params, untrained))
     data = (fit, held, reading.batch_size)
     where = (reading.shares, times, blocks)
     return Instrument(c, inside, params, untrained, frozen, *where, *data, extractor, make, record)
@@ -288,7 +315,11 @@ def _check_reading(reading: Reading, depth: int) -> None:
 
 
 def _examples(
-    c: Config, reading: Reading, make: MakeExamples
+    c: Config,
+    inside: Inside,
+    reading: Reading,
+    make: MakeExamples,
+    beside: Callable[[HostBatch], Told],
 ) -> tuple[Examples, Examples, dict[str, Any]]:
     """Images to fit, held-out images, and their description; no image is in both."""
     held_spec = opening.held_out(c)
@@ -310,11 +341,13 @@ def _examples(
             f"data set {c.data.name!r} has {len(records[0])} images to fit and"
             f" {len(records[1])} held-out ones: expected at least 32 of each."
         )
-    found = []
+    found, pieces = [], inside.pieces
     for part, spec in enumerate((fit_spec, held_spec)):
         batches = list(stream.read_records(spec, records[part], reading.batch_size))
-        image, label = (np.concatenate([b[key] for b in batches]) for key in ("image", "label"))
-        found.append(Examples(image, label, *make(image, part)))
+        rows = {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+        own = (beside(rows), pieces(rows["caption"]) if pieces else ())
+        image, label = rows["image"], rows["label"]
+        found.append(Examples(image, label, *make(image, part), *own))
     described = {
         "fit": f"{len(found[0])} of {fit_spec.name}, {fit_spec.split}",
         "held_out": f"{len(found[1])} of {held_spec.name}, {held_spec.split}",
@@ -343,3 +376,27 @@ def _example_maker(c: Config, inside: Inside, frozen: Frozen, batch_size: int) -
         return x0, eps
 
     return make
+
+
+def _beside_maker(
+    c: Config, inside: Inside, frozen: Frozen, batch_size: int
+) -> Callable[[HostBatch], Told]:
+    """What the network is told of records beside their labels."""
+
+    @jax.jit
+    def program(frozen: Frozen, batch: Any) -> Any:
+        return inside.beside(frozen, batch)
+
+    def beside(rows: HostBatch) -> Told:
+        parts = []
+        for start in range(0, len(rows["label"]), batch_size):
+            batch = {name: x[start : start + batch_size] for name, x in rows.items()}
+            count = len(batch["label"])
+            with precise(c):
+                found = program(
+                    frozen, {k: processes.padded(x, batch_size) for k, x in batch.items()}
+                )
+            parts.append({name: np.asarray(x)[:count] for name, x in found.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return beside

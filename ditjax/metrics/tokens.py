@@ -68,3 +68,13 @@ def recovered(out: jax.Array, corrupt: jax.Array, clean: jax.Array) -> tuple[jax
     axes = tuple(range(1, out.ndim))
     direction = clean - corrupt
     return ((out - corrupt) * direction).sum(axes), jnp.square(direction).sum(axes)
+
+
+def overlaps(found: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """Intersection over union of tokens bool[n,N,M] with regions bool[n,N] -> f64[n,M].
+
+    0 if neither has a token.
+    """
+    region = region[:, :, None]
+    both, either = (found & region).sum(1), (found | region).sum(1)
+    return np.asarray(both / np.maximum(either, 1))

@@ -55,11 +55,13 @@ def _gradient(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, .
 attend.defvjp(_attend, _gradient)
 
 
-def attention_weights(q: jax.Array, k: jax.Array, scale: float = 1.0) -> jax.Array:
-    """softmax(q kᵀ / √d · scale), f32[..,N,M], the weights that `attend` does not keep."""
+def attention_weights(
+    q: jax.Array, k: jax.Array, scale: float = 1.0, bias: jax.Array | None = None
+) -> jax.Array:
+    """softmax(q kᵀ / √d · scale + bias), f32[..,N,M], the weights that `attend` does not keep."""
     q = _scaled(q, scale) * q.shape[-1] ** -0.5
     logits = jnp.einsum("...nd,...md->...nm", q, k, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(logits, axis=-1)
+    return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
 
 
 def autodiff_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

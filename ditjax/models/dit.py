@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from ditjax.models.attention import (
     attention_weights,
     autodiff_attend,
     diffused_attend,
+    key_bias,
     rotated,
 )
 from ditjax.models.blocks import (
@@ -820,8 +821,8 @@ def control_branch(k: DiTKeys, inputs: Inputs, branch: Branch, place: Placement)
 
 
 def with_fields_of(dit: DiT, kind: Any, **own: Any) -> Any:
-    """A module of another kind with the fields of a DiT and its own."""
-    fields = {name: getattr(dit, name) for name in DiT.__dataclass_fields__}
+    """A module of a kind that extends a DiT's, with the fields of the DiT and its own."""
+    fields = {name: getattr(dit, name) for name in type(dit).__dataclass_fields__}
     return kind(**{**fields, **own, "parent": None, "name": None})
 
 
@@ -906,15 +907,27 @@ _TAPPED = {
     "tokens": ("blocks",),
     "branches": ("attn", "cross", "mlp"),
     "attention": ("qkv", "q_norm", "k_norm"),
+    "crossed": ("q", "kv"),
 }
 
 
+def branches(k: DiTKeys) -> dict[str, str]:
+    """The branches of a block: name -> its last linear layer."""
+    cross = {"cross-attention": "cross/out"} if k.block == "cross_attention" else {}
+    return {"attention": "attn/out", **cross, "mlp": "mlp/out"}
+
+
 def reader_of(
-    k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE
+    k: DiTKeys,
+    inputs: Inputs,
+    place: Placement = ANYWHERE,
+    *,
+    build: Callable[..., DiT],
+    branches_of: Callable[[Any], Mapping[str, str]],
 ) -> Callable[..., tuple[jax.Array, Taps]]:
-    """Build `InspectionSeam.read`, by Linen's `capture_intermediates`."""
+    """Build `InspectionSeam.read` of a network that `build` builds, by `capture_intermediates`."""
     # What the product of qkv yields is read with its tokens first.
-    dit = module(k, inputs, dataclasses.replace(place, heads_first=False)).clone(align_block=0)
+    dit = build(k, inputs, dataclasses.replace(place, heads_first=False)).clone(align_block=0)
     N = shape(k, inputs).tokens
 
     def read(
@@ -941,11 +954,14 @@ def reader_of(
         if "branches" in wanted:
             each = {
                 name: _captured(blocks[layer.partition("/")[0]])[:, :, :N]
-                for name, layer in branches(k).items()
+                for name, layer in branches_of(k).items()
             }
             found = found._replace(branches=each)
         if "attention" in wanted:
             found = found._replace(attention=_weights_of(k, inputs, blocks["attn"]))
+        if "crossed" in wanted:
+            weights = _crossed_weights(k, blocks["cross"], conditions.context_mask)
+            found = found._replace(crossed=weights)
         return out, found
 
     return read
@@ -976,7 +992,25 @@ def _weights_of(k: DiTKeys, inputs: Inputs, captured: Any) -> jax.Array:
     return attention_weights(q, key, query_factor(k))
 
 
-def patcher_of(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> Callable[..., jax.Array]:
+def _crossed_weights(k: DiTKeys, captured: Any, mask: AnyArray | None) -> jax.Array:
+    """The weights of cross-attention f32[L,B,H,N,K]; a mask is of the last tokens of a context."""
+    q, kv = (jnp.moveaxis(_captured(captured[name]), -2, 2) for name in ("q", "kv"))
+    key = kv[:, :, :, :, 0]  # of [L,B,H,K,2,d]
+    bias = None
+    if mask is not None:
+        others = key.shape[3] - mask.shape[-1]
+        mask = jnp.pad(jnp.asarray(mask), ((0, 0), (others, 0)), constant_values=True)
+        bias = key_bias(mask)[None]
+    return attention_weights(q, key, query_factor(k), bias)
+
+
+def patcher_of(
+    k: DiTKeys,
+    inputs: Inputs,
+    place: Placement = ANYWHERE,
+    *,
+    build: Callable[..., DiT],
+) -> Callable[..., jax.Array]:
     """Build `InspectionSeam.patch`. Tokens of conditions are never patched."""
 
     def hook(tokens: jax.Array, given: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -986,7 +1020,7 @@ def patcher_of(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> Calla
         value = jnp.pad(value, ((0, 0), (0, extra), (0, 0)))
         return jnp.where(mask[:, :, None], value.astype(tokens.dtype), tokens)
 
-    dit = module(k, inputs, place).clone(align_block=0, hook=hook)
+    dit = build(k, inputs, place).clone(align_block=0, hook=hook)
 
     def patch(
         variables: Any,
@@ -1000,12 +1034,6 @@ def patcher_of(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> Calla
         return out
 
     return patch
-
-
-def branches(k: DiTKeys) -> dict[str, str]:
-    """The branches of a block: name -> its last linear layer."""
-    cross = {"cross-attention": "cross/out"} if k.block == "cross_attention" else {}
-    return {"attention": "attn/out", **cross, "mlp": "mlp/out"}
 
 
 # ---- sharding rules and learning rates
@@ -1176,7 +1204,12 @@ NETWORK = Network(
     stack="blocks",
     grown=_grown,
     control=ControlSeam(control_branch, control_variables, check_branch, branch_cost),
-    inspection=InspectionSeam(reader_of, patcher_of, lens_of, branches),
+    inspection=InspectionSeam(
+        functools.partial(reader_of, build=module, branches_of=branches),
+        functools.partial(patcher_of, build=module),
+        lens_of,
+        branches,
+    ),
     interval=True,
     given=True,
     language=True,

@@ -188,13 +188,15 @@ class Taps(NamedTuple):
     """What the blocks of a network computed; what was not asked for is None or empty.
 
     tokens f[L,B,N,D] after each block; branches: name -> what it yields before its gate,
-    f[L,B,N,D]; attention f32[L,B,H,M,M], the weights of self-attention. N are the tokens of the
-    image; M counts the tokens of conditions behind them, too.
+    f[L,B,N,D]; attention f32[L,B,H,M,M], the weights of self-attention; crossed f32[L,B,H,N,K],
+    those of cross-attention to the K tokens of a context. N are the tokens of the image; M counts
+    the tokens of conditions behind them, too.
     """
 
     tokens: jax.Array | None = None
     branches: Mapping[str, jax.Array] = {}
     attention: jax.Array | None = None
+    crossed: jax.Array | None = None
 
 
 class InspectionSeam(NamedTuple):

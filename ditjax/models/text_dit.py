@@ -36,6 +36,7 @@ from ditjax.models.network import (
     Attention,
     Conditions,
     Inputs,
+    InspectionSeam,
     Network,
     NetworkCost,
     Rules,
@@ -411,6 +412,36 @@ def _attention(k: TextDiTKeys, inputs: Inputs) -> Attention:
     return Attention(dit.shape(k, inputs).tokens, 0, size.heads, size.width // size.heads)
 
 
+# ---- inspection
+
+
+class TextLens(TextDiT):
+    """`dit.Lens` of a DiT of texts: its last layers on the tokens x [B,N,D] of any block."""
+
+    size: tuple[int, int] = (0, 0)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, t: jax.Array, conditions: Conditions, per_block: Any = None
+    ) -> jax.Array:
+        e, _ = self._texts(t, conditions)
+        return unpatchify(self._ended(x, e), self.patch, *self.size).astype(jnp.float32)
+
+
+def text_lens_of(
+    k: TextDiTKeys, inputs: Inputs, place: Placement = ANYWHERE
+) -> Callable[..., jax.Array]:
+    """Build `InspectionSeam.lens`."""
+    lens = dit.with_fields_of(module(k, inputs, place), TextLens, size=inputs.shape[:2])
+    apply: Callable[..., jax.Array] = lens.apply
+    return apply
+
+
+def text_branches(k: TextDiTKeys) -> dict[str, str]:
+    """The branches of a block: name -> its last linear layer."""
+    return {"attention": "attn/out", "cross-attention": "cross/out", "mlp": "mlp/out"}
+
+
 NETWORK = Network(
     keys=TextDiTKeys,
     module=module,
@@ -428,5 +459,11 @@ NETWORK = Network(
     adopts={"dit": adopt_dit},
     inherited=dit.INHERITED,
     stack="blocks",
+    inspection=InspectionSeam(
+        functools.partial(dit.reader_of, build=module, branches_of=text_branches),
+        functools.partial(dit.patcher_of, build=module),
+        text_lens_of,
+        text_branches,
+    ),
     texts=True,
 )

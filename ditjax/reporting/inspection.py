@@ -382,6 +382,56 @@ def _correspondence(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
     ]
 
 
+def _words(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
+    rows, pictured = tables["words"], tables["words_pictured"]
+    shares = list(dict.fromkeys(row["share"] for row in rows))
+    lines = []
+    for kind, colour, marker in (("map", COLOURS[0], "o"), ("same map", COLOURS[4], "s")):
+        y = [row["iou"] for row in _of(rows, kind)]
+        words = {"map": "maps of words", "same map": "one map for all images"}[kind]
+        lines.append(Line(words, shares, y, colour, marker, "-" if kind == "map" else "--"))
+    images = pictures["words_images"]
+    each = [[row for row in pictured if row["image"] == k + 1] for k in range(len(images))]
+    columns = min(MAX_ROWS, max(len(said) for said in each))
+    cells, captions = [], []
+    for image, maps, said in zip(images, pictures["words"], each, strict=True):
+        shown = [maps[row["token"] - 1] for row in said[:columns]]
+        blank = [np.empty((0, 0))] * (columns - len(shown))
+        cells.append([(image + 1) / 2, *shown, *blank])
+        captions.append(" ".join(row["word"] for row in said[:columns]))
+    texts = "; ".join(f"{k + 1}: {text}" for k, text in enumerate(captions))
+    return [
+        _plot(
+            "words_by_block",
+            "Where the image looks for its words",
+            f"The share of a word's weights on tokens that show something. {TIMES} Dotted: all"
+            " tokens alike.",
+            _by_time(_of(rows, "block"), "inside"),
+            BLOCK,
+            "share of the weights",
+            {"uniform": float(np.mean([row["inside"] for row in _of(rows, "uniform")]))},
+        ),
+        _plot(
+            "words_by_noise",
+            "Maps of words beside what is shown",
+            "Intersection over union, each word at the threshold that is best in training images.",
+            lines,
+            SHARE,
+            "overlap",
+            {"the centre": float(np.mean([row["iou"] for row in _of(rows, "centre")]))},
+        ),
+        _grid(
+            "words_maps",
+            "Maps of the words of a text",
+            "First held-out images, not selected, at the middle of the times read; from 0 (dark)"
+            f" to the largest weight (light). The words from the left are, {texts}.",
+            cells,
+            [str(k + 1) for k in range(len(cells))],
+            ["image", *(f"word {j + 1}" for j in range(columns))],
+        ),
+    ]
+
+
 # Analysis -> what it asks, and its figures
 _ANALYSES: Mapping[str, tuple[str, Callable[[_Tables, _Pictures], list[Sketch]]]] = {
     "probe": ("How well can a linear classifier tell the class from a block's tokens?", _probe),
@@ -391,6 +441,7 @@ _ANALYSES: Mapping[str, tuple[str, Callable[[_Tables, _Pictures], list[Sketch]]]
     "gates": ("Which branches can the network do without?", _gates),
     "cknna": ("Do blocks see the same neighbours as features of the clean images do?", _cknna),
     "correspondence": ("Does a token know which part of an object it shows?", _correspondence),
+    "words": ("Where in the image are the words of its text?", _words),
 }
 
 
@@ -438,7 +489,9 @@ def _draw_grid(
         ax = figure.add_axes((x / width, y / height, cell / width, cell / height))
         ax.set_axis_off()
         picture = cells[i][j]
-        if picture.ndim == 3 and picture.shape[-1] == 3:
+        if not picture.size:
+            pass  # a row that is shorter
+        elif picture.ndim == 3 and picture.shape[-1] == 3:
             ax.imshow(picture, interpolation="nearest")
         else:
             grey = picture.ndim == 3

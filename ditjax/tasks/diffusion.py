@@ -722,6 +722,11 @@ def inside_of(c: Config, mesh: Mesh | None = None) -> Inside | None:
     place = ANYWHERE if mesh is None else placement(c, mesh)
     side = math.isqrt(split.tokens)
 
+    def told(build: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
+        apply = build(c.model, inputs, place)
+        texts = text_conditions.has_texts(c)
+        return text_conditions.with_null_text(c, apply) if texts else apply
+
     def decode(frozen: Frozen, x0: jax.Array) -> jax.Array:
         return autoencoder.decode_latents(c, frozen["autoencoder"], x0) if c.latent else x0
 
@@ -743,9 +748,12 @@ def inside_of(c: Config, mesh: Mesh | None = None) -> Inside | None:
         branches=seam.branches(c.model),
         null=c.data.num_classes if c.model.label_dropout > 0 else None,
         levels=functools.partial(given.levels_of, c),
-        read=seam.read(c.model, inputs, place),
-        patch=seam.patch(c.model, inputs, place),
-        lens=seam.lens(c.model, inputs, place),
+        read=told(seam.read),
+        patch=told(seam.patch),
+        lens=told(seam.lens),
+        variables=text_conditions.with_null,
+        beside=functools.partial(text_conditions.prepare_texts, c),
+        pieces=text_conditions.pieces_of(c),
     )
 
 

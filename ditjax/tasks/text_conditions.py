@@ -308,7 +308,7 @@ def with_null_text(c: Config, apply: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def of_texts(
-        variables: Any, x: jax.Array, t: jax.Array, conditions: Conditions, **more: Any
+        variables: Any, x: jax.Array, t: jax.Array, conditions: Conditions, *more: Any, **named: Any
     ) -> Any:
         null = variables[NULL]
         dropped = jnp.asarray(conditions.label) == c.data.num_classes
@@ -318,7 +318,7 @@ def with_null_text(c: Config, apply: Callable[..., Any]) -> Callable[..., Any]:
             rows = jnp.expand_dims(dropped, tuple(range(1, value.ndim)))
             found[name] = jnp.where(rows, null[name], value)
         own = {name: value for name, value in variables.items() if name != NULL}
-        return apply(own, x, t, conditions._replace(label=None, **found), **more)
+        return apply(own, x, t, conditions._replace(label=None, **found), *more, **named)
 
     return of_texts
 
@@ -326,6 +326,13 @@ def with_null_text(c: Config, apply: Callable[..., Any]) -> Callable[..., Any]:
 def with_null(frozen: Frozen, variables: Any) -> Any:
     """The variables of `with_null_text`; those of other networks are as they were."""
     return {**variables, NULL: frozen[NULL]} if NULL in frozen else variables
+
+
+def pieces_of(c: Config) -> Callable[[np.ndarray], list[list[str]]] | None:
+    """Token ids i32[n,M] -> the text of each, '' of none; None if a network is given no tokens."""
+    if not has_texts(c) or c.text.features != "tokens":
+        return None
+    return lambda ids: tokenizer_of(c.text.tokenizer).pieces(ids)
 
 
 # ---- in sampling

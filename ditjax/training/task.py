@@ -175,7 +175,9 @@ class Inside(NamedTuple):
     `x0(frozen, images f32[B,H,W,C] in [-1, 1], keys key[B])` are the examples of a process that is
     the objective's. Of a network that is given channels they have these behind their own;
     `levels(B)` are those of the noise in them, if there is any. `read`, `patch` and `lens` are
-    those of `network.InspectionSeam`. The network has `depth` blocks on rows x columns of tokens,
+    those of `network.InspectionSeam`, of the `variables(frozen, parameters)`. `beside(frozen, batch
+    of records)` are the conditions beside the label, rows by name; if they are texts, `pieces(ids
+    i32[n,M])` is what each token says. The network has `depth` blocks on rows x columns of tokens,
     and stacks their parameters below `stack`, where `branches` maps each branch of a block to its
     last linear layer. `null` is the label that says nothing, or None.
     """
@@ -193,6 +195,9 @@ class Inside(NamedTuple):
     read: Callable[..., tuple[jax.Array, Taps]]
     patch: Callable[..., jax.Array]
     lens: Callable[..., jax.Array]
+    variables: Callable[[Frozen, Any], Any]
+    beside: Callable[[Frozen, Batch], dict[str, jax.Array]]
+    pieces: Callable[[np.ndarray], list[list[str]]] | None
 
 
 class Additions(NamedTuple):

@@ -82,3 +82,11 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path):
     with pytest.raises(UserError, match="is not a tokenizer") as error:
         open_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_the_pieces_of_a_text_are_its_words(shipped):
+    ids = shipped(["a large red three", "two"], 8).ids
+    first, second = shipped.pieces(ids)
+    assert [piece for piece in first if piece] == ["a", "large", "red", "three"]
+    assert [piece for piece in second if piece] == ["two"]
+    assert len(first) == len(second) == 8

@@ -11,9 +11,11 @@ import pytest
 from ditjax.cli import load_recipe
 from ditjax.config import changed, read
 from ditjax.diffusion.resampling import resized
-from ditjax.evaluation.inspection import Instrument
+from ditjax.errors import UserError
+from ditjax.evaluation.analyses import words
+from ditjax.evaluation.inspection import Examples, Instrument
 from ditjax.files.assets import unflatten
-from ditjax.models.network import Conditions
+from ditjax.models.network import Conditions, Taps
 from ditjax.tasks import given, make_task
 from ditjax.tasks.diffusion import denoiser_module
 from ditjax.tasks.objective import process_of
@@ -24,6 +26,7 @@ B, L, N = 3, 2, 4
 RNG = np.random.default_rng(0)
 IMAGE, EPS = (RNG.uniform(-1, 1, (B, 8, 8, 1)).astype(np.float32) for _ in range(2))
 LABEL, T = jnp.arange(B), jnp.int32(300)
+TOLD = {"label": LABEL}
 GIVEN: dict[str, dict[str, Any]] = {
     "low": {"kind": "low", "side": 4, "noise_most": 0.4, "noise": 0.1},
     "mask": {"kind": "mask"},
@@ -68,14 +71,14 @@ def test_it_reads_the_network_on_them():
     c, tool, x0 = opened("low")
     x_t = tool.noised(x0, jnp.asarray(EPS), T)
     np.testing.assert_array_equal(x_t[..., 1:], x0[..., 1:])
-    out, taps = tool.observe(tool.params, x_t, LABEL, T, "tokens")
+    out, taps = tool.observe(tool.params, x_t, TOLD, T, "tokens")
     process = process_of(c.diffusion)
     x = process.noised(jnp.asarray(IMAGE), jnp.full(B, T), jnp.asarray(EPS))
     conditions = Conditions(label=LABEL, channels=x0[..., 1:], level=jnp.full(B, 100))
     expected: Any = denoiser_module(c).apply(tool.params, x, jnp.full(B, T), conditions)
     np.testing.assert_array_equal(out, expected[..., :1])
     np.testing.assert_array_equal(
-        tool.through_lens(tool.params, taps.tokens[-1], x_t, LABEL, T), out
+        tool.through_lens(tool.params, taps.tokens[-1], x_t, TOLD, T), out
     )
     assert (
         tool.x0_of(out, x_t, T).shape == tool.target(x0, jnp.asarray(EPS), T).shape == IMAGE.shape
@@ -87,9 +90,90 @@ def test_a_patch_of_all_tokens_is_the_donors_prediction():
     _, tool, x0 = opened("low")
     donor = jnp.concatenate([x0[..., :1], x0[::-1, ..., 1:]], axis=-1)
     x_t, other = (tool.noised(each, jnp.asarray(EPS), T) for each in (x0, donor))
-    out, taps = tool.observe(tool.params, other, LABEL, T, "tokens")
-    plain, _ = tool.observe(tool.params, x_t, LABEL, T)
+    out, taps = tool.observe(tool.params, other, TOLD, T, "tokens")
+    plain, _ = tool.observe(tool.params, x_t, TOLD, T)
     mask = jnp.zeros((L, 1, N), bool).at[0].set(True)
-    found = tool.patched(tool.params, x_t, LABEL, T, mask, taps.tokens)
+    found = tool.patched(tool.params, x_t, TOLD, T, mask, taps.tokens)
     np.testing.assert_array_equal(found, out)
     assert np.abs(plain - out).max() > 1e-3
+
+
+# ---- words
+
+
+SAID = np.array(["red", "the", ""])  # the last token ends the text
+
+
+class Planted:
+    """An instrument on a network whose 'red' looks at what is shown, and 'the' at all alike.
+
+    Blocks 1 and 2 do so; of images k, a square of 2 x 2 of 4 x 4 tokens is shown at place k.
+    """
+
+    shares, times, middle, blocks, taken = (0.5,), (np.float32(0.5),), 0, (1, 2), np.arange(2)
+    params: Any = None
+
+    def __init__(self):
+        rows = []
+        for k in range(6):
+            image = np.full((16, 16, 3), -1, np.float32)
+            top, left = 4 * (k % 3), 4 * (k // 3)
+            image[top : top + 8, left : left + 8] = 1
+            rows.append(image)
+        image = np.stack(rows)
+        beside = {"context": np.zeros((6, 3, 1)), "context_mask": np.tile([1, 1, 1], (6, 1))}
+        pieces = [list(SAID)] * 6
+        each = Examples(image, np.arange(6), image, np.zeros_like(image), beside, pieces)
+        self.fit, self.held = each, each
+        self.inside = type("Inside", (), {"grid": (4, 4), "pieces": lambda ids: ids})
+
+    def noised(self, x0, eps, t):
+        return x0 + 0 * eps * t
+
+    def over(self, program, rows, *args):
+        return jax.tree.map(np.asarray, program(*rows, *args))
+
+    def at(self, index, **values):
+        return {"share": self.shares[index], **values}
+
+    def observe(self, params, x_t, told, t, *wanted):
+        assert wanted == ("crossed",)
+        shown = x_t.reshape(len(x_t), 4, 4, 4, 4, 3).mean((2, 4, 5)).reshape(len(x_t), 16) > 0
+        red = jnp.where(shown, 0.5, 0.0)
+        weights = jnp.stack([red, jnp.full_like(red, 0.25), 0.75 - red], axis=-1)
+        return None, Taps(crossed=jnp.broadcast_to(weights[None, :, None], (2, 6, 2, 16, 3)))
+
+
+def test_a_word_that_looks_at_what_is_shown_overlaps_with_it():
+    planted: Any = Planted()
+    found = words(planted)
+    rows = found.tables["words"]
+    of_word = {row["word"]: row for row in rows if row["kind"] == "word"}
+    assert set(of_word) == {"red", "the"}, "what ends a text is no word"
+    assert of_word["red"] == {
+        "share": 0.5,
+        "kind": "word",
+        "word": "red",
+        "images": 6,
+        "iou": 1.0,
+        "inside": 1.0,
+    }
+    # All alike: the best that a threshold can do is to take every token.
+    assert of_word["the"]["iou"] == of_word["the"]["inside"] == 4 / 16
+    of_kind = {row["kind"]: row for row in rows if row["kind"] != "block"}
+    assert of_kind["map"]["iou"] == (1 + 1 / 4) / 2
+    assert of_kind["uniform"]["inside"] == 1 / 4
+    # A map for all images cannot follow the square, and beats the centre by no more than it moves.
+    assert 1 / 4 < of_kind["same map"]["iou"] < 0.5
+    assert 1 / 4 <= of_kind["centre"]["iou"] < 0.5
+    blocks = [row["inside"] for row in rows if row["kind"] == "block"]
+    assert blocks == [(1 + 1 / 4) / 2] * 2
+    assert found.pictures["words"].shape == (6, 3, 4, 4)
+    assert [row["word"] for row in found.tables["words_pictured"][:2]] == ["red", "the"]
+
+
+def test_words_need_a_text():
+    planted: Any = Planted()
+    planted.inside = type("Inside", (), {"grid": (4, 4), "pieces": None})
+    with pytest.raises(UserError, match="no tokens of a text: leave 'words' out"):
+        words(planted)

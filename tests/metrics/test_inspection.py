@@ -16,6 +16,7 @@ from ditjax.metrics.tokens import (
     best_matches,
     correct_keypoints,
     distances,
+    overlaps,
     places,
     recovered,
 )
@@ -154,3 +155,10 @@ def test_what_a_patch_recovers():
     np.testing.assert_allclose(effect(clean), 1, rtol=1e-6)
     np.testing.assert_array_equal(effect(corrupt), 0)
     np.testing.assert_allclose(effect(0.75 * corrupt + 0.25 * clean), 0.25, rtol=1e-4)
+
+
+def test_the_overlap_is_what_both_have_of_what_either_has():
+    region = np.array([[True, True, False, False], [False] * 4])
+    found = np.array([[[1, 0], [0, 0], [1, 0], [0, 0]], [[0, 1], [0, 0], [0, 0], [0, 0]]], bool)
+    np.testing.assert_array_equal(overlaps(found, region), [[1 / 3, 0], [0, 0]])
+    np.testing.assert_array_equal(overlaps(region[:1, :, None], region[:1]), [[1]])

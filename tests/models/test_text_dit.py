@@ -164,3 +164,63 @@ def test_what_the_network_lacks_is_one_line():
     ):
         with pytest.raises(ValueError, match=message):
             text_dit.module(keys(), INPUTS).apply({}, x, t, wrong)
+
+
+# ---- inspection
+
+
+@pytest.mark.parametrize(("changes", "inputs"), [({}, INPUTS), WITH_ALL])
+def test_what_is_read_is_what_it_computed(changes, inputs):
+    """The prediction to the bit, by the lens, too; the maps of words make the branch."""
+    k, (x, t, conditions) = keys(**changes), example(inputs)
+    seam: Any = text_dit.NETWORK.inspection
+    variables = {"params": unflatten(seeded_state(shapes(k, inputs), 1))}
+    out = text_dit.module(k, inputs).apply(variables, x, t, conditions)
+    seen, taps = seam.read(k, inputs)(
+        variables, x, t, conditions, "tokens", "crossed", "branches", "attention"
+    )
+    np.testing.assert_array_equal(seen, out)
+    lens = seam.lens(k, inputs)
+    np.testing.assert_array_equal(lens(variables, taps.tokens[-1], t, conditions), out)
+    assert np.abs(lens(variables, taps.tokens[0], t, conditions) - out).max() > 1e-3
+    V, N, weights = k.vector_tokens, 16, np.asarray(taps.crossed)
+    assert weights.shape == (2, B, 2, N, V + M)
+    assert np.asarray(taps.attention).shape == (2, B, 2, N, N)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    unseen = ~np.asarray(conditions.context_mask)
+    assert not np.moveaxis(weights[..., V:], -1, 2)[:, unseen].any()
+    kv, cross = captured(k, inputs, variables, x, t, conditions), variables["params"]["blocks"]
+    mixed = np.einsum("lbhnm,lbmhd->lbnhd", weights, kv[:, :, :, 1])
+    branch = np.einsum(
+        "lbnd,lde->lbne", mixed.reshape(*mixed.shape[:3], -1), cross["cross"]["out"]["kernel"]
+    )
+    branch = branch + np.asarray(cross["cross"]["out"]["bias"])[:, None, None]
+    np.testing.assert_allclose(taps.branches["cross-attention"], branch, rtol=1e-5, atol=1e-5)
+    assert set(taps.branches) == set(seam.branches(k))
+
+
+def captured(k: Any, inputs: Inputs, variables: Any, *args: Any) -> np.ndarray:
+    """Keys and values of the texts in each block, [L,B,K,2,H,d]."""
+    module: Any = text_dit.module(k, inputs)
+    _, state = module.apply(
+        variables,
+        *args,
+        capture_intermediates=lambda each, method: each.name == "kv",
+        mutable=["intermediates"],
+    )
+    return np.asarray(state["intermediates"]["blocks"]["cross"]["kv"]["__call__"][0])
+
+
+def test_a_patch_of_all_tokens_is_the_donors_prediction():
+    """With the same time and text, all that a later block knows is in the tokens."""
+    seam: Any = text_dit.NETWORK.inspection
+    x, t, conditions = example(batch=2)
+    t = jnp.asarray([500, 500])
+    conditions = jax.tree.map(lambda each: jnp.stack([each[0], each[0]]), conditions)
+    _, params = network()
+    out, taps = seam.read(keys(), INPUTS)(params, x, t, conditions, "tokens")
+    mask = np.zeros((2, 1, 16), bool)
+    mask[0] = True
+    patched = seam.patch(keys(), INPUTS)(params, x, t, conditions, mask, taps.tokens[:, ::-1])
+    np.testing.assert_array_equal(patched, out[::-1])
+    assert np.abs(patched - out).max() > 1e-3

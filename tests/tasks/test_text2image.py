@@ -1,5 +1,6 @@
 """Text-to-image: the null text, guidance and negative prompts, features kept, refusals, a run."""
 
+import csv
 import functools
 import hashlib
 import json
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ditjax import evaluate, sample, train
+from ditjax import evaluate, inspect, sample, train
 from ditjax.config import changed, read
 from ditjax.convert import convert
 from ditjax.data.tokenizers import Tokens
 from ditjax.errors import UserError
+from ditjax.evaluation.analyses import ANALYSES
 from ditjax.evaluation.clip_score import ClipScorer, clip_scores
 from ditjax.files.assets import asset_bytes, unflatten
 from ditjax.models.clip import CLIP, ClipConfig, ClipKeys, ImageConfig, tower_layers
@@ -373,6 +375,34 @@ def test_the_command_draws_a_file_of_prompts(run, tmp_path):
 
 
 # ---- folders and custom pipelines
+
+
+def test_the_inside_of_a_network_of_texts_is_read(run, tmp_path, capsys):
+    """All analyses; the clean and the corrupted run of a patch have different texts."""
+    folder = run[1]
+    words = ["--times=0.5", "--num=32", "--batch_size=32", "--config.evaluate.features=none"]
+    words += ["--config.evaluate.split=train", "--config.data.name=caption_scenes/80"]
+    assert inspect.main([f"--workdir={folder}", f"--out={tmp_path / 'in'}", *words]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{name}: " in f"\n{printed}" for name in ANALYSES)
+    page = (tmp_path / "in" / "index.html").read_text()
+    assert "words_maps" in page
+    protocol = json.loads((tmp_path / "in" / "inspection.json").read_text())["protocol"]
+    assert (protocol["captions"], protocol["text"]["tokens"]) == ("first", 12)
+    with (tmp_path / "in" / "words.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["kind"] for row in rows} == {
+        "map",
+        "same map",
+        "centre",
+        "block",
+        "uniform",
+        "word",
+    }
+    assert any(row["word"] for row in rows)
+    with (tmp_path / "in" / "patch.csv").open() as file:
+        effects = [float(row["effect"]) for row in csv.DictReader(file) if row["kind"] == "all"]
+    assert effects[-1] == pytest.approx(1, abs=1e-4), "all that a text does is in the tokens"
 
 
 @pytest.fixture(scope="module")
