@@ -102,6 +102,8 @@ def _rows(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
     rows: dict[str, Any] = {"image": ((1, *spec.shape), jnp.float32), "label": ((1,), jnp.int32)}
     if spec.text:
         rows["caption"] = ((1, spec.text.tokens), jnp.int32)
+        # Of any number of features with classes: no product has their width.
+        rows["classes"] = ((1, 64), jnp.int32)
     return {name: jax.ShapeDtypeStruct(*each) for name, each in rows.items()}
 
 

@@ -105,9 +105,9 @@ SAID = np.array(["red", "the", ""])  # the last token ends the text
 
 
 class Planted:
-    """An instrument on a network whose 'red' looks at what is shown, and 'the' at all alike.
+    """An instrument on a network whose 'red' is at what is shown, and 'the' at the last token, too.
 
-    Blocks 1 and 2 do so; of images k, a square of 2 x 2 of 4 x 4 tokens is shown at place k.
+    Blocks 1 and 2 do so; of image k, a square of 2 x 2 of 4 x 4 tokens is shown at place k.
     """
 
     shares, times, middle, blocks, taken = (0.5,), (np.float32(0.5),), 0, (1, 2), np.arange(2)
@@ -139,8 +139,9 @@ class Planted:
     def observe(self, params, x_t, told, t, *wanted):
         assert wanted == ("crossed",)
         shown = x_t.reshape(len(x_t), 4, 4, 4, 4, 3).mean((2, 4, 5)).reshape(len(x_t), 16) > 0
-        red = jnp.where(shown, 0.5, 0.0)
-        weights = jnp.stack([red, jnp.full_like(red, 0.25), 0.75 - red], axis=-1)
+        red = jnp.where(shown, 0.5, 0.2)
+        the = jnp.where(shown, 0.06, 0.01).at[:, 15].set(0.2)
+        weights = jnp.stack([red, the, 1 - red - the], axis=-1)
         return None, Taps(crossed=jnp.broadcast_to(weights[None, :, None], (2, 6, 2, 16, 3)))
 
 
@@ -150,24 +151,20 @@ def test_a_word_that_looks_at_what_is_shown_overlaps_with_it():
     rows = found.tables["words"]
     of_word = {row["word"]: row for row in rows if row["kind"] == "word"}
     assert set(of_word) == {"red", "the"}, "what ends a text is no word"
-    assert of_word["red"] == {
-        "share": 0.5,
-        "kind": "word",
-        "word": "red",
-        "images": 6,
-        "iou": 1.0,
-        "inside": 1.0,
-    }
-    # All alike: the best that a threshold can do is to take every token.
-    assert of_word["the"]["iou"] == of_word["the"]["inside"] == 4 / 16
+    assert of_word["red"]["images"] == 6
+    # The best threshold of 'red' would leave nothing but the last token of 'the'.
+    assert of_word["red"]["iou"] == 1
+    assert of_word["the"]["iou"] == pytest.approx(4 / 5)
+    inside = (4 * 0.5 / 4.4, 4 * 0.06 / 0.55)
+    assert of_word["red"]["inside"] == pytest.approx(inside[0])
     of_kind = {row["kind"]: row for row in rows if row["kind"] != "block"}
-    assert of_kind["map"]["iou"] == (1 + 1 / 4) / 2
+    assert of_kind["map"]["iou"] == pytest.approx((1 + 4 / 5) / 2)
     assert of_kind["uniform"]["inside"] == 1 / 4
-    # A map for all images cannot follow the square, and beats the centre by no more than it moves.
+    # A map for all images cannot follow the square.
     assert 1 / 4 < of_kind["same map"]["iou"] < 0.5
     assert 1 / 4 <= of_kind["centre"]["iou"] < 0.5
     blocks = [row["inside"] for row in rows if row["kind"] == "block"]
-    assert blocks == [(1 + 1 / 4) / 2] * 2
+    assert blocks == pytest.approx([sum(inside) / 2] * 2)
     assert found.pictures["words"].shape == (6, 3, 4, 4)
     assert [row["word"] for row in found.tables["words_pictured"][:2]] == ["red", "the"]
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.pipelines.dit import pipeline_dit
 from safetensors.torch import load_file, save_file
 
 from ditjax.config import changed
 from ditjax.data.classes import class_names
 from ditjax.diffusion import samplers
+from ditjax.models.embed import sincos_position_embedding
 from ditjax.models.network import Conditions
 from ditjax.sampling.pipeline import Pipeline
 from ditjax.tasks.autoencoder import decode_latents, encode_images, normalized
@@ -52,6 +54,13 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     for name in a:
         assert a[name].dtype == b[name].dtype
         assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize(("width", "side", "grid"), [(1152, 16, 0), (1152, 32, 16), (384, 12, 8)])
+def test_interpolated_positions_are_diffusers(width, side, grid):
+    theirs = get_2d_sincos_pos_embed(width, side, base_size=grid or side, output_type="pt")
+    ours = sincos_position_embedding(width, side, side, grid)
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [networks.SMALL_DIT, networks.S2_DIT], ids=["small", "S/2"])

@@ -13,8 +13,10 @@ from ditjax.config import changed, read
 from ditjax.data.tokenizers import open_tokenizer
 from ditjax.errors import UserError
 from ditjax.evaluation.validation import held_out_means
+from ditjax.machines.stages import stages_of
 from ditjax.models.clip import CLIP, clip_cost, unit
 from ditjax.models.embed import ANYWHERE
+from ditjax.models.text import layers_macs
 from ditjax.parallel import rules
 from ditjax.parallel.mesh import mesh_of
 from ditjax.tasks.clip import Clip, Pairs, class_vectors, contrastive_loss, make, retrieval, towers
@@ -274,6 +276,11 @@ def test_evaluation_reports_zero_shot_and_retrieval():
     assert 20 < means["retrieval_num"] <= 80
     assert all(0 <= means[name] <= 1 for name in means if name != "retrieval_num")
     assert protocol["tokenizer"] == open_tokenizer("scenes").sha256
+    # A plan counts it: two towers for a pair, and the texts of eight colours.
+    stage, text = stages_of(c, 1)[-1], towers(c).text
+    of_text = layers_macs(text.layers, text.positions) + text.projection * text.layers.width
+    assert stage.name == "evaluate"
+    assert stage.macs == pytest.approx(clip_cost(c.model, towers(c)).macs + 8 * of_text, rel=0.01)
     wrong = changed(c, {"clip": {"templates": (("hue", "{}"),)}})
     with pytest.raises(UserError, match="names 'hue', which is no feature with classes"):
         held_out_means(wrong, mesh, params)
