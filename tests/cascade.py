@@ -57,8 +57,11 @@ def runs_of(study: Path) -> dict[str, tuple[str, Any]]:
         if (folder / "config.json").exists():
             c = opening.recipe_of(folder)
             blind = c.diffusion.loss == "regression"
-            noisy = f"samples, noise {c.given.noise}" if c.given.noise_most else "samples"
-            found["regressor" if blind else noisy] = (str(folder), c)
+            name = "regressor" if blind else "samples"
+            name += ", trained on noise" if c.given.noise_most else ""
+            name += ", trained on blur" if c.given.blur_most else ""
+            assert name not in found, f"{folder}: there is another run of its arm, {name!r}"
+            found[name] = (str(folder), c)
     return found
 
 
@@ -118,7 +121,7 @@ def print_cascades(
             cascade = Cascade(base, [Upsampler(path, noise)])
             images = cascade(label, seed=0, quiet=True)[1].array
             scores = distance(extractor, reference, images, np.asarray(label))
-            print(f"| {name.partition(',')[0]} | {noise:g} | {scores} |", flush=True)
+            print(f"| {name} | {noise:g} | {scores} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,10 @@ Hardware, time and the result: docs/cascades.md, "A small study".
 from ml_collections import ConfigDict
 
 from .. import digits
+from ..base import FLOW
 
 ARMS = (
-    (
-        ("diffusion.loss", "regression"),
-        ("diffusion.prediction", "x0"),
-        ("sample.sampler", "regression"),
-    ),
+    (("diffusion.loss", "regression"), ("sample.sampler", "regression")),
     (),
     (("given.noise_most", 0.4), ("given.noise", 0.1)),
     (("given.blur_most", 1.0),),
@@ -32,8 +29,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.name = "digit_scenes"
     config.data.image_size = 32
     config.data.channels = 3
-    config.diffusion.loss = "simple"
-    config.diffusion.variance = "fixed_small"
+    config.diffusion = {**FLOW, "prediction": "x0"}
+    config.sample.sampler = "heun"
+    config.sample.steps = "20"
     config.train.steps = 3000
     config.train.checkpoint_every_steps = 1500
     config.train.evaluate_every_steps = 0
