@@ -21,14 +21,18 @@ _REMATERIALIZATION = re.compile(
     rb"(?:.*?op_name=\"(?P<name>[^\"]*)\")?"
 )
 
-# What FSDP on a TPU v6e is compiled with (compiled, not run: docs/results.md).
+# XLA makes a ring of permutes of a product whose operand is gathered, if that is larger than so
+# many MiB. Rings send half as much again as gathers do, so that there are none.
+_NO_RINGS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+# What FSDP on a kind of TPU is compiled with (compiled, not run: docs/results.md).
 _FSDP = {
-    # XLA makes a ring of permutes of a product whose operand is gathered, if that is larger than
-    # so many MiB. Rings send half as much again as gathers do, so that there are none.
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    # Gradients of devices that lie along both axes of the slice are scattered by the chip's
-    # SparseCores. Without it they are summed whole on every device, twice the bytes, and split.
-    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
+    "TPU v5 lite": _NO_RINGS,
+    "TPU v6 lite": {
+        **_NO_RINGS,
+        # Gradients of devices that lie along both axes of the slice are scattered by the chip's
+        # SparseCores. Without it they are summed whole on every device, twice the bytes, and split.
+        "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
+    },
 }
 
 # The process's file descriptor 2 is redirected by one thread at a time; others wait.
@@ -37,7 +41,7 @@ _redirecting = threading.RLock()
 
 def step_options(kind: str, axes: Mapping[str, int]) -> dict[str, str] | None:
     """XLA's options for a train step on devices of a kind, in a mesh of these axes, or None."""
-    return _FSDP if kind == "TPU v6 lite" and axes["fsdp"] > 1 == axes["tensor"] else None
+    return _FSDP.get(kind) if axes["fsdp"] > 1 == axes["tensor"] else None
 
 
 @contextlib.contextmanager
