@@ -23,7 +23,7 @@ _DDPO = (
 )
 ARMS = (
     (),  # as many updates of the supervised loss
-    (("train.steps", 530),),  # as much computation
+    (("train.steps", 2650),),  # as much computation
     _DDPO,
     (*_DDPO, ("reward.kl", 0.1)),
     (*_DDPO, ("adapt.kind", "lora"), ("optim.learning_rate", 3e-3)),
@@ -45,11 +45,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optim.schedule = "constant"
     config.optim.warmup_steps = 0
     config.optim.clip_norm = 1.0
-    config.train.steps = 40
+    config.train.steps = 200
     config.train.batch_size = 80
     config.train.ema_decay = 0.9
     config.train.log_every_steps = 4
-    config.train.checkpoint_every_steps = 10
+    config.train.checkpoint_every_steps = 50
     config.train.evaluate_every_steps = 0
     config.sample.steps = "ddim10"
     config.evaluate.val_loss_num = 0
