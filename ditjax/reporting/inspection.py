@@ -419,6 +419,7 @@ def _words(tables: _Tables, pictures: _Pictures) -> list[Sketch]:
             SHARE,
             "overlap",
             {"the centre": float(np.mean([row["iou"] for row in _of(rows, "centre")]))},
+            columns=2,
         ),
         _grid(
             "words_maps",

@@ -34,6 +34,8 @@ ARGUMENTS = [
     "small/unclip:decoder",
     "small/unclip:x0",
     "small/recaption:captioner",
+    "small/finetune:16",
+    "small/finetune:32",
 ]
 # The recipes of other tasks than diffusion.
 TASKS = {
