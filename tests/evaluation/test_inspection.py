@@ -98,6 +98,17 @@ def test_a_patch_of_all_tokens_is_the_donors_prediction():
     assert np.abs(plain - out).max() > 1e-3
 
 
+def test_what_says_nothing_is_the_null_label_and_no_vector():
+    _, tool, x0 = opened("mask")
+    beside = {"context": np.ones((B, 2, 3)), "vector": np.ones((B, 4))}
+    examples = Examples(IMAGE, np.arange(B), np.asarray(x0), EPS, beside)
+    found = tool.untold(examples)
+    np.testing.assert_array_equal(found["label"], np.full(B, 10))
+    np.testing.assert_array_equal(found["context"], beside["context"])  # the label drops it
+    assert not found["vector"].any()
+    assert examples.told["vector"].all()
+
+
 # ---- words
 
 
