@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ditjax.errors import UserError
-from ditjax.evaluation.inspection import Examples, Finding, Instrument, TableRow, Told
+from ditjax.evaluation.inspection import ConditionRows, Examples, Finding, Instrument, TableRow
 from ditjax.metrics.probing import fit_probe
 from ditjax.metrics.similarity import cknna
 from ditjax.metrics.tokens import (
@@ -43,12 +43,12 @@ INK = 0.25  # a token is compared if its pixels are that far from the image's me
 
 
 def _pooled(tool: Instrument) -> Callable[..., Any]:
-    """(x0, eps, told, t, params) -> mean tokens of each block [B,L,D], and x_t [B,..]."""
+    """(x0, eps, conditions, t, params) -> mean tokens of each block [B,L,D], and x_t [B,..]."""
 
     @jax.jit
-    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any) -> Any:
+    def program(x0: Any, eps: Any, conditions: Any, t: Any, params: Any) -> Any:
         x_t = tool.noised(x0, eps, t)
-        _, taps = tool.observe(params, x_t, told, t, "tokens")
+        _, taps = tool.observe(params, x_t, conditions, t, "tokens")
         assert taps.tokens is not None
         tokens = taps.tokens[tool.taken].astype(jnp.float32)
         return jnp.moveaxis(tokens.mean(2), 0, 1), x_t
@@ -59,7 +59,7 @@ def _pooled(tool: Instrument) -> Callable[..., Any]:
 def probe(tool: Instrument) -> Finding:
     """Linear probes of the mean token after each block, of pixels, and of an untrained network.
 
-    The network is told nothing of the image, or the probe would read it.
+    The network is given null conditions, or the probe would read the label.
     """
     program, classes = _pooled(tool), tool.c.data.num_classes
     rows: list[TableRow] = []
@@ -73,7 +73,7 @@ def probe(tool: Instrument) -> Finding:
     for i, t in enumerate(tool.times):
         read = [
             [
-                tool.over(program, (e.x0, e.eps, tool.untold(e)), t, params)
+                tool.over(program, (e.x0, e.eps, tool.null_conditions(e)), t, params)
                 for e in (tool.fit, tool.held)
             ]
             for params in (tool.params, tool.untrained)
@@ -103,13 +103,13 @@ def _numbers(x_t: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def self_attention(tool: Instrument) -> Finding:
-    """Entropy and mean distance of each head's self-attention, told of the images."""
+    """Entropy and mean distance of each head's self-attention on images with their conditions."""
     rows_, columns = tool.inside.grid
     N, centre = rows_ * columns, rows_ // 2 * columns + columns // 2
 
     @jax.jit
-    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any) -> Any:
-        _, taps = tool.observe(params, tool.noised(x0, eps, t), told, t, "attention")
+    def program(x0: Any, eps: Any, conditions: Any, t: Any, params: Any) -> Any:
+        _, taps = tool.observe(params, tool.noised(x0, eps, t), conditions, t, "attention")
         assert taps.attention is not None
         weights = taps.attention[tool.taken][..., :N, :]  # the queries of the image
         among = weights[..., :N]
@@ -125,7 +125,7 @@ def self_attention(tool: Instrument) -> Finding:
     pictures = np.empty(0)
     held = tool.held
     for i, t in enumerate(tool.times):
-        found = tool.over(program, (held.x0, held.eps, held.told), t, tool.params)
+        found = tool.over(program, (held.x0, held.eps, held.conditions), t, tool.params)
         entropy, distance, maps, keys = (x.mean(0) for x in found)
         if i == tool.middle:
             pictures = maps.reshape(*maps.shape[:2], rows_, columns)
@@ -159,7 +159,7 @@ def lens(tool: Instrument) -> Finding:
     held = tool.held
     for i, t in enumerate(tool.times):
         maps = translators(t)
-        found = tool.over(program, (held.x0, held.eps, held.told), t, tool.params, maps)
+        found = tool.over(program, (held.x0, held.eps, held.conditions), t, tool.params, maps)
         for kind, errors in found.items():
             for k, block in enumerate(tool.blocks):
                 values = dict(zip(("mse_target", "mse_last"), errors[:, k].mean(0), strict=True))
@@ -180,8 +180,8 @@ def _translators(tool: Instrument) -> Callable[[np.ndarray], np.ndarray]:
     """t -> least squares of the last block's tokens from each block's and 1, f32[L,D+1,D]."""
 
     @jax.jit
-    def sums(valid: Any, x0: Any, eps: Any, told: Any, t: Any, params: Any) -> Any:
-        _, taps = tool.observe(params, tool.noised(x0, eps, t), told, t, "tokens")
+    def sums(valid: Any, x0: Any, eps: Any, conditions: Any, t: Any, params: Any) -> Any:
+        _, taps = tool.observe(params, tool.noised(x0, eps, t), conditions, t, "tokens")
         assert taps.tokens is not None
         tokens = taps.tokens.astype(jnp.float32)
         x = _with_ones(tokens[tool.taken])
@@ -193,7 +193,7 @@ def _translators(tool: Instrument) -> Callable[[np.ndarray], np.ndarray]:
 
     def translators(t: np.ndarray) -> np.ndarray:
         fit = tool.fit
-        squares, products = tool.total(sums, (fit.x0, fit.eps, fit.told), t, tool.params)
+        squares, products = tool.total(sums, (fit.x0, fit.eps, fit.conditions), t, tool.params)
         ridge = 1e-6 * np.trace(squares, axis1=1, axis2=2)[:, None, None] / squares.shape[1]
         eye = np.eye(squares.shape[1])[None]
         return np.linalg.solve(squares + ridge * eye, products).astype(np.float32)
@@ -209,14 +209,14 @@ def _lens_errors(tool: Instrument) -> Callable[..., Any]:
     """-> {raw, tuned: [B,L,2]}, mean squares to the target and to the network's prediction."""
 
     @jax.jit
-    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any, maps: Any) -> Any:
+    def program(x0: Any, eps: Any, conditions: Any, t: Any, params: Any, maps: Any) -> Any:
         x_t = tool.noised(x0, eps, t)
-        out, taps = tool.observe(params, x_t, told, t, "tokens")
+        out, taps = tool.observe(params, x_t, conditions, t, "tokens")
         assert taps.tokens is not None
         tokens, target = taps.tokens[tool.taken], tool.target(x0, eps, t)
 
         def errors(tokens: jax.Array) -> jax.Array:
-            seen = tool.through_lens(params, tokens, x_t, told, t)
+            seen = tool.through_lens(params, tokens, x_t, conditions, t)
             return jnp.stack([jnp.square(seen - y).mean((1, 2, 3)) for y in (target, out)], axis=1)
 
         def each(given: Any) -> Any:
@@ -234,20 +234,20 @@ def _lens_pictures(tool: Instrument, t: np.ndarray) -> np.ndarray:
     """Images, x_t, and x̂0 by the raw lens after each block -> f32[n,L+2,H,W,C] in [-1, 1]."""
 
     @jax.jit
-    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any, frozen: Any) -> Any:
+    def program(x0: Any, eps: Any, conditions: Any, t: Any, params: Any, frozen: Any) -> Any:
         x_t = tool.noised(x0, eps, t)
-        _, taps = tool.observe(params, x_t, told, t, "tokens")
+        _, taps = tool.observe(params, x_t, conditions, t, "tokens")
         assert taps.tokens is not None
 
         def x0_of(tokens: jax.Array) -> jax.Array:
-            seen = tool.through_lens(params, tokens, x_t, told, t)
+            seen = tool.through_lens(params, tokens, x_t, conditions, t)
             return tool.inside.decode(frozen, tool.x0_of(seen, x_t, t))
 
         found = jax.lax.map(x0_of, taps.tokens[tool.taken])
         return jnp.moveaxis(found, 0, 1), tool.inside.decode(frozen, tool.own(x_t))
 
     held = tool.held
-    rows = jax.tree.map(lambda x: x[:PICTURES], (held.x0, held.eps, held.told))
+    rows = jax.tree.map(lambda x: x[:PICTURES], (held.x0, held.eps, held.conditions))
     seen, noisy = tool.over(program, rows, t, tool.params, tool.frozen)
     first = [held.image[:PICTURES, None], noisy[:, None]]
     return np.clip(np.concatenate([*first, seen], axis=1), -1, 1)
@@ -265,7 +265,7 @@ def patch(tool: Instrument) -> Finding:
     tokens after block l recover what it did up to there.
     """
     held, program = tool.held, _patch_effects(tool)
-    batch = (held.x0, held.eps, held.told, _told_otherwise(tool))
+    batch = (held.x0, held.eps, held.conditions, _other_conditions(tool))
     (h, w), L = tool.inside.grid, tool.inside.depth
     at = np.eye(L, dtype=bool)[tool.taken]  # [K,L]
     rows: list[TableRow] = []
@@ -290,11 +290,11 @@ def patch(tool: Instrument) -> Finding:
     return Finding({"patch": rows}, {"patch": effects}, line)
 
 
-def _told_otherwise(tool: Instrument) -> Told:
-    """What is told of the image before each, or another label than its own."""
+def _other_conditions(tool: Instrument) -> ConditionRows:
+    """The text of the image before each, or another label than its own."""
     held, classes = tool.held, tool.c.data.num_classes
     if held.beside:
-        return {name: np.roll(x, 1, axis=0) for name, x in held.told.items()}
+        return {name: np.roll(x, 1, axis=0) for name, x in held.conditions.items()}
     if classes < 2:
         raise UserError("patch compares two labels, and config.data.num_classes is 1.")
     rng = np.random.default_rng([tool.c.evaluate.seed, len(held)])
@@ -306,9 +306,11 @@ def _patch_effects(tool: Instrument) -> Callable[..., Any]:
     """(.., masks [K,L,N]) -> the two parts of each effect, [B,K] and [B] (`tokens.recovered`)."""
 
     @jax.jit
-    def program(x0: Any, eps: Any, told: Any, other: Any, t: Any, params: Any, masks: Any) -> Any:
+    def program(
+        x0: Any, eps: Any, conditions: Any, other: Any, t: Any, params: Any, masks: Any
+    ) -> Any:
         x_t = tool.noised(x0, eps, t)
-        clean, taps = tool.observe(params, x_t, told, t, "tokens")
+        clean, taps = tool.observe(params, x_t, conditions, t, "tokens")
         corrupt, _ = tool.observe(params, x_t, other, t)
 
         def effect(mask: jax.Array) -> jax.Array:
@@ -384,9 +386,9 @@ def _held_loss(tool: Instrument) -> Callable[..., np.ndarray]:
     transform = without_branches(tool.inside.branches, tool.inside.stack)
 
     @jax.jit
-    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any, base: Any) -> jax.Array:
+    def program(x0: Any, eps: Any, conditions: Any, t: Any, params: Any, base: Any) -> jax.Array:
         joined = transform.join(base, params)
-        out, _ = tool.observe(joined, tool.noised(x0, eps, t), told, t)
+        out, _ = tool.observe(joined, tool.noised(x0, eps, t), conditions, t)
         return jnp.square(out - tool.target(x0, eps, t)).mean((1, 2, 3))
 
     def loss(
@@ -399,7 +401,7 @@ def _held_loss(tool: Instrument) -> Callable[..., np.ndarray]:
             for name, value in values.items()
         }
         held = tool.held
-        found = tool.over(program, (held.x0, held.eps, held.told), t, tool.params, base)
+        found = tool.over(program, (held.x0, held.eps, held.conditions), t, tool.params, base)
         return np.asarray(found, np.float64)
 
     return loss
@@ -409,8 +411,8 @@ def _branch_means(tool: Instrument) -> Callable[[np.ndarray], dict[str, np.ndarr
     """t -> the mean of what each branch yields, over images and tokens, f32[L,D]."""
 
     @jax.jit
-    def program(x0: Any, eps: Any, told: Any, t: Any, params: Any) -> Any:
-        _, taps = tool.observe(params, tool.noised(x0, eps, t), told, t, "branches")
+    def program(x0: Any, eps: Any, conditions: Any, t: Any, params: Any) -> Any:
+        _, taps = tool.observe(params, tool.noised(x0, eps, t), conditions, t, "branches")
         return {
             name: jnp.moveaxis(x.astype(jnp.float32).mean(2), 0, 1)
             for name, x in taps.branches.items()
@@ -418,7 +420,7 @@ def _branch_means(tool: Instrument) -> Callable[[np.ndarray], dict[str, np.ndarr
 
     def means(t: np.ndarray) -> dict[str, np.ndarray]:
         fit = tool.fit
-        found = tool.over(program, (fit.x0, fit.eps, fit.told), t, tool.params)
+        found = tool.over(program, (fit.x0, fit.eps, fit.conditions), t, tool.params)
         return {name: np.asarray(x.mean(0), np.float32) for name, x in found.items()}
 
     return means
@@ -462,7 +464,7 @@ def similarity(tool: Instrument) -> Finding:
     for i, t in enumerate(tool.times):
         if features is None and i != tool.middle:
             continue
-        batch = (held.x0, held.eps, tool.untold(held))
+        batch = (held.x0, held.eps, tool.null_conditions(held))
         tokens, x_t = tool.over(program, batch, t, tool.params)
         each = [tokens[:, k] for k in range(len(tool.blocks))]
         if features is not None:
@@ -506,7 +508,7 @@ def correspondence(tool: Instrument) -> Finding:
     if not valid.any():
         raise UserError("no token of the images differs from the rest: there is nothing to find.")
     program, rows = _matches(tool), []
-    batch = (held.x0, held.eps, x0, eps, tool.untold(held))
+    batch = (held.x0, held.eps, x0, eps, tool.null_conditions(held))
 
     def score(matches: np.ndarray) -> float:
         return float(correct_keypoints(matches, source, h, w)[valid].mean())
@@ -575,10 +577,10 @@ def _matches(tool: Instrument) -> Callable[..., Any]:
 
     @jax.jit
     def program(
-        x0: Any, eps: Any, warped: Any, warped_eps: Any, told: Any, t: Any, params: Any
+        x0: Any, eps: Any, warped: Any, warped_eps: Any, conditions: Any, t: Any, params: Any
     ) -> Any:
         x_t = [tool.noised(x0, eps, t), tool.noised(warped, warped_eps, t)]
-        taps = [tool.observe(params, x, told, t, "tokens")[1].tokens for x in x_t]
+        taps = [tool.observe(params, x, conditions, t, "tokens")[1].tokens for x in x_t]
         tokens = [x[tool.taken] for x in taps if x is not None]
         found = best_matches(tokens[1], tokens[0])
         pixels = best_matches(patchify(x_t[1], cell), patchify(x_t[0], cell))
@@ -613,9 +615,10 @@ def words(tool: Instrument) -> Finding:
             "--what=words: this network is given no tokens of a text: leave 'words' out."
         )
     program, rows, (h, w) = _word_maps(tool), [], tool.inside.grid
+    sets = [(each, _inked(each.image, (h, w))) for each in (tool.fit, tool.held)]
     pictures = {}
     for i, t in enumerate(tool.times):
-        fit, held = (_read_words(tool, program, each, t) for each in (tool.fit, tool.held))
+        fit, held = (_read_words(tool, program, *each, t) for each in sets)
         if not (fit.live.any() and held.live.any()):
             raise UserError("no token of the images differs from the rest: no map can be compared.")
         rows += [tool.at(i, **values) for values in _word_rows(tool, fit, held)]
@@ -671,10 +674,10 @@ def _word_maps(tool: Instrument) -> Callable[..., Any]:
     """-> weights of the tokens of a text, of blocks and heads f32[B,N,M], and inside f32[B,L,M]."""
 
     @jax.jit
-    def program(x0: Any, eps: Any, told: Any, region: Any, t: Any, params: Any) -> Any:
-        _, taps = tool.observe(params, tool.noised(x0, eps, t), told, t, "crossed")
+    def program(x0: Any, eps: Any, conditions: Any, region: Any, t: Any, params: Any) -> Any:
+        _, taps = tool.observe(params, tool.noised(x0, eps, t), conditions, t, "crossed")
         assert taps.crossed is not None
-        M = told["context"].shape[1]
+        M = conditions["context"].shape[1]
         weights = taps.crossed[tool.taken].mean(2)[..., -M:]  # [L,B,N,M]
         shown = jnp.einsum("lbnm,bn->blm", weights, region.astype(jnp.float32))
         total = jnp.maximum(jnp.moveaxis(weights.sum(2), 0, 1), jnp.finfo(jnp.float32).tiny)
@@ -684,14 +687,17 @@ def _word_maps(tool: Instrument) -> Callable[..., Any]:
 
 
 def _read_words(
-    tool: Instrument, program: Callable[..., Any], examples: Examples, t: np.ndarray
+    tool: Instrument,
+    program: Callable[..., Any],
+    examples: Examples,
+    region: np.ndarray,
+    t: np.ndarray,
 ) -> _Words:
-    """The maps of the words of examples at a time."""
-    region = _inked(examples.image, tool.inside.grid)
-    batch = (examples.x0, examples.eps, examples.told, region)
+    """The maps of the words of examples at a time; region bool[n,N]: tokens that show something."""
+    batch = (examples.x0, examples.eps, examples.conditions, region)
     maps, inside = tool.over(program, batch, t, tool.params)
     pieces = np.array([list(each) for each in examples.pieces])
-    live = (pieces != "") & examples.told["context_mask"].astype(bool)
+    live = (pieces != "") & examples.conditions["context_mask"].astype(bool)
     live &= region.any(-1, keepdims=True)
     most = np.maximum(maps.max(1, keepdims=True), np.finfo(np.float32).tiny)
     return _Words(maps / most, live, region, inside, pieces)

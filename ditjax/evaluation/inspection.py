@@ -45,7 +45,7 @@ class Finding(NamedTuple):
     line: str
 
 
-Told = dict[str, Any]  # rows of the fields of `Conditions` that a network is told
+ConditionRows = dict[str, Any]  # field of `Conditions` -> its rows, one an image
 
 
 class Examples(NamedTuple):
@@ -66,8 +66,8 @@ class Examples(NamedTuple):
         return len(self.label)
 
     @property
-    def told(self) -> Told:
-        """What the network is told of the images."""
+    def conditions(self) -> ConditionRows:
+        """The conditions of the images, without what is given as channels."""
         return {"label": self.label, **self.beside}
 
 
@@ -116,10 +116,10 @@ class Instrument:
         """The index of the time at which pictures are made."""
         return (len(self.shares) - 1) // 2
 
-    def untold(self, examples: Examples) -> Told:
-        """What says nothing of images: null labels and vectors of 0, or the same class for all."""
+    def null_conditions(self, examples: Examples) -> ConditionRows:
+        """Null labels and vectors of 0; the same class for all if there is no null label."""
         label = 0 if self.inside.null is None else self.inside.null
-        found = {**examples.told, "label": np.full(len(examples), label, np.int32)}
+        found = {**examples.conditions, "label": np.full(len(examples), label, np.int32)}
         vector = {name: np.zeros_like(x) for name, x in found.items() if name == "vector"}
         return {**found, **vector}
 
@@ -130,28 +130,20 @@ class Instrument:
     def over(self, program: Callable[..., Any], rows: Sequence[Any], *args: Any) -> Any:
         """Apply program(*batch of rows, *args) to all rows -> its outputs, whose axis 0 is theirs.
 
-        rows: arrays, or what is told. The last batch is filled up with zeros, so that a program
+        rows: arrays, or condition rows. The last batch is filled up with zeros, so that a program
         compiles once.
         """
         parts = []
-        for count, batch in self._batches(rows):
+        for count, batch in _batches(tuple(rows), min(self.batch_size, len(rows[0]))):
             with precise(self.c):
                 found = program(*batch, *args)
             parts.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], found))
         return jax.tree.map(lambda *each: np.concatenate(each), *parts)
 
-    def _batches(self, rows: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """How many rows a batch has before it is filled up, and the batch."""
-        n = len(rows[0])
-        size = min(self.batch_size, n)
-        for start in range(0, n, size):
-            parts = jax.tree.map(lambda x, at=start: x[at : at + size], tuple(rows))
-            yield len(parts[0]), jax.tree.map(lambda x: processes.padded(x, size), parts)
-
     def total(self, program: Callable[..., Any], rows: Sequence[Any], *args: Any) -> Any:
         """Sum program(valid f32[B], *batch of rows, *args) over batches, in float64."""
         total = None
-        for count, batch in self._batches(rows):
+        for count, batch in _batches(tuple(rows), min(self.batch_size, len(rows[0]))):
             valid = processes.padded(np.ones(count, np.float32), len(batch[0]))
             with precise(self.c):
                 found = program(valid, *batch, *args)
@@ -176,16 +168,16 @@ class Instrument:
         C = self.inside.shape[-1]
         return (x, None) if x.shape[-1] == C else (x[..., :C], x[..., C:])
 
-    def _conditions(self, x_t: jax.Array, told: Told) -> Conditions:
+    def _conditions(self, x_t: jax.Array, rows: ConditionRows) -> Conditions:
         levels = self.inside.levels(len(x_t))
-        return Conditions(**told, channels=self._split(x_t)[1], level=levels)
+        return Conditions(**rows, channels=self._split(x_t)[1], level=levels)
 
     def observe(
-        self, params: Any, x_t: jax.Array, told: Told, t: jax.Array, *wanted: str
+        self, params: Any, x_t: jax.Array, rows: ConditionRows, t: jax.Array, *wanted: str
     ) -> tuple[jax.Array, Taps]:
         """The prediction f32[B,H,W,C] of a batch at the time t [], and what its blocks computed."""
         taps: list[Taps] = []
-        conditions = self._conditions(x_t, told)
+        conditions = self._conditions(x_t, rows)
 
         def read(x: jax.Array, time: jax.Array) -> jax.Array:
             out, found = self.inside.read(params, x, time, conditions, *wanted)
@@ -196,10 +188,10 @@ class Instrument:
         return out, taps[-1]
 
     def through_lens(
-        self, params: Any, tokens: jax.Array, x_t: jax.Array, told: Told, t: jax.Array
+        self, params: Any, tokens: jax.Array, x_t: jax.Array, rows: ConditionRows, t: jax.Array
     ) -> jax.Array:
         """The prediction of the layers behind the blocks, of tokens [B,N,D]."""
-        conditions = self._conditions(x_t, told)
+        conditions = self._conditions(x_t, rows)
         return self._evaluated(
             lambda x, time: self.inside.lens(params, tokens, time, conditions), x_t, t
         )
@@ -208,13 +200,13 @@ class Instrument:
         self,
         params: Any,
         x_t: jax.Array,
-        told: Told,
+        rows: ConditionRows,
         t: jax.Array,
         mask: jax.Array,
         value: jax.Array,
     ) -> jax.Array:
         """The prediction with the value [L,B,N,D] after blocks where the mask [L,B or 1,N] is."""
-        conditions = self._conditions(x_t, told)
+        conditions = self._conditions(x_t, rows)
         return self._evaluated(
             lambda x, time: self.inside.patch(params, x, time, conditions, mask, value), x_t, t
         )
@@ -319,7 +311,7 @@ def _examples(
     inside: Inside,
     reading: Reading,
     make: MakeExamples,
-    beside: Callable[[HostBatch], Told],
+    beside: Callable[[HostBatch], ConditionRows],
 ) -> tuple[Examples, Examples, dict[str, Any]]:
     """Images to fit, held-out images, and their description; no image is in both."""
     held_spec = opening.held_out(c)
@@ -365,13 +357,12 @@ def _example_maker(c: Config, inside: Inside, frozen: Frozen, batch_size: int) -
 
     def make(images: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray]:
         key = jax.random.fold_in(keys.stream(c.evaluate.seed, keys.INSPECT), part)
+        indices = np.arange(len(images), dtype=np.uint32)
         parts = []
-        for start in range(0, len(images), batch_size):
-            rows = images[start : start + batch_size]
-            indices = np.arange(start, start + batch_size, dtype=np.uint32)
+        for count, rows in _batches((images, indices), batch_size):
             with precise(c):
-                found = program(frozen, key, processes.padded(rows, batch_size), indices)
-            parts.append([np.asarray(x)[: len(rows)] for x in found])
+                found = program(frozen, key, *rows)
+            parts.append([np.asarray(x)[:count] for x in found])
         x0, eps = (np.concatenate(each) for each in zip(*parts, strict=True))
         return x0, eps
 
@@ -380,23 +371,27 @@ def _example_maker(c: Config, inside: Inside, frozen: Frozen, batch_size: int) -
 
 def _beside_maker(
     c: Config, inside: Inside, frozen: Frozen, batch_size: int
-) -> Callable[[HostBatch], Told]:
-    """What the network is told of records beside their labels."""
+) -> Callable[[HostBatch], ConditionRows]:
+    """The conditions of records beside their labels."""
 
     @jax.jit
     def program(frozen: Frozen, batch: Any) -> Any:
         return inside.beside(frozen, batch)
 
-    def beside(rows: HostBatch) -> Told:
+    def beside(rows: HostBatch) -> ConditionRows:
         parts = []
-        for start in range(0, len(rows["label"]), batch_size):
-            batch = {name: x[start : start + batch_size] for name, x in rows.items()}
-            count = len(batch["label"])
+        for count, batch in _batches(rows, batch_size):
             with precise(c):
-                found = program(
-                    frozen, {k: processes.padded(x, batch_size) for k, x in batch.items()}
-                )
+                found = program(frozen, batch)
             parts.append({name: np.asarray(x)[:count] for name, x in found.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     return beside
+
+
+def _batches(rows: Any, size: int) -> Iterator[tuple[int, Any]]:
+    """Batches of a tree of rows: how many each has before it is filled up with zeros, and it."""
+    for start in range(0, len(jax.tree.leaves(rows)[0]), size):
+        part = jax.tree.map(lambda x, at=start: x[at : at + size], rows)
+        count = len(jax.tree.leaves(part)[0])
+        yield count, jax.tree.map(lambda x: processes.padded(x, size), part)

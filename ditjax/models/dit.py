@@ -895,9 +895,16 @@ class Lens(DiT):
         return self._end(x, cond, *self.size)
 
 
-def lens_of(k: DiTKeys, inputs: Inputs, place: Placement = ANYWHERE) -> Callable[..., jax.Array]:
-    """Build `InspectionSeam.lens`."""
-    lens = with_fields_of(module(k, inputs, place), Lens, size=inputs.shape[:2])
+def lens_of(
+    k: DiTKeys,
+    inputs: Inputs,
+    place: Placement = ANYWHERE,
+    *,
+    build: Callable[..., DiT],
+    kind: type[DiT] = Lens,
+) -> Callable[..., jax.Array]:
+    """Build `InspectionSeam.lens`, a module of a kind with the fields of what `build` builds."""
+    lens = with_fields_of(build(k, inputs, place), kind, size=inputs.shape[:2])
     apply: Callable[..., jax.Array] = lens.apply
     return apply
 
@@ -1207,7 +1214,7 @@ NETWORK = Network(
     inspection=InspectionSeam(
         functools.partial(reader_of, build=module, branches_of=branches),
         functools.partial(patcher_of, build=module),
-        lens_of,
+        functools.partial(lens_of, build=module),
         branches,
     ),
     interval=True,

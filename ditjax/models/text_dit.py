@@ -428,15 +428,6 @@ class TextLens(TextDiT):
         return unpatchify(self._ended(x, e), self.patch, *self.size).astype(jnp.float32)
 
 
-def text_lens_of(
-    k: TextDiTKeys, inputs: Inputs, place: Placement = ANYWHERE
-) -> Callable[..., jax.Array]:
-    """Build `InspectionSeam.lens`."""
-    lens = dit.with_fields_of(module(k, inputs, place), TextLens, size=inputs.shape[:2])
-    apply: Callable[..., jax.Array] = lens.apply
-    return apply
-
-
 def text_branches(k: TextDiTKeys) -> dict[str, str]:
     """The branches of a block: name -> its last linear layer."""
     return {"attention": "attn/out", "cross-attention": "cross/out", "mlp": "mlp/out"}
@@ -462,7 +453,7 @@ NETWORK = Network(
     inspection=InspectionSeam(
         functools.partial(dit.reader_of, build=module, branches_of=text_branches),
         functools.partial(dit.patcher_of, build=module),
-        text_lens_of,
+        functools.partial(dit.lens_of, build=module, kind=TextLens),
         text_branches,
     ),
     texts=True,

@@ -722,7 +722,7 @@ def inside_of(c: Config, mesh: Mesh | None = None) -> Inside | None:
     place = ANYWHERE if mesh is None else placement(c, mesh)
     side = math.isqrt(split.tokens)
 
-    def told(build: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
+    def built(build: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
         apply = build(c.model, inputs, place)
         texts = text_conditions.has_texts(c)
         return text_conditions.with_null_text(c, apply) if texts else apply
@@ -748,9 +748,9 @@ def inside_of(c: Config, mesh: Mesh | None = None) -> Inside | None:
         branches=seam.branches(c.model),
         null=c.data.num_classes if c.model.label_dropout > 0 else None,
         levels=functools.partial(given.levels_of, c),
-        read=told(seam.read),
-        patch=told(seam.patch),
-        lens=told(seam.lens),
+        read=built(seam.read),
+        patch=built(seam.patch),
+        lens=built(seam.lens),
         variables=text_conditions.with_null,
         beside=functools.partial(text_conditions.prepare_texts, c),
         pieces=text_conditions.pieces_of(c),

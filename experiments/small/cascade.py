@@ -12,8 +12,8 @@ Hardware, time and the result: docs/cascades.md, "A small study".
 
 from ml_collections import ConfigDict
 
-from .. import digits
 from ..base import FLOW
+from . import scenes
 
 ARMS = (
     (("diffusion.loss", "regression"), ("sample.sampler", "regression")),
@@ -25,18 +25,13 @@ ARMS = (
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the study's recipe; 'base' is the recipe of the cascade's base."""
-    config = digits.get_config("3x64x2/4")
-    config.data.name = "digit_scenes"
-    config.data.image_size = 32
-    config.data.channels = 3
+    config = scenes.get_config("3x64x2/4")
     config.diffusion = {**FLOW, "prediction": "x0"}
     config.sample.sampler = "heun"
     config.sample.steps = "20"
     config.train.steps = 3000
     config.train.checkpoint_every_steps = 1500
     config.train.evaluate_every_steps = 0
-    config.evaluate.features = "scenes"
-    config.evaluate.reference = "digit_scenes/train[:5000]"
     config.evaluate.guided_scale = 0.0
     config.evaluate.val_loss_num = 0
     config.sweep.grid = ()

@@ -17,6 +17,7 @@ Hardware, time and the result: docs/finetuning.md, "A small study".
 from ml_collections import ConfigDict
 
 from .. import digits
+from . import scenes
 
 BASE = "runs/small/finetune_base"
 SMALLER = "runs/small/finetune_16"
@@ -41,7 +42,7 @@ SIZES = (
 def get_config(arg: str | None = None) -> ConfigDict:
     """Return the study's recipe; 'base' and '16' are those of bases, '32' of its other half."""
     if arg in ("16", "32"):
-        return scenes(int(arg))
+        return of_scenes(int(arg))
     config = digits.get_config("3x64x2/2")
     config.sweep.grid = ()
     if arg == "base":
@@ -62,12 +63,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
-def scenes(side: int) -> ConfigDict:
+def of_scenes(side: int) -> ConfigDict:
     """The recipe of digit scenes of 16x16 pixels, or of the study at 32x32."""
-    config = digits.get_config("3x64x2/4")
-    config.data.update(name="digit_scenes", image_size=side, channels=3)
-    config.evaluate.features = "scenes"
-    config.evaluate.reference = "digit_scenes/train[:5000]"
+    config = scenes.get_config("3x64x2/4")
+    config.data.image_size = side
     config.evaluate.guided_scale = 0.0
     config.sweep.grid = ()
     config.train.steps = 2000

@@ -26,7 +26,7 @@ B, L, N = 3, 2, 4
 RNG = np.random.default_rng(0)
 IMAGE, EPS = (RNG.uniform(-1, 1, (B, 8, 8, 1)).astype(np.float32) for _ in range(2))
 LABEL, T = jnp.arange(B), jnp.int32(300)
-TOLD = {"label": LABEL}
+CONDITIONS = {"label": LABEL}
 GIVEN: dict[str, dict[str, Any]] = {
     "low": {"kind": "low", "side": 4, "noise_most": 0.4, "noise": 0.1},
     "mask": {"kind": "mask"},
@@ -71,14 +71,14 @@ def test_it_reads_the_network_on_them():
     c, tool, x0 = opened("low")
     x_t = tool.noised(x0, jnp.asarray(EPS), T)
     np.testing.assert_array_equal(x_t[..., 1:], x0[..., 1:])
-    out, taps = tool.observe(tool.params, x_t, TOLD, T, "tokens")
+    out, taps = tool.observe(tool.params, x_t, CONDITIONS, T, "tokens")
     process = process_of(c.diffusion)
     x = process.noised(jnp.asarray(IMAGE), jnp.full(B, T), jnp.asarray(EPS))
     conditions = Conditions(label=LABEL, channels=x0[..., 1:], level=jnp.full(B, 100))
     expected: Any = denoiser_module(c).apply(tool.params, x, jnp.full(B, T), conditions)
     np.testing.assert_array_equal(out, expected[..., :1])
     np.testing.assert_array_equal(
-        tool.through_lens(tool.params, taps.tokens[-1], x_t, TOLD, T), out
+        tool.through_lens(tool.params, taps.tokens[-1], x_t, CONDITIONS, T), out
     )
     assert (
         tool.x0_of(out, x_t, T).shape == tool.target(x0, jnp.asarray(EPS), T).shape == IMAGE.shape
@@ -90,10 +90,10 @@ def test_a_patch_of_all_tokens_is_the_donors_prediction():
     _, tool, x0 = opened("low")
     donor = jnp.concatenate([x0[..., :1], x0[::-1, ..., 1:]], axis=-1)
     x_t, other = (tool.noised(each, jnp.asarray(EPS), T) for each in (x0, donor))
-    out, taps = tool.observe(tool.params, other, TOLD, T, "tokens")
-    plain, _ = tool.observe(tool.params, x_t, TOLD, T)
+    out, taps = tool.observe(tool.params, other, CONDITIONS, T, "tokens")
+    plain, _ = tool.observe(tool.params, x_t, CONDITIONS, T)
     mask = jnp.zeros((L, 1, N), bool).at[0].set(True)
-    found = tool.patched(tool.params, x_t, TOLD, T, mask, taps.tokens)
+    found = tool.patched(tool.params, x_t, CONDITIONS, T, mask, taps.tokens)
     np.testing.assert_array_equal(found, out)
     assert np.abs(plain - out).max() > 1e-3
 
@@ -102,11 +102,11 @@ def test_what_says_nothing_is_the_null_label_and_no_vector():
     _, tool, x0 = opened("mask")
     beside = {"context": np.ones((B, 2, 3)), "vector": np.ones((B, 4))}
     examples = Examples(IMAGE, np.arange(B), np.asarray(x0), EPS, beside)
-    found = tool.untold(examples)
+    found = tool.null_conditions(examples)
     np.testing.assert_array_equal(found["label"], np.full(B, 10))
     np.testing.assert_array_equal(found["context"], beside["context"])  # the label drops it
     assert not found["vector"].any()
-    assert examples.told["vector"].all()
+    assert examples.conditions["vector"].all()
 
 
 # ---- words
@@ -147,7 +147,7 @@ class Planted:
     def at(self, index, **values):
         return {"share": self.shares[index], **values}
 
-    def observe(self, params, x_t, told, t, *wanted):
+    def observe(self, params, x_t, conditions, t, *wanted):
         assert wanted == ("crossed",)
         shown = x_t.reshape(len(x_t), 4, 4, 4, 4, 3).mean((2, 4, 5)).reshape(len(x_t), 16) > 0
         red = jnp.where(shown, 0.5, 0.2)
