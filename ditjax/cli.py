@@ -318,7 +318,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     # Orbax and tfds log their housekeeping as warnings, and log errors that they also raise.
     logging.set_verbosity(logging.FATAL)
     getLogger("asyncio").setLevel(CRITICAL)  # it repeats the error of a failed save for each leaf
-    sys.unraisablehook = _ignore_late_writes
+    sys.unraisablehook = _ignore_abandoned_tasks
     # Here and not at import, so that tests and programs that import ditjax keep their settings. JAX
     # is imported already, so an environment variable would be too late; JAX opens its cache at the
     # first compilation.
@@ -365,13 +365,14 @@ def _of_file(error: OSError) -> tuple[str, int]:
     return f"{line}: give another path, or one that can be read and written.", 2
 
 
-def _ignore_late_writes(unraisable: Any) -> None:
-    """Ignore the errors of TensorStore's writes that end after another write has failed.
+# What TensorStore's writes and Orbax's reads say when another write or read has failed before they
+# end: they find Orbax's event loop closed, or are collected unfinished.
+_ABANDONED = ("Event loop is closed", "Encountered error while reading array index")
 
-    They find Orbax's event loop closed. The failure itself has been raised already.
-    """
-    error = unraisable.exc_value
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+
+def _ignore_abandoned_tasks(unraisable: Any) -> None:
+    """Ignore what the rest of a failed save or restore says. Its failure is raised already."""
+    if not str(unraisable.exc_value).startswith(_ABANDONED):
         sys.__unraisablehook__(unraisable)
 
 

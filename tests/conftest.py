@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -70,6 +71,12 @@ FIRST = ("commands", "faults", "test_program.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The rest in the order of their names, as they came."""
     items.sort(key=lambda item: names(item).isdisjoint(FIRST))
+
+
+@pytest.fixture(autouse=True)
+def _own_unraisable_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that a test runs in this process sets the hook, which is the process's."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
 
 def pytest_collection_finish() -> None:

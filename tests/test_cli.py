@@ -1,5 +1,7 @@
 """How a command ends: its status, and one line."""
 
+import asyncio
+import gc
 import sys
 
 import pytest
@@ -11,6 +13,14 @@ from ditjax.parallel import compilations, host
 AGAIN = ". Run the same command again when the file system answers."
 SET = ". JAX_PLATFORMS is 'nowhere': set it to 'cpu', or to nothing."
 OTHER = ": give another path, or one that can be read and written."
+
+
+@pytest.fixture
+def unchanged(monkeypatch):
+    """What a command sets for its process stays as the tests have it."""
+    monkeypatch.setattr(host, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(compilations, "enable_cache", lambda: None)
+    monkeypatch.setattr("absl.logging.set_verbosity", lambda level: None)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +48,7 @@ OTHER = ": give another path, or one that can be read and written."
         ),
     ],
 )
-def test_the_end_of_a_command(error, status, out, err, monkeypatch, capsys):
+def test_the_end_of_a_command(error, status, out, err, unchanged, monkeypatch, capsys):
     def main(argv: list[str]) -> int:
         if error:
             raise error
@@ -46,13 +56,38 @@ def test_the_end_of_a_command(error, status, out, err, monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["command"])
     monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
-    monkeypatch.setattr(host, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(compilations, "enable_cache", lambda: None)
-    monkeypatch.setattr("absl.logging.set_verbosity", lambda level: None)
     with pytest.raises(SystemExit) as ended:
         cli.run(main)
     assert ended.value.code == status
     assert capsys.readouterr() == (out, err)
+
+
+def test_the_rest_of_a_failed_restore_ends_without_a_word(unchanged, capsys):
+    """Orbax raises an error of its own where an unfinished read is collected, whenever that is."""
+
+    def abandon(words):
+        async def read():
+            try:
+                await asyncio.sleep(0)
+            except BaseException as error:
+                raise Exception(words) from error
+
+        reading = read()
+        reading.send(None)
+        del reading
+        gc.collect()
+
+    def main(argv: list[str]) -> int:
+        abandon("Encountered error while reading array index: (slice(0, 2, 1),).")
+        abandon("Event loop is closed")
+        assert capsys.readouterr() == ("", "")
+        abandon("another")
+        assert "Exception: another" in capsys.readouterr().err
+        return 0
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == 0
 
 
 def test_a_recipe_of_a_package_in_a_package_finds_its_neighbours(tmp_path, monkeypatch):
