@@ -1,21 +1,28 @@
-"""The judge of caption scenes with one digit: digit, colour and place, read off the pixels.
+"""The judge of caption scenes: digit, colour and place of one, the two colours of a pair.
+
+All is read off the pixels.
 
 No network here was trained on scenes: the digit is judged by the shipped classifier of handwriting.
 """
 
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from ditjax.data.caption_scenes import HUES
+from ditjax.data.caption_scenes import DIGIT_NAMES, HUES, INK_COLOURS
 from ditjax.errors import UserError
 from ditjax.evaluation.classifiers import FEATURE_CLASSIFIER, JUDGE, recognise
 from ditjax.models.classifier import DIGIT_SIDE
 from ditjax.weights.shipped import shipped_classifier
 
 _SEEN = 0.3  # of the darkest ink: fainter pixels are no part of the digit
+_FAINT = 0.3  # of full brightness: a half whose ink is fainter shows no digit
 _BATCH = 512
+_THING = f"an? ({'|'.join(INK_COLOURS)}) (?:{'|'.join(DIGIT_NAMES)})"
+_PAIR = re.compile(f"{_THING} (left of|above) {_THING}")
 
 
 class Judged(NamedTuple):
@@ -40,6 +47,32 @@ def judge_scenes(images: np.ndarray) -> Judged:
 def judged_attributes(images: np.ndarray) -> dict[str, np.ndarray]:
     """`judge_scenes` by the names of the data set's classes."""
     return judge_scenes(images)._asdict()
+
+
+def judged_pairs(images: np.ndarray, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """Whether the two digits of scenes u8[B,S,S,3] have the colours of their captions: f64[B].
+
+    `pair_colours` is 1 where each half shows the colour of its digit, `pair_colours_swapped` where
+    each shows the other's. NaN where the caption is not of two digits in two colours.
+    """
+    x = images.astype(np.float32) / np.float32(255)
+    own, other = np.full(len(x), np.nan), np.full(len(x), np.nan)
+    for i, caption in enumerate(captions):
+        match = _PAIR.fullmatch(caption)
+        if match is None or match[1] == match[3]:
+            continue
+        first, second = np.split(x[i], 2, axis=1 if match[2] == "left of" else 0)
+        found = [_half_colour(first), _half_colour(second)]
+        asked = [INK_COLOURS.index(match[1]), INK_COLOURS.index(match[3])]
+        own[i], other[i] = found == asked, found == asked[::-1]
+    return {"pair_colours": own, "pair_colours_swapped": other}
+
+
+def _half_colour(half: np.ndarray) -> int:
+    """The colour of the digit in half a scene, f32[h,w,3] in [0, 1]; -1 if it shows none."""
+    brightness = half.max(-1)
+    ink = np.maximum(brightness - np.median(brightness), 0)
+    return int(_colours(half[None], ink[None])[0]) if ink.max() > _FAINT else -1
 
 
 def caption_features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ditjax.config import lookup
 from ditjax.data import scenes
 from ditjax.errors import UserError
-from ditjax.evaluation.captions import caption_features, judged_attributes
+from ditjax.evaluation.captions import caption_features, judged_attributes, judged_pairs
 from ditjax.evaluation.classifiers import (
     FEATURE_CLASSIFIER,
     JUDGE,
@@ -56,6 +56,7 @@ class Extractor(NamedTuple):
     `clips`: the samples are clips u8[B,F,H,W,C]. `measures` are scores of each sample f[B], by
     name, whose means are reported. `attributes` are classes i[B] that samples show, by the names of
     the data set's features with classes: of samples of captions, they are compared with the record.
+    `follows` are scores f64[B] of samples beside their captions, by name, NaN where one has none.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Extractor(NamedTuple):
     clips: bool = False
     measures: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
     attributes: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+    follows: Callable[[np.ndarray, Sequence[str]], dict[str, np.ndarray]] | None = None
 
 
 def inception_extractor(path: str | os.PathLike[str], mesh: Mesh, batch_size: int = 0) -> Extractor:
@@ -280,6 +282,7 @@ def captions_extractor() -> Extractor:
         batch_size=256,
         shipped=True,
         attributes=judged_attributes,
+        follows=judged_pairs,
     )
 
 

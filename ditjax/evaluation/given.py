@@ -12,6 +12,7 @@ import numpy as np
 from ditjax.config import Config
 from ditjax.data import source, stream
 from ditjax.data.crop import normalize
+from ditjax.data.records import ImageRecords
 from ditjax.evaluation.clip_score import ClipScorer, clip_scores, open_scorer
 from ditjax.evaluation.features import Extractor
 from ditjax.evaluation.nowcast import NowcastScores
@@ -52,22 +53,26 @@ class CaptionScores:
 
     `accuracy_NAME` is the share of the samples whose attribute NAME, as `Extractor.attributes`
     judges it, is the record's class of that name; `accuracy_all` that of those with all of them
-    right. Records without a class, such as scenes of two digits, do not count. With
-    config.evaluate.clip, `clip_score` is the mean CLIP score of a sample and its caption, and
-    `clip_score_shuffled` that with the caption of the next record.
+    right. Records without a class, such as scenes of two digits, do not count. `Extractor.follows`
+    scores samples beside the first captions of their records. With config.evaluate.clip,
+    `clip_score` is the mean CLIP score of a sample and its caption, and `clip_score_shuffled` that
+    with the caption of the next record.
     """
 
     def __init__(self, c: Config, given: GivenRows, extractor: Extractor) -> None:
         self._clip = open_scorer(c.evaluate.clip) if c.evaluate.clip else None
         spec = opening.held_out(c)
-        if self._clip and spec.text:
+        assert spec.text is not None
+        self._feature = spec.text.feature
+        if self._clip:
             text = spec.text._replace(tokenizer=self._clip.tokenizer, tokens=self._clip.tokens)
             spec = dataclasses.replace(spec, text=text)
         self._spec = spec
-        self._count = source.dataset_info(spec.name, spec.split, spec.data_dir).num_examples
-        opened = source.open_split(c.data.name, c.evaluate.split, c.data.data_dir or None)
+        opened = source.open_split(spec.name, spec.split, spec.data_dir)
+        self._opened, self._count = opened, opened.info.num_examples
         self._names = list(source.class_names_by_feature(opened.builder.info.features))
         self._rows, self._judge = given.rows, extractor.attributes
+        self._follows = extractor.follows
         self._found: dict[str, list[np.ndarray]] = {}
         self._start = 0
 
@@ -77,6 +82,9 @@ class CaptionScores:
         self._start += len(images)
         if self._clip is not None:
             self._add_cosines(self._clip, images, indices)
+        if self._follows is not None:
+            for name, scores in self._follows(images, self._captions(indices)).items():
+                self._found.setdefault(name, []).append(scores)
         if self._judge is None:
             return
         classes, every = self._rows(indices)["classes"], []
@@ -87,6 +95,11 @@ class CaptionScores:
                 self._found.setdefault(f"accuracy_{name}", []).append(every[-1])
         if every:
             self._found.setdefault("accuracy_all", []).append(np.prod(every, axis=0))
+
+    def _captions(self, indices: np.ndarray) -> list[str]:
+        """The first caption of each record."""
+        images = ImageRecords(self._opened).with_captions(self._feature)
+        return [images.read_words(int(i))[2].captions[0] for i in indices % self._count]
 
     def _add_cosines(self, clip: ClipScorer, images: np.ndarray, indices: np.ndarray) -> None:
         image = clip.embed_images(images)

@@ -5,11 +5,14 @@
     ditjax train --config=small/text2image:shuffled --workdir=runs/small/text2image_shuffled
     ditjax evaluate --workdir=runs/small/text2image_shuffled
     ditjax evaluate --workdir=RUN --config.evaluate.split=test_heldout
+    ditjax sweep --config=small/text2image:binding --workdir=runs/small/text2image_binding
 
 It asks whether samples show the digit, colour and place that a caption names, also in pairs of
 digit and colour that no training scene shows. Arms of the study: the tokens of a text, or its one
 vector, and two sizes of the network. The baseline, 'shuffled', learns from the captions of other
-images, so that it can only guess. 'minilm' takes the tokens of all-MiniLM-L6-v2 in place of CLIP's:
+images, so that it can only guess. 'binding' asks, with three seeds of the small network, how often
+the two digits of a scene have the colours that the caption gives them. 'minilm' takes the tokens
+of all-MiniLM-L6-v2 in place of CLIP's:
 
     ditjax train --config=small/text2image:minilm --workdir=runs/small/text2image_minilm \
       --config.text.encoder=MINILM --config.text.tokenizer=MINILM
@@ -21,9 +24,11 @@ from ml_collections import ConfigDict
 
 from ..base import FLOW
 
+POOLED = (("text.features", "pooled"), ("text.width", 64))  # CLIP's vector of a text
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Return the recipe; 'shuffled' trains on captions of other images, 'minilm' on its tokens."""
+    """Return the recipe; 'shuffled' is the baseline, 'binding' and 'minilm' are other arms."""
     config = ConfigDict({"task": "text2image"})
     config.model = ConfigDict({"size": "4x96x4", "patch": 4})
     config.data = ConfigDict({"name": "caption_scenes", "image_size": 32, "num_classes": 10})
@@ -44,8 +49,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     elif arg == "minilm":
         config.text.update(encoder="all-MiniLM-L6-v2", tokenizer="all-MiniLM-L6-v2")
         config.text.update(width=384, tokens=16, cache=True)
+    elif arg == "binding":
+        config.model.size = "2x48x3"
+        config.train.steps = 6000  # enough for colours
+        config.sweep = ConfigDict({"title": "Colours of two digits", "lists": ((), POOLED)})
+        config.sweep.seeds = (0, 1, 2)
     else:
         config.sweep = ConfigDict({"title": "Text-to-image of caption scenes"})
         config.sweep.grid = (("model.size", ("2x48x3", "4x96x4")),)
-        config.sweep.lists = ((), (("text.features", "pooled"), ("text.width", 64)))
+        config.sweep.lists = ((), POOLED)
     return config

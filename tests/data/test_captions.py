@@ -21,12 +21,13 @@ from ditjax.data.caption_scenes import (
     alt_caption,
     caption_scene,
     is_held_out,
+    pair_captions,
 )
 from ditjax.data.captions import TextSpec, captions_of, find_captions, list_captions
 from ditjax.data.scenes import load_handwriting
 from ditjax.data.source import DataSpec
 from ditjax.errors import UserError
-from ditjax.evaluation.captions import judge_scenes
+from ditjax.evaluation.captions import judge_scenes, judged_pairs
 
 pytest.importorskip("tokenizers")
 
@@ -134,6 +135,34 @@ def test_the_judge_reads_real_scenes_and_nothing_of_noise(scenes):
     assert np.mean(found.place == truth[:, 3]) == 1
     assert len(HUES) == len(INK_COLOURS)
     judge_scenes(np.zeros((2, 16, 16, 3), np.uint8))  # empty canvases are judged, as anything
+
+
+def test_the_judge_reads_the_colours_of_pairs(scenes):
+    """Of real scenes they are the caption's, also at half the size."""
+    images, captions = (np.stack([x.image for x in scenes]), [x.captions[0] for x in scenes])
+    two = np.array([len({thing.colour for thing in x.things}) == 2 for x in scenes])
+    small = images.reshape(len(images), 16, 2, 16, 2, 3).mean((2, 4)).astype(np.uint8)
+    for shown in (images, small):
+        found = judged_pairs(shown, captions)
+        assert found.keys() == {"pair_colours", "pair_colours_swapped"}
+        np.testing.assert_array_equal(found["pair_colours"], np.where(two, 1, np.nan))
+        np.testing.assert_array_equal(found["pair_colours_swapped"], np.where(two, 0, np.nan))
+    turned = [
+        pair_captions(x.things[1], x.things[0], "left of" if "left of" in text else "above")[0]
+        if len(x.things) == 2
+        else text
+        for x, text in zip(scenes, captions, strict=True)
+    ]
+    found = judged_pairs(images, turned)
+    np.testing.assert_array_equal(found["pair_colours"], np.where(two, 0, np.nan))
+    np.testing.assert_array_equal(found["pair_colours_swapped"], np.where(two, 1, np.nan))
+    # A half without a digit has no colour, though black is nearest to red.
+    half = np.zeros((1, 32, 32, 3), np.uint8)
+    half[:, 2:8, 2:8] = (0, 64, 255)
+    half[:, 20, 3] = (9, 0, 0)
+    assert judged_pairs(half, ["a blue three above a red four"])["pair_colours"] == 0
+    half[:, 20:28, 2:8] = (255, 0, 0)
+    assert judged_pairs(half, ["a blue three above a red four"])["pair_colours"] == 1
 
 
 # ---- the stream

@@ -26,6 +26,7 @@ ARGUMENTS = [
     "sevir_nowcast:first",
     "small/unet:rates",
     "pixart:512",
+    "small/text2image:binding",
     "small/text2image:minilm",
     "small/text2image:shuffled",
     "small/dalle:dvae",
@@ -42,7 +43,9 @@ TASKS = {
     "digits_latent:autoencoder": "autoencoder",
     **dict.fromkeys(("clip_b32", "small/clip", "small/clip:shuffled"), "clip"),
     **dict.fromkeys(("pixart", "pixart:512", "small/text2image"), "text2image"),
-    **dict.fromkeys(("small/text2image:minilm", "small/text2image:shuffled"), "text2image"),
+    **dict.fromkeys(
+        (f"small/text2image:{each}" for each in ("binding", "minilm", "shuffled")), "text2image"
+    ),
     **dict.fromkeys(("small/dalle:dvae", "dalle_12b:dvae"), "dvae"),
     **dict.fromkeys(("small/unclip", "small/unclip:x0"), "prior"),
     "small/unclip:decoder": "unclip",

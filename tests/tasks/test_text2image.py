@@ -15,16 +15,19 @@ import pytest
 from ditjax import evaluate, inspect, sample, train
 from ditjax.config import changed, read
 from ditjax.convert import convert
+from ditjax.data.records import load_arrays
 from ditjax.data.tokenizers import Tokens
 from ditjax.errors import UserError
 from ditjax.evaluation.analyses import ANALYSES
 from ditjax.evaluation.clip_score import ClipScorer, clip_scores
+from ditjax.evaluation.features import captions_extractor
+from ditjax.evaluation.given import CaptionScores
 from ditjax.files.assets import asset_bytes, unflatten
 from ditjax.models.clip import CLIP, ClipConfig, ClipKeys, ImageConfig, tower_layers
 from ditjax.models.network import Conditions
 from ditjax.models.text import TextConfig
 from ditjax.parallel.mesh import make_mesh
-from ditjax.sampling.given import read_prompts
+from ditjax.sampling.given import held_out_given, read_prompts
 from ditjax.sampling.pipeline import Pipeline
 from ditjax.sampling.text2image import Text2Image
 from ditjax.tasks import diffusion, make_task, text_conditions
@@ -316,6 +319,27 @@ def test_samples_are_judged_by_their_captions(run):
     assert protocol["text"]["tokens"] == 12
     assert len(protocol["text_encoder"]) == 64
     assert protocol["clip"]["tokenizer"] == protocol["text"]["tokenizer"]
+
+
+def test_real_scenes_follow_their_captions(folder, own_data):
+    """Sample i is judged beside record i, also behind the last one."""
+    pytest.importorskip("tokenizers")
+    c = recipe(folder, data={"image_size": 32})
+    images = load_arrays(c.data.name, "train")["image"]
+    given = held_out_given(c)
+    assert given is not None
+    scores = CaptionScores(c, given, captions_extractor())
+    for part in np.split(np.concatenate([images, images]), 4):
+        scores.add(part)
+    found, each = scores.means(), scores.records()
+    exact = ("accuracy_colour", "accuracy_place", "pair_colours")
+    assert [found[name] for name in exact] == [1, 1, 1]
+    assert found["pair_colours_swapped"] == 0
+    assert 3 < np.sum(each["pair_colours"] == 1) < 20
+    assert np.all(np.isnan(each["accuracy_colour"]) | np.isnan(each["pair_colours"]))
+    shifted = CaptionScores(c, given, captions_extractor())
+    shifted.add(np.roll(images, 1, axis=0))
+    assert shifted.means()["pair_colours"] < 0.5
 
 
 def test_another_encoder_is_noticed(run, folder):
