@@ -302,13 +302,14 @@ def _hopeless(c: Config, plans: Sequence[Mapping[str, Any]]) -> str:
     """Return why a candidate cannot fit, given the plans that do not fit, or ''.
 
     The live activations are the same on any mesh with the same `tensor`, and not smaller with
-    weaker remat or a larger batch. They are what a plan needs beyond the state, and beyond the
-    gradient and the gathered parameters, which are 8 bytes per parameter.
+    weaker remat or a larger batch. They are what a plan needs beyond the state and frozen weights,
+    and beyond the gradient and the gathered parameters, which are 8 bytes per parameter.
     """
     remat = getattr(c.model, "remat", REMATS[0])
     for plan in plans:
         memory, tensor = plan["memory"], plan["mesh"]["tensor"]
-        rest = memory["peak_bytes"] - memory["state_bytes"] - 8 * plan["parameters"] / tensor
+        held = memory["state_bytes"] + memory["frozen_bytes"]
+        rest = memory["peak_bytes"] - held - 8 * plan["parameters"] / tensor
         if (
             c.mesh.tensor == tensor
             and REMATS.index(remat) <= REMATS.index(plan["remat"])

@@ -93,22 +93,25 @@ def mesh_words(mesh: Mapping[str, int]) -> str:
 def memory_words(plan: Mapping[str, Any]) -> str:
     """Whether a plan fits the memory, and by how much."""
     memory = plan["memory"]
-    peak, hbm, state = (memory[f"{key}_bytes"] / GIB for key in ("peak", "hbm", "state"))
-    holds = {"weights": "the weights are"}.get(memory.get("holds", ""), "the state is")
+    peak, hbm, state, frozen = (
+        memory[f"{key}_bytes"] / GIB for key in ("peak", "hbm", "state", "frozen")
+    )
     if memory["state_only"]:
         return (
-            f"does not fit: the state alone, parameters, average and moments, is {peak:.2f} GiB of"
-            f" {hbm:.2f} GiB a device, over by {peak - hbm:.2f} GiB"
+            f"does not fit: the state alone, parameters, average and moments, is {state:.2f} GiB of"
+            f" {hbm:.2f} GiB a device, over by {state - hbm:.2f} GiB"
         )
-    if not memory["fits"]:
-        return (
+    of_which = {"weights": "the weights are"}.get(memory.get("holds", ""), "the state is")
+    of_which += f" {state:.2f}" + (f" and frozen weights {frozen:.2f}" if frozen >= 0.005 else "")
+    if memory["fits"]:
+        said = f"fits: {peak:.2f} of {hbm:.2f} GiB a device ({peak / hbm:.0%}), of which {of_which}"
+    else:
+        said = (
             f"does not fit: {peak:.2f} of {hbm:.2f} GiB a device, over by {peak - hbm:.2f} GiB"
-            f" ({holds} {state:.2f})"
+            f" ({of_which})"
         )
-    return (
-        f"fits: {peak:.2f} of {hbm:.2f} GiB a device ({peak / hbm:.0%}), of which {holds}"
-        f" {state:.2f}"
-    )
+    unknown = memory["frozen_unknown"]
+    return said + (f"; frozen weights are not counted: {unknown}" if unknown else "")
 
 
 def _collectives(plan: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 import ditjax
 from ditjax.config import Config
+from ditjax.errors import UserError, one_line
 from ditjax.files.atomic import write_json
 from ditjax.machines import hlo, roofline
 from ditjax.machines.stages import planned_cost
@@ -32,9 +33,15 @@ from ditjax.models.network import NetworkCost, training_flops
 from ditjax.parallel import compiling
 from ditjax.parallel.mesh import mesh_of
 from ditjax.parallel.rules import path_of
-from ditjax.sampling.program import abstract_arguments, abstract_weights, batch_sampler
+from ditjax.sampling.program import (
+    abstract_arguments,
+    abstract_frozen,
+    abstract_weights,
+    batch_sampler,
+)
 from ditjax.tasks import make_task
 from ditjax.training.program import precise, training
+from ditjax.training.task import Task
 
 LABEL = "compiled, not run"
 PLAN_SCHEMA = 1
@@ -58,7 +65,8 @@ def make_plan(
     """
     cost = planned_cost(c)
     mesh = mesh_of(c, devices(topology, c.mesh.slices))
-    programs = training(c, make_task(c, mesh), mesh)
+    task = make_task(c, mesh)
+    programs = training(c, task, mesh)
     state = programs.abstract_state
     needed = _shard_bytes(state)
     plan = _head(c, topology, mesh, cost, c.train.batch_size) | {"steps": steps}
@@ -67,7 +75,7 @@ def make_plan(
         compiled: dict[str, Any] = {"seconds": 0.0, "peak_bytes": needed, "state_only": True}
     else:
         compiled = _compiled(c, topology, mesh, programs.lower, state, cache)
-    plan |= _memory(topology, compiled, needed, "state")
+    plan |= _memory(topology, compiled, needed, "state", *_held_beside(task, mesh))
     if cost.drawn:
         plan["rollout"] = _rollout(cost, c.train.batch_size)
     if "collectives" in compiled:
@@ -124,11 +132,32 @@ def _head(
     }
 
 
+def _held_beside(task: Task, mesh: Mesh) -> tuple[float, str]:
+    """Bytes on one device of the frozen weights that prepare examples, and why they are unknown.
+
+    The training step does not read them, and they stay in the device's memory.
+    """
+    try:
+        frozen = abstract_frozen(task, mesh)
+    except UserError as error:
+        return 0.0, one_line(error)
+    beside = set(task.reads) - set(task.shapes())
+    return _shard_bytes([tree for name, tree in frozen.items() if name in beside]), ""
+
+
 def _memory(
-    topology: Topology, compiled: dict[str, Any], needed: float, holds: str
+    topology: Topology,
+    compiled: dict[str, Any],
+    needed: float,
+    holds: str,
+    beside: float = 0.0,
+    unknown: str = "",
 ) -> dict[str, Any]:
-    """The memory of a compiled program, of which what it `holds` needs so many bytes."""
-    hbm, peak = topology.chip.device_hbm_bytes, compiled["peak_bytes"]
+    """The memory of a compiled program, of which what it `holds` needs so many bytes.
+
+    beside: bytes of frozen weights that are there, too; `unknown` says why they are not counted.
+    """
+    hbm, peak = topology.chip.device_hbm_bytes, compiled["peak_bytes"] + beside
     return {
         "memory": {
             "fits": peak <= hbm,
@@ -137,6 +166,8 @@ def _memory(
             "over_bytes": max(0.0, peak - hbm),
             "holds": holds,
             "state_bytes": needed,
+            "frozen_bytes": beside,
+            "frozen_unknown": unknown,
             "state_only": compiled.get("state_only", False),
         },
         "compile_seconds": compiled["seconds"],

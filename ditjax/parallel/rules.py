@@ -89,6 +89,26 @@ def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+SPREAD = 1_000_000  # entries from which a frozen array is worth its gathers
+
+
+def spread_shardings(params: Any, mesh: Mesh) -> Any:
+    """Shardings of a frozen network without rules, such as a large text encoder, over `fsdp`.
+
+    A large array is split along the first axis that it divides behind the leading one, which is of
+    layers or of a table's rows. The others are whole on every device.
+    """
+
+    def sharding(leaf: Any) -> NamedSharding:
+        split = (i for i in range(1, leaf.ndim) if leaf.shape[i] % mesh.shape["fsdp"] == 0)
+        axis = next(split, None)
+        if axis is None or leaf.size < SPREAD:
+            return replicated(mesh)
+        return NamedSharding(mesh, P(*(None,) * axis, "fsdp"))
+
+    return jax.tree.map(sharding, params)
+
+
 def check_split(params: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
     """Raises UserError when `fsdp` and `tensor` leave more than 2 % of the parameters whole.
 
@@ -127,6 +147,17 @@ def activation_placement(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return place
+
+
+def rows_placement(mesh: Mesh | None) -> Placement:
+    """Where the activations of a frozen network are whose weights are spread: split by rows alone.
+
+    Without it the compiler would move the activations to the weights, not the weights to them.
+    """
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return ANYWHERE
+    rows = batch_sharding(mesh)
+    return Placement(lambda name, x: jax.lax.with_sharding_constraint(x, rows))
 
 
 def whole_placement(mesh: Mesh | None, what: str) -> Placement:

@@ -272,6 +272,11 @@ def put_on_mesh(params: Any, mesh: Mesh, table: Rules = ()) -> Any:
     return jax.device_put(params, rules.state_shardings(params, mesh, table))
 
 
+def spread_on_mesh(params: Any, mesh: Mesh) -> Any:
+    """Put the host arrays of a frozen network without rules on the mesh, split over `fsdp`."""
+    return jax.device_put(params, rules.spread_shardings(params, mesh))
+
+
 def class_names_of(workdir: str | os.PathLike[str], c: Config) -> ClassNames | None:
     """The names of the classes of a run, None if they are not known.
 

@@ -43,16 +43,32 @@ def abstract_weights(c: Config, task: Task, mesh: Mesh | None = None) -> tuple[A
 
     Raises UserError for frozen weights whose shapes follow from a file that is missing.
     """
+    frozen = abstract_frozen(task, mesh)
+    if mesh is not None:
+        return abstract_state(c, task, mesh).params, frozen | abstract_base(c, task, mesh)
+    trained = jax.eval_shape(lambda: initial_state(c, task)).params
+    if task.transform is not IDENTITY:
+        frozen["base"] = jax.eval_shape(lambda: task.init(keys.stream(c.seed, keys.INIT)))
+    return trained, frozen
+
+
+def abstract_frozen(task: Task, mesh: Mesh | None = None) -> Frozen:
+    """The frozen weights beside a base as `abstract_weights` has them. Raises UserError."""
     load = task.planned or (lambda: task.frozen(make_mesh(-1, 1)))
-    frozen = jax.eval_shape(lambda x: x, load())
+    found: Frozen = jax.eval_shape(lambda x: x, load())
     if mesh is None:
-        trained = jax.eval_shape(lambda: initial_state(c, task)).params
-        if task.transform is not IDENTITY:
-            frozen["base"] = jax.eval_shape(lambda: task.init(keys.stream(c.seed, keys.INIT)))
-        return trained, frozen
-    whole = rules.replicated(mesh)
-    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), frozen)
-    return abstract_state(c, task, mesh).params, frozen | abstract_base(c, task, mesh)
+        return found
+
+    def placed(name: str, tree: Any) -> Any:
+        spread = name in task.spread
+        shardings = (
+            rules.spread_shardings(tree, mesh) if spread else rules.state_shardings(tree, mesh, ())
+        )
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+        )
+
+    return {name: placed(name, tree) for name, tree in found.items()}
 
 
 def abstract_arguments(c: Config, task: Task, batch: int) -> tuple[Any, Conditions, Any]:

@@ -261,7 +261,7 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
         """Turn images or moments into x0, and add what the loss is aligned to, or control needs."""
         found = {"label": batch["label"], **(align.prepare(batch) if align else {})}
         found |= {name: batch[name] for name in pixels if name in batch}
-        found |= text_conditions.prepare_texts(c, frozen, batch)
+        found |= text_conditions.prepare_texts(c, frozen, batch, mesh)
         if example:
             made = example(frozen, batch["image"])
             return {"x0": made.x0, "channels": made.channels, **found}
@@ -283,6 +283,7 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
         loss=make_loss(c, mesh, align),
         frozen=frozen,
         planned=functools.partial(_planned, c),
+        spread=_OF_TEXTS[:1],
         reads=("autoencoder",) * images + ("base",) * adapted + _read_beside(c),
         open_rows=functools.partial(_additions, c),
         shapes=lambda: {**language.language_shapes(c), **text_conditions.text_shapes(c)},
@@ -672,7 +673,7 @@ def make_sampler(
     ) -> jax.Array:
         params = language.with_layers(frozen, transform.join(frozen.get("base"), trained))
         conditions, frozen = text_conditions.encoded_conditions(
-            c, frozen, conditions, g.negative, keys
+            c, frozen, conditions, g.negative, keys, mesh
         )
         params = text_conditions.with_null(frozen, params)
         canvas = shape if example else editing.canvas_of(c, g.given, shape)
@@ -787,7 +788,7 @@ def validation(c: Config, mesh: Mesh | None = None) -> ValidationScore:
             x0, conditions = made.x0, Conditions(batch["label"], channels=made.channels)
         else:
             x0 = _held_out_example(c, frozen, batch["image"], keys)
-            conditions = _held_out_conditions(c, frozen, keys, batch, x0)
+            conditions = _held_out_conditions(c, frozen, keys, batch, x0, mesh)
         denoise = functools.partial(apply, params, conditions=conditions)
         eps = samplers.initial_noise(keys, shape)
         found = loss(objective, denoise, x0, batch["t"], eps)
@@ -820,10 +821,10 @@ def _held_out_example(c: Config, frozen: Frozen, images: jax.Array, keys: jax.Ar
 
 
 def _held_out_conditions(
-    c: Config, frozen: Frozen, keys: jax.Array, batch: Batch, x0: jax.Array
+    c: Config, frozen: Frozen, keys: jax.Array, batch: Batch, x0: jax.Array, mesh: Mesh | None
 ) -> Conditions:
     """The label or caption of a held-out image, and what the network is given of the image."""
-    made, found = _conditions_of_images(c), text_conditions.prepare_texts(c, frozen, batch)
+    made, found = _conditions_of_images(c), text_conditions.prepare_texts(c, frozen, batch, mesh)
     if made is not None:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
         found |= made(batch["image"] if control.is_controlled(c) else x0, own)
@@ -844,7 +845,7 @@ def density(c: Config, mesh: Mesh | None = None) -> ValidationScore:
     ) -> dict[str, jax.Array]:
         params = language.with_layers(frozen, transform.join(frozen.get("base"), trained))
         params = text_conditions.with_null(frozen, params)
-        conditions = _held_out_conditions(c, frozen, keys, batch, batch["image"])
+        conditions = _held_out_conditions(c, frozen, keys, batch, batch["image"], mesh)
         denoise = functools.partial(apply, params, conditions=conditions)
         pairs = jax.vmap(jax.random.split)(keys)
         spread = jax.vmap(lambda key: jax.random.uniform(key, shape))(pairs[:, 0])

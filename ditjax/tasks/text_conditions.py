@@ -22,8 +22,10 @@ from ditjax.config import PATH, Config, Text, between, key, positive
 from ditjax.data.names import is_latents
 from ditjax.data.tokenizers import Tokenizer, cut_line, open_tokenizer
 from ditjax.errors import UserError, one_line
+from ditjax.models.embed import ANYWHERE
 from ditjax.models.network import Conditions, Context, Inputs, Network
 from ditjax.models.text import TextConfig, TextEncoder, until_end
+from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 from ditjax.parallel.processes import is_primary
 from ditjax.runs import opening, rundir
@@ -194,11 +196,17 @@ def live_tokens(ids: jax.Array, end: int, pad: int) -> jax.Array:
     return ids != pad if end < 0 else until_end(ids, end)
 
 
-def encode_texts(c: Config, params: Any, ids: jax.Array) -> dict[str, jax.Array]:
-    """Token ids i32[B,M] -> the fields of `Conditions`: context f32[B,M,C], context_mask."""
+def encode_texts(
+    c: Config, params: Any, ids: jax.Array, mesh: Mesh | None = None
+) -> dict[str, jax.Array]:
+    """Token ids i32[B,M] -> the fields of `Conditions`: context f32[B,M,C], context_mask.
+
+    On a mesh each device encodes its rows of a batch.
+    """
     tokenizer, config = tokenizer_of(c.text.tokenizer), open_encoder(c.text.encoder).config
     mask = live_tokens(ids, tokenizer.end, tokenizer.pad)
-    found: Any = TextEncoder(config).apply({"params": params}, ids, mask)
+    place = ANYWHERE if len(ids) == 1 else rules.rows_placement(mesh)
+    found: Any = TextEncoder(config, place=place).apply({"params": params}, ids, mask)
     if c.text.features == "pooled":
         return {"context": found.pooled[:, None], "context_mask": jnp.ones((len(ids), 1), bool)}
     return {"context": found.tokens, "context_mask": mask}
@@ -211,7 +219,7 @@ def load_texts(c: Config, mesh: Mesh) -> Frozen:
     """
     if not has_texts(c):
         return {}
-    params = opening.put_on_mesh(_checked_encoder(c).params, mesh)
+    params = opening.spread_on_mesh(_checked_encoder(c).params, mesh)
     ids = jnp.asarray(tokens_of(c, [""]))
     null = jax.jit(functools.partial(encode_texts, c))(params, ids)
     return {ENCODER: params, NULL: opening.put_on_mesh(null, mesh), **load_vectors(c, mesh)}
@@ -241,7 +249,9 @@ def tokens_of(c: Config, texts: Sequence[str]) -> np.ndarray:
 # ---- in training
 
 
-def prepare_texts(c: Config, frozen: Frozen, batch: Batch) -> dict[str, jax.Array]:
+def prepare_texts(
+    c: Config, frozen: Frozen, batch: Batch, mesh: Mesh | None = None
+) -> dict[str, jax.Array]:
     """The features of a batch's captions, which may be there already (`cached_texts`).
 
     And the vectors of its images, if the network is given those.
@@ -252,7 +262,7 @@ def prepare_texts(c: Config, frozen: Frozen, batch: Batch) -> dict[str, jax.Arra
     if "context" in batch:
         context, mask = (batch[name] for name in _FIELDS)
         return {"context": context.astype(jnp.float32), "context_mask": mask, **found}
-    return {**encode_texts(c, frozen[ENCODER], batch["caption"]), **found}
+    return {**encode_texts(c, frozen[ENCODER], batch["caption"], mesh), **found}
 
 
 def drawn_texts(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -344,7 +354,12 @@ def negative_ids(c: Config) -> np.ndarray | None:
 
 
 def encoded_conditions(
-    c: Config, frozen: Frozen, conditions: Conditions, negative: Any, keys: jax.Array | None = None
+    c: Config,
+    frozen: Frozen,
+    conditions: Conditions,
+    negative: Any,
+    keys: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Conditions, Frozen]:
     """Conditions whose context are tokens i32[B,M], encoded; and frozen weights with their null.
 
@@ -354,7 +369,7 @@ def encoded_conditions(
     if not has_texts(c):
         return conditions, frozen
     conditions = with_image_vectors(c, frozen, conditions, keys)
-    encode = functools.partial(encode_texts, c, frozen[ENCODER])
+    encode = functools.partial(encode_texts, c, frozen[ENCODER], mesh=mesh)
     if negative is not None:
         frozen = {**frozen, NULL: encode(negative)}
     return conditions._replace(**encode(jnp.asarray(conditions.context))), frozen

@@ -225,7 +225,8 @@ class Task(NamedTuple):
     images for a reward; no gradient passes through it. The training state `holds` trained weights
     of earlier steps, such as "held:8" (`averages.HELD`), which `rollout` and `loss` find in
     `frozen` by name. `shapes` are those of what the two read of `frozen` beside "base"; `planned`
-    those of all of it beside "base", for programs that are only traced: None loads it.
+    those of all of it beside "base", for programs that are only traced: None loads it. Of `spread`
+    frozen weights each device holds a part (`rules.spread_shardings`), of others without rules all.
 
     `start` loads the parameters that a run begins with, if these are not `init`'s. `transform` is
     what it trains of them; unless that is all, frozen weights "base" are what `start` loads.
@@ -240,6 +241,7 @@ class Task(NamedTuple):
     anneal: Callable[[Batch, jax.Array], Batch] | None = None
     frozen: Callable[[Mesh], Frozen] = lambda mesh: {}
     planned: Callable[[], Frozen] | None = None
+    spread: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     open_rows: Callable[[], Additions] = Additions
     rollout: Callable[[Any, Frozen, Batch], Batch] | None = None

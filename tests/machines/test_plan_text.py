@@ -32,6 +32,8 @@ def plan(**changes):
             "hbm_bytes": 16 * GIB,
             "over_bytes": 0.0,
             "state_bytes": GIB,
+            "frozen_bytes": 0.0,
+            "frozen_unknown": "",
         },
         "collectives": [
             {
@@ -118,6 +120,15 @@ def test_what_is_too_large():
         del large[key]
     assert format_plan(large).endswith(memory_words(large))
     assert format_search([plan(), large], []).splitlines()[2].endswith("does not fit")
+
+
+def test_frozen_weights_are_counted_or_said_not_to_be():
+    memory = plan()["memory"] | {"frozen_bytes": GIB / 2}
+    assert memory_words(plan(memory=memory)) == (
+        "fits: 4.00 of 16.00 GiB a device (25%), of which the state is 1.00 and frozen weights 0.50"
+    )
+    unknown = plan()["memory"] | {"frozen_unknown": "t5 is missing."}
+    assert memory_words(plan(memory=unknown)).endswith("not counted: t5 is missing.")
 
 
 @pytest.mark.parametrize("skipped", [[], ["mesh fsdp=5: why"]])

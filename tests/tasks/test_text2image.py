@@ -23,12 +23,15 @@ from ditjax.evaluation.clip_score import ClipScorer, clip_scores
 from ditjax.evaluation.features import captions_extractor
 from ditjax.evaluation.given import CaptionScores
 from ditjax.files.assets import asset_bytes, unflatten
+from ditjax.machines import planning
 from ditjax.models.clip import CLIP, ClipConfig, ClipKeys, ImageConfig, tower_layers
 from ditjax.models.network import Conditions
 from ditjax.models.text import TextConfig
+from ditjax.parallel import rules
 from ditjax.parallel.mesh import make_mesh
 from ditjax.sampling.given import held_out_given, read_prompts
 from ditjax.sampling.pipeline import Pipeline
+from ditjax.sampling.program import abstract_weights, sampling_of
 from ditjax.sampling.text2image import Text2Image
 from ditjax.tasks import diffusion, make_task, text_conditions
 from ditjax.tasks.text_conditions import NULL, live_tokens
@@ -135,6 +138,44 @@ def test_a_dropped_caption_is_the_null_text(folder):
     many = {name: jnp.repeat(x, 500, 0) for name, x in prepared.items()}
     share = float((task.draw(many, jax.random.key(2))["y"] == c.data.num_classes).mean())
     assert share == pytest.approx(0.1, abs=0.03)
+
+
+@pytest.mark.usefixtures("letters")
+def test_a_spread_encoder_gives_the_same_features(folder, monkeypatch):
+    """Each device holds a quarter of the encoder; features and samples are those of one device."""
+    monkeypatch.setattr(rules, "SPREAD", 32)
+    c, rng = recipe(folder, text={"negative": "blue"}), np.random.default_rng(3)
+    image = rng.uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32)
+    ids = np.tile(captions(c), (2, 1))
+    batch = {"image": image, "label": np.zeros(8, np.int32), "caption": ids}
+    keys = jax.random.split(jax.random.key(5), 8)
+    given = Conditions(label=batch["label"], context=ids)
+    features, drawn = [], []
+    for shape in ((1, 1), (2, 4)):
+        mesh = make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+        task = make_task(c, mesh)
+        frozen = task.frozen(mesh)
+        leaves = jax.tree.leaves(frozen["text"])
+        share = sum(x.addressable_shards[0].data.size for x in leaves) / sum(x.size for x in leaves)
+        assert share == 1 if mesh.size == 1 else share < 0.3
+        planned = abstract_weights(c, task, mesh)[1]["text"]
+        assert [x.sharding for x in leaves] == [x.sharding for x in jax.tree.leaves(planned)]
+        held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
+        assert planning._held_beside(task, mesh) == (held, "")
+        rows = jax.device_put(batch, rules.batch_sharding(mesh))
+        prepare = jax.jit(task.prepare).lower(frozen, rows, jax.random.key(0)).compile()
+        found = prepare(frozen, rows, jax.random.key(0))
+        assert found["context"].sharding.shard_shape((8, 12, 16)) == (8 // mesh.size, 12, 16)
+        features.append(found["context"])
+        params = jax.device_put(random_params(c), rules.replicated(mesh))
+        sampling = sampling_of(c, task)
+        draw = jax.jit(sampling.draw)
+        drawn.append(np.asarray(draw(params, frozen, keys, given, sampling.guidance), np.int32))
+    np.testing.assert_allclose(features[1], features[0], atol=2e-6)
+    assert np.ptp(drawn[0]) > 100
+    assert np.max(np.abs(drawn[1] - drawn[0])) <= 1
+    missing = make_task(recipe(folder, text={"encoder": "t5-xxl"}))
+    assert planning._held_beside(missing, mesh)[1].startswith("t5-xxl does not exist")
 
 
 @pytest.fixture
