@@ -68,7 +68,7 @@ def find_captions(features: Mapping[str, Any], wanted: str, title: str) -> str:
 
     '' if there is none and none is wanted. Raises UserError if it cannot be told.
     """
-    found = [name for name in features if _holds_texts(features[name])]
+    found = [name for name in sorted(features) if _holds_texts(features[name])]
     usable = [name for name in found if name not in _NOT_CAPTIONS]
     if wanted:
         if wanted not in found:

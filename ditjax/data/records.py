@@ -88,7 +88,7 @@ class ImageRecords:
         self.captions = find_captions(features, feature, title)
         if not self.captions:
             raise UserError(
-                f"{title}: none of its features holds captions ({', '.join(features)})."
+                f"{title}: none of its features holds captions ({', '.join(sorted(features))})."
             )
         self.class_features = tuple(class_names_by_feature(features))
         return self

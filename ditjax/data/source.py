@@ -151,7 +151,7 @@ def open_split(name: str, split: str, data_dir: DataDir = None, max_damaged: int
         image = _pick(features, tfds.features.Image, "image", title)
         if not image:
             raise UserError(
-                f"{title}: there is no image among its features ({', '.join(features)})."
+                f"{title}: there is no image among its features ({', '.join(sorted(features))})."
             )
     label = _pick(features, tfds.features.ClassLabel, "label", title)
     # What images with captions have beside is no class to learn, such as LAION's 'nsfw'.
@@ -175,7 +175,7 @@ def dataset_info(
 
 def _pick(features: Any, kind: type, usual: str, title: str) -> str:
     """The feature of this kind: the one with the usual name, or the only one, or ''."""
-    found = [key for key, feature in features.items() if type(feature) is kind]
+    found = [key for key in sorted(features) if type(features[key]) is kind]
     if usual in found or len(found) == 1:
         return usual if usual in found else found[0]
     if found and kind is tfds.features.Image:
@@ -186,9 +186,12 @@ def _pick(features: Any, kind: type, usual: str, title: str) -> str:
 
 
 def class_names_by_feature(features: Any) -> dict[str, tuple[str, ...]]:
-    """The names of the classes of every ClassLabel among features, in their order."""
-    labels = {k: each for k, each in features.items() if type(each) is tfds.features.ClassLabel}
-    return {name: tuple(each.names) for name, each in labels.items()}
+    """The names of the classes of every ClassLabel among features, by the features' names.
+
+    Sorted: in a prepared data set features are in another order in every process.
+    """
+    kind = tfds.features.ClassLabel
+    return {k: tuple(features[k].names) for k in sorted(features) if type(features[k]) is kind}
 
 
 def _has_captions(features: Any) -> bool:

@@ -1,6 +1,7 @@
 """Captioned data: scenes, folders and shards; the choice among captions; what is refused."""
 
 import io
+import itertools
 import json
 import tarfile
 
@@ -163,6 +164,19 @@ def test_the_judge_reads_the_colours_of_pairs(scenes):
     assert judged_pairs(half, ["a blue three above a red four"])["pair_colours"] == 0
     half[:, 20:28, 2:8] = (255, 0, 0)
     assert judged_pairs(half, ["a blue three above a red four"])["pair_colours"] == 1
+
+
+def test_classes_are_in_the_order_of_their_names_in_every_process():
+    """The columns of a batch's classes are: a prepared data set's features have no fixed order."""
+    label = tfds.features.ClassLabel
+    every = {
+        "size": label(names=["s"]),
+        "digit": label(names=["0", "1"]),
+        "x": tfds.features.Text(),
+    }
+    for names in itertools.permutations(every):
+        found = source.class_names_by_feature({name: every[name] for name in names})
+        assert list(found.items()) == [("digit", ("0", "1")), ("size", ("s",))]
 
 
 # ---- the stream
