@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from ditjax import cli
 from ditjax.config import SHIPPED_FEATURES, Config, changed, migrated
 from ditjax.data.folders import report_reading
 from ditjax.data.images import open_images
-from ditjax.errors import UserError
+from ditjax.errors import UserError, one_line
 from ditjax.evaluation import scoring
 from ditjax.evaluation.evaluator import GUIDED_FILE, Evaluator, scores_protocol
 from ditjax.evaluation.features import check_frames_of, open_extractor
 from ditjax.evaluation.scoring import open_reference
 from ditjax.evaluation.validation import Validator, held_out_means
 from ditjax.files import faults, npz
-from ditjax.files.atomic import protocol_hash, write_json
+from ditjax.files.atomic import load_json, protocol_hash, write_json
 from ditjax.files.npz import read_provenance
 from ditjax.files.store import place
 from ditjax.parallel.mesh import make_mesh, mesh_of
@@ -49,7 +50,7 @@ def save_evaluation(
     """Write evaluation.json, and NAME.png for each sample set, to a run's directory.
 
     `average` is the `average_record` of the weights. Returns the record. Only the first process
-    writes.
+    writes. What was there of another protocol is kept, and a line says where.
     """
     record = {
         "step": step,
@@ -64,8 +65,23 @@ def save_evaluation(
     for name in (SAMPLES_FILE, GUIDED_FILE):
         if (folder / name).exists() and "num_samples" in protocol:
             save_picture(folder / name)
+    _keep_other(folder, record["protocol_hash"])
     write_json(folder / EVALUATION_FILE, record)
     return record
+
+
+def _keep_other(folder: Path, protocol: str) -> None:
+    """Keep a run's evaluation by another protocol as evaluation-HASH.json."""
+    try:
+        there = load_json(folder / EVALUATION_FILE)
+        other = there["protocol_hash"]
+    except (OSError, ValueError, TypeError, KeyError):  # none, or none that could be read
+        return
+    if other != protocol:
+        kept = folder / f"evaluation-{other}.json"
+        write_json(kept, there)
+        line = f"the evaluation of another protocol, {other}, is kept as {kept}"
+        print(one_line(line), file=sys.stderr)
 
 
 def save_picture(samples: Path) -> None:

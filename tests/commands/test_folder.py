@@ -55,7 +55,7 @@ def test_it_is_scored_while_it_trains(run):
     assert [row["step"] for row in rows if "eval/fd_digits" in row] == [10, 20]
 
 
-def test_it_is_evaluated_against_its_training_split(run, folder):
+def test_it_is_evaluated_against_its_training_split(run, folder, capsys):
     assert evaluate.main([f"--workdir={run}"]) == 0
     record = json.loads((run / "evaluation.json").read_text())
     assert record["reference"] == f"folder:{folder}/train, 8x8"
@@ -65,9 +65,15 @@ def test_it_is_evaluated_against_its_training_split(run, folder):
     assert evaluate.main(named) == 0
     again = json.loads((run / "evaluation.json").read_text())
     assert again["protocol_hash"] == record["protocol_hash"]
+    assert not list(run.glob("evaluation-*"))
+    capsys.readouterr()
     assert evaluate.main([f"--workdir={run}", f"--reference=folder:{folder}/val"]) == 0
     other = json.loads((run / "evaluation.json").read_text())
     assert other["protocol"]["reference_count"] == 30
+    # What was scored before is not lost.
+    kept = run / f"evaluation-{again['protocol_hash']}.json"
+    assert f"is kept as {kept}" in capsys.readouterr().err
+    assert json.loads(kept.read_text()) == again
 
 
 def test_a_grid(run, tmp_path):
