@@ -27,7 +27,7 @@ from ditjax.runs.results import (
     is_plausible,
     training_compute,
 )
-from ditjax.runs.rundir import RUNS, STUDY_FILE
+from ditjax.runs.rundir import RUNS, STUDY_FILE, leaves
 from ditjax.studies.words import metric_name, number, plural, short
 
 NOT_RUN, UNFINISHED, UNREADABLE = "not run", "not finished", "unreadable"
@@ -278,12 +278,12 @@ def _note_unusable(runs: Sequence[Found], metric: str, problems: list[str]) -> N
 
 
 def varied_words(protocols: Sequence[Mapping[str, Any]]) -> str:
-    """The keys in which protocols differ: 'steps (ddim25, ddim50), seed (0, 1)'."""
+    """The keys in which protocols differ: 'steps (ddim25, ddim50), text.tokens (12, 16)'."""
     words = []
-    for key in dict.fromkeys(key for protocol in protocols for key in protocol):
+    every = [dict(leaves(protocol)) for protocol in protocols]
+    for key in dict.fromkeys(key for flat in every for key in flat):
         values = dict.fromkeys(
-            json.dumps(protocol[key]) if key in protocol else "not on record"
-            for protocol in protocols
+            json.dumps(flat[key]) if key in flat else "not on record" for flat in every
         )
         if len(values) > 1:
             shown = [short(value.strip('"'), 16) for value in values]

@@ -57,6 +57,8 @@ def test_what_protocols_differ_in():
         f"steps (ddim25, 250), decoder ({'f' * 13}..., {'e' * 13}...), eta (not on record, null)"
     )
     assert varied_words([a, a]) == ""
+    text = [{"text": {"sha256": "f" * 64, "features": each}} for each in ("tokens", "pooled")]
+    assert varied_words(text) == "text.features (tokens, pooled)"
     many = varied_words([{"seed": seed} for seed in range(9)])
     assert many == "seed (0, 1, 2, 3, ...)"
 
