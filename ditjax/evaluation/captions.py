@@ -61,7 +61,7 @@ def judged_pairs(images: np.ndarray, captions: Sequence[str]) -> dict[str, np.nd
         match = _PAIR.fullmatch(caption)
         if match is None or match[1] == match[3]:
             continue
-        first, second = np.split(x[i], 2, axis=1 if match[2] == "left of" else 0)
+        first, second = np.array_split(x[i], 2, axis=1 if match[2] == "left of" else 0)
         found = [_half_colour(first), _half_colour(second)]
         asked = [INK_COLOURS.index(match[1]), INK_COLOURS.index(match[3])]
         own[i], other[i] = found == asked, found == asked[::-1]

@@ -164,6 +164,8 @@ def test_the_judge_reads_the_colours_of_pairs(scenes):
     assert judged_pairs(half, ["a blue three above a red four"])["pair_colours"] == 0
     half[:, 20:28, 2:8] = (255, 0, 0)
     assert judged_pairs(half, ["a blue three above a red four"])["pair_colours"] == 1
+    odd = half[:, :31, :31]
+    assert judged_pairs(odd, ["a blue three above a red four"])["pair_colours"] == 1
 
 
 def test_classes_are_in_the_order_of_their_names_in_every_process():
