@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ditjax import cli
 from ditjax.config import SHIPPED_FEATURES, Config, changed, migrated
 from ditjax.data.folders import report_reading
 from ditjax.data.images import open_images
-from ditjax.errors import UserError, one_line
+from ditjax.errors import UserError
 from ditjax.evaluation import scoring
 from ditjax.evaluation.evaluator import GUIDED_FILE, Evaluator, scores_protocol
 from ditjax.evaluation.features import check_frames_of, open_extractor
@@ -80,8 +79,7 @@ def _keep_other(folder: Path, protocol: str) -> None:
     if other != protocol:
         kept = folder / f"evaluation-{other}.json"
         write_json(kept, there)
-        line = f"the evaluation of another protocol, {other}, is kept as {kept}"
-        print(one_line(line), file=sys.stderr)
+        report_reading(f"the evaluation of another protocol, {other}, is kept as {kept}")
 
 
 def save_picture(samples: Path) -> None:

@@ -55,7 +55,7 @@ def judged_pairs(images: np.ndarray, captions: Sequence[str]) -> dict[str, np.nd
     `pair_colours` is 1 where each half shows the colour of its digit, `pair_colours_swapped` where
     each shows the other's. NaN where the caption is not of two digits in two colours.
     """
-    x = images.astype(np.float32) / np.float32(255)
+    x = _scaled(images)
     own, other = np.full(len(x), np.nan), np.full(len(x), np.nan)
     for i, caption in enumerate(captions):
         match = _PAIR.fullmatch(caption)
@@ -70,9 +70,8 @@ def judged_pairs(images: np.ndarray, captions: Sequence[str]) -> dict[str, np.nd
 
 def _half_colour(half: np.ndarray) -> int:
     """The colour of the digit in half a scene, f32[h,w,3] in [0, 1]; -1 if it shows none."""
-    brightness = half.max(-1)
-    ink = np.maximum(brightness - np.median(brightness), 0)
-    return int(_colours(half[None], ink[None])[0]) if ink.max() > _FAINT else -1
+    ink = _brightness(half[None])
+    return int(_colours(half[None], ink)[0]) if ink.max() > _FAINT else -1
 
 
 def caption_features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -90,10 +89,20 @@ def caption_features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _parts(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scenes in [0, 1], their ink f32[B,S,S] by brightness, and the digits u8[B,8,8,1] in it."""
-    x = images.astype(np.float32) / np.float32(255)
-    ink = x.max(-1) - np.median(x.max(-1), axis=(1, 2), keepdims=True)
-    ink = np.maximum(ink, 0) / np.maximum(ink.max(axis=(1, 2), keepdims=True), np.float32(0.1))
+    x = _scaled(images)
+    ink = _brightness(x)
+    ink = ink / np.maximum(ink.max(axis=(1, 2), keepdims=True), np.float32(0.1))
     return x, ink, np.stack([_cut(each) for each in ink])[..., None]
+
+
+def _scaled(images: np.ndarray) -> np.ndarray:
+    return images.astype(np.float32) / np.float32(255)
+
+
+def _brightness(x: np.ndarray) -> np.ndarray:
+    """How much brighter than the median each pixel of scenes f32[B,H,W,3] is: f32[B,H,W]."""
+    found = x.max(-1)
+    return np.maximum(found - np.median(found, axis=(1, 2), keepdims=True), 0)
 
 
 def _cut(ink: np.ndarray) -> np.ndarray:

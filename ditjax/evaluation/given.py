@@ -63,16 +63,14 @@ class CaptionScores:
         self._clip = open_scorer(c.evaluate.clip) if c.evaluate.clip else None
         spec = opening.held_out(c)
         assert spec.text is not None
-        self._feature = spec.text.feature
+        opened = source.open_split(spec.name, spec.split, spec.data_dir)
+        self._images = ImageRecords(opened).with_captions(spec.text.feature)
+        self._names, self._count = self._images.class_features, opened.info.num_examples
         if self._clip:
             text = spec.text._replace(tokenizer=self._clip.tokenizer, tokens=self._clip.tokens)
             spec = dataclasses.replace(spec, text=text)
-        self._spec = spec
-        opened = source.open_split(spec.name, spec.split, spec.data_dir)
-        self._opened, self._count = opened, opened.info.num_examples
-        self._names = list(source.class_names_by_feature(opened.builder.info.features))
-        self._rows, self._judge = given.rows, extractor.attributes
-        self._follows = extractor.follows
+        self._spec, self._rows = spec, given.rows
+        self._judge, self._follows = extractor.attributes, extractor.follows
         self._found: dict[str, list[np.ndarray]] = {}
         self._start = 0
 
@@ -98,8 +96,7 @@ class CaptionScores:
 
     def _captions(self, indices: np.ndarray) -> list[str]:
         """The first caption of each record."""
-        images = ImageRecords(self._opened).with_captions(self._feature)
-        return [images.read_words(int(i))[2].captions[0] for i in indices % self._count]
+        return [self._images.read_words(int(i))[2].captions[0] for i in indices % self._count]
 
     def _add_cosines(self, clip: ClipScorer, images: np.ndarray, indices: np.ndarray) -> None:
         image = clip.embed_images(images)

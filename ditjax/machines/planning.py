@@ -137,11 +137,13 @@ def _held_beside(task: Task, mesh: Mesh) -> tuple[float, str]:
 
     The training step does not read them, and they stay in the device's memory.
     """
+    beside = set(task.reads) - set(task.shapes())
+    if not beside:  # other frozen weights are loaded for sampling alone
+        return 0.0, ""
     try:
         frozen = abstract_frozen(task, mesh)
     except UserError as error:
         return 0.0, one_line(error)
-    beside = set(task.reads) - set(task.shapes())
     return _shard_bytes([tree for name, tree in frozen.items() if name in beside]), ""
 
 

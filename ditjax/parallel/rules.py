@@ -89,6 +89,13 @@ def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def placed_shapes(tree: Any, shardings: Any) -> Any:
+    """Arrays, or shapes, as shapes on a mesh: their dtypes with these shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
 SPREAD = 1_000_000  # entries from which a frozen array is worth its gathers
 
 

@@ -64,9 +64,7 @@ def abstract_frozen(task: Task, mesh: Mesh | None = None) -> Frozen:
         shardings = (
             rules.spread_shardings(tree, mesh) if spread else rules.state_shardings(tree, mesh, ())
         )
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-        )
+        return rules.placed_shapes(tree, shardings)
 
     return {name: placed(name, tree) for name, tree in found.items()}
 

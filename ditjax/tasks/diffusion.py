@@ -283,7 +283,7 @@ def _on_images(c: Config, mesh: Mesh | None) -> Task:
         loss=make_loss(c, mesh, align),
         frozen=frozen,
         planned=functools.partial(_planned, c),
-        spread=_OF_TEXTS[:1],
+        spread=(text_conditions.ENCODER,),
         reads=("autoencoder",) * images + ("base",) * adapted + _read_beside(c),
         open_rows=functools.partial(_additions, c),
         shapes=lambda: {**language.language_shapes(c), **text_conditions.text_shapes(c)},

@@ -98,11 +98,7 @@ def abstract_state(c: Config, task: Task, mesh: Mesh) -> TrainState:
 
 
 def _abstract(tree: Any, task: Task, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        tree,
-        rules.state_shardings(tree, mesh, task.rules),
-    )
+    return rules.placed_shapes(tree, rules.state_shardings(tree, mesh, task.rules))
 
 
 def abstract_base(c: Config, task: Task, mesh: Mesh) -> Frozen:
@@ -173,10 +169,8 @@ def training(c: Config, task: Task, mesh: Mesh) -> Training:
             name: jax.ShapeDtypeStruct((c.train.batch_size, *one.shape), one.dtype)
             for name, one in task.inputs.items()
         }
-        whole = rules.replicated(mesh)
-        others = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), task.shapes()
-        )
+        shapes = task.shapes()
+        others = rules.placed_shapes(shapes, rules.state_shardings(shapes, mesh, ()))
         with precise(c):
             return jit_step.lower(abstract, base | others, batch)
 

@@ -6,10 +6,13 @@ import jax
 import pytest
 
 from ditjax import plan
+from ditjax.config import read
 from ditjax.errors import UserError
 from ditjax.machines import planning, topology
 from ditjax.machines.chips import GIB
 from ditjax.machines.topology import CHIPS
+from ditjax.parallel.mesh import make_mesh
+from ditjax.tasks import make_task
 
 TINY = (
     "--config=experiments/digits.py:2x32x2/2",
@@ -32,6 +35,16 @@ def simulated(monkeypatch):
 def no_stages(monkeypatch):
     """Plans without the table of stages, for tests of the rest."""
     monkeypatch.setattr(plan, "stages_of", lambda *_: [])
+
+
+def test_weights_that_samples_alone_need_are_not_loaded():
+    def missing():
+        raise UserError("nowhere")
+
+    task = make_task(read({}))._replace(planned=missing, reads=())
+    mesh = make_mesh(8, 1)
+    assert planning._held_beside(task, mesh) == (0.0, "")
+    assert planning._held_beside(task._replace(reads=("x",)), mesh) == (0.0, "nowhere")
 
 
 @pytest.mark.usefixtures("no_stages")
