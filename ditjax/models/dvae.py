@@ -194,6 +194,17 @@ def laplace_nll(x: jax.Array, p: Laplace) -> jax.Array:
     return np.log(2).astype(np.float32) + p.log_scale + jnp.log(y) + jnp.log1p(-y) + away
 
 
+def normal_nll(x: jax.Array, p: Laplace, std: float) -> jax.Array:
+    """-ln of the normal density of pixels f32[B,H,W,C] in [-1, 1], of that shape.
+
+    Its mean is the decoded image before it is clipped, its standard deviation `std`, in pixels of
+    [-1, 1]. The scale that the decoder gives is not used.
+    """
+    slope = np.float32((1 - 2 * PIXEL_EPSILON) / 2)  # of `mapped_pixels`
+    away = (mapped_pixels(x) - jax.nn.sigmoid(p.location)) / (slope * np.float32(std))
+    return jnp.square(away) / 2 + np.log(np.sqrt(2 * np.pi) * std).astype(np.float32)
+
+
 def kl_to_uniform(logits: jax.Array) -> jax.Array:
     """KL(q || uniform) = Σ_k q_k ln(q_k K) of each place, in nats: f32[B,h,w]."""
     log_q = jax.nn.log_softmax(logits)

@@ -17,6 +17,7 @@ from ditjax.models.dvae import (
     dvae_config,
     kl_to_uniform,
     laplace_nll,
+    normal_nll,
     relaxed_codes,
     unmapped_pixels,
 )
@@ -37,6 +38,7 @@ class Dvae(Section):
     kl_steps: int = positive(5_000)  # until then it rises from 0
     tau_end: float = key(0.0625, above(0), at_most(1))  # the temperature at its end
     tau_steps: int = positive(150_000)  # until then it falls from 1
+    normal_std: float = key(0.0, at_least(0))  # of a normal likelihood; 0: the paper's
 
 
 def cosine_between(first: float, last: float, steps: int, step: jax.Array) -> jax.Array:
@@ -71,6 +73,7 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
     def loss(params: Any, frozen: Frozen, drawn: Batch) -> tuple[jax.Array, Metrics]:
         """Ramesh et al. 2021 Eq. 1, negated: recon + β KL(q || uniform), per pixel and channel.
 
+        recon is -ln p(x) of the logit-Laplace, or of the normal one with `normal_std`.
         `kl_share` is the KL over its largest value: at 1 every place has one code, whatever the
         image, if it is always the same; 0 are uniform codes.
         """
@@ -79,7 +82,8 @@ def make(c: Config, mesh: Mesh | None = None) -> Task:
         z = relaxed_codes(logits, drawn["gumbel"], drawn["temperature"])
         p = apply(params, z, method="decode")
         kl = kl_to_uniform(logits)
-        nll, per_value = laplace_nll(x0, p).mean(), kl.sum((1, 2)) / x0[0].size
+        recon = normal_nll(x0, p, k.normal_std) if k.normal_std else laplace_nll(x0, p)
+        nll, per_value = recon.mean(), kl.sum((1, 2)) / x0[0].size
         total = nll + (drawn["kl_weight"] * per_value).mean()
         shown = jnp.clip(unmapped_pixels(jax.nn.sigmoid(p.location)), -1, 1)
         metrics = {

@@ -29,10 +29,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.update(sample_every_steps=0)
     config.evaluate = ConfigDict({"split": "test"})
     if arg == "dvae":
-        # The weight of the KL is that of 12 values per code: the paper's 6.6 is of 192.
+        # The weight of the KL is that of 12 values per code: the paper's 6.6 is of 192. It is full
+        # from the start, or all places get one code; and by the logit-Laplace all hues are one.
         config.model = ConfigDict({"codes": 256, "width": 48, "init_width": 48, "groups": 2})
         config.model.update(blocks_per_group=1)
-        config.dvae = ConfigDict({"kl_weight": 1.0, "kl_steps": 300, "tau_steps": 1800})
+        config.dvae = ConfigDict({"kl_weight": 1.0, "kl_steps": 1, "tau_steps": 1800})
+        config.dvae.normal_std = 0.125
+        config.optim.learning_rate = 3e-3
         return config
     config.model = ConfigDict({"size": "4x96x4", "vocabulary": 360, "codes": 256, "grid": 8})
     config.text = ConfigDict({"tokens": 12})

@@ -14,6 +14,7 @@ from ditjax.models.dvae import (
     kl_to_uniform,
     laplace_nll,
     mapped_pixels,
+    normal_nll,
     relaxed_codes,
     unmapped_pixels,
 )
@@ -95,6 +96,19 @@ def test_the_density_of_pixels_integrates_to_one():
     p = Laplace(jnp.float32(0.4), jnp.float32(-0.7))
     density = np.exp(-np.asarray(laplace_nll(jnp.asarray(x, jnp.float32), p), np.float64))
     assert abs(np.trapezoid(density, y) - 1) < 2e-3
+
+
+def test_the_normal_density_is_that_of_the_decoded_pixel():
+    p = Laplace(jnp.float32(0.4), jnp.float32(-0.7))
+    decoded, x = float(unmapped_pixels(jax.nn.sigmoid(p.location))), np.linspace(-3, 3, 20_001)
+    expected = np.exp(-((x - decoded) ** 2) / (2 * 0.25**2)) / (0.25 * np.sqrt(2 * np.pi))
+    found = np.exp(-np.asarray(normal_nll(jnp.asarray(x, jnp.float32), p, 0.25)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # Beyond black and white the mean is not clipped: there is a gradient that brings it back.
+    far = Laplace(jnp.float32(8.0), jnp.float32(0.0))
+    gradient = jax.grad(lambda p: normal_nll(jnp.float32(1.0), p, 0.25))(far)
+    assert float(gradient.location) > 0
+    assert float(gradient.log_scale) == 0
 
 
 def test_pixels_are_mapped_there_and_back():

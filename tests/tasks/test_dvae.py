@@ -9,6 +9,7 @@ import pytest
 
 from ditjax.config import read
 from ditjax.errors import UserError
+from ditjax.models.dvae import DVAE, DvaeConfig, laplace_nll, normal_nll, relaxed_codes
 from ditjax.tasks.dvae import code_use, cosine_between, make, neighbour_bits
 from ditjax.training import program
 from ditjax.training.step import init_state, make_step
@@ -22,6 +23,7 @@ TINY: dict[str, Any] = {
     "optim": {"learning_rate": 1e-2},
     "train": {"batch_size": 8, "steps": 40, "evaluate_every_steps": 0, "ema_decay": 0.5},
 }
+DVAE_TINY = DVAE(DvaeConfig(8, 4, 4, 2, 1, 1))  # that of TINY
 
 
 def recipe(**changes):
@@ -82,6 +84,22 @@ def test_the_weight_of_the_kl_rises_from_nothing(trained):
     assert losses[0]["loss"] == losses[0]["nll"]
 
 
+def test_the_likelihood_may_be_normal(task, images):
+    """With `normal_std` the loss is that of squares; without it, of the logit-Laplace."""
+    normal = make(recipe(dvae={"normal_std": 0.25}))
+    params, key = seeded_params(task.init), jax.random.key(0)
+    drawn = task.anneal(task.draw({"x0": images}, key), jnp.int32(3))
+    apply: Any = DVAE_TINY.apply
+    logits = apply(params, images, method="logits")
+    z = relaxed_codes(logits, drawn["gumbel"], drawn["temperature"])
+    p = apply(params, z, method="decode")
+    for each, nll in ((normal, normal_nll(images, p, 0.25)), (task, laplace_nll(images, p))):
+        total, metrics = each.loss(params, {}, drawn)
+        np.testing.assert_allclose(metrics["nll"], nll.mean(), rtol=1e-5)
+        kl = drawn["kl_weight"][0] * metrics["kl_share"] * np.log(8) * 16 / 64
+        np.testing.assert_allclose(total, metrics["nll"] + kl, rtol=1e-5)
+
+
 def test_the_score_is_of_hard_codes(task, images, trained):
     params = trained[1].params
     (score,) = task.scores
@@ -117,6 +135,7 @@ def test_what_does_not_go_together_is_one_line():
         ({"data": {"image_size": 9}}, "2 groups need a multiple of 2"),
         ({"model": {"width": 6}}, "expected a multiple of 4"),
         ({"dvae": {"tau_end": 2.0}}, "tau_end is 2.0: expected at most 1"),
+        ({"dvae": {"normal_std": -0.1}}, "normal_std is -0.1: expected at least 0"),
         ({"data": {"name": "latents:x"}}, "name a data set of images"),
     ):
         with pytest.raises(UserError) as error:
