@@ -37,18 +37,19 @@ def ridge_predictions(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarr
 
 
 def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Szekely & Rizzo 2013 Eq. 5: 2 E|A - B| - E|A - A'| - E|B - B'|, of sets f[N,E] and f[M,E].
+    """Szekely & Rizzo 2013 Eq. 5: 2 E|A - B| - E|A - A'| - E|B - B'|, of two sets f[N,E].
 
-    Pairs of a set are of different members, so that two sets of one distribution have mean 0.
+    Row i of both belongs to text i. All pairs are of different texts, so that two sets of one
+    distribution have mean 0: partners are nearer to each other than two independent draws.
     """
 
-    def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def mean_distance(x: np.ndarray, y: np.ndarray) -> float:
         square = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
-        return np.sqrt(np.maximum(square, 0))
+        apart = np.sqrt(np.maximum(square, 0))
+        return float((apart.sum() - np.trace(apart)) / (len(x) * (len(x) - 1)))
 
     a, b = (np.asarray(x, np.float64) for x in (a, b))
-    within = [distances(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b)]
-    return float(2 * distances(a, b).mean() - sum(within))
+    return 2 * mean_distance(a, b) - mean_distance(a, a) - mean_distance(b, b)
 
 
 def nearest_agreement(
@@ -75,7 +76,8 @@ def prior_scores(
     - `calibration_gap`: with s, s' exact samples given a text, E[s·z] = E[s·s'] = E|E[z|t]|². One
       sample's cosine to the image is no score: the mean's direction beats it.
     - energy distances of samples, of the regression's unit vectors and of texts to the images.
-    - with classes i[N,K]: how often the nearest image of the first half has the classes.
+    - with classes i[N,K]: how often the nearest image of the first half has the classes. A perfect
+      sampler has the share of the images themselves; the texts may have a larger one.
     """
     half = len(image) // 2
     z, t, s = image[half:], text[half:], samples[half:]
@@ -99,5 +101,6 @@ def prior_scores(
     if classes is not None:
         pool = image[:half], classes[half:], classes[:half]
         found["nearest_samples"] = nearest_agreement(s[:, 0], *pool)
+        found["nearest_image"] = nearest_agreement(z, *pool)
         found["nearest_text"] = nearest_agreement(t, *pool)
     return found

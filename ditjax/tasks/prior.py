@@ -313,6 +313,7 @@ def _score(
     s = c.sample
     protocol = {
         "metric": "vectors of a prior",
+        "energy": "pairs of different captions",
         "split": c.evaluate.split,
         "clip": c.prior.clip,
         "tokenizer": tokenizer.sha256,

@@ -43,7 +43,7 @@ def test_an_exact_sampler_passes(world):
     assert found["calibration_gap"] <= 0.03
     assert found["energy_samples"] < min(found["energy_ridge"], found["energy_text"])
     assert abs(found["energy_samples"]) < 0.02
-    assert found["nearest_samples"] == 1
+    assert found["nearest_samples"] == found["nearest_image"] == 1
     # One exact sample loses to the regression: its cosine is E|m|², not E|m|.
     assert found["sample_cosine"] < found["ridge_cosine"] - 0.02
 
@@ -80,12 +80,22 @@ def test_a_regression_of_what_is_linear_is_exact():
 
 
 def test_distances_by_hand():
-    a, b = np.array([[0.0], [1]]), np.array([[2.0], [4]])
-    # 2 · mean(2, 4, 1, 3) - 1 - 2
-    assert abs(energy_distance(a, b) - 2) < 1e-12
+    a, b = np.array([[0.0], [3]]), np.array([[1.0], [5]])
+    # 2 · mean(5, 2) - 3 - 4: of different rows
+    assert abs(energy_distance(a, b)) < 1e-12
     rng = np.random.default_rng(2)
     assert abs(energy_distance(rng.normal(size=(500, 3)), rng.normal(size=(500, 3)))) < 0.02
     np.testing.assert_allclose(cosines(np.array([[3.0, 0]]), np.array([[1.0, 1]])), [0.5**0.5])
+
+
+def test_partners_do_not_lower_the_energy_distance():
+    """The mean of two sets of one distribution is 0, also where rows have a text in common."""
+    rng = np.random.default_rng(3)
+    centres = rng.normal(size=(300, 20, 1, 4))
+    sets = centres + 0.3 * rng.normal(size=(300, 20, 2, 4))
+    found = [energy_distance(each[:, 0], each[:, 1]) for each in sets]
+    assert abs(np.mean(found)) < 4 * np.std(found) / 300**0.5
+    assert np.std(found) / 300**0.5 < 0.01  # with partners the mean is -.2
 
 
 def test_agreement_leaves_out_what_has_no_class():
