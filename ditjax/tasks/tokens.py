@@ -48,6 +48,7 @@ from ditjax.tasks.clip import check_tokenizer, open_clip
 from ditjax.tasks.diffusion import to_uint8
 from ditjax.tasks.dvae import open_dvae
 from ditjax.tasks.opened import Opened
+from ditjax.tasks.text_conditions import tokens_of
 from ditjax.training.step import Batch, Metrics
 from ditjax.training.task import (
     Additions,
@@ -240,7 +241,10 @@ def _sampling(
             **ranked,
         },
         needs=FromRecords(
-            lambda captions, keys: Beside(context=captions), "captions", reads="caption"
+            lambda captions, keys: Beside(context=captions),
+            "captions",
+            reads="caption",
+            texts=functools.partial(tokens_of, c),
         ),
     )
 

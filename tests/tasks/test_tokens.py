@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from ditjax.config import read
+from ditjax.data.tokenizers import open_tokenizer
 from ditjax.errors import UserError
 from ditjax.models.dvae import DVAE, DvaeConfig
 from ditjax.models.network import Conditions
 from ditjax.parallel.mesh import make_mesh
+from ditjax.sampling.given import given_prompts
 from ditjax.tasks import clip as clip_task
 from ditjax.tasks import tokens as task_module
 from ditjax.tasks.opened import Opened
@@ -115,6 +117,13 @@ def test_a_sample_follows_from_its_key_and_text_alone(opened):
     assert needs
     assert (needs.name, needs.reads) == ("captions", "caption")
     assert needs.beside(ids, keys).context is ids
+
+
+def test_samples_are_of_prompts_if_there_are_any(opened):
+    given = given_prompts(recipe(), ["a red three", "a blue two"])
+    ids = open_tokenizer("scenes")(["a blue two", "a red three"], 12).ids
+    np.testing.assert_array_equal(given.rows(np.array([1, 2]))["beside"].context, ids)
+    assert given.record["captions"].startswith("SHA-256:")
 
 
 def test_the_best_candidate_of_each_row_is_kept():
