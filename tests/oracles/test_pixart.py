@@ -17,6 +17,7 @@ from ditjax.weights.reading import load_network
 from ditjax.weights.text_pipeline import copy_encoder, load_text_pipeline, write_text_pipeline
 from ditjax.weights.writing import write_diffusers
 from tests.oracles import networks, pixart
+from tests.text_encoders import relative
 from tests.weights.test_pixart import GOLDEN
 
 
@@ -24,7 +25,7 @@ from tests.weights.test_pixart import GOLDEN
 def test_the_golden_file_is_what_they_compute(kind):
     with np.load(GOLDEN) as kept:
         found = pixart.output(kind, pixart.pixart(kind))
-        np.testing.assert_allclose(found, kept[f"{kind}/output"], rtol=1e-4, atol=1e-5)
+        assert relative(found, kept[f"{kind}/output"]) < 1e-5  # two CPUs differ by 4e-6
 
 
 @pytest.mark.parametrize("kind", pixart.TYPES)
