@@ -240,12 +240,16 @@ def paired_text(rows: Sequence[PairedRow]) -> str:
     first = [row for row in rows if row.metric == rows[0].metric]
     shown = rows if len(rows) <= TERMINAL_ROWS else first
     names = shortened((row.arm for row in rows), 80)
-    table = [list(shown[0].shown)]
-    table += [list((row.shown | {"arm": names[row.arm]}).values()) for row in shown]
+    several = len({row.model for row in rows}) > 1
+    every = [
+        ({"model": short(row.model)} if several else {}) | row.shown | {"arm": names[row.arm]}
+        for row in shown
+    ]
     # A column that says nothing of any row is left out.
-    kept = [i for i in range(len(table[0])) if {row[i] for row in table[1:]} != {"-"}]
-    table = [[row[i] for i in kept] for row in table]
-    lines = [*paired_words(rows), *aligned(table, [False, False, *[True] * (len(kept) - 2)])]
+    kept = [title for title in every[0] if {row[title] for row in every} != {"-"}]
+    table = [kept, *([row[title] for title in kept] for row in every)]
+    words = ("model", "metric", "arm")
+    lines = [*paired_words(rows), *aligned(table, [title not in words for title in kept])]
     if len(shown) < len(rows):
         metrics = len({row.metric for row in rows}) - 1
         lines.append(f"{plural(metrics, 'further metric')}: index.html, paired.csv, results.json")

@@ -205,10 +205,18 @@ def _compared(kept: Found, other: Found) -> str:
 
 
 def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> tuple[Group, ...]:
-    """Group runs by protocol hash, the largest group first."""
+    """Group runs by protocol, the largest group first; a problem for each that is another.
+
+    Arms of one sweep that differ in what their networks read of a text share a group.
+    """
     by_hash: dict[str, list[Found]] = defaultdict(list)
     for each in found:
         by_hash[each.result["protocol_hash"]].append(each)
+    for key, runs in by_hash.items():
+        fields = {json.dumps(each.result["protocol"], sort_keys=True) for each in runs}
+        if len(fields) > 1:
+            problems.append(f"protocol {key}: {len(fields)} different protocols carry this hash.")
+    by_hash = _arms_joined(by_hash)
     if len(by_hash) > 1:
         counts = ", ".join(f"{key} ({plural(len(runs), 'run')})" for key, runs in by_hash.items())
         apart = varied_words([runs[0].result["protocol"] for runs in by_hash.values()])
@@ -223,9 +231,6 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
     groups = []
     for key, runs in sorted(by_hash.items(), key=lambda item: -len(item[1])):
         runs.sort(key=lambda each: (each.result["gflops"], each.result["run"]))
-        fields = {json.dumps(each.result["protocol"], sort_keys=True) for each in runs}
-        if len(fields) > 1:
-            problems.append(f"protocol {key}: {len(fields)} different protocols carry this hash.")
         steps = sorted({each.result["train"]["steps"] for each in runs})
         if len(steps) > 1 and not _of_one_cost(runs):
             shown = ", ".join(map(str, steps[:6])) + (", ..." if len(steps) > 6 else "")
@@ -238,8 +243,34 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
                 " has its own fit."
             )
         _note_unusable(runs, metric, problems)
-        groups.append(Group(key, runs[0].result["protocol"], tuple(runs)))
+        joined = len({each.result["protocol_hash"] for each in runs}) > 1
+        protocol = runs[0].result["protocol"]
+        groups.append(Group(key, _unread(protocol) if joined else protocol, tuple(runs)))
     return tuple(groups)
+
+
+def _unread(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """A protocol without what the network reads of a text, which is a key of its recipe."""
+    found = {name: value for name, value in protocol.items() if name != "text_encoder"}
+    if "text" in found:
+        own = ("tokenizer", "tokens", "features")
+        found["text"] = {name: x for name, x in found["text"].items() if name not in own}
+    return found
+
+
+def _arms_joined(by_hash: Mapping[str, list[Found]]) -> dict[str, list[Found]]:
+    """Join the runs of protocols that differ as `_unread` allows, if all are of one sweep."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for key, runs in by_hash.items():
+        alike[json.dumps(_unread(runs[0].result["protocol"]), sort_keys=True)].append(key)
+    joined: dict[str, list[Found]] = {}
+    for keys in alike.values():
+        every = [each for key in keys for each in by_hash[key]]
+        if len(keys) > 1 and _of_one_study(every):
+            joined[", ".join(keys)] = every
+        else:
+            joined.update({key: by_hash[key] for key in keys})
+    return joined
 
 
 def _study_of(each: Found) -> Path | None:

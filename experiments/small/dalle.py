@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate = ConfigDict({"split": "test"})
     if arg == "dvae":
         # The weight of the KL is that of 12 values per code: the paper's 6.6 is of 192. It is full
-        # from the start, or all places get one code; and by the logit-Laplace all hues are one.
+        # from the start, or all places get one code; by the logit-Laplace hues hardly separate.
         config.model = ConfigDict({"codes": 256, "width": 48, "init_width": 48, "groups": 2})
         config.model.update(blocks_per_group=1)
         config.dvae = ConfigDict({"kl_weight": 1.0, "kl_steps": 1, "tau_steps": 1800})

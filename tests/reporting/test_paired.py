@@ -1,6 +1,7 @@
 """Arms are compared with the first that the study lists, over the seeds that both have."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from ditjax import report
-from ditjax.reporting.paired import paired_rows
+from ditjax.reporting.paired import paired_rows, paired_text
 from ditjax.runs.results import find_results, write_record_scores
 
 ARMS = {"none": (0.0, 3), "frozen": (-2.0, 3), "mapper": (0.5, 1)}  # shift, seeds
@@ -64,6 +65,7 @@ def test_a_model_with_one_arm_is_an_arm_of_the_first_model(arms, study, tmp_path
     assert rows[-1].found is not None
     assert rows[-1].found.pairs == 2
     assert rows[-1].found.mean == pytest.approx(-10, abs=0.5)
+    assert not any(line.startswith("model") for line in paired_text(rows).split("\n"))
     alone, _ = find_results([tmp_path])
     assert not paired_rows(alone, "fd_digits", [])
 
@@ -111,6 +113,16 @@ def test_damaged_scores_of_records_and_others_are_problems_and_no_interval(arms,
     assert len(problems) == 2
     assert sum("is of protocol 'abc'" in each for each in problems) == 1
     assert all("records.npz" in each for each in problems)
+
+
+def test_rows_of_several_models_say_which(arms, tmp_path):
+    root, order = arms
+    found, _ = find_results([root])
+    rows = paired_rows(found, "fd_digits", [], order)
+    other = [dataclasses.replace(row, model="DiT-9x9x9/2") for row in rows]
+    _, _, titles, first, *_ = paired_text([*rows[:1], *other[:1]]).split("\n")
+    assert titles.split()[:3] == ["model", "metric", "arm"]
+    assert first.startswith(rows[0].model)
 
 
 def test_without_a_plan_the_first_by_name_is_the_baseline(arms):

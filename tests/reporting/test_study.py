@@ -50,6 +50,46 @@ def test_protocols_never_share_a_fit(study, tmp_path, read_page):
     assert folders
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_arms_of_one_sweep_may_read_texts_in_other_ways(study, tmp_path):
+    """They share a group and are compared; runs of no sweep, or by another rule, are not."""
+
+    def write(root, **rule):
+        for features in ("tokens", "vector"):
+            text = {"tokens": 12, "features": features}
+            protocol = study.protocol | {"text": text, "text_encoder": features[0] * 64}
+            protocol |= rule if features == "vector" else {}
+            for patch in (2, 1):
+                study.write_run(
+                    root / "runs" / features,
+                    *study.sizes[0],
+                    patch,
+                    fd=50 * patch + (features == "vector"),
+                    protocol=protocol,
+                    protocol_hash=protocol_hash(protocol),
+                    config={"text": text},
+                )
+        # The runs of a sweep lie side by side.
+        for folder in sorted((root / "runs").glob("*/*")):
+            folder.rename(root / "runs" / f"{folder.name}-{folder.parent.name}")
+
+    write(tmp_path / "none")
+    assert len(report.make_report([tmp_path / "none"], tmp_path / "0").groups) == 2
+    write(tmp_path / "one")
+    study.write_plan(tmp_path / "one", [])
+    summary = report.make_report([tmp_path / "one"], tmp_path / "1")
+    (group,) = summary.groups
+    assert len(group.runs) == 4
+    assert len(group.protocol_hash.split(", ")) == 2
+    assert group.protocol["text"] == {}
+    assert "text_encoder" not in group.protocol
+    assert not any("protocol" in problem for problem in summary.problems)
+    assert {row.arm for row in summary.analyses[0].paired} == {"features vector"}
+    write(tmp_path / "two", sampler="heun")
+    study.write_plan(tmp_path / "two", [])
+    assert len(report.make_report([tmp_path / "two"], tmp_path / "2").groups) == 2
+
+
 def test_what_protocols_differ_in():
     a = {"steps": "ddim25", "seed": 0, "decoder": "f" * 64, "same": 1}
     b = {"steps": "250", "seed": 0, "decoder": "e" * 64, "same": 1, "eta": None}
