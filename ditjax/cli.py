@@ -197,25 +197,37 @@ def parse(
     """
     args, rest = parser.parse_known_args(join_overrides(argv))
     known = [option for action in parser._actions for option in action.option_strings]
+    of_recipe = [
+        word for word in rest if word.startswith("--config") and word[8:9] in ("", "=", ".")
+    ]
+
+    def recipe() -> dict[str, Any]:
+        named = any(word.startswith("--config=") for word in of_recipe)
+        recorded = source(args) if source else None
+        if getattr(args, "reads_run", False) and not named:
+            recorded = migrated(rundir.read_recipe(args.workdir))
+        return load_recipe(of_recipe, None if named else recorded)
+
     for word in rest:
-        if not word.startswith("--config") or word[8:9] not in ("", "=", "."):
-            raise UserError(f"{word!r} is not a flag of this command.{_hint(word, known)}")
-    named = any(word.startswith("--config=") for word in rest)
-    recorded = source(args) if source else None
-    if getattr(args, "reads_run", False) and not named:
-        recorded = migrated(rundir.read_recipe(args.workdir))
-    config = read(load_recipe(rest, None if named else recorded))
+        if word not in of_recipe:
+            hint = _hint(word, known, recipe)
+            raise UserError(f"{word!r} is not a flag of this command.{hint}")
+    config = read(recipe())
     args.recipe = as_tree(config)
     if getattr(args, "starts_processes", False):
         start_processes(args, config.distributed)
     return args, config
 
 
-def _hint(word: str, known: Sequence[str]) -> str:
+def _hint(word: str, known: Sequence[str], recipe: Callable[[], Mapping[str, Any]]) -> str:
     """' Did you mean X?' for an unknown flag: another flag, or a key of the recipe."""
     if hint := nearest(word.partition("=")[0], known, cutoff=0.7):
         return hint
-    keys = [f"--config.{key}" for key in leaf_keys(schema())]
+    try:
+        keys = leaf_keys(schema_of(recipe()))
+    except (UserError, FaultError):  # the flag is at fault first
+        keys = leaf_keys(schema())
+    keys = [f"--config.{key}" for key in keys]
     return nearest_key(f"--config.{word.lstrip('-').partition('=')[0]}", keys)
 
 

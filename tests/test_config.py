@@ -517,6 +517,8 @@ def test_an_unknown_key_of_a_recipe_and_an_unknown_flag_are_led_there_too():
         read({"learning_rate": 1e-3})
     with pytest.raises(UserError, match=r"mean '--config.optim.learning_rate'"):
         parse(parser("train", ""), [DIGITS, "--lr=1e-3"])
+    with pytest.raises(UserError, match=r"Did you mean '--config\.tokens\.candidates'"):
+        parse(parser("train", ""), ["--config=small/dalle", "--candidates=4"])
     with pytest.raises(UserError, match=r"mean '--config.train.batch_size'"):
         parse(parser("train", ""), [DIGITS, "--train.batch_size=1e-3"])
 
