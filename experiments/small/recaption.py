@@ -10,7 +10,7 @@ The training captions leave out 60 % of the attributes of a scene and get 15 % w
 has seen 2,000 clean pairs. The arms give its captions to 0, 65, 80, 95 and 100 % of the records.
 The last command scores a run on prompts like the alt texts: what writing all captions anew costs
 shows there, if anywhere. Print the captioner's score first; no arm can be better than it.
-Hardware, time and the result of one seed: docs/dalle3.md, "A small study".
+Hardware, time and the result of two seeds: docs/dalle3.md, "A small study".
 """
 
 from ml_collections import ConfigDict
