@@ -37,7 +37,11 @@ METRICS_BY_RANK = ("fid", *(f"fd_{name}" for name in SHIPPED_FEATURES))
 
 @dataclass(frozen=True)
 class Group:
-    """All runs of one protocol, sorted by Gflops."""
+    """All runs of one protocol, sorted by Gflops.
+
+    Or of the protocols of a sweep's arms that may share a group: their hashes, separated by commas,
+    and what their protocols have in common.
+    """
 
     protocol_hash: str
     protocol: dict[str, Any]
@@ -216,12 +220,12 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
         fields = {json.dumps(each.result["protocol"], sort_keys=True) for each in runs}
         if len(fields) > 1:
             problems.append(f"protocol {key}: {len(fields)} different protocols carry this hash.")
-    by_hash = _arms_joined(by_hash)
-    if len(by_hash) > 1:
-        counts = ", ".join(f"{key} ({plural(len(runs), 'run')})" for key, runs in by_hash.items())
-        apart = varied_words([runs[0].result["protocol"] for runs in by_hash.values()])
+    joined = _arms_joined(by_hash)
+    if len(joined) > 1:
+        counts = ", ".join(f"{key} ({plural(len(runs), 'run')})" for key, runs in joined.items())
+        apart = varied_words([runs[0].result["protocol"] for runs in joined.values()])
         problems.append(
-            f"{len(by_hash)} protocols among the results: {counts}. They differ in"
+            f"{len(joined)} protocols among the results: {counts}. They differ in"
             f" {apart or 'nothing that is on record'}. Each has its own curve and its own fit; they"
             " cannot be compared."
         )
@@ -229,7 +233,7 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
         names = sorted({name for each in found for name in each.result["metrics"]})
         problems.append(f"no result has the metric {metric!r}; found: {', '.join(names) or '-'}.")
     groups = []
-    for key, runs in sorted(by_hash.items(), key=lambda item: -len(item[1])):
+    for key, runs in sorted(joined.items(), key=lambda item: -len(item[1])):
         runs.sort(key=lambda each: (each.result["gflops"], each.result["run"]))
         steps = sorted({each.result["train"]["steps"] for each in runs})
         if len(steps) > 1 and not _of_one_cost(runs):
@@ -243,9 +247,8 @@ def group_by_protocol(found: list[Found], metric: str, problems: list[str]) -> t
                 " has its own fit."
             )
         _note_unusable(runs, metric, problems)
-        joined = len({each.result["protocol_hash"] for each in runs}) > 1
         protocol = runs[0].result["protocol"]
-        groups.append(Group(key, _unread(protocol) if joined else protocol, tuple(runs)))
+        groups.append(Group(key, protocol if key in by_hash else _unread(protocol), tuple(runs)))
     return tuple(groups)
 
 

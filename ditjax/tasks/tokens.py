@@ -28,7 +28,7 @@ from ditjax.config import (
     non_negative,
     positive,
 )
-from ditjax.data.tokenizers import Tokenizer, open_tokenizer
+from ditjax.data.tokenizers import Tokenizer
 from ditjax.errors import UserError
 from ditjax.models.clip import CLIP
 from ditjax.models.dvae import DVAE
@@ -48,7 +48,7 @@ from ditjax.tasks.clip import check_tokenizer, open_clip
 from ditjax.tasks.diffusion import to_uint8
 from ditjax.tasks.dvae import open_dvae
 from ditjax.tasks.opened import Opened
-from ditjax.tasks.text_conditions import tokens_of
+from ditjax.tasks.text_conditions import tokenizer_of, tokens_of
 from ditjax.training.step import Batch, Metrics
 from ditjax.training.task import (
     Additions,
@@ -131,7 +131,7 @@ def _dvae_of(c: Config) -> Opened:
 def make(c: Config, mesh: Mesh | None = None) -> Task:
     """Build the task of a recipe; its mesh may split the batch and the parameters, not tokens."""
     place = rules.whole_placement(mesh, "the transformer over text and codes")
-    tokenizer = open_tokenizer(c.text.tokenizer)
+    tokenizer = tokenizer_of(c.text.tokenizer)
     check_tokenizer(c, tokenizer)
     config = config_of(c)
     build = network_module(c.model.kind).NETWORK.module
